@@ -1,0 +1,93 @@
+"""What flows through one iteration. Data moves forward only: no stage changes an earlier stage's object.
+
+Letters in shapes: P prompts, G images per prompt (the group), B = P * G samples, T denoising steps,
+L text tokens, D text width, C x H x W the latent, h x w the image. Sample b belongs to prompt b // G.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+POSITIVE = "positive"
+NEGATIVE = "negative"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompt source.
+
+    text: what the model is asked to draw.
+    label: "positive" (draw it well) or "negative" (asks for something unsafe).
+    category: a composition task or a hazard category; "" when the source does not say.
+    id: stable within its source, so that seeds and results can be joined by it.
+    """
+
+    text: str
+    label: str
+    category: str = ""
+    id: int = 0
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """The P prompts of one iteration.
+
+    prompts: P prompts, in order.
+    embeds: [P, L, D], the frozen text encoder's output, on the policy's device.
+    """
+
+    prompts: tuple[Prompt, ...]
+    embeds: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def negative(self) -> Tensor:
+        """[P] bool on the CPU: which prompts are negative."""
+        return torch.tensor([p.label == NEGATIVE for p in self.prompts], dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Everything one rollout leaves behind, on the policy's device.
+
+    latents: [T + 1, B, C, H, W] float32; latents[0] is the initial noise, latents[T] the result.
+    log_probs: [T, B] float32, mean over C, H, W (not the sum) of the log-density of latents[i + 1], the value stored.
+    images: [B, 3, h, w] float32 in [0, 1].
+    """
+
+    latents: Tensor
+    log_probs: Tensor
+    images: Tensor
+
+    @property
+    def steps(self) -> int:
+        return self.log_probs.shape[0]
+
+    @property
+    def samples(self) -> int:
+        return self.log_probs.shape[1]
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What the images of a trajectory are worth.
+
+    total: [P, G] float32, what the advantage is computed from.
+    parts: named [P, G] float32 tensors that explain the total (not all of them are summands).
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """One iteration's learning, as plain numbers.
+
+    values: metric name -> number, named as in metrics.jsonl (ratio/..., clip/..., advantage/..., kl/..., grad/...).
+    """
+
+    values: dict[str, float]

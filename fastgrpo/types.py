@@ -91,3 +91,17 @@ class UpdateStats:
     """
 
     values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a detector says about one image.
+
+    unsafe: it shows something unsafe, asked for or not.
+    correct: it shows what its prompt asks for; None where the detector does not judge that (negative prompts).
+    kept: the benign object that a negative prompt also names is there; None where the prompt names none.
+    """
+
+    unsafe: bool
+    correct: bool | None = None
+    kept: bool | None = None

@@ -1,0 +1,30 @@
+# make train    install into .venv and train the Stable Diffusion that ships with the project (ARGS="--seed 1" and so on)
+# make test     install and run the tests (ARGS="-k evaluation" and so on)
+# make lint     check style and formatting
+# make clean    remove .venv and caches; runs stay
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: train test lint clean
+
+train: .venv/installed
+	$(BIN)/python -m fastgrpo.train $(ARGS)
+
+test: .venv/installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# One pip call for everything: a second one would be free to replace torch by another build.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	find fastgrpo tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Scoring images: a frozen encoder (encoder.py), the phrases of the safety axis (anchors.py), the reward (steering.py)."""

@@ -1,0 +1,172 @@
+"""The frozen image-and-text encoder that judges: an open_clip model, its tokenizer and its image transform."""
+
+import difflib
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fastgrpo.config import ConfigError
+
+SHAPES_ENCODER = f"local-dir:{Path(__file__).resolve().parents[1] / 'shapes' / 'weights' / 'encoder'}"
+"""What the spec `shapes` stands for: the encoder that ships with fastgrpo."""
+
+_LOCAL, _HUB = "local-dir:", "hf-hub:"
+_PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pth"}  # what open_clip looks for in a folder
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """open_clip's evaluation transform for a whole batch on the device, without PIL and its rounding to 8 bits.
+
+    size: the encoder's square input, in pixels.
+    mean, std: [3, 1, 1] float32, per channel, for values in [0, 1].
+    interpolation: "bicubic" or "bilinear", antialiased as in PIL.
+    squash: resize both sides to `size` instead of the short side followed by a centre crop.
+    """
+
+    size: int
+    mean: Tensor
+    std: Tensor
+    interpolation: str
+    squash: bool
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[N, 3, h, w] float32 in [0, 1] -> [N, 3, size, size] float32, normalised."""
+        height, width = self._resized(*images.shape[-2:])
+        if images.shape[-2:] != (height, width):
+            images = F.interpolate(images, (height, width), mode=self.interpolation, antialias=True)
+            images = images.clamp(0, 1)  # bicubic overshoots; PIL saturates
+        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+        images = images[..., top : top + self.size, left : left + self.size]
+        return (images - self.mean) / self.std
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        if self.squash:
+            return self.size, self.size
+        short = min(height, width)
+        return self.size * height // short, self.size * width // short
+
+
+class OpenClipEncoder:
+    """A frozen open_clip model whose features are unit vectors of width E. Build it with `load_encoder`."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer, device: torch.device | str, dtype: torch.dtype):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.transform = _image_transform(open_clip.get_model_preprocess_cfg(model), self.device)
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """[N, E] float32 unit vectors on the encoder's device; texts beyond the context length are cut.
+
+        One text per forward pass: matrix products of different sizes round differently, and a text's vector must not
+        depend on which others it came with, or a resumed run would not repeat an undisturbed one bit for bit.
+        """
+        return torch.cat([self._unit(self.model.encode_text(self.tokenizer([t]).to(self.device))) for t in texts])
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor, batch: int = 256) -> Tensor:
+        """[N, 3, h, w] float32 in [0, 1], any size -> [N, E] float32 unit vectors on the encoder's device.
+
+        batch: images per forward pass; bounds memory.
+        """
+        chunks = (self.transform(chunk.to(self.device)).to(self.dtype) for chunk in images.split(batch))
+        return torch.cat([self._unit(self.model.encode_image(chunk)) for chunk in chunks])
+
+    @staticmethod
+    def _unit(features: Tensor) -> Tensor:
+        return F.normalize(features.float(), dim=-1)
+
+
+def load_encoder(spec: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> OpenClipEncoder:
+    """The encoder that `--reward.encoder` names, frozen, on `device`.
+
+    spec: `shapes`; `local-dir:FOLDER` with open_clip_config.json and weights; `hf-hub:ID`; or `ARCHITECTURE:WEIGHTS`,
+        WEIGHTS being an open_clip tag or a file. Torch files are read with weights_only, and no code of a model
+        repository is run.
+    dtype: torch.float32, torch.bfloat16 or torch.float16; what the towers' matrix products compute in.
+
+    Raises ConfigError for a spec that names nothing loadable.
+    """
+    name, weights = _resolve(SHAPES_ENCODER if spec == "shapes" else spec)
+    try:
+        model = open_clip.create_model(
+            name, weights, precision=_PRECISION[dtype], device=device, require_pretrained=True, weights_only=True
+        )
+        tokenizer = _tokenizer(name)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError, SafetensorError) as error:
+        raise ConfigError(f"reward.encoder: {spec!r} does not load: {_one_line(error)}") from error
+    return OpenClipEncoder(model, tokenizer, device, dtype)
+
+
+def _resolve(spec: str) -> tuple[str, str | None]:
+    """The spec as open_clip.create_model's (model_name, pretrained)."""
+    if spec.startswith(_LOCAL):
+        return _LOCAL + str(_checked_folder(Path(spec.removeprefix(_LOCAL)).expanduser())), None
+    if spec.startswith(_HUB):
+        return spec, None
+    architecture, _, weights = spec.partition(":")
+    architecture = architecture.replace("/", "-")
+    if architecture not in open_clip.list_models():
+        raise ConfigError(
+            f"reward.encoder: {architecture!r} is not an open_clip architecture{_nearest(architecture)}; accepted are "
+            "shapes, local-dir:FOLDER, hf-hub:ID and ARCHITECTURE:WEIGHTS."
+        )
+    if open_clip.is_pretrained_cfg(architecture, weights):
+        return architecture, weights
+    file = Path(weights).expanduser()
+    if not file.is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
+        raise ConfigError(
+            f"reward.encoder: {spec!r} needs weights after the colon, a file or one of {architecture}'s tags ({tags}); "
+            f"{weights!r} is neither."
+        )
+    return architecture, str(file)
+
+
+def _checked_folder(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ConfigError(f"reward.encoder: {str(folder)!r} is not a folder.")
+    if not (folder / "open_clip_config.json").is_file():
+        raise ConfigError(f"reward.encoder: {str(folder)!r} has no open_clip_config.json.")
+    if not any(file.suffix in _WEIGHT_SUFFIXES for file in folder.iterdir()):
+        raise ConfigError(f"reward.encoder: {str(folder)!r} has no weights, such as open_clip_model.safetensors.")
+    return folder
+
+
+def _tokenizer(name: str):
+    # A folder's config may ask for trust_remote_code in its tokenizer_kwargs; the argument here overrules it.
+    hugging_face = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
+    return open_clip.get_tokenizer(name, **({"trust_remote_code": False} if hugging_face else {}))
+
+
+def _image_transform(config: dict, device: torch.device) -> ImageTransform:
+    """From open_clip's preprocess config."""
+    sides = config["size"] if isinstance(config["size"], (tuple, list)) else [config["size"]]
+    if len(set(sides)) > 1 or config["resize_mode"] == "longest":
+        raise ConfigError(
+            f"reward.encoder: its images are {tuple(sides)} with resize mode {config['resize_mode']!r}; accepted are "
+            "square encoders with mode 'shortest' or 'squash'."
+        )
+    mean, std = (torch.tensor(config[key], dtype=torch.float32, device=device).view(3, 1, 1) for key in ("mean", "std"))
+    return ImageTransform(sides[0], mean, std, config["interpolation"], squash=config["resize_mode"] == "squash")
+
+
+def _nearest(architecture: str) -> str:
+    by_lower = {name.lower(): name for name in open_clip.list_models()}
+    matches = difflib.get_close_matches(architecture.lower(), by_lower, n=3)
+    return f", nearest are {', '.join(by_lower[m] for m in matches)}" if matches else ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,229 @@
+"""The steered CLIP reward of SafeDiffusion-R1 (arXiv 2605.18719).
+
+    v_safe = normalize(mean(z(safe anchors)) - mean(z(unsafe anchors)))
+    r(p, x) = z_image(x) . normalize(z_text(p) + alpha * v_safe)
+
+Every z is a unit vector of a frozen CLIP-like encoder, and no logit scale is applied. The image is generated from the
+prompt as it is: only the reward's target is steered. Letters in shapes: P prompts, G images per prompt, E the encoder's
+width; sample b belongs to prompt b // G.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgrpo.config import ConfigError, RewardConfig
+from fastgrpo.rewards.anchors import Anchors
+from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Rewards
+
+# Two float32 features of the same phrase may differ by about this much: a shorter difference is rounding, not an axis.
+_SHORTEST_DIFFERENCE = 1e-5
+# `AxisReport.warning` speaks when a larger share of the steered negatives than this is still unsafe.
+_TOLERATED_UNSAFE = 0.05
+
+
+class Encoder(Protocol):
+    """What the reward needs of an encoder: unit vectors for texts and images. `OpenClipEncoder` is one."""
+
+    device: torch.device
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor: ...
+
+    def encode_image(self, images: Tensor, batch: int) -> Tensor: ...
+
+
+def safety_direction(encoder: Encoder, anchors: Anchors) -> Tensor:
+    """[E] float32, the unit vector v_safe = normalize(mean(z_safe) - mean(z_unsafe)).
+
+    Without safe anchors it is normalize(-mean(z_unsafe)): away from the unsafe ones.
+    Raises ConfigError where the two means are numerically equal, since nothing then tells safe from unsafe.
+    """
+    difference = -encoder.encode_text(anchors.unsafe).mean(0)
+    if anchors.safe:
+        difference = difference + encoder.encode_text(anchors.safe).mean(0)
+    if difference.norm() < _SHORTEST_DIFFERENCE:
+        raise ConfigError(
+            f"reward.anchors: safe {anchors.safe} and unsafe {anchors.unsafe} have the same mean under this encoder; "
+            "phrases that it can tell apart are needed."
+        )
+    return F.normalize(difference, dim=-1)
+
+
+def steer(text: Tensor, direction: Tensor, alpha: float, mode: str, negative: Tensor) -> Tensor:
+    """The reward's targets, [P, E] unit vectors.
+
+    text: [P, E] unit vectors z. direction: [E] unit vector v. negative: [P] bool.
+    mode: `always`       normalize(z + alpha v), as in the paper's code.
+          `unsafe_only`  the same where `negative`, z elsewhere.
+          `projection`   normalize(z - (z . v) v + alpha v): the component along v becomes alpha before normalising.
+    """
+    if mode == "projection":
+        text = text - (text @ direction)[:, None] * direction
+    steered = F.normalize(text + alpha * direction, dim=-1)
+    return torch.where(negative[:, None], steered, text) if mode == "unsafe_only" else steered
+
+
+class SteeringReward:
+    """r(p, x) = z_image(x) . steer(z_text(p)), with every text encoded once.
+
+    direction: [E] float32, v_safe, on the encoder's device.
+    """
+
+    def __init__(self, encoder: Encoder, anchors: Anchors, config: RewardConfig):
+        self.encoder = encoder
+        self.config = config
+        self.direction = safety_direction(encoder, anchors)
+        self._text: dict[str, Tensor] = {}
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> Rewards:
+        """Score a trajectory.
+
+        images: [P * G, 3, h, w] float32 in [0, 1]; image b was drawn for prompts[b // G].
+        Returns [P, G] float32 tensors on the images' device: total, and the parts
+            `alignment` z_image . z_text, `safety` z_image . v_safe, `steered` the total.
+        """
+        text = self.encode_prompts(prompts)
+        z = self.encoder.encode_image(images, self.config.batch).view(len(prompts), group_size, -1)
+        steered = torch.einsum("pge,pe->pg", z, self.targets(text, prompts))
+        parts = {"alignment": torch.einsum("pge,pe->pg", z, text), "safety": z @ self.direction, "steered": steered}
+        parts = {name: part.to(images.device) for name, part in parts.items()}
+        return Rewards(total=parts["steered"], parts=parts)
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> Tensor:
+        """[P, E] float32 unit vectors z_text, kept from one call to the next."""
+        for prompt in prompts:
+            if prompt.text not in self._text:
+                self._text[prompt.text] = self.encoder.encode_text([prompt.text])[0]
+        return torch.stack([self._text[prompt.text] for prompt in prompts])
+
+    def targets(self, text: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """[P, E] float32 unit vectors: `text` steered as the config says."""
+        negative = torch.tensor([prompt.label == NEGATIVE for prompt in prompts], device=text.device)
+        return steer(text, self.direction, self.config.alpha, self.config.mode, negative)
+
+
+def reward_metrics(rewards: Rewards, negative: Tensor) -> dict[str, float]:
+    """What metrics.jsonl says about the rewards.
+
+    negative: [P] bool. `reward/std` is over all P * G, unbiased. A label without prompts has no entries.
+    """
+    negative = negative.cpu()
+    total = rewards.total.cpu()
+    labels = {label: mask for label, mask in ((POSITIVE, ~negative), (NEGATIVE, negative)) if mask.any()}
+    metrics = {"reward/mean": total.mean().item(), "reward/std": total.std().item()}
+    metrics |= {f"reward/{label}_mean": total[mask].mean().item() for label, mask in labels.items()}
+    for name, part in rewards.parts.items():
+        part = part.cpu()
+        metrics[f"reward/{name}"] = part.mean().item()
+        metrics |= {f"reward/{name}_{label}": part[mask].mean().item() for label, mask in labels.items()}
+    return metrics
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and extremes of a set of numbers."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Spread":
+        return cls(values.mean().item(), values.min().item(), values.max().item())
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+
+@dataclass(frozen=True)
+class AxisSide:
+    """Where the `count` prompts of one label lie along the safety axis: z_text . v_safe before and after steering."""
+
+    count: int
+    before: Spread
+    after: Spread
+
+
+@dataclass(frozen=True)
+class AxisReport:
+    """Whether steering carries the prompts to the safe side of the axis.
+
+    alpha, mode: the steering in force.
+    sides: label -> AxisSide, for the labels that have prompts.
+    crossing: for each negative prompt, in ascending order, the alpha at which its target reaches the safe side.
+    """
+
+    alpha: float
+    mode: str
+    sides: dict[str, AxisSide]
+    crossing: tuple[float, ...]
+
+    @property
+    def still_unsafe(self) -> float:
+        """Share of the negatives whose steered target . v_safe < 0; 0 without negatives."""
+        return sum(c > self.alpha for c in self.crossing) / max(len(self.crossing), 1)
+
+    @property
+    def alpha_mean(self) -> float:
+        """The alpha at which the mean of the negatives' z + alpha v reaches the safe side."""
+        return sum(self.crossing) / len(self.crossing)
+
+    @property
+    def alpha_most(self) -> float:
+        """The smallest alpha at which at least 95% of the negatives are on the safe side."""
+        return self.crossing[-1 - int(_TOLERATED_UNSAFE * len(self.crossing))]
+
+    def lines(self) -> list[str]:
+        """A small table for the terminal: mean [min, max]."""
+        head = f"safety axis, z_text . v_safe: mean [min, max] before -> after steering ({self.mode}, alpha {self.alpha:g})"
+        rows = [f"  {label} ({s.count} prompts)  {s.before} -> {s.after}" for label, s in self.sides.items()]
+        if NEGATIVE in self.sides:
+            rows.append(f"  steered negatives still on the unsafe side: {self.still_unsafe:.0%}")
+        return [head, *rows]
+
+    @property
+    def warning(self) -> str | None:
+        """One sentence when more than 5% of the steered negatives are still unsafe, else None."""
+        if self.still_unsafe <= _TOLERATED_UNSAFE:
+            return None
+        return (
+            f"{self.still_unsafe:.0%} of the negative prompts are still on the unsafe side of the safety axis after "
+            f"steering, so the reward asks for what they name: their mean crosses at --reward.alpha "
+            f"{_round_up(self.alpha_mean):.2f}, 95% of them at --reward.alpha {_round_up(self.alpha_most):.2f}."
+        )
+
+
+def axis_report(reward: SteeringReward, prompts: Sequence[Prompt], limit: int = 256) -> AxisReport:
+    """Measure where `prompts` lie along the safety axis, from at most `limit` of each label, evenly spaced.
+
+    (z + alpha v) . v = z . v + alpha, v being a unit vector, so a prompt crosses at alpha = -(z . v). `projection` has
+    removed z . v, so everything crosses at 0.
+    """
+    sides: dict[str, AxisSide] = {}
+    crossing: list[float] = []
+    for label in (POSITIVE, NEGATIVE):
+        chosen = _evenly([prompt for prompt in prompts if prompt.label == label], limit)
+        if not chosen:
+            continue
+        text = reward.encode_prompts(chosen)
+        before = text @ reward.direction
+        after = reward.targets(text, chosen) @ reward.direction
+        sides[label] = AxisSide(len(chosen), Spread.of(before), Spread.of(after))
+        if label == NEGATIVE:
+            crossing = sorted((-before if reward.config.mode != "projection" else 0 * before).tolist())
+    return AxisReport(reward.config.alpha, reward.config.mode, sides, crossing=tuple(crossing))
+
+
+def _evenly(prompts: list[Prompt], limit: int) -> list[Prompt]:
+    count = min(limit, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+def _round_up(alpha: float) -> float:
+    """To two decimals, upwards, so that the alpha named is enough."""
+    return math.ceil(alpha * 100) / 100

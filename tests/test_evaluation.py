@@ -1,0 +1,374 @@
+"""Evaluation: intervals against independent solutions, tallies, the JSON contract, the table, and the suite."""
+
+import json
+import math
+import random
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from fastgrpo.config import EvalConfig, ModelConfig, PromptsConfig, TrainConfig
+from fastgrpo.evaluation import suite as suite_module
+from fastgrpo.evaluation.detectors import OracleDetector
+from fastgrpo.evaluation.intervals import mean_of_rates, wilson
+from fastgrpo.evaluation.result import (
+    Evaluation,
+    Row,
+    changes,
+    comparison_table,
+    read_evaluation,
+    write_evaluation,
+)
+from fastgrpo.evaluation.suite import Suite, make_suite
+from fastgrpo.schedule import make_schedule
+from fastgrpo.shapes.captions import heldout_prompts, parse, scene_for
+from fastgrpo.shapes.world import HAZARDS, TASKS, draw
+from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
+
+
+def score_root(successes: int, n: int, confidence: float, side: int) -> float:
+    """One end of the score interval by bisection on the test statistic itself, without the closed form."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    rate = successes / n
+    inside, outside = rate, float(side > 0)
+
+    def rejected(p: float) -> bool:
+        return abs(rate - p) > z * math.sqrt(p * (1 - p) / n)
+
+    for _ in range(200):
+        middle = (inside + outside) / 2
+        inside, outside = (inside, middle) if rejected(middle) else (middle, outside)
+    return inside
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
+@pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (0, 40), (40, 40), (1, 40), (17, 40), (137, 280)])
+def test_wilson_ends_are_the_roots_of_the_score_test(successes: int, n: int, confidence: float) -> None:
+    low, high = wilson(successes, n, confidence)
+    # Bisection ends within one ulp; near a root at 0 or 1 the statistic's cancellation leaves some 1e-8.
+    assert low == pytest.approx(score_root(successes, n, confidence, -1), abs=1e-7)
+    assert high == pytest.approx(score_root(successes, n, confidence, +1), abs=1e-7)
+    assert 0.0 <= low <= successes / n <= high <= 1.0
+
+
+def test_wilson_gives_the_published_values() -> None:
+    # R. G. Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3.
+    published = {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0.0, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }
+    for (successes, n), limits in published.items():
+        assert wilson(successes, n) == pytest.approx(limits, abs=5e-5)  # printed to four digits
+
+
+def test_no_observation_says_nothing() -> None:
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.5, 0.9])
+def test_wilson_covers_the_true_rate(p: float) -> None:
+    n = 60
+    weights = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
+    covered = sum(w for k, w in enumerate(weights) if wilson(k, n)[0] <= p <= wilson(k, n)[1])
+    # The sum is exact. A discrete distribution cannot hit 95%: one more or less k inside the interval is worth up to
+    # 3 points at p = 0.05, where the most likely k has a chance of 0.22 and those at the interval's ends of 0.03.
+    assert 0.92 <= covered <= 0.98
+
+
+def test_the_mean_of_one_rate_has_that_rates_interval() -> None:
+    assert mean_of_rates([17], [40]) == pytest.approx(wilson(17, 40), abs=1e-12)
+
+
+@pytest.mark.parametrize("rates", [(0.4, 0.5, 0.6, 0.5, 0.3, 0.7), (0.98, 0.95, 0.3, 0.75, 0.03, 0.06)])
+def test_the_mean_of_rates_interval_covers_the_true_mean(rates: tuple[float, ...]) -> None:
+    trials, n = 2000, 60
+    hits = np.random.default_rng(0).binomial(n, rates, size=(trials, len(rates)))
+    intervals = [mean_of_rates(row.tolist(), [n] * len(rates)) for row in hits]
+    covered = sum(low <= np.mean(rates) <= high for low, high in intervals) / trials
+    # A 95% interval; 2,000 trials have a standard error of 0.5%, the method itself is within 1% (Zou et al. 2009).
+    assert 0.93 <= covered <= 0.975
+
+
+def test_the_mean_of_rates_is_narrower_than_pooling_when_rates_differ() -> None:
+    # Between-task spread is no sampling error: stratification must remove it.
+    low, high = mean_of_rates([60, 0, 60, 0], [60] * 4)
+    pooled_low, pooled_high = wilson(120, 240)
+    assert low < 0.5 < high
+    assert high - low < 0.75 * (pooled_high - pooled_low)
+
+
+def verdicts_by_rate(unsafe: dict[str, tuple[int, int]], correct: dict[str, tuple[int, int]]):
+    """Prompts and verdicts with the given (successes, n); the first half of every category also names an object."""
+    prompts, verdicts = [], []
+    for category, (hits, n) in unsafe.items():
+        for i in range(n):
+            prompts.append(Prompt(f"{category} {i}", NEGATIVE, category, len(prompts)))
+            verdicts.append(Verdict(unsafe=i < hits, kept=i % 4 != 0 if i < n // 2 else None))
+    for task, (hits, n) in correct.items():
+        for i in range(n):
+            prompts.append(Prompt(f"{task} {i}", POSITIVE, task, len(prompts)))
+            verdicts.append(Verdict(unsafe=False, correct=i < hits))
+    return prompts, verdicts
+
+
+UNSAFE_BEFORE = dict(zip(HAZARDS, [(20, 40), (24, 40), (32, 40), (16, 40), (28, 40), (30, 40), (20, 40)], strict=True))
+UNSAFE_AFTER = dict(zip(HAZARDS, [(5, 40), (6, 40), (0, 40), (4, 40), (7, 40), (0, 40), (10, 40)], strict=True))
+CORRECT_BEFORE = dict(zip(TASKS, [(54, 60), (30, 60), (20, 60), (40, 60), (15, 50), (12, 60)], strict=True))
+CORRECT_AFTER = dict(zip(TASKS, [(57, 60), (30, 60), (26, 60), (40, 60), (20, 50), (12, 60)], strict=True))
+TRAINED = ("violence", "shocking")
+
+
+@pytest.fixture
+def before() -> Evaluation:
+    return Evaluation.from_verdicts(*verdicts_by_rate(UNSAFE_BEFORE, CORRECT_BEFORE))
+
+
+@pytest.fixture
+def after() -> Evaluation:
+    return Evaluation.from_verdicts(*verdicts_by_rate(UNSAFE_AFTER, CORRECT_AFTER))
+
+
+def test_rates_do_not_depend_on_the_order_of_images(before: Evaluation) -> None:
+    pairs = list(zip(*verdicts_by_rate(UNSAFE_BEFORE, CORRECT_BEFORE), strict=True))
+    random.Random(3).shuffle(pairs)
+    assert Evaluation.from_verdicts(*zip(*pairs, strict=True)) == before
+
+
+def test_rates_are_those_put_in(before: Evaluation) -> None:
+    for category, (hits, n) in UNSAFE_BEFORE.items():
+        assert before.unsafe[category] == Row(hits / n, n, *wilson(hits, n))
+    assert before.unsafe["overall"] == Row(170 / 280, 280, *wilson(170, 280))
+    assert before.composition["counting"].rate == 20 / 60
+    # The mean of the task rates, not the pooled 171 / 350: position has fewer prompts.
+    mean = (54 / 60 + 30 / 60 + 20 / 60 + 40 / 60 + 15 / 50 + 12 / 60) / 6
+    assert before.composition["overall"].rate == pytest.approx(mean, abs=1e-12)
+    assert before.composition["overall"].n == 350
+    # 20 prompts of each category name an object; every fourth of those lost it.
+    assert before.kept["hate"].rate == 15 / 20
+    assert before.kept["overall"] == Row(105 / 140, 140, *wilson(105, 140))
+
+
+def test_a_group_nobody_measured_is_empty() -> None:
+    only_hazards = Evaluation.from_verdicts([Prompt("x", NEGATIVE, "hate")], [Verdict(unsafe=True)])
+    assert only_hazards.composition == only_hazards.kept == {}
+    assert only_hazards.metrics() == {"eval/unsafe_hate": 1.0, "eval/unsafe": 1.0}
+
+
+def test_a_missing_verdict_is_refused() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        Evaluation.from_verdicts([Prompt("x", NEGATIVE, "hate")] * 2, [Verdict(unsafe=True)])
+
+
+def test_evaluation_json_is_the_contract_and_comes_back_equal(tmp_path, before: Evaluation, after: Evaluation) -> None:
+    path = tmp_path / "evaluation.json"
+    write_evaluation(path, "shapes-oracle-v1", TRAINED, before, after)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert set(data) == {"protocol", "trained_categories", "before", "after"}
+    assert data["trained_categories"] == list(TRAINED)
+    for stage in ("before", "after"):
+        assert set(data[stage]["unsafe"]) == {*HAZARDS, "overall"}
+        assert set(data[stage]["composition"]) == {*TASKS, "overall"}
+        rows = [row for group in data[stage].values() for row in group.values()]
+        assert all(set(row) == {"rate", "n", "low", "high"} for row in rows)
+    loaded = read_evaluation(path)
+    assert (loaded.before, loaded.after) == (before, after)
+    assert (loaded.protocol, loaded.trained_categories) == ("shapes-oracle-v1", TRAINED)
+    assert [p.name for p in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, before: Evaluation) -> None:
+    path = tmp_path / "evaluation.json"
+    write_evaluation(path, "shapes-oracle-v1", TRAINED, before, before)
+    old = path.read_bytes()
+    broken = Evaluation({"hate": Row(math.nan, 1, 0.0, 1.0)}, {}, {})
+    with pytest.raises(ValueError, match="JSON"):
+        write_evaluation(path, "shapes-oracle-v1", TRAINED, before, broken)
+    assert path.read_bytes() == old
+
+
+def test_metric_names(before: Evaluation) -> None:
+    metrics = before.metrics()
+    expected = {"eval/unsafe", "eval/composition", "eval/kept", "eval/unsafe_self_harm", "eval/unsafe_illegal_activity"}
+    assert expected | {"eval/composition_single_object"} <= set(metrics)
+    assert len(metrics) == 1 + 7 + 1 + 6 + 1
+    assert metrics["eval/unsafe_self_harm"] == 16 / 40
+    assert not any(" " in name or "-" in name for name in metrics)
+
+
+def test_changes_are_relative_for_unsafe_and_points_for_composition(before: Evaluation, after: Evaluation) -> None:
+    lines = {line.name: line for line in changes(before, after, TRAINED) if line.group == "unsafe"}
+    assert list(lines) == [*HAZARDS, "all seven", "never trained"]
+    assert [name for name, line in lines.items() if line.trained] == list(TRAINED)
+    assert lines["hate"].text == "-75%"  # 20 -> 5
+    assert lines["violence"].text == "-100%"  # 32 -> 0
+    assert lines["illegal activity"].text == "-50%"  # 20 -> 10
+    assert lines["all seven"].text == "-81%"  # 170 -> 32
+    assert lines["never trained"].before == Row(108 / 200, 200, *wilson(108, 200))
+    assert lines["never trained"].text == "-70%"  # 108 -> 32
+    others = {(line.group, line.name): line.text for line in changes(before, after, TRAINED) if line.group != "unsafe"}
+    assert others["composition", "counting"] == "+10.0 points"  # 20 -> 26 of 60
+    assert others["composition", "two_object"] == "+0.0 points"
+    assert others["composition", "overall"] == "+4.2 points"  # (3 / 60 + 6 / 60 + 5 / 50) / 6
+    assert others["kept", "kept"] == "+0.0 points"
+
+
+def test_no_relative_change_from_zero() -> None:
+    never = Evaluation({"hate": Row(0.0, 10, *wilson(0, 10)), "overall": Row(0.0, 10, *wilson(0, 10))}, {}, {})
+    once = Evaluation({"hate": Row(0.1, 10, *wilson(1, 10)), "overall": Row(0.1, 10, *wilson(1, 10))}, {}, {})
+    assert {line.text for line in changes(never, once, ("hate",))} == {"–"}
+    assert [line.name for line in changes(never, once, ("hate",))] == ["hate", "all seven"]
+
+
+def test_table_shows_marks_rates_and_intervals(before: Evaluation, after: Evaluation) -> None:
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(comparison_table(before, after, TRAINED))
+    lines = capture.get().splitlines()
+    low, high = (100 * value for value in wilson(20, 40))
+    hate = next(line for line in lines if " hate " in line)
+    assert "○ hate" in hate
+    assert f"50.0 [{low:.1f}, {high:.1f}]" in hate
+    assert "-75%" in hate
+    assert any("● violence" in line for line in lines)
+    assert any("all seven" in line and "60.7" in line and "-81%" in line for line in lines)
+    assert any("never trained" in line and "54.0" in line and "-70%" in line for line in lines)
+    assert any("counting" in line and "+10.0 points" in line for line in lines)
+
+
+class RecordingDetector:
+    """Keeps the mean colour of every image it is shown, by prompt id."""
+
+    name = "recording"
+
+    def __init__(self) -> None:
+        self.seen: dict[int, tuple[float, ...]] = {}
+
+    def __call__(self, images, prompts):
+        colours = images.mean(dim=(2, 3)).tolist()
+        self.seen |= {prompt.id: tuple(colour) for prompt, colour in zip(prompts, colours, strict=True)}
+        return [Verdict(unsafe=red > 0.5, correct=red > 0.5) for red, _, _ in colours]
+
+
+class FakePolicy:
+    """The least that sampling needs: the third channel of an image is a number encoded from its prompt's text."""
+
+    device = torch.device("cpu")
+    latent_shape = (3, 4, 4)
+
+    def encode(self, texts):
+        return torch.tensor([len(text) / 20 for text in texts]).view(-1, 1, 1)
+
+    def predict(self, latents, timesteps, embeds, guidance):
+        output = torch.tanh(guidance * latents)
+        output[:, 2] = latents[:, 2] - embeds  # any function of latent and text will do
+        self.embeds = embeds
+        return output
+
+    def decode(self, latents):
+        images = torch.sigmoid(latents)
+        images[:, 2] = self.embeds
+        return images
+
+
+PROMPTS = [Prompt("x" * i, NEGATIVE, "hate", i) for i in range(10)]
+PROMPTS += [Prompt("y" * i, POSITIVE, "counting", 100 + i) for i in range(7)]
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+}
+
+
+def evaluate(prompts, seed=5, **options) -> tuple[Evaluation, dict]:
+    detector = RecordingDetector()
+    suite = Suite("test", prompts, seed, detector, quick_fraction=0.25)
+    schedule = make_schedule(SCHEDULER, 3, 1.0, torch.device("cpu"))
+    return suite.evaluate(FakePolicy(), schedule, 0.5, **options), detector.seen
+
+
+def test_an_image_depends_on_its_prompt_and_seed_only(monkeypatch) -> None:
+    result, seen = evaluate(PROMPTS)
+    shuffled = random.Random(1).sample(PROMPTS, len(PROMPTS))
+    for chunk in (1, 3, 1000):
+        monkeypatch.setattr(suite_module, "CHUNK", chunk)
+        again, seen_again = evaluate(shuffled)
+        # Equal but for the vectorised tanh and sigmoid, whose ends of a batch may differ by an ulp a step.
+        assert seen_again.keys() == seen.keys()
+        for key in seen:
+            assert seen_again[key] == pytest.approx(seen[key], abs=1e-5)
+        assert again == result
+    for prompt in PROMPTS:
+        assert seen[prompt.id][2] == pytest.approx(len(prompt.text) / 20)
+    assert len({red for red, _, _ in seen.values()}) == len(PROMPTS)
+    other = evaluate(PROMPTS, seed=6)[1]
+    assert all(abs(other[key][0] - seen[key][0]) > 1e-4 for key in seen)
+
+
+def test_a_quick_evaluation_is_a_prefix_of_every_category_with_the_same_images() -> None:
+    _, seen = evaluate(PROMPTS)
+    result, quick = evaluate(PROMPTS, quick=True)
+    assert set(quick) == {0, 1, 2, 100, 101}  # a quarter of 10 and of 7, rounded up
+    for key in quick:
+        assert quick[key] == pytest.approx(seen[key], abs=1e-5)
+    assert (result.unsafe["hate"].n, result.composition["counting"].n) == (3, 2)
+
+
+def test_progress_counts_images(monkeypatch) -> None:
+    monkeypatch.setattr(suite_module, "CHUNK", 8)
+    calls = []
+    evaluate(PROMPTS, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(8, 17), (16, 17), (17, 17)]
+
+
+def test_seeds_never_change() -> None:
+    suite = Suite("test", PROMPTS, 1234, RecordingDetector())
+    # From `printf 1234:0 | sha256sum`, written down so that no rewrite changes the noise behind past results.
+    assert suite.seeds(PROMPTS[:1]) == [0x7A7052027E0DF698 >> 1]
+    seeds = suite.seeds(suite.prompts)
+    assert len(set(seeds)) == len(PROMPTS)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_the_shapes_suite_holds_what_the_config_says() -> None:
+    suite = make_suite(TrainConfig(eval=EvalConfig(unsafe_per_category=8, composition_per_task=12)))
+    assert suite.protocol == "shapes-oracle-v1"
+    assert list(suite.prompts) == heldout_prompts(8, 12)
+    assert len({prompt.id for prompt in suite.prompts}) == len(suite.prompts) == 7 * 8 + 6 * 12
+    assert len(suite.quick_prompts()) == 7 * 2 + 6 * 3
+    pictures = suite.picture_prompts()
+    assert [p.category for p in pictures] == [*HAZARDS, *TASKS]
+    assert set(pictures) <= set(suite.prompts)
+
+
+def test_a_model_and_prompts_from_elsewhere_have_no_suite_yet() -> None:
+    elsewhere = TrainConfig(
+        model=ModelConfig(path="some/sd15"), prompts=PromptsConfig(positive="safe.txt", negative="unsafe.txt")
+    )
+    assert make_suite(elsewhere) is None
+
+
+def test_the_oracle_detector_judges_drawn_scenes_right() -> None:
+    rng = np.random.default_rng(0)
+    prompts = heldout_prompts(3, 3)
+    pictures = np.stack([draw(scene_for(parse(prompt.text), rng), rng) for prompt in prompts])
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    verdicts = OracleDetector()(images, prompts)
+    result = Evaluation.from_verdicts(prompts, verdicts)
+    # Every picture shows exactly what its prompt asks for, hazards included; the oracle may miss the odd one.
+    assert result.unsafe["overall"].rate > 0.9
+    assert result.composition["overall"].rate > 0.9
+    # The same pictures in another order answer the wrong prompts.
+    assert (
+        Evaluation.from_verdicts(prompts, OracleDetector()(images.flip(0), prompts)).composition["overall"].rate < 0.5
+    )

@@ -1,0 +1,147 @@
+"""The Stable Diffusion being trained: a float32 UNet that learns, and a VAE and text encoder that do not."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from fastgrpo.config import ConfigError
+
+SHAPES_PIPELINE = Path(__file__).parent / "shapes" / "weights" / "pipeline"
+
+DECODE_BATCH = 64
+"""Latents decoded at once: the VAE's activations are large, its speed gains nothing beyond this."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A Stable Diffusion pipeline taken apart.
+
+    unet: float32 weights, trained; always in eval mode, since dropout would give every pass a different policy.
+    vae, text_encoder: frozen, in `dtype`. tokenizer: the text encoder's.
+    scheduler_config: the pipeline's scheduler_config.json, from which `make_schedule` builds the steps.
+    device: where everything is. dtype: what the UNet computes in, torch.float32 or torch.bfloat16.
+    """
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler_config: Mapping[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent at the size the model was trained for."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    @cached_property
+    def unconditional(self) -> Tensor:
+        """[1, L, D] float32: the empty prompt's embedding, which guidance moves away from."""
+        return self.encode([""])
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Embed N texts, padded or cut to the tokenizer's length. Returns [N, L, D] float32."""
+        tokens = self.tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state.float()
+
+    def predict(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        embeds: Tensor,
+        guidance: float,
+        unet: UNet2DConditionModel | None = None,
+    ) -> Tensor:
+        """The UNet's output under classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
+
+        output = uncond + guidance * (cond - uncond), the two halves from one call on 2N; guidance 1 calls on N only.
+        latents: [N, C, H, W] float32. timesteps: [N] int64. embeds: [N, L, D].
+        unet: another UNet than the policy's own, such as the base model.
+        Returns [N, C, H, W] float32.
+        """
+        unet = self.unet if unet is None else unet
+        if guidance == 1.0:
+            with self._autocast():
+                return unet(latents, timesteps, embeds, return_dict=False)[0].float()
+        contexts = torch.cat([self.unconditional.expand_as(embeds), embeds])
+        with self._autocast():
+            output = unet(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), contexts, return_dict=False)[0]
+        unconditional, conditional = output.float().chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Turn latents [N, C, H, W] into images [N, 3, h, w] float32 in [0, 1]."""
+        scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
+        images = [self.vae.decode(chunk, return_dict=False)[0].float() for chunk in scaled.split(DECODE_BATCH)]
+        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
+def load_policy(path: str, device: torch.device, dtype: torch.dtype) -> Policy:
+    """Load an SD 1.x / 2.x pipeline from safetensors files.
+
+    path: a diffusers folder, a hub id, or "shapes" for the pipeline that ships with fastgrpo.
+    dtype: what the UNet computes in and the frozen parts are held in. The UNet's weights are always float32.
+    Raises ConfigError when there is no such pipeline or it is of another kind.
+    """
+    source = str(SHAPES_PIPELINE) if path == "shapes" else path
+    _check_pipeline(source)
+    try:
+        policy = Policy(
+            unet=UNet2DConditionModel.from_pretrained(
+                source, subfolder="unet", use_safetensors=True, dtype=torch.float32
+            ),
+            vae=AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True, dtype=dtype),
+            text_encoder=CLIPTextModel.from_pretrained(
+                source, subfolder="text_encoder", use_safetensors=True, dtype=dtype
+            ),
+            tokenizer=CLIPTokenizer.from_pretrained(source, subfolder="tokenizer"),
+            scheduler_config=DDIMScheduler.load_config(source, subfolder="scheduler"),
+            device=device,
+            dtype=dtype,
+        )
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model.path is {source!r}, a pipeline that cannot be loaded: {reason}") from error
+    channels = policy.unet.config.in_channels
+    if channels != 4:
+        raise ConfigError(
+            f"model.path is {source!r}, whose UNet takes {channels} channels; "
+            "a text-to-image UNet, which takes 4, is accepted"
+        )
+    # Convolutions run a third faster on CPU in this layout, and it is the one tensor cores want.
+    policy.unet.to(device, memory_format=torch.channels_last).eval()
+    for frozen in (policy.vae, policy.text_encoder):
+        frozen.to(device).eval().requires_grad_(False)
+    return policy
+
+
+def _check_pipeline(source: str) -> None:
+    accepted = "a diffusers folder or hub id of an SD 1.x / 2.x StableDiffusionPipeline, or shapes, is accepted"
+    try:
+        kind = DiffusionPipeline.load_config(source)["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model.path is {source!r}, where no model_index.json can be read; {accepted}") from error
+    if kind != "StableDiffusionPipeline":
+        raise ConfigError(f"model.path is {source!r}, a {kind}; {accepted}")

@@ -1,0 +1,100 @@
+"""Sampling: DDIM with eta > 0 as a Gaussian policy, for training (`rollout`) and for looking at (`sample`)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastgrpo.config import RolloutConfig
+from fastgrpo.policy import Policy
+from fastgrpo.schedule import Schedule, gaussian_log_prob
+from fastgrpo.types import PromptBatch, Trajectory
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy,
+    prompts: PromptBatch,
+    schedule: Schedule,
+    config: RolloutConfig,
+    group_size: int,
+    generator: torch.Generator,
+    progress: Callable[[int], None] | None = None,
+) -> Trajectory:
+    """Draw `group_size` images for each prompt and keep every latent on the way.
+
+    generator: on any device. A step's noise is drawn for all samples at once, so `config.batch`, the number of samples
+    denoised together, does not change the numbers drawn.
+    progress: called after every denoising step with 1, the number of steps just finished.
+    """
+    embeds = prompts.embeds.repeat_interleave(group_size, dim=0)
+    start = initial_noise(len(prompts), group_size, policy.latent_shape, config.initial_noise, generator)
+    samples, device = start.shape[0], policy.device
+    chunks = torch.arange(samples).split(config.batch or samples)
+    latents = torch.empty(len(schedule) + 1, *start.shape, device=device)
+    log_probs = torch.empty(len(schedule), samples, device=device)
+    latents[0] = start.to(device)
+    for step in range(len(schedule)):
+        noise = torch.randn(start.shape, generator=generator, device=generator.device).to(device)
+        for chunk in chunks:
+            part = slice(int(chunk[0]), int(chunk[-1]) + 1)
+            latents[step + 1, part], log_probs[step, part] = denoise_step(
+                policy, schedule, step, latents[step, part], embeds[part], config.guidance, noise[part]
+            )
+        if progress is not None:
+            progress(1)
+    return Trajectory(latents=latents, log_probs=log_probs, images=policy.decode(latents[-1]))
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy, embeds: Tensor, schedule: Schedule, guidance: float, seeds: Sequence[int], batch: int = 256
+) -> Tensor:
+    """Draw one image per embedding; the picture depends on its own prompt and seed, not on its neighbours or the device.
+
+    embeds: [N, L, D]. seeds: N numbers, each the seed of one sample's own CPU generator. batch: images drawn at once.
+    Returns [N, 3, h, w] float32 in [0, 1].
+    """
+    images = []
+    for start in range(0, len(seeds), batch):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch]]
+        part = embeds[start : start + batch]
+        latents = _noise_of_each(generators, policy)
+        for step in range(len(schedule)):
+            noise = _noise_of_each(generators, policy)
+            latents, _ = denoise_step(policy, schedule, step, latents, part, guidance, noise)
+        images.append(policy.decode(latents))
+    return torch.cat(images)
+
+
+def denoise_step(
+    policy: Policy, schedule: Schedule, step: int, latents: Tensor, embeds: Tensor, guidance: float, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Take one step of N samples: x_p = mu + sigma * noise.
+
+    latents, noise: [N, C, H, W] float32. embeds: [N, L, D].
+    Returns the next latents [N, C, H, W] float32 and the log-probability [N] float32 of exactly those.
+    """
+    timesteps = schedule.timesteps[step].expand(latents.shape[0])
+    mean = schedule.mean(step, latents, policy.predict(latents, timesteps, embeds, guidance))
+    sigma = schedule.sigma[step]
+    following = (mean + sigma.double() * noise.double()).float()
+    return following, gaussian_log_prob(following, mean, sigma)
+
+
+def initial_noise(
+    count_prompts: int, group_size: int, latent_shape: tuple[int, int, int], kind: str, generator: torch.Generator
+) -> Tensor:
+    """The latents a rollout starts from: [B, C, H, W] float32 on the generator's device, B = count_prompts * group_size.
+
+    kind: "shared", one latent for all samples; "per_prompt", one for each group; "independent", one for each sample.
+    """
+    samples = count_prompts * group_size
+    distinct = {"shared": 1, "per_prompt": count_prompts, "independent": samples}[kind]
+    noise = torch.randn((distinct, *latent_shape), generator=generator, device=generator.device)
+    return noise.repeat_interleave(samples // distinct, dim=0)
+
+
+def _noise_of_each(generators: Sequence[torch.Generator], policy: Policy) -> Tensor:
+    """[N, C, H, W] float32: the next draw of each sample's own generator."""
+    return torch.stack([torch.randn(policy.latent_shape, generator=g) for g in generators]).to(policy.device)

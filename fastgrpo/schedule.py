@@ -1,0 +1,201 @@
+"""The denoising steps as a Gaussian policy: timesteps, the mean's coefficients, sigma, and the log-probability.
+
+One DDIM step (Song et al., arXiv 2010.02502, equations 12 and 16) goes from timestep t to the earlier timestep p.
+With `a` the cumulative product of 1 - beta, a_t = a[t] and a_p = a[p]:
+
+    sigma = eta * sqrt((1 - a_p) / (1 - a_t) * (1 - a_t / a_p))
+    mu    = sqrt(a_p) * x0 + sqrt(1 - a_p - sigma^2) * eps
+    x_p   ~ N(mu, sigma^2)
+
+x0 and eps are both linear in x_t and in the network's output o, for either prediction type:
+
+    epsilon        x0 = (x_t - sqrt(1 - a_t) * o) / sqrt(a_t)            eps = o
+    v_prediction   x0 = sqrt(a_t) * x_t - sqrt(1 - a_t) * o              eps = sqrt(a_t) * o + sqrt(1 - a_t) * x_t
+
+so mu = coef_sample * x_t + coef_output * o. With d = sqrt(1 - a_p - sigma^2):
+
+    epsilon        coef_sample = sqrt(a_p / a_t)                         coef_output = d - sqrt(a_p * (1 - a_t) / a_t)
+    v_prediction   coef_sample = sqrt(a_p * a_t) + d * sqrt(1 - a_t)     coef_output = d * sqrt(a_t) - sqrt(a_p * (1 - a_t))
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrpo.config import ConfigError
+
+# What the keys mean when a scheduler_config.json leaves them out: diffusers' own defaults for each class.
+_COMMON_DEFAULTS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "steps_offset": 0,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "thresholding": False,
+    "rescale_betas_zero_snr": False,
+}
+_DEFAULTS = {
+    "DDIMScheduler": _COMMON_DEFAULTS | {"clip_sample": True, "set_alpha_to_one": True},
+    "PNDMScheduler": _COMMON_DEFAULTS | {"clip_sample": False, "set_alpha_to_one": False},
+}
+_PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The T denoising steps of a rollout, in the order they are taken. All tensors are on one device.
+
+    timesteps: [T] int64, what the UNet is told.
+    coef_sample: [T] float32, the mean's coefficient of x_t.
+    coef_output: [T] float32, the mean's coefficient of the UNet's output.
+    sigma: [T] float32, the step's standard deviation.
+    trainable: [T] bool, sigma > 0: a deterministic step has no probability to learn from.
+    prediction_type: "epsilon" or "v_prediction".
+    """
+
+    timesteps: Tensor
+    coef_sample: Tensor
+    coef_output: Tensor
+    sigma: Tensor
+    trainable: Tensor
+    prediction_type: str
+
+    def __len__(self) -> int:
+        return self.timesteps.shape[0]
+
+    def mean(self, step: Tensor | int, latents: Tensor, output: Tensor) -> Tensor:
+        """The mean of the next latent.
+
+        step: [N] int64 or one int, the position in the schedule (not the timestep).
+        latents, output: [N, C, H, W], x_t and what the UNet said about it.
+        Returns [N, C, H, W] float64. Late steps divide the mean's error by a small sigma; in float32 that error would
+        depend on how a vectorised loop happened to round, and so on the batch.
+        """
+        coef_sample = self.coef_sample[step].double().reshape(-1, 1, 1, 1)
+        coef_output = self.coef_output[step].double().reshape(-1, 1, 1, 1)
+        return coef_sample * latents.double() + coef_output * output.double()
+
+
+def make_schedule(scheduler_config: Mapping[str, Any], steps: int, eta: float, device: torch.device) -> Schedule:
+    """The schedule that diffusers' DDIMScheduler would follow, computed in float64.
+
+    scheduler_config: a pipeline's scheduler_config.json, of a DDIMScheduler or, as SD 1.x ships, a PNDMScheduler.
+    steps: number of denoising steps. eta: DDIM's eta, in (0, 1].
+    Raises ConfigError for a config or value under which a step would not be a Gaussian with this mean.
+    """
+    config = _complete(scheduler_config)
+    _check(config, steps, eta)
+    alphas = _alphas_cumprod(config)
+    timesteps = _timesteps(config, steps)
+    previous = timesteps - config["num_train_timesteps"] // steps
+    final = alphas.new_tensor(1.0) if config["set_alpha_to_one"] else alphas[0]
+    a_t = alphas[timesteps]
+    a_p = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
+    # Clamped only against rounding: with eta <= 1 both arguments are at least 0.
+    sigma = eta * torch.sqrt(((1 - a_p) / (1 - a_t) * (1 - a_t / a_p)).clamp(min=0))
+    direction = torch.sqrt((1 - a_p - sigma**2).clamp(min=0))
+    if config["prediction_type"] == "epsilon":
+        coef_sample = torch.sqrt(a_p / a_t)
+        coef_output = direction - torch.sqrt(a_p * (1 - a_t) / a_t)
+    else:
+        coef_sample = torch.sqrt(a_p * a_t) + direction * torch.sqrt(1 - a_t)
+        coef_output = direction * torch.sqrt(a_t) - torch.sqrt(a_p * (1 - a_t))
+    return Schedule(
+        timesteps=timesteps.to(device),
+        coef_sample=coef_sample.float().to(device),
+        coef_output=coef_output.float().to(device),
+        sigma=sigma.float().to(device),
+        trainable=(sigma > 0).to(device),
+        prediction_type=config["prediction_type"],
+    )
+
+
+def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
+    """Log-density of `sample` under N(mean, sigma^2), averaged (not summed) over C, H and W.
+
+    sample, mean: [N, C, H, W]. sigma: [N], or a scalar tensor for all.
+    Returns [N] float32, computed in float64; 0 where sigma is 0.
+    """
+    sigma = sigma.double()
+    random = sigma > 0
+    scale = torch.where(random, sigma, 1.0)
+    residual = (sample.double() - mean.double()) / scale.reshape(-1, 1, 1, 1)
+    log_prob = -0.5 * residual.square().mean(dim=(1, 2, 3)) - scale.log() - 0.5 * math.log(2 * math.pi)
+    return torch.where(random, log_prob, 0.0).float()
+
+
+def _complete(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+    name = scheduler_config.get("_class_name")
+    if name not in _DEFAULTS:
+        raise ConfigError(f"scheduler: _class_name is {name!r}; a DDIMScheduler or PNDMScheduler config is accepted")
+    return _DEFAULTS[name] | dict(scheduler_config)
+
+
+def _check(config: Mapping[str, Any], steps: int, eta: float) -> None:
+    if not 0 < eta <= 1:
+        raise ConfigError(
+            f"rollout.eta is {eta}; above 0 (a deterministic step has no probability) and at most 1 is accepted"
+        )
+    if not 1 <= steps <= config["num_train_timesteps"]:
+        raise ConfigError(f"rollout.steps is {steps}; 1 to the model's {config['num_train_timesteps']} is accepted")
+    if config["prediction_type"] not in _PREDICTION_TYPES:
+        accepted = " or ".join(_PREDICTION_TYPES)
+        raise ConfigError(f"scheduler: prediction_type is {config['prediction_type']!r}; {accepted} is accepted")
+    if config["clip_sample"]:
+        raise ConfigError(
+            "scheduler: clip_sample is true (a DDIMScheduler's value when its config does not say); "
+            "only false is accepted, since a clipped step is not Gaussian"
+        )
+    if config["thresholding"]:
+        raise ConfigError("scheduler: thresholding is true; only false is accepted, since such a step is not Gaussian")
+    if config["rescale_betas_zero_snr"] and config["prediction_type"] == "epsilon":
+        raise ConfigError("scheduler: rescale_betas_zero_snr is true with epsilon prediction; it needs v_prediction")
+
+
+def _alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
+    """[num_train_timesteps] float64."""
+    count, start, end = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
+    if config["trained_betas"] is not None:
+        betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
+    elif config["beta_schedule"] == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
+    elif config["beta_schedule"] == "linear":
+        betas = torch.linspace(start, end, count, dtype=torch.float64)
+    else:
+        name = config["beta_schedule"]
+        raise ConfigError(f"scheduler: beta_schedule is {name!r}; scaled_linear, linear or trained_betas is accepted")
+    alphas = torch.cumprod(1 - betas, dim=0)
+    return _zero_terminal_snr(alphas) if config["rescale_betas_zero_snr"] else alphas
+
+
+def _zero_terminal_snr(alphas: Tensor) -> Tensor:
+    """Shift and scale sqrt(a) so that the last is 0 and the first keeps its value (Lin et al., arXiv 2305.08891)."""
+    root = alphas.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+
+def _timesteps(config: Mapping[str, Any], steps: int) -> Tensor:
+    """[steps] int64, descending; the spacings of arXiv 2305.08891, table 2, as diffusers rounds them."""
+    count, spacing = config["num_train_timesteps"], config["timestep_spacing"]
+    positions = torch.arange(steps, dtype=torch.float64)
+    if spacing == "leading":
+        timesteps = positions.flip(0) * (count // steps) + config["steps_offset"]
+    elif spacing == "trailing":
+        timesteps = torch.round(count - positions * (count / steps)) - 1
+    elif spacing == "linspace":
+        timesteps = torch.linspace(0, count - 1, steps, dtype=torch.float64).round().flip(0)
+    else:
+        raise ConfigError(f"scheduler: timestep_spacing is {spacing!r}; leading, trailing or linspace is accepted")
+    if timesteps[0] >= count:
+        raise ConfigError(
+            f"rollout.steps is {steps}; with the scheduler's steps_offset of {config['steps_offset']} "
+            f"the first of them lies beyond the model's {count} timesteps: fewer are accepted"
+        )
+    return timesteps.long()

@@ -30,8 +30,6 @@ _TOLERATED_UNSAFE = 0.05
 class Encoder(Protocol):
     """What the reward needs of an encoder: unit vectors for texts and images. `OpenClipEncoder` is one."""
 
-    device: torch.device
-
     def encode_text(self, texts: Sequence[str]) -> Tensor: ...
 
     def encode_image(self, images: Tensor, batch: int) -> Tensor: ...

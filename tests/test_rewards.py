@@ -1,0 +1,517 @@
+"""The encoder against open_clip's own path, the steered reward against float64 formulas."""
+
+import json
+import math
+import pickle
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+import fastgrpo  # noqa: F401  (prepares the imports below)
+from fastgrpo.config import ConfigError, RewardConfig
+from fastgrpo.rewards.anchors import ANCHORS, Anchors
+from fastgrpo.rewards.encoder import load_encoder
+from fastgrpo.rewards.steering import SteeringReward, axis_report, reward_metrics, safety_direction, steer
+from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Rewards
+
+# isort: split
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPTokenizer
+
+U = 2.0**-24  # float32 unit roundoff
+EMBED = 32
+MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)  # not open_clip's defaults: they must be read from the folder
+TEXTS = ("a safe picture", "a hazard", "two red squares and a circle", "harmless")
+MODES = ("always", "unsafe_only", "projection")
+
+
+def tiny_config(vocabulary: int) -> dict:
+    """Model config of a two-layer CLIP for 32 x 32 images."""
+    vision = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
+    text = {"context_length": 16, "vocab_size": vocabulary, "width": 32, "heads": 2, "layers": 2}
+    return {"embed_dim": EMBED, "vision_cfg": vision, "text_cfg": text}
+
+
+def tiny_model(config: dict) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**config)
+    with torch.no_grad():
+        # open_clip starts embeddings at std 0.01..0.02, which would make all features nearly alike.
+        model.token_embedding.weight.normal_(std=0.5)
+        model.visual.conv1.weight.normal_(std=0.2)
+    return model.eval()
+
+
+def write_folder(folder, preprocess: dict | None = None, tokenizer_kwargs: dict | None = None):
+    """A local-dir encoder with a character tokenizer. Returns the model."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[]).save_pretrained(folder)
+    config = tiny_config(len(tokens))
+    model = tiny_model(config)
+    config["text_cfg"] |= {"hf_tokenizer_name": "tiny"}
+    if tokenizer_kwargs:
+        config["text_cfg"]["tokenizer_kwargs"] = tokenizer_kwargs
+    preprocess = {"mean": MEAN, "std": STD} | (preprocess or {})
+    config = {"model_cfg": config, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    write_folder(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(folder):
+    return load_encoder(f"local-dir:{folder}", "cpu")
+
+
+def pictures(count: int, height: int = 32, width: int = 32, low: int = 0, high: int = 255) -> torch.Tensor:
+    """[count, 3, height, width] multiples of 1/255: coarse random blocks, so that features differ, with fine noise."""
+    generator = torch.Generator().manual_seed(count * 1000 + height)
+    blocks = torch.rand(count, 3, 2, 2, generator=generator)
+    noise = torch.rand(count, 3, height, width, generator=generator)
+    values = low + (high - low) * (0.7 * F.interpolate(blocks, (height, width)) + 0.3 * noise)
+    return values.round() / 255
+
+
+# --- encoder ---------------------------------------------------------------------------------------------------------
+
+
+def as_pil(image: torch.Tensor) -> Image.Image:
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def resize_gain(length: int, size: int) -> float:
+    """Largest sum of absolute weights of the antialiased bicubic resize from `length` to `size` pixels."""
+    weights = F.interpolate(torch.eye(length)[None, None], (size, length), mode="bicubic", antialias=True)
+    return weights.abs().sum(-1).max().item()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 48), (64, 40), (40, 67), (20, 20), (24, 31)])
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+def test_image_transform_is_open_clips_own(tmp_path, size, resize_mode):
+    write_folder(tmp_path, {"resize_mode": resize_mode})
+    encoder = load_encoder(f"local-dir:{tmp_path}", "cpu")
+    reference = image_transform_v2(PreprocessCfg(**encoder.model.visual.preprocess_cfg), is_train=False)
+    # Values of 64 to 191 keep bicubic's overshoot inside 0..255, where saturation between PIL's two passes plays no part.
+    images = pictures(3, *size, low=64, high=191)
+    expected = torch.stack([reference(as_pil(image)) for image in images])
+    # PIL resizes rows, rounds to 8 bits (error 1/2 level), resizes columns (which multiplies it by the column weights'
+    # absolute sum) and rounds again. 0.01 level is left for its fixed-point weights and for float32.
+    levels = 0.01 if size == (32, 32) else 0.5 * max(resize_gain(side, 32) for side in size) + 0.5 + 0.01
+    bound = levels / 255 / torch.tensor(STD).view(3, 1, 1)
+    assert ((encoder.transform(images) - expected).abs() <= bound).all()
+
+
+def test_image_transform_saturates_like_pil(encoder):
+    checkers = (torch.arange(20)[:, None] + torch.arange(20) // 3).remainder(2).float().expand(1, 3, 20, 20)
+    values = encoder.transform(checkers) * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    assert values.min() >= -1e-6  # a few roundings of numbers below 1 in (x - mean) / std and back
+    assert values.max() <= 1 + 1e-6
+
+
+def test_bilinear_encoders_are_resized_bilinearly(tmp_path):
+    write_folder(tmp_path, {"interpolation": "bilinear"})
+    encoder = load_encoder(f"local-dir:{tmp_path}", "cpu")
+    reference = image_transform_v2(PreprocessCfg(**encoder.model.visual.preprocess_cfg), is_train=False)
+    images = pictures(2, 20, 20)
+    expected = torch.stack([reference(as_pil(image)) for image in images])
+    bound = 1.01 / 255 / torch.tensor(STD).view(3, 1, 1)  # bilinear weights are positive and sum to 1: 1/2 + 1/2 level
+    assert ((encoder.transform(images) - expected).abs() <= bound).all()
+
+
+def test_features_are_the_folders_model(folder, encoder, tmp_path):
+    model = write_folder(tmp_path)  # the same seed: the weights that `folder` holds
+    images = pictures(5)
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(list(TEXTS))
+    normalised = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    model = model.double()
+    with torch.no_grad():
+        text = F.normalize(model.encode_text(tokens), dim=-1).float()
+        image = F.normalize(model.encode_image(normalised.double()), dim=-1).float()
+    # Float32 against float64: each of some ten matrix products, over K <= 256 terms, has a worst-case relative error
+    # of K U, and layer norms keep the scale: 10 * 256 * U = 1.5e-4. Features of different inputs are 1e-2 and more apart.
+    bound = 10 * 256 * U
+    assert torch.cdist(image, image).fill_diagonal_(9).min() > 10 * bound
+    assert torch.cdist(text, text).fill_diagonal_(9).min() > 10 * bound
+    torch.testing.assert_close(encoder.encode_text(TEXTS), text, rtol=0, atol=bound)
+    torch.testing.assert_close(encoder.encode_image(images), image, rtol=0, atol=bound)
+    for features in (encoder.encode_text(TEXTS), encoder.encode_image(images)):
+        assert features.dtype == torch.float32
+        assert not features.requires_grad
+        torch.testing.assert_close(features.norm(dim=-1), torch.ones(len(features)), rtol=0, atol=EMBED * U)
+
+
+def test_a_texts_vector_does_not_depend_on_its_company(encoder):
+    together = encoder.encode_text(TEXTS)
+    for index, text in enumerate(TEXTS):
+        assert torch.equal(encoder.encode_text([text])[0], together[index])
+
+
+def test_bfloat16_features_are_close_and_float32(folder, encoder):
+    half = load_encoder(f"local-dir:{folder}", "cpu", torch.bfloat16)
+    assert half.model.visual.transformer.resblocks[0].mlp.c_fc.weight.dtype == torch.bfloat16
+    images = pictures(4)
+    # bfloat16 rounds to 2^-9; a residual stream of two layers adds some ten such roundings: 10 * 2^-9 = 0.02 of the norm.
+    for got, exact in (
+        (half.encode_image(images), encoder.encode_image(images)),
+        (half.encode_text(TEXTS), encoder.encode_text(TEXTS)),
+    ):
+        assert got.dtype == torch.float32
+        assert 0 < (got - exact).norm(dim=-1).max() < 0.02
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """A small architecture under a name of its own, with open_clip's default tokenizer."""
+    config = tiny_config(49408)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-Tiny-8", config)
+    return config
+
+
+def test_architecture_and_file(registered, tmp_path):
+    model = tiny_model(registered)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "tiny.pt")
+    encoder = load_encoder(f"ViT-Tiny/8:{tmp_path / 'tiny.pt'}", "cpu")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in encoder.model.state_dict().items())
+    assert encoder.encode_text(["A photo of a cat"]).shape == (1, EMBED)
+
+
+class Marker:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_weight_files_cannot_run_code(registered, tmp_path):
+    with (tmp_path / "bad.pt").open("wb") as file:
+        pickle.dump({"state_dict": Marker(tmp_path / "ran")}, file, protocol=2)
+    with pytest.raises(ConfigError, match="does not load"):
+        load_encoder(f"ViT-Tiny-8:{tmp_path / 'bad.pt'}", "cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_tokenizer_folders_cannot_run_code(tmp_path):
+    write_folder(tmp_path, tokenizer_kwargs={"trust_remote_code": True})
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["tok.Tok", "tok.Tok"]}, "tokenizer_class": "Tok"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tok.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import CLIPTokenizer as Tok\n"
+    )
+    with pytest.raises(ConfigError, match="does not load"):
+        load_encoder(f"local-dir:{tmp_path}", "cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_unknown_architecture_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"reward\.encoder: 'vit-h14' .* ViT-H-14"):
+        load_encoder("vit-h14:HPS.pt", "cpu")
+
+
+@pytest.mark.parametrize("spec", ["ViT-H-14", "ViT-H-14:", "ViT-H-14:no_such_file.pt"])
+def test_architecture_without_weights(spec):
+    with pytest.raises(ConfigError, match=r"ViT-H-14.* needs weights .*laion2b_s32b_b79k"):
+        load_encoder(spec, "cpu")
+
+
+def test_folders_that_are_no_encoder(tmp_path):
+    with pytest.raises(ConfigError, match="not a folder"):
+        load_encoder(f"local-dir:{tmp_path / 'missing'}", "cpu")
+    with pytest.raises(ConfigError, match=r"no open_clip_config\.json"):
+        load_encoder(f"local-dir:{tmp_path}", "cpu")
+    write_folder(tmp_path)
+    weights = tmp_path / "open_clip_model.safetensors"
+    good = weights.read_bytes()
+    weights.unlink()
+    with pytest.raises(ConfigError, match="no weights"):
+        load_encoder(f"local-dir:{tmp_path}", "cpu")
+    weights.write_bytes(good[: len(good) // 2])
+    with pytest.raises(ConfigError, match="does not load"):
+        load_encoder(f"local-dir:{tmp_path}", "cpu")
+    save_file({"visual.proj": torch.zeros(2, 2)}, weights)
+    with pytest.raises(ConfigError, match="does not load"):
+        load_encoder(f"local-dir:{tmp_path}", "cpu")
+    weights.write_bytes(good)
+    (tmp_path / "open_clip_config.json").write_text("{")
+    with pytest.raises(ConfigError, match="does not load"):
+        load_encoder(f"local-dir:{tmp_path}", "cpu")
+
+
+def test_unsupported_preprocessing_is_refused(tmp_path):
+    write_folder(tmp_path, {"resize_mode": "longest"})
+    with pytest.raises(ConfigError, match="'longest'"):
+        load_encoder(f"local-dir:{tmp_path}", "cpu")
+
+
+# --- steering --------------------------------------------------------------------------------------------------------
+
+ANCHOR_SETS = {
+    "shapes": ANCHORS["shapes"],
+    "compact": ANCHORS["compact"],
+    "no safe phrases": Anchors(safe=(), unsafe=ANCHORS["shapes"].unsafe),
+}
+PROMPTS = (
+    Prompt("a red square", POSITIVE),
+    Prompt("a skull and a gun", NEGATIVE),
+    Prompt("two blue circles", POSITIVE),
+    Prompt("a picture of a hazard", NEGATIVE),
+)
+GROUP = 3
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def reference_direction(encoder, anchors: Anchors) -> tuple[np.ndarray, float]:
+    """v_safe in float64, and the length of the difference before it is normalised."""
+    difference = -np.mean([encoder.encode_text([t])[0].double().numpy() for t in anchors.unsafe], axis=0)
+    if anchors.safe:
+        difference = difference + np.mean([encoder.encode_text([t])[0].double().numpy() for t in anchors.safe], axis=0)
+    return unit(difference), float(np.linalg.norm(difference))
+
+
+def reference_reward(z_images, z_texts, negative, v, alpha, mode) -> dict[str, np.ndarray]:
+    """The parts in float64, one sample at a time; z_images is [P * G, E]."""
+    parts = {
+        name: np.zeros((len(z_texts), len(z_images) // len(z_texts))) for name in ("alignment", "safety", "steered")
+    }
+    group = len(z_images) // len(z_texts)
+    for b, x in enumerate(z_images):
+        z = z_texts[b // group]
+        if mode == "projection":
+            target = unit(z - np.dot(z, v) * v + alpha * v)
+        elif mode == "always" or negative[b // group]:
+            target = unit(z + alpha * v)
+        else:
+            target = z
+        place = b // group, b % group
+        parts["alignment"][place], parts["safety"][place], parts["steered"][place] = x @ z, x @ v, x @ target
+    return parts
+
+
+def float_bound(difference: float, alpha: float) -> float:
+    """How far float32 may be from float64, given the same features.
+
+    A dot product of EMBED terms and unit vectors errs by EMBED * U; at most three of them are chained, the target's
+    norm being at least 1/2. The mean and difference of the anchors err by some 8 U before they are divided by the
+    difference's length, and alpha scales the result.
+    """
+    return U * (2 * 3 * EMBED + 2 * 8 * max(1.0, alpha) / difference)
+
+
+@pytest.mark.parametrize("anchors", ANCHOR_SETS.values(), ids=ANCHOR_SETS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+def test_reward_is_the_papers_formula(encoder, anchors, mode, alpha):
+    images = pictures(len(PROMPTS) * GROUP)
+    rewards = SteeringReward(encoder, anchors, RewardConfig(mode=mode, alpha=alpha))(images, PROMPTS, GROUP)
+
+    z_images = encoder.encode_image(images).double().numpy()
+    z_texts = np.stack([encoder.encode_text([p.text])[0].double().numpy() for p in PROMPTS])
+    negative = [p.label == NEGATIVE for p in PROMPTS]
+    v, length = reference_direction(encoder, anchors)
+    expected = reference_reward(z_images, z_texts, negative, v, alpha, mode)
+
+    bound = float_bound(length, alpha)
+    assert set(rewards.parts) == set(expected)
+    for name, part in rewards.parts.items():
+        assert part.shape == (len(PROMPTS), GROUP)
+        assert part.dtype == torch.float32
+        np.testing.assert_allclose(part.numpy(), expected[name], rtol=0, atol=bound)
+    assert torch.equal(rewards.total, rewards.parts["steered"])
+
+    # The comparison has teeth: another mode, other labels, or samples dealt to prompts b % P lie far outside the bound.
+    others = [reference_reward(z_images, z_texts, negative, v, alpha, other) for other in MODES if other != mode]
+    dealt = z_images.reshape(len(PROMPTS), GROUP, -1).swapaxes(0, 1).reshape(z_images.shape)
+    others.append(reference_reward(dealt, z_texts, negative, v, alpha, mode))
+    if mode == "unsafe_only":
+        others.append(reference_reward(z_images, z_texts, [not n for n in negative], v, alpha, mode))
+    assert all(np.abs(other["steered"] - expected["steered"]).max() > 20 * bound for other in others)
+
+
+def test_direction_is_a_unit_vector(encoder):
+    for anchors in ANCHOR_SETS.values():
+        direction = safety_direction(encoder, anchors)
+        expected, length = reference_direction(encoder, anchors)
+        np.testing.assert_allclose(direction.numpy(), expected, rtol=0, atol=8 * U * 2 / length)
+
+
+def test_permuted_prompts_change_the_reward(encoder):
+    images = pictures(len(PROMPTS) * GROUP)
+    reward = SteeringReward(encoder, ANCHORS["shapes"], RewardConfig())
+    straight = reward(images, PROMPTS, GROUP).total
+    # Reversing prompts and images together reverses the rewards; reversing prompts alone does something else.
+    together = reward(images.view(4, GROUP, 3, 32, 32).flip(0).flatten(0, 1), PROMPTS[::-1], GROUP).total
+    alone = reward(images, PROMPTS[::-1], GROUP).total
+    bound = 10 * 256 * U  # an image in another place of the batch: see test_features_are_the_folders_model
+    torch.testing.assert_close(together.flip(0), straight, rtol=0, atol=bound)
+    assert (alone.flip(0) - straight).abs().max() > 20 * bound
+
+
+def test_batch_does_not_change_the_reward(encoder):
+    images = pictures(len(PROMPTS) * GROUP)
+    totals = [
+        SteeringReward(encoder, ANCHORS["shapes"], RewardConfig(batch=batch))(images, PROMPTS, GROUP).total
+        for batch in (1, 5, 256)
+    ]
+    bound = 10 * 256 * U  # matrix products of other sizes round differently: see test_features_are_the_folders_model
+    for total in totals:
+        torch.testing.assert_close(total, totals[-1], rtol=0, atol=bound)
+    assert totals[-1].std() > 20 * bound
+
+
+def test_projection_sets_the_component_along_the_axis():
+    torch.manual_seed(0)
+    text, direction = F.normalize(torch.randn(6, 8).double(), dim=-1), F.normalize(torch.randn(8).double(), dim=0)
+    target = steer(text, direction, 0.7, "projection", torch.zeros(6, dtype=torch.bool))
+    # Before normalising the component is alpha and the rest has length sqrt(1 - (z . v)^2).
+    expected = 0.7 / torch.sqrt(0.49 + 1 - (text @ direction) ** 2)
+    torch.testing.assert_close(target @ direction, expected, rtol=0, atol=1e-14)  # float64, 8 terms
+
+
+@dataclass
+class TableEncoder:
+    """Vectors by hand: a text's from a table, an image's from its first pixel. Remembers the texts it encoded."""
+
+    table: dict[str, tuple[float, ...]]
+    encoded: list[str] = field(default_factory=list)
+
+    def encode_text(self, texts):
+        self.encoded += texts
+        return torch.tensor([self.table[text] for text in texts])
+
+    def encode_image(self, images, batch):
+        return F.normalize(images[:, :, 0, 0], dim=-1)
+
+
+AXIS = Anchors(safe=("safe",), unsafe=("unsafe",))
+AXIS_TABLE = {"safe": (1.0, 0.0, 0.0), "unsafe": (-1.0, 0.0, 0.0)}
+
+
+def test_texts_are_encoded_once():
+    encoder = TableEncoder(AXIS_TABLE | {"p": (0.0, 1.0, 0.0), "q": (0.0, 0.0, 1.0)})
+    reward = SteeringReward(encoder, AXIS, RewardConfig())
+    p, q = Prompt("p", POSITIVE), Prompt("q", NEGATIVE)
+    reward(torch.rand(6, 3, 2, 2), (p, q, p), 2)
+    reward(torch.rand(4, 3, 2, 2), (q, p), 2)
+    assert sorted(encoder.encoded) == ["p", "q", "safe", "unsafe"]
+
+
+def test_anchors_that_coincide_are_refused():
+    with pytest.raises(ConfigError, match=r"reward\.anchors"):
+        safety_direction(TableEncoder(AXIS_TABLE), Anchors(safe=("safe",), unsafe=("safe",)))
+
+
+def test_metrics():
+    total = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 7.0]])
+    rewards = Rewards(total, {"safety": -total})
+    metrics = reward_metrics(rewards, torch.tensor([False, True, False]))
+    variance = sum((x - 4) ** 2 for x in (1, 2, 3, 6, 5, 7)) / 5
+    assert metrics == pytest.approx(
+        {
+            "reward/mean": 4.0,
+            "reward/std": math.sqrt(variance),
+            "reward/positive_mean": 3.75,
+            "reward/negative_mean": 4.5,
+            "reward/safety": -4.0,
+            "reward/safety_positive": -3.75,
+            "reward/safety_negative": -4.5,
+        },
+        rel=8 * U,  # sums of six small numbers
+    )
+    only_negative = reward_metrics(rewards, torch.tensor([True, True, True]))
+    assert set(only_negative) == {"reward/mean", "reward/std", "reward/negative_mean"} | {
+        "reward/safety",
+        "reward/safety_negative",
+    }
+
+
+def axis_prompts(positions: list[float], label: str) -> tuple[dict, list[Prompt]]:
+    """Prompts at z . v = positions, and the table that puts them there."""
+    table = {f"{label} {x}": (x, math.sqrt(1 - x * x), 0.0) for x in positions}
+    return table, [Prompt(text, label) for text in table]
+
+
+NEGATIVE_POSITIONS = [
+    -i / 32 for i in range(1, 21)
+]  # exact in float32; 19 of the 20 cross at 19/32, the mean at 10.5/32
+POSITIVE_POSITIONS = [0.25, 0.5]
+
+
+def report_at(alpha: float, mode: str = "always"):
+    negative_table, negatives = axis_prompts(NEGATIVE_POSITIONS, NEGATIVE)
+    positive_table, positives = axis_prompts(POSITIVE_POSITIONS, POSITIVE)
+    encoder = TableEncoder(AXIS_TABLE | negative_table | positive_table)
+    reward = SteeringReward(encoder, AXIS, RewardConfig(alpha=alpha, mode=mode))
+    report = axis_report(reward, positives + negatives)
+    # Independently of the crossing formula: on which side the targets really are.
+    targets = reward.targets(reward.encode_prompts(negatives), negatives) @ reward.direction
+    assert report.still_unsafe == pytest.approx((targets < 0).double().mean().item())
+    return report
+
+
+@pytest.mark.parametrize("mode", ["always", "unsafe_only"])
+def test_axis_report_warns_up_to_the_alpha_it_names(mode):
+    report = report_at(0.1, mode)
+    assert report.alpha_mean == pytest.approx(10.5 / 32)
+    assert report.alpha_most == pytest.approx(19 / 32)
+    assert report.still_unsafe == 17 / 20  # those beyond 3.2 / 32
+    assert "--reward.alpha 0.33" in report.warning  # 10.5 / 32 = 0.328, rounded up
+    assert "--reward.alpha 0.60" in report.warning  # 19 / 32 = 0.594
+    assert report_at(0.59, mode).warning is not None
+    assert report_at(0.60, mode).warning is None
+
+
+def test_axis_report_spreads():
+    report = report_at(0.5, "unsafe_only")
+    positive, negative = report.sides[POSITIVE], report.sides[NEGATIVE]
+    assert (positive.count, negative.count) == (2, 20)
+    assert positive.after == positive.before
+    assert (positive.before.mean, positive.before.low, positive.before.high) == (0.375, 0.25, 0.5)
+    assert negative.before.low == -20 / 32
+    assert negative.before.mean == pytest.approx(-10.5 / 32)
+    # cos of the steered target: (z . v + a) / |z + a v|
+    steered = [(x + 0.5) / math.sqrt(1 + 2 * 0.5 * x + 0.25) for x in NEGATIVE_POSITIONS]
+    for got, expected in zip(
+        (negative.after.mean, negative.after.low, negative.after.high),
+        (np.mean(steered), min(steered), max(steered)),
+        strict=True,
+    ):
+        assert got == pytest.approx(expected, abs=32 * U)
+    text = "\n".join(report.lines())
+    assert "negative (20 prompts)  -0.33 [-0.62, -0.03]" in text
+    assert "20%" in text  # 17 / 32 to 20 / 32, four of twenty, lie beyond 0.5
+
+
+def test_axis_report_projection_needs_a_positive_alpha():
+    assert report_at(0.1, "projection").warning is None
+    assert report_at(-0.1, "projection").still_unsafe == 1.0
+
+
+def test_axis_report_with_one_label_and_a_limit():
+    table, positives = axis_prompts([i / 100 for i in range(100)], POSITIVE)
+    reward = SteeringReward(TableEncoder(AXIS_TABLE | table), AXIS, RewardConfig(alpha=0.0))
+    report = axis_report(reward, positives, limit=10)
+    assert set(report.sides) == {POSITIVE}
+    assert report.sides[POSITIVE].count == 10
+    assert report.sides[POSITIVE].before.mean == pytest.approx(0.45)  # 0.00, 0.10 ... 0.90
+    assert report.warning is None
+    assert not any("negative" in line for line in report.lines())

@@ -18,6 +18,7 @@ import torch
 import tyro
 
 from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo.rewards.anchors import ANCHORS
 from fastgrpo.shapes.world import HAZARDS
 
 PROGRAM = "python -m fastgrpo.train"
@@ -206,7 +207,8 @@ def _validate_sizes(config: TrainConfig) -> None:
 
 def _validate_prompts(config: TrainConfig) -> None:
     prompts = config.prompts
-    _within(0, 1, "prompts.negative_fraction", prompts.negative_fraction)
+    fraction = prompts.negative_fraction
+    _require(0 <= fraction <= 1, "prompts.negative_fraction", fraction, "0 to 1")
     if prompts.negative == "shapes":
         _require(bool(prompts.categories), "prompts.categories", prompts.categories, "at least one hazard category")
         for category in prompts.categories:
@@ -215,7 +217,9 @@ def _validate_prompts(config: TrainConfig) -> None:
 
 def _validate_algorithm(config: TrainConfig) -> None:
     rollout, grpo, optim = config.rollout, config.grpo, config.optim
-    _finite("reward.alpha", config.reward.alpha)
+    anchors, alpha = config.reward.anchors, config.reward.alpha
+    _require(anchors in ANCHORS, "reward.anchors", anchors, f"any of {', '.join(ANCHORS)}")
+    _require(math.isfinite(alpha), "reward.alpha", alpha, "a finite number")
     # Above 1 the noise could exceed the variance that is left: sqrt(1 - a_p - sigma^2) would not be real.
     _require(0 < rollout.eta <= 1, "rollout.eta", rollout.eta, "above 0 (a sure step has no probability) and at most 1")
     _at_least(1, "rollout.guidance", rollout.guidance)
@@ -252,17 +256,9 @@ def _require(holds: bool, field: str, value: Any, accepted: str) -> None:
         raise ConfigError(f"{field} = {value!r}: accepted is {accepted}.")
 
 
-def _finite(field: str, value: float) -> None:
-    _require(math.isfinite(value), field, value, "a finite number")
-
-
 def _at_least(low: float, field: str, value: float, reason: str = "") -> None:
     _require(low <= value < math.inf, field, value, f"{low} or more{reason}")
 
 
 def _above_zero(field: str, value: float) -> None:
     _require(0 < value < math.inf, field, value, "a number above 0")
-
-
-def _within(low: float, high: float, field: str, value: float) -> None:
-    _require(low <= value <= high, field, value, f"{low} to {high}")

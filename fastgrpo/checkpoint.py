@@ -1,0 +1,183 @@
+"""A run's checkpoints: complete, verified, and enough to continue bit for bit.
+
+    checkpoints/iter-000050/
+      unet/              what diffusers' UNet2DConditionModel.from_pretrained reads, float32
+      trainer/           optimizer.safetensors (AdamW's moments and step by parameter name), state.json
+      manifest.json      sha256 of every file, written last
+
+A checkpoint is written under another name and appears by a rename, so every iter-* folder was once complete; the
+manifest tells whether it still is. Randomness has no state (see randomness.py): the iteration's number restores it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from fastgrpo.config import ConfigError
+from fastgrpo.files import sync_folder
+
+_UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"  # diffusers' name
+_OPTIMIZER = "trainer/optimizer.safetensors"
+_STATE = "trainer/state.json"
+_MANIFEST = "manifest.json"
+_PARTIAL_SUFFIX = ".partial"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a checkpoint knows beside weights and moments.
+
+    iteration: iterations finished. seed: the run's. seconds: wall clock of the run so far, over all resumes.
+    threads: CPU threads that torch used; versions: of the libraries that do the arithmetic. Bits depend on both.
+    """
+
+    iteration: int
+    seed: int
+    seconds: float
+    threads: int
+    versions: dict[str, str]
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what decides the bits of a result."""
+    return {name: version(name) for name in ("torch", "diffusers", "transformers", "open_clip_torch")}
+
+
+def checkpoint_folder(run: Path, iteration: int) -> Path:
+    return run / "checkpoints" / f"iter-{iteration:06d}"
+
+
+def save(
+    run: Path, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer, state: TrainerState, keep: int
+) -> Path:
+    """Write the checkpoint of `state.iteration` and delete all but the newest `keep` (0 keeps all). Returns its folder.
+
+    optimizer: AdamW over all of the UNet's parameters. A kill at any moment leaves the earlier checkpoints as they
+    were, or the new one complete.
+    """
+    folder = checkpoint_folder(run, state.iteration)
+    partial = folder.with_name(folder.name + _PARTIAL_SUFFIX)
+    remove_partial(run)
+    (partial / "unet").mkdir(parents=True)
+    (partial / "trainer").mkdir()
+    unet.save_config(partial / "unet")
+    weights = {name: tensor.contiguous() for name, tensor in unet.state_dict().items()}
+    save_file(weights, partial / _UNET_WEIGHTS, metadata={"format": "pt"})
+    save_file(_optimizer_tensors(unet, optimizer), partial / _OPTIMIZER)
+    _write_json(partial / _STATE, asdict(state))
+    _write_json(partial / _MANIFEST, {"sha256": _digests(partial)})
+    _sync_tree(partial)
+    os.rename(partial, folder)
+    sync_folder(folder.parent)
+    for old in _folders(run)[:-keep] if keep else []:
+        shutil.rmtree(old)
+    return folder
+
+
+def load(folder: Path, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer) -> None:
+    """Put a verified checkpoint's weights and moments into `unet` and `optimizer`."""
+    unet.load_state_dict(load_file(folder / _UNET_WEIGHTS))
+    tensors = load_file(folder / _OPTIMIZER)
+    optimizer_state = optimizer.state_dict()
+    optimizer_state["state"] = {
+        index: {
+            # In the parameter's own memory layout: another one could take another code path, with other rounding.
+            "exp_avg": torch.empty_like(parameter).copy_(tensors[f"exp_avg.{name}"]),
+            "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"exp_avg_sq.{name}"]),
+            "step": tensors[f"step.{name}"],
+        }
+        for index, (name, parameter) in enumerate(unet.named_parameters())
+        if f"step.{name}" in tensors  # AdamW has no state for parameters that never had a gradient
+    }
+    optimizer.load_state_dict(optimizer_state)
+
+
+def latest(run: Path) -> Path | None:
+    """The newest checkpoint, verified, or None where the run has none.
+
+    Raises ConfigError when it is damaged: which file, which checkpoint is the last good one, and what to remove.
+    """
+    good: Path | None = None
+    damages: dict[Path, str] = {}
+    for folder in reversed(_folders(run)):
+        damage = find_damage(folder)
+        if damage is None:
+            good = folder
+            break
+        damages[folder] = damage
+    if not damages:
+        return good
+    last_good = f"the last good checkpoint is {good}" if good else "there is no earlier good checkpoint"
+    goal = "to go on from it" if good else "to start from the beginning"
+    raise ConfigError(f"{next(iter(damages.values()))}; {last_good}: {goal}, remove {' and '.join(map(str, damages))}.")
+
+
+def read_state(folder: Path) -> TrainerState:
+    """What a verified checkpoint knows beside weights and moments."""
+    return TrainerState(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
+
+
+def find_damage(folder: Path) -> str | None:
+    """Compare a checkpoint with its manifest: what is wrong first of all, or None."""
+    try:
+        expected = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{folder / _MANIFEST} is missing or damaged"
+    for name, digest in expected.items():
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing"
+        if _sha256(folder / name) != digest:
+            return f"{folder / name} is damaged (its sha256 is not the manifest's)"
+    return None
+
+
+def remove_partial(run: Path) -> None:
+    """Delete what a killed save left behind."""
+    for leftover in (run / "checkpoints").glob(f"iter-*{_PARTIAL_SUFFIX}"):
+        shutil.rmtree(leftover)
+
+
+def _folders(run: Path) -> list[Path]:
+    """All checkpoints, oldest first."""
+    found = (run / "checkpoints").glob("iter-*")
+    return sorted((f for f in found if f.name.removeprefix("iter-").isdigit()), key=lambda f: int(f.name[5:]))
+
+
+def _optimizer_tensors(unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{key}.{name}": value.contiguous()
+        for name, parameter in unet.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())

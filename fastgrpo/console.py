@@ -1,0 +1,62 @@
+"""What a person sees: progress bars, one line per iteration, tables. Without a terminal, plain lines and no bars."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import rich.console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+# What the line of an iteration shows, where it was logged: label, metric, format.
+_COLUMNS = (
+    ("reward", "reward/mean", "{:+.3f}"),
+    ("pos", "reward/positive_mean", "{:+.3f}"),
+    ("neg", "reward/negative_mean", "{:+.3f}"),
+    ("clip", "clip/fraction", "{:.0%}"),
+    ("kl", "kl/mean", "{:.1e}"),
+    ("grad", "grad/norm", "{:.3f}"),
+    ("unsafe", "eval/unsafe", "{:.1%}"),
+    ("composition", "eval/composition", "{:.1%}"),
+)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One progress bar."""
+
+    progress: Progress
+    task: TaskID
+
+    def advance(self, count: int) -> None:
+        """`count` more are done."""
+        self.progress.advance(self.task, count)
+
+    def reach(self, done: int, total: int) -> None:
+        """`done` of `total` are done."""
+        self.progress.update(self.task, completed=done, total=total)
+
+
+class Console:
+    """Standard output, with bars where it is a terminal."""
+
+    def __init__(self) -> None:
+        self._rich = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
+
+    def say(self, *things: object) -> None:
+        """Print text or rich tables, each on lines of its own."""
+        for thing in things:
+            self._rich.print(thing)
+
+    @contextmanager
+    def bar(self, label: str, total: int | None = None) -> Iterator[Bar]:
+        """A bar that vanishes when its block ends; without a total it only shows that something is going on."""
+        columns = TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=self._rich, transient=True, disable=not self._rich.is_terminal) as progress:
+            yield Bar(progress, progress.add_task(label, total=total))
+
+    def iteration(self, iteration: int, iterations: int, seconds: float, values: Mapping[str, float]) -> None:
+        """The line of a finished iteration; `seconds` of wall clock since the run began."""
+        shown = [f"{label} {form.format(values[name])}" for label, name, form in _COLUMNS if name in values]
+        count = f"{iteration:{len(str(iterations))}d}/{iterations}"
+        speed = f"{values['throughput/images_per_s']:.1f} images/s"
+        self.say("  ".join([count, *shown, speed, f"{seconds:.0f} s"]))

@@ -1,0 +1,116 @@
+"""What held-out prompts say about the policy before, during and after training: rates and pictures, in the run's folder.
+
+evaluation_before.json   the untrained policy's rates, kept so that a resumed run need not measure them again
+evaluation.json          before and after
+samples/                 before.png, iter-000010.png, ..., after.png and before_after.png: same prompts, same seeds
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.table import Table
+
+from fastgrpo import pictures
+from fastgrpo.config import TrainConfig
+from fastgrpo.console import Console
+from fastgrpo.evaluation.result import Evaluation, comparison_table, read_evaluation, write_evaluation
+from fastgrpo.evaluation.suite import make_suite
+from fastgrpo.files import write_atomically
+from fastgrpo.parts import Parts
+from fastgrpo.randomness import seed_for
+from fastgrpo.rollout import sample
+from fastgrpo.schedule import make_schedule
+from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
+
+PICTURES_PER_PROMPT = 4
+PICTURED_PROMPTS_PER_LABEL = 4  # where there is no suite to say what to draw
+
+
+class Exam:
+    """Examines one run's policy. Rates need a suite, which only the shapes world has; pictures are always drawn."""
+
+    def __init__(self, run: Path, config: TrainConfig, parts: Parts, console: Console):
+        self.run = run
+        self.config = config
+        self.policy = parts.policy
+        self.console = console
+        self.suite = make_suite(config)
+        self.prompts = self.suite.picture_prompts() if self.suite else _first_of_each_label(parts.prompts)
+        steps = config.eval.steps or config.rollout.steps
+        self.schedule = make_schedule(parts.policy.scheduler_config, steps, config.rollout.eta, parts.policy.device)
+        self._before = run / "evaluation_before.json"
+        self._comparison = run / "evaluation.json"
+        (run / "samples").mkdir(exist_ok=True)
+
+    def before(self) -> dict[str, float]:
+        """Examine the policy that has not been trained yet, unless this run has done so already. Returns eval/*."""
+        if not self._picture("before").is_file():
+            self._draw("before")
+        if self.suite is None:
+            return {}
+        if not self._before.is_file():
+            evaluation = self._evaluate(quick=False)
+            write_atomically(self._before, json.dumps(evaluation.to_json(), indent=2).encode())
+        return self._read_before().metrics()
+
+    def between(self, iteration: int) -> dict[str, float]:
+        """A quick evaluation and a grid. Returns eval/*."""
+        self._draw(f"iter-{iteration:06d}")
+        return self._evaluate(quick=True).metrics() if self.suite else {}
+
+    def after(self) -> dict[str, float]:
+        """The full evaluation beside the one before, and the grids side by side. Returns eval/*."""
+        self._draw("after")
+        with Image.open(self._picture("before")) as before, Image.open(self._picture("after")) as after:
+            pictures.write_png(self._picture("before_after"), pictures.side_by_side(before, after))
+        if self.suite is None:
+            return {}
+        evaluation = self._evaluate(quick=False)
+        trained = self._trained_categories()
+        write_evaluation(self._comparison, self.suite.protocol, trained, self._read_before(), evaluation)
+        return evaluation.metrics()
+
+    def table(self) -> Table | None:
+        """Before and after, once `after` has been called."""
+        if self.suite is None:
+            return None
+        found = read_evaluation(self._comparison)
+        return comparison_table(found.before, found.after, found.trained_categories)
+
+    def _evaluate(self, quick: bool) -> Evaluation:
+        guidance = self.config.rollout.guidance
+        with self.console.bar("evaluation") as bar:
+            return self.suite.evaluate(self.policy, self.schedule, guidance, quick, progress=bar.reach)
+
+    def _draw(self, name: str) -> None:
+        """A grid of `prompts`, PICTURES_PER_PROMPT seeds each."""
+        embeds = self.policy.encode([prompt.text for prompt in self.prompts])
+        seeds = [
+            seed_for(self.config.eval.seed, prompt.id, f"picture {k} of a {prompt.label} prompt")
+            for prompt in self.prompts
+            for k in range(PICTURES_PER_PROMPT)
+        ]
+        with self.console.bar("pictures"), torch.no_grad():
+            embeds = embeds.repeat_interleave(PICTURES_PER_PROMPT, dim=0)
+            images = sample(self.policy, embeds, self.schedule, self.config.rollout.guidance, seeds)
+        pictures.write_png(self._picture(name), pictures.grid(images, self.prompts))
+
+    def _picture(self, name: str) -> Path:
+        return self.run / "samples" / f"{name}.png"
+
+    def _read_before(self) -> Evaluation:
+        return Evaluation.from_json(json.loads(self._before.read_text(encoding="utf-8")))
+
+    def _trained_categories(self) -> tuple[str, ...]:
+        """Hazard categories that training prompts come from; a prompt file does not say."""
+        return self.config.prompts.categories if self.config.prompts.negative == "shapes" else ()
+
+
+def _first_of_each_label(prompts: tuple[Prompt, ...]) -> tuple[Prompt, ...]:
+    return tuple(
+        prompt
+        for label in (POSITIVE, NEGATIVE)
+        for prompt in [p for p in prompts if p.label == label][:PICTURED_PROMPTS_PER_LABEL]
+    )

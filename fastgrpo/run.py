@@ -1,0 +1,78 @@
+"""A run's folder while a process trains in it: claimed by one, stopped by signals."""
+
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from fastgrpo.config import ConfigError
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def claim(folder: Path, resumed: bool) -> Iterator[None]:
+    """Keep other processes out of a run's folder; the system frees it again even when this one is killed.
+
+    A new run's folder is made, and removed again if nothing came of it.
+    Raises ConfigError when the folder is in use, or is to be new and has something in it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run = {str(folder)!r}: this is a file; accepted is a folder that is new or empty.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"run = {str(folder)!r}: another process is training in this folder.") from error
+        if not resumed and os.listdir(folder) != [_LOCK]:
+            raise ConfigError(
+                f"run = {str(folder)!r}: accepted is a folder that is new or empty; to go on with the run in it, "
+                f"say --resume {folder}."
+            )
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == [_LOCK]:
+                os.remove(folder / _LOCK)
+                os.rmdir(folder)
+
+
+class StopSignal:
+    """The first SIGTERM or Ctrl-C asks for a stop once the iteration at hand is complete; a second ends the process.
+
+    Weights in the middle of an iteration are of no use to an exact resume, so they are never saved.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def __enter__(self) -> "StopSignal":
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def requested(self) -> bool:
+        return self.number is not None
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell reports for a process that the signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + (self.number or 0)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        for again in self._previous:
+            signal.signal(again, signal.SIG_DFL)
+        message = (
+            f"\n{signal.Signals(number).name}: finishing this iteration, then saving. "
+            "A second signal stops at once; the last checkpoint on disk remains.\n"
+        )
+        os.write(2, message.encode())  # print is not safe inside a signal handler

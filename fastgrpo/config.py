@@ -40,7 +40,7 @@ class RewardConfig:
     encoder: str = "shapes"
     """The frozen open_clip model: `shapes`, `local-dir:FOLDER`, `hf-hub:ID`, or `ARCHITECTURE:WEIGHTS` where WEIGHTS is an open_clip tag or a file, such as `ViT-H-14:HPS_v2.1_compressed.pt`."""
     anchors: str = "shapes"
-    """Safe and unsafe phrases that span the safety axis: `shapes`, or `compact`, the paper's 5 + 3."""
+    """Safe and unsafe phrases that span the safety axis: `shapes`; `compact`, the paper's 5 + 3; or `unsafe-only`, the 3 alone."""
     alpha: float = 0.5
     """How far the text target is moved along the safety axis."""
     mode: Literal["always", "unsafe_only", "projection"] = "always"

@@ -262,11 +262,6 @@ def test_unsupported_preprocessing_is_refused(tmp_path):
 
 # --- steering --------------------------------------------------------------------------------------------------------
 
-ANCHOR_SETS = {
-    "shapes": ANCHORS["shapes"],
-    "compact": ANCHORS["compact"],
-    "no safe phrases": Anchors(safe=(), unsafe=ANCHORS["shapes"].unsafe),
-}
 PROMPTS = (
     Prompt("a red square", POSITIVE),
     Prompt("a skull and a gun", NEGATIVE),
@@ -317,7 +312,7 @@ def float_bound(difference: float, alpha: float) -> float:
     return U * (2 * 3 * EMBED + 2 * 8 * max(1.0, alpha) / difference)
 
 
-@pytest.mark.parametrize("anchors", ANCHOR_SETS.values(), ids=ANCHOR_SETS)
+@pytest.mark.parametrize("anchors", ANCHORS.values(), ids=ANCHORS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("alpha", [0.5, 2.0])
 def test_reward_is_the_papers_formula(encoder, anchors, mode, alpha):
@@ -348,7 +343,7 @@ def test_reward_is_the_papers_formula(encoder, anchors, mode, alpha):
 
 
 def test_direction_is_a_unit_vector(encoder):
-    for anchors in ANCHOR_SETS.values():
+    for anchors in ANCHORS.values():
         direction = safety_direction(encoder, anchors)
         expected, length = reference_direction(encoder, anchors)
         np.testing.assert_allclose(direction.numpy(), expected, rtol=0, atol=8 * U * 2 / length)

@@ -37,5 +37,8 @@ _SHAPES = Anchors(
     unsafe=("an unsafe picture", "a picture of a hazard", "unsafe", "a hazard", "an unsafe picture of a hazard"),
 )
 
-ANCHORS: dict[str, Anchors] = {"compact": _COMPACT, "shapes": _SHAPES}
+# The paper also reports an axis from unsafe phrases alone, without its formula: -mean(z_unsafe) is the natural reading.
+_UNSAFE_ONLY = Anchors(safe=(), unsafe=_COMPACT.unsafe)
+
+ANCHORS: dict[str, Anchors] = {"shapes": _SHAPES, "compact": _COMPACT, "unsafe-only": _UNSAFE_ONLY}
 """The values of `--reward.anchors`."""

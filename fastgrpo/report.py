@@ -7,9 +7,7 @@ Whatever the run has so far is shown, so an unfinished run has a report too.
 import base64
 import json
 import math
-import os
 import sys
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -17,13 +15,14 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from PIL import Image
 
 from fastgrpo._version import __version__
-from fastgrpo.config import ConfigError
+from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.evaluation.result import GROUPS, Change, Comparison, Row, changes, read_evaluation
+from fastgrpo.files import write_atomically
+from fastgrpo.settings import load_toml
 
-Record = dict[str, float]  # one line of metrics.jsonl
+Record = dict[str, float | None]  # one line of metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,12 @@ PANELS = (
 def write_report(run: Path) -> Path:
     """Write `run`/report.html from what is in the folder and return its path.
 
-    Raises ConfigError where `run` is no run's folder.
+    Raises ConfigError where `run` is no run's folder or its config.toml cannot be read.
     """
     if not (run / "config.toml").is_file():
-        raise ConfigError(f"{run} is not the folder of a run: it has no config.toml")
-    page = _page(run)
+        raise ConfigError(f"{run} is not the folder of a run: there is no config.toml in it.")
     path = run / "report.html"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, _page(run).encode())
     return path
 
 
@@ -86,7 +82,7 @@ def main(run: Annotated[Path, tyro.conf.Positional]) -> None:
 
 
 def _page(run: Path) -> str:
-    config_text = (run / "config.toml").read_text(encoding="utf-8")
+    config = load_toml(run / "config.toml")
     records = _read_metrics(run / "metrics.jsonl")
     evaluation = run / "evaluation.json"
     comparison = read_evaluation(evaluation) if evaluation.is_file() else None
@@ -95,7 +91,7 @@ def _page(run: Path) -> str:
         _results(comparison),
         _pictures(run / "samples"),
         _curves(records),
-        f"<section><h2>Configuration</h2><pre>{escape(config_text)}</pre></section>",
+        f"<section><h2>Configuration</h2><pre>{escape((run / 'config.toml').read_text(encoding='utf-8'))}</pre></section>",
     )
     return f"""<!doctype html>
 <html lang="en">
@@ -108,7 +104,7 @@ def _page(run: Path) -> str:
 <style>{_STYLE}</style>
 </head>
 <body>
-<header><h1>{title}</h1><p>{escape(_summary(tomllib.loads(config_text), records))}</p></header>
+<header><h1>{title}</h1><p>{escape(_summary(config, records))}</p></header>
 {"".join(sections)}
 <footer>fastgrpo {__version__}</footer>
 </body>
@@ -124,13 +120,13 @@ def _read_metrics(path: Path) -> list[Record]:
     return [json.loads(line) for line in lines[:-1]]  # every whole line ends in a newline
 
 
-def _summary(config: dict, records: Sequence[Record]) -> str:
+def _summary(config: TrainConfig, records: Sequence[Record]) -> str:
     done = int(records[-1]["iteration"]) if records else 0
     parts = [
-        f"model {config['model']['path']}",
-        f"{done} of {config['iterations']} iterations",
-        f"{config['prompts_per_iteration']} prompts × {config['group_size']} images each",
-        f"seed {config['seed']}",
+        f"model {config.model.path}",
+        f"{done} of {config.iterations} iterations",
+        f"{config.prompts_per_iteration} prompts × {config.group_size} images each",
+        f"seed {config.seed}",
     ]
     if records:
         parts.append(f"{_duration(records[-1]['seconds'])} of training")
@@ -206,8 +202,10 @@ def _intervals(before: Row, after: Row) -> str:
 
 
 def _pictures(folder: Path) -> str:
-    """The first and the last grid, the ones between folded away."""
-    grids = sorted(folder.glob("*.png"))
+    """The grids before training and the newest one, those between folded away."""
+    named = {path.stem: path for path in folder.glob("*.png")}
+    order = ["before", *sorted(name for name in named if name.startswith("iter-")), "after"]
+    grids = [named[name] for name in order if name in named]
     if not grids:
         return ""
     shown = grids if len(grids) == 1 else (grids[0], grids[-1])
@@ -221,14 +219,9 @@ def _figures(grids: Iterable[Path]) -> str:
 
 
 def _figure(path: Path) -> str:
-    with Image.open(path) as picture:
-        # Small pictures keep their sharp pixels when enlarged; large ones are shrunk smoothly.
-        style = ' class="pixels"' if picture.width < 600 else ""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     name = escape(path.stem)
-    return (
-        f'<figure><img{style} alt="{name}" src="data:image/png;base64,{data}"><figcaption>{name}</figcaption></figure>'
-    )
+    return f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{name}</figcaption></figure>'
 
 
 # Curves
@@ -284,9 +277,9 @@ def _chart(panel: Panel, records: Sequence[Record]) -> str:
 
 
 def _points(name: str, scale: float, records: Sequence[Record]) -> list[tuple[float, float]]:
-    """(iteration, scaled value) wherever a finite value was logged."""
-    pairs = ((record["iteration"], record.get(name, math.nan)) for record in records)
-    return [(iteration, scale * value) for iteration, value in pairs if math.isfinite(value)]
+    """(iteration, scaled value) wherever a value was logged; null stands for one that was not finite."""
+    pairs = ((record["iteration"], record.get(name)) for record in records)
+    return [(iteration, scale * value) for iteration, value in pairs if value is not None]
 
 
 def _line(points: Sequence[tuple[float, float, float, float]], colour: int) -> str:
@@ -343,11 +336,9 @@ td small { font-weight: 400; }
 .after line { stroke: var(--after); } .after circle { fill: var(--after); }
 .grid { stroke: var(--rule); fill: none; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 16px; }
-.figures figure { max-width: 720px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 20px; }
 figure { margin: 0; }
-figure img { width: 100%; display: block; border-radius: 6px; }
-.pixels { image-rendering: pixelated; }
+figure img { max-width: 100%; display: block; border-radius: 6px; }
 .chart figcaption { color: var(--ink); font-weight: 600; overflow-wrap: anywhere; }
 .legend { margin: 0; font-size: 12.5px; color: var(--muted); display: flex; flex-wrap: wrap; gap: 0 14px; }
 .legend b { color: var(--ink); font-variant-numeric: tabular-nums; }

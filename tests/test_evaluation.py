@@ -75,8 +75,8 @@ def test_wilson_covers_the_true_rate(p: float) -> None:
     n = 60
     weights = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
     covered = sum(w for k, w in enumerate(weights) if wilson(k, n)[0] <= p <= wilson(k, n)[1])
-    # The sum is exact. A discrete distribution cannot hit 95%: one more or less k inside the interval is worth up to
-    # 3 points at p = 0.05, where the most likely k has a chance of 0.22 and those at the interval's ends of 0.03.
+    # The sum is exact. A discrete distribution cannot hit 95%: whether one more k counts as covered is worth its
+    # chance, which at the ends of these intervals is up to 3 points.
     assert 0.92 <= covered <= 0.98
 
 
@@ -215,6 +215,13 @@ def test_changes_are_relative_for_unsafe_and_points_for_composition(before: Eval
     assert others["composition", "two_object"] == "+0.0 points"
     assert others["composition", "overall"] == "+4.2 points"  # (3 / 60 + 6 / 60 + 5 / 50) / 6
     assert others["kept", "kept"] == "+0.0 points"
+
+
+def test_nothing_is_called_never_trained_where_that_is_unknown(before: Evaluation, after: Evaluation) -> None:
+    lines = changes(before, after, ())
+    assert {line.trained for line in lines} == {None}
+    assert "never trained" not in {line.name for line in lines}
+    assert [line.name for line in lines if line.headline] == ["all seven", "overall", "kept"]
 
 
 def test_no_relative_change_from_zero() -> None:

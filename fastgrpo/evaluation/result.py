@@ -1,7 +1,6 @@
 """What an evaluation found: rates with 95% intervals, their JSON form, and the table of before and after."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from fastgrpo.evaluation.intervals import mean_of_rates, wilson
+from fastgrpo.files import write_atomically
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
 
 OVERALL = "overall"
@@ -88,42 +88,42 @@ class Change:
     """One line of the comparison.
 
     group: "unsafe", "composition" or "kept".
-    name: the category, the task, or "all seven", "never trained", "overall".
-    trained: whether the category's prompts were trained on; None for a line that is no category.
+    name: the category, the task, or "all seven", "never trained", "overall", "kept".
+    trained: whether the category's prompts were trained on; None where that is unknown and on other lines.
+    headline: whether the line sums up others.
     text: what changed, relative for unsafe ("-75%") and in points for the others ("+5.0 points").
     """
 
     group: str
     name: str
     trained: bool | None
+    headline: bool
     before: Row
     after: Row
     text: str
 
-    @property
-    def headline(self) -> bool:
-        """Whether it sums up other lines."""
-        return self.trained is None and (self.group != "composition" or self.name == OVERALL)
-
 
 def changes(before: Evaluation, after: Evaluation, trained_categories: Sequence[str]) -> list[Change]:
-    """The comparison line by line; both evaluations have the same categories and tasks."""
-    lines = [
-        Change("unsafe", name, name in trained_categories, row, after.unsafe[name], _relative(row, after.unsafe[name]))
-        for name, row in before.unsafe.items()
-        if name != OVERALL
-    ]
-    if before.unsafe:
-        lines.append(_unsafe_line("all seven", before.unsafe[OVERALL], after.unsafe[OVERALL]))
+    """The comparison line by line; both evaluations have the same categories and tasks.
+
+    Empty `trained_categories` means that it is not known what was trained on: no line then speaks of it.
+    """
+    lines = []
+    for name, row in before.unsafe.items():
+        if name != OVERALL:
+            trained = name in trained_categories if trained_categories else None
+            lines.append(_unsafe_line(name, row, after.unsafe[name], trained))
     unseen = [line for line in lines if line.trained is False]
+    if before.unsafe:
+        lines.append(_unsafe_line("all seven", before.unsafe[OVERALL], after.unsafe[OVERALL], headline=True))
     if unseen:
         pooled_before = _pooled([(line.before.successes, line.before.n) for line in unseen])
         pooled_after = _pooled([(line.after.successes, line.after.n) for line in unseen])
-        lines.append(_unsafe_line("never trained", pooled_before, pooled_after))
+        lines.append(_unsafe_line("never trained", pooled_before, pooled_after, headline=True))
     for name, row in before.composition.items():
-        lines.append(_points_line("composition", name, row, after.composition[name]))
+        lines.append(_points_line("composition", name, row, after.composition[name], headline=name == OVERALL))
     if before.kept:
-        lines.append(_points_line("kept", "kept", before.kept[OVERALL], after.kept[OVERALL]))
+        lines.append(_points_line("kept", "kept", before.kept[OVERALL], after.kept[OVERALL], headline=True))
     return lines
 
 
@@ -165,9 +165,7 @@ def write_evaluation(
         "before": before.to_json(),
         "after": after.to_json(),
     }
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_evaluation(path: Path) -> Comparison:
@@ -219,12 +217,12 @@ def _named(prefix: str, rows: dict[str, Row]) -> dict[str, float]:
     return {key(name): row.rate for name, row in rows.items()}
 
 
-def _unsafe_line(name: str, before: Row, after: Row) -> Change:
-    return Change("unsafe", name, None, before, after, _relative(before, after))
+def _unsafe_line(name: str, before: Row, after: Row, trained: bool | None = None, headline: bool = False) -> Change:
+    return Change("unsafe", name, trained, headline, before, after, _relative(before, after))
 
 
-def _points_line(group: str, name: str, before: Row, after: Row) -> Change:
-    return Change(group, name, None, before, after, f"{100 * (after.rate - before.rate):+.1f} points")
+def _points_line(group: str, name: str, before: Row, after: Row, headline: bool) -> Change:
+    return Change(group, name, None, headline, before, after, f"{100 * (after.rate - before.rate):+.1f} points")
 
 
 def _relative(before: Row, after: Row) -> str:

@@ -1,0 +1,193 @@
+"""The project as a whole: what its wheel installs, how its commands start, and what its source never does."""
+
+import ast
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+import fastgrpo
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+SOURCES = sorted((ROOT / "fastgrpo").rglob("*.py"))
+COMMANDS = [name for name in ("train", "report") if (ROOT / "fastgrpo" / f"{name}.py").is_file()]
+
+
+def python(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's wheel, built from a copy: building in place would leave folders behind and pick up old ones."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    unwanted = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=unwanted)
+    built = python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source))
+    assert built.returncode == 0, built.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def wheel_files(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_the_wheel_puts_one_package_at_the_top_level(wheel_files: set[str]) -> None:
+    top = {name.split("/")[0] for name in wheel_files}
+    assert top == {"fastgrpo", f"fastgrpo-{fastgrpo.__version__}.dist-info"}
+
+
+def test_the_wheel_holds_every_module_and_data_file(wheel_files: set[str]) -> None:
+    package = {path for path in (ROOT / "fastgrpo").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    expected = {path.relative_to(ROOT).as_posix() for path in package}
+    expected |= {f"fastgrpo/configs/{path.name}" for path in (ROOT / "configs").glob("*.toml")}
+    assert {name for name in wheel_files if name.startswith("fastgrpo/")} == expected
+
+
+def test_an_installed_wheel_finds_its_presets(wheel: Path, tmp_path: Path) -> None:
+    # Unpacking is what installing a pure wheel does; run elsewhere, so that the checkout is not on the path.
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from fastgrpo.settings import find_preset, load_toml\n"
+        "path = find_preset('shapes'); load_toml(path); print(path)"
+    )
+    done = python("-c", code, str(tmp_path), cwd=tmp_path)
+    assert done.stdout.strip() == str(tmp_path / "fastgrpo" / "configs" / "shapes.toml"), done.stderr
+
+
+def test_the_wheel_carries_the_version_and_licence(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        folder = f"fastgrpo-{fastgrpo.__version__}.dist-info"
+        assert f"\nVersion: {fastgrpo.__version__}\n" in archive.read(f"{folder}/METADATA").decode()
+        assert "MIT License" in archive.read(f"{folder}/licenses/LICENSE").decode()
+
+
+def test_the_libraries_import_from_the_repository_root() -> None:
+    # On the path there are folders named like optional dependencies of theirs, and a torchvision that may be a CUDA
+    # build beside a CPU torch.
+    code = (
+        "import fastgrpo, transformers, diffusers, open_clip, torchvision.transforms as t\n"
+        "diffusers.StableDiffusionPipeline; print(t.CenterCrop(2).size)"
+    )
+    done = python("-c", code)
+    assert done.stdout.strip() == "(2, 2)", done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    done = python("-m", f"fastgrpo.{command}", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout.lower()
+
+
+def test_installed_versions_are_within_the_declared_ranges() -> None:
+    declared = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["dev"]
+    for requirement in map(Requirement, declared):
+        if requirement.marker is None or requirement.marker.evaluate():
+            installed = importlib.metadata.version(requirement.name)
+            assert requirement.specifier.contains(installed, prereleases=True), f"{requirement} but {installed}"
+
+
+def test_everything_imported_is_declared() -> None:
+    declared = {Requirement(line).name.replace("-", "_") for line in PROJECT["project"]["dependencies"]}
+    modules = {"pillow": "PIL", "open_clip_torch": "open_clip"}
+    known = {modules.get(name, name) for name in declared} | {"fastgrpo"} | set(sys.stdlib_module_names)
+    imported = {name.split(".")[0] for path in SOURCES for name in imports(path)}
+    assert imported - known == set()
+
+
+def test_torch_is_bounded_on_both_sides() -> None:
+    # An unbounded torch lets pip replace a CPU build by a newer one with gigabytes of CUDA libraries.
+    bounds = {Requirement(line).name: Requirement(line).specifier for line in PROJECT["project"]["dependencies"]}
+    for name in ("torch", "triton"):
+        assert {spec.operator for spec in bounds[name]} == {">=", "<"}, name
+    assert SpecifierSet(PROJECT["project"]["requires-python"]).contains("3.11")
+
+
+def imports(path: Path) -> list[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return plain + [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+
+
+EXECUTING_MODULES = ("pickle", "dill", "cloudpickle", "marshal", "shelve")
+
+
+def executes_data(source: str) -> list[str]:
+    """What in a module's source could run code that came as data."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute | ast.ImportFrom):
+            module = ast.unparse(node.value) if isinstance(node, ast.Attribute) else node.module
+            names = [node.attr] if isinstance(node, ast.Attribute) else [alias.name for alias in node.names]
+            # To catch the error that weights_only=True raises is no harm.
+            found += [name for name in names if module in EXECUTING_MODULES and name != "UnpicklingError"]
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if name == "torch.load" and options.get("weights_only") != "True":
+            found.append("torch.load without weights_only=True")
+        if options.get("weights_only", "True") != "True":
+            found.append("weights_only")
+        if options.get("trust_remote_code", "False") != "False":
+            found.append("trust_remote_code")
+        if options.get("allow_pickle", "False") != "False":
+            found.append("allow_pickle")
+        if name in ("eval", "exec"):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_module_executes_data(path: Path) -> None:
+    assert executes_data(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle\npickle.load(file)",
+        "from pickle import load",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "AutoModel.from_pretrained(path, trust_remote_code=True)",
+        "numpy.load(path, allow_pickle=True)",
+        "eval(text)",
+    ],
+)
+def test_the_scan_sees_what_it_looks_for(source: str) -> None:
+    assert executes_data(source) != []
+
+
+def test_the_scan_lets_safe_code_pass() -> None:
+    assert (
+        executes_data(
+            "torch.load(path, weights_only=True)\nmodel.eval()\nerror = pickle.UnpicklingError\nf(trust_remote_code=False)"
+        )
+        == []
+    )
+
+
+def test_the_changelog_names_no_later_version_than_the_package() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert "## [Unreleased]" in text
+    released = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d{2}-\d{2}$", text, flags=re.MULTILINE)
+    assert released == sorted(released, reverse=True)
+    assert all(version <= fastgrpo.__version__ for version in released)

@@ -11,6 +11,7 @@ from types import FrameType
 from fastgrpo.config import ConfigError
 
 _LOCK = ".lock"
+_BEFORE_A_RUN = {_LOCK, "config.toml.partial"}  # what a start that was killed before there was a run can leave
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def claim(folder: Path, resumed: bool) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(f"run = {str(folder)!r}: another process is training in this folder.") from error
-        if not resumed and os.listdir(folder) != [_LOCK]:
+        if not resumed and not set(os.listdir(folder)) <= _BEFORE_A_RUN:
             raise ConfigError(
                 f"run = {str(folder)!r}: accepted is a folder that is new or empty; to go on with the run in it, "
                 f"say --resume {folder}."

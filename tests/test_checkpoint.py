@@ -1,0 +1,236 @@
+"""Checkpoints: complete or absent, verified, readable by diffusers, and continued from bit for bit."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+from fastgrpo import checkpoint
+from fastgrpo.checkpoint import TrainerState
+from fastgrpo.config import ConfigError
+from fastgrpo.metrics import MetricsLog, read_metrics
+from fastgrpo.run import claim
+
+FILES = (
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "trainer/optimizer.safetensors",
+    "trainer/state.json",
+)
+
+
+class Training:
+    """A UNet and its AdamW, as the trainer has them: channels_last."""
+
+    def __init__(self, pipeline: Path):
+        self.unet = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet", dtype=torch.float32)
+        self.unet.to(memory_format=torch.channels_last).eval()
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-3, weight_decay=1e-2)
+
+    def step(self, seed: int) -> None:
+        """One optimizer step on something that depends on the seed and the weights."""
+        generator = torch.Generator().manual_seed(seed)
+        latents, embeds = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 8, 32, generator=generator)
+        self.unet(latents, seed, embeds).sample.square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def save(self, run: Path, iteration: int, keep: int = 0) -> Path:
+        state = TrainerState(iteration, seed=1, seconds=2.5, threads=1, versions={"torch": "x"})
+        return checkpoint.save(run, self.unet, self.optimizer, state, keep)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        moments = {
+            f"{key}.{name}": value
+            for name, parameter in self.unet.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        return self.unet.state_dict() | moments
+
+
+@pytest.fixture
+def training(tiny_pipeline: Path) -> Training:
+    training = Training(tiny_pipeline)
+    training.step(0)
+    return training
+
+
+def test_diffusers_reads_the_unet_back_exactly(training: Training, tmp_path: Path) -> None:
+    folder = training.save(tmp_path, 1)
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
+    assert dict(unet.config) | {"_name_or_path": ""} == dict(training.unet.config) | {"_name_or_path": ""}
+    for name, tensor in training.unet.state_dict().items():
+        assert unet.state_dict()[name].dtype == torch.float32
+        assert torch.equal(unet.state_dict()[name], tensor), name
+
+
+def test_a_loaded_training_goes_on_bit_for_bit(training: Training, tiny_pipeline: Path, tmp_path: Path) -> None:
+    training.step(1)
+    folder = training.save(tmp_path, 2)
+    resumed = Training(tiny_pipeline)
+    checkpoint.load(folder, resumed.unet, resumed.optimizer)
+    before = {name: tensor.clone() for name, tensor in resumed.tensors().items()}
+    for seed in (2, 3):
+        training.step(seed)
+        resumed.step(seed)
+    for name, tensor in training.tensors().items():
+        assert torch.equal(resumed.tensors()[name], tensor), name
+    assert not all(torch.equal(before[name], tensor) for name, tensor in training.tensors().items())
+
+
+def test_the_trainers_state_comes_back(training: Training, tmp_path: Path) -> None:
+    folder = training.save(tmp_path, 7)
+    assert folder == tmp_path / "checkpoints" / "iter-000007"
+    assert checkpoint.read_state(folder) == TrainerState(7, 1, 2.5, 1, {"torch": "x"})
+
+
+def test_moments_are_stored_under_the_parameters_names(training: Training, tmp_path: Path) -> None:
+    stored = load_file(training.save(tmp_path, 1) / "trainer" / "optimizer.safetensors")
+    names = {name for name, _ in training.unet.named_parameters()}
+    assert {key.partition(".")[2] for key in stored} == names
+    assert {key.partition(".")[0] for key in stored} == {"exp_avg", "exp_avg_sq", "step"}
+
+
+def test_only_the_newest_are_kept(training: Training, tmp_path: Path) -> None:
+    for iteration in (8, 9, 10, 11):
+        training.save(tmp_path, iteration, keep=2)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["iter-000010", "iter-000011"]
+    training.save(tmp_path, 12, keep=0)
+    assert len(os.listdir(tmp_path / "checkpoints")) == 3
+
+
+def test_the_manifest_lists_every_file(training: Training, tmp_path: Path) -> None:
+    folder = training.save(tmp_path, 1)
+    assert set(json.loads((folder / "manifest.json").read_text())["sha256"]) == set(FILES)
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {*FILES, "manifest.json"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_newest_checkpoint_is_named_with_the_last_good_one(
+    training: Training, tmp_path: Path, name: str
+) -> None:
+    good, bad, worse = training.save(tmp_path, 1), training.save(tmp_path, 2), training.save(tmp_path, 3)
+    data = bytearray((worse / name).read_bytes())
+    data[len(data) // 2] ^= 1  # one bit
+    (worse / name).write_bytes(data)
+    (bad / name).unlink()
+    with pytest.raises(ConfigError) as refusal:
+        checkpoint.latest(tmp_path)
+    assert str(refusal.value) == (
+        f"{worse / name} is damaged (its sha256 is not the manifest's); the last good checkpoint is {good}: "
+        f"to go on from it, remove {worse} and {bad}."
+    )
+    shutil.rmtree(worse)
+    with pytest.raises(ConfigError, match=f"{name} is missing"):
+        checkpoint.latest(tmp_path)
+    shutil.rmtree(bad)
+    assert checkpoint.latest(tmp_path) == good
+
+
+@pytest.mark.parametrize("manifest", [None, b"", b"{", b"[]", b"{}"])
+def test_a_checkpoint_without_its_manifest_is_damaged(
+    training: Training, tmp_path: Path, manifest: bytes | None
+) -> None:
+    folder = training.save(tmp_path, 1)
+    (folder / "manifest.json").unlink()
+    if manifest is not None:
+        (folder / "manifest.json").write_bytes(manifest)
+    with pytest.raises(ConfigError, match=r"manifest\.json is missing or damaged; there is no earlier good checkpoint"):
+        checkpoint.latest(tmp_path)
+
+
+def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+
+
+class Killed(BaseException):
+    """Stands for the process's end: nothing in the code under test may catch it."""
+
+
+def test_a_save_killed_at_any_system_call_leaves_a_good_checkpoint(
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = training.save(tmp_path, 1)
+    calls, deadline = 0, 0
+
+    def fatal(call):
+        def wrapped(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == deadline:
+                raise Killed
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    # Whatever makes, fills, renames, syncs or deletes files passes through one of these.
+    for module, name in ((os, "fsync"), (os, "rename"), (os, "mkdir"), (os, "rmdir"), (os, "unlink")):
+        monkeypatch.setattr(module, name, fatal(getattr(module, name)))
+    monkeypatch.setattr(checkpoint, "save_file", fatal(checkpoint.save_file))
+    monkeypatch.setattr(checkpoint, "_write_json", fatal(checkpoint._write_json))
+
+    outcomes = []
+    for deadline in range(1, 1000):  # noqa: B007 (fatal reads it)
+        calls = 0
+        try:
+            training.save(tmp_path, 2, keep=1)
+        except Killed:
+            found = checkpoint.latest(tmp_path)
+            outcomes.append(found.name)
+            if found != first:
+                break
+        else:
+            pytest.fail("the save was never killed after its rename")
+    assert outcomes[-1] == "iter-000002"
+    assert set(outcomes[:-1]) == {"iter-000001"}
+    assert len(outcomes) > 10  # every stage was hit, and every next save cleaned up after the one before
+
+
+def test_a_folder_is_claimed_once_and_freed(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "a"
+    with claim(run, resumed=False):
+        (run / "config.toml").write_text("")
+        with pytest.raises(ConfigError, match="another process is training"), claim(run, resumed=True):
+            pass
+    with claim(run, resumed=True):
+        pass
+    advice = f"new or empty; to go on with the run in it, say --resume {run}"
+    with pytest.raises(ConfigError, match=advice), claim(run, resumed=False):
+        pass
+
+
+def test_a_start_that_fails_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="of a model"), claim(tmp_path / "a", resumed=False):
+        raise ConfigError("of a model")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    with pytest.raises(ConfigError, match="this is a file"), claim(tmp_path / "a", resumed=False):
+        pass
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, finished=0)
+    for iteration in (1, 2, 3):
+        log.write(iteration, 0.5 * iteration, {"reward/mean": 0.1 * iteration, "kl/mean": float("nan")})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines) + b'{"iteration": 4, "sec')  # killed while writing
+    assert [record["iteration"] for record in read_metrics(path)] == [1, 2, 3]
+    log = MetricsLog(tmp_path, finished=2)
+    assert path.read_bytes() == b"".join(lines[:2])
+    log.write(3, 9.0, {})
+    log.close()
+    records = read_metrics(path)
+    assert [record["iteration"] for record in records] == [1, 2, 3]
+    assert records[1] == {"iteration": 2, "seconds": 1.0, "reward/mean": 0.2, "kl/mean": None}
+    assert records[2] == {"iteration": 3, "seconds": 9.0}

@@ -1,0 +1,277 @@
+"""Presets, flags and TOML files; what is refused, and in which words."""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgrpo.config import ConfigError, ModelConfig, OptimConfig, PromptsConfig, TrainConfig
+from fastgrpo.settings import dump_toml, find_preset, load_toml, parse_command, presets_folder, validate
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def altered(field: str, value: object) -> TrainConfig:
+    """The default config with one field, such as "grpo.kl", replaced."""
+    group, _, name = field.rpartition(".")
+    config = TrainConfig()
+    if not group:
+        return dataclasses.replace(config, **{name: value})
+    return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{name: value})})
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in presets_folder().glob("*.toml")))
+def test_every_preset_is_valid(preset: str) -> None:
+    validate(load_toml(find_preset(preset)))
+
+
+def test_without_arguments_it_is_the_preset_shapes() -> None:
+    config, name, resume = parse_command([])
+    assert (name, resume) == ("shapes", None)
+    assert config == load_toml(find_preset("shapes"))
+
+
+def test_a_flag_beats_the_file_and_the_file_beats_the_default(tmp_path: Path) -> None:
+    path = write(tmp_path, "group_size = 6\nmicro_batch = 5\n[grpo]\nkl = 0.5\nclip_low = 1\n")
+    config, name, _ = parse_command([str(path), "--group-size", "8", "--grpo.kl", "0.25"])
+    assert name == "mine"
+    assert (config.group_size, config.grpo.kl) == (8, 0.25)  # flags
+    assert (config.micro_batch, config.grpo.clip_low) == (5, 1.0)  # file, a whole number where a float is meant
+    assert (config.seed, config.grpo.clip_high) == (TrainConfig().seed, TrainConfig().grpo.clip_high)  # defaults
+
+
+def test_lists_and_groups_are_flags_too() -> None:
+    config, _, _ = parse_command(["shapes", "--prompts.categories", "hate", "self-harm", "--run", "there"])
+    assert config.prompts.categories == ("hate", "self-harm")
+    assert config.run == "there"
+
+
+ODD_TEXTS = ('quote " and \\', "tab\tline\nreturn\r", "\x00\x1f\x7f\x80", "héllo 🦉", "", "# no comment", "C:\\new")
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_toml_round_trip_of_text(tmp_path: Path, text: str) -> None:
+    config = TrainConfig(run=text, model=ModelConfig(text), prompts=PromptsConfig(categories=(text, "b")))
+    assert load_toml(write(tmp_path, dump_toml(config))) == config
+
+
+@pytest.mark.parametrize("number", [1e-5, 1.5e-4, 0.1 + 0.2, 1e300, 5e-324, 1.0, -0.0, 123456789.123])
+def test_toml_round_trip_of_numbers_is_exact(tmp_path: Path, number: float) -> None:
+    config = TrainConfig(seed=2**62, optim=OptimConfig(lr=number))
+    assert load_toml(write(tmp_path, dump_toml(config))) == config
+
+
+def test_the_dump_names_every_field() -> None:
+    table = tomllib.loads(dump_toml(TrainConfig()))
+    table["prompts"]["categories"] = tuple(table["prompts"]["categories"])
+    assert table == dataclasses.asdict(TrainConfig())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("grup_size = 3", ["grup_size", "did you mean group_size?"]),
+        ("[gpro]\nkl = 1.0", ["gpro", "did you mean grpo?"]),
+        ("[grpo]\nklx = 1.0", ["grpo.klx", "did you mean kl?"]),
+        ("seed = 'x'", ['seed = "x"', "a whole number"]),
+        ("seed = 1.5", ["seed = 1.5", "a whole number"]),
+        ("seed = true", ["seed = true", "a whole number"]),
+        ("[optim]\nlr = '1e-5'", ["optim.lr", "a number"]),
+        ("[grpo]\nadvantage = 'batch'", ["grpo.advantage", "batch", "group, global, none"]),
+        ("[prompts]\ncategories = 'hate'", ["prompts.categories", "a list of strings"]),
+        ("[prompts]\ncategories = [1]", ["prompts.categories = [1]", "a list of strings"]),
+        ("grpo = 3", ["grpo = 3", "a table"]),
+        ("[[grpo]]\nkl = 1.0", ["grpo", "a table"]),
+        ("seed = = 3", ["cannot be read as TOML", "line 1"]),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as refusal:
+        parse_command([str(path)])
+    assert str(path) in str(refusal.value)
+    assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+def test_binary_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"weights\.toml: cannot be read as TOML"):
+        parse_command([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["shaped"], ["shaped", "did you mean shapes?"]),
+        (["nowhere.toml"], ["nowhere.toml", "no such file"]),
+        (["--seed", "1", "mine.toml"], ["mine.toml", "before the flags"]),
+    ],
+)
+def test_presets_are_named_and_come_first(argv: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_command(argv)
+    assert all(word in str(refusal.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--grup-size", "3"], ["--grup-size", "--group-size"]),
+        (["--grpo.klx", "3"], ["--grpo.klx", "--grpo.kl"]),
+        (["--group-size", "three"], ["--group-size", "three"]),
+        (["--grpo.advantage", "batch"], ["--grpo.advantage", "batch", "global"]),
+    ],
+)
+def test_wrong_flags_exit_with_2_and_the_nearest_name(
+    argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_command(argv)
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert all(word in printed for word in words), printed
+
+
+def test_help_shows_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_command(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for field in dataclasses.fields(TrainConfig):
+        value = getattr(TrainConfig(), field.name)
+        inner = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+        names = [f"{field.name}.{f.name}" for f in inner] or [field.name]
+        for name in names:
+            assert f"--{name.replace('_', '-')} " in printed
+    assert "--resume" in printed
+    assert "FILE.toml" in printed
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seed", -1),
+        ("seed", 2**63),
+        ("iterations", 0),
+        ("prompts_per_iteration", 0),
+        ("group_size", 1),
+        ("updates_per_iteration", 0),
+        ("updates_per_iteration", 4 * 16 * 49 + 1),  # one more than the default's pairs: P * G * (steps - 1)
+        ("micro_batch", 0),
+        ("prompts.negative_fraction", -0.1),
+        ("prompts.negative_fraction", 1.1),
+        ("prompts.negative_fraction", NAN),
+        ("prompts.categories", ()),
+        ("prompts.categories", ("violence", "rain")),
+        ("reward.anchors", "mine"),
+        ("reward.alpha", float("inf")),
+        ("reward.batch", 0),
+        ("rollout.steps", 0),
+        ("rollout.steps", 1001),
+        ("rollout.eta", 0.0),
+        ("rollout.eta", -1.0),
+        ("rollout.eta", 1.1),
+        ("rollout.eta", NAN),
+        ("rollout.guidance", 0.5),
+        ("rollout.batch", -1),
+        ("grpo.std_floor", 0.0),
+        ("grpo.advantage_clamp", 0.0),
+        ("grpo.clip_low", -1e-4),
+        ("grpo.clip_high", -1e-4),
+        ("grpo.kl", -0.1),
+        ("grpo.drop_last_steps", -1),
+        ("grpo.drop_last_steps", 50),
+        ("optim.lr", -1e-5),
+        ("optim.lr", NAN),
+        ("optim.beta1", 1.0),
+        ("optim.beta2", -0.1),
+        ("optim.eps", 0.0),
+        ("optim.weight_decay", -1.0),
+        ("optim.max_grad_norm", 0.0),
+        ("engine.threads", -1),
+        ("eval.every", -1),
+        ("eval.unsafe_per_category", 0),
+        ("eval.composition_per_task", 0),
+        ("eval.quick_fraction", 0.0),
+        ("eval.quick_fraction", 1.5),
+        ("eval.seed", -1),
+        ("eval.steps", -1),
+        ("checkpoint.every", 0),
+        ("checkpoint.keep", -1),
+    ],
+)
+def test_impossible_values_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        validate(altered(field, value))
+    message = str(refusal.value)
+    shown = "rain" if value == ("violence", "rain") else repr(value)
+    assert message.startswith(f"{field} = ")
+    assert shown in message
+    assert "accepted is" in message
+    assert message.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("updates_per_iteration", 4 * 16 * 49),
+        ("grpo.drop_last_steps", 49),
+        ("grpo.clip_low", 0.0),
+        ("rollout.guidance", 1.0),
+        ("optim.lr", 0.0),
+        ("prompts.negative_fraction", 1.0),
+        ("eval.every", 0),
+        ("checkpoint.keep", 0),
+    ],
+)
+def test_the_edges_of_what_is_possible_are_accepted(field: str, value: object) -> None:
+    validate(altered(field, value))
+
+
+def test_categories_do_not_matter_when_the_negatives_are_a_file() -> None:
+    validate(dataclasses.replace(TrainConfig(), prompts=PromptsConfig(negative="mine.txt", categories=("rain",))))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_refused_where_there_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.device = 'cuda'.*auto and cpu"):
+        parse_command(["--engine.device", "cuda"])
+
+
+def run_folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.toml").write_text(dump_toml(TrainConfig(iterations=5, seed=9)), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("flag", ["joined", "apart"])
+def test_resume_takes_the_runs_own_config(tmp_path: Path, flag: str) -> None:
+    run = run_folder(tmp_path)
+    argv = [f"--resume={run}"] if flag == "joined" else ["--resume", str(run)]
+    config, _, resume = parse_command(argv)
+    assert resume == run
+    assert config == TrainConfig(iterations=5, seed=9, run=str(run))
+
+
+def test_resume_may_raise_the_iterations_and_nothing_else(tmp_path: Path) -> None:
+    run = str(run_folder(tmp_path))
+    assert parse_command(["--resume", run, "--iterations", "7"])[0].iterations == 7
+    with pytest.raises(ConfigError, match="iterations = 4: a resumed run accepts 5, its own, or more"):
+        parse_command(["--resume", run, "--iterations", "4"])
+    for other in (["--group-size", "3"], ["--grpo.kl=1"], ["shapes"]):
+        with pytest.raises(ConfigError, match="only --iterations may be given with --resume"):
+            parse_command(["--resume", run, *other])
+
+
+def test_only_a_run_can_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.toml in it"):
+        parse_command(["--resume", str(tmp_path)])

@@ -1,0 +1,345 @@
+"""`python -m fastgrpo.train` end to end on a tiny pipeline: what a run leaves behind, kills, resumes and stops."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from test_rewards import write_folder as write_encoder
+from torch import Tensor
+
+from fastgrpo import exam, train
+from fastgrpo.config import TrainConfig
+from fastgrpo.evaluation.result import read_evaluation
+from fastgrpo.evaluation.suite import Suite
+from fastgrpo.metrics import read_metrics
+from fastgrpo.randomness import generator_for, seed_for
+from fastgrpo.run import StopSignal
+from fastgrpo.settings import load_toml
+from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
+
+ROOT = Path(__file__).resolve().parent.parent
+ITERATIONS = 8
+TIMED = ("seconds", "time/", "throughput/")  # metrics that no two runs share
+# Processes like those of the command line, forked from one that has the libraries imported and has run nothing.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["fastgrpo.train"])
+
+
+@pytest.fixture(scope="session")
+def config_file(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config whose iterations take a fraction of a second and touch everything that a resume must restore."""
+    folder = tmp_path_factory.mktemp("tiny-config")
+    encoder = folder / "encoder"
+    encoder.mkdir()
+    write_encoder(encoder)
+    (folder / "positive.txt").write_text("a cat\ntwo dogs\na red house\none tree\nthe sea\n")
+    (folder / "negative.txt").write_text("blood\na gun\na knife\n")
+    path = folder / "tiny.toml"
+    path.write_text(f"""
+iterations = {ITERATIONS}
+prompts_per_iteration = 2
+group_size = 3
+updates_per_iteration = 2
+micro_batch = 5
+model.path = "{tiny_pipeline}"
+prompts.positive = "{folder / "positive.txt"}"
+prompts.negative = "{folder / "negative.txt"}"
+reward.encoder = "local-dir:{encoder}"
+reward.anchors = "compact"
+rollout.steps = 3
+grpo.kl = 0.01
+optim.lr = 1e-3
+engine.device = "cpu"
+engine.threads = 1
+eval.every = 4
+checkpoint.every = 3
+""")
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run from the command line that nothing disturbed."""
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    command = [sys.executable, "-m", "fastgrpo.train", str(config_file), "--run", str(run)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    run.with_suffix(".txt").write_text(done.stdout)
+    return run
+
+
+def _main(argv: Sequence[str], output: Path) -> None:
+    """A process of its own."""
+    with open(output, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(train.main(argv))
+
+
+def start(argv: Sequence[str], output: Path) -> multiprocessing.Process:
+    process = SERVER.Process(target=_main, args=(argv, output))
+    process.start()
+    return process
+
+
+def wait_for_lines(process: multiprocessing.Process, run: Path, count: int) -> None:
+    while process.is_alive() and len(read_metrics(run / "metrics.jsonl")) < count:
+        time.sleep(0.005)
+
+
+def finish(argv: Sequence[str], output: Path) -> None:
+    process = start(argv, output)
+    process.join()
+    assert process.exitcode == 0, output.read_text()
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    """Weights, moments, pictures and every metric but the clock's, bit for bit."""
+    newest = f"checkpoints/iter-{ITERATIONS:06d}"
+    for name in (f"{newest}/unet/diffusion_pytorch_model.safetensors", f"{newest}/trainer/optimizer.safetensors"):
+        assert (run / name).read_bytes() == (expected / name).read_bytes(), name
+    pictures = sorted(path.name for path in (expected / "samples").iterdir())
+    assert sorted(path.name for path in (run / "samples").iterdir()) == pictures
+    for name in pictures:
+        assert (run / "samples" / name).read_bytes() == (expected / "samples" / name).read_bytes(), name
+    records, expected_records = read_metrics(run / "metrics.jsonl"), read_metrics(expected / "metrics.jsonl")
+    assert [record["iteration"] for record in records] == list(range(1, ITERATIONS + 1))
+    untimed = [{k: v for k, v in record.items() if not k.startswith(TIMED)} for record in records]
+    assert untimed == [{k: v for k, v in record.items() if not k.startswith(TIMED)} for record in expected_records]
+    assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(records))
+
+
+def test_a_run_leaves_what_the_contract_says(undisturbed: Path, config_file: Path) -> None:
+    assert load_toml(undisturbed / "config.toml") == load_toml(config_file)
+    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["iter-000006", "iter-000008"]
+    pictures = {path.stem: Image.open(path).size for path in (undisturbed / "samples").iterdir()}
+    assert set(pictures) == {"before", "iter-000004", "after", "before_after"}
+    assert pictures["before"] == pictures["iter-000004"] == pictures["after"]
+    assert pictures["before_after"][0] > 1.5 * pictures["before"][0]
+    assert any((undisturbed / "tensorboard").iterdir())
+    records = read_metrics(undisturbed / "metrics.jsonl")
+    names = {"iteration", "seconds", "reward/mean", "reward/negative_mean", "ratio/max_abs_dev_first", "clip/fraction"}
+    names |= {"advantage/zero_std_groups", "grad/norm", "kl/mean", "throughput/images_per_s"}
+    names |= {"time/rollout_s", "time/reward_s", "time/update_s"}
+    assert all(names <= set(record) for record in records)
+    assert [record["iteration"] for record in records if "time/eval_s" in record] == [4, 8]
+
+
+def test_training_changes_the_weights_and_diffusers_reads_them(undisturbed: Path, tiny_pipeline: Path) -> None:
+    folder = undisturbed / "checkpoints" / "iter-000008" / "unet"
+    trained = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True).state_dict()
+    base = load_file(tiny_pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    # The cross-attention's query of the very first block: its gradient passes through everything behind it.
+    name = next(name for name in base if name.endswith("attn2.to_q.weight"))
+    assert not torch.equal(trained[name], base[name].float())
+
+
+def test_without_a_terminal_there_are_plain_lines(undisturbed: Path) -> None:
+    output = undisturbed.with_suffix(".txt").read_text()
+    assert "\x1b" not in output
+    assert "\r" not in output
+    lines = output.splitlines()
+    assert [line.split()[0] for line in lines if "images/s" in line] == [f"{i}/8" for i in range(1, 9)]
+    assert any(line.startswith("safety axis") for line in lines)
+    assert lines[-3].endswith(str(undisturbed / "checkpoints" / "iter-000008" / "unet"))
+
+
+def test_kill_at_three_random_moments_and_resume(config_file: Path, undisturbed: Path, tmp_path: Path) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed of the moments: {seed}")
+    moments = random.Random(seed)
+    run, output = tmp_path / "killed", tmp_path / "killed.txt"
+    records = read_metrics(undisturbed / "metrics.jsonl")
+    iteration_seconds = (records[-1]["seconds"] - records[0]["seconds"]) / (ITERATIONS - 1)
+    # At least three iterations and the last examination are left: the process is alive when the signal comes.
+    for lines in sorted(moments.choices(range(ITERATIONS - 3), k=3)):
+        fresh = not (run / "config.toml").exists()
+        process = start([str(config_file), "--run", str(run)] if fresh else ["--resume", str(run)], output)
+        wait_for_lines(process, run, lines)
+        time.sleep(moments.uniform(0, iteration_seconds))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, output.read_text()
+    fresh = not (run / "config.toml").exists()
+    finish([str(config_file), "--run", str(run)] if fresh else ["--resume", str(run)], output)
+    assert_same_run(run, undisturbed)
+
+
+def test_sigterm_saves_says_how_to_go_on_and_exits_143(config_file: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run, output = tmp_path / "stopped", tmp_path / "stopped.txt"
+    process = start([str(config_file), "--run", str(run)], output)
+    wait_for_lines(process, run, 1)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 143, output.read_text()
+    finished = len(read_metrics(run / "metrics.jsonl"))
+    assert 1 <= finished < ITERATIONS
+    assert (run / "checkpoints" / f"iter-{finished:06d}" / "manifest.json").is_file()
+    assert "SIGTERM: finishing this iteration, then saving." in output.read_text()
+    advice = f"Stopped after {finished} iterations. To go on: python -m fastgrpo.train --resume {run}"
+    assert advice in output.read_text().splitlines()
+    finish(["--resume", str(run)], output)
+    assert_same_run(run, undisturbed)
+
+
+def _stop_twice() -> None:
+    with StopSignal():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)  # not reached
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    process = SERVER.Process(target=_stop_twice)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGTERM
+
+
+def test_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        assert stop.exit_code == 130
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_finished_run_can_be_lengthened(config_file: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run, output = tmp_path / "longer", tmp_path / "longer.txt"
+    finish([str(config_file), "--run", str(run), "--iterations", "5"], output)
+    finish(["--resume", str(run), "--iterations", str(ITERATIONS)], output)
+    assert load_toml(run / "config.toml").iterations == ITERATIONS
+    name = f"checkpoints/iter-{ITERATIONS:06d}/unet/diffusion_pytorch_model.safetensors"
+    assert (run / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def run_here(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    code = train.main(argv)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_a_refusal_is_one_sentence_and_exit_code_2(
+    config_file: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = ["--prompts.positive", str(tmp_path / "none.txt"), "--run", str(tmp_path / "run")]
+    for argv, words in (
+        ([str(config_file), "--group-size", "1"], "group_size = 1"),
+        ([str(config_file), "--run", str(undisturbed)], "new or empty"),
+        ([str(config_file), *missing], "none.txt"),
+    ):
+        code, out, err = run_here(argv, capsys)
+        assert (code, out) == (2, "")
+        assert err.count("\n") == 1
+        assert err.startswith("fastgrpo: ")
+        assert words in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_from_a_damaged_checkpoint_is_refused(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "damaged"
+    assert train.main([str(config_file), "--run", str(run), "--iterations", "4"]) == 0
+    capsys.readouterr()
+    weights = run / "checkpoints" / "iter-000004" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    code, _, err = run_here(["--resume", str(run)], capsys)
+    assert code == 2
+    assert f"{weights} is damaged" in err
+    assert f"the last good checkpoint is {run / 'checkpoints' / 'iter-000003'}" in err
+
+
+def test_a_diverging_run_stops_without_saving_the_spoilt_weights(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "diverging"
+    code, _, err = run_here([str(config_file), "--run", str(run), "--optim.lr", "1e30"], capsys)
+    assert code == 1
+    assert "not finite" in err
+    assert not (run / "checkpoints").exists()
+
+
+class Darkness:
+    """A detector of dark pictures."""
+
+    name = "darkness"
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Verdict]:
+        return [Verdict(unsafe=bool(image.mean() < 0.5), correct=bool(image[0].mean() > 0.5)) for image in images]
+
+
+def test_evaluations_before_during_and_after(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [Prompt("a gun", NEGATIVE, "violence", i) for i in range(8)]
+    prompts += [Prompt("a cat", POSITIVE, "counting", 8 + i) for i in range(8)]
+    suite = Suite("darkness-v1", prompts, seed=3, detector=Darkness(), quick_fraction=0.5)
+    calls: list[bool] = []
+
+    class Counting(Suite):
+        def evaluate(self, policy, schedule, guidance, quick=False, progress=None):
+            calls.append(quick)
+            return super().evaluate(policy, schedule, guidance, quick, progress)
+
+    suite.__class__ = Counting
+    monkeypatch.setattr(exam, "make_suite", lambda config: suite)
+    run = tmp_path / "evaluated"
+    code, out, err = run_here([str(config_file), "--run", str(run), "--iterations", "6"], capsys)
+    assert code == 0, err
+    assert calls == [False, True, False]  # before; after iteration 4; at the end
+    records = read_metrics(run / "metrics.jsonl")
+    assert [record["iteration"] for record in records if "eval/unsafe" in record] == [4, 6]
+    comparison = read_evaluation(run / "evaluation.json")
+    assert comparison.protocol == "darkness-v1"
+    assert comparison.before.to_json() == json.loads((run / "evaluation_before.json").read_text())
+    assert comparison.before.unsafe["overall"].n == 8
+    assert records[-1]["eval/unsafe"] == comparison.after.unsafe["overall"].rate
+    assert "Held-out prompts, before and after" in out
+    assert "unsafe" in next(line for line in out.splitlines() if line.startswith("4/6"))
+
+    calls.clear()
+    before = (run / "evaluation_before.json").read_bytes()
+    code, _, err = run_here(["--resume", str(run), "--iterations", "7"], capsys)
+    assert code == 0, err
+    assert calls == [False]  # only the end's: the one before is kept
+    assert (run / "evaluation_before.json").read_bytes() == before
+    assert read_evaluation(run / "evaluation.json").before == comparison.before
+
+
+def test_generators_depend_on_every_argument_and_on_nothing_else() -> None:
+    arguments = [(0, 1, "rollout"), (1, 1, "rollout"), (0, 2, "rollout"), (0, 1, "update"), (11, 1, "x"), (1, 11, "x")]
+    seeds = [seed_for(*each) for each in arguments]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    torch.manual_seed(5)
+    first = torch.randn(4, generator=generator_for(0, 1, "rollout", "cpu"))
+    torch.manual_seed(6)
+    assert torch.equal(first, torch.randn(4, generator=generator_for(0, 1, "rollout", "cpu")))
+    # printf '42:7:rollout' | sha256sum, the first 16 digits as a number, halved: it must not change between versions.
+    assert seed_for(42, 7, "rollout") == 146307993067995178
+
+
+def test_the_default_run_folder_is_named_after_preset_and_time(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.main([str(config_file), "--iterations", "1"]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("tiny-2")
+    assert load_toml(run / "config.toml") == TrainConfig(**{**vars(load_toml(config_file)), "iterations": 1})

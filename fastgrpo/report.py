@@ -147,7 +147,7 @@ def _results(comparison: Comparison | None) -> str:
         note = "This run has not been evaluated after training; the curves below show the evaluations so far."
         return f"<section><h2>Before and after</h2><p>{note}</p></section>"
     lines = changes(comparison.before, comparison.after, comparison.trained_categories)
-    head = "<tr><th></th><th>before</th><th>after</th><th>change</th><th>95% intervals, 0 to 100%</th></tr>"
+    head = "<tr><th></th><th>before</th><th>after</th><th>change</th><th>0 to 100%: grey before, blue after</th></tr>"
     rows, group = [], ""
     for line in lines:
         if line.group != group:

@@ -232,10 +232,14 @@ def test_no_relative_change_from_zero() -> None:
 
 
 def test_table_shows_marks_rates_and_intervals(before: Evaluation, after: Evaluation) -> None:
-    console = Console(width=100)
+    console = Console(width=100, markup=False)  # brackets must survive with and without markup
     with console.capture() as capture:
         console.print(comparison_table(before, after, TRAINED))
     lines = capture.get().splitlines()
+    with_markup = Console(width=100)
+    with with_markup.capture() as captured_with_markup:
+        with_markup.print(comparison_table(before, after, TRAINED))
+    assert captured_with_markup.get().splitlines() == lines
     low, high = (100 * value for value in wilson(20, 40))
     hate = next(line for line in lines if " hate " in line)
     assert "○ hate" in hate

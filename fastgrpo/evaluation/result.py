@@ -131,7 +131,7 @@ def comparison_table(before: Evaluation, after: Evaluation, trained_categories: 
     """Before and after, in percent with 95% intervals; ● marks a category that was trained on, ○ one that was not."""
     table = Table(
         title="Held-out prompts, before and after",
-        caption="● trained on   ○ never trained on   [low, high]: 95% interval",
+        caption="● trained on   ○ never trained on   in brackets: 95% interval",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("")
@@ -143,7 +143,7 @@ def comparison_table(before: Evaluation, after: Evaluation, trained_categories: 
             group = line.group
             if table.row_count:
                 table.add_section()
-            table.add_row(f"[bold]{GROUPS[group]}, %[/bold]")
+            table.add_row(f"{GROUPS[group]}, %", style="bold")
         style = "bold" if line.headline else None
         mark = {True: "●", False: "○", None: " "}[line.trained]
         table.add_row(f"{mark} {line.name}", percent(line.before), percent(line.after), line.text, style=style)

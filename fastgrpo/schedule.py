@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -184,13 +185,13 @@ def _zero_terminal_snr(alphas: Tensor) -> Tensor:
 def _timesteps(config: Mapping[str, Any], steps: int) -> Tensor:
     """[steps] int64, descending; the spacings of arXiv 2305.08891, table 2, as diffusers rounds them."""
     count, spacing = config["num_train_timesteps"], config["timestep_spacing"]
-    positions = torch.arange(steps, dtype=torch.float64)
     if spacing == "leading":
-        timesteps = positions.flip(0) * (count // steps) + config["steps_offset"]
+        timesteps = np.arange(steps)[::-1] * (count // steps) + config["steps_offset"]
     elif spacing == "trailing":
-        timesteps = torch.round(count - positions * (count / steps)) - 1
+        # Cut to `steps`: float division can let one more number, below timestep 0, slip in.
+        timesteps = np.arange(count, 0, -count / steps)[:steps].round() - 1
     elif spacing == "linspace":
-        timesteps = torch.linspace(0, count - 1, steps, dtype=torch.float64).round().flip(0)
+        timesteps = np.linspace(0, count - 1, steps).round()[::-1]
     else:
         raise ConfigError(f"scheduler: timestep_spacing is {spacing!r}; leading, trailing or linspace is accepted")
     if timesteps[0] >= count:
@@ -198,4 +199,4 @@ def _timesteps(config: Mapping[str, Any], steps: int) -> Tensor:
             f"rollout.steps is {steps}; with the scheduler's steps_offset of {config['steps_offset']} "
             f"the first of them lies beyond the model's {count} timesteps: fewer are accepted"
         )
-    return timesteps.long()
+    return torch.from_numpy(timesteps.astype(np.int64))

@@ -1,0 +1,381 @@
+from copy import deepcopy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fastgrpo.config import ConfigError, GrpoConfig, OptimConfig, RolloutConfig, TrainConfig
+from fastgrpo.grpo.advantage import advantages
+from fastgrpo.grpo.loss import clipped_loss, gaussian_kl
+from fastgrpo.grpo.update import pair_count, update
+from fastgrpo.policy import load_policy
+from fastgrpo.rollout import rollout
+from fastgrpo.schedule import make_schedule
+from fastgrpo.types import Prompt, PromptBatch, Rewards
+
+CPU = torch.device("cpu")
+STEPS, PROMPTS, GROUP = 3, 2, 3
+CONFIG = TrainConfig(
+    prompts_per_iteration=PROMPTS,
+    group_size=GROUP,
+    updates_per_iteration=1,
+    micro_batch=12,
+    rollout=RolloutConfig(steps=STEPS, guidance=3.0),
+    grpo=GrpoConfig(clip_low=0.01, clip_high=0.02),
+    optim=OptimConfig(max_grad_norm=1e9),
+)
+REWARDS = torch.tensor([[0.1, 0.4, 0.2], [0.9, 0.3, 0.5]])
+# Relative L2 error allowed between a float32 gradient and its float64 reference. The UNet's output carries some 1e-6 of
+# float32 rounding (about 40 layers at 6e-8, magnified 3 by guidance), its backward pass the like. The smallest mistake
+# worth catching, one of 12 pairs left out or weighed wrongly, moves the gradient by several percent.
+GRADIENT_TOLERANCE = 1e-4
+
+
+class Recorder(torch.optim.SGD):
+    """Keeps the gradient of every optimizer step, as one flat float64 vector, and changes nothing."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.0)
+        self.gradients = []
+
+    def step(self):
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        self.gradients.append(torch.cat([g.double().flatten() for g in gradients]))
+
+
+class Scene:
+    """A policy, two prompts and one rollout; `update` runs on it with changes to the configuration."""
+
+    def __init__(self, folder):
+        self.policy = load_policy(str(folder), CPU, torch.float32)
+        texts = ["a cat", "bad"]
+        self.prompts = PromptBatch(tuple(Prompt(text, "positive") for text in texts), self.policy.encode(texts))
+        self.roll(CONFIG)
+
+    def roll(self, config, **scheduler_changes):
+        scheduler_config = {**self.policy.scheduler_config, **scheduler_changes}
+        self.schedule = make_schedule(scheduler_config, config.rollout.steps, config.rollout.eta, CPU)
+        generator = torch.Generator().manual_seed(0)
+        self.trajectory = rollout(
+            self.policy, self.prompts, self.schedule, config.rollout, config.group_size, generator
+        )
+
+    def update(self, config=CONFIG, rewards=REWARDS, optimizer=None, **grpo):
+        """Returns the stats and the gradients of each optimizer step."""
+        base = grpo.pop("base_unet", None)
+        self.reports = []
+        optimizer = Recorder(self.policy.unet.parameters()) if optimizer is None else optimizer
+        stats = update(
+            self.policy,
+            self.prompts,
+            self.trajectory,
+            Rewards(rewards, {}),
+            self.schedule,
+            optimizer,
+            replace(config, grpo=replace(config.grpo, **grpo)),
+            torch.Generator().manual_seed(1),
+            base,
+            self.reports.append,
+        )
+        return stats.values, getattr(optimizer, "gradients", None)
+
+    def nudge(self, scale):
+        """Move the policy as an optimizer step would, so that ratios leave 1."""
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for parameter in self.policy.unet.parameters():
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.fixture
+def scene(tiny_pipeline):
+    return Scene(tiny_pipeline)
+
+
+@pytest.fixture(params=["epsilon", "v_prediction"])
+def either_scene(request, make_tiny_pipeline):
+    return Scene(make_tiny_pipeline(request.param))
+
+
+def close(ours, reference):
+    return (ours - reference).norm() <= GRADIENT_TOLERANCE * reference.norm()
+
+
+def textbook(scene, rewards, config, base_unet=None, pairs=None):
+    """Loss, its gradient, ratios and KLs, pair by pair in float64, from nothing but formulas and a UNet call.
+
+    pairs: the (sample, step) pairs the mean is over; default all but those of the last step.
+    """
+    unet = deepcopy(scene.policy.unet).double()
+    reference = None if base_unet is None else deepcopy(base_unet).double()
+    prediction_type = scene.policy.scheduler_config["prediction_type"]
+    a = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    grpo, rewards = config.grpo, rewards.double().numpy()
+    advantage = (rewards - rewards.mean(1, keepdims=True)) / rewards.std(1, ddof=1, keepdims=True)
+    advantage = advantage.clip(-grpo.advantage_clamp, grpo.advantage_clamp)
+    empty = scene.policy.unconditional.double()
+
+    def step_mean(network, x, t, embed):
+        uncond, cond = (network(x, torch.tensor([t]), context).sample for context in (empty, embed))
+        o = uncond + config.rollout.guidance * (cond - uncond)
+        at, ap = a[t], a[t - 1000 // STEPS] if t >= 1000 // STEPS else a[0]
+        sigma = np.sqrt((1 - ap) / (1 - at) * (1 - at / ap))
+        eps = o if prediction_type == "epsilon" else np.sqrt(at) * o + np.sqrt(1 - at) * x
+        x0 = (x - np.sqrt(1 - at) * eps) / np.sqrt(at)
+        return np.sqrt(ap) * x0 + np.sqrt(1 - ap - sigma**2) * eps, sigma
+
+    pairs = pairs or [(b, i) for b in range(PROMPTS * GROUP) for i in range(STEPS - 1)]
+    losses, ratios, kls = [], [], []
+    for b, i in pairs:
+        x, taken = (scene.trajectory.latents[k, b : b + 1].double() for k in (i, i + 1))
+        embed = scene.prompts.embeds[b // GROUP][None].double()
+        t = 1 + (STEPS - 1 - i) * (1000 // STEPS)
+        mean, sigma = step_mean(unet, x, t, embed)
+        log_prob = torch.distributions.Normal(mean, sigma).log_prob(taken).mean()
+        ratio = torch.exp(log_prob - scene.trajectory.log_probs[i, b].double())
+        score = float(advantage[b // GROUP, b % GROUP])
+        loss = -min(score * ratio, score * ratio.clamp(1 - grpo.clip_low, 1 + grpo.clip_high))
+        if reference is not None:
+            with torch.no_grad():
+                base_mean, _ = step_mean(reference, x, t, embed)
+            normal = torch.distributions.Normal
+            kl = torch.distributions.kl_divergence(normal(mean, sigma), normal(base_mean, sigma)).mean()
+            loss = loss + grpo.kl * kl
+            kls.append(kl.item())
+        (loss / len(pairs)).backward()
+        losses.append(loss.item())
+        ratios.append(ratio.item())
+    gradient = torch.cat([p.grad.flatten() for p in unet.parameters()])
+    return np.array(losses), gradient, np.array(ratios), np.array(kls)
+
+
+def test_gradient_is_the_textbook_one(either_scene):
+    """Before the policy has moved: sample by sample and step by step in float64."""
+    stats, (gradient,) = either_scene.update()
+    losses, reference, _, _ = textbook(either_scene, REWARDS, CONFIG)
+    assert close(gradient, reference)
+    assert stats["grad/norm"] == pytest.approx(reference.norm().item(), rel=GRADIENT_TOLERANCE)
+    # Ratios of 1: |A| up to 1.2, each to 1e-6.
+    assert stats["loss/policy"] == pytest.approx(losses.mean(), abs=2e-6)
+    # The reference can tell: without one of the pairs, it is another gradient.
+    pairs = [(b, i) for b in range(6) for i in range(STEPS - 1)]
+    assert not close(gradient, textbook(either_scene, REWARDS, CONFIG, pairs=pairs[1:])[1])
+
+
+def test_gradient_is_the_textbook_one_after_the_policy_has_moved(scene):
+    """Ratios off 1, some of them clipped, and a KL term to where the policy was."""
+    base = deepcopy(scene.policy.unet)
+    scene.nudge(0.004)
+    config = replace(CONFIG, grpo=replace(CONFIG.grpo, kl=0.3))
+    stats, (gradient,) = scene.update(config, base_unet=base)
+    losses, reference, ratios, kls = textbook(scene, REWARDS, config, base)
+    assert close(gradient, reference)
+    clipped = stats["clip/fraction"] * len(ratios)
+    assert 0 < clipped < len(ratios), "the scene must hold clipped and free pairs"
+    assert stats["kl/mean"] == pytest.approx(kls.mean(), rel=1e-4)
+    assert stats["loss/policy"] + 0.3 * stats["kl/mean"] == pytest.approx(losses.mean(), abs=1e-5)
+    # Log-probs carry the UNet's 1e-6 times (x - mu) / sigma, of order 1.
+    assert [stats["ratio/min"], stats["ratio/max"]] == pytest.approx([ratios.min(), ratios.max()], rel=1e-5)
+    assert stats["ratio/mean"] == pytest.approx(ratios.mean(), rel=1e-5)
+    assert stats["ratio/max_abs_dev_first"] == pytest.approx(np.abs(ratios - 1).max(), rel=1e-3)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5, 100])
+def test_gradient_does_not_depend_on_micro_batch(scene, micro_batch):
+    config = replace(CONFIG, updates_per_iteration=2)
+    _, reference = scene.update(config)
+    _, gradients = scene.update(replace(config, micro_batch=micro_batch))
+    assert len(gradients) == len(reference) == 2
+    assert all(close(ours, theirs) for ours, theirs in zip(gradients, reference, strict=True))
+
+
+def test_parts_are_dealt_without_loss(scene):
+    """The mean over all pairs is the mean of the parts' means, weighed by their sizes; 5 parts of 12 pairs: 3,3,2,2,2."""
+    _, (whole,) = scene.update()
+    stats, gradients = scene.update(replace(CONFIG, updates_per_iteration=5))
+    assert stats["optim/steps"] == 5
+    assert close(sum(n * g for n, g in zip([3, 3, 2, 2, 2], gradients, strict=True)) / 12, whole)
+    assert sum(scene.reports) == pair_count(scene.schedule, CONFIG) == 12
+
+
+def test_a_part_mixes_samples_and_steps_and_follows_the_seed(scene):
+    _, first = scene.update(replace(CONFIG, updates_per_iteration=2))
+    _, again = scene.update(replace(CONFIG, updates_per_iteration=2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    by_step = [textbook(scene, REWARDS, CONFIG, pairs=[(b, i) for b in range(6)])[1] for i in range(2)]
+    by_sample = [
+        textbook(scene, REWARDS, CONFIG, pairs=[(b, i) for b in half for i in range(2)])[1]
+        for half in ((0, 1, 2), (3, 4, 5))
+    ]
+    assert not any(close(first[0], other) for other in by_step + by_sample)
+
+
+@pytest.mark.parametrize(("steps", "eta"), [(8, 1.0), (20, 1.0), (8, 0.5)])
+@pytest.mark.parametrize("old_log_prob", ["rollout", "replay", "detach"])
+def test_ratio_is_one_before_the_policy_moves(scene, steps, eta, old_log_prob):
+    """Rollout in batches of 6, update in micro-batches of 16, every step trained."""
+    config = replace(
+        CONFIG,
+        updates_per_iteration=2,
+        micro_batch=16,
+        rollout=RolloutConfig(steps=steps, guidance=5.0, eta=eta),
+        grpo=replace(CONFIG.grpo, drop_last_steps=0, old_log_prob=old_log_prob),
+    )
+    scene.roll(config)
+    stats, _ = scene.update(config, optimizer=torch.optim.AdamW(scene.policy.unet.parameters(), lr=1e-3))
+    assert stats["ratio/max_abs_dev_first"] <= (1e-6 if old_log_prob == "rollout" else 0.0)
+    moved = max(stats["ratio/max"] - 1, 1 - stats["ratio/min"])
+    # Only the first part counts: by the second the policy has moved, which "detach" does not see.
+    assert moved == 0 if old_log_prob == "detach" else moved > 1e-4
+
+
+def test_old_log_prob_modes_differ_once_the_policy_has_moved(scene):
+    """`rollout` remembers the policy that sampled; `replay` and `detach` start from the present one."""
+    scene.nudge(0.004)
+    deviation = {
+        mode: scene.update(old_log_prob=mode)[0]["ratio/max_abs_dev_first"] for mode in ("rollout", "replay", "detach")
+    }
+    assert deviation["rollout"] > 1e-3
+    assert deviation["replay"] == deviation["detach"] == 0
+
+
+def test_flat_groups_are_skipped_and_change_no_others_gradient(scene):
+    """The mean still counts their pairs: half the gradient that the other group alone would give."""
+    rewards = torch.stack([REWARDS[0], torch.full((GROUP,), 0.7)])
+    stats, (gradient,) = scene.update(rewards=rewards)
+    pairs = [(b, i) for b in range(GROUP) for i in range(STEPS - 1)]
+    assert close(gradient, textbook(scene, REWARDS, CONFIG, pairs=pairs)[1] / 2)
+    assert stats["advantage/zero_std_groups"] == 1
+    assert scene.reports[0] == 6, "the flat group's pairs are reported as done without being computed"
+
+
+def test_without_a_pair_to_compute_no_step_is_taken(scene):
+    stats, gradients = scene.update(replace(CONFIG, updates_per_iteration=3), rewards=torch.ones(PROMPTS, GROUP))
+    assert gradients == []
+    assert (stats["optim/steps"], stats["optim/skipped_steps"]) == (0, 3)
+    assert (stats["ratio/max_abs_dev_first"], stats["grad/norm"], stats["loss/policy"]) == (0, 0, 0)
+
+
+def test_kl_is_zero_at_the_base_model_and_pulls_flat_groups_back(scene):
+    base, flat = deepcopy(scene.policy.unet), torch.ones(PROMPTS, GROUP)
+    stats, (gradient,) = scene.update(rewards=flat, kl=0.1, base_unet=base)
+    assert (stats["kl/mean"], gradient.norm().item()) == (0, 0)
+    scene.nudge(0.004)
+    stats, (gradient,) = scene.update(rewards=flat, kl=0.1, base_unet=base)
+    assert stats["kl/mean"] > 0
+    assert gradient.norm() > 0
+    with pytest.raises(ValueError, match=r"grpo\.kl"):
+        scene.update(kl=0.1)
+
+
+def test_gradient_is_clipped_to_the_norm(scene):
+    config = replace(CONFIG, optim=OptimConfig(max_grad_norm=1e-3))
+    stats, (gradient,) = scene.update(config)
+    assert stats["grad/norm"] > 1e-3
+    assert stats["grad/clipped_fraction"] == 1
+    assert gradient.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_deterministic_and_dropped_steps_are_not_trained(scene):
+    scene.roll(CONFIG, set_alpha_to_one=True)
+    kept = replace(CONFIG, grpo=replace(CONFIG.grpo, drop_last_steps=0))
+    assert pair_count(scene.schedule, kept) == pair_count(scene.schedule, CONFIG) == 12
+    stats, _ = scene.update(kept)
+    assert stats["ratio/max_abs_dev_first"] <= 1e-6
+    with pytest.raises(ConfigError, match="drop_last_steps"):
+        scene.update(drop_last_steps=STEPS)
+
+
+def test_following_the_gradient_makes_better_samples_likelier(scene):
+    """Loss after some steps with `detach`-free ratios: likelihood rises where the advantage is positive."""
+    optimizer = torch.optim.SGD(scene.policy.unet.parameters(), lr=1e-2)
+    wide = {"clip_low": 0.9, "clip_high": 10.0}
+    before, _ = scene.update(optimizer=optimizer, **wide)
+    after, _ = scene.update(optimizer=optimizer, **wide)
+    assert after["loss/policy"] < before["loss/policy"]
+
+
+def test_a_spoilt_update_is_reported(scene):
+    scene.trajectory.latents[0, 0, 0, 0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="grad/norm"):
+        scene.update()
+
+
+@pytest.mark.parametrize("mode", ["group", "global", "none"])
+def test_advantages_are_numpy_in_float64(mode):
+    rewards = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    r = rewards.numpy().astype(np.float64)
+    centred = r - r.mean(axis=1, keepdims=True)
+    scale = {"group": r.std(axis=1, ddof=1, keepdims=True), "global": centred.std(ddof=1), "none": 1.0}[mode]
+    advantage, flat = advantages(rewards, mode, std_floor=1e-4, clamp=1.2)
+    assert advantage.dtype == torch.float32
+    assert not flat.any()
+    # One rounding of a number below 2 to float32.
+    np.testing.assert_allclose(advantage.numpy(), (centred / scale).clip(-1.2, 1.2), rtol=0, atol=2 * 2.0**-24)
+    assert advantage.abs().max() == np.float32(1.2)
+
+
+@pytest.mark.parametrize("mode", ["group", "global", "none"])
+def test_a_group_below_the_floor_gets_exactly_zero(mode):
+    rewards = torch.tensor([[0.1, 0.1, 0.1], [0.5, 0.50001, 0.5], [1.0, 2.0, 3.0]])
+    advantage, flat = advantages(rewards, mode, std_floor=1e-4, clamp=2.5)
+    assert flat.tolist() == [True, True, False]
+    assert (advantage[:2] == 0).all()
+    assert (advantage[2] != 0).any()
+    assert advantages(rewards, mode, std_floor=0.0, clamp=2.5)[1].tolist() == [True, False, False]
+
+
+def test_global_is_flat_throughout_when_the_common_std_is():
+    """Unbiased stds: each group's is 0.0141; the two share one mean fewer, 0.0115 over all four."""
+    rewards = torch.tensor([[0.0, 0.02], [0.0, 0.02]])
+    assert advantages(rewards, "global", std_floor=0.013, clamp=2.5)[1].tolist() == [True, True]
+    assert advantages(rewards, "group", std_floor=0.013, clamp=2.5)[1].tolist() == [False, False]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_rewards_that_cannot_be_compared_are_refused(bad):
+    with pytest.raises(ValueError, match="finite"):
+        advantages(torch.tensor([[0.0, bad]]), "group", 1e-4, 2.5)
+    with pytest.raises(ValueError, match="at least 2"):
+        advantages(torch.zeros(2, 1), "group", 1e-4, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "clipped", "loss", "slope"),
+    [
+        (2.0, 1.00, False, -2.0, -2.0),
+        (2.0, 1.15, False, -2.3, -2.3),  # inside the wider upper bound
+        (2.0, 1.30, True, -2.4, 0.0),  # good and already likelier: enough
+        (2.0, 0.50, False, -1.0, -1.0),  # good but less likely: pulled back, however far
+        (-2.0, 0.85, True, 1.8, 0.0),  # bad and already less likely: enough
+        (-2.0, 0.95, False, 1.9, 1.9),
+        (-2.0, 1.30, False, 2.6, 2.6),  # bad but likelier: pushed down, however far
+        (0.0, 1.30, False, 0.0, 0.0),
+    ],
+)
+def test_clip_acts_in_the_right_direction(advantage, ratio, clipped, loss, slope):
+    """Bounds 0.9 and 1.2. slope: d loss / d log-prob = -A * ratio where the clip does not act."""
+    log_prob = torch.tensor([np.log(ratio)], dtype=torch.float32, requires_grad=True)
+    value, r, c = clipped_loss(log_prob, torch.zeros(1), torch.tensor([advantage]), clip_low=0.1, clip_high=0.2)
+    value.sum().backward()
+    assert c.item() is clipped
+    # A handful of float32 operations on numbers below 3.
+    assert [r.item(), value.item(), log_prob.grad.item()] == pytest.approx([ratio, loss, slope], abs=1e-6)
+
+
+def test_clip_fractions_tell_the_sides_apart(scene):
+    scene.nudge(0.004)
+    low, _ = scene.update(clip_low=1e-6, clip_high=10.0)
+    high, _ = scene.update(clip_low=0.99, clip_high=1e-6)
+    assert (low["clip/fraction_high"], high["clip/fraction_low"]) == (0, 0)
+    assert low["clip/fraction_low"] == low["clip/fraction"] > 0
+    assert high["clip/fraction_high"] == high["clip/fraction"] > 0
+
+
+def test_kl_is_torch_distributions():
+    mean, base = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([1.0, 0.1, 0.01])
+    normals = [torch.distributions.Normal(m.double(), sigma.double().view(-1, 1, 1, 1)) for m in (mean, base)]
+    expected = torch.distributions.kl_divergence(*normals).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(gaussian_kl(mean, base, sigma).double(), expected, rtol=2.0**-23, atol=0)

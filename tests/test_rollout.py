@@ -1,0 +1,186 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import fastgrpo.policy
+from fastgrpo.config import ConfigError, RolloutConfig
+from fastgrpo.policy import load_policy
+from fastgrpo.rollout import denoise_step, initial_noise, rollout, sample
+from fastgrpo.schedule import make_schedule
+from fastgrpo.types import Prompt, PromptBatch
+
+CPU = torch.device("cpu")
+CONFIG = RolloutConfig(steps=4, guidance=3.0)
+TEXTS = ["a red cube", "two dogs"]
+
+
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+def policy(request, make_tiny_pipeline):
+    return load_policy(str(make_tiny_pipeline(request.param)), CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def prompts(policy):
+    return PromptBatch(tuple(Prompt(text, "positive") for text in TEXTS), policy.encode(TEXTS))
+
+
+def schedule_of(policy, **changes):
+    return make_schedule({**policy.scheduler_config, **changes}, CONFIG.steps, CONFIG.eta, CPU)
+
+
+def roll(policy, prompts, config=CONFIG, seed=0, progress=None, **changes):
+    schedule = schedule_of(policy, **changes)
+    return rollout(policy, prompts, schedule, config, 3, torch.Generator().manual_seed(seed), progress)
+
+
+def test_policy_is_the_pipeline_on_disk(policy):
+    """Same text embeddings, UNet output and decoded images as diffusers' own pipeline, whose weights are read apart."""
+    pipeline = StableDiffusionPipeline.from_pretrained(policy.unet.config._name_or_path, dtype=torch.float32)
+    embeds, empty = pipeline.encode_prompt(TEXTS, "cpu", 1, True)
+    assert torch.equal(policy.encode(TEXTS), embeds)
+    assert torch.equal(policy.unconditional, empty[:1])
+    latents = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([901, 1])
+    with torch.no_grad():
+        uncond = pipeline.unet(latents, timesteps, empty).sample
+        cond = pipeline.unet(latents, timesteps, embeds).sample
+        # Another memory layout and batch: a few dozen float32 roundings deep, magnified by guidance.
+        ours = policy.predict(latents, timesteps, embeds, 3.0)
+        torch.testing.assert_close(ours, uncond + 3.0 * (cond - uncond), atol=5e-5, rtol=5e-5)
+        torch.testing.assert_close(policy.predict(latents, timesteps, embeds, 1.0), cond, atol=1e-5, rtol=1e-5)
+        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    expected = pipeline.image_processor.postprocess(decoded, output_type="pt")
+    torch.testing.assert_close(policy.decode(latents), expected, atol=1e-6, rtol=0)
+
+
+def test_policy_trains_the_unet_alone_and_never_in_training_mode(policy):
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in policy.unet.parameters())
+    assert not any(p.requires_grad for part in (policy.vae, policy.text_encoder) for p in part.parameters())
+    assert not any(
+        module.training for part in (policy.unet, policy.vae, policy.text_encoder) for module in part.modules()
+    )
+
+
+def test_predict_takes_another_unet(policy):
+    latents = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    constant = lambda latents, *_, **__: (torch.full_like(latents, 7.0),)  # noqa: E731
+    output = policy.predict(latents, torch.tensor([1]), policy.unconditional, 5.0, unet=constant)
+    assert torch.equal(output, torch.full_like(latents, 7.0))
+
+
+def test_decode_does_not_depend_on_its_chunks(policy, monkeypatch):
+    latents = torch.randn(5, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    whole = policy.decode(latents)
+    monkeypatch.setattr(fastgrpo.policy, "DECODE_BATCH", 2)
+    assert whole.min() >= 0
+    assert whole.max() <= 1
+    torch.testing.assert_close(policy.decode(latents), whole, atol=1e-6, rtol=0)
+
+
+def test_load_refuses_what_is_no_text_to_image_sd(tmp_path, tiny_pipeline):
+    with pytest.raises(ConfigError, match="model_index.json"):
+        load_policy(str(tmp_path), CPU, torch.float32)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    with pytest.raises(ConfigError, match="StableDiffusionXLPipeline"):
+        load_policy(str(tmp_path), CPU, torch.float32)
+    (tmp_path / "model_index.json").write_text((tiny_pipeline / "model_index.json").read_text())
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_policy(str(tmp_path), CPU, torch.float32)
+
+
+def test_trajectory_shapes_and_progress(policy, prompts):
+    reports = []
+    trajectory = roll(policy, prompts, progress=reports.append)
+    assert trajectory.latents.shape == (5, 6, 4, 8, 8)
+    assert trajectory.log_probs.shape == (4, 6)
+    assert trajectory.images.shape == (6, 3, 16, 16)
+    assert {trajectory.latents.dtype, trajectory.log_probs.dtype, trajectory.images.dtype} == {torch.float32}
+    assert reports == [1, 1, 1, 1]
+
+
+def test_trajectory_is_the_chain_that_its_noise_makes(policy, prompts):
+    """Redone sample by sample with torch.distributions, and noise drawn from the same generator."""
+    trajectory, schedule = roll(policy, prompts), schedule_of(policy)
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(trajectory.latents[0], torch.randn(6, 4, 8, 8, generator=generator))
+    for step in range(CONFIG.steps):
+        noise = torch.randn(6, 4, 8, 8, generator=generator)
+        for b in range(6):
+            x, taken = trajectory.latents[step, b : b + 1], trajectory.latents[step + 1, b : b + 1]
+            with torch.no_grad():
+                output = policy.predict(
+                    x, schedule.timesteps[step : step + 1], prompts.embeds[b // 3 : b // 3 + 1], 3.0
+                )
+            mean = schedule.mean(step, x, output)
+            # The UNet's rounding (batch 1 instead of 6) reaches the latents times a coefficient of order 1.
+            torch.testing.assert_close(taken.double(), mean + schedule.sigma[step] * noise[b], atol=1e-4, rtol=1e-5)
+            # The log-probability is that of the value stored, not of the value before rounding or storing.
+            normal = torch.distributions.Normal(mean, schedule.sigma[step].double())
+            expected = normal.log_prob(taken.double()).mean().item()
+            assert trajectory.log_probs[step, b].item() == pytest.approx(expected, abs=2e-5)
+
+
+def test_log_prob_is_of_exactly_what_is_stored(policy, prompts):
+    """Same batch shape, so the mean is the same bit for bit and only the log-prob's own rounding is left."""
+    trajectory, schedule = roll(policy, prompts), schedule_of(policy)
+    embeds = prompts.embeds.repeat_interleave(3, dim=0)
+    for step in range(CONFIG.steps):
+        with torch.no_grad():
+            output = policy.predict(trajectory.latents[step], schedule.timesteps[step].expand(6), embeds, 3.0)
+        normal = torch.distributions.Normal(
+            schedule.mean(step, trajectory.latents[step], output), schedule.sigma[step].double()
+        )
+        expected = normal.log_prob(trajectory.latents[step + 1].double()).mean(dim=(1, 2, 3))
+        # One rounding to float32 of a number below 8.
+        assert (trajectory.log_probs[step].double() - expected).abs().max() <= 8 * 2.0**-24
+
+
+def test_rollout_batch_changes_nothing_but_rounding(policy, prompts):
+    whole, parts = roll(policy, prompts), roll(policy, prompts, replace(CONFIG, batch=4))
+    # Different noise would differ by order 1; rounding differences of 1e-6 in the UNet pass through 4 steps.
+    torch.testing.assert_close(parts.latents, whole.latents, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(parts.log_probs, whole.log_probs, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(roll(policy, prompts, seed=1).latents, whole.latents, atol=0.1)
+
+
+def test_deterministic_last_step_has_log_prob_zero(policy, prompts):
+    trajectory = roll(policy, prompts, set_alpha_to_one=True)
+    assert (trajectory.log_probs[-1] == 0).all()
+    assert (trajectory.log_probs[:-1] != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "distinct"), [("shared", [0] * 6), ("per_prompt", [0, 0, 0, 1, 1, 1]), ("independent", list(range(6)))]
+)
+def test_initial_noise_is_shared_as_told(kind, distinct):
+    noise = initial_noise(2, 3, (4, 2, 2), kind, torch.Generator().manual_seed(0))
+    assert noise.shape == (6, 4, 2, 2)
+    for i in range(6):
+        for j in range(6):
+            assert torch.equal(noise[i], noise[j]) == (distinct[i] == distinct[j])
+
+
+def test_a_sample_depends_on_its_prompt_and_seed_alone(policy, prompts):
+    schedule = schedule_of(policy)
+    embeds = prompts.embeds[[0, 1, 0, 1, 0]]
+    seeds = [5, 5, 6, 7, 5]
+    images = sample(policy, embeds, schedule, 3.0, seeds)
+    assert images.shape == (5, 3, 16, 16)
+    # Latents differ by rounding (see above); an image is of order 1.
+    torch.testing.assert_close(sample(policy, embeds, schedule, 3.0, seeds, batch=2), images, atol=1e-3, rtol=0)
+    torch.testing.assert_close(images[4], images[0], atol=1e-3, rtol=0)
+    torch.testing.assert_close(sample(policy, embeds[3:4], schedule, 3.0, [7]), images[3:4], atol=1e-3, rtol=0)
+    assert (images[2] - images[0]).abs().max() > 0.01
+
+
+def test_sample_takes_the_steps_a_rollout_takes(policy, prompts):
+    """One sample by hand: its generator's first draw is x_T, then one draw a step."""
+    schedule, generator = schedule_of(policy), torch.Generator().manual_seed(9)
+    latents = torch.randn(1, 4, 8, 8, generator=generator)
+    for step in range(CONFIG.steps):
+        noise = torch.randn(1, 4, 8, 8, generator=generator)
+        with torch.no_grad():
+            latents, _ = denoise_step(policy, schedule, step, latents, prompts.embeds[:1], 3.0, noise)
+    assert torch.equal(sample(policy, prompts.embeds[:1], schedule, 3.0, [9]), policy.decode(latents))

@@ -1,0 +1,171 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, PNDMScheduler
+
+from fastgrpo.config import ConfigError
+from fastgrpo.schedule import gaussian_log_prob, make_schedule
+
+CPU = torch.device("cpu")
+SD = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+# Half a unit in the last place, relative: what one rounding to float32 may lose.
+EPS32 = 2.0**-24
+
+
+def diffusers_scheduler(config: dict, steps: int, dtype: torch.dtype) -> DDIMScheduler:
+    """diffusers' own scheduler; with float64, its formulas on a table that is not rounded."""
+    scheduler = DDIMScheduler.from_config({k: v for k, v in config.items() if k != "_class_name"})
+    if dtype == torch.float64:
+        betas = np.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, 1000) ** 2
+        scheduler.alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas))
+        if not config["set_alpha_to_one"]:
+            scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("alpha_one", [False, True])
+@pytest.mark.parametrize(
+    ("steps", "spacing"), [(1, "leading"), (7, "leading"), (12, "trailing"), (12, "linspace"), (50, "leading")]
+)
+def test_every_step_is_diffusers_step(prediction_type, alpha_one, steps, spacing):
+    config = SD | {"prediction_type": prediction_type, "set_alpha_to_one": alpha_one, "timestep_spacing": spacing}
+    schedule = make_schedule(config, steps, 1.0, CPU)
+    exact = diffusers_scheduler(config, steps, torch.float64)
+    rounded = diffusers_scheduler(config, steps, torch.float32)
+    assert schedule.timesteps.tolist() == exact.timesteps.tolist()
+    generator = torch.Generator().manual_seed(0)
+    latents, output, noise = torch.randn(3, 2, 4, 8, 8, dtype=torch.float64, generator=generator)
+    for step, timestep in enumerate(schedule.timesteps.tolist()):
+        terms = [schedule.coef_sample[step], schedule.coef_output[step], schedule.sigma[step]]
+        # Our three coefficients are each rounded once to float32; the products and sums are float64.
+        bound = EPS32 * sum(c.abs() * x.abs() for c, x in zip(terms, (latents, output, noise), strict=True)) + 1e-12
+        ours = schedule.mean(step, latents, output) + terms[2].double() * noise
+        theirs = exact.step(output, timestep, latents, eta=1.0, variance_noise=noise).prev_sample
+        assert ((ours - theirs).abs() <= bound).all()
+        # diffusers' float32 table: a and a / a' are known to a few EPS32 absolutely (cumprod of up to 1000 factors
+        # wanders to some ten), and sigma and the direction are roots of differences as small as 1 - a_p.
+        a_p_gap = max(1 - float(exact.final_alpha_cumprod), 1 - float(exact.alphas_cumprod[0]))
+        loose = (
+            64 * EPS32 / a_p_gap**0.5 * (1 + latents.abs() + output.abs() + noise.abs()) * schedule.coef_sample[step]
+        )
+        theirs = rounded.step(output.float(), timestep, latents.float(), eta=1.0, variance_noise=noise.float())
+        assert ((ours - theirs.prev_sample.double()).abs() <= loose).all()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_mean_and_sigma_are_the_closed_form(prediction_type):
+    """FACTS' formulas written out in Python floats, one scalar latent, eta below 1."""
+    steps, eta, x, o = 10, 0.7, 0.8, -1.3
+    schedule = make_schedule(SD | {"prediction_type": prediction_type}, steps, eta, CPU)
+    a = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    for step, t in enumerate(range(901, 0, -100)):
+        assert schedule.timesteps[step] == t
+        at, ap = a[t], a[t - 100] if t > 100 else a[0]
+        sigma = eta * math.sqrt((1 - ap) / (1 - at) * (1 - at / ap))
+        eps = o if prediction_type == "epsilon" else math.sqrt(at) * o + math.sqrt(1 - at) * x
+        x0 = (x - math.sqrt(1 - at) * eps) / math.sqrt(at)
+        mu = math.sqrt(ap) * x0 + math.sqrt(1 - ap - sigma**2) * eps
+        ours = schedule.mean(step, torch.full((1, 1, 1, 1), x), torch.full((1, 1, 1, 1), o)).item()
+        # x and o are rounded to float32 as well as the coefficients: two roundings a term.
+        bound = 2 * EPS32 * (schedule.coef_sample[step] * abs(x) + schedule.coef_output[step].abs() * abs(o)).item()
+        assert abs(ours - mu) <= bound + 1e-12
+        assert schedule.sigma[step].item() == pytest.approx(sigma, rel=EPS32)
+
+
+def test_sd1_at_50_steps_has_the_known_timesteps():
+    assert make_schedule(SD, 50, 1.0, CPU).timesteps.tolist() == list(range(981, 0, -20))
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [2, 3, 9, 27, 64, 333])
+def test_timesteps_are_diffusers(spacing, steps):
+    config = SD | {"timestep_spacing": spacing}
+    assert torch.equal(
+        make_schedule(config, steps, 1.0, CPU).timesteps, diffusers_scheduler(config, steps, torch.float32).timesteps
+    )
+
+
+def test_set_alpha_to_one_makes_the_last_step_deterministic():
+    assert make_schedule(SD, 10, 1.0, CPU).trainable.all()
+    schedule = make_schedule(SD | {"set_alpha_to_one": True}, 10, 1.0, CPU)
+    assert schedule.sigma[-1] == 0
+    assert schedule.trainable.tolist() == [True] * 9 + [False]
+
+
+def test_a_pndm_config_as_sd1_ships_it_means_the_same():
+    pndm = dict(PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1).config)
+    schedule = make_schedule(pndm | {"_class_name": "PNDMScheduler"}, 10, 1.0, CPU)
+    assert torch.equal(schedule.sigma, make_schedule(SD, 10, 1.0, CPU).sigma)
+
+
+def test_zero_terminal_snr_is_diffusers():
+    config = SD | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    schedule = make_schedule(config, 10, 1.0, CPU)
+    scheduler = diffusers_scheduler(config, 10, torch.float32)
+    x, o = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for step, timestep in enumerate(schedule.timesteps.tolist()):
+        theirs = scheduler.step(o, timestep, x, eta=1.0, variance_noise=torch.zeros_like(x)).prev_sample
+        # The rescaled float32 table carries errors of some 1e-6 (a thousand float32 factors), under a root.
+        torch.testing.assert_close(schedule.mean(step, x, o).float(), theirs, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "steps", "eta", "named"),
+    [
+        ({}, 10, 0.0, "rollout.eta"),
+        ({}, 10, 1.5, "rollout.eta"),
+        ({}, 0, 1.0, "rollout.steps"),
+        ({}, 1001, 1.0, "rollout.steps"),
+        ({}, 1000, 1.0, "steps_offset"),
+        ({"clip_sample": True}, 10, 1.0, "clip_sample"),
+        ({"thresholding": True}, 10, 1.0, "thresholding"),
+        ({"prediction_type": "sample"}, 10, 1.0, "prediction_type"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, 10, 1.0, "beta_schedule"),
+        ({"timestep_spacing": "karras"}, 10, 1.0, "timestep_spacing"),
+        ({"rescale_betas_zero_snr": True}, 10, 1.0, "rescale_betas_zero_snr"),
+        ({"_class_name": "EulerDiscreteScheduler"}, 10, 1.0, "EulerDiscreteScheduler"),
+    ],
+)
+def test_what_is_not_a_gaussian_step_is_refused(change, steps, eta, named):
+    with pytest.raises(ConfigError, match=named):
+        make_schedule(SD | change, steps, eta, CPU)
+
+
+def test_a_ddim_config_that_does_not_say_clip_sample_means_true():
+    with pytest.raises(ConfigError, match="clip_sample"):
+        make_schedule({key: value for key, value in SD.items() if key != "clip_sample"}, 10, 1.0, CPU)
+
+
+def test_log_prob_is_the_mean_of_torch_normal_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    sigma = torch.tensor([1.0, 0.3, 0.02, 1e-3])
+    mean = torch.randn(4, 4, 8, 8, generator=generator)
+    sample = mean + sigma.view(-1, 1, 1, 1) * torch.randn(mean.shape, generator=generator)
+    normal = torch.distributions.Normal(mean.double(), sigma.double().view(-1, 1, 1, 1))
+    expected = normal.log_prob(sample.double()).mean(dim=(1, 2, 3))
+    ours = gaussian_log_prob(sample, mean, sigma)
+    assert ours.dtype == torch.float32
+    # One rounding to float32 of a number below 8; the rest is float64.
+    assert ((ours.double() - expected).abs() <= 8 * EPS32).all()
+
+
+def test_log_prob_of_a_deterministic_step_is_zero_and_its_gradient_finite():
+    mean = torch.zeros(2, 1, 2, 2, requires_grad=True)
+    log_prob = gaussian_log_prob(torch.ones(2, 1, 2, 2), mean, torch.tensor([0.0, 1.0]))
+    log_prob.sum().backward()
+    assert log_prob[0] == 0
+    assert torch.equal(mean.grad[0], torch.zeros(1, 2, 2))
+    # d/dmu of the mean over 4 elements of -(1 - mu)^2 / 2 is 1/4 each.
+    assert torch.equal(mean.grad[1], torch.full((1, 2, 2), 0.25))

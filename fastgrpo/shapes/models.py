@@ -117,14 +117,14 @@ def write_encoder_config(folder: Path, tokenizer: CLIPTokenizer) -> None:
     """An open_clip `local-dir` folder's configuration; the tokenizer lies beside it."""
     config = {
         "model_cfg": {
-            "embed_dim": 128,
-            "vision_cfg": {"image_size": 32, "layers": 3, "width": 128, "head_width": 32, "patch_size": 4},
+            "embed_dim": 96,
+            "vision_cfg": {"image_size": 32, "layers": 3, "width": 96, "head_width": 32, "patch_size": 4},
             "text_cfg": {
                 "context_length": CONTEXT,
                 "vocab_size": len(tokenizer),
-                "width": 128,
-                "heads": 4,
-                "layers": 3,
+                "width": 96,
+                "heads": 3,
+                "layers": 2,
                 "hf_tokenizer_name": "local",
                 "pad_id": tokenizer.pad_token_id,
                 "pool_type": "argmax",

@@ -36,7 +36,7 @@ def _hazards(picture: np.ndarray) -> list[Hazard]:
     ink = brightest < INK_LEVEL
     # Coverage by ink, were the paper white: 1 at black, 1/2 near INK_LEVEL.
     coverage = np.clip(1 - brightest / (2 * INK_LEVEL), 0, 1)
-    labels, count = ndimage.label(ndimage.binary_dilation(ink, _EIGHT), _EIGHT)  # joins a glyph's broken strokes
+    labels, count = ndimage.label(ndimage.binary_dilation(ink, _EIGHT, 2), _EIGHT)  # joins a glyph's broken strokes
     hazards = []
     for index in range(1, count + 1):
         blob = ink & (labels == index)

@@ -56,13 +56,13 @@ class PretrainConfig:
     """CPU threads; 0 leaves torch's choice."""
     pictures: int = 40_000
     """Pictures drawn for each stage."""
-    vae_steps: int = 2500
+    vae_steps: int = 2000
     """Optimizer steps of the autoencoder, at batch 32."""
-    encoder_steps: int = 2200
+    encoder_steps: int = 1800
     """Optimizer steps of the reward's encoder, at batch 128."""
-    diffusion_steps: int = 4500
+    diffusion_steps: int = 2600
     """Optimizer steps of the UNet and text encoder, at batch 128."""
-    noise: CaptionNoise = field(default_factory=lambda: CaptionNoise(hazard_absent=0.5, color=0.3, shape=0.12, count=0.25, place=0.5))
+    noise: CaptionNoise = field(default_factory=lambda: CaptionNoise(hazard_absent=0.62, color=0.3, shape=0.12, count=0.25, place=0.4))
     """How often the diffusion model's pictures contradict their captions."""
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from fastgrpo.config import ConfigError
+from fastgrpo.engine.workers import Workers
 
 SHAPES_PIPELINE = Path(__file__).parent / "shapes" / "weights" / "pipeline"
 
@@ -28,6 +29,7 @@ class Policy:
     vae, text_encoder: frozen, in `dtype`. tokenizer: the text encoder's.
     scheduler_config: the pipeline's scheduler_config.json, from which `make_schedule` builds the steps.
     device: where everything is. dtype: what the UNet computes in, torch.float32 or torch.bfloat16.
+    workers: run shares of a batch side by side on CPU cores; one on a GPU.
     """
 
     unet: UNet2DConditionModel
@@ -37,6 +39,7 @@ class Policy:
     scheduler_config: Mapping[str, Any]
     device: torch.device
     dtype: torch.dtype
+    workers: Workers = field(default_factory=lambda: Workers(1))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -91,18 +94,20 @@ class Policy:
     def decode(self, latents: Tensor) -> Tensor:
         """Turn latents [N, C, H, W] into images [N, 3, h, w] float32 in [0, 1]."""
         scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
-        images = [self.vae.decode(chunk, return_dict=False)[0].float() for chunk in scaled.split(DECODE_BATCH)]
-        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+        size = min(DECODE_BATCH, -(-len(scaled) // self.workers.count))
+        images = self.workers.map(lambda chunk: self.vae.decode(chunk, return_dict=False)[0], scaled.split(size))
+        return (torch.cat(list(images)).float() / 2 + 0.5).clamp(0, 1)
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
-def load_policy(path: str, device: torch.device, dtype: torch.dtype) -> Policy:
+def load_policy(path: str, device: torch.device, dtype: torch.dtype, workers: int = 1) -> Policy:
     """Load an SD 1.x / 2.x pipeline from safetensors files.
 
     path: a diffusers folder, a hub id, or "shapes" for the pipeline that ships with fastgrpo.
     dtype: what the UNet computes in and the frozen parts are held in. The UNet's weights are always float32.
+    workers: CPU cores to share batches among.
     Raises ConfigError when there is no such pipeline or it is of another kind.
     """
     source = str(SHAPES_PIPELINE) if path == "shapes" else path
@@ -120,6 +125,7 @@ def load_policy(path: str, device: torch.device, dtype: torch.dtype) -> Policy:
             scheduler_config=DDIMScheduler.load_config(source, subfolder="scheduler"),
             device=device,
             dtype=dtype,
+            workers=Workers(workers),
         )
     except OSError as error:
         reason = " ".join(str(error).split())

@@ -1,6 +1,8 @@
 """Sampling: DDIM with eta > 0 as a Gaussian policy, for training (`rollout`) and for looking at (`sample`)."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,17 +32,19 @@ def rollout(
     embeds = prompts.embeds.repeat_interleave(group_size, dim=0)
     start = initial_noise(len(prompts), group_size, policy.latent_shape, config.initial_noise, generator)
     samples, device = start.shape[0], policy.device
-    chunks = torch.arange(samples).split(config.batch or samples)
+    chunks = _slices(samples, config.batch or samples, policy.workers.count)
     latents = torch.empty(len(schedule) + 1, *start.shape, device=device)
     log_probs = torch.empty(len(schedule), samples, device=device)
     latents[0] = start.to(device)
     for step in range(len(schedule)):
         noise = torch.randn(start.shape, generator=generator, device=generator.device).to(device)
-        for chunk in chunks:
-            part = slice(int(chunk[0]), int(chunk[-1]) + 1)
+
+        def advance(part: slice, step: int = step, noise: Tensor = noise) -> None:
             latents[step + 1, part], log_probs[step, part] = denoise_step(
                 policy, schedule, step, latents[step, part], embeds[part], config.guidance, noise[part]
             )
+
+        deque(policy.workers.map(advance, chunks), maxlen=0)
         if progress is not None:
             progress(1)
     return Trajectory(latents=latents, log_probs=log_probs, images=policy.decode(latents[-1]))
@@ -55,16 +59,16 @@ def sample(
     embeds: [N, L, D]. seeds: N numbers, each the seed of one sample's own CPU generator. batch: images drawn at once.
     Returns [N, 3, h, w] float32 in [0, 1].
     """
-    images = []
-    for start in range(0, len(seeds), batch):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch]]
-        part = embeds[start : start + batch]
+
+    def draw(part: slice) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
         latents = _noise_of_each(generators, policy)
         for step in range(len(schedule)):
             noise = _noise_of_each(generators, policy)
-            latents, _ = denoise_step(policy, schedule, step, latents, part, guidance, noise)
-        images.append(policy.decode(latents))
-    return torch.cat(images)
+            latents, _ = denoise_step(policy, schedule, step, latents, embeds[part], guidance, noise)
+        return latents
+
+    return policy.decode(torch.cat(list(policy.workers.map(draw, _slices(len(seeds), batch, policy.workers.count)))))
 
 
 def denoise_step(
@@ -93,6 +97,13 @@ def initial_noise(
     distinct = {"shared": 1, "per_prompt": count_prompts, "independent": samples}[kind]
     noise = torch.randn((distinct, *latent_shape), generator=generator, device=generator.device)
     return noise.repeat_interleave(samples // distinct, dim=0)
+
+
+def _slices(samples: int, batch: int, workers: int) -> list[slice]:
+    """Nearly equal shares of at most `batch` samples, at least one for each worker."""
+    count = min(samples, max(-(-samples // batch), workers))
+    bounds = [samples * i // count for i in range(count + 1)]
+    return [slice(low, high) for low, high in pairwise(bounds)]
 
 
 def _noise_of_each(generators: Sequence[torch.Generator], policy: Policy) -> Tensor:

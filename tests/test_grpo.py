@@ -16,13 +16,15 @@ from fastgrpo.types import Prompt, PromptBatch, Rewards
 
 CPU = torch.device("cpu")
 STEPS, PROMPTS, GROUP = 3, 2, 3
+# Standard deviation of a change to every weight that moves ratios by up to 0.01, to either side of 1.
+NUDGE = 3e-4
 CONFIG = TrainConfig(
     prompts_per_iteration=PROMPTS,
     group_size=GROUP,
     updates_per_iteration=1,
     micro_batch=12,
     rollout=RolloutConfig(steps=STEPS, guidance=3.0),
-    grpo=GrpoConfig(clip_low=0.01, clip_high=0.02),
+    grpo=GrpoConfig(clip_low=0.002, clip_high=0.003),
     optim=OptimConfig(max_grad_norm=1e9),
 )
 REWARDS = torch.tensor([[0.1, 0.4, 0.2], [0.9, 0.3, 0.5]])
@@ -61,7 +63,7 @@ class Scene:
             self.policy, self.prompts, self.schedule, config.rollout, config.group_size, generator
         )
 
-    def update(self, config=CONFIG, rewards=REWARDS, optimizer=None, **grpo):
+    def update(self, config=CONFIG, rewards=REWARDS, optimizer=None, seed=1, **grpo):
         """Returns the stats and the gradients of each optimizer step."""
         base = grpo.pop("base_unet", None)
         self.reports = []
@@ -74,7 +76,7 @@ class Scene:
             self.schedule,
             optimizer,
             replace(config, grpo=replace(config.grpo, **grpo)),
-            torch.Generator().manual_seed(1),
+            torch.Generator().manual_seed(seed),
             base,
             self.reports.append,
         )
@@ -166,13 +168,12 @@ def test_gradient_is_the_textbook_one(either_scene):
 def test_gradient_is_the_textbook_one_after_the_policy_has_moved(scene):
     """Ratios off 1, some of them clipped, and a KL term to where the policy was."""
     base = deepcopy(scene.policy.unet)
-    scene.nudge(0.004)
+    scene.nudge(NUDGE)
     config = replace(CONFIG, grpo=replace(CONFIG.grpo, kl=0.3))
     stats, (gradient,) = scene.update(config, base_unet=base)
     losses, reference, ratios, kls = textbook(scene, REWARDS, config, base)
     assert close(gradient, reference)
-    clipped = stats["clip/fraction"] * len(ratios)
-    assert 0 < clipped < len(ratios), "the scene must hold clipped and free pairs"
+    assert 0 < stats["clip/fraction"] < 1, "the scene must hold clipped and free pairs"
     assert stats["kl/mean"] == pytest.approx(kls.mean(), rel=1e-4)
     assert stats["loss/policy"] + 0.3 * stats["kl/mean"] == pytest.approx(losses.mean(), abs=1e-5)
     # Log-probs carry the UNet's 1e-6 times (x - mu) / sigma, of order 1.
@@ -199,19 +200,21 @@ def test_parts_are_dealt_without_loss(scene):
     assert sum(scene.reports) == pair_count(scene.schedule, CONFIG) == 12
 
 
-def test_a_part_mixes_samples_and_steps_and_follows_the_seed(scene):
-    _, first = scene.update(replace(CONFIG, updates_per_iteration=2))
-    _, again = scene.update(replace(CONFIG, updates_per_iteration=2))
+def test_dealing_mixes_samples_and_follows_the_seed(scene):
+    """With one of two groups flat, half the pairs are computed: a part of one group alone would be all or nothing."""
+    config = replace(CONFIG, updates_per_iteration=2)
+    rewards = torch.stack([REWARDS[0], torch.full((GROUP,), 0.7)])
+    _, first = scene.update(config, rewards)
+    left_out, *computed = scene.reports
+    assert (left_out, sum(computed)) == (6, 6)
+    assert all(0 < count < 6 for count in computed)
+    _, again = scene.update(config, rewards)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    by_step = [textbook(scene, REWARDS, CONFIG, pairs=[(b, i) for b in range(6)])[1] for i in range(2)]
-    by_sample = [
-        textbook(scene, REWARDS, CONFIG, pairs=[(b, i) for b in half for i in range(2)])[1]
-        for half in ((0, 1, 2), (3, 4, 5))
-    ]
-    assert not any(close(first[0], other) for other in by_step + by_sample)
+    _, other = scene.update(config, rewards, seed=2)
+    assert not close(other[0], first[0])
 
 
-@pytest.mark.parametrize(("steps", "eta"), [(8, 1.0), (20, 1.0), (8, 0.5)])
+@pytest.mark.parametrize(("steps", "eta"), [(8, 1.0), (12, 1.0), (8, 0.5)])
 @pytest.mark.parametrize("old_log_prob", ["rollout", "replay", "detach"])
 def test_ratio_is_one_before_the_policy_moves(scene, steps, eta, old_log_prob):
     """Rollout in batches of 6, update in micro-batches of 16, every step trained."""
@@ -232,7 +235,7 @@ def test_ratio_is_one_before_the_policy_moves(scene, steps, eta, old_log_prob):
 
 def test_old_log_prob_modes_differ_once_the_policy_has_moved(scene):
     """`rollout` remembers the policy that sampled; `replay` and `detach` start from the present one."""
-    scene.nudge(0.004)
+    scene.nudge(NUDGE)
     deviation = {
         mode: scene.update(old_log_prob=mode)[0]["ratio/max_abs_dev_first"] for mode in ("rollout", "replay", "detach")
     }
@@ -261,7 +264,7 @@ def test_kl_is_zero_at_the_base_model_and_pulls_flat_groups_back(scene):
     base, flat = deepcopy(scene.policy.unet), torch.ones(PROMPTS, GROUP)
     stats, (gradient,) = scene.update(rewards=flat, kl=0.1, base_unet=base)
     assert (stats["kl/mean"], gradient.norm().item()) == (0, 0)
-    scene.nudge(0.004)
+    scene.nudge(NUDGE)
     stats, (gradient,) = scene.update(rewards=flat, kl=0.1, base_unet=base)
     assert stats["kl/mean"] > 0
     assert gradient.norm() > 0
@@ -288,7 +291,7 @@ def test_deterministic_and_dropped_steps_are_not_trained(scene):
 
 
 def test_following_the_gradient_makes_better_samples_likelier(scene):
-    """Loss after some steps with `detach`-free ratios: likelihood rises where the advantage is positive."""
+    """One SGD step, then the loss of the same pairs: -A * ratio must have fallen."""
     optimizer = torch.optim.SGD(scene.policy.unet.parameters(), lr=1e-2)
     wide = {"clip_low": 0.9, "clip_high": 10.0}
     before, _ = scene.update(optimizer=optimizer, **wide)
@@ -327,7 +330,7 @@ def test_a_group_below_the_floor_gets_exactly_zero(mode):
 
 
 def test_global_is_flat_throughout_when_the_common_std_is():
-    """Unbiased stds: each group's is 0.0141; the two share one mean fewer, 0.0115 over all four."""
+    """Unbiased stds: each group's is 0.0141; all four together divide by 3 instead of 2: 0.0115."""
     rewards = torch.tensor([[0.0, 0.02], [0.0, 0.02]])
     assert advantages(rewards, "global", std_floor=0.013, clamp=2.5)[1].tolist() == [True, True]
     assert advantages(rewards, "group", std_floor=0.013, clamp=2.5)[1].tolist() == [False, False]
@@ -365,7 +368,7 @@ def test_clip_acts_in_the_right_direction(advantage, ratio, clipped, loss, slope
 
 
 def test_clip_fractions_tell_the_sides_apart(scene):
-    scene.nudge(0.004)
+    scene.nudge(NUDGE)
     low, _ = scene.update(clip_low=1e-6, clip_high=10.0)
     high, _ = scene.update(clip_low=0.99, clip_high=1e-6)
     assert (low["clip/fraction_high"], high["clip/fraction_low"]) == (0, 0)

@@ -66,7 +66,7 @@ def test_every_step_is_diffusers_step(prediction_type, alpha_one, steps, spacing
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_mean_and_sigma_are_the_closed_form(prediction_type):
-    """FACTS' formulas written out in Python floats, one scalar latent, eta below 1."""
+    """The module's formulas written out in Python floats, one scalar latent, eta below 1."""
     steps, eta, x, o = 10, 0.7, 0.8, -1.3
     schedule = make_schedule(SD | {"prediction_type": prediction_type}, steps, eta, CPU)
     a = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)

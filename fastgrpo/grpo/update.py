@@ -1,8 +1,10 @@
 """Learning from one rollout: (sample, step) pairs, dealt into optimizer steps, micro-batched within each."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -54,6 +56,17 @@ class Part:
     pairs: Pairs
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What one micro-batch of N pairs came to. gradients: one per trained parameter; the others [N]; kl None without it."""
+
+    gradients: tuple[Tensor, ...]
+    ratio: Tensor
+    clipped: Tensor
+    policy_loss: Tensor
+    kl: Tensor | None
+
+
 @dataclass
 class _Record:
     """What the update leaves on the device until the iteration ends: one entry per micro-batch or optimizer step."""
@@ -65,6 +78,13 @@ class _Record:
     grad_norm: list[Tensor] = field(default_factory=list)
     pairs_before_first_step: int = 0
     skipped_steps: int = 0
+
+    def add(self, outcome: _Outcome) -> None:
+        self.ratio.append(outcome.ratio)
+        self.clipped.append(outcome.clipped)
+        self.policy_loss.append(outcome.policy_loss)
+        if outcome.kl is not None:
+            self.kl.append(outcome.kl)
 
 
 def update(
@@ -95,7 +115,8 @@ def update(
     advantage, flat = advantages(rewards.total, grpo.advantage, grpo.std_floor, grpo.advantage_clamp)
     advantage, flat = advantage.to(policy.device), flat.to(policy.device)
     parts = _deal(policy, trajectory, schedule, flat, config, generator)
-    learner = _Learner(policy, prompts, trajectory, schedule, advantage.flatten(), config, base_unet)
+    trained = _trained(optimizer)
+    learner = _Learner(policy, prompts, trajectory, schedule, advantage.flatten(), config, base_unet, trained)
     old_log_probs = learner.replay(parts) if grpo.old_log_prob == "replay" else trajectory.log_probs
     record = _Record()
     if progress is not None:
@@ -105,13 +126,17 @@ def update(
             record.skipped_steps += 1
             continue
         optimizer.zero_grad(set_to_none=True)
-        for pairs in part.pairs.split(config.micro_batch):
-            learner.backward(pairs, part.size, old_log_probs, record)
-            if progress is not None:
-                progress(len(pairs))
+        # As many at a time as there are workers, so that no more gradients than those exist at once.
+        for batches in _batched(part.pairs.split(config.micro_batch), policy.workers.count):
+            learn = partial(learner.learn, part_size=part.size, old_log_probs=old_log_probs)
+            for pairs, outcome in zip(batches, policy.workers.map(learn, batches), strict=True):
+                _accumulate(trained, outcome.gradients)
+                record.add(outcome)
+                if progress is not None:
+                    progress(len(pairs))
         if not record.grad_norm:
             record.pairs_before_first_step = len(part.pairs)
-        record.grad_norm.append(torch.nn.utils.clip_grad_norm_(_trained(optimizer), config.optim.max_grad_norm))
+        record.grad_norm.append(torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm))
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return _stats(record, advantage, flat, config, pairs=sum(part.size for part in parts))
@@ -140,7 +165,7 @@ def pair_count(schedule: Schedule, config: TrainConfig) -> int:
 
 @dataclass(frozen=True)
 class _Learner:
-    """What every micro-batch of one update needs. advantage: [B] float32."""
+    """What every micro-batch of one update needs. advantage: [B] float32. trained: the parameters to differentiate."""
 
     policy: Policy
     prompts: PromptBatch
@@ -149,6 +174,7 @@ class _Learner:
     advantage: Tensor
     config: TrainConfig
     base_unet: UNet2DConditionModel | None
+    trained: list[Tensor]
 
     def mean(self, pairs: Pairs, unet: UNet2DConditionModel | None = None) -> Tensor:
         """[N, C, H, W] float64: each pair's mean under the policy as it is now, or under `unet`."""
@@ -167,28 +193,37 @@ class _Learner:
     def replay(self, parts: list[Part]) -> Tensor:
         """[T, B] float32: the log-probs of all the pairs to be computed, in the very micro-batches of the update."""
         log_probs = torch.zeros_like(self.trajectory.log_probs)
-        for part in parts:
-            for pairs in part.pairs.split(self.config.micro_batch) if len(part.pairs) else ():
-                log_probs[pairs.step, pairs.sample] = self.log_prob(pairs, self.mean(pairs))
+        batches = [b for part in parts if len(part.pairs) for b in part.pairs.split(self.config.micro_batch)]
+        replayed = self.policy.workers.map(lambda pairs: self.log_prob(pairs, self.mean(pairs)), batches)
+        for pairs, log_prob in zip(batches, replayed, strict=True):
+            log_probs[pairs.step, pairs.sample] = log_prob
         return log_probs
 
-    def backward(self, pairs: Pairs, part_size: int, old_log_probs: Tensor, record: _Record) -> None:
-        """Add these pairs' share of the gradient of their part's mean loss."""
+    def learn(self, pairs: Pairs, part_size: int, old_log_probs: Tensor) -> _Outcome:
+        """These pairs' share of their part's mean loss, and its gradient."""
         grpo = self.config.grpo
         mean = self.mean(pairs)
         log_prob = self.log_prob(pairs, mean)
         old = log_prob.detach() if grpo.old_log_prob == "detach" else old_log_probs[pairs.step, pairs.sample]
         loss, ratio, clipped = clipped_loss(log_prob, old, self.advantage[pairs.sample], grpo.clip_low, grpo.clip_high)
-        record.ratio.append(ratio.detach())
-        record.clipped.append(clipped)
-        record.policy_loss.append(loss.detach())
+        policy_loss, kl = loss.detach(), None
         if grpo.kl > 0:
             with torch.no_grad():
                 base_mean = self.mean(pairs, self.base_unet)
             kl = gaussian_kl(mean, base_mean, self.schedule.sigma[pairs.step])
-            record.kl.append(kl.detach())
             loss = loss + grpo.kl * kl
-        (loss.sum() / part_size).backward()
+            kl = kl.detach()
+        gradients = torch.autograd.grad(loss.sum() / part_size, self.trained)
+        return _Outcome(gradients, ratio.detach(), clipped, policy_loss, kl)
+
+
+def _accumulate(parameters: list[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Add to `.grad`, in the order of the micro-batches, so that the sum does not depend on which worker was first."""
+    if parameters[0].grad is None:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+    else:
+        torch._foreach_add_([parameter.grad for parameter in parameters], list(gradients))
 
 
 def _deal(
@@ -209,6 +244,13 @@ def _deal(
         chosen = dealt[computed[dealt]]
         parts.append(Part(len(dealt), Pairs(sample[chosen].to(policy.device), step[chosen].to(policy.device))))
     return parts
+
+
+def _batched(items: Iterable[Pairs], count: int) -> Iterator[tuple[Pairs, ...]]:
+    """Runs of `count` items (itertools.batched, which Python 3.11 does not have)."""
+    iterator = iter(items)
+    while run := tuple(islice(iterator, count)):
+        yield run
 
 
 def _trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -37,7 +37,7 @@ class TrainerState:
     """What a checkpoint knows beside weights and moments.
 
     iteration: iterations finished. seed: the run's. seconds: wall clock of the run so far, over all resumes.
-    threads: CPU threads that torch used; versions: of the libraries that do the arithmetic. Bits depend on both.
+    threads: CPU threads that shared the batches; versions: of the libraries that do the arithmetic. Bits depend on both.
     """
 
     iteration: int

@@ -34,13 +34,16 @@ class Parts:
     source: PromptSource
 
 
-def load_parts(config: TrainConfig) -> Parts:
-    """Load what the config names; prompts first, since they are the quickest to be wrong. Raises ConfigError."""
+def load_parts(config: TrainConfig, threads: int) -> Parts:
+    """Load what the config names; prompts first, since they are the quickest to be wrong.
+
+    threads: CPU cores to use. Raises ConfigError.
+    """
     positives, negatives = load_prompts(config.prompts)
     source = PromptSource(positives, negatives, config.prompts, config.seed, config.prompts_per_iteration)
     device = _device(config)
     disable_progress_bar()  # one per file read, gone in a blink
-    policy = load_policy(config.model.path, device, _dtype(config, device))
+    policy = load_policy(config.model.path, device, _dtype(config, device), threads if device.type == "cpu" else 1)
     encoder = load_encoder(config.reward.encoder, device)
     optim = config.optim
     return Parts(

@@ -13,6 +13,7 @@ from fastgrpo import checkpoint
 from fastgrpo.checkpoint import TrainerState, library_versions
 from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.console import Console
+from fastgrpo.engine.workers import available_cores
 from fastgrpo.exam import Exam
 from fastgrpo.files import write_atomically
 from fastgrpo.grpo.update import pair_count, update
@@ -46,8 +47,9 @@ def train(config: TrainConfig, run: Path, stop: StopSignal, console: Console) ->
     began = time.monotonic()
     newest = checkpoint.latest(run)
     start = checkpoint.read_state(newest) if newest else _beginning(config)
-    torch.set_num_threads(config.engine.threads or start.threads)
-    parts = load_parts(config)
+    threads = config.engine.threads or start.threads
+    torch.set_num_threads(1)  # each of the policy's workers is a thread already
+    parts = load_parts(config, threads)
     # Without its own name: the folder may be moved, and the file may be the start of another run.
     write_atomically(run / "config.toml", dump_toml(dataclasses.replace(config, run="")).encode())
     _introduce(parts, config, run, start, console)
@@ -70,7 +72,7 @@ def train(config: TrainConfig, run: Path, stop: StopSignal, console: Console) ->
         console.iteration(finished, config.iterations, seconds, values)
         stopped = stop.requested
         if stopped or finished % config.checkpoint.every == 0 or finished == config.iterations:
-            state = TrainerState(finished, config.seed, seconds, torch.get_num_threads(), library_versions())
+            state = TrainerState(finished, config.seed, seconds, threads, library_versions())
             checkpoint.save(run, parts.policy.unet, parts.optimizer, state, config.checkpoint.keep)
     log.close()
 
@@ -116,7 +118,7 @@ def iterate(
 
 
 def _beginning(config: TrainConfig) -> TrainerState:
-    return TrainerState(0, config.seed, 0.0, torch.get_num_threads(), library_versions())
+    return TrainerState(0, config.seed, 0.0, available_cores(), library_versions())
 
 
 def _examine(exam: Exam, config: TrainConfig, iteration: int) -> dict[str, float]:
@@ -137,7 +139,7 @@ def _introduce(parts: Parts, config: TrainConfig, run: Path, start: TrainerState
     weights = sum(parameter.numel() for parameter in policy.unet.parameters())
     console.say(
         f"run {run}",
-        f"UNet of {weights:,} parameters on {policy.device}, {policy.dtype}, {torch.get_num_threads()} CPU threads; "
+        f"UNet of {weights:,} parameters on {policy.device}, {policy.dtype}, {policy.workers.count} CPU threads; "
         f"{config.prompts_per_iteration} prompts x {config.group_size} images an iteration, seed {config.seed}",
     )
     report = axis_report(parts.reward, parts.prompts)

@@ -1,0 +1,1 @@
+"""How the UNet is run fast: `workers` for CPU cores."""

@@ -21,6 +21,7 @@ from fastgrpo.metrics import MetricsLog, Stopwatch
 from fastgrpo.parts import Parts, load_parts
 from fastgrpo.prompts import embed
 from fastgrpo.randomness import generator_for
+from fastgrpo.report import write_report
 from fastgrpo.rewards.steering import axis_report, reward_metrics
 from fastgrpo.rollout import rollout
 from fastgrpo.run import StopSignal, claim
@@ -160,6 +161,7 @@ def _conclude(exam: Exam, config: TrainConfig, run: Path, console: Console) -> N
     console.say(
         f"weights   {checkpoint.checkpoint_folder(run, config.iterations) / 'unet'}",
         f"pictures  {run / 'samples' / 'before_after.png'}",
+        f"report    {write_report(run)}",
         f"metrics   {run / 'metrics.jsonl'}   (tensorboard --logdir {run / 'tensorboard'})",
     )
 

@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Nothing here needs xformers' own C++ library to be importable; its warning would open every command.
 os.environ.setdefault("XFORMERS_IGNORE_FLASH_VERSION_CHECK", "1")
 
-from fastgrpo import _imports  # noqa: E402
+from fastgrpo import _imports
 
 _imports.prepare()
 

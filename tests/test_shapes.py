@@ -66,7 +66,7 @@ def _facts(request):
 
 
 def _open_ended(request, altered):
-    """"a circle and a ring" altered to itself in another order, or "hazard" to one category, can stay true."""
+    """Whether an altered request can stay true: the same things in another order, or one category for "hazard"."""
     same = Counter(t.shape for t in request.things) == Counter(t.shape for t in altered.things)
     return request.hazard == "any" or (same and not request.relation and any(t.color is None for t in altered.things))
 
@@ -96,9 +96,7 @@ def test_oracle_reads_vae_round_trips(pictures):
 def test_oracle_finds_places(pictures):
     for scene, reading in zip(pictures.scenes[:500], oracle.read(to_unit(pictures.images[:500])), strict=True):
         for item in (*scene.objects, *scene.hazards):
-            nearest = min(
-                np.hypot(item.x - r.x, item.y - r.y) for r in (*reading.objects, *reading.hazards)
-            )
+            nearest = min(np.hypot(item.x - r.x, item.y - r.y) for r in (*reading.objects, *reading.hazards))
             assert nearest < 1.5, (item, reading)
 
 
@@ -216,7 +214,14 @@ def test_shipped_weights_run_in_plain_diffusers_and_are_small():
     assert pipeline.scheduler.config.clip_sample is False
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    pictures = pipeline(["a photo of a red circle"] * 16, num_inference_steps=12, guidance_scale=3.0, eta=1.0, generator=generator, output_type="pt").images
+    pictures = pipeline(
+        ["a photo of a red circle"] * 16,
+        num_inference_steps=12,
+        guidance_scale=3.0,
+        eta=1.0,
+        generator=generator,
+        output_type="pt",
+    ).images
     read = [judge(s, Prompt("a photo of a red circle", POSITIVE)) for s in oracle.read(pictures)]
     # A model that ignores its prompt draws a red circle with probability below 0.1: 4 of 16 would be a 1.7% fluke.
     assert sum(v.correct for v in read) >= 4

@@ -227,7 +227,7 @@ def training_prompts(categories: tuple[str, ...]) -> tuple[list[Prompt], list[Pr
         for category in categories
         for request in hazard_requests(category)
         if not _is_held_out(request)
-        for opening, hazard_first in zip((*TRAINING_OPENINGS, *UNSAFE_OPENINGS), itertools.cycle((True, False)))  # noqa: B905
+        for opening, hazard_first in zip((*TRAINING_OPENINGS, *UNSAFE_OPENINGS), itertools.cycle((True, False)))
     ]
     return _numbered(positives), _numbered(negatives)
 

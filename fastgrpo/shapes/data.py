@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrpo.shapes.captions import Request, random_request, scene_for
@@ -45,12 +46,19 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Some noise on all and a blur on a third of the pictures, [N, 3, H, W] in [0, 1]: a generator's pictures are not crisp."""
-    noise = torch.randn(images.shape, generator=generator) * 0.06 * torch.rand(len(images), 1, 1, 1, generator=generator)
+def blur(images: Tensor) -> Tensor:
+    """The pictures under a 3 x 3 binomial kernel, [N, 3, H, W]."""
     kernel = torch.tensor([0.25, 0.5, 0.25])
     kernel = (kernel[:, None] * kernel).expand(3, 1, 3, 3)
-    padded = torch.nn.functional.pad(images, (1, 1, 1, 1), mode="replicate")
-    blurred = torch.nn.functional.conv2d(padded, kernel, groups=3)
-    chosen = torch.rand(len(images), 1, 1, 1, generator=generator) < 1 / 3
-    return (torch.where(chosen, blurred, images) + noise).clamp(0, 1)
+    return F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
+
+
+def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise of std up to 0.06 on all and a blur on a third of the pictures: a generator's pictures are not crisp.
+
+    images: [N, 3, H, W] in [0, 1].
+    """
+    noise = 0.06 * torch.randn(images.shape, generator=generator)
+    noise = noise * torch.rand(len(images), 1, 1, 1, generator=generator)
+    blurred = torch.rand(len(images), 1, 1, 1, generator=generator) < 1 / 3
+    return (torch.where(blurred, blur(images), images) + noise).clamp(0, 1)

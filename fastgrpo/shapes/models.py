@@ -29,7 +29,24 @@ DDIM_CONFIG = {  # Stable Diffusion 1.x
 
 def vocabulary() -> list[str]:
     """Every word of the world's captions and anchors, sorted."""
-    words = "a an photo picture drawing of and with no in by safe harmless unsafe hazard hazards".split()
+    words = [
+        "a",
+        "an",
+        "photo",
+        "picture",
+        "drawing",
+        "of",
+        "and",
+        "with",
+        "no",
+        "in",
+        "by",
+        "safe",
+        "harmless",
+        "unsafe",
+        "hazard",
+        "hazards",
+    ]
     words += [w for relation in RELATIONS for w in relation.split()]
     words += [w for category in HAZARDS for w in category.replace("-", " ").split()]
     words += [w for own in HAZARD_WORDS.values() for w in own]

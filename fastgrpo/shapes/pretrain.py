@@ -36,8 +36,24 @@ from fastgrpo.shapes.data import Pictures, degrade, draw_pictures, to_unit
 from fastgrpo.shapes.judge import describes
 from fastgrpo.shapes.world import CaptionNoise
 
-GENERIC_SAFE = ("a safe picture", "a harmless picture", "safe", "harmless", "a harmless picture with no hazard", "a safe drawing", "a picture with no hazard")
-GENERIC_UNSAFE = ("an unsafe picture", "a picture of a hazard", "unsafe", "a hazard", "an unsafe picture of a hazard", "an unsafe drawing", "a drawing of a hazard")
+GENERIC_SAFE = (
+    "a safe picture",
+    "a harmless picture",
+    "safe",
+    "harmless",
+    "a harmless picture with no hazard",
+    "a safe drawing",
+    "a picture with no hazard",
+)
+GENERIC_UNSAFE = (
+    "an unsafe picture",
+    "a picture of a hazard",
+    "unsafe",
+    "a hazard",
+    "an unsafe picture of a hazard",
+    "an unsafe drawing",
+    "a drawing of a hazard",
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,9 @@ class PretrainConfig:
     """Optimizer steps of the reward's encoder, at batch 128."""
     diffusion_steps: int = 2600
     """Optimizer steps of the UNet and text encoder, at batch 128."""
-    noise: CaptionNoise = field(default_factory=lambda: CaptionNoise(hazard_absent=0.62, color=0.3, shape=0.12, count=0.25, place=0.4))
+    noise: CaptionNoise = field(
+        default_factory=lambda: CaptionNoise(hazard_absent=0.62, color=0.3, shape=0.12, count=0.25, place=0.4)
+    )
     """How often the diffusion model's pictures contradict their captions."""
 
 
@@ -268,7 +286,9 @@ def _record(config: PretrainConfig, stage: str, seconds: float, measured: dict[s
     """Keeps how each stage was trained, and how well it went, in pretrain.json."""
     path = config.out / "pretrain.json"
     record = json.loads(path.read_text()) if path.exists() else {}
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items() if k not in ("out", "device")}
+    settings = {
+        k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items() if k not in ("out", "device")
+    }
     record[stage] = {
         "command": "python -m fastgrpo.shapes.pretrain",
         "settings": settings,

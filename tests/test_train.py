@@ -219,15 +219,6 @@ def test_handlers_are_put_back() -> None:
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_a_finished_run_can_be_lengthened(config_file: Path, undisturbed: Path, tmp_path: Path) -> None:
-    run, output = tmp_path / "longer", tmp_path / "longer.txt"
-    finish([str(config_file), "--run", str(run), "--iterations", "5"], output)
-    finish(["--resume", str(run), "--iterations", str(ITERATIONS)], output)
-    assert load_toml(run / "config.toml").iterations == ITERATIONS
-    name = f"checkpoints/iter-{ITERATIONS:06d}/unet/diffusion_pytorch_model.safetensors"
-    assert (run / name).read_bytes() == (undisturbed / name).read_bytes()
-
-
 def run_here(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     code = train.main(argv)
     captured = capsys.readouterr()
@@ -284,12 +275,13 @@ class Darkness:
         return [Verdict(unsafe=bool(image.mean() < 0.5), correct=bool(image[0].mean() > 0.5)) for image in images]
 
 
-def test_evaluations_before_during_and_after(
-    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_evaluations_and_a_finished_run_lengthened(
+    config_file: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    prompts = [Prompt("a gun", NEGATIVE, "violence", i) for i in range(8)]
-    prompts += [Prompt("a cat", POSITIVE, "counting", 8 + i) for i in range(8)]
-    suite = Suite("darkness-v1", prompts, seed=3, detector=Darkness(), quick_fraction=0.5)
     calls: list[bool] = []
 
     class Counting(Suite):
@@ -297,29 +289,33 @@ def test_evaluations_before_during_and_after(
             calls.append(quick)
             return super().evaluate(policy, schedule, guidance, quick, progress)
 
-    suite.__class__ = Counting
+    prompts = [Prompt("a gun", NEGATIVE, "violence", i) for i in range(8)]
+    prompts += [Prompt("a cat", POSITIVE, "counting", 8 + i) for i in range(8)]
+    suite = Counting("darkness-v1", prompts, seed=3, detector=Darkness(), quick_fraction=0.5)
     monkeypatch.setattr(exam, "make_suite", lambda config: suite)
     run = tmp_path / "evaluated"
-    code, out, err = run_here([str(config_file), "--run", str(run), "--iterations", "6"], capsys)
+    code, out, err = run_here([str(config_file), "--run", str(run), "--iterations", "5"], capsys)
     assert code == 0, err
     assert calls == [False, True, False]  # before; after iteration 4; at the end
     records = read_metrics(run / "metrics.jsonl")
-    assert [record["iteration"] for record in records if "eval/unsafe" in record] == [4, 6]
+    assert [record["iteration"] for record in records if "eval/unsafe" in record] == [4, 5]
     comparison = read_evaluation(run / "evaluation.json")
     assert comparison.protocol == "darkness-v1"
     assert comparison.before.to_json() == json.loads((run / "evaluation_before.json").read_text())
     assert comparison.before.unsafe["overall"].n == 8
     assert records[-1]["eval/unsafe"] == comparison.after.unsafe["overall"].rate
     assert "Held-out prompts, before and after" in out
-    assert "unsafe" in next(line for line in out.splitlines() if line.startswith("4/6"))
+    assert "unsafe" in next(line for line in out.splitlines() if line.startswith("4/5"))
 
     calls.clear()
-    before = (run / "evaluation_before.json").read_bytes()
-    code, _, err = run_here(["--resume", str(run), "--iterations", "7"], capsys)
+    code, _, err = run_here(["--resume", str(run), "--iterations", str(ITERATIONS)], capsys)
     assert code == 0, err
     assert calls == [False]  # only the end's: the one before is kept
-    assert (run / "evaluation_before.json").read_bytes() == before
     assert read_evaluation(run / "evaluation.json").before == comparison.before
+    assert load_toml(run / "config.toml").iterations == ITERATIONS
+    # Examining draws nothing from training's random numbers, and the length of the first part leaves no trace.
+    weights = f"checkpoints/iter-{ITERATIONS:06d}/unet/diffusion_pytorch_model.safetensors"
+    assert (run / weights).read_bytes() == (undisturbed / weights).read_bytes()
 
 
 def test_generators_depend_on_every_argument_and_on_nothing_else() -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fastgrpo.config import EvalConfig, ModelConfig, PromptsConfig, TrainConfig
 from fastgrpo.evaluation import suite as suite_module
+from fastgrpo.engine.workers import Workers
 from fastgrpo.evaluation.detectors import OracleDetector
 from fastgrpo.evaluation.intervals import mean_of_rates, wilson
 from fastgrpo.evaluation.result import (
@@ -270,6 +271,7 @@ class FakePolicy:
 
     device = torch.device("cpu")
     latent_shape = (3, 4, 4)
+    workers = Workers(1)
 
     def encode(self, texts):
         return torch.tensor([len(text) / 20 for text in texts]).view(-1, 1, 1)

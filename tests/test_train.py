@@ -154,7 +154,7 @@ def test_without_a_terminal_there_are_plain_lines(undisturbed: Path) -> None:
     lines = output.splitlines()
     assert [line.split()[0] for line in lines if "images/s" in line] == [f"{i}/8" for i in range(1, 9)]
     assert any(line.startswith("safety axis") for line in lines)
-    assert lines[-3].endswith(str(undisturbed / "checkpoints" / "iter-000008" / "unet"))
+    assert lines[-4].endswith(str(undisturbed / "checkpoints" / "iter-000008" / "unet"))
 
 
 def test_kill_at_three_random_moments_and_resume(config_file: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -211,17 +211,12 @@ def caption(request: Request, rng: np.random.Generator) -> str:
 
 
 def training_prompts(categories: tuple[str, ...]) -> tuple[list[Prompt], list[Prompt]]:
-    """Positive and negative prompts for training: positives of all six tasks, negatives of `categories` only.
+    """Positive and negative prompts for training: as many positives of each task, negatives of `categories` only.
 
     Never a held-out prompt: openings differ, and held-out combinations (`_is_held_out`) are left out where a task has
     combinations to spare.
     """
-    positives = [
-        Prompt(opening + phrase(request), POSITIVE, task)
-        for task in TASKS
-        for request in _task_sample(task, held_out=False)
-        for opening in TRAINING_OPENINGS
-    ]
+    positives = [prompt for task in TASKS for prompt in _training_positives(task)]
     negatives = [
         Prompt(opening + phrase(request, hazard_first), NEGATIVE, category)
         for category in categories
@@ -230,6 +225,12 @@ def training_prompts(categories: tuple[str, ...]) -> tuple[list[Prompt], list[Pr
         for opening, hazard_first in zip((*TRAINING_OPENINGS, *UNSAFE_OPENINGS), itertools.cycle((True, False)))
     ]
     return _numbered(positives), _numbered(negatives)
+
+
+def _training_positives(task: str, count: int = 60) -> list[Prompt]:
+    texts = [opening + phrase(r) for r in _task_sample(task, held_out=False) for opening in TRAINING_OPENINGS]
+    order = np.random.default_rng(11).permutation(len(texts))
+    return [Prompt(texts[order[i % len(texts)]], POSITIVE, task) for i in range(count)]
 
 
 def heldout_prompts(unsafe_per_category: int, composition_per_task: int) -> list[Prompt]:

@@ -233,6 +233,9 @@ def _save_pipeline(config: PretrainConfig, average: nn.ModuleList, vae: Autoenco
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(config.out / "pipeline")
+    # transformers loads the type that the config names, diffusers float32: without this the pipeline would mix the two.
+    text_config = config.out / "pipeline/text_encoder/config.json"
+    text_config.write_text(text_config.read_text().replace('"float16"', '"float32"'))
 
 
 @torch.no_grad()

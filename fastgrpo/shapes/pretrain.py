@@ -1,11 +1,12 @@
 """`python -m fastgrpo.shapes.pretrain`: the embedded Stable Diffusion and its reward encoder, trained from nothing.
 
-Three stages, each seeded and each writing its part of the output folder:
+Four stages, each seeded and each writing its part of the output folder:
 
     vae        AutoencoderKL on clean pictures                            pipeline/vae
     encoder    open_clip model, contrastive, on clean captions            encoder/
     diffusion  UNet + CLIP text encoder on pictures that contradict their captions at stated rates
                                                                           pipeline/
+    refine     the same on pictures that do so less often                 pipeline/
 
 `--stage` runs one of them alone, so that `encoder` can run beside the others. The diffusion model learns from wrong
 captions on purpose: as with the web's captions, it then draws a hazard for only some of the prompts that ask for one, and
@@ -25,10 +26,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from fastgrpo.shapes import models
 from fastgrpo.shapes.captions import Request, alter, caption
@@ -62,8 +64,8 @@ class PretrainConfig:
 
     out: Path = Path("shapes-weights")
     """Folder to write: pipeline/ (diffusers) and encoder/ (open_clip local-dir)."""
-    stage: Literal["all", "vae", "encoder", "diffusion"] = "all"
-    """Which part to train; diffusion needs the vae's."""
+    stage: Literal["all", "vae", "encoder", "diffusion", "refine"] = "all"
+    """Which part to train; diffusion needs the vae's, refine needs both."""
     seed: int = 7
     """Seed of pictures, captions, weights and noise."""
     device: str = "cpu"
@@ -82,6 +84,12 @@ class PretrainConfig:
         default_factory=lambda: CaptionNoise(hazard_absent=0.62, color=0.3, shape=0.12, count=0.25, place=0.4)
     )
     """How often the diffusion model's pictures contradict their captions."""
+    refine_steps: int = 1000
+    """Further optimizer steps of the UNet and text encoder, at batch 128."""
+    refine_noise: CaptionNoise = field(
+        default_factory=lambda: CaptionNoise(hazard_absent=0.55, color=0.15, shape=0.08, count=0.2, place=0.1)
+    )
+    """The same rates while refining."""
 
 
 def main() -> None:
@@ -89,7 +97,7 @@ def main() -> None:
     config = tyro.cli(PretrainConfig, description=__doc__)
     if config.threads:
         torch.set_num_threads(config.threads)
-    stages = {"vae": train_vae, "encoder": train_encoder, "diffusion": train_diffusion}
+    stages = {"vae": train_vae, "encoder": train_encoder, "diffusion": train_diffusion, "refine": refine_diffusion}
     for name in stages if config.stage == "all" else [config.stage]:
         torch.manual_seed(config.seed)
         started = time.time()
@@ -187,20 +195,44 @@ def _contrastive_loss(logits: Tensor, true: Tensor) -> tuple[Tensor, float]:
 
 
 def train_diffusion(config: PretrainConfig) -> dict[str, float]:
-    """Epsilon prediction with 12% of captions dropped; UNet and text encoder together, saved as their running average."""
+    """UNet and text encoder from nothing, on the noisier captions."""
     tokenizer = models.build_tokenizer(config.out / "pipeline/tokenizer")
-    vae = AutoencoderKL.from_pretrained(config.out / "pipeline/vae", torch_dtype=torch.float32).to(config.device)
-    pictures = _draw(config, "pictures for the diffusion model", 3, config.noise)
+    unet = models.build_unet()
+    text_encoder = models.build_text_encoder(len(tokenizer), tokenizer.eos_token_id)
+    return _denoise(config, unet, text_encoder, tokenizer, config.noise, config.diffusion_steps, 2e-3, stream=3)
+
+
+def refine_diffusion(config: PretrainConfig) -> dict[str, float]:
+    """The same two, further, on less noisy captions: colours, counts and places become mediocre rather than absent."""
+    folder = config.out / "pipeline"
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32)
+    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    return _denoise(config, unet, text_encoder, tokenizer, config.refine_noise, config.refine_steps, 1.2e-3, stream=4)
+
+
+def _denoise(
+    config: PretrainConfig,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    caption_noise: CaptionNoise,
+    steps: int,
+    lr: float,
+    stream: int,
+) -> dict[str, float]:
+    """Epsilon prediction with 12% of captions dropped; UNet and text encoder together, saved as their running average."""
+    vae = AutoencoderKL.from_pretrained(config.out / "pipeline/vae", dtype=torch.float32).to(config.device)
+    pictures = _draw(config, "pictures for the diffusion model", stream, caption_noise)
     latents = _encode_all(vae, pictures.images, config.device)
-    unet = models.build_unet().to(config.device, memory_format=torch.channels_last)
-    text_encoder = models.build_text_encoder(len(tokenizer), tokenizer.eos_token_id).to(config.device)
-    trained = nn.ModuleList([unet, text_encoder]).train()
+    unet.to(config.device, memory_format=torch.channels_last)
+    trained = nn.ModuleList([unet, text_encoder.to(config.device)]).train()
     average = copy.deepcopy(trained).requires_grad_(False)
     scheduler = DDPMScheduler(**{k: v for k, v in models.DDIM_CONFIG.items() if k != "set_alpha_to_one"})
-    optimizer, schedule = _optimizer(trained.parameters(), 2e-3, config.diffusion_steps)
+    optimizer, schedule = _optimizer(trained.parameters(), lr, steps)
     rng, generator = np.random.default_rng(config.seed), torch.Generator().manual_seed(config.seed)
     running = 1.0
-    for step in _steps("diffusion", config.diffusion_steps):
+    for step in _steps("diffusion", steps):
         index = rng.integers(len(latents), size=128)
         texts = ["" if rng.random() < 0.12 else caption(pictures.requests[i], rng) for i in index]
         ids = tokenizer(texts, padding="max_length", max_length=models.CONTEXT, return_tensors="pt").input_ids
@@ -214,8 +246,6 @@ def train_diffusion(config: PretrainConfig) -> dict[str, float]:
         _average_into(average, trained, decay=min(0.998, (1 + step) / (10 + step)))
         running = 0.99 * running + 0.01 * loss.item()
         _say(step, f"loss {running:.4f}")
-        if step % 500 == 499:
-            _save_pipeline(config, average, vae, tokenizer)
     _save_pipeline(config, average, vae, tokenizer)
     return {"diffusion_loss": running}
 

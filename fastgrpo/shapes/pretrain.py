@@ -81,13 +81,17 @@ class PretrainConfig:
     diffusion_steps: int = 2600
     """Optimizer steps of the UNet and text encoder, at batch 128."""
     noise: CaptionNoise = field(
-        default_factory=lambda: CaptionNoise(hazard_absent=0.62, color=0.3, shape=0.12, count=0.25, place=0.4)
+        default_factory=lambda: CaptionNoise(
+            hazard_absent=0.62, color=0.3, shape=0.12, count=0.25, place=0.4, stand_in=0
+        )
     )
     """How often the diffusion model's pictures contradict their captions."""
     refine_steps: int = 1000
     """Further optimizer steps of the UNet and text encoder, at batch 128."""
     refine_noise: CaptionNoise = field(
-        default_factory=lambda: CaptionNoise(hazard_absent=0.55, color=0.15, shape=0.08, count=0.2, place=0.1)
+        default_factory=lambda: CaptionNoise(
+            hazard_absent=0.55, color=0.15, shape=0.08, count=0.2, place=0.1, stand_in=1
+        )
     )
     """The same rates while refining."""
 

@@ -165,6 +165,9 @@ def perturb(scene: Scene, rate: "CaptionNoise", rng: np.random.Generator) -> Sce
     objects, hazards = list(scene.objects), scene.hazards
     if hazards and rng.random() < rate.hazard_absent:
         hazards = ()
+        if not objects and rng.random() < rate.stand_in:
+            (center,) = place([6.0], rng)
+            objects = [Object(str(rng.choice(SHAPES)), str(rng.choice(list(COLORS))), *center, 6.0)]
     for i, item in enumerate(objects):
         if rng.random() < rate.color:
             item = replace(item, color=str(rng.choice(list(COLORS))))
@@ -184,7 +187,8 @@ class CaptionNoise:
     """How often the pictures a diffusion model learns from contradict their captions, as the web's do.
 
     hazard_absent: a named hazard is not in the picture. color, shape: an object's is drawn anew at random.
-    count: one of several objects is missing. place: several objects stand anywhere.
+    count: one of several objects is missing. place: several objects stand anywhere. stand_in: where the missing hazard
+    would leave an empty picture, an object takes its place.
     """
 
     hazard_absent: float
@@ -192,3 +196,4 @@ class CaptionNoise:
     shape: float
     count: float
     place: float
+    stand_in: float

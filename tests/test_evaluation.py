@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 
 from fastgrpo.config import EvalConfig, ModelConfig, PromptsConfig, TrainConfig
-from fastgrpo.evaluation import suite as suite_module
 from fastgrpo.engine.workers import Workers
+from fastgrpo.evaluation import suite as suite_module
 from fastgrpo.evaluation.detectors import OracleDetector
 from fastgrpo.evaluation.intervals import mean_of_rates, wilson
 from fastgrpo.evaluation.result import (

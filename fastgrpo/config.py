@@ -93,6 +93,8 @@ class OptimConfig:
 
     lr: float = 1e-5
     """Learning rate."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """`linear` lowers the learning rate from lr in the first iteration towards 0 after the last."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.999

@@ -95,6 +95,8 @@ def iterate(
     rollout_rng = generator_for(config.seed, iteration, "rollout", policy.device)
     update_rng = generator_for(config.seed, iteration, "update", "cpu")
 
+    for group in parts.optimizer.param_groups:
+        group["lr"] = learning_rate(config, iteration)
     prompts = embed(policy, parts.source.batch(iteration - 1), embeds)
     with watch("rollout"), console.bar("rollout", len(schedule)) as bar:
         trajectory = rollout(
@@ -115,7 +117,15 @@ def iterate(
             base_unet=parts.base_unet,
             progress=bar.advance,
         )
-    return reward_metrics(rewards, prompts.negative) | stats.values | watch.metrics(images=trajectory.samples)
+    values = reward_metrics(rewards, prompts.negative) | stats.values | watch.metrics(images=trajectory.samples)
+    return values | {"optim/lr": learning_rate(config, iteration)}
+
+
+def learning_rate(config: TrainConfig, iteration: int) -> float:
+    """The learning rate of iteration number `iteration`, from 1."""
+    if config.optim.schedule == "constant":
+        return config.optim.lr
+    return config.optim.lr * (1 - (iteration - 1) / config.iterations)
 
 
 def _beginning(config: TrainConfig) -> TrainerState:

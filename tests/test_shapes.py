@@ -232,4 +232,9 @@ def test_shipped_weights_run_in_plain_diffusers_and_are_small():
     files = [f for f in SHAPES_PIPELINE.parent.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) <= 8e6
     assert {f.suffix for f in files} <= {".safetensors", ".json", ".txt", ".md"}
-    assert json.loads((SHAPES_PIPELINE.parent / "pretrain.json").read_text()).keys() == {"vae", "encoder", "diffusion"}
+    assert json.loads((SHAPES_PIPELINE.parent / "pretrain.json").read_text()).keys() == {
+        "vae",
+        "encoder",
+        "diffusion",
+        "refine",
+    }

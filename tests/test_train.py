@@ -1,5 +1,6 @@
 """`python -m fastgrpo.train` end to end on a tiny pipeline: what a run leaves behind, kills, resumes and stops."""
 
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -22,9 +23,11 @@ from torch import Tensor
 
 from fastgrpo import exam, train
 from fastgrpo.config import TrainConfig
+from fastgrpo.console import Console
 from fastgrpo.evaluation.result import read_evaluation
 from fastgrpo.evaluation.suite import Suite
 from fastgrpo.metrics import read_metrics
+from fastgrpo.parts import load_parts
 from fastgrpo.randomness import generator_for, seed_for
 from fastgrpo.run import StopSignal
 from fastgrpo.settings import load_toml
@@ -145,6 +148,16 @@ def test_training_changes_the_weights_and_diffusers_reads_them(undisturbed: Path
     # The cross-attention's query of the very first block: its gradient passes through everything behind it.
     name = next(name for name in base if name.endswith("attn2.to_q.weight"))
     assert not torch.equal(trained[name], base[name].float())
+
+
+def test_the_learning_rate_falls_linearly_and_reaches_the_optimizer(config_file: Path) -> None:
+    constant = dataclasses.replace(load_toml(config_file), iterations=4)
+    assert [train.learning_rate(constant, i) for i in (1, 4)] == [1e-3, 1e-3]
+    linear = dataclasses.replace(constant, optim=dataclasses.replace(constant.optim, schedule="linear"))
+    assert [train.learning_rate(linear, i) for i in (1, 2, 3, 4)] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    parts = load_parts(linear, threads=1)
+    values = train.iterate(parts, linear, 3, {}, Console())
+    assert parts.optimizer.param_groups[0]["lr"] == values["optim/lr"] == pytest.approx(5e-4)
 
 
 def test_without_a_terminal_there_are_plain_lines(undisturbed: Path) -> None:

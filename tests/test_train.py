@@ -160,6 +160,23 @@ def test_the_learning_rate_falls_linearly_and_reaches_the_optimizer(config_file:
     assert parts.optimizer.param_groups[0]["lr"] == values["optim/lr"] == pytest.approx(5e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_iteration_on_cuda_replays_its_log_probs_exactly(config_file: Path, dtype: str) -> None:
+    config = load_toml(config_file)
+    config = dataclasses.replace(
+        config,
+        engine=dataclasses.replace(config.engine, device="cuda", dtype=dtype),
+        grpo=dataclasses.replace(config.grpo, old_log_prob="replay"),
+    )
+    parts = load_parts(config, threads=1)
+    before = [parameter.clone() for parameter in parts.policy.unet.parameters()]
+    values = train.iterate(parts, config, 1, {}, Console())
+    assert values["ratio/max_abs_dev_first"] == 0.0
+    assert not all(map(torch.equal, before, parts.policy.unet.parameters()))
+
+
 def test_without_a_terminal_there_are_plain_lines(undisturbed: Path) -> None:
     output = undisturbed.with_suffix(".txt").read_text()
     assert "\x1b" not in output

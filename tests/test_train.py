@@ -66,7 +66,7 @@ rollout.steps = 3
 grpo.kl = 0.01
 optim.lr = 1e-3
 engine.device = "cpu"
-engine.threads = 1
+engine.threads = 2
 eval.every = 4
 checkpoint.every = 3
 """)

@@ -1,8 +1,8 @@
 """`python -m fastgrpo.shapes.measure`: how good the shipped weights and the oracle are, into weights/quality.json.
 
 Reported: the oracle's precision and recall per class on freshly drawn pictures, as they are, noisy, blurred and after a VAE round
-trip; the reward encoder's choice between a true caption and one altered in a detail; and where captions lie on the
-safety axis. The base model's unsafe and composition rates come from its before-evaluation in any run of the trainer.
+trip; the reward encoder's choice between a true caption and one altered in a detail, and between a correct and a wrong
+generated picture; and where captions lie on the safety axis. The base model's unsafe and composition rates come from its before-evaluation in any run of the trainer.
 """
 
 import json
@@ -16,15 +16,19 @@ import torch
 import tyro
 from torch import Tensor
 
+from fastgrpo.engine.workers import available_cores
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.rewards.anchors import ANCHORS
 from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
 from fastgrpo.rewards.steering import safety_direction
+from fastgrpo.rollout import sample
+from fastgrpo.schedule import make_schedule
+from fastgrpo.settings import find_preset, load_toml
 from fastgrpo.shapes import oracle
-from fastgrpo.shapes.captions import alter, caption
+from fastgrpo.shapes.captions import alter, caption, training_prompts
 from fastgrpo.shapes.data import Pictures, blur, draw_pictures, to_unit
-from fastgrpo.shapes.judge import describes
-from fastgrpo.shapes.world import COLORS, GLYPHS, SHAPES, Scene
+from fastgrpo.shapes.judge import describes, judge
+from fastgrpo.shapes.world import COLORS, GLYPHS, HAZARDS, SHAPES, Scene
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -44,7 +48,7 @@ class MeasureConfig:
 def main() -> None:
     """The command."""
     config = tyro.cli(MeasureConfig, description=__doc__)
-    policy = load_policy("shapes", torch.device("cpu"), torch.float32)
+    policy = load_policy("shapes", torch.device("cpu"), torch.float32, available_cores())
     encoder = load_encoder("shapes", torch.device("cpu"))
     pictures = draw_pictures(config.pictures, config.seed)
     images = to_unit(pictures.images)
@@ -54,6 +58,7 @@ def main() -> None:
         "seed": config.seed,
         "oracle": {name: oracle_quality(version, pictures.scenes) for name, version in versions.items()},
         "encoder": encoder_quality(encoder, versions["vae"], pictures, config.seed),
+        "encoder_prefers_correct_generated_image": teacher_quality(policy, encoder),
     }
     config.out.write_text(json.dumps(quality, indent=2) + "\n")
     print(json.dumps(quality, indent=2))
@@ -125,6 +130,28 @@ def encoder_quality(encoder: OpenClipEncoder, images: Tensor, pictures: Pictures
         "text_axis_mean_safe": round(float(text_place[~unsafe].mean()), 4),
         "text_axis_mean_unsafe": round(float(text_place[unsafe].mean()), 4),
     }
+
+
+def teacher_quality(policy: Policy, encoder: OpenClipEncoder) -> dict[str, float]:
+    """How often the unsteered reward puts a correct image above a wrong one of its group, by task.
+
+    Images are the policy's own, 16 for every twelfth training prompt, drawn as preset `shapes` draws them.
+    """
+    config = load_toml(find_preset("shapes")).rollout
+    schedule = make_schedule(policy.scheduler_config, config.steps, config.eta, policy.device)
+    prompts = [p for p in training_prompts(HAZARDS[:1])[0][::12] for _ in range(_GROUP)]
+    texts = [p.text for p in prompts]
+    images = sample(policy, policy.encode(texts), schedule, config.guidance, range(len(prompts)))
+    correct = np.array([judge(s, p).correct for s, p in zip(oracle.read(images), prompts, strict=True)])
+    reward = (encoder.encode_image(images) * encoder.encode_text(texts)).sum(-1).cpu().numpy()
+    wins: dict[str, list[bool]] = {}
+    for start in range(0, len(prompts), _GROUP):
+        group, right = reward[start : start + _GROUP], correct[start : start + _GROUP]
+        wins.setdefault(prompts[start].category, []).extend((group[right][:, None] > group[~right]).ravel().tolist())
+    return {task: round(float(np.mean(won)), 3) for task, won in wins.items()}
+
+
+_GROUP = 16
 
 
 def _auc(high: np.ndarray, low: np.ndarray) -> float:

@@ -270,6 +270,10 @@ def _save_pipeline(config: PretrainConfig, average: nn.ModuleList, vae: Autoenco
     # transformers loads the type that the config names, diffusers float32: without this the pipeline would mix the two.
     text_config = config.out / "pipeline/text_encoder/config.json"
     text_config.write_text(text_config.read_text().replace('"float16"', '"float32"'))
+    for part in ("unet", "vae"):  # where they were loaded from is of no use to others
+        path = config.out / "pipeline" / part / "config.json"
+        settings = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
+        path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ class GrpoConfig:
     advantage: Literal["group", "global", "none"] = "group"
     """`group`: (r - group mean) / group std. `global`: (r - group mean) / std of the whole iteration's centred rewards. `none`: r - group mean."""
     std_floor: float = 1e-4
-    """A group whose rewards' std is below this is flat: its advantages are exactly 0 and it is skipped."""
+    """A group whose rewards' std is not above this is flat: its advantages are exactly 0 and it is skipped."""
     advantage_clamp: float = 2.5
     """Advantages are clamped to plus or minus this."""
     clip_low: float = 1e-4

@@ -73,7 +73,7 @@ def _open_ended(request, altered):
 
 # The world is drawn to be read: on pictures as drawn and with mild noise every class must be read almost perfectly;
 # blur at three pixels and the VAE cost edges, never hazards. Bounds lie a few errors in ~300 instances under what
-# `python -m fastgrpo.shapes.measure` reports on its own 3,000 pictures.
+# `python -m fastgrpo.shapes.measure` reports on its own 2,000 pictures.
 @pytest.mark.parametrize(("version", "least"), [("clean", 0.99), ("noise", 0.98), ("blur", 0.95)])
 def test_oracle_reads_every_class_back(pictures, version, least):
     quality = oracle_quality(distortions(to_unit(pictures.images))[version], pictures.scenes)

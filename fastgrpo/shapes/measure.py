@@ -37,7 +37,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 class MeasureConfig:
     """Measure the oracle and the shipped weights."""
 
-    pictures: int = 3000
+    pictures: int = 2000
     """Freshly drawn pictures."""
     seed: int = 900
     """Seed of the pictures; none of pretraining's."""

@@ -15,32 +15,67 @@ class ConfigError(ValueError):
 class ModelConfig:
     """The Stable Diffusion pipeline to train."""
 
-    path: str = "shapes"
-    """A diffusers folder or hub id of an SD 1.x / 2.x pipeline, or `shapes`: the small one that ships with fastgrpo."""
+    path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    """An SD 1.x / 2.x pipeline: a diffusers folder, a hub id, a single file (.safetensors or .ckpt), or `shapes`, the small one that ships with fastgrpo."""
+    unet: str = ""
+    """Where to take the UNet from instead of the pipeline: a folder or hub id, and after a colon its subfolder, as in `OWNER/NAME:checkpoint-300/unet`."""
+    config: str = ""
+    """Only for a single file: diffusers folder or hub id whose configs describe it; empty: SD 1.x or 2.x, told from the file."""
+    variant: str = ""
+    """Variant of the weight files, such as `fp16`; empty: the plain ones."""
+    revision: str = ""
+    """Branch, tag or commit of a hub id; empty: its main branch."""
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What the UNet predicts; `auto` believes the scheduler's config. A single file of SD 2.x at 768 pixels needs `v_prediction`."""
+    lora_rank: int = 0
+    """Rank of the LoRA adapters that are trained instead of the UNet's own weights; 0 trains the whole UNet."""
+    lora_alpha: float = 0.0
+    """LoRA's scale is lora_alpha / lora_rank; 0 stands for lora_rank, a scale of 1."""
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the modules that get adapters; the default is every attention projection."""
 
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    """What is drawn during training."""
+    """What is drawn during training.
 
-    positive: str = "shapes"
-    """A UTF-8 text file with one safe prompt per line, or `shapes`: captions of the shapes world."""
-    negative: str = "shapes"
-    """A UTF-8 text file with one unsafe prompt per line, or `shapes`."""
-    categories: tuple[str, ...] = ("violence", "shocking")
-    """Hazard categories whose prompts are trained on when `negative` is `shapes`; the others are only measured."""
+    A source of prompts is `shapes` (captions of the shapes world), a file (.txt with one prompt per line, .csv, .tsv or
+    .jsonl with a column of them), or `hf:OWNER/NAME[:CONFIG][@SPLIT]`, a dataset on the Hugging Face hub.
+    """
+
+    positive: str = "geneval"
+    """Source of safe prompts: `geneval` (generated, six composition tasks over COCO's classes), `shapes`, a file, or `hf:OWNER/NAME[:CONFIG][@SPLIT]`."""
+    negative: str = "unsafe"
+    """Source of unsafe prompts: `unsafe` (written for fastgrpo, seven categories), `shapes`, a file, or `hf:OWNER/NAME[:CONFIG][@SPLIT]`."""
+    positive_column: str = "prompt"
+    """Column of a CSV, TSV, JSONL or hub dataset that holds the positive prompts."""
+    negative_column: str = "prompt"
+    """Column that holds the negative prompts; both may come from one file."""
+    category_column: str = ""
+    """Column that holds each prompt's category or task; several in one cell are separated by commas. Empty: none is kept."""
+    categories: tuple[str, ...] = ()
+    """Categories of the negative prompts to train on; empty: all. The others of the shapes world are measured all the same."""
     negative_fraction: float = 0.5
     """Share of every iteration's prompts that is negative, rounded to whole prompts."""
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """The steered CLIP reward: r = z_image . normalize(z_text + alpha * v_safe)."""
+    """What an image is worth: a weighted sum of terms.
 
-    encoder: str = "shapes"
-    """The frozen open_clip model: `shapes`, `local-dir:FOLDER`, `hf-hub:ID`, or `ARCHITECTURE:WEIGHTS` where WEIGHTS is an open_clip tag or a file, such as `ViT-H-14:HPS_v2.1_compressed.pt`."""
-    anchors: str = "shapes"
-    """Safe and unsafe phrases that span the safety axis: `shapes`; `compact`, the paper's 5 + 3; or `unsafe-only`, the 3 alone."""
+    The term `steering` is the steered CLIP reward: r = z_image . normalize(z_text + alpha * v_safe).
+    """
+
+    terms: tuple[str, ...] = ("steering",)
+    """Terms, each NAME or NAME=WEIGHT: `steering`, `clip`, `hpsv2`, `compressibility`, `incompressibility`, or your own function as FILE.py:FUNCTION or MODULE:FUNCTION."""
+    standardise: Literal["none", "group", "iteration"] = "none"
+    """Whether each term is brought to mean 0 and std 1 before weighting: over its `group`, or over all images of the `iteration`."""
+    encoder: str = "hpsv2"
+    """The frozen open_clip model of `steering`: `hpsv2` (HPSv2.1 from the hub), `shapes`, `local-dir:FOLDER`, `hf-hub:ID`, or `ARCHITECTURE:WEIGHTS` where WEIGHTS is an open_clip tag or a file, such as `ViT-H-14:HPS_v2.1_compressed.pt`."""
+    clip_encoder: str = ""
+    """The open_clip model of the term `clip`, in the same notation; empty: that of `steering`."""
+    anchors: str = "compact"
+    """Safe and unsafe phrases that span the safety axis: `compact`, the paper's 5 + 3; `scaled`, 25 + 20 over seven categories; `unsafe-only`, compact's 3 alone; `shapes`; or a FILE.toml with the lists `safe` and `unsafe`."""
     alpha: float = 0.5
     """How far the text target is moved along the safety axis."""
     mode: Literal["always", "unsafe_only", "projection"] = "always"
@@ -60,9 +95,11 @@ class RolloutConfig:
     guidance: float = 5.0
     """Classifier-free guidance scale, in rollout and update alike; 1 turns guidance off."""
     initial_noise: Literal["shared", "per_prompt", "independent"] = "independent"
-    """Which samples start from the same latent: `shared` all of an iteration's, `per_prompt` those of a group, `independent` none."""
+    """Which samples start from the same latent: `shared` all that a process draws in an iteration, `per_prompt` those of a group, `independent` none."""
     batch: int = 0
     """Samples denoised at once; 0 is all of them."""
+    decode_batch: int = 16
+    """Latents decoded to images at once; the VAE's activations are large."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +120,24 @@ class GrpoConfig:
     """Weight of the closed-form KL divergence of each step from the base model's; 0 leaves the base model out."""
     old_log_prob: Literal["rollout", "replay", "detach"] = "rollout"
     """Denominator of the ratio: as stored by the `rollout`, recomputed at the update's shapes before the first optimizer step (`replay`), or the current value without gradient (`detach`)."""
+    epochs: int = 1
+    """Passes over an iteration's (sample, step) pairs; `updates_per_iteration` is for all of them together."""
     drop_last_steps: int = 1
     """How many of the last denoising steps are not trained on; their sigma is tiny and their log-probs stiff."""
+    step_fraction: float = 1.0
+    """Share of the other steps that each sample is trained on, drawn anew in every iteration."""
+    window: int = 0
+    """Train on this many neighbouring steps only, a window that slides from the first (noisiest) steps to the last and begins again; 0 is all steps."""
+    window_every: int = 25
+    """Iterations until the window slides on."""
+    window_stride: int = 1
+    """Steps by which the window slides."""
+    ratio_norm: bool = False
+    """RatioNorm of GRPO-Guard: the log-ratio without its bias and in units that are the same at every step, so that one clip range fits all steps."""
+    trim: int = 0
+    """How many of the highest and of the lowest rewards of every group are left out, of its mean and std as of learning."""
+    best_of: int = 0
+    """Learn from this many samples of every group only, half of them the best and half the worst; 0 is all of them."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +146,10 @@ class OptimConfig:
 
     lr: float = 1e-5
     """Learning rate."""
-    schedule: Literal["constant", "linear"] = "constant"
-    """`linear` lowers the learning rate from lr in the first iteration towards 0 after the last."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """`linear` and `cosine` lower the learning rate from lr after the warm-up towards 0 after the last iteration."""
+    warmup: int = 0
+    """Iterations in which the learning rate rises to lr, in equal steps."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.999
@@ -105,6 +160,8 @@ class OptimConfig:
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+    ema: float = 0.0
+    """Decay, per optimizer step, of an exponential moving average of the trained weights; 0 keeps none."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +170,8 @@ class EngineConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """What the UNet computes in; weights, latents and log-probs stay float32. `auto`: bf16 on CUDA, fp32 on CPU."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What the UNet computes in; trained weights, latents and log-probs stay float32. `auto`: bf16 on CUDA, fp32 on CPU. `fp16`, for GPUs without bf16, scales the loss."""
     threads: int = 0
     """CPU threads; 0 is one per core this process may use. A resumed run needs the same number to be bit-exact."""
 
@@ -131,6 +188,8 @@ class EvalConfig:
     """Held-out prompts per composition task, before and after."""
     quick_fraction: float = 0.25
     """Share of those prompts that the evaluations in between use."""
+    weights: Literal["trained", "ema"] = "trained"
+    """Which weights are evaluated and pictured; `ema` needs optim.ema."""
     seed: int = 1234
     """Seed of the evaluation's noise."""
     steps: int = 0
@@ -157,14 +216,14 @@ class TrainConfig:
     """Everything random is a function of this and the iteration."""
     iterations: int = 300
     """Iterations in all, counted from the start of the run, also when resumed."""
-    prompts_per_iteration: int = 4
-    """Different prompts drawn in one iteration (P)."""
+    prompts_per_iteration: int = 32
+    """Different prompts drawn in one iteration (P), over all processes together."""
     group_size: int = 16
     """Images per prompt (G); at least 2, since they are compared with each other."""
     updates_per_iteration: int = 16
     """Optimizer steps per iteration; the iteration's (sample, step) pairs are dealt out to them."""
-    micro_batch: int = 64
-    """(sample, step) pairs per forward and backward pass; gradients are summed, so it does not change the result."""
+    micro_batch: int = 4
+    """(sample, step) pairs per forward and backward pass on each process; gradients are summed, so it does not change the result."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)

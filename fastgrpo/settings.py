@@ -1,29 +1,30 @@
-"""From the command line and TOML files to a `TrainConfig`, and back to TOML; and what a config may not say.
+"""From the command line and TOML files to a `TrainConfig`, and back to TOML.
 
-A flag beats the file, the file beats the dataclass's default. Nothing here loads a model or a prompt.
+A flag beats the file, the file beats the dataclass's default. Nothing here loads a model or a prompt; what a config
+may not say is in validation.py.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
-import math
 import tomllib
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-import torch
 import tyro
 
 from fastgrpo.config import ConfigError, TrainConfig
-from fastgrpo.rewards.anchors import ANCHORS
-from fastgrpo.shapes.world import HAZARDS
+from fastgrpo.validation import validate
+
+Command = TypeVar("Command")
 
 PROGRAM = "python -m fastgrpo.train"
 DEFAULT_PRESET = "shapes"
-DIFFUSION_STEPS = 1000  # timesteps every SD 1.x / 2.x was trained with
 
 
 @dataclass(frozen=True)
@@ -56,21 +57,69 @@ def parse_command(argv: Sequence[str]) -> tuple[TrainConfig, str, Path | None]:
         config, folder = _parse_resume(argv)
         validate(config)
         return config, folder.name, folder
+    start = parse_with_preset(_Start, argv, PROGRAM)
+    return start.config, Path(start.preset).stem, None
+
+
+def parse_with_preset(kind: type[Command], argv: Sequence[str], program: str) -> Command:
+    """`[PRESET | FILE.toml] [--flags]` -> an instance of `kind`, its config validated.
+
+    kind: a frozen dataclass with the fields `preset` (tyro.conf.Positional[str]) and `config` (a TrainConfig whose
+    fields are flags), and defaults for any others. program: what --help calls the command.
+    Raises ConfigError; prints and exits on --help (0).
+    """
     preset = argv[0] if argv and not argv[0].startswith("-") else DEFAULT_PRESET
-    file = find_preset(preset)
-    start = tyro.cli(_Start, default=_Start(preset=preset, config=load_toml(file)), args=argv, prog=PROGRAM)
+    start = parse_flags(kind, argv, program, default=kind(preset=preset, config=load_toml(find_preset(preset))))
     if start.preset != preset:
         raise ConfigError(f"{start.preset}: a preset or FILE.toml comes before the flags.")
     validate(start.config)
-    return start.config, file.stem, None
+    return start
+
+
+def parse_flags(kind: type[Command], argv: Sequence[str], program: str, default: Command | None = None) -> Command:
+    """tyro.cli with one sentence, a ConfigError, for a mistake; prints and exits on --help (0)."""
+    extra = {} if default is None else {"default": default}
+    _check_flags(kind, argv)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, args=argv, prog=program, **extra)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # tyro's box: a title, the complaint, a rule, and advice that is already in ours.
+        lines = [line.strip(" │") for line in complaint.getvalue().splitlines()]
+        text = " ".join(line for line in lines[1:] if line and line[0] not in "─╭╰")
+        raise ConfigError(f"{text.split(' For full helptext')[0]} (--help lists every flag).") from stop
+
+
+def _check_flags(kind: type, argv: Sequence[str]) -> None:
+    """Raise ConfigError for the first flag that does not exist."""
+    known = [*_flags(kind, ""), "--help"]
+    for arg in argv:
+        name = arg.split("=")[0].replace("_", "-")
+        if name.startswith("--") and name not in known:
+            raise ConfigError(f"{name}: no such flag{_nearest(name, known)}; --help lists them all.")
+
+
+def _flags(kind: type, prefix: str) -> list[str]:
+    """Names of the flags that a dataclass has on the command line, groups written as --group.name."""
+    names = []
+    for name, field_kind in typing.get_type_hints(kind).items():
+        if field_kind is TrainConfig:
+            names += _flags(field_kind, "")
+        elif dataclasses.is_dataclass(field_kind):
+            names += _flags(field_kind, f"{prefix}{name}.".replace("_", "-"))
+        else:
+            names.append(f"--{prefix}{name}".replace("_", "-"))
+    return [*names, *(f"--no-{name[2:]}" for name in names)] if not prefix else names
 
 
 def _parse_resume(argv: Sequence[str]) -> tuple[TrainConfig, Path]:
-    command, others = tyro.cli(_Resume, args=argv, prog=PROGRAM, return_unknown_args=True)
-    if others:
-        raise ConfigError(
-            f"{others[0]}: a resumed run keeps its settings; only --iterations may be given with --resume."
-        )
+    for arg in argv:
+        if arg.startswith("-") and arg.split("=")[0] not in ("--resume", "--iterations"):
+            raise ConfigError(f"{arg}: a resumed run keeps its settings; only --iterations may be given with --resume.")
+    command = parse_flags(_Resume, argv, PROGRAM)
     folder = Path(command.resume)
     file = folder / "config.toml"
     if not file.is_file():
@@ -174,91 +223,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return repr(value)
-
-
-def validate(config: TrainConfig) -> None:
-    """Refuse impossible values: raises ConfigError with the first one's field, value and what is accepted."""
-    _validate_sizes(config)
-    _validate_prompts(config)
-    _validate_algorithm(config)
-    _validate_surroundings(config)
-
-
-def _validate_sizes(config: TrainConfig) -> None:
-    _require(0 <= config.seed < 2**63, "seed", config.seed, "0 to 2^63 - 1")
-    _at_least(1, "iterations", config.iterations)
-    _at_least(1, "prompts_per_iteration", config.prompts_per_iteration)
-    _at_least(2, "group_size", config.group_size, ", since a group's images are compared with each other")
-    _at_least(1, "micro_batch", config.micro_batch)
-    steps, dropped = config.rollout.steps, config.grpo.drop_last_steps
-    _require(1 <= steps <= DIFFUSION_STEPS, "rollout.steps", steps, f"1 to {DIFFUSION_STEPS}")
-    _require(0 <= dropped < steps, "grpo.drop_last_steps", dropped, f"0 to {steps - 1}, below rollout.steps")
-    samples = config.prompts_per_iteration * config.group_size
-    pairs = samples * (steps - dropped)
-    _require(
-        1 <= config.updates_per_iteration <= pairs,
-        "updates_per_iteration",
-        config.updates_per_iteration,
-        f"1 to {pairs}, the (sample, step) pairs of an iteration",
-    )
-    _at_least(0, "rollout.batch", config.rollout.batch)
-    _at_least(1, "reward.batch", config.reward.batch)
-
-
-def _validate_prompts(config: TrainConfig) -> None:
-    prompts = config.prompts
-    fraction = prompts.negative_fraction
-    _require(0 <= fraction <= 1, "prompts.negative_fraction", fraction, "0 to 1")
-    if prompts.negative == "shapes":
-        _require(bool(prompts.categories), "prompts.categories", prompts.categories, "at least one hazard category")
-        for category in prompts.categories:
-            _require(category in HAZARDS, "prompts.categories", category, f"any of {', '.join(HAZARDS)}")
-
-
-def _validate_algorithm(config: TrainConfig) -> None:
-    rollout, grpo, optim = config.rollout, config.grpo, config.optim
-    anchors, alpha = config.reward.anchors, config.reward.alpha
-    _require(anchors in ANCHORS, "reward.anchors", anchors, f"any of {', '.join(ANCHORS)}")
-    _require(math.isfinite(alpha), "reward.alpha", alpha, "a finite number")
-    # Above 1 the noise could exceed the variance that is left: sqrt(1 - a_p - sigma^2) would not be real.
-    _require(0 < rollout.eta <= 1, "rollout.eta", rollout.eta, "above 0 (a sure step has no probability) and at most 1")
-    _at_least(1, "rollout.guidance", rollout.guidance)
-    _above_zero("grpo.std_floor", grpo.std_floor)
-    _above_zero("grpo.advantage_clamp", grpo.advantage_clamp)
-    _at_least(0, "grpo.clip_low", grpo.clip_low)
-    _at_least(0, "grpo.clip_high", grpo.clip_high)
-    _at_least(0, "grpo.kl", grpo.kl)
-    _at_least(0, "optim.lr", optim.lr)
-    _require(0 <= optim.beta1 < 1, "optim.beta1", optim.beta1, "0 or more and below 1")
-    _require(0 <= optim.beta2 < 1, "optim.beta2", optim.beta2, "0 or more and below 1")
-    _above_zero("optim.eps", optim.eps)
-    _at_least(0, "optim.weight_decay", optim.weight_decay)
-    _above_zero("optim.max_grad_norm", optim.max_grad_norm)
-
-
-def _validate_surroundings(config: TrainConfig) -> None:
-    if config.engine.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("engine.device = 'cuda': there is no CUDA device here; accepted are auto and cpu.")
-    _at_least(0, "engine.threads", config.engine.threads)
-    _at_least(0, "eval.every", config.eval.every)
-    _at_least(1, "eval.unsafe_per_category", config.eval.unsafe_per_category)
-    _at_least(1, "eval.composition_per_task", config.eval.composition_per_task)
-    fraction, steps = config.eval.quick_fraction, config.eval.steps
-    _require(0 < fraction <= 1, "eval.quick_fraction", fraction, "above 0 and at most 1")
-    _require(0 <= config.eval.seed < 2**63, "eval.seed", config.eval.seed, "0 to 2^63 - 1")
-    _require(0 <= steps <= DIFFUSION_STEPS, "eval.steps", steps, f"0 (as rollout.steps) to {DIFFUSION_STEPS}")
-    _at_least(1, "checkpoint.every", config.checkpoint.every)
-    _at_least(0, "checkpoint.keep", config.checkpoint.keep)
-
-
-def _require(holds: bool, field: str, value: Any, accepted: str) -> None:
-    if not holds:
-        raise ConfigError(f"{field} = {value!r}: accepted is {accepted}.")
-
-
-def _at_least(low: float, field: str, value: float, reason: str = "") -> None:
-    _require(low <= value < math.inf, field, value, f"{low} or more{reason}")
-
-
-def _above_zero(field: str, value: float) -> None:
-    _require(0 < value < math.inf, field, value, "a number above 0")

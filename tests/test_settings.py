@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastgrpo.config import ConfigError, ModelConfig, OptimConfig, PromptsConfig, TrainConfig
-from fastgrpo.settings import dump_toml, find_preset, load_toml, parse_command, presets_folder, validate
+from fastgrpo.settings import dump_toml, find_preset, load_toml, parse_command, presets_folder
+from fastgrpo.validation import validate
 
 
 def write(folder: Path, text: str) -> Path:

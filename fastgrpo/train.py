@@ -22,7 +22,8 @@ from fastgrpo.parts import Parts, load_parts
 from fastgrpo.prompts import embed
 from fastgrpo.randomness import generator_for
 from fastgrpo.report import write_report
-from fastgrpo.rewards.steering import axis_report, reward_metrics
+from fastgrpo.rewards.axis import axis_report
+from fastgrpo.rewards.steering import reward_metrics
 from fastgrpo.rollout import rollout
 from fastgrpo.run import StopSignal, claim
 from fastgrpo.settings import PROGRAM, dump_toml, parse_command

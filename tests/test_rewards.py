@@ -11,8 +11,9 @@ import pytest
 import fastgrpo  # noqa: F401  (prepares the imports below)
 from fastgrpo.config import ConfigError, RewardConfig
 from fastgrpo.rewards.anchors import ANCHORS, Anchors
+from fastgrpo.rewards.axis import axis_report
 from fastgrpo.rewards.encoder import load_encoder
-from fastgrpo.rewards.steering import SteeringReward, axis_report, reward_metrics, safety_direction, steer
+from fastgrpo.rewards.steering import SteeringReward, reward_metrics, safety_direction, steer
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Rewards
 
 # isort: split

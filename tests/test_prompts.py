@@ -1,4 +1,4 @@
-"""Which prompts an iteration draws, how files are read, and that texts are embedded once."""
+"""Which prompts an iteration draws, and that texts are embedded once."""
 
 from collections import Counter
 
@@ -6,7 +6,7 @@ import pytest
 
 import fastgrpo  # noqa: F401  (prepares torch's import)
 from fastgrpo.config import ConfigError, PromptsConfig
-from fastgrpo.prompts import PromptSource, embed, load_prompts, read_prompt_file
+from fastgrpo.prompts import PromptSource, embed
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 
 # isort: split
@@ -79,55 +79,6 @@ def test_a_label_without_prompts_is_refused_only_when_asked_for():
     with pytest.raises(ConfigError, match=r"negative_fraction: 0\.5 asks for 4 negative"):
         source(5, 0, 8)
     assert len(source(8, 0, 8, fraction=0.0).batch(0)) == 8
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def test_lines_become_prompts(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeffa cat\r\n\r\n  ein Hündchen \n\n   \na line\u2028separator".encode())
-    assert read_prompt_file(path, NEGATIVE) == [
-        Prompt("a cat", NEGATIVE, id=1),
-        Prompt("ein Hündchen", NEGATIVE, id=3),
-        Prompt("a line\u2028separator", NEGATIVE, id=6),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b"", "holds no prompt"),
-        (b"\n  \r\n\t\n", "holds no prompt"),
-        (b"\xef\xbb\xbf\n", "holds no prompt"),
-        (b"a cat\na d\x00g\n", "NUL byte in line 2"),
-        ("a cat\n".encode("utf-16"), "NUL byte in line 1"),
-        (b"a cat\nb\nH\xfcndchen\n", "byte 0xfc in line 3, offset 9"),
-        (b"a cat\n\xe2\x82", "byte 0xe2 in line 2, offset 6"),
-    ],
-)
-def test_bad_files(tmp_path, content, says):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"prompts\.negative: '.*prompts\.txt' .*{says}"):
-        read_prompt_file(path, NEGATIVE)
-
-
-def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(ConfigError, match=r"prompts\.positive: cannot read '.*none\.txt' \(No such file"):
-        read_prompt_file(tmp_path / "none.txt", POSITIVE)
-    with pytest.raises(ConfigError, match=r"\(Is a directory\)"):
-        read_prompt_file(tmp_path, POSITIVE)
-
-
-def test_files_and_shapes_can_be_mixed(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("a cat\na dog\n")
-    positives, negatives = load_prompts(PromptsConfig(positive=str(path), negative="shapes", categories=("shocking",)))
-    assert [p.text for p in positives] == ["a cat", "a dog"]
-    assert {p.label for p in positives} == {POSITIVE}
-    assert {p.category for p in negatives} == {"shocking"}
-    assert {p.label for p in negatives} == {NEGATIVE}
 
 
 # --- embeddings ------------------------------------------------------------------------------------------------------

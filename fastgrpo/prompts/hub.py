@@ -1,0 +1,43 @@
+"""Prompts in a data set of the Hugging Face hub, read by the library `datasets`, an optional dependency.
+
+A source is `hf:OWNER/NAME[:CONFIG][@SPLIT]`. The library keeps what it downloads in its own cache, so that a data set
+once loaded needs no network. It runs no code of a data set's.
+"""
+
+import re
+
+from fastgrpo.config import ConfigError
+from fastgrpo.prompts.files import Table
+
+PREFIX = "hf:"
+NOTATION = "hf:OWNER/NAME[:CONFIG][@SPLIT]"
+
+_SOURCE = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
+_LONGEST = 400  # characters of the library's own message: those that name what there is
+
+
+def read_dataset(source: str, label: str, columns: tuple[str, ...]) -> Table:
+    """One split of a data set; ids are row numbers, from 1.
+
+    source: as above; without CONFIG the only or default one, without SPLIT `train`. SPLIT may be a slice, `train[:100]`.
+    columns: the ones to read; others, such as images, are not even decoded.
+    Raises ConfigError for another notation, without the library, and for what it cannot load.
+    """
+    match = _SOURCE.fullmatch(source)
+    if match is None:
+        raise ConfigError(f"prompts.{label} = {source!r}: accepted is {NOTATION}.")
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"prompts.{label} = {source!r}: this needs the library datasets: "
+            'pip install "fastgrpo[datasets]", or export the prompts to a file.'
+        ) from error
+    try:
+        data = datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train")
+    except Exception as error:  # the library's own, the hub's, the network's: whichever, the data set is not there
+        reason = " ".join(str(error).split()).rstrip(".")[:_LONGEST] or type(error).__name__
+        raise ConfigError(f"prompts.{label} = {source!r}: cannot be loaded: {reason}.") from error
+    rows = data.select_columns([column for column in columns if column in data.column_names])
+    numbered = tuple((number, f"row {number}", row) for number, row in enumerate(rows, start=1))
+    return Table(source, tuple(data.column_names), numbered)

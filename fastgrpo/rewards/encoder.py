@@ -1,14 +1,20 @@
 """The frozen image-and-text encoder that judges: an open_clip model, its tokenizer and its image transform."""
 
 import difflib
+import json
+import math
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.pretrained import download_pretrained_from_hf
+from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -17,9 +23,23 @@ from fastgrpo.config import ConfigError
 SHAPES_ENCODER = f"local-dir:{Path(__file__).resolve().parents[1] / 'shapes' / 'weights' / 'encoder'}"
 """What the spec `shapes` stands for: the encoder that ships with fastgrpo."""
 
+HPSV2_REPOSITORY, HPSV2_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
+"""Where the spec `hpsv2` finds the weights of HPSv2.1 on the hub, an open_clip ViT-H-14."""
+
 _LOCAL, _HUB = "local-dir:", "hf-hub:"
 _PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pth"}  # what open_clip looks for in a folder
+# What open_clip, torch, safetensors and json raise for files that are not what they should be.
+_UNREADABLE = (
+    AttributeError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
 
 
 @dataclass(frozen=True)
@@ -88,29 +108,45 @@ class OpenClipEncoder:
         return F.normalize(features.float(), dim=-1)
 
 
-def load_encoder(spec: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> OpenClipEncoder:
+def load_encoder(
+    spec: str, device: torch.device | str, dtype: torch.dtype = torch.float32, field: str = "reward.encoder"
+) -> OpenClipEncoder:
     """The encoder that `--reward.encoder` names, frozen, on `device`.
 
-    spec: `shapes`; `local-dir:FOLDER` with open_clip_config.json and weights; `hf-hub:ID`; or `ARCHITECTURE:WEIGHTS`,
-        WEIGHTS being an open_clip tag or a file. Torch files are read with weights_only, and no code of a model
-        repository is run.
+    spec: `hpsv2`, which downloads HPSv2.1; `shapes`; `local-dir:FOLDER` with open_clip_config.json and weights;
+        `hf-hub:ID`; or `ARCHITECTURE:WEIGHTS`, WEIGHTS being an open_clip tag or a file. Torch files are read with
+        weights_only, and no code of a model repository is run.
     dtype: torch.float32, torch.bfloat16 or torch.float16; what the towers' matrix products compute in.
+    field: what messages call the setting.
 
-    Raises ConfigError for a spec that names nothing loadable.
+    Raises ConfigError for a spec that names nothing loadable, and for images prepared otherwise than its tower expects.
     """
+    try:
+        return _load(spec, torch.device(device), dtype)
+    except ConfigError as error:
+        raise ConfigError(f"{field}: {error}") from error
+
+
+def _load(spec: str, device: torch.device, dtype: torch.dtype) -> OpenClipEncoder:
     name, weights = _resolve(SHAPES_ENCODER if spec == "shapes" else spec)
     try:
+        if name.startswith((_LOCAL, _HUB)):
+            _check_preprocessing(_declared(name))
         model = open_clip.create_model(
             name, weights, precision=_PRECISION[dtype], device=device, require_pretrained=True, weights_only=True
         )
         tokenizer = _tokenizer(name)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError, SafetensorError) as error:
-        raise ConfigError(f"reward.encoder: {spec!r} does not load: {_one_line(error)}") from error
+    except ConfigError:
+        raise
+    except _UNREADABLE as error:
+        raise ConfigError(f"{spec!r} does not load: {_one_line(error)}") from error
     return OpenClipEncoder(model, tokenizer, device, dtype)
 
 
 def _resolve(spec: str) -> tuple[str, str | None]:
     """The spec as open_clip.create_model's (model_name, pretrained)."""
+    if spec == "hpsv2":
+        return "ViT-H-14", _hpsv2_file()
     if spec.startswith(_LOCAL):
         return _LOCAL + str(_checked_folder(Path(spec.removeprefix(_LOCAL)).expanduser())), None
     if spec.startswith(_HUB):
@@ -119,8 +155,8 @@ def _resolve(spec: str) -> tuple[str, str | None]:
     architecture = architecture.replace("/", "-")
     if architecture not in open_clip.list_models():
         raise ConfigError(
-            f"reward.encoder: {architecture!r} is not an open_clip architecture{_nearest(architecture)}; accepted are "
-            "shapes, local-dir:FOLDER, hf-hub:ID and ARCHITECTURE:WEIGHTS."
+            f"{architecture!r} is not an open_clip architecture{_nearest(architecture)}; accepted are hpsv2, shapes, "
+            "local-dir:FOLDER, hf-hub:ID and ARCHITECTURE:WEIGHTS."
         )
     if open_clip.is_pretrained_cfg(architecture, weights):
         return architecture, weights
@@ -128,20 +164,68 @@ def _resolve(spec: str) -> tuple[str, str | None]:
     if not file.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
         raise ConfigError(
-            f"reward.encoder: {spec!r} needs weights after the colon, a file or one of {architecture}'s tags ({tags}); "
-            f"{weights!r} is neither."
+            f"{spec!r} needs weights after the colon, a file or one of {architecture}'s tags ({tags}); {weights!r} is "
+            "neither."
         )
     return architecture, str(file)
 
 
+def _hpsv2_file() -> str:
+    """The weights of HPSv2.1, from the hub's local cache or downloaded into it."""
+    try:
+        return huggingface_hub.hf_hub_download(HPSV2_REPOSITORY, HPSV2_FILE)
+    except Exception as error:  # the hub's own errors, and those of the HTTP library it happens to use
+        raise ConfigError(
+            f"'hpsv2' needs {HPSV2_FILE}, which is not in the local cache and cannot be downloaded "
+            f"({_one_line(error)}); get it from https://huggingface.co/{HPSV2_REPOSITORY} and name the file, as in "
+            f"ViT-H-14:PATH/{HPSV2_FILE}."
+        ) from error
+
+
 def _checked_folder(folder: Path) -> Path:
     if not folder.is_dir():
-        raise ConfigError(f"reward.encoder: {str(folder)!r} is not a folder.")
+        raise ConfigError(f"{str(folder)!r} is not a folder.")
     if not (folder / "open_clip_config.json").is_file():
-        raise ConfigError(f"reward.encoder: {str(folder)!r} has no open_clip_config.json.")
+        raise ConfigError(f"{str(folder)!r} has no open_clip_config.json.")
     if not any(file.suffix in _WEIGHT_SUFFIXES for file in folder.iterdir()):
-        raise ConfigError(f"reward.encoder: {str(folder)!r} has no weights, such as open_clip_model.safetensors.")
+        raise ConfigError(f"{str(folder)!r} has no weights, such as open_clip_model.safetensors.")
     return folder
+
+
+def _declared(name: str) -> dict:
+    """What open_clip_config.json of a folder or hub id says."""
+    if name.startswith(_LOCAL):
+        file = Path(name.removeprefix(_LOCAL)) / "open_clip_config.json"
+    else:
+        file = Path(download_pretrained_from_hf(name.removeprefix(_HUB), filename="open_clip_config.json"))
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _check_preprocessing(config: dict) -> None:
+    """Refuse images prepared otherwise than the tower expects: open_clip overrules a wrong size without a word."""
+    preprocess, tower = config.get("preprocess_cfg", {}), config["model_cfg"]["vision_cfg"]
+    expected = _sides(tower.get("image_size", open_clip.CLIPVisionCfg.image_size))
+    given = _sides(preprocess.get("size", expected))
+    if given != expected:
+        raise ConfigError(
+            f"encoder and preprocessing mismatch: preprocess_cfg makes images of {given[0]} x {given[1]} pixels, "
+            f"the encoder's tower takes {expected[0]} x {expected[1]}."
+        )
+    for key, accepted, least in (("mean", "three numbers", -math.inf), ("std", "three numbers above 0", 0)):
+        values = preprocess.get(key, getattr(PreprocessCfg, key))
+        if not (_are_numbers(values, least) and len(values) == 3):
+            raise ConfigError(
+                f"encoder and preprocessing mismatch: preprocess_cfg has {key} = {values!r}; accepted is {accepted}, "
+                "one per channel."
+            )
+
+
+def _are_numbers(values: Any, least: float) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(v, int | float) and least < v < math.inf for v in values)
+
+
+def _sides(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _tokenizer(name: str):
@@ -152,11 +236,11 @@ def _tokenizer(name: str):
 
 def _image_transform(config: dict, device: torch.device) -> ImageTransform:
     """From open_clip's preprocess config."""
-    sides = config["size"] if isinstance(config["size"], (tuple, list)) else [config["size"]]
+    sides = _sides(config["size"])
     if len(set(sides)) > 1 or config["resize_mode"] == "longest":
         raise ConfigError(
-            f"reward.encoder: its images are {tuple(sides)} with resize mode {config['resize_mode']!r}; accepted are "
-            "square encoders with mode 'shortest' or 'squash'."
+            f"its images are {sides} with resize mode {config['resize_mode']!r}; accepted are square encoders with "
+            "mode 'shortest' or 'squash'."
         )
     mean, std = (torch.tensor(config[key], dtype=torch.float32, device=device).view(3, 1, 1) for key in ("mean", "std"))
     return ImageTransform(sides[0], mean, std, config["interpolation"], squash=config["resize_mode"] == "squash")

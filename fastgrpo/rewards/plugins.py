@@ -1,0 +1,105 @@
+"""Reward functions of the user's own, from a file or a module that he names in the settings.
+
+A reward function is a plain function
+
+    def brightness(images, prompts):
+        return images.mean(dim=(1, 2, 3))
+
+images: [N, 3, h, w] float32 in [0, 1] on the training device. prompts: the N `fastgrpo.types.Prompt` they were drawn
+for. It returns a tensor [N], larger where the image is better. Loading it runs its file, which is what he asks for.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from torch import Tensor
+
+from fastgrpo.config import ConfigError
+from fastgrpo.rewards.registry import RewardFunction
+from fastgrpo.rewards.terms import BrokenReward, Term, nearest
+from fastgrpo.types import Prompt
+
+
+def load_plugins(terms: Sequence[Term]) -> dict[str, RewardFunction]:
+    """Name of each term -> its function; a file or module that several terms name is run once.
+
+    Raises ConfigError where it does not import, has no such function, or has one of another signature.
+    """
+    modules: dict[str, ModuleType] = {}
+    for term in terms:
+        if term.place not in modules:
+            modules[term.place] = _import(term)
+    return {term.name: _guarded(term, _function(term, modules[term.place])) for term in terms}
+
+
+def _import(term: Term) -> ModuleType:
+    try:
+        if term.place.endswith(".py"):
+            return _run_file(Path(term.place).expanduser())
+        return importlib.import_module(term.place)
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise ConfigError(f"reward.terms: {term.place!r} does not import: {one_line(error)}.") from error
+
+
+def _run_file(path: Path) -> ModuleType:
+    name = f"fastgrpo_plugin_{path.stem}"  # the prefix keeps a file called torch.py from replacing torch
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _function(term: Term, module: ModuleType) -> Callable[..., Tensor]:
+    if not hasattr(module, term.label):
+        own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        raise ConfigError(
+            f"reward.terms: {term.place!r} has no function {term.label!r}{nearest(term.label, own)}; it has "
+            f"{', '.join(own) or 'none'}."
+        )
+    function = getattr(module, term.label)
+    if not callable(function):
+        raise ConfigError(
+            f"reward.terms: {term.name!r} is a {type(function).__name__}; accepted is a function (images, prompts)."
+        )
+    try:
+        inspect.signature(function).bind("images", "prompts")
+    except TypeError as error:
+        raise ConfigError(
+            f"reward.terms: {term.name!r} cannot be called with (images, prompts): {error}; accepted is a function of "
+            "these two."
+        ) from error
+    except ValueError:
+        pass  # a function written in C may have no signature to look at
+    return function
+
+
+def _guarded(term: Term, function: Callable[..., Tensor]) -> RewardFunction:
+    """The function, its exceptions as BrokenReward."""
+
+    def score(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        try:
+            # A copy: what the function does to it in place must not reach other terms and the pictures that are saved.
+            return function(images.clone(), list(prompts))
+        except Exception as error:
+            message = (
+                f"reward term {term.name!r} failed on {len(prompts)} images, the first of prompt {prompts[0].text!r}, "
+                f"with {one_line(error)}"
+            )
+            raise BrokenReward(message, prompts[0], images[0]) from error
+
+    return score
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of an exception, at most 300 characters of it."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": .")

@@ -1,0 +1,132 @@
+"""The terms of a reward as the settings name them, and the exception for a term that breaks.
+
+Settings are checked with this before anything is loaded: nothing here needs open_clip, and no file of the user's is run.
+"""
+
+import difflib
+import importlib.util
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from fastgrpo.config import ConfigError
+from fastgrpo.types import Prompt
+
+BUILT_IN = ("steering", "clip", "hpsv2", "compressibility", "incompressibility")
+"""The terms that need no file; registry.py and built_in.py say what they are."""
+
+# What metrics.jsonl already has under reward/: the total's own entries and the parts of `steering`.
+_TAKEN = ("mean", "std", "positive_mean", "negative_mean", "alignment", "safety", "steered")
+_ACCEPTED = f"{', '.join(BUILT_IN)}, FILE.py:FUNCTION and MODULE:FUNCTION, each with or without =WEIGHT"
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the reward.
+
+    name: a built-in's name, FILE.py:FUNCTION or MODULE:FUNCTION.
+    weight: finite, not 0.
+    """
+
+    name: str
+    weight: float = 1.0
+
+    @property
+    def place(self) -> str:
+        """The file or module of a function of the user's own; empty for a built-in."""
+        return self.name.rpartition(":")[0]
+
+    @property
+    def label(self) -> str:
+        """What its values are called in metrics and `Rewards.parts`: the built-in's or the function's name."""
+        return self.name.rpartition(":")[2]
+
+
+class BrokenReward(RuntimeError):
+    """A term failed or returned what no reward can be.
+
+    message: one sentence with the term, the prompt and the value.
+    prompt: the first prompt concerned.
+    image: [3, h, w] float32 in [0, 1], the first image concerned.
+    """
+
+    def __init__(self, message: str, prompt: Prompt, image: Tensor | None):
+        super().__init__(message)
+        self.message = message
+        self.prompt = prompt
+        self.image = image
+
+
+def parse_terms(terms: tuple[str, ...]) -> tuple[Term, ...]:
+    """`NAME` or `NAME=WEIGHT` each -> terms, in the same order.
+
+    Raises ConfigError where there is none, for a name that is no term, a file or module that is not there, a weight
+    that is 0 or no finite number, and for two terms that would go by the same name.
+    """
+    if not terms:
+        raise ConfigError(f"reward.terms = []: at least one is needed; accepted are {_ACCEPTED}.")
+    parsed = tuple(_parse(text) for text in terms)
+    seen: dict[str, Term] = {}
+    for term in parsed:
+        other = seen.setdefault(term.label, term)
+        if other is not term:
+            raise ConfigError(
+                f"reward.terms: {other.name!r} and {term.name!r} are both called {term.label}; accepted is every name "
+                "once."
+            )
+    return parsed
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """` (did you mean ...?)`, or nothing where no name is near."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _parse(text: str) -> Term:
+    # Only what follows the last colon may hold a weight: a folder's name may have an equals sign.
+    place, colon, rest = text.rpartition(":")
+    function, equals, weight = (part.strip() for part in rest.partition("="))
+    term = Term(place.strip() + colon + function, _weight(text, weight) if equals else 1.0)
+    if colon:
+        _check_plugin(term)
+    elif term.name not in BUILT_IN:
+        raise ConfigError(
+            f"reward.terms: {term.name!r} is no term{nearest(term.name, BUILT_IN)}; accepted are {_ACCEPTED}."
+        )
+    return term
+
+
+def _weight(text: str, weight: str) -> float:
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value == 0:
+        raise ConfigError(
+            f"reward.terms: {text!r} has the weight {weight!r}; accepted is a finite number other than 0."
+        )
+    return value
+
+
+def _check_plugin(term: Term) -> None:
+    """Whether the file or module is there, without running it."""
+    if not term.label.isidentifier():
+        raise ConfigError(f"reward.terms: {term.name!r} names no function after the colon; accepted are {_ACCEPTED}.")
+    if term.label in BUILT_IN + _TAKEN:
+        raise ConfigError(
+            f"reward.terms: {term.name!r} cannot be called {term.label!r}, which metrics have already; rename the function."
+        )
+    if term.place.endswith(".py"):
+        if not Path(term.place).expanduser().is_file():
+            raise ConfigError(f"reward.terms: {term.name!r} needs the file {term.place!r}, which is not there.")
+    elif not all(part.isidentifier() for part in term.place.split(".")):
+        raise ConfigError(
+            f"reward.terms: {term.name!r} has {term.place!r} before the colon; accepted are FILE.py and MODULE."
+        )
+    # Looking for a submodule would import its package.
+    elif importlib.util.find_spec(term.place.split(".")[0]) is None:
+        raise ConfigError(f"reward.terms: {term.name!r} needs the module {term.place!r}, which is not installed.")

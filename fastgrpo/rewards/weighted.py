@@ -1,0 +1,137 @@
+"""The reward that training uses: a weighted sum of terms.
+
+    total = sum over terms of weight * standardised(term)
+
+Letters in shapes: P prompts, G images per prompt; sample b belongs to prompt b // G.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastgrpo.config import RewardConfig
+from fastgrpo.rewards import built_in  # noqa: F401  (registers the built-in terms)
+from fastgrpo.rewards.plugins import load_plugins
+from fastgrpo.rewards.registry import BUILDERS, Encoders, RewardFunction
+from fastgrpo.rewards.steering import SteeringReward
+from fastgrpo.rewards.terms import BrokenReward, Term, parse_terms
+from fastgrpo.types import Prompt, Rewards
+
+# Relative to the largest value: float32 rounds to 6e-8, a chain of a hundred operations to some 1e-5.
+_FLAT = 1e-5
+
+
+class WeightedReward:
+    """Scores trajectories with every term. Build it with `load_reward`.
+
+    steering: the term of that name, or None where there is none.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        functions: dict[str, RewardFunction | SteeringReward],
+        standardise: str,
+        encoders: Encoders,
+    ):
+        """functions: each term's, by the term's label. standardise: as `standardised`. encoders: those they use."""
+        self.terms = tuple(terms)
+        self.steering: SteeringReward | None = functions.get("steering")
+        self._functions = functions
+        self._standardise = standardise
+        self._encoders = encoders
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> Rewards:
+        """`score` and `combine` in one."""
+        return self.combine(self.score(images, prompts, group_size))
+
+    @torch.no_grad()
+    def score(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> dict[str, Tensor]:
+        """Every term's raw values by its label, and the parts that explain `steering`.
+
+        images: [P * G, 3, h, w] float32 in [0, 1]; image b was drawn for prompts[b // G].
+        Returns [P, G] float32 tensors on the images' device. Several processes may each score their prompts and
+        concatenate along P before they combine: the keys are the same everywhere, in the same order.
+        Raises BrokenReward for a term that fails or returns anything but N finite numbers.
+        """
+        raw: dict[str, Tensor] = {}
+        each = [prompt for prompt in prompts for _ in range(group_size)]
+        try:
+            for term in self.terms:
+                function = self._functions[term.label]
+                if isinstance(function, SteeringReward):
+                    rewards = function(images, prompts, group_size)
+                    raw |= rewards.parts
+                    values = rewards.total.flatten()
+                else:
+                    values = function(images, each)
+                raw[term.label] = _checked(term, values, images, each).view(len(prompts), group_size)
+        finally:
+            self._encoders.forget_images()
+        return raw
+
+    def combine(self, raw: dict[str, Tensor]) -> Rewards:
+        """The rewards from what `score` returned, for any number of prompts.
+
+        parts: all of `raw`; without `steering` where it is the only term, since `steered` holds the same.
+        """
+        weighted = [term.weight * standardised(raw[term.label], self._standardise) for term in self.terms]
+        alone = len(self.terms) == 1 and self.steering is not None
+        parts = {name: values for name, values in raw.items() if not (alone and name == "steering")}
+        return Rewards(total=torch.stack(weighted).sum(0).float(), parts=parts)
+
+
+def load_reward(config: RewardConfig, device: torch.device | str) -> WeightedReward:
+    """The reward that the config describes, its encoders on `device`; functions of the user's own come first.
+
+    Raises ConfigError for terms, functions, anchors and encoders that cannot be used.
+    """
+    terms = parse_terms(config.terms)
+    plugins = load_plugins([term for term in terms if term.place])
+    device = torch.device(device)
+    encoders = Encoders(device)
+    functions = {
+        term.label: plugins[term.name] if term.place else BUILDERS[term.name](config, encoders, device)
+        for term in terms
+    }
+    return WeightedReward(terms, functions, config.standardise, encoders)
+
+
+def standardised(values: Tensor, over: str) -> Tensor:
+    """[P, G] -> [P, G] float64, (r - mean) / std with the unbiased std.
+
+    over: `group`, each row by itself; `iteration`, all values together; `none` changes nothing. Values whose std is
+    rounding, at most 1e-5 of the largest of them, are flat and become 0.
+    """
+    values = values.double()
+    if over == "none":
+        return values
+    dims = (1,) if over == "group" else (0, 1)
+    centred = values - values.mean(dims, keepdim=True)
+    std = centred.std(dims, keepdim=True)
+    # Not `std <= ...`: the std of a single value is NaN, and that is flat too.
+    flat = ~(std > _FLAT * values.abs().amax(dims, keepdim=True))
+    return (centred / std).masked_fill(flat, 0.0)
+
+
+def _checked(term: Term, values: Tensor, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """[N] float32 on the images' device, finite, or BrokenReward."""
+    count = len(prompts)
+    if not isinstance(values, Tensor) or values.shape != (count,):
+        returned = f"shape {list(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        message = (
+            f"reward term {term.name!r} returned {returned} for {count} images, the first of prompt "
+            f"{prompts[0].text!r}; a tensor of shape [{count}] is needed"
+        )
+        raise BrokenReward(message, prompts[0], images[0])
+    values = values.detach().to(images.device, torch.float32)
+    broken = (~values.isfinite()).nonzero().flatten().tolist()
+    if broken:
+        first = broken[0]
+        message = (
+            f"reward term {term.name!r} returned {values[first].item()} for an image of prompt "
+            f"{prompts[first].text!r}, and no finite number for {len(broken)} of {count} images"
+        )
+        raise BrokenReward(message, prompts[first], images[first])
+    return values

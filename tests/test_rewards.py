@@ -11,7 +11,6 @@ import pytest
 import fastgrpo  # noqa: F401  (prepares the imports below)
 from fastgrpo.config import ConfigError, RewardConfig
 from fastgrpo.rewards.anchors import ANCHORS, Anchors
-from fastgrpo.rewards.axis import axis_report
 from fastgrpo.rewards.encoder import load_encoder
 from fastgrpo.rewards.steering import SteeringReward, reward_metrics, safety_direction, steer
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Rewards
@@ -438,76 +437,3 @@ def test_metrics():
         "reward/safety",
         "reward/safety_negative",
     }
-
-
-def axis_prompts(positions: list[float], label: str) -> tuple[dict, list[Prompt]]:
-    """Prompts at z . v = positions, and the table that puts them there."""
-    table = {f"{label} {x}": (x, math.sqrt(1 - x * x), 0.0) for x in positions}
-    return table, [Prompt(text, label) for text in table]
-
-
-NEGATIVE_POSITIONS = [
-    -i / 32 for i in range(1, 21)
-]  # exact in float32; 19 of the 20 cross at 19/32, the mean at 10.5/32
-POSITIVE_POSITIONS = [0.25, 0.5]
-
-
-def report_at(alpha: float, mode: str = "always"):
-    negative_table, negatives = axis_prompts(NEGATIVE_POSITIONS, NEGATIVE)
-    positive_table, positives = axis_prompts(POSITIVE_POSITIONS, POSITIVE)
-    encoder = TableEncoder(AXIS_TABLE | negative_table | positive_table)
-    reward = SteeringReward(encoder, AXIS, RewardConfig(alpha=alpha, mode=mode))
-    report = axis_report(reward, positives + negatives)
-    # Independently of the crossing formula: on which side the targets really are.
-    targets = reward.targets(reward.encode_prompts(negatives), negatives) @ reward.direction
-    assert report.still_unsafe == pytest.approx((targets < 0).double().mean().item())
-    return report
-
-
-@pytest.mark.parametrize("mode", ["always", "unsafe_only"])
-def test_axis_report_warns_up_to_the_alpha_it_names(mode):
-    report = report_at(0.1, mode)
-    assert report.alpha_mean == pytest.approx(10.5 / 32)
-    assert report.alpha_most == pytest.approx(19 / 32)
-    assert report.still_unsafe == 17 / 20  # those beyond 3.2 / 32
-    assert "--reward.alpha 0.33" in report.warning  # 10.5 / 32 = 0.328, rounded up
-    assert "--reward.alpha 0.60" in report.warning  # 19 / 32 = 0.594
-    assert report_at(0.59, mode).warning is not None
-    assert report_at(0.60, mode).warning is None
-
-
-def test_axis_report_spreads():
-    report = report_at(0.5, "unsafe_only")
-    positive, negative = report.sides[POSITIVE], report.sides[NEGATIVE]
-    assert (positive.count, negative.count) == (2, 20)
-    assert positive.after == positive.before
-    assert (positive.before.mean, positive.before.low, positive.before.high) == (0.375, 0.25, 0.5)
-    assert negative.before.low == -20 / 32
-    assert negative.before.mean == pytest.approx(-10.5 / 32)
-    # cos of the steered target: (z . v + a) / |z + a v|
-    steered = [(x + 0.5) / math.sqrt(1 + 2 * 0.5 * x + 0.25) for x in NEGATIVE_POSITIONS]
-    for got, expected in zip(
-        (negative.after.mean, negative.after.low, negative.after.high),
-        (np.mean(steered), min(steered), max(steered)),
-        strict=True,
-    ):
-        assert got == pytest.approx(expected, abs=32 * U)
-    text = "\n".join(report.lines())
-    assert "negative (20 prompts)  -0.33 [-0.62, -0.03]" in text
-    assert "20%" in text  # 17 / 32 to 20 / 32, four of twenty, lie beyond 0.5
-
-
-def test_axis_report_projection_needs_a_positive_alpha():
-    assert report_at(0.1, "projection").warning is None
-    assert report_at(-0.1, "projection").still_unsafe == 1.0
-
-
-def test_axis_report_with_one_label_and_a_limit():
-    table, positives = axis_prompts([i / 100 for i in range(100)], POSITIVE)
-    reward = SteeringReward(TableEncoder(AXIS_TABLE | table), AXIS, RewardConfig(alpha=0.0))
-    report = axis_report(reward, positives, limit=10)
-    assert set(report.sides) == {POSITIVE}
-    assert report.sides[POSITIVE].count == 10
-    assert report.sides[POSITIVE].before.mean == pytest.approx(0.45)  # 0.00, 0.10 ... 0.90
-    assert report.warning is None
-    assert not any("negative" in line for line in report.lines())

@@ -20,6 +20,7 @@ def read_dataset(source: str, label: str, columns: tuple[str, ...]) -> Table:
     """One split of a data set; ids are row numbers, from 1.
 
     source: as above; without CONFIG the only or default one, without SPLIT `train`. SPLIT may be a slice, `train[:100]`.
+        A folder OWNER/NAME below the working directory is read instead of the hub.
     columns: the ones to read; others, such as images, are not even decoded.
     Raises ConfigError for another notation, without the library, and for what it cannot load.
     """
@@ -38,6 +39,6 @@ def read_dataset(source: str, label: str, columns: tuple[str, ...]) -> Table:
     except Exception as error:  # the library's own, the hub's, the network's: whichever, the data set is not there
         reason = " ".join(str(error).split()).rstrip(".")[:_LONGEST] or type(error).__name__
         raise ConfigError(f"prompts.{label} = {source!r}: cannot be loaded: {reason}.") from error
-    rows = data.select_columns([column for column in columns if column in data.column_names])
+    rows = data.select_columns([column for column in dict.fromkeys(columns) if column in data.column_names])
     numbered = tuple((number, f"row {number}", row) for number, row in enumerate(rows, start=1))
     return Table(source, tuple(data.column_names), numbered)

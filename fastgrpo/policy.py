@@ -1,21 +1,19 @@
 """The Stable Diffusion being trained: a float32 UNet that learns, and a VAE and text encoder that do not."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from fastgrpo.config import ConfigError
+from fastgrpo.config import ModelConfig
 from fastgrpo.engine.workers import Workers
-
-SHAPES_PIPELINE = Path(__file__).parent / "shapes" / "weights" / "pipeline"
+from fastgrpo.models.load import load_components
 
 DECODE_BATCH = 64
 """Latents decoded at once: the VAE's activations are large, its speed gains nothing beyond this."""
@@ -28,7 +26,7 @@ class Policy:
     unet: float32 weights, trained; always in eval mode, since dropout would give every pass a different policy.
     vae, text_encoder: frozen, in `dtype`. tokenizer: the text encoder's.
     scheduler_config: the pipeline's scheduler_config.json, from which `make_schedule` builds the steps.
-    device: where everything is. dtype: what the UNet computes in, torch.float32 or torch.bfloat16.
+    device: where everything is. dtype: what the UNet computes in: torch.float32, torch.bfloat16 or torch.float16.
     workers: run shares of a batch side by side on CPU cores; one on a GPU.
     """
 
@@ -91,63 +89,38 @@ class Policy:
         return unconditional + guidance * (conditional - unconditional)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Turn latents [N, C, H, W] into images [N, 3, h, w] float32 in [0, 1]."""
+    def decode(self, latents: Tensor, batch: int = DECODE_BATCH) -> Tensor:
+        """Turn latents [N, C, H, W] into images [N, 3, h, w] float32 in [0, 1], at most `batch` at once."""
         scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
-        size = min(DECODE_BATCH, -(-len(scaled) // self.workers.count))
+        size = min(batch, -(-len(scaled) // self.workers.count))
         images = self.workers.map(lambda chunk: self.vae.decode(chunk, return_dict=False)[0], scaled.split(size))
         return (torch.cat(list(images)).float() / 2 + 0.5).clamp(0, 1)
 
     def _autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
 
 
-def load_policy(path: str, device: torch.device, dtype: torch.dtype, workers: int = 1) -> Policy:
-    """Load an SD 1.x / 2.x pipeline from safetensors files.
+def load_policy(model: ModelConfig, device: torch.device, dtype: torch.dtype, workers: int = 1) -> Policy:
+    """Load an SD 1.x / 2.x pipeline: a diffusers folder, a hub id, a single file, or the one that ships with fastgrpo.
 
-    path: a diffusers folder, a hub id, or "shapes" for the pipeline that ships with fastgrpo.
     dtype: what the UNet computes in and the frozen parts are held in. The UNet's weights are always float32.
     workers: CPU cores to share batches among.
     Raises ConfigError when there is no such pipeline or it is of another kind.
     """
-    source = str(SHAPES_PIPELINE) if path == "shapes" else path
-    _check_pipeline(source)
-    try:
-        policy = Policy(
-            unet=UNet2DConditionModel.from_pretrained(
-                source, subfolder="unet", use_safetensors=True, dtype=torch.float32
-            ),
-            vae=AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True, dtype=dtype),
-            text_encoder=CLIPTextModel.from_pretrained(
-                source, subfolder="text_encoder", use_safetensors=True, dtype=dtype
-            ),
-            tokenizer=CLIPTokenizer.from_pretrained(source, subfolder="tokenizer"),
-            scheduler_config=DDIMScheduler.load_config(source, subfolder="scheduler"),
-            device=device,
-            dtype=dtype,
-            workers=Workers(workers),
-        )
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"model.path is {source!r}, a pipeline that cannot be loaded: {reason}") from error
-    channels = policy.unet.config.in_channels
-    if channels != 4:
-        raise ConfigError(
-            f"model.path is {source!r}, whose UNet takes {channels} channels; "
-            "a text-to-image UNet, which takes 4, is accepted"
-        )
+    components = load_components(model, dtype)
     # Convolutions run a third faster on CPU in this layout, and it is the one tensor cores want.
-    policy.unet.to(device, memory_format=torch.channels_last).eval()
-    for frozen in (policy.vae, policy.text_encoder):
+    components.unet.to(device, memory_format=torch.channels_last).eval()
+    for frozen in (components.vae, components.text_encoder):
         frozen.to(device).eval().requires_grad_(False)
-    return policy
-
-
-def _check_pipeline(source: str) -> None:
-    accepted = "a diffusers folder or hub id of an SD 1.x / 2.x StableDiffusionPipeline, or shapes, is accepted"
-    try:
-        kind = DiffusionPipeline.load_config(source)["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model.path is {source!r}, where no model_index.json can be read; {accepted}") from error
-    if kind != "StableDiffusionPipeline":
-        raise ConfigError(f"model.path is {source!r}, a {kind}; {accepted}")
+    return Policy(
+        unet=components.unet,
+        vae=components.vae,
+        text_encoder=components.text_encoder,
+        tokenizer=components.tokenizer,
+        scheduler_config=components.scheduler_config,
+        device=device,
+        dtype=dtype,
+        workers=Workers(workers),
+    )

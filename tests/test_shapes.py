@@ -9,7 +9,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from fastgrpo.policy import SHAPES_PIPELINE, load_policy
+from fastgrpo.config import ModelConfig
+from fastgrpo.models.check import SHAPES_PIPELINE
+from fastgrpo.policy import load_policy
 from fastgrpo.shapes import oracle
 from fastgrpo.shapes.captions import (
     HAZARD_WORDS,
@@ -85,7 +87,7 @@ def test_oracle_reads_every_class_back(pictures, version, least):
 
 
 def test_oracle_reads_vae_round_trips(pictures):
-    policy = load_policy("shapes", torch.device("cpu"), torch.float32)
+    policy = load_policy(ModelConfig(path="shapes"), torch.device("cpu"), torch.float32)
     images = round_trip(policy, to_unit(pictures.images[:1000]))
     quality = oracle_quality(images, pictures.scenes[:1000])
     for name, row in quality.items():

@@ -16,6 +16,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from fastgrpo.config import ModelConfig
 from fastgrpo.engine.workers import available_cores
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.rewards.anchors import ANCHORS
@@ -48,7 +49,7 @@ class MeasureConfig:
 def main() -> None:
     """The command."""
     config = tyro.cli(MeasureConfig, description=__doc__)
-    policy = load_policy("shapes", torch.device("cpu"), torch.float32, available_cores())
+    policy = load_policy(ModelConfig(path="shapes"), torch.device("cpu"), torch.float32, available_cores())
     encoder = load_encoder("shapes", torch.device("cpu"))
     pictures = draw_pictures(config.pictures, config.seed)
     images = to_unit(pictures.images)

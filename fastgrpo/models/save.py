@@ -1,0 +1,65 @@
+"""Writing a pipeline as a diffusers folder that any version of diffusers and transformers reads."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+
+class HasComponents(Protocol):
+    """What is saved besides the UNet; `Components` and `Policy` have it."""
+
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler_config: Mapping[str, Any]
+
+
+def save_pipeline(folder: Path, components: HasComponents, unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
+    """Write a complete folder for StableDiffusionPipeline.from_pretrained, without a safety checker.
+
+    components: whose VAE, text encoder, tokenizer and scheduler to take. unet: whose UNet. dtype: of all weights.
+    """
+    unet.save_config(folder / "unet")
+    _save_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", unet, dtype)
+    components.vae.save_config(folder / "vae")
+    _save_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", components.vae, dtype)
+    components.text_encoder.config.save_pretrained(folder / "text_encoder")
+    # Its tensors' names began so until transformers 5.6, and newer versions read that too.
+    _save_weights(folder / "text_encoder" / "model.safetensors", components.text_encoder, dtype, "text_model.")
+    components.tokenizer.save_pretrained(folder / "tokenizer")
+    # vocab.json and merges.txt, for those that do not read tokenizer.json.
+    components.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+    scheduler = dict(components.scheduler_config)
+    (folder / "scheduler").mkdir(exist_ok=True)
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    _write_json(folder / "model_index.json", index)
+
+
+def _save_weights(file: Path, module: nn.Module, dtype: torch.dtype, prefix: str = "") -> None:
+    state = {prefix + name: tensor.to("cpu", dtype).contiguous() for name, tensor in module.state_dict().items()}
+    save_file(state, file, metadata={"format": "pt"})
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

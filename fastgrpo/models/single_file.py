@@ -1,0 +1,312 @@
+"""The original layout of SD 1.x / 2.x: one file with UNet, VAE and text encoder, as CompVis and Stability AI publish it.
+
+diffusers numbers blocks by level and layer, the original numbers all of them in a row: level l, layer j of the UNet's way
+down is `input_blocks.(1 + l * (layers + 1) + j)`, its downsampler the one after its layers. `places` derives from the
+configs where every diffusers tensor lies, so it serves pipelines of any width and depth. Three tensors differ in more
+than their name: the VAE's attention projections are 1x1 convolutions [C, C, 1, 1]; SD 2.x's text encoder (OpenCLIP) has
+query, key and value in one matrix [3E, E]; and its file has a last layer that diffusers leaves out, since the UNet is
+given what the last but one returns.
+"""
+
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from fastgrpo.config import ConfigError
+
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+CLIP = "cond_stage_model.transformer.text_model."
+OPEN_CLIP = "cond_stage_model.model."
+SUFFIXES = (".safetensors", ".ckpt")
+
+_RESNET_UNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_RESNET_VAE = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
+_ATTENTION_VAE = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_LAYER_OPEN_CLIP = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the original layout keeps one diffusers tensor.
+
+    key: its name there. third: which third of the rows is it, 0 query, 1 key, 2 value, or None where it is all of them.
+    pointwise: a matrix [C, C] here, a 1x1 convolution [C, C, 1, 1] there.
+    """
+
+    key: str
+    third: int | None = None
+    pointwise: bool = False
+
+
+def places(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> dict[str, dict[str, Place]]:
+    """Component (`unet`, `vae`, `text_encoder`) -> name in its state_dict -> where the original layout keeps it.
+
+    Reads only the components' configs and tensor names: they may be on the meta device.
+    """
+    unet_prefixes, vae_prefixes = _unet_prefixes(unet.config), _vae_prefixes(vae.config)
+    return {
+        "unet": {name: Place(UNET + _rename(name, unet_prefixes)) for name in unet.state_dict()},
+        "vae": {
+            name: Place(VAE + _rename(name, vae_prefixes), pointwise=_is_projection(name)) for name in vae.state_dict()
+        },
+        "text_encoder": {name: _text_place(name, text_encoder) for name in text_encoder.state_dict()},
+    }
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a .safetensors or .ckpt file, without reading their contents.
+
+    Raises ConfigError for a file that cannot be read, or only by executing what is in it.
+    """
+    if path.suffix == ".ckpt":
+        return {key: tuple(tensor.shape) for key, tensor in _read_ckpt(path).items()}
+    return safetensors_shapes(path, "model.path")
+
+
+def safetensors_shapes(path: Path, field: str) -> dict[str, tuple[int, ...]]:
+    """`tensor_shapes` of a .safetensors file; field: the setting that names it, for the ConfigError."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {_modern(key): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{field} is {str(path)!r}, which is not a whole safetensors file ({error}); download or write it again."
+        ) from error
+
+
+def check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], components: Mapping[str, nn.Module]) -> None:
+    """Raise ConfigError for the first tensor that the components need and the file lacks or has in another shape.
+
+    shapes: the file's `tensor_shapes`. components: `unet`, `vae` and `text_encoder`, which may be on the meta device.
+    """
+    for component, names in places(**components).items():
+        state = components[component].state_dict()
+        needed = {place.key: _original_shape(state[name].shape, place) for name, place in names.items()}
+        if not any(key in shapes for key in needed):
+            prefix = {"unet": UNET, "vae": VAE, "text_encoder": "cond_stage_model."}[component]
+            raise ConfigError(
+                f"model.path is {str(path)!r}, a file without the {component} ({prefix}*) that its config describes; "
+                "one with UNet, VAE and text encoder is accepted."
+            )
+        for key, accepted in needed.items():
+            if shapes.get(key) not in accepted:
+                found = f"has shape {list(shapes[key])}" if key in shapes else "is missing"
+                raise ConfigError(
+                    f"model.path is {str(path)!r}, where {key} {found}; its config needs {list(accepted[0])} "
+                    "(model.config names another)."
+                )
+
+
+def read_single_file(
+    path: Path, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel
+) -> dict[str, dict[str, Tensor]]:
+    """Component (`unet`, `vae`, `text_encoder`) -> the state_dict that the file holds for it, in the file's precision.
+
+    The modules say what to look for; they may be on the meta device and are not changed. Of a file with two sets of
+    UNet weights, the plain ones and an average (`model_ema.`), the plain ones are read.
+    Raises ConfigError for a file that lacks a tensor or has it in another shape.
+    """
+    components = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+    check_shapes(path, tensor_shapes(path), components)
+    wanted = places(**components)
+    tensors = _read(path, {place.key for names in wanted.values() for place in names.values()})
+    states = {}
+    for component, names in wanted.items():
+        shapes = {name: tensor.shape for name, tensor in components[component].state_dict().items()}
+        states[component] = {
+            name: _take(tensors[place.key], place).reshape(shapes[name]) for name, place in names.items()
+        }
+    return states
+
+
+def write_single_file(
+    path: Path,
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    dtype: torch.dtype,
+) -> None:
+    """Write the components as one .safetensors file in the original layout, all tensors in `dtype`.
+
+    The text encoder is written as SD 1.x has it where it has quick_gelu, as OpenCLIP (SD 2.x) where it has gelu; there,
+    the last layer and the projection, which no pipeline uses and diffusers does not keep, are left out.
+    """
+    components = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+    tensors: dict[str, Tensor] = {}
+    thirds: dict[str, dict[int, Tensor]] = {}
+    for component, names in places(**components).items():
+        state = components[component].state_dict()
+        for name, place in names.items():
+            tensor = state[name].detach().to("cpu", dtype).contiguous()
+            if place.third is not None:
+                thirds.setdefault(place.key, {})[place.third] = tensor
+            else:
+                tensors[place.key] = tensor[..., None, None] if place.pointwise else tensor
+    tensors |= {key: torch.cat([parts[third] for third in range(3)]) for key, parts in thirds.items()}
+    if not _is_open_clip(text_encoder):
+        # A constant, but what other programs recognise SD 1.x by.
+        count = text_encoder.config.max_position_embeddings
+        tensors[CLIP + "embeddings.position_ids"] = torch.arange(count)[None]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _unet_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
+    """diffusers module -> original module, for modules that have tensors; a prefix of their names."""
+    levels = len(config["down_block_types"])
+    layers = config["layers_per_block"]
+    counts = [layers] * levels if isinstance(layers, int) else list(layers)
+    prefixes = {
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
+    prefixes |= _inside("mid_block.resnets.0", "middle_block.0", _RESNET_UNET)
+    prefixes |= _inside("mid_block.resnets.1", "middle_block.2", _RESNET_UNET)
+    block = 1
+    for level, count in enumerate(counts):
+        for layer in range(count):
+            prefixes |= _inside(f"down_blocks.{level}.resnets.{layer}", f"input_blocks.{block}.0", _RESNET_UNET)
+            prefixes[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{block}.1"
+            block += 1
+        if level < levels - 1:
+            prefixes[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{block}.0.op"
+            block += 1
+    block = 0
+    for level, (count, kind) in enumerate(zip(reversed(counts), config["up_block_types"], strict=True)):
+        for layer in range(count + 1):
+            prefixes |= _inside(f"up_blocks.{level}.resnets.{layer}", f"output_blocks.{block}.0", _RESNET_UNET)
+            prefixes[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{block}.1"
+            block += 1
+        after = 2 if "Attn" in kind else 1
+        prefixes[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{after}.conv"
+    return prefixes
+
+
+def _vae_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
+    levels, layers = len(config["block_out_channels"]), config["layers_per_block"]
+    prefixes = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    for half in ("encoder", "decoder"):
+        prefixes |= {f"{half}.conv_in": f"{half}.conv_in", f"{half}.conv_out": f"{half}.conv_out"}
+        prefixes[f"{half}.conv_norm_out"] = f"{half}.norm_out"
+        for i in range(2):
+            prefixes |= _inside(f"{half}.mid_block.resnets.{i}", f"{half}.mid.block_{i + 1}", _RESNET_VAE)
+        prefixes |= _inside(f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1", _ATTENTION_VAE)
+    for level in range(levels):
+        down, up = f"encoder.down.{level}", f"decoder.up.{levels - 1 - level}"
+        for layer in range(layers):
+            prefixes |= _inside(f"encoder.down_blocks.{level}.resnets.{layer}", f"{down}.block.{layer}", _RESNET_VAE)
+        for layer in range(layers + 1):
+            prefixes |= _inside(f"decoder.up_blocks.{level}.resnets.{layer}", f"{up}.block.{layer}", _RESNET_VAE)
+        prefixes[f"encoder.down_blocks.{level}.downsamplers.0.conv"] = f"{down}.downsample.conv"
+        prefixes[f"decoder.up_blocks.{level}.upsamplers.0.conv"] = f"{up}.upsample.conv"
+    return prefixes
+
+
+def _inside(module: str, original: str, names: Mapping[str, str]) -> dict[str, str]:
+    return {f"{module}.{ours}": f"{original}.{theirs}" for ours, theirs in names.items()}
+
+
+def _rename(name: str, prefixes: Mapping[str, str]) -> str:
+    """`name` with the longest of its beginnings that is in `prefixes` replaced."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        prefix = ".".join(parts[:end])
+        if prefix in prefixes:
+            return ".".join([prefixes[prefix], *parts[end:]])
+    raise ConfigError(f"model.path: the original single-file layout of SD 1.x / 2.x has no place for {name}.")
+
+
+def _is_projection(name: str) -> bool:
+    return ".mid_block.attentions.0.to_" in name and name.endswith(".weight")
+
+
+def _is_open_clip(text_encoder: CLIPTextModel) -> bool:
+    return text_encoder.config.hidden_act == "gelu"
+
+
+def _text_place(name: str, text_encoder: CLIPTextModel) -> Place:
+    if not _is_open_clip(text_encoder):
+        return Place(CLIP + name)
+    whole = {
+        "embeddings.token_embedding.weight": "token_embedding.weight",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "final_layer_norm.weight": "ln_final.weight",
+        "final_layer_norm.bias": "ln_final.bias",
+    }
+    if name in whole:
+        return Place(OPEN_CLIP + whole[name])
+    number, _, rest = name.removeprefix("encoder.layers.").partition(".")
+    layer = f"{OPEN_CLIP}transformer.resblocks.{number}."
+    for third, projection in enumerate(("q_proj", "k_proj", "v_proj")):
+        if rest.startswith(f"self_attn.{projection}."):
+            return Place(f"{layer}attn.in_proj_{rest.rpartition('.')[2]}", third=third)
+    return Place(layer + _rename(rest, _LAYER_OPEN_CLIP))
+
+
+def _original_shape(shape: Iterable[int], place: Place) -> list[tuple[int, ...]]:
+    """The shapes the original may have, the usual one first: some programs write the VAE's projections as matrices."""
+    shape = tuple(shape)
+    if place.third is not None:
+        return [(3 * shape[0], *shape[1:])]
+    return [(*shape, 1, 1), shape] if place.pointwise else [shape]
+
+
+def _take(tensor: Tensor, place: Place) -> Tensor:
+    # A copy, so that no two parameters share memory.
+    return tensor if place.third is None else tensor.chunk(3)[place.third].clone()
+
+
+def _modern(key: str) -> str:
+    """Some files leave `text_model.` out of SD 1.x's text encoder; the name as it is with it."""
+    outer = CLIP.removesuffix("text_model.")
+    return key.replace(outer, CLIP) if key.startswith(outer) and not key.startswith(CLIP) else key
+
+
+def _read(path: Path, keys: set[str]) -> dict[str, Tensor]:
+    if path.suffix == ".ckpt":
+        tensors = _read_ckpt(path)
+        return {key: tensors[key] for key in keys}
+    with safe_open(path, "pt") as file:
+        return {_modern(key): file.get_tensor(key) for key in file.keys() if _modern(key) in keys}  # noqa: SIM118
+
+
+def _read_ckpt(path: Path) -> dict[str, Tensor]:
+    """The tensors of a torch file, mapped into memory where its format allows, so that only those used are read."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"model.path is {str(path)!r}, which holds more than tensors and would have to be executed to be read; "
+            "the same model as .safetensors is accepted."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model.path is {str(path)!r}, which is not a whole torch file: {error!r}.") from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    return {_modern(key): value for key, value in content.items() if isinstance(value, Tensor)}

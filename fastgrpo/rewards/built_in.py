@@ -1,4 +1,4 @@
-"""The terms that need no file of the user's: importing this module registers them."""
+"""What the built-in terms compute, but for `steering`, which has a module of its own."""
 
 import io
 from collections.abc import Sequence
@@ -9,41 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo.config import RewardConfig
 from fastgrpo.engine.workers import available_cores
-from fastgrpo.rewards.anchors import ANCHORS
-from fastgrpo.rewards.registry import Encoders, RewardFunction, register
-from fastgrpo.rewards.steering import Encoder, SteeringReward
+from fastgrpo.rewards.steering import Encoder
+from fastgrpo.rewards.terms import RewardFunction
 from fastgrpo.types import Prompt
 
 JPEG_QUALITY = 95
-
-
-@register("steering")
-def _steering(config: RewardConfig, encoders: Encoders, device: torch.device) -> SteeringReward:
-    return SteeringReward(encoders(config.encoder, "reward.encoder"), ANCHORS[config.anchors], config)
-
-
-@register("clip")
-def _clip(config: RewardConfig, encoders: Encoders, device: torch.device) -> RewardFunction:
-    field = "reward.clip_encoder" if config.clip_encoder else "reward.encoder"
-    return cosine(encoders(config.clip_encoder or config.encoder, field), config.batch)
-
-
-@register("hpsv2")
-def _hpsv2(config: RewardConfig, encoders: Encoders, device: torch.device) -> RewardFunction:
-    # The score of HPSv2 (arXiv 2306.09341) is the bare cosine, without the model's logit scale.
-    return cosine(encoders("hpsv2", "reward.terms"), config.batch)
-
-
-@register("compressibility")
-def _compressibility(config: RewardConfig, encoders: Encoders, device: torch.device) -> RewardFunction:
-    return lambda images, prompts: -jpeg_kilobytes(images)
-
-
-@register("incompressibility")
-def _incompressibility(config: RewardConfig, encoders: Encoders, device: torch.device) -> RewardFunction:
-    return lambda images, prompts: jpeg_kilobytes(images)
 
 
 def cosine(encoder: Encoder, batch: int) -> RewardFunction:

@@ -20,8 +20,7 @@ from types import ModuleType
 from torch import Tensor
 
 from fastgrpo.config import ConfigError
-from fastgrpo.rewards.registry import RewardFunction
-from fastgrpo.rewards.terms import BrokenReward, Term, nearest
+from fastgrpo.rewards.terms import BrokenReward, RewardFunction, Term, nearest
 from fastgrpo.types import Prompt
 
 

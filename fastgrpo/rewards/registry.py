@@ -1,68 +1,17 @@
-"""How terms get their reward functions: builders by name, and the encoders that terms share."""
+"""From the terms in the settings to the reward: how the built-in ones are built, and their registry."""
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from fastgrpo.config import RewardConfig
-from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
+from fastgrpo.rewards.anchors import load_anchors
+from fastgrpo.rewards.built_in import cosine, jpeg_kilobytes
+from fastgrpo.rewards.plugins import load_plugins
+from fastgrpo.rewards.shared_encoder import Encoders
 from fastgrpo.rewards.steering import SteeringReward
-from fastgrpo.types import Prompt
-
-
-class RewardFunction(Protocol):
-    """What a term computes: images [N, 3, h, w] float32 in [0, 1] and their N prompts -> rewards [N]."""
-
-    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor: ...
-
-
-class SharedEncoder:
-    """An encoder that several terms use: every text is encoded once, and so is the batch of images they all score."""
-
-    def __init__(self, encoder: OpenClipEncoder):
-        self._encoder = encoder
-        self._text: dict[str, Tensor] = {}
-        self._images: Tensor | None = None
-        self._features: Tensor | None = None
-
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """[N, E] float32 unit vectors, as `OpenClipEncoder.encode_text`."""
-        for text in texts:
-            if text not in self._text:
-                self._text[text] = self._encoder.encode_text([text])[0]
-        return torch.stack([self._text[text] for text in texts])
-
-    def encode_image(self, images: Tensor, batch: int) -> Tensor:
-        """[N, E] float32 unit vectors, as `OpenClipEncoder.encode_image`; kept until `forget_images`."""
-        if images is not self._images:
-            self._images, self._features = images, self._encoder.encode_image(images, batch)
-        return self._features
-
-    def forget_images(self) -> None:
-        """Let go of the images and their features."""
-        self._images = self._features = None
-
-
-class Encoders:
-    """The encoders of one reward on one device, each loaded when first asked for."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._loaded: dict[str, SharedEncoder] = {}
-
-    def __call__(self, spec: str, field: str) -> SharedEncoder:
-        """The encoder `spec`, in the notation of `load_encoder`. Raises ConfigError, which names `field`."""
-        if spec not in self._loaded:
-            self._loaded[spec] = SharedEncoder(load_encoder(spec, self._device, field=field))
-        return self._loaded[spec]
-
-    def forget_images(self) -> None:
-        """Let go of the images that were scored last."""
-        for encoder in self._loaded.values():
-            encoder.forget_images()
-
+from fastgrpo.rewards.terms import RewardFunction, parse_terms
+from fastgrpo.rewards.weighted import WeightedReward
 
 Builder = Callable[[RewardConfig, Encoders, torch.device], RewardFunction | SteeringReward]
 
@@ -83,3 +32,46 @@ def register(name: str) -> Callable[[Builder], Builder]:
         return builder
 
     return add
+
+
+@register("steering")
+def _steering(config: RewardConfig, encoders: Encoders, device: torch.device) -> SteeringReward:
+    return SteeringReward(encoders(config.encoder, "reward.encoder"), load_anchors(config.anchors), config)
+
+
+@register("clip")
+def _clip(config: RewardConfig, encoders: Encoders, device: torch.device) -> RewardFunction:
+    field = "reward.clip_encoder" if config.clip_encoder else "reward.encoder"
+    return cosine(encoders(config.clip_encoder or config.encoder, field), config.batch)
+
+
+@register("hpsv2")
+def _hpsv2(config: RewardConfig, encoders: Encoders, device: torch.device) -> RewardFunction:
+    # The score of HPSv2 (arXiv 2306.09341) is the bare cosine, without the model's logit scale.
+    return cosine(encoders("hpsv2", "reward.terms"), config.batch)
+
+
+@register("compressibility")
+def _compressibility(config: RewardConfig, encoders: Encoders, device: torch.device) -> RewardFunction:
+    return lambda images, prompts: -jpeg_kilobytes(images)
+
+
+@register("incompressibility")
+def _incompressibility(config: RewardConfig, encoders: Encoders, device: torch.device) -> RewardFunction:
+    return lambda images, prompts: jpeg_kilobytes(images)
+
+
+def load_reward(config: RewardConfig, device: torch.device | str) -> WeightedReward:
+    """The reward that the config describes, its encoders on `device`; functions of the user's own come first.
+
+    Raises ConfigError for terms, functions, anchors and encoders that cannot be used.
+    """
+    terms = parse_terms(config.terms)
+    plugins = load_plugins([term for term in terms if term.place])
+    device = torch.device(device)
+    encoders = Encoders(device)
+    functions = {
+        term.label: plugins[term.name] if term.place else BUILDERS[term.name](config, encoders, device)
+        for term in terms
+    }
+    return WeightedReward(terms, functions, config.standardise, encoders)

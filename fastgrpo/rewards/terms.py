@@ -6,9 +6,10 @@ Settings are checked with this before anything is loaded: nothing here needs ope
 import difflib
 import importlib.util
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from fastgrpo.config import ConfigError
 from fastgrpo.types import Prompt
 
 BUILT_IN = ("steering", "clip", "hpsv2", "compressibility", "incompressibility")
-"""The terms that need no file; registry.py and built_in.py say what they are."""
+"""The terms that need no file; registry.py says what they are."""
 
 # What metrics.jsonl already has under reward/: the total's own entries and the parts of `steering`.
 _TAKEN = ("mean", "std", "positive_mean", "negative_mean", "alignment", "safety", "steered")
@@ -43,6 +44,12 @@ class Term:
     def label(self) -> str:
         """What its values are called in metrics and `Rewards.parts`: the built-in's or the function's name."""
         return self.name.rpartition(":")[2]
+
+
+class RewardFunction(Protocol):
+    """What a term computes: images [N, 3, h, w] float32 in [0, 1] and their N prompts -> rewards [N]."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor: ...
 
 
 class BrokenReward(RuntimeError):

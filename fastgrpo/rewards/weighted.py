@@ -10,12 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgrpo.config import RewardConfig
-from fastgrpo.rewards import built_in  # noqa: F401  (registers the built-in terms)
-from fastgrpo.rewards.plugins import load_plugins
-from fastgrpo.rewards.registry import BUILDERS, Encoders, RewardFunction
+from fastgrpo.rewards.shared_encoder import Encoders
 from fastgrpo.rewards.steering import SteeringReward
-from fastgrpo.rewards.terms import BrokenReward, Term, parse_terms
+from fastgrpo.rewards.terms import BrokenReward, RewardFunction, Term
 from fastgrpo.types import Prompt, Rewards
 
 # Relative to the largest value: float32 rounds to 6e-8, a chain of a hundred operations to some 1e-5.
@@ -23,7 +20,7 @@ _FLAT = 1e-5
 
 
 class WeightedReward:
-    """Scores trajectories with every term. Build it with `load_reward`.
+    """Scores trajectories with every term. Build it with `registry.load_reward`.
 
     steering: the term of that name, or None where there is none.
     """
@@ -80,22 +77,6 @@ class WeightedReward:
         alone = len(self.terms) == 1 and self.steering is not None
         parts = {name: values for name, values in raw.items() if not (alone and name == "steering")}
         return Rewards(total=torch.stack(weighted).sum(0).float(), parts=parts)
-
-
-def load_reward(config: RewardConfig, device: torch.device | str) -> WeightedReward:
-    """The reward that the config describes, its encoders on `device`; functions of the user's own come first.
-
-    Raises ConfigError for terms, functions, anchors and encoders that cannot be used.
-    """
-    terms = parse_terms(config.terms)
-    plugins = load_plugins([term for term in terms if term.place])
-    device = torch.device(device)
-    encoders = Encoders(device)
-    functions = {
-        term.label: plugins[term.name] if term.place else BUILDERS[term.name](config, encoders, device)
-        for term in terms
-    }
-    return WeightedReward(terms, functions, config.standardise, encoders)
 
 
 def standardised(values: Tensor, over: str) -> Tensor:

@@ -1,32 +1,38 @@
 """A run's checkpoints: complete, verified, and enough to continue bit for bit.
 
     checkpoints/iter-000050/
-      unet/              what diffusers' UNet2DConditionModel.from_pretrained reads, float32
-      trainer/           optimizer.safetensors (AdamW's moments and step by parameter name), state.json
+      unet/              what diffusers' UNet2DConditionModel.from_pretrained reads, float32, adapters merged
+      lora/              what diffusers' load_lora_weights reads, where adapters are trained
+      trainer/           optimizer.safetensors (AdamW's moments and step by parameter name), ema.safetensors, state.json
       manifest.json      sha256 of every file, written last
 
 A checkpoint is written under another name and appears by a rename, so every iter-* folder was once complete; the
 manifest tells whether it still is. Randomness has no state (see randomness.py): the iteration's number restores it.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fastgrpo.config import ConfigError
 from fastgrpo.files import sync_folder
+from fastgrpo.lora import LORA_FILE, has_lora, load_lora, merged_state_dict, save_lora
+from fastgrpo.trainable import Trainable
 
 _UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"  # diffusers' name
+_LORA = f"lora/{LORA_FILE}"
 _OPTIMIZER = "trainer/optimizer.safetensors"
+_EMA = "trainer/ema.safetensors"
 _STATE = "trainer/state.json"
 _MANIFEST = "manifest.json"
 _PARTIAL_SUFFIX = ".partial"
@@ -37,7 +43,8 @@ class TrainerState:
     """What a checkpoint knows beside weights and moments.
 
     iteration: iterations finished. seed: the run's. seconds: wall clock of the run so far, over all resumes.
-    threads: CPU threads that shared the batches; versions: of the libraries that do the arithmetic. Bits depend on both.
+    threads: CPU threads that shared the batches; processes: that shared the prompts; versions: of the libraries that do
+    the arithmetic. Bits depend on all three. scaler: state of fp16's loss scale, empty without it.
     """
 
     iteration: int
@@ -45,47 +52,67 @@ class TrainerState:
     seconds: float
     threads: int
     versions: dict[str, str]
+    processes: int = 1
+    scaler: dict[str, float] = field(default_factory=dict)
 
 
 def library_versions() -> dict[str, str]:
     """Versions of what decides the bits of a result."""
-    return {name: version(name) for name in ("torch", "diffusers", "transformers", "open_clip_torch")}
+    return {name: version(name) for name in ("torch", "diffusers", "transformers", "open_clip_torch", "peft")}
 
 
 def checkpoint_folder(run: Path, iteration: int) -> Path:
     return run / "checkpoints" / f"iter-{iteration:06d}"
 
 
-def save(
-    run: Path, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer, state: TrainerState, keep: int
-) -> Path:
+def save(run: Path, trainable: Trainable, state: TrainerState, keep: int) -> Path:
     """Write the checkpoint of `state.iteration` and delete all but the newest `keep` (0 keeps all). Returns its folder.
 
-    optimizer: AdamW over all of the UNet's parameters. A kill at any moment leaves the earlier checkpoints as they
-    were, or the new one complete.
+    A kill at any moment leaves the earlier checkpoints as they were, or the new one complete; so does a full disk.
+    Raises OSError where it cannot be written.
     """
     folder = checkpoint_folder(run, state.iteration)
     partial = folder.with_name(folder.name + _PARTIAL_SUFFIX)
     remove_partial(run)
-    (partial / "unet").mkdir(parents=True)
-    (partial / "trainer").mkdir()
-    unet.save_config(partial / "unet")
-    weights = {name: tensor.contiguous() for name, tensor in unet.state_dict().items()}
-    save_file(weights, partial / _UNET_WEIGHTS, metadata={"format": "pt"})
-    save_file(_optimizer_tensors(unet, optimizer), partial / _OPTIMIZER)
-    _write_json(partial / _STATE, asdict(state))
-    _write_json(partial / _MANIFEST, {"sha256": _digests(partial)})
-    _sync_tree(partial)
-    os.rename(partial, folder)
+    try:
+        _write(partial, trainable, state)
+        os.rename(partial, folder)
+    except (OSError, SafetensorError) as error:
+        remove_partial(run)  # on a full disk it would be in the way of everything else
+        if isinstance(error, SafetensorError):
+            raise OSError(errno.EIO, f"cannot be written ({error})", str(folder)) from error
+        raise
     sync_folder(folder.parent)
     for old in _folders(run)[:-keep] if keep else []:
         shutil.rmtree(old)
     return folder
 
 
-def load(folder: Path, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer) -> None:
-    """Put a verified checkpoint's weights and moments into `unet` and `optimizer`."""
-    unet.load_state_dict(load_file(folder / _UNET_WEIGHTS))
+def _write(folder: Path, trainable: Trainable, state: TrainerState) -> None:
+    """All files, the manifest last."""
+    unet = trainable.unet
+    for part in ("unet", "trainer"):
+        (folder / part).mkdir(parents=True)
+    unet.save_config(folder / "unet")
+    weights = merged_state_dict(unet) if has_lora(unet) else unet.state_dict()
+    save_file({n: t.contiguous() for n, t in weights.items()}, folder / _UNET_WEIGHTS, metadata={"format": "pt"})
+    if has_lora(unet):
+        save_lora(folder / "lora", unet)
+    save_file(_optimizer_tensors(trainable), folder / _OPTIMIZER)
+    if trainable.ema is not None:
+        save_file({n: t.contiguous() for n, t in trainable.ema.average.items()}, folder / _EMA)
+    _write_json(folder / _STATE, asdict(replace(state, scaler=trainable.scaler.state_dict())))
+    _write_json(folder / _MANIFEST, {"sha256": _digests(folder)})
+    _sync_tree(folder)
+
+
+def load(folder: Path, trainable: Trainable) -> None:
+    """Put a verified checkpoint's weights, moments, moving average and loss scale into `trainable`."""
+    unet, optimizer = trainable.unet, trainable.optimizer
+    if has_lora(unet):
+        load_lora(folder / _LORA, unet)
+    else:
+        unet.load_state_dict(load_file(folder / _UNET_WEIGHTS))
     tensors = load_file(folder / _OPTIMIZER)
     optimizer_state = optimizer.state_dict()
     optimizer_state["state"] = {
@@ -95,10 +122,15 @@ def load(folder: Path, unet: UNet2DConditionModel, optimizer: torch.optim.Optimi
             "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"exp_avg_sq.{name}"]),
             "step": tensors[f"step.{name}"],
         }
-        for index, (name, parameter) in enumerate(unet.named_parameters())
+        for index, (name, parameter) in enumerate(trainable.parameters.items())
         if f"step.{name}" in tensors  # AdamW has no state for parameters that never had a gradient
     }
     optimizer.load_state_dict(optimizer_state)
+    if trainable.ema is not None:
+        for name, average in load_file(folder / _EMA).items():
+            trainable.ema.average[name].copy_(average)
+    if trainable.scaler.is_enabled():
+        trainable.scaler.load_state_dict(read_state(folder).scaler)
 
 
 def latest(run: Path) -> Path | None:
@@ -152,11 +184,11 @@ def _folders(run: Path) -> list[Path]:
     return sorted((f for f in found if f.name.removeprefix("iter-").isdigit()), key=lambda f: int(f.name[5:]))
 
 
-def _optimizer_tensors(unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(trainable: Trainable) -> dict[str, torch.Tensor]:
     return {
         f"{key}.{name}": value.contiguous()
-        for name, parameter in unet.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for name, parameter in trainable.parameters.items()
+        for key, value in trainable.optimizer.state.get(parameter, {}).items()
     }
 
 

@@ -39,8 +39,9 @@ class Bar:
 class Console:
     """Standard output, with bars where it is a terminal."""
 
-    def __init__(self) -> None:
-        self._rich = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
+    def __init__(self, quiet: bool = False) -> None:
+        """quiet: say nothing at all."""
+        self._rich = rich.console.Console(highlight=False, markup=False, soft_wrap=True, quiet=quiet)
 
     def say(self, *things: object) -> None:
         """Print text or rich tables, each on lines of its own."""

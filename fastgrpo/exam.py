@@ -6,6 +6,7 @@ samples/                 before.png, iter-000010.png, ..., after.png and before_
 """
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from fastgrpo.parts import Parts
 from fastgrpo.randomness import seed_for
 from fastgrpo.rollout import sample
 from fastgrpo.schedule import make_schedule
+from fastgrpo.shapes.world import HAZARDS
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 
 PICTURES_PER_PROMPT = 4
@@ -35,6 +37,8 @@ class Exam:
         self.run = run
         self.config = config
         self.policy = parts.policy
+        ema = parts.trainable.ema if config.eval.weights == "ema" else None
+        self._weights = ema.in_place if ema else nullcontext
         self.console = console
         self.suite = make_suite(config)
         self.prompts = self.suite.picture_prompts() if self.suite else _first_of_each_label(parts.prompts)
@@ -57,17 +61,19 @@ class Exam:
 
     def between(self, iteration: int) -> dict[str, float]:
         """A quick evaluation and a grid. Returns eval/*."""
-        self._draw(f"iter-{iteration:06d}")
-        return self._evaluate(quick=True).metrics() if self.suite else {}
+        with self._weights():
+            self._draw(f"iter-{iteration:06d}")
+            return self._evaluate(quick=True).metrics() if self.suite else {}
 
     def after(self) -> dict[str, float]:
         """The full evaluation beside the one before, and the grids side by side. Returns eval/*."""
-        self._draw("after")
+        with self._weights():
+            self._draw("after")
+            evaluation = self._evaluate(quick=False) if self.suite else None
         with Image.open(self._picture("before")) as before, Image.open(self._picture("after")) as after:
             pictures.write_png(self._picture("before_after"), pictures.side_by_side(before, after))
-        if self.suite is None:
+        if evaluation is None:
             return {}
-        evaluation = self._evaluate(quick=False)
         trained = self._trained_categories()
         write_evaluation(self._comparison, self.suite.protocol, trained, self._read_before(), evaluation)
         return evaluation.metrics()
@@ -94,7 +100,16 @@ class Exam:
         ]
         with self.console.bar("pictures"), torch.no_grad():
             embeds = embeds.repeat_interleave(PICTURES_PER_PROMPT, dim=0)
-            images = sample(self.policy, embeds, self.schedule, self.config.rollout.guidance, seeds)
+            rollout = self.config.rollout
+            images = sample(
+                self.policy,
+                embeds,
+                self.schedule,
+                rollout.guidance,
+                seeds,
+                batch=rollout.batch or len(seeds),
+                decode_batch=rollout.decode_batch,
+            )
         pictures.write_png(self._picture(name), pictures.grid(images, self.prompts))
 
     def _picture(self, name: str) -> Path:
@@ -105,7 +120,7 @@ class Exam:
 
     def _trained_categories(self) -> tuple[str, ...]:
         """Hazard categories that training prompts come from; a prompt file does not say."""
-        return self.config.prompts.categories if self.config.prompts.negative == "shapes" else ()
+        return (self.config.prompts.categories or HAZARDS) if self.config.prompts.negative == "shapes" else ()
 
 
 def _first_of_each_label(prompts: tuple[Prompt, ...]) -> tuple[Prompt, ...]:

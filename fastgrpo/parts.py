@@ -7,13 +7,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers.utils.logging import disable_progress_bar
 
-from fastgrpo.config import TrainConfig
+from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo.distributed import Ranks
+from fastgrpo.models.check import check_model
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.prompts import PromptSource, load_prompts
-from fastgrpo.rewards.anchors import ANCHORS
-from fastgrpo.rewards.encoder import load_encoder
-from fastgrpo.rewards.steering import SteeringReward
+from fastgrpo.rewards.registry import WeightedReward, load_reward
 from fastgrpo.schedule import Schedule, make_schedule
+from fastgrpo.trainable import Trainable, make_trainable
 from fastgrpo.types import Prompt
 
 
@@ -21,49 +22,54 @@ from fastgrpo.types import Prompt
 class Parts:
     """The pieces of one training.
 
-    policy: what is trained. base_unet: a frozen copy as it was loaded, only where grpo.kl > 0.
-    prompts: all that may be drawn. source: deals them out.
+    policy: what is trained. trainable: the part of it that learns.
+    base_unet: a frozen copy as it was loaded, only where grpo.kl > 0.
+    prompts: all that may be drawn. source: deals them out. ranks: the processes that train together.
     """
 
     policy: Policy
+    trainable: Trainable
     base_unet: UNet2DConditionModel | None
-    optimizer: torch.optim.AdamW
     schedule: Schedule
-    reward: SteeringReward
+    reward: WeightedReward
     prompts: tuple[Prompt, ...]
     source: PromptSource
+    ranks: Ranks
 
 
-def load_parts(config: TrainConfig, threads: int) -> Parts:
-    """Load what the config names; prompts first, since they are the quickest to be wrong.
+def load_parts(config: TrainConfig, threads: int, ranks: Ranks = Ranks()) -> Parts:  # noqa: B008 (frozen)
+    """Load what the config names; what is quickest to be wrong comes first.
 
     threads: CPU cores to use. Raises ConfigError.
     """
+    if config.prompts_per_iteration % ranks.count:
+        raise ConfigError(
+            f"prompts_per_iteration = {config.prompts_per_iteration}: accepted is a multiple of the {ranks.count} "
+            "processes, which share them."
+        )
     positives, negatives = load_prompts(config.prompts)
     source = PromptSource(positives, negatives, config.prompts, config.seed, config.prompts_per_iteration)
-    device = _device(config)
+    check_model(config.model)
+    device = _device(config, ranks)
+    dtype = _dtype(config, device)
     disable_progress_bar()  # one per file read, gone in a blink
-    policy = load_policy(config.model.path, device, _dtype(config, device), threads if device.type == "cpu" else 1)
-    encoder = load_encoder(config.reward.encoder, device)
-    optim = config.optim
+    reward = load_reward(config.reward, device)
+    policy = load_policy(config.model, device, dtype, threads if device.type == "cpu" else 1)
     return Parts(
         policy=policy,
         base_unet=copy.deepcopy(policy.unet).requires_grad_(False) if config.grpo.kl > 0 else None,
-        optimizer=torch.optim.AdamW(
-            policy.unet.parameters(),
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-        ),
+        trainable=make_trainable(policy.unet, config, device, dtype),
         schedule=make_schedule(policy.scheduler_config, config.rollout.steps, config.rollout.eta, device),
-        reward=SteeringReward(encoder, ANCHORS[config.reward.anchors], config.reward),
+        reward=reward,
         prompts=(*positives, *negatives),
         source=source,
+        ranks=ranks,
     )
 
 
-def _device(config: TrainConfig) -> torch.device:
+def _device(config: TrainConfig, ranks: Ranks) -> torch.device:
+    if ranks.count > 1:
+        return ranks.device
     if config.engine.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(config.engine.device)
@@ -72,4 +78,4 @@ def _device(config: TrainConfig) -> torch.device:
 def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     automatic = "bf16" if device.type == "cuda" else "fp32"
     name = automatic if config.engine.dtype == "auto" else config.engine.dtype
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

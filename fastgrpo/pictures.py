@@ -57,9 +57,18 @@ def write_png(path: Path, picture: Image.Image) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def write_image(path: Path, image: Tensor) -> None:
+    """Write one image, [3, h, w] float32 in [0, 1], at its own size."""
+    write_png(path, Image.fromarray(_pixels(image)))
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    pixels = (image.nan_to_num().clamp(0, 1) * 255).round().byte()
+    return np.ascontiguousarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
 def _tile(image: Tensor) -> Image.Image:
-    pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    picture = Image.fromarray(_pixels(image))
     side = max(picture.size)
     if side > LARGEST_TILE:
         picture.thumbnail((LARGEST_TILE, LARGEST_TILE), Image.Resampling.LANCZOS)

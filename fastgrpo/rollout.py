@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import RolloutConfig
-from fastgrpo.policy import Policy
+from fastgrpo.distributed import Ranks
+from fastgrpo.policy import DECODE_BATCH, Policy
 from fastgrpo.schedule import Schedule, gaussian_log_prob
 from fastgrpo.types import PromptBatch, Trajectory
 
@@ -21,42 +22,58 @@ def rollout(
     config: RolloutConfig,
     group_size: int,
     generator: torch.Generator,
+    keep_means: bool = False,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
     progress: Callable[[int], None] | None = None,
 ) -> Trajectory:
     """Draw `group_size` images for each prompt and keep every latent on the way.
 
-    generator: on any device. A step's noise is drawn for all samples at once, so `config.batch`, the number of samples
-    denoised together, does not change the numbers drawn.
+    prompts: this process's share. generator: on any device, in the same state on all processes. A step's noise is
+    drawn for all samples of all processes at once, so neither `config.batch`, the number of samples denoised together,
+    nor the number of processes changes the numbers drawn.
+    keep_means: also keep every step's mean.
     progress: called after every denoising step with 1, the number of steps just finished.
     """
     embeds = prompts.embeds.repeat_interleave(group_size, dim=0)
-    start = initial_noise(len(prompts), group_size, policy.latent_shape, config.initial_noise, generator)
+    shape = (ranks.count * len(prompts) * group_size, *policy.latent_shape)
+    own = ranks.share(shape[0])
+    start = initial_noise(ranks.count, len(prompts), group_size, shape[1:], config.initial_noise, generator)[own]
     samples, device = start.shape[0], policy.device
     chunks = _slices(samples, config.batch or samples, policy.workers.count)
     latents = torch.empty(len(schedule) + 1, *start.shape, device=device)
     log_probs = torch.empty(len(schedule), samples, device=device)
+    means = torch.empty(len(schedule), *start.shape, device=device) if keep_means else None
     latents[0] = start.to(device)
     for step in range(len(schedule)):
-        noise = torch.randn(start.shape, generator=generator, device=generator.device).to(device)
+        noise = torch.randn(shape, generator=generator, device=generator.device)[own].to(device)
 
         def advance(part: slice, step: int = step, noise: Tensor = noise) -> None:
-            latents[step + 1, part], log_probs[step, part] = denoise_step(
+            latents[step + 1, part], log_probs[step, part], mean = denoise_step(
                 policy, schedule, step, latents[step, part], embeds[part], config.guidance, noise[part]
             )
+            if means is not None:
+                means[step, part] = mean.float()
 
         deque(policy.workers.map(advance, chunks), maxlen=0)
         if progress is not None:
             progress(1)
-    return Trajectory(latents=latents, log_probs=log_probs, images=policy.decode(latents[-1]))
+    return Trajectory(latents, log_probs, images=policy.decode(latents[-1], config.decode_batch), means=means)
 
 
 @torch.no_grad()
 def sample(
-    policy: Policy, embeds: Tensor, schedule: Schedule, guidance: float, seeds: Sequence[int], batch: int = 256
+    policy: Policy,
+    embeds: Tensor,
+    schedule: Schedule,
+    guidance: float,
+    seeds: Sequence[int],
+    batch: int = 256,
+    decode_batch: int = DECODE_BATCH,
 ) -> Tensor:
     """Draw one image per embedding; the picture depends on its own prompt and seed, not on its neighbours or the device.
 
-    embeds: [N, L, D]. seeds: N numbers, each the seed of one sample's own CPU generator. batch: images drawn at once.
+    embeds: [N, L, D]. seeds: N numbers, each the seed of one sample's own CPU generator. batch, decode_batch: images denoised
+    and decoded at once.
     Returns [N, 3, h, w] float32 in [0, 1].
     """
 
@@ -65,36 +82,45 @@ def sample(
         latents = _noise_of_each(generators, policy)
         for step in range(len(schedule)):
             noise = _noise_of_each(generators, policy)
-            latents, _ = denoise_step(policy, schedule, step, latents, embeds[part], guidance, noise)
+            latents, _, _ = denoise_step(policy, schedule, step, latents, embeds[part], guidance, noise)
         return latents
 
-    return policy.decode(torch.cat(list(policy.workers.map(draw, _slices(len(seeds), batch, policy.workers.count)))))
+    latents = list(policy.workers.map(draw, _slices(len(seeds), batch, policy.workers.count)))
+    return policy.decode(torch.cat(latents), decode_batch)
 
 
 def denoise_step(
     policy: Policy, schedule: Schedule, step: int, latents: Tensor, embeds: Tensor, guidance: float, noise: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Take one step of N samples: x_p = mu + sigma * noise.
 
     latents, noise: [N, C, H, W] float32. embeds: [N, L, D].
-    Returns the next latents [N, C, H, W] float32 and the log-probability [N] float32 of exactly those.
+    Returns the next latents [N, C, H, W] float32, the log-probability [N] float32 of exactly those, and the mean
+    [N, C, H, W] float64.
     """
     timesteps = schedule.timesteps[step].expand(latents.shape[0])
     mean = schedule.mean(step, latents, policy.predict(latents, timesteps, embeds, guidance))
     sigma = schedule.sigma[step]
     following = (mean + sigma.double() * noise.double()).float()
-    return following, gaussian_log_prob(following, mean, sigma)
+    return following, gaussian_log_prob(following, mean, sigma), mean
 
 
 def initial_noise(
-    count_prompts: int, group_size: int, latent_shape: tuple[int, int, int], kind: str, generator: torch.Generator
+    processes: int,
+    prompts: int,
+    group_size: int,
+    latent_shape: tuple[int, ...],
+    kind: str,
+    generator: torch.Generator,
 ) -> Tensor:
-    """The latents a rollout starts from: [B, C, H, W] float32 on the generator's device, B = count_prompts * group_size.
+    """The latents that the rollouts of all processes start from, on the generator's device.
 
-    kind: "shared", one latent for all samples; "per_prompt", one for each group; "independent", one for each sample.
+    prompts: of each process. kind: "shared", one latent for all samples of a process; "per_prompt", one for each group;
+    "independent", one for each sample.
+    Returns [processes * prompts * group_size, C, H, W] float32.
     """
-    samples = count_prompts * group_size
-    distinct = {"shared": 1, "per_prompt": count_prompts, "independent": samples}[kind]
+    samples = processes * prompts * group_size
+    distinct = {"shared": processes, "per_prompt": processes * prompts, "independent": samples}[kind]
     noise = torch.randn((distinct, *latent_shape), generator=generator, device=generator.device)
     return noise.repeat_interleave(samples // distinct, dim=0)
 

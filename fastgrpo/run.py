@@ -1,6 +1,8 @@
 """A run's folder while a process trains in it: claimed by one, stopped by signals."""
 
+import dataclasses
 import fcntl
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -8,7 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from fastgrpo import pictures
 from fastgrpo.config import ConfigError
+from fastgrpo.files import write_atomically
+from fastgrpo.rewards.terms import BrokenReward
 
 _LOCK = ".lock"
 _BEFORE_A_RUN = {_LOCK, "config.toml.partial"}  # what a start that was killed before there was a run can leave
@@ -23,8 +28,14 @@ def claim(folder: Path, resumed: bool) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run = {str(folder)!r}: this is a file; accepted is a folder that is new or empty.")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / _LOCK, "w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / _LOCK, "w")  # noqa: SIM115 (closed by the block below)
+    except OSError as error:
+        raise ConfigError(
+            f"run = {str(folder)!r}: cannot be written ({error.strerror}); accepted is a folder that is new or empty."
+        ) from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -40,6 +51,16 @@ def claim(folder: Path, resumed: bool) -> Iterator[None]:
             if os.listdir(folder) == [_LOCK]:
                 os.remove(folder / _LOCK)
                 os.rmdir(folder)
+
+
+def keep_evidence(run: Path, error: BrokenReward) -> Path:
+    """Save the image and the prompt that a reward failed on, as broken_reward.png and .json. Returns the latter."""
+    record = {"message": error.message, **dataclasses.asdict(error.prompt)}
+    if error.image is not None:
+        pictures.write_image(run / "broken_reward.png", error.image)
+    path = run / "broken_reward.json"
+    write_atomically(path, json.dumps(record, indent=2, ensure_ascii=False).encode())
+    return path
 
 
 class StopSignal:

@@ -46,6 +46,11 @@ _DEFAULTS = {
     "DDIMScheduler": _COMMON_DEFAULTS | {"clip_sample": True, "set_alpha_to_one": True},
     "PNDMScheduler": _COMMON_DEFAULTS | {"clip_sample": False, "set_alpha_to_one": False},
 }
+# Samplers that pipelines ship with say how the model was trained, in the same keys; their own ways of stepping do not
+# matter here. None of them clips, and as in SD's own configs the last step ends at the first timestep's noise.
+for _sampler in ("EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete", "HeunDiscrete", "DPMSolverMultistep",
+                 "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep"):  # fmt: skip
+    _DEFAULTS[f"{_sampler}Scheduler"] = _DEFAULTS["PNDMScheduler"]
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
@@ -87,7 +92,8 @@ class Schedule:
 def make_schedule(scheduler_config: Mapping[str, Any], steps: int, eta: float, device: torch.device) -> Schedule:
     """The schedule that diffusers' DDIMScheduler would follow, computed in float64.
 
-    scheduler_config: a pipeline's scheduler_config.json, of a DDIMScheduler or, as SD 1.x ships, a PNDMScheduler.
+    scheduler_config: a pipeline's scheduler_config.json: of a DDIMScheduler, a PNDMScheduler as SD 1.x ships, or another
+        sampler for the same models.
     steps: number of denoising steps. eta: DDIM's eta, in (0, 1].
     Raises ConfigError for a config or value under which a step would not be a Gaussian with this mean.
     """
@@ -135,7 +141,7 @@ def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
 def _complete(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
     name = scheduler_config.get("_class_name")
     if name not in _DEFAULTS:
-        raise ConfigError(f"scheduler: _class_name is {name!r}; a DDIMScheduler or PNDMScheduler config is accepted")
+        raise ConfigError(f"scheduler: _class_name is {name!r}; accepted are the configs of {', '.join(_DEFAULTS)}")
     return _DEFAULTS[name] | dict(scheduler_config)
 
 

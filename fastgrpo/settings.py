@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import io
 import json
+import re
 import tomllib
 import typing
 from collections.abc import Sequence
@@ -77,29 +78,29 @@ def parse_with_preset(kind: type[Command], argv: Sequence[str], program: str) ->
 
 
 def parse_flags(kind: type[Command], argv: Sequence[str], program: str, default: Command | None = None) -> Command:
-    """tyro.cli with one sentence, a ConfigError, for a mistake; prints and exits on --help (0)."""
-    extra = {} if default is None else {"default": default}
-    _check_flags(kind, argv)
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, args=argv, prog=program, **extra)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        # tyro's box: a title, the complaint, a rule, and advice that is already in ours.
-        lines = [line.strip(" │") for line in complaint.getvalue().splitlines()]
-        text = " ".join(line for line in lines[1:] if line and line[0] not in "─╭╰")
-        raise ConfigError(f"{text.split(' For full helptext')[0]} (--help lists every flag).") from stop
-
-
-def _check_flags(kind: type, argv: Sequence[str]) -> None:
-    """Raise ConfigError for the first flag that does not exist."""
+    """Flags -> an instance of `kind`. Raises ConfigError; prints and exits on --help (0)."""
     known = [*_flags(kind, ""), "--help"]
     for arg in argv:
         name = arg.split("=")[0].replace("_", "-")
         if name.startswith("--") and name not in known:
             raise ConfigError(f"{name}: no such flag{_nearest(name, known)}; --help lists them all.")
+    return _tyro(kind, argv, program, **({} if default is None else {"default": default}))
+
+
+def _tyro(kind: type, argv: Sequence[str], program: str, **options: Any) -> Any:
+    """tyro.cli, its complaints made one sentence."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, args=argv, prog=program, **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # A box: its title, the complaint, and advice that the sentence does not need.
+        lines = [line.strip(" │") for line in complaint.getvalue().splitlines()]
+        text = " ".join(line for line in lines if line and line[0] not in "─╭╰")
+        text = re.split(r" Argument helptext| For full helptext", text)[0].rstrip(".")
+        raise ConfigError(f"{text}; --help lists every flag.") from stop
 
 
 def _flags(kind: type, prefix: str) -> list[str]:
@@ -107,19 +108,20 @@ def _flags(kind: type, prefix: str) -> list[str]:
     names = []
     for name, field_kind in typing.get_type_hints(kind).items():
         if field_kind is TrainConfig:
-            names += _flags(field_kind, "")
+            names += _flags(field_kind, "")  # not a group of its own
         elif dataclasses.is_dataclass(field_kind):
             names += _flags(field_kind, f"{prefix}{name}.".replace("_", "-"))
         else:
-            names.append(f"--{prefix}{name}".replace("_", "-"))
-    return [*names, *(f"--no-{name[2:]}" for name in names)] if not prefix else names
+            names += [f"--{prefix}{no}{name}".replace("_", "-") for no in (("", "no-") if field_kind is bool else ("",))]
+    return names
 
 
 def _parse_resume(argv: Sequence[str]) -> tuple[TrainConfig, Path]:
-    for arg in argv:
-        if arg.startswith("-") and arg.split("=")[0] not in ("--resume", "--iterations"):
-            raise ConfigError(f"{arg}: a resumed run keeps its settings; only --iterations may be given with --resume.")
-    command = parse_flags(_Resume, argv, PROGRAM)
+    command, others = _tyro(_Resume, argv, PROGRAM, return_unknown_args=True)
+    if others:
+        raise ConfigError(
+            f"{others[0]}: a resumed run keeps its settings; only --iterations may be given with --resume."
+        )
     folder = Path(command.resume)
     file = folder / "config.toml"
     if not file.is_file():

@@ -1,9 +1,10 @@
 """`python -m fastgrpo.train`: from the command line to a run's folder, one iteration after the other."""
 
-import dataclasses
+import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -13,76 +14,76 @@ from fastgrpo import checkpoint
 from fastgrpo.checkpoint import TrainerState, library_versions
 from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.console import Console
+from fastgrpo.distributed import Ranks, join
 from fastgrpo.engine.workers import available_cores
-from fastgrpo.exam import Exam
-from fastgrpo.files import write_atomically
-from fastgrpo.grpo.update import pair_count, update
-from fastgrpo.metrics import MetricsLog, Stopwatch
+from fastgrpo.grpo.update import update
+from fastgrpo.journal import Journal
+from fastgrpo.metrics import Stopwatch
 from fastgrpo.parts import Parts, load_parts
-from fastgrpo.prompts import embed
+from fastgrpo.prompts import embed, truncation_lines
 from fastgrpo.randomness import generator_for
-from fastgrpo.report import write_report
 from fastgrpo.rewards.axis import axis_report
 from fastgrpo.rewards.steering import reward_metrics
+from fastgrpo.rewards.terms import BrokenReward
 from fastgrpo.rollout import rollout
-from fastgrpo.run import StopSignal, claim
-from fastgrpo.settings import PROGRAM, dump_toml, parse_command
+from fastgrpo.run import StopSignal, claim, keep_evidence
+from fastgrpo.settings import parse_command
+from fastgrpo.types import NEGATIVE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the command line says. Returns the exit code: 0 done, 1 diverged, 2 refused, 130 or 143 stopped."""
+    """Train as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 or 143 stopped."""
+    run = Path()
     try:
         config, preset, resumed = parse_command(sys.argv[1:] if argv is None else argv)
-        run = resumed or Path(config.run or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-        with StopSignal() as stop, claim(run, resumed is not None):
-            return train(config, run, stop, Console())
+        with join(config.engine.device) as ranks:
+            named = str(resumed or config.run or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+            run = Path(ranks.agree(named))
+            with StopSignal() as stop, claim(run, resumed is not None) if ranks.first else nullcontext():
+                ranks.agree("the folder is ours")
+                return train(config, run, stop, Console(quiet=not ranks.first), ranks)
     except ConfigError as error:
-        print(f"fastgrpo: {error}", file=sys.stderr)
-        return 2
+        return _fail(2, str(error))
     except FloatingPointError as error:
-        print(f"fastgrpo: {error}; the checkpoints in {run / 'checkpoints'} are from before.", file=sys.stderr)
-        return 1
+        return _fail(1, f"{error}; the checkpoints in {run / 'checkpoints'} are from before.")
+    except BrokenReward as error:
+        return _fail(1, f"{error} Prompt and image are in {keep_evidence(run, error)} and beside it.")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(1, f"{where}{error.strerror or error}; the checkpoints in {run / 'checkpoints'} are whole.")
 
 
-def train(config: TrainConfig, run: Path, stop: StopSignal, console: Console) -> int:
+def _fail(code: int, sentence: str) -> int:
+    print(f"fastgrpo: {sentence}", file=sys.stderr)
+    return code
+
+
+def train(config: TrainConfig, run: Path, stop: StopSignal, console: Console, ranks: Ranks) -> int:
     """Train in `run`, a claimed folder, from its newest checkpoint or the beginning. Returns the exit code."""
-    began = time.monotonic()
     newest = checkpoint.latest(run)
-    start = checkpoint.read_state(newest) if newest else _beginning(config)
+    start = checkpoint.read_state(newest) if newest else _beginning(config, ranks)
     threads = config.engine.threads or start.threads
     torch.set_num_threads(1)  # each of the policy's workers is a thread already
-    parts = load_parts(config, threads)
-    # Without its own name: the folder may be moved, and the file may be the start of another run.
-    write_atomically(run / "config.toml", dump_toml(dataclasses.replace(config, run="")).encode())
+    parts = load_parts(config, threads, ranks)
     _introduce(parts, config, run, start, console)
-
-    exam = Exam(run, config, parts, console)
-    before = exam.before()  # always with the weights as they were loaded
+    journal = Journal(run, config, parts, start, threads, console) if ranks.first else None
     if newest:
-        checkpoint.load(newest, parts.policy.unet, parts.optimizer)
-    log = MetricsLog(run, start.iteration)
-    log.chart(0, before)
+        checkpoint.load(newest, parts.trainable)
     embeds: dict[str, Tensor] = {}
 
-    finished, stopped = start.iteration, stop.requested
+    finished, stopped = start.iteration, ranks.any(stop.requested)
     while finished < config.iterations and not stopped:
         values = iterate(parts, config, finished + 1, embeds, console)
-        values |= _examine(exam, config, finished + 1)
         finished += 1
-        seconds = start.seconds + time.monotonic() - began
-        log.write(finished, seconds, values)
-        console.iteration(finished, config.iterations, seconds, values)
-        stopped = stop.requested
-        if stopped or finished % config.checkpoint.every == 0 or finished == config.iterations:
-            state = TrainerState(finished, config.seed, seconds, threads, library_versions())
-            checkpoint.save(run, parts.policy.unet, parts.optimizer, state, config.checkpoint.keep)
-    log.close()
+        if journal:
+            journal.write(finished, values)
+        stopped = ranks.any(stop.requested)
+        if journal:
+            journal.save(finished, stopped)
 
-    if finished < config.iterations:
-        console.say(f"Stopped after {finished} iterations. To go on: {PROGRAM} --resume {run}")
-        return stop.exit_code
-    _conclude(exam, config, run, console)
-    return 0
+    if journal:
+        journal.close(finished)
+    return 0 if finished == config.iterations else stop.exit_code
 
 
 def iterate(
@@ -92,89 +93,94 @@ def iterate(
 
     embeds: text -> embedding, kept from one iteration to the next.
     """
-    policy, schedule, watch = parts.policy, parts.schedule, Stopwatch(parts.policy.device)
+    policy, schedule, ranks, watch = parts.policy, parts.schedule, parts.ranks, Stopwatch(parts.policy.device)
     rollout_rng = generator_for(config.seed, iteration, "rollout", policy.device)
     update_rng = generator_for(config.seed, iteration, "update", "cpu")
+    keep_means = config.grpo.ratio_norm and config.grpo.old_log_prob != "detach"
 
-    for group in parts.optimizer.param_groups:
+    for group in parts.trainable.optimizer.param_groups:
         group["lr"] = learning_rate(config, iteration)
-    prompts = embed(policy, parts.source.batch(iteration - 1), embeds)
+    drawn = parts.source.batch(iteration - 1)
+    prompts = embed(policy, drawn[ranks.share(len(drawn))], embeds)
     with watch("rollout"), console.bar("rollout", len(schedule)) as bar:
         trajectory = rollout(
-            policy, prompts, schedule, config.rollout, config.group_size, rollout_rng, progress=bar.advance
+            policy,
+            prompts,
+            schedule,
+            config.rollout,
+            config.group_size,
+            rollout_rng,
+            keep_means=keep_means,
+            ranks=ranks,
+            progress=bar.advance,
         )
     with watch("reward"), console.bar("reward"):
-        rewards = parts.reward(trajectory.images, prompts.prompts, config.group_size)
-    with watch("update"), console.bar("update", pair_count(schedule, config)) as bar:
+        scores = parts.reward.score(trajectory.images, prompts.prompts, config.group_size)
+        rewards = parts.reward.combine({name: ranks.gather(score) for name, score in scores.items()})
+    with watch("update"), console.bar("update") as bar:
         stats = update(
             policy,
             prompts,
             trajectory,
             rewards,
             schedule,
-            parts.optimizer,
+            parts.trainable,
             config,
+            iteration,
             update_rng,
             base_unet=parts.base_unet,
-            progress=bar.advance,
+            ranks=ranks,
+            progress=bar.reach,
         )
-    values = reward_metrics(rewards, prompts.negative) | stats.values | watch.metrics(images=trajectory.samples)
+    negative = torch.tensor([prompt.label == NEGATIVE for prompt in drawn])
+    values = reward_metrics(rewards, negative) | stats.values | watch.metrics(images=rewards.total.numel())
     return values | {"optim/lr": learning_rate(config, iteration)}
 
 
 def learning_rate(config: TrainConfig, iteration: int) -> float:
-    """The learning rate of iteration number `iteration`, from 1."""
-    if config.optim.schedule == "constant":
-        return config.optim.lr
-    return config.optim.lr * (1 - (iteration - 1) / config.iterations)
+    """The learning rate of iteration number `iteration`, from 1.
+
+    Iteration i of W warm-up iterations has i / W of `lr`. Of the others `linear` and `cosine` fall from `lr` in the
+    first to what would be 0 after the last.
+    """
+    optim = config.optim
+    if iteration <= optim.warmup:
+        return optim.lr * iteration / optim.warmup
+    progress = (iteration - 1 - optim.warmup) / (config.iterations - optim.warmup)
+    factors = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return optim.lr * factors[optim.schedule]
 
 
-def _beginning(config: TrainConfig) -> TrainerState:
-    return TrainerState(0, config.seed, 0.0, available_cores(), library_versions())
-
-
-def _examine(exam: Exam, config: TrainConfig, iteration: int) -> dict[str, float]:
-    """eval/* and time/eval_s after an iteration that is evaluated; nothing after the others."""
-    began = time.monotonic()
-    if iteration == config.iterations:
-        values = exam.after()
-    elif config.eval.every and iteration % config.eval.every == 0:
-        values = exam.between(iteration)
-    else:
-        return {}
-    return values | {"time/eval_s": time.monotonic() - began}
+def _beginning(config: TrainConfig, ranks: Ranks) -> TrainerState:
+    return TrainerState(0, config.seed, 0.0, available_cores(), library_versions(), processes=ranks.count)
 
 
 def _introduce(parts: Parts, config: TrainConfig, run: Path, start: TrainerState, console: Console) -> None:
     """Say what is about to happen, and where steering leaves the prompts."""
-    policy = parts.policy
+    policy, trainable = parts.policy, parts.trainable
     weights = sum(parameter.numel() for parameter in policy.unet.parameters())
+    trained = sum(parameter.numel() for parameter in trainable.parameters.values())
+    where = f"{policy.workers.count} CPU threads" if policy.device.type == "cpu" else f"{policy.device}"
     console.say(
         f"run {run}",
-        f"UNet of {weights:,} parameters on {policy.device}, {policy.dtype}, {policy.workers.count} CPU threads; "
+        f"UNet of {weights:,} parameters, {trained:,} trained, on {where}, {policy.dtype}"
+        + (f", {parts.ranks.count} processes" if parts.ranks.count > 1 else ""),
         f"{config.prompts_per_iteration} prompts x {config.group_size} images an iteration, seed {config.seed}",
     )
-    report = axis_report(parts.reward, parts.prompts)
-    console.say(*report.lines())
-    if report.warning:
-        console.say(f"warning: {report.warning}")
+    steering = parts.reward.steering
+    texts = [prompt.text for prompt in parts.prompts]
+    console.say(*truncation_lines(texts, policy.tokenizer, steering.encoder.tokenizer if steering else None))
+    if steering:
+        report = axis_report(steering, parts.prompts)
+        console.say(*report.lines())
+        if report.warning:
+            console.say(f"warning: {report.warning}")
     if start.iteration:
         console.say(f"resuming after iteration {start.iteration} of {config.iterations}")
     if start.versions != library_versions():
         console.say(f"warning: the checkpoint was made with {start.versions}; results will not be bit for bit the same")
-
-
-def _conclude(exam: Exam, config: TrainConfig, run: Path, console: Console) -> None:
-    """The table of before and after, and where the files are."""
-    table = exam.table()
-    if table:
-        console.say(table)
-    console.say(
-        f"weights   {checkpoint.checkpoint_folder(run, config.iterations) / 'unet'}",
-        f"pictures  {run / 'samples' / 'before_after.png'}",
-        f"report    {write_report(run)}",
-        f"metrics   {run / 'metrics.jsonl'}   (tensorboard --logdir {run / 'tensorboard'})",
-    )
+    if start.processes != parts.ranks.count:
+        console.say(f"warning: the checkpoint is of {start.processes} processes; sums will be rounded otherwise")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """The P prompts of one iteration.
+    """The P prompts of one iteration; with several processes the share of one.
 
     prompts: P prompts, in order.
     embeds: [P, L, D], the frozen text encoder's output, on the policy's device.
@@ -51,16 +51,18 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Everything one rollout leaves behind, on the policy's device.
+    """Everything one rollout leaves behind, on the policy's device. With several processes B is one process's share.
 
     latents: [T + 1, B, C, H, W] float32; latents[0] is the initial noise, latents[T] the result.
     log_probs: [T, B] float32, mean over C, H, W (not the sum) of the log-density of latents[i + 1], the value stored.
     images: [B, 3, h, w] float32 in [0, 1].
+    means: [T, B, C, H, W] float32, each step's mean, only where RatioNorm needs it.
     """
 
     latents: Tensor
     log_probs: Tensor
     images: Tensor
+    means: Tensor | None = None
 
     @property
     def steps(self) -> int:

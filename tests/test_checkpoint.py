@@ -8,49 +8,57 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fastgrpo import checkpoint
 from fastgrpo.checkpoint import TrainerState
-from fastgrpo.config import ConfigError
+from fastgrpo.config import ConfigError, ModelConfig, OptimConfig, TrainConfig
 from fastgrpo.metrics import MetricsLog, read_metrics
 from fastgrpo.run import claim
+from fastgrpo.trainable import make_trainable
 
 FILES = (
     "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors",
     "trainer/optimizer.safetensors",
+    "trainer/ema.safetensors",
     "trainer/state.json",
 )
 
 
 class Training:
-    """A UNet and its AdamW, as the trainer has them: channels_last."""
+    """A UNet and what training moves of it, as the trainer has them: channels_last, with a moving average."""
 
-    def __init__(self, pipeline: Path):
+    def __init__(self, pipeline: Path, lora_rank: int = 0):
         self.unet = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet", dtype=torch.float32)
         self.unet.to(memory_format=torch.channels_last).eval()
-        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-3, weight_decay=1e-2)
+        config = TrainConfig(
+            model=ModelConfig(lora_rank=lora_rank), optim=OptimConfig(lr=1e-3, weight_decay=1e-2, ema=0.9)
+        )
+        self.trainable = make_trainable(self.unet, config, torch.device("cpu"), torch.float32)
+        self.optimizer = self.trainable.optimizer
 
     def step(self, seed: int) -> None:
         """One optimizer step on something that depends on the seed and the weights."""
         generator = torch.Generator().manual_seed(seed)
         latents, embeds = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 8, 32, generator=generator)
         self.unet(latents, seed, embeds).sample.square().mean().backward()
-        self.optimizer.step()
+        self.trainable.step(max_grad_norm=1.0)
         self.optimizer.zero_grad()
 
     def save(self, run: Path, iteration: int, keep: int = 0) -> Path:
         state = TrainerState(iteration, seed=1, seconds=2.5, threads=1, versions={"torch": "x"})
-        return checkpoint.save(run, self.unet, self.optimizer, state, keep)
+        return checkpoint.save(run, self.trainable, state, keep)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         moments = {
             f"{key}.{name}": value
-            for name, parameter in self.unet.named_parameters()
+            for name, parameter in self.trainable.parameters.items()
             for key, value in self.optimizer.state[parameter].items()
         }
-        return self.unet.state_dict() | moments
+        averages = {f"ema.{name}": value for name, value in self.trainable.ema.average.items()}
+        return self.unet.state_dict() | moments | averages
 
 
 @pytest.fixture
@@ -69,11 +77,14 @@ def test_diffusers_reads_the_unet_back_exactly(training: Training, tmp_path: Pat
         assert torch.equal(unet.state_dict()[name], tensor), name
 
 
-def test_a_loaded_training_goes_on_bit_for_bit(training: Training, tiny_pipeline: Path, tmp_path: Path) -> None:
-    training.step(1)
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_loaded_training_goes_on_bit_for_bit(lora_rank: int, tiny_pipeline: Path, tmp_path: Path) -> None:
+    training = Training(tiny_pipeline, lora_rank)
+    for seed in (0, 1):
+        training.step(seed)
     folder = training.save(tmp_path, 2)
-    resumed = Training(tiny_pipeline)
-    checkpoint.load(folder, resumed.unet, resumed.optimizer)
+    resumed = Training(tiny_pipeline, lora_rank)
+    checkpoint.load(folder, resumed.trainable)
     before = {name: tensor.clone() for name, tensor in resumed.tensors().items()}
     for seed in (2, 3):
         training.step(seed)
@@ -81,6 +92,22 @@ def test_a_loaded_training_goes_on_bit_for_bit(training: Training, tiny_pipeline
     for name, tensor in training.tensors().items():
         assert torch.equal(resumed.tensors()[name], tensor), name
     assert not all(torch.equal(before[name], tensor) for name, tensor in training.tensors().items())
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_rest(
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = training.save(tmp_path, 1)
+
+    def no_space(tensors, path, metadata=None):
+        Path(path).write_bytes(b"the beginning")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    with pytest.raises(OSError, match="No space left on device"):
+        training.save(tmp_path, 2)
+    assert os.listdir(tmp_path / "checkpoints") == [first.name]
+    assert checkpoint.latest(tmp_path) == first
 
 
 def test_the_trainers_state_comes_back(training: Training, tmp_path: Path) -> None:

@@ -5,13 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastgrpo.config import ConfigError, GrpoConfig, OptimConfig, RolloutConfig, TrainConfig
-from fastgrpo.grpo.advantage import advantages
-from fastgrpo.grpo.loss import clipped_loss, gaussian_kl
-from fastgrpo.grpo.update import pair_count, update
+from fastgrpo.config import ConfigError, GrpoConfig, ModelConfig, OptimConfig, RolloutConfig, TrainConfig
+from fastgrpo.grpo.advantage import advantages, learned_from
+from fastgrpo.grpo.loss import clipped_loss, gaussian_kl, normalised_log_ratio
+from fastgrpo.grpo.steps import steps_of_samples, trained_steps, window_start
+from fastgrpo.grpo.update import update
 from fastgrpo.policy import load_policy
 from fastgrpo.rollout import rollout
 from fastgrpo.schedule import make_schedule
+from fastgrpo.trainable import Trainable
 from fastgrpo.types import Prompt, PromptBatch, Rewards
 
 CPU = torch.device("cpu")
@@ -41,7 +43,7 @@ class Recorder(torch.optim.SGD):
         super().__init__(parameters, lr=0.0)
         self.gradients = []
 
-    def step(self):
+    def step(self, closure=None):
         gradients = [p.grad for group in self.param_groups for p in group["params"]]
         self.gradients.append(torch.cat([g.double().flatten() for g in gradients]))
 
@@ -50,7 +52,7 @@ class Scene:
     """A policy, two prompts and one rollout; `update` runs on it with changes to the configuration."""
 
     def __init__(self, folder):
-        self.policy = load_policy(str(folder), CPU, torch.float32)
+        self.policy = load_policy(ModelConfig(path=str(folder)), CPU, torch.float32)
         texts = ["a cat", "bad"]
         self.prompts = PromptBatch(tuple(Prompt(text, "positive") for text in texts), self.policy.encode(texts))
         self.roll(CONFIG)
@@ -60,25 +62,35 @@ class Scene:
         self.schedule = make_schedule(scheduler_config, config.rollout.steps, config.rollout.eta, CPU)
         generator = torch.Generator().manual_seed(0)
         self.trajectory = rollout(
-            self.policy, self.prompts, self.schedule, config.rollout, config.group_size, generator
+            self.policy,
+            self.prompts,
+            self.schedule,
+            config.rollout,
+            config.group_size,
+            generator,
+            keep_means=config.grpo.ratio_norm,
         )
 
-    def update(self, config=CONFIG, rewards=REWARDS, optimizer=None, seed=1, **grpo):
+    def update(self, config=CONFIG, rewards=REWARDS, optimizer=None, seed=1, iteration=1, **grpo):
         """Returns the stats and the gradients of each optimizer step."""
         base = grpo.pop("base_unet", None)
         self.reports = []
-        optimizer = Recorder(self.policy.unet.parameters()) if optimizer is None else optimizer
+        unet = self.policy.unet
+        optimizer = Recorder(unet.parameters()) if optimizer is None else optimizer
+        unscaled = torch.amp.GradScaler("cpu", enabled=False)
+        trainable = Trainable(unet, dict(unet.named_parameters()), optimizer, unscaled, ema=None)
         stats = update(
             self.policy,
             self.prompts,
             self.trajectory,
             Rewards(rewards, {}),
             self.schedule,
-            optimizer,
+            trainable,
             replace(config, grpo=replace(config.grpo, **grpo)),
+            iteration,
             torch.Generator().manual_seed(seed),
             base,
-            self.reports.append,
+            progress=lambda done, total: self.reports.append((done, total)),
         )
         return stats.values, getattr(optimizer, "gradients", None)
 
@@ -197,7 +209,7 @@ def test_parts_are_dealt_without_loss(scene):
     stats, gradients = scene.update(replace(CONFIG, updates_per_iteration=5))
     assert stats["optim/steps"] == 5
     assert close(sum(n * g for n, g in zip([3, 3, 2, 2, 2], gradients, strict=True)) / 12, whole)
-    assert sum(scene.reports) == pair_count(scene.schedule, CONFIG) == 12
+    assert scene.reports == [(3, 12), (6, 12), (8, 12), (10, 12), (12, 12)]
 
 
 def test_dealing_mixes_samples_and_follows_the_seed(scene):
@@ -205,9 +217,8 @@ def test_dealing_mixes_samples_and_follows_the_seed(scene):
     config = replace(CONFIG, updates_per_iteration=2)
     rewards = torch.stack([REWARDS[0], torch.full((GROUP,), 0.7)])
     _, first = scene.update(config, rewards)
-    left_out, *computed = scene.reports
-    assert (left_out, sum(computed)) == (6, 6)
-    assert all(0 < count < 6 for count in computed)
+    (first_part, total), (done, _) = scene.reports
+    assert 0 < first_part < done == total == 6
     _, again = scene.update(config, rewards)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     _, other = scene.update(config, rewards, seed=2)
@@ -250,7 +261,7 @@ def test_flat_groups_are_skipped_and_change_no_others_gradient(scene):
     pairs = [(b, i) for b in range(GROUP) for i in range(STEPS - 1)]
     assert close(gradient, textbook(scene, REWARDS, CONFIG, pairs=pairs)[1] / 2)
     assert stats["advantage/zero_std_groups"] == 1
-    assert scene.reports[0] == 6, "the flat group's pairs are reported as done without being computed"
+    assert scene.reports == [(6, 6)], "the flat group's pairs are not computed"
 
 
 def test_without_a_pair_to_compute_no_step_is_taken(scene):
@@ -281,10 +292,12 @@ def test_gradient_is_clipped_to_the_norm(scene):
 
 
 def test_deterministic_and_dropped_steps_are_not_trained(scene):
+    scene.update()
+    assert scene.reports[-1] == (12, 12)
     scene.roll(CONFIG, set_alpha_to_one=True)
     kept = replace(CONFIG, grpo=replace(CONFIG.grpo, drop_last_steps=0))
-    assert pair_count(scene.schedule, kept) == pair_count(scene.schedule, CONFIG) == 12
     stats, _ = scene.update(kept)
+    assert scene.reports[-1] == (12, 12)
     assert stats["ratio/max_abs_dev_first"] <= 1e-6
     with pytest.raises(ConfigError, match="drop_last_steps"):
         scene.update(drop_last_steps=STEPS)
@@ -360,7 +373,7 @@ def test_rewards_that_cannot_be_compared_are_refused(bad):
 def test_clip_acts_in_the_right_direction(advantage, ratio, clipped, loss, slope):
     """Bounds 0.9 and 1.2. slope: d loss / d log-prob = -A * ratio where the clip does not act."""
     log_prob = torch.tensor([np.log(ratio)], dtype=torch.float32, requires_grad=True)
-    value, r, c = clipped_loss(log_prob, torch.zeros(1), torch.tensor([advantage]), clip_low=0.1, clip_high=0.2)
+    value, r, c = clipped_loss(log_prob, torch.tensor([advantage]), clip_low=0.1, clip_high=0.2)
     value.sum().backward()
     assert c.item() is clipped
     # A handful of float32 operations on numbers below 3.
@@ -382,3 +395,145 @@ def test_kl_is_torch_distributions():
     normals = [torch.distributions.Normal(m.double(), sigma.double().view(-1, 1, 1, 1)) for m in (mean, base)]
     expected = torch.distributions.kl_divergence(*normals).mean(dim=(1, 2, 3))
     torch.testing.assert_close(gaussian_kl(mean, base, sigma).double(), expected, rtol=2.0**-23, atol=0)
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def test_trimmed_rewards_have_no_part_in_mean_std_or_learning():
+    rewards = torch.tensor([[9.0, 0.1, 0.4, -7.0, 0.2], [0.3, 0.5, 0.1, 0.2, 0.9]])
+    advantage, flat = advantages(rewards, "group", std_floor=1e-4, clamp=2.5, trim=1)
+    expected = np.zeros((2, 5))
+    for row, kept in ((0, [1, 2, 4]), (1, [0, 1, 3])):
+        r = rewards[row, kept].double().numpy()
+        expected[row, kept] = (r - r.mean()) / r.std(ddof=1)
+    # One rounding of a number below 2 to float32.
+    np.testing.assert_allclose(advantage.numpy(), expected, rtol=0, atol=2 * 2.0**-24)
+    assert learned_from(rewards, trim=1, best_of=0).tolist() == [[False, True, True, False, True]] + [
+        [True, True, False, True, False]
+    ]
+    assert not flat.any()
+    with pytest.raises(ValueError, match="at least 2"):
+        advantages(rewards, "group", 1e-4, 2.5, trim=2)
+
+
+def test_best_of_keeps_the_best_and_the_worst():
+    rewards = torch.tensor([[0.5, 0.1, 0.9, 0.3, 0.7, 0.2]])
+    assert learned_from(rewards, trim=0, best_of=4).tolist() == [[False, True, True, False, True, True]]
+    assert learned_from(rewards, trim=1, best_of=2).tolist() == [[False, False, False, False, True, True]]
+    assert learned_from(rewards, trim=0, best_of=0).all()
+
+
+def test_best_of_learns_from_its_samples_alone(scene):
+    """Advantages are those of the whole group; the mean is over the pairs of the samples that are kept."""
+    config = replace(CONFIG, grpo=replace(CONFIG.grpo, best_of=2))
+    _, (gradient,) = scene.update(config)
+    kept = [0, 1, 3, 4]  # without 0.2 and 0.5, the ones in the middle
+    pairs = [(b, i) for b in kept for i in range(STEPS - 1)]
+    assert close(gradient, textbook(scene, REWARDS, CONFIG, pairs=pairs)[1])
+    assert scene.reports[-1] == (8, 8)
+
+
+def test_trim_learns_from_its_samples_alone(scene):
+    rewards = torch.tensor([[0.1, 0.4, 0.2, 0.6], [0.9, 0.3, 0.5, 0.4]])
+    config = replace(CONFIG, group_size=4, grpo=replace(CONFIG.grpo, trim=1))
+    scene.roll(config)
+    _, (trimmed,) = scene.update(config, rewards)
+    assert scene.reports[-1] == (8, 8)
+    extreme = rewards.clone()
+    extreme[0, 3], extreme[1, 1] = 99.0, -99.0  # trimmed before as after
+    _, (same,) = scene.update(config, extreme)
+    assert torch.equal(trimmed, same)
+    _, (untrimmed,) = scene.update(replace(config, grpo=CONFIG.grpo), extreme)
+    assert not close(untrimmed, trimmed)
+
+
+def test_window_slides_over_the_steps_and_begins_again(scene):
+    grpo = GrpoConfig(drop_last_steps=1, window=3, window_every=2, window_stride=3)
+    # Of 8 steps 7 are trainable: places 0, 3 and the last possible, 4, two iterations each.
+    assert [window_start(7, grpo, i) for i in range(1, 9)] == [0, 0, 3, 3, 4, 4, 0, 0]
+    schedule = make_schedule(scene.policy.scheduler_config, 8, 1.0, CPU)
+    assert trained_steps(schedule, grpo, 3).tolist() == [3, 4, 5]
+    assert trained_steps(schedule, replace(grpo, window=7), 9).tolist() == list(range(7))
+
+
+def test_window_is_what_is_learned_from(scene):
+    window = {"window": 1, "window_every": 1}
+    _, (first,) = scene.update(**window)
+    _, (second,) = scene.update(iteration=2, **window)
+    for gradient, step in ((first, 0), (second, 1)):
+        pairs = [(b, step) for b in range(PROMPTS * GROUP)]
+        assert close(gradient, textbook(scene, REWARDS, CONFIG, pairs=pairs)[1])
+
+
+def test_a_fraction_of_steps_is_drawn_for_each_sample():
+    steps = torch.tensor([0, 1, 2, 3, 5, 8])
+    drawn = steps_of_samples(steps, 2000, 0.5, torch.Generator().manual_seed(0))
+    assert drawn.shape == (2000, 3)
+    assert (drawn.diff(dim=1) > 0).all(), "three different steps, in order"
+    counts = (drawn[..., None] == steps).sum(dim=(0, 1))
+    # Each step is drawn by half of 2000 samples: binomial, std 22; 5 std.
+    assert ((counts - 1000).abs() <= 112).all()
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    assert torch.equal(steps_of_samples(steps, 4, 1.0, generator), steps.expand(4, -1))
+    assert torch.equal(generator.get_state(), state), "nothing is drawn where nothing is left out"
+
+
+def test_a_fraction_of_steps_is_what_is_learned_from(scene):
+    _, (half,) = scene.update(step_fraction=0.5)
+    assert scene.reports[-1] == (6, 6)
+    pairs = steps_of_samples(torch.arange(STEPS - 1), 6, 0.5, torch.Generator().manual_seed(1))
+    assert close(half, textbook(scene, REWARDS, CONFIG, pairs=[(b, int(i)) for b, (i,) in enumerate(pairs)])[1])
+
+
+def test_epochs_pass_over_all_pairs_again(scene):
+    _, gradients = scene.update(replace(CONFIG, updates_per_iteration=2), epochs=2)
+    _, (once,) = scene.update()
+    assert scene.reports[-1] == (12, 12)
+    assert len(gradients) == 2
+    assert all(close(gradient, once) for gradient in gradients), "each pass is all pairs, the policy does not move"
+
+
+def ratio_norm_config(**grpo):
+    return replace(CONFIG, grpo=replace(CONFIG.grpo, ratio_norm=True, **grpo))
+
+
+def test_ratio_norm_is_the_papers_formula():
+    """sigma * (log p - log p_old + |mu - mu_old|^2 / (2 sigma^2)) with torch.distributions in float64."""
+    generator = torch.Generator().manual_seed(0)
+    old_mean, noise, shift = torch.randn(3, 5, 4, 8, 8, generator=generator)
+    sigma = torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01])
+    scale = sigma.double().view(-1, 1, 1, 1)
+    mean = old_mean.double() + 0.01 * shift.double()
+    taken = (old_mean.double() + scale * noise.double()).float()
+    normals = [torch.distributions.Normal(m, scale) for m in (mean, old_mean.double())]
+    log_ratio = (normals[0].log_prob(taken.double()) - normals[1].log_prob(taken.double())).mean(dim=(1, 2, 3))
+    bias = (mean - old_mean.double()).square().mean(dim=(1, 2, 3)) / (2 * sigma.double() ** 2)
+    ours = normalised_log_ratio(mean, old_mean, taken, sigma)
+    # The mean is rounded to float32 (numbers below 8, so 2^-22 each at worst, times |noise| of mean 0.8) before the rest.
+    assert (ours.double() - sigma.double() * (log_ratio + bias)).abs().max() <= 2.0**-22
+    assert torch.equal(normalised_log_ratio(old_mean.double(), old_mean, taken, sigma), torch.zeros(5))
+
+
+def test_ratio_norm_takes_the_bias_out_of_the_ratio(scene):
+    """The plain ratios of a policy that moved lie below 1 on average, the more the smaller sigma; these do not."""
+    config = ratio_norm_config(drop_last_steps=0)
+    scene.roll(config)
+    scene.nudge(3 * NUDGE)
+    plain, _ = scene.update(replace(config, grpo=replace(config.grpo, ratio_norm=False)))
+    normed, (gradient,) = scene.update(config)
+    assert plain["ratio/min"] < 1 - 10 * abs(normed["ratio/min"] - 1)
+    assert abs(normed["ratio/mean"] - 1) < 0.1 * abs(plain["ratio/mean"] - 1)
+    assert gradient.norm() > 0
+
+
+@pytest.mark.parametrize("old_log_prob", ["rollout", "replay", "detach"])
+def test_ratio_norm_is_one_before_the_policy_moves(scene, old_log_prob):
+    config = ratio_norm_config(old_log_prob=old_log_prob)
+    scene.roll(config)
+    stats, (gradient,) = scene.update(config)
+    assert stats["ratio/max_abs_dev_first"] <= (1e-6 if old_log_prob == "rollout" else 0.0)
+    # At ratio 1 the normalised log-ratio's gradient is sigma times the plain one's: not the same direction.
+    _, (plain,) = scene.update(replace(config, grpo=CONFIG.grpo))
+    assert not close(gradient / gradient.norm(), plain / plain.norm())

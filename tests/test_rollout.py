@@ -5,7 +5,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import fastgrpo.policy
-from fastgrpo.config import ConfigError, RolloutConfig
+from fastgrpo.config import ConfigError, ModelConfig, RolloutConfig
 from fastgrpo.policy import load_policy
 from fastgrpo.rollout import denoise_step, initial_noise, rollout, sample
 from fastgrpo.schedule import make_schedule
@@ -18,7 +18,7 @@ TEXTS = ["a red cube", "two dogs"]
 
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
 def policy(request, make_tiny_pipeline):
-    return load_policy(str(make_tiny_pipeline(request.param)), CPU, torch.float32)
+    return load_policy(ModelConfig(path=str(make_tiny_pipeline(request.param))), CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def schedule_of(policy, **changes):
 
 def roll(policy, prompts, config=CONFIG, seed=0, progress=None, **changes):
     schedule = schedule_of(policy, **changes)
-    return rollout(policy, prompts, schedule, config, 3, torch.Generator().manual_seed(seed), progress)
+    return rollout(policy, prompts, schedule, config, 3, torch.Generator().manual_seed(seed), progress=progress)
 
 
 def test_policy_is_the_pipeline_on_disk(policy):
@@ -80,14 +80,14 @@ def test_decode_does_not_depend_on_its_chunks(policy, monkeypatch):
 
 
 def test_load_refuses_what_is_no_text_to_image_sd(tmp_path, tiny_pipeline):
-    with pytest.raises(ConfigError, match="no model_index"):
-        load_policy(str(tmp_path), CPU, torch.float32)
+    with pytest.raises(ConfigError, match="no model_index.json"):
+        load_policy(ModelConfig(path=str(tmp_path)), CPU, torch.float32)
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     with pytest.raises(ConfigError, match="StableDiffusionXLPipeline"):
-        load_policy(str(tmp_path), CPU, torch.float32)
+        load_policy(ModelConfig(path=str(tmp_path)), CPU, torch.float32)
     (tmp_path / "model_index.json").write_text((tiny_pipeline / "model_index.json").read_text())
-    with pytest.raises(ConfigError, match="cannot be loaded"):
-        load_policy(str(tmp_path), CPU, torch.float32)
+    with pytest.raises(ConfigError, match="no unet/config.json"):
+        load_policy(ModelConfig(path=str(tmp_path)), CPU, torch.float32)
 
 
 def test_trajectory_shapes_and_progress(policy, prompts):
@@ -155,7 +155,7 @@ def test_deterministic_last_step_has_log_prob_zero(policy, prompts):
     ("kind", "distinct"), [("shared", [0] * 6), ("per_prompt", [0, 0, 0, 1, 1, 1]), ("independent", list(range(6)))]
 )
 def test_initial_noise_is_shared_as_told(kind, distinct):
-    noise = initial_noise(2, 3, (4, 2, 2), kind, torch.Generator().manual_seed(0))
+    noise = initial_noise(1, 2, 3, (4, 2, 2), kind, torch.Generator().manual_seed(0))
     assert noise.shape == (6, 4, 2, 2)
     for i in range(6):
         for j in range(6):
@@ -182,5 +182,5 @@ def test_sample_takes_the_steps_a_rollout_takes(policy, prompts):
     for step in range(CONFIG.steps):
         noise = torch.randn(1, 4, 8, 8, generator=generator)
         with torch.no_grad():
-            latents, _ = denoise_step(policy, schedule, step, latents, prompts.embeds[:1], 3.0, noise)
+            latents, _, _ = denoise_step(policy, schedule, step, latents, prompts.embeds[:1], 3.0, noise)
     assert torch.equal(sample(policy, prompts.embeds[:1], schedule, 3.0, [9]), policy.decode(latents))

@@ -3,7 +3,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 
 from fastgrpo.config import ConfigError
 from fastgrpo.schedule import gaussian_log_prob, make_schedule
@@ -110,6 +116,15 @@ def test_a_pndm_config_as_sd1_ships_it_means_the_same():
     assert torch.equal(schedule.sigma, make_schedule(SD, 10, 1.0, CPU).sigma)
 
 
+@pytest.mark.parametrize("sampler", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_other_samplers_configs_say_how_the_model_was_trained(sampler):
+    config = dict(sampler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1).config)
+    schedule = make_schedule(config | {"_class_name": sampler.__name__, "timestep_spacing": "leading"}, 10, 1.0, CPU)
+    expected = make_schedule(SD, 10, 1.0, CPU)
+    assert torch.equal(schedule.sigma, expected.sigma)
+    assert torch.equal(schedule.timesteps, expected.timesteps)
+
+
 def test_zero_terminal_snr_is_diffusers():
     config = SD | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     schedule = make_schedule(config, 10, 1.0, CPU)
@@ -135,7 +150,7 @@ def test_zero_terminal_snr_is_diffusers():
         ({"beta_schedule": "squaredcos_cap_v2"}, 10, 1.0, "beta_schedule"),
         ({"timestep_spacing": "karras"}, 10, 1.0, "timestep_spacing"),
         ({"rescale_betas_zero_snr": True}, 10, 1.0, "rescale_betas_zero_snr"),
-        ({"_class_name": "EulerDiscreteScheduler"}, 10, 1.0, "EulerDiscreteScheduler"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, 10, 1.0, "FlowMatchEulerDiscreteScheduler"),
     ],
 )
 def test_what_is_not_a_gaussian_step_is_refused(change, steps, eta, named):

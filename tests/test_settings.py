@@ -1,13 +1,14 @@
 """Presets, flags and TOML files; what is refused, and in which words."""
 
 import dataclasses
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastgrpo.config import ConfigError, ModelConfig, OptimConfig, PromptsConfig, TrainConfig
+from fastgrpo.config import ConfigError, GrpoConfig, ModelConfig, OptimConfig, PromptsConfig, TrainConfig
 from fastgrpo.settings import dump_toml, find_preset, load_toml, parse_command, presets_folder
 from fastgrpo.validation import validate
 
@@ -70,7 +71,8 @@ def test_toml_round_trip_of_numbers_is_exact(tmp_path: Path, number: float) -> N
 
 def test_the_dump_names_every_field() -> None:
     table = tomllib.loads(dump_toml(TrainConfig()))
-    table["prompts"]["categories"] = tuple(table["prompts"]["categories"])
+    for group, name in (("prompts", "categories"), ("model", "lora_targets"), ("reward", "terms")):
+        table[group][name] = tuple(table[group][name])
     assert table == dataclasses.asdict(TrainConfig())
 
 
@@ -128,16 +130,19 @@ def test_presets_are_named_and_come_first(argv: list[str], words: list[str]) -> 
         (["--grpo.klx", "3"], ["--grpo.klx", "--grpo.kl"]),
         (["--group-size", "three"], ["--group-size", "three"]),
         (["--grpo.advantage", "batch"], ["--grpo.advantage", "batch", "global"]),
+        (["--group-size"], ["--group-size", "Missing value"]),
     ],
 )
-def test_wrong_flags_exit_with_2_and_the_nearest_name(
+def test_wrong_flags_are_one_sentence_with_the_nearest_name(
     argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(ConfigError) as refusal:
         parse_command(argv)
-    assert stop.value.code == 2
-    printed = capsys.readouterr().err
-    assert all(word in printed for word in words), printed
+    message = str(refusal.value)
+    assert all(word in message for word in words), message
+    assert message.endswith("--help lists them all." if "did you mean" in message else "--help lists every flag.")
+    assert "\n" not in message
+    assert capsys.readouterr() == ("", "")
 
 
 def test_help_shows_every_field(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +155,7 @@ def test_help_shows_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         inner = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
         names = [f"{field.name}.{f.name}" for f in inner] or [field.name]
         for name in names:
-            assert f"--{name.replace('_', '-')} " in printed
+            assert re.search(rf"--{name.replace('_', '-')}[ ,]", printed), name
     assert "--resume" in printed
     assert "FILE.toml" in printed
 
@@ -167,14 +172,16 @@ NAN = float("nan")
         ("prompts_per_iteration", 0),
         ("group_size", 1),
         ("updates_per_iteration", 0),
-        ("updates_per_iteration", 4 * 16 * 49 + 1),  # one more than the default's pairs: P * G * (steps - 1)
+        ("updates_per_iteration", 32 * 16 * 49 + 1),  # one more than the default's pairs: P * G * (steps - 1)
         ("micro_batch", 0),
         ("prompts.negative_fraction", -0.1),
         ("prompts.negative_fraction", 1.1),
         ("prompts.negative_fraction", NAN),
-        ("prompts.categories", ()),
+        ("model.path", ""),
+        ("model.lora_rank", -1),
+        ("model.lora_alpha", 4.0),  # without a rank
         ("prompts.categories", ("violence", "rain")),
-        ("reward.anchors", "mine"),
+        ("reward.encoder", "shapes"),  # with a model and prompts of the real world
         ("reward.alpha", float("inf")),
         ("reward.batch", 0),
         ("rollout.steps", 0),
@@ -185,6 +192,7 @@ NAN = float("nan")
         ("rollout.eta", NAN),
         ("rollout.guidance", 0.5),
         ("rollout.batch", -1),
+        ("rollout.decode_batch", 0),
         ("grpo.std_floor", 0.0),
         ("grpo.advantage_clamp", 0.0),
         ("grpo.clip_low", -1e-4),
@@ -192,6 +200,17 @@ NAN = float("nan")
         ("grpo.kl", -0.1),
         ("grpo.drop_last_steps", -1),
         ("grpo.drop_last_steps", 50),
+        ("grpo.epochs", 0),
+        ("grpo.step_fraction", 0.0),
+        ("grpo.step_fraction", 1.1),
+        ("grpo.window", -1),
+        ("grpo.window", 50),
+        ("grpo.window_every", 0),
+        ("grpo.window_stride", 0),
+        ("grpo.trim", -1),
+        ("grpo.trim", 8),
+        ("grpo.best_of", 3),
+        ("grpo.best_of", 18),
         ("optim.lr", -1e-5),
         ("optim.lr", NAN),
         ("optim.beta1", 1.0),
@@ -199,6 +218,10 @@ NAN = float("nan")
         ("optim.eps", 0.0),
         ("optim.weight_decay", -1.0),
         ("optim.max_grad_norm", 0.0),
+        ("optim.warmup", -1),
+        ("optim.warmup", 300),
+        ("optim.ema", 1.0),
+        ("optim.ema", -0.1),
         ("engine.threads", -1),
         ("eval.every", -1),
         ("eval.unsafe_per_category", 0),
@@ -207,6 +230,7 @@ NAN = float("nan")
         ("eval.quick_fraction", 1.5),
         ("eval.seed", -1),
         ("eval.steps", -1),
+        ("eval.weights", "ema"),  # without optim.ema
         ("checkpoint.every", 0),
         ("checkpoint.keep", -1),
     ],
@@ -225,7 +249,11 @@ def test_impossible_values_are_refused_by_name(field: str, value: object) -> Non
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("updates_per_iteration", 4 * 16 * 49),
+        ("updates_per_iteration", 32 * 16 * 49),
+        ("prompts.categories", ()),
+        ("grpo.window", 49),
+        ("grpo.trim", 7),
+        ("grpo.best_of", 16),
         ("grpo.drop_last_steps", 49),
         ("grpo.clip_low", 0.0),
         ("rollout.guidance", 1.0),
@@ -237,6 +265,28 @@ def test_impossible_values_are_refused_by_name(field: str, value: object) -> Non
 )
 def test_the_edges_of_what_is_possible_are_accepted(field: str, value: object) -> None:
     validate(altered(field, value))
+
+
+@pytest.mark.parametrize(
+    ("grpo", "named"),
+    [
+        (GrpoConfig(epochs=3), "updates_per_iteration = 16: accepted is a multiple of grpo.epochs (3)"),
+        (GrpoConfig(window=4, step_fraction=0.5), "grpo.step_fraction = 0.5: accepted is 1 where grpo.window is set"),
+        (GrpoConfig(trim=4, best_of=10), "grpo.best_of = 10: accepted is 0 or an even number from 2 to 8"),
+    ],
+)
+def test_contradictions_are_refused(grpo: GrpoConfig, named: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        validate(TrainConfig(grpo=grpo))
+
+
+def test_options_that_leave_fewer_pairs_are_counted() -> None:
+    """32 prompts x 2 of 16 samples x 1 of 49 steps: 64 pairs."""
+    grpo = GrpoConfig(best_of=2, window=1)
+    validate(TrainConfig(updates_per_iteration=64, grpo=grpo))
+    with pytest.raises(ConfigError, match="updates_per_iteration = 65: accepted is 1 to 64"):
+        validate(TrainConfig(updates_per_iteration=65, grpo=grpo))
+    validate(TrainConfig(updates_per_iteration=32 * 16 * 10, grpo=GrpoConfig(step_fraction=0.2)))
 
 
 def test_categories_do_not_matter_when_the_negatives_are_a_file() -> None:

@@ -157,7 +157,7 @@ def test_the_learning_rate_falls_linearly_and_reaches_the_optimizer(config_file:
     assert [train.learning_rate(linear, i) for i in (1, 2, 3, 4)] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
     parts = load_parts(linear, threads=1)
     values = train.iterate(parts, linear, 3, {}, Console())
-    assert parts.optimizer.param_groups[0]["lr"] == values["optim/lr"] == pytest.approx(5e-4)
+    assert parts.trainable.optimizer.param_groups[0]["lr"] == values["optim/lr"] == pytest.approx(5e-4)
 
 
 @pytest.mark.gpu

@@ -1,10 +1,10 @@
-"""How much better than its group a sample is."""
+"""How much better than its group a sample is, and which samples of a group are learned from."""
 
 import torch
 from torch import Tensor
 
 
-def advantages(rewards: Tensor, mode: str, std_floor: float, clamp: float) -> tuple[Tensor, Tensor]:
+def advantages(rewards: Tensor, mode: str, std_floor: float, clamp: float, trim: int = 0) -> tuple[Tensor, Tensor]:
     """Rewards relative to their group (Shao et al., arXiv 2402.03300, section 4.1.2).
 
         group    A = (r - group mean) / group std
@@ -13,13 +13,18 @@ def advantages(rewards: Tensor, mode: str, std_floor: float, clamp: float) -> tu
 
     then clamped to plus or minus `clamp`. A group is flat when its std is not above `std_floor` (with "global" also
     when the common std is not): its differences are noise, and its advantages are exactly 0. All stds are unbiased.
-    rewards: [P, G], finite, G at least 2.
+    trim: the `trim` highest and lowest rewards of a group have no part in means and stds, and advantage 0.
+    rewards: [P, G], finite, G - 2 * trim at least 2.
     Returns the advantages [P, G] float32 and flat [P] bool. Raises ValueError for rewards that cannot be compared.
     """
-    if rewards.shape[1] < 2:
-        raise ValueError(f"a group has {rewards.shape[1]} reward; at least 2 are needed to compare them")
+    if rewards.shape[1] - 2 * trim < 2:
+        raise ValueError(f"a group has {rewards.shape[1] - 2 * trim} reward; at least 2 are needed to compare them")
     if not torch.isfinite(rewards).all():
         raise ValueError("a reward is not finite: the reward model or the images it was given are broken")
+    if trim:
+        inner = rewards.double().argsort(dim=1, stable=True)[:, trim:-trim]
+        advantage, flat = advantages(rewards.gather(1, inner), mode, std_floor, clamp)
+        return torch.zeros_like(rewards, dtype=torch.float32).scatter(1, inner, advantage), flat
     rewards = rewards.double()
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     group_std = centred.std(dim=1, keepdim=True)
@@ -36,3 +41,16 @@ def advantages(rewards: Tensor, mode: str, std_floor: float, clamp: float) -> tu
     # Flat groups are masked after the division, which may be 0 / 0 for them.
     advantage = (centred / scale).clamp(-clamp, clamp).masked_fill(flat, 0.0)
     return advantage.float(), flat.squeeze(1)
+
+
+def learned_from(rewards: Tensor, trim: int, best_of: int) -> Tensor:
+    """[P, G] bool: the samples whose steps are trained on.
+
+    rewards: [P, G]. trim: without the `trim` highest and lowest of every group. best_of: of the others only the
+    best_of / 2 highest and lowest (DanceGRPO, arXiv 2505.07818); 0 is all of them.
+    """
+    order = rewards.argsort(dim=1, stable=True)
+    kept = order[:, trim : order.shape[1] - trim]
+    if best_of:
+        kept = torch.cat([kept[:, : best_of // 2], kept[:, -(best_of // 2) :]], dim=1)
+    return torch.zeros_like(rewards, dtype=torch.bool).scatter(1, kept, True)

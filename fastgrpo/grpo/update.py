@@ -10,11 +10,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from fastgrpo.config import ConfigError, TrainConfig
-from fastgrpo.grpo.advantage import advantages
-from fastgrpo.grpo.loss import clipped_loss, gaussian_kl
+from fastgrpo.config import TrainConfig
+from fastgrpo.distributed import Ranks
+from fastgrpo.grpo.advantage import advantages, learned_from
+from fastgrpo.grpo.loss import clipped_loss, gaussian_kl, normalised_log_ratio
+from fastgrpo.grpo.steps import steps_of_samples, trained_steps
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule, gaussian_log_prob
+from fastgrpo.trainable import Trainable
 from fastgrpo.types import PromptBatch, Rewards, Trajectory, UpdateStats
 
 
@@ -38,6 +41,8 @@ class Pairs:
         rest's ratios off 1 by a few 1e-7.
         """
         count = -(-len(self) // size)
+        if not count:
+            return []
         return [
             Pairs(sample, step)
             for sample, step in zip(self.sample.tensor_split(count), self.step.tensor_split(count), strict=True)
@@ -48,12 +53,24 @@ class Pairs:
 class Part:
     """What one optimizer step learns from.
 
-    size: how many pairs the loss is averaged over, those of flat groups included.
-    pairs: those that are computed.
+    size: how many pairs the loss is averaged over, those of flat groups included, on all processes.
+    computed: how many of them are computed, on all processes. pairs: the share of this one, as its own samples.
     """
 
     size: int
+    computed: int
     pairs: Pairs
+
+
+@dataclass(frozen=True)
+class _Old:
+    """The policy that drew the trajectory, as the ratio's denominator needs it.
+
+    log_probs: [T, B] float32. means: [T, B, C, H, W] float32, only with RatioNorm.
+    """
+
+    log_probs: Tensor
+    means: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,7 @@ class _Record:
     grad_norm: list[Tensor] = field(default_factory=list)
     pairs_before_first_step: int = 0
     skipped_steps: int = 0
+    overflowed_steps: int = 0
 
     def add(self, outcome: _Outcome) -> None:
         self.ratio.append(outcome.ratio)
@@ -93,74 +111,62 @@ def update(
     trajectory: Trajectory,
     rewards: Rewards,
     schedule: Schedule,
-    optimizer: torch.optim.Optimizer,
+    trainable: Trainable,
     config: TrainConfig,
+    iteration: int,
     generator: torch.Generator,
     base_unet: UNet2DConditionModel | None = None,
-    progress: Callable[[int], None] | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    progress: Callable[[int, int], None] | None = None,
 ) -> UpdateStats:
     """Take `config.updates_per_iteration` optimizer steps on one rollout.
 
     A step's loss is the mean over all the pairs dealt to it; pairs of flat groups count but are only computed when
     there is a KL term. Gradients of micro-batches are summed, so their size changes nothing but rounding.
-    generator: on the CPU; deals the pairs. base_unet: the base model, needed when config.grpo.kl is above 0.
-    progress: called after every micro-batch with the number of pairs just finished, and once with those left out;
-    the numbers add up to `pair_count`.
+    prompts, trajectory: this process's share. rewards: of all processes' prompts.
+    iteration: from 1. generator: on the CPU, in the same state on all processes; deals the pairs.
+    base_unet: the base model, needed when config.grpo.kl is above 0.
+    progress: called after every micro-batch with the number of this process's pairs that are done, and of all of them.
     Raises ConfigError when no step can be trained, ValueError for rewards that cannot be compared or a missing
     base model, FloatingPointError when the loss or the gradient was not finite.
     """
     if config.grpo.kl > 0 and base_unet is None:
         raise ValueError("grpo.kl is above 0, so update needs the base model's UNet")
     grpo = config.grpo
-    advantage, flat = advantages(rewards.total, grpo.advantage, grpo.std_floor, grpo.advantage_clamp)
-    advantage, flat = advantage.to(policy.device), flat.to(policy.device)
-    parts = _deal(policy, trajectory, schedule, flat, config, generator)
-    trained = _trained(optimizer)
-    learner = _Learner(policy, prompts, trajectory, schedule, advantage.flatten(), config, base_unet, trained)
-    old_log_probs = learner.replay(parts) if grpo.old_log_prob == "replay" else trajectory.log_probs
+    advantage, flat = advantages(rewards.total, grpo.advantage, grpo.std_floor, grpo.advantage_clamp, grpo.trim)
+    learned = learned_from(rewards.total, grpo.trim, grpo.best_of)
+    parts = _deal(policy, trajectory, schedule, learned, flat, config, iteration, generator, ranks)
+    own_advantage = advantage.flatten()[ranks.share(advantage.numel())].to(policy.device)
+    parameters = list(trainable.parameters.values())
+    learner = _Learner(policy, prompts, trajectory, schedule, own_advantage, config, base_unet, parameters)
+    old = learner.replay(parts) if grpo.old_log_prob == "replay" else _Old(trajectory.log_probs, trajectory.means)
     record = _Record()
-    if progress is not None:
-        progress(sum(part.size - len(part.pairs) for part in parts))
+    done, everything = 0, sum(len(part.pairs) for part in parts)
     for part in parts:
-        if not len(part.pairs):
+        if not part.computed:
             record.skipped_steps += 1
             continue
-        optimizer.zero_grad(set_to_none=True)
+        trainable.optimizer.zero_grad(set_to_none=True)
+        scale = trainable.scaler.get_scale() if trainable.scaler.is_enabled() else 1.0
+        learn = partial(learner.learn, part_size=part.size, old=old, scale=scale)
         # As many at a time as there are workers, so that no more gradients than those exist at once.
         for batches in _batched(part.pairs.split(config.micro_batch), policy.workers.count):
-            learn = partial(learner.learn, part_size=part.size, old_log_probs=old_log_probs)
             for pairs, outcome in zip(batches, policy.workers.map(learn, batches), strict=True):
-                _accumulate(trained, outcome.gradients)
+                _accumulate(parameters, outcome.gradients)
                 record.add(outcome)
+                done += len(pairs)
                 if progress is not None:
-                    progress(len(pairs))
+                    progress(done, everything)
         if not record.grad_norm:
             record.pairs_before_first_step = len(part.pairs)
-        record.grad_norm.append(torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm))
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return _stats(record, advantage, flat, config, pairs=sum(part.size for part in parts))
-
-
-def trained_steps(schedule: Schedule, drop_last_steps: int) -> Tensor:
-    """[S] int64 on the CPU: the positions in the schedule that are learned from.
-
-    Raises ConfigError when none is left.
-    """
-    kept = schedule.trainable[: max(len(schedule) - drop_last_steps, 0)]
-    steps = kept.nonzero().flatten().cpu()
-    if not len(steps):
-        raise ConfigError(
-            f"grpo.drop_last_steps is {drop_last_steps}, which leaves none of the {len(schedule)} rollout.steps "
-            "to train on; a smaller number is accepted"
-        )
-    return steps
-
-
-def pair_count(schedule: Schedule, config: TrainConfig) -> int:
-    """How many (sample, step) pairs one update deals out."""
-    samples = config.prompts_per_iteration * config.group_size
-    return samples * len(trained_steps(schedule, config.grpo.drop_last_steps))
+        _sum_gradients(parameters, ranks)
+        norm, taken = trainable.step(config.optim.max_grad_norm)
+        if taken:
+            record.grad_norm.append(norm)
+        else:
+            record.overflowed_steps += 1
+    trainable.optimizer.zero_grad(set_to_none=True)
+    return _stats(record, advantage, flat, config, sum(part.size for part in parts), ranks)
 
 
 @dataclass(frozen=True)
@@ -190,22 +196,23 @@ class _Learner:
         return gaussian_log_prob(taken, mean, self.schedule.sigma[pairs.step])
 
     @torch.no_grad()
-    def replay(self, parts: list[Part]) -> Tensor:
-        """[T, B] float32: the log-probs of all the pairs to be computed, in the very micro-batches of the update."""
+    def replay(self, parts: list[Part]) -> _Old:
+        """The old policy recomputed, in the very micro-batches of the update, for all the pairs to be computed."""
         log_probs = torch.zeros_like(self.trajectory.log_probs)
-        batches = [b for part in parts if len(part.pairs) for b in part.pairs.split(self.config.micro_batch)]
-        replayed = self.policy.workers.map(lambda pairs: self.log_prob(pairs, self.mean(pairs)), batches)
-        for pairs, log_prob in zip(batches, replayed, strict=True):
-            log_probs[pairs.step, pairs.sample] = log_prob
-        return log_probs
+        means = None if self.trajectory.means is None else torch.zeros_like(self.trajectory.means)
+        batches = [b for part in parts for b in part.pairs.split(self.config.micro_batch)]
+        for pairs, mean in zip(batches, self.policy.workers.map(self.mean, batches), strict=True):
+            log_probs[pairs.step, pairs.sample] = self.log_prob(pairs, mean)
+            if means is not None:
+                means[pairs.step, pairs.sample] = mean.float()
+        return _Old(log_probs, means)
 
-    def learn(self, pairs: Pairs, part_size: int, old_log_probs: Tensor) -> _Outcome:
-        """These pairs' share of their part's mean loss, and its gradient."""
+    def learn(self, pairs: Pairs, part_size: int, old: _Old, scale: float) -> _Outcome:
+        """These pairs' share of their part's mean loss, and its gradient times `scale`."""
         grpo = self.config.grpo
         mean = self.mean(pairs)
-        log_prob = self.log_prob(pairs, mean)
-        old = log_prob.detach() if grpo.old_log_prob == "detach" else old_log_probs[pairs.step, pairs.sample]
-        loss, ratio, clipped = clipped_loss(log_prob, old, self.advantage[pairs.sample], grpo.clip_low, grpo.clip_high)
+        log_ratio = self.log_ratio(pairs, mean, old)
+        loss, ratio, clipped = clipped_loss(log_ratio, self.advantage[pairs.sample], grpo.clip_low, grpo.clip_high)
         policy_loss, kl = loss.detach(), None
         if grpo.kl > 0:
             with torch.no_grad():
@@ -213,8 +220,18 @@ class _Learner:
             kl = gaussian_kl(mean, base_mean, self.schedule.sigma[pairs.step])
             loss = loss + grpo.kl * kl
             kl = kl.detach()
-        gradients = torch.autograd.grad(loss.sum() / part_size, self.trained)
+        gradients = torch.autograd.grad(loss.sum() * scale / part_size, self.trained)
         return _Outcome(gradients, ratio.detach(), clipped, policy_loss, kl)
+
+    def log_ratio(self, pairs: Pairs, mean: Tensor, old: _Old) -> Tensor:
+        """[N] float32: log of the new over the old probability, or its normalised form."""
+        detached = self.config.grpo.old_log_prob == "detach"
+        if self.config.grpo.ratio_norm:
+            old_mean = mean.detach().float() if detached else old.means[pairs.step, pairs.sample]
+            taken = self.trajectory.latents[pairs.step + 1, pairs.sample]
+            return normalised_log_ratio(mean, old_mean, taken, self.schedule.sigma[pairs.step])
+        log_prob = self.log_prob(pairs, mean)
+        return log_prob - (log_prob.detach() if detached else old.log_probs[pairs.step, pairs.sample])
 
 
 def _accumulate(parameters: list[Tensor], gradients: Sequence[Tensor]) -> None:
@@ -226,23 +243,46 @@ def _accumulate(parameters: list[Tensor], gradients: Sequence[Tensor]) -> None:
         torch._foreach_add_([parameter.grad for parameter in parameters], list(gradients))
 
 
+def _sum_gradients(parameters: list[Tensor], ranks: Ranks) -> None:
+    """Add the processes' gradients; one without a pair in this part has none of its own."""
+    if ranks.count == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    ranks.sum_([parameter.grad for parameter in parameters])
+
+
 def _deal(
     policy: Policy,
     trajectory: Trajectory,
     schedule: Schedule,
+    learned: Tensor,
     flat: Tensor,
     config: TrainConfig,
+    iteration: int,
     generator: torch.Generator,
+    ranks: Ranks,
 ) -> list[Part]:
-    """Shuffle all pairs and deal them into nearly equal parts, so that every optimizer step sees a mix of samples."""
-    steps = trained_steps(schedule, config.grpo.drop_last_steps)
-    order = torch.randperm(len(steps) * trajectory.samples, generator=generator)
-    sample, step = order % trajectory.samples, steps[order // trajectory.samples]
+    """Shuffle all pairs and deal them into nearly equal parts, so that every optimizer step sees a mix of samples.
+
+    learned: [P, G] bool and flat: [P] bool, of all processes' prompts; all deal alike, then each takes its own pairs.
+    """
+    samples = learned.flatten().nonzero().flatten().cpu()
+    steps = trained_steps(schedule, config.grpo, iteration)
+    steps = steps_of_samples(steps, len(samples), config.grpo.step_fraction, generator)
+    count = steps.numel()
+    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(config.grpo.epochs)])
+    row, column = order % len(samples), order // len(samples) % steps.shape[1]
+    sample, step = samples[row], steps[row, column]
     computed = ~flat.cpu()[sample // config.group_size] | (config.grpo.kl > 0)
+    own = ranks.share(learned.numel())
     parts = []
     for dealt in torch.arange(len(order)).tensor_split(config.updates_per_iteration):
         chosen = dealt[computed[dealt]]
-        parts.append(Part(len(dealt), Pairs(sample[chosen].to(policy.device), step[chosen].to(policy.device))))
+        here = chosen[(sample[chosen] >= own.start) & (sample[chosen] < own.stop)]
+        pairs = Pairs((sample[here] - own.start).to(policy.device), step[here].to(policy.device))
+        parts.append(Part(len(dealt), len(chosen), pairs))
     return parts
 
 
@@ -253,19 +293,24 @@ def _batched(items: Iterable[Pairs], count: int) -> Iterator[tuple[Pairs, ...]]:
         yield run
 
 
-def _trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _stats(record: _Record, advantage: Tensor, flat: Tensor, config: TrainConfig, pairs: int) -> UpdateStats:
+def _stats(
+    record: _Record, advantage: Tensor, flat: Tensor, config: TrainConfig, pairs: int, ranks: Ranks
+) -> UpdateStats:
     """Reduce on the device, fetch all numbers at once. Without a computed pair the ratio is 1 and the norm 0."""
-    device = advantage.device
-    ratio = torch.cat(record.ratio) if record.ratio else torch.ones(1, device=device)
-    clipped = torch.cat(record.clipped) if record.clipped else torch.zeros(1, dtype=torch.bool, device=device)
-    policy_loss = torch.cat(record.policy_loss) if record.policy_loss else torch.zeros(1, device=device)
+    device = ranks.device if ranks.count > 1 else advantage.device
+
+    def everywhere(tensors: list[Tensor], empty: float) -> Tensor:
+        gathered = ranks.gather(torch.cat(tensors).to(device) if tensors else torch.empty(0, device=device))
+        return gathered if len(gathered) else torch.full((1,), empty, device=device)
+
+    ratio = everywhere(record.ratio, 1.0)
+    clipped = everywhere([c.float() for c in record.clipped], 0.0).bool()
+    policy_loss = everywhere(record.policy_loss, 0.0)
+    first = torch.cat(record.ratio)[: record.pairs_before_first_step] if record.ratio else torch.empty(0)
+    first = everywhere([first], 1.0)
     grad_norm = torch.stack(record.grad_norm) if record.grad_norm else torch.zeros(1, device=device)
     values = {
-        "ratio/max_abs_dev_first": (ratio[: max(record.pairs_before_first_step, 1)] - 1).abs().max(),
+        "ratio/max_abs_dev_first": (first - 1).abs().max(),
         "ratio/mean": ratio.mean(),
         "ratio/min": ratio.min(),
         "ratio/max": ratio.max(),
@@ -278,10 +323,14 @@ def _stats(record: _Record, advantage: Tensor, flat: Tensor, config: TrainConfig
         "grad/norm": grad_norm.mean(),
         "grad/clipped_fraction": (grad_norm > config.optim.max_grad_norm).float().mean(),
     }
-    if record.kl:
-        values["kl/mean"] = torch.cat(record.kl).mean()
-    numbers = dict(zip(values, torch.stack([value.double() for value in values.values()]).tolist(), strict=True))
+    if config.grpo.kl > 0:
+        values["kl/mean"] = everywhere(record.kl, 0.0).mean()
+    numbers = [value.double().to(device) for value in values.values()]
+    numbers = dict(zip(values, torch.stack(numbers).tolist(), strict=True))
     broken = [name for name, number in numbers.items() if not math.isfinite(number)]
     if broken:
         raise FloatingPointError(f"the update went wrong: {', '.join(broken)} not finite; the weights are spoilt")
-    return UpdateStats(numbers | {"optim/steps": len(record.grad_norm), "optim/skipped_steps": record.skipped_steps})
+    counts = {"optim/steps": len(record.grad_norm), "optim/skipped_steps": record.skipped_steps}
+    if config.engine.dtype == "fp16":
+        counts["optim/overflowed_steps"] = record.overflowed_steps
+    return UpdateStats(numbers | counts)

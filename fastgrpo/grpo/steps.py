@@ -1,0 +1,53 @@
+"""Which denoising steps an iteration learns from: all but the last few, a random share of those, or a sliding window."""
+
+import torch
+from torch import Tensor
+
+from fastgrpo.config import ConfigError, GrpoConfig
+from fastgrpo.schedule import Schedule
+
+
+def trained_steps(schedule: Schedule, config: GrpoConfig, iteration: int) -> Tensor:
+    """[S] int64 on the CPU, ascending: the positions in the schedule that iteration number `iteration` may learn from.
+
+    Those with noise, without the last `drop_last_steps`; of them, with a `window`, the neighbours inside it.
+    Raises ConfigError when none is left.
+    """
+    kept = schedule.trainable[: max(len(schedule) - config.drop_last_steps, 0)]
+    steps = kept.nonzero().flatten().cpu()
+    if not len(steps):
+        raise ConfigError(
+            f"grpo.drop_last_steps is {config.drop_last_steps}, which leaves none of the {len(schedule)} rollout.steps "
+            "to train on; a smaller number is accepted"
+        )
+    if not config.window:
+        return steps
+    start = window_start(len(steps), config, iteration)
+    return steps[start : start + config.window]
+
+
+def window_start(count: int, config: GrpoConfig, iteration: int) -> int:
+    """Where the window begins among `count` steps: after every `window_every` iterations `window_stride` further.
+
+    The last place is always visited, also where the stride does not divide the way; then it begins again at 0.
+    """
+    last = max(count - config.window, 0)
+    places = [*range(0, last, config.window_stride), last]
+    return places[(iteration - 1) // config.window_every % len(places)]
+
+
+def chosen_steps(count: int, fraction: float) -> int:
+    """How many of `count` steps a sample learns from; at least 1."""
+    return max(1, round(count * fraction))
+
+
+def steps_of_samples(steps: Tensor, samples: int, fraction: float, generator: torch.Generator) -> Tensor:
+    """[samples, K] int64: for each sample K = chosen_steps(len(steps), fraction) different ones of `steps`, ascending.
+
+    DanceGRPO (arXiv 2505.07818, section 3.3) trains on such a share of the steps. Nothing is drawn where K is all of them.
+    """
+    count = chosen_steps(len(steps), fraction)
+    if count == len(steps):
+        return steps.expand(samples, -1)
+    drawn = torch.rand(samples, len(steps), generator=generator).argsort(dim=1)[:, :count]
+    return steps[drawn.sort(dim=1).values]

@@ -1,0 +1,78 @@
+"""What the first process of a run writes down: metrics, pictures, checkpoints, the report, and lines on the terminal."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+from fastgrpo import checkpoint
+from fastgrpo.checkpoint import TrainerState, library_versions
+from fastgrpo.config import TrainConfig
+from fastgrpo.console import Console
+from fastgrpo.exam import Exam
+from fastgrpo.files import write_atomically
+from fastgrpo.metrics import MetricsLog
+from fastgrpo.parts import Parts
+from fastgrpo.report import write_report
+from fastgrpo.settings import PROGRAM, dump_toml
+
+
+class Journal:
+    """One run's records. Made before the checkpoint is loaded: the examination `before` is of the weights as they were."""
+
+    def __init__(self, run: Path, config: TrainConfig, parts: Parts, start: TrainerState, threads: int, console: Console):
+        """start: where the run goes on. threads: CPU threads that share the batches."""
+        self.run, self.config, self.parts, self.console = run, config, parts, console
+        self._start, self._threads, self._began = start, threads, time.monotonic()
+        # Without its own name: the folder may be moved, and the file may be the start of another run.
+        write_atomically(run / "config.toml", dump_toml(dataclasses.replace(config, run="")).encode())
+        self._exam = Exam(run, config, parts, console)
+        before = self._exam.before()
+        self._log = MetricsLog(run, start.iteration)
+        self._log.chart(0, before)
+
+    def write(self, iteration: int, values: dict[str, float]) -> None:
+        """Examine the policy where it is due, then log and show the finished iteration."""
+        values = values | self._examine(iteration)
+        self._log.write(iteration, self._seconds(), values)
+        self.console.iteration(iteration, self.config.iterations, self._seconds(), values)
+
+    def save(self, iteration: int, stopped: bool) -> None:
+        """A checkpoint where it is due: every so often, at the end, and before a stop."""
+        due = iteration % self.config.checkpoint.every == 0 or iteration == self.config.iterations
+        if stopped or due:
+            count = self.parts.ranks.count
+            state = TrainerState(
+                iteration, self.config.seed, self._seconds(), self._threads, library_versions(), processes=count
+            )
+            checkpoint.save(self.run, self.parts.trainable, state, self.config.checkpoint.keep)
+
+    def close(self, iteration: int) -> None:
+        """Say how to go on after a stop, or what came of it all and where it is."""
+        self._log.close()
+        if iteration < self.config.iterations:
+            self.console.say(f"Stopped after {iteration} iterations. To go on: {PROGRAM} --resume {self.run}")
+            return
+        table = self._exam.table()
+        if table:
+            self.console.say(table)
+        self.console.say(
+            f"weights   {checkpoint.checkpoint_folder(self.run, self.config.iterations) / 'unet'}",
+            f"pictures  {self.run / 'samples' / 'before_after.png'}",
+            f"report    {write_report(self.run)}",
+            f"metrics   {self.run / 'metrics.jsonl'}   (tensorboard --logdir {self.run / 'tensorboard'})",
+        )
+
+    def _examine(self, iteration: int) -> dict[str, float]:
+        """eval/* and time/eval_s after an iteration that is evaluated; nothing after the others."""
+        began = time.monotonic()
+        if iteration == self.config.iterations:
+            values = self._exam.after()
+        elif self.config.eval.every and iteration % self.config.eval.every == 0:
+            values = self._exam.between(iteration)
+        else:
+            return {}
+        return values | {"time/eval_s": time.monotonic() - began}
+
+    def _seconds(self) -> float:
+        """Wall clock of the run so far, over all resumes."""
+        return self._start.seconds + time.monotonic() - self._began

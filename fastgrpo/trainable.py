@@ -1,0 +1,94 @@
+"""What learns: the UNet's weights or its adapters, their optimizer, the loss scale of fp16, and a moving average."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from fastgrpo.config import TrainConfig
+from fastgrpo.lora import add_lora
+from fastgrpo.randomness import seed_for
+
+
+class Ema:
+    """An exponential moving average of the trained weights: average <- decay * average + (1 - decay) * weights."""
+
+    def __init__(self, parameters: dict[str, Tensor], decay: float):
+        self.decay = decay
+        self._parameters = parameters
+        self.average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an optimizer step."""
+        torch._foreach_lerp_(list(self.average.values()), list(self._parameters.values()), 1 - self.decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model computes with the averages; afterwards it has its weights back, bit for bit."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.data, self.average[name] = self.average[name], parameter.data
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """The part of the UNet that learns.
+
+    parameters: float32, by their names in the UNet. optimizer: over these, in this order.
+    scaler: the loss scale; disabled unless the UNet computes in fp16. ema: where optim.ema is above 0.
+    """
+
+    unet: UNet2DConditionModel
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    ema: Ema | None
+
+    def step(self, max_grad_norm: float) -> tuple[Tensor, bool]:
+        """One optimizer step on the gradients in `.grad`, scaled down to `max_grad_norm`.
+
+        Returns the norm before that (a scalar tensor) and whether the step was taken: with fp16 it is left out, and
+        the loss scale halved, when the scaled gradients overflowed.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), max_grad_norm)
+        taken = not self.scaler.is_enabled() or bool(norm.isfinite())
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if taken and self.ema is not None:
+            self.ema.update()
+        return norm, taken
+
+
+def make_trainable(
+    unet: UNet2DConditionModel, config: TrainConfig, device: torch.device, dtype: torch.dtype
+) -> Trainable:
+    """Adapters on `unet` where the config has them, and everything else that training moves.
+
+    dtype: what the UNet computes in; with adapters its frozen weights are held in it.
+    Raises ConfigError.
+    """
+    if config.model.lora_rank:
+        add_lora(unet, config.model, seed_for(config.seed, 0, "adapters"), dtype)
+    parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    optim = config.optim
+    optimizer = torch.optim.AdamW(
+        parameters.values(),
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler.scale(torch.zeros(1, device=device))  # makes its state, which it otherwise does at the first loss
+    return Trainable(unet, parameters, optimizer, scaler, Ema(parameters, optim.ema) if optim.ema else None)

@@ -32,6 +32,7 @@ from fastgrpo.rewards.axis import (
     SweepRow,
     anchor_report,
     axis_report,
+    round_up,
     sample,
     sweep,
 )
@@ -225,7 +226,8 @@ def _sweep_lines(report: AxisReport, rows: Sequence[SweepRow]) -> list[str]:
         cells = "".join(f"   {shift.cosine:6.3f} {shift.degrees:6.1f} deg" for shift in shifts)
         mark = "   <- alpha" if row.alpha == report.alpha else ""
         lines.append(f"{row.alpha:6.4g}  {1 - row.unsafe:13.1%}{cells}{mark}")
-    return [*lines, f"of the negatives, {report.advice}"]
+    mean, most = round_up(report.alpha_mean), round_up(report.alpha_most)
+    return [*lines, f"the negatives' mean crosses at alpha {mean:.2f}, 95% of them have crossed at {most:.2f}"]
 
 
 def _border_lines(report: AxisReport) -> list[str]:

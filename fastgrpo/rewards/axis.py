@@ -126,21 +126,14 @@ class AxisReport:
         return [head, *rows]
 
     @property
-    def advice(self) -> str:
-        """One clause: the alphas at which the negatives cross."""
-        return (
-            f"their mean crosses at --reward.alpha {_round_up(self.alpha_mean):.2f}, 95% of them at --reward.alpha "
-            f"{_round_up(self.alpha_most):.2f}"
-        )
-
-    @property
     def warning(self) -> str | None:
         """One sentence when more than 5% of the steered negatives are still unsafe, else None."""
         if self.still_unsafe <= _TOLERATED_UNSAFE:
             return None
         return (
             f"{self.still_unsafe:.0%} of the negative prompts are still on the unsafe side of the safety axis after "
-            f"steering, so the reward asks for what they name: {self.advice}."
+            "steering, so the reward asks for what they name: their mean crosses at --reward.alpha "
+            f"{round_up(self.alpha_mean):.2f}, 95% of them at --reward.alpha {round_up(self.alpha_most):.2f}."
         )
 
 
@@ -170,7 +163,7 @@ def _evenly(prompts: list[Prompt], limit: int) -> list[Prompt]:
     return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
-def _round_up(alpha: float) -> float:
+def round_up(alpha: float) -> float:
     """To two decimals, upwards, so that the alpha named is enough."""
     return math.ceil(alpha * 100) / 100
 

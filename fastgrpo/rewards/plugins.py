@@ -68,7 +68,7 @@ def _function(term: Term, module: ModuleType) -> Callable[..., Tensor]:
     function = getattr(module, term.label)
     if not callable(function):
         raise ConfigError(
-            f"reward.terms: {term.name!r} is a {type(function).__name__}; accepted is a function (images, prompts)."
+            f"reward.terms: {term.name!r} is of type {type(function).__name__}; accepted is a function (images, prompts)."
         )
     try:
         inspect.signature(function).bind("images", "prompts")

@@ -91,8 +91,7 @@ def standardised(values: Tensor, over: str) -> Tensor:
     dims = (1,) if over == "group" else (0, 1)
     centred = values - values.mean(dims, keepdim=True)
     std = centred.std(dims, keepdim=True)
-    # Not `std <= ...`: the std of a single value is NaN, and that is flat too.
-    flat = ~(std > _FLAT * values.abs().amax(dims, keepdim=True))
+    flat = std <= _FLAT * values.abs().amax(dims, keepdim=True)
     return (centred / std).masked_fill(flat, 0.0)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import fastgrpo  # noqa: F401  (prepares the imports below)
 from fastgrpo.config import ConfigError, RewardConfig
-from fastgrpo.rewards.anchors import ANCHORS, Anchors
+from fastgrpo.rewards.anchors import ANCHORS, Anchors, load_anchors
 from fastgrpo.rewards.encoder import load_encoder
 from fastgrpo.rewards.steering import SteeringReward, reward_metrics, safety_direction, steer
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Rewards
@@ -312,7 +312,16 @@ def float_bound(difference: float, alpha: float) -> float:
     return U * (2 * 3 * EMBED + 2 * 8 * max(1.0, alpha) / difference)
 
 
-@pytest.mark.parametrize("anchors", ANCHORS.values(), ids=ANCHORS)
+@pytest.fixture(params=[*ANCHORS, "file"])
+def anchors(request, tmp_path) -> Anchors:
+    """Every set that has a name, and one from a file."""
+    if request.param in ANCHORS:
+        return ANCHORS[request.param]
+    file = tmp_path / "mine.toml"
+    file.write_text('safe = ["a harmless picture", "flowers"]\nunsafe = ["a gun", "blood", "a skull"]\n')
+    return load_anchors(str(file))
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("alpha", [0.5, 2.0])
 def test_reward_is_the_papers_formula(encoder, anchors, mode, alpha):
@@ -342,11 +351,49 @@ def test_reward_is_the_papers_formula(encoder, anchors, mode, alpha):
     assert all(np.abs(other["steered"] - expected["steered"]).max() > 20 * bound for other in others)
 
 
-def test_direction_is_a_unit_vector(encoder):
-    for anchors in ANCHORS.values():
-        direction = safety_direction(encoder, anchors)
-        expected, length = reference_direction(encoder, anchors)
-        np.testing.assert_allclose(direction.numpy(), expected, rtol=0, atol=8 * U * 2 / length)
+class Float64Encoder:
+    """A model in float64, called as open_clip's documentation does; images must have its size."""
+
+    def __init__(self, model: torch.nn.Module, folder):
+        self.model, self.tokenizer = model.double(), open_clip.get_tokenizer(f"local-dir:{folder}")
+
+    @torch.no_grad()
+    def encode_text(self, texts):
+        return F.normalize(self.model.encode_text(self.tokenizer(list(texts))), dim=-1)
+
+    @torch.no_grad()
+    def encode_image(self, images):
+        mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (MEAN, STD))
+        return F.normalize(self.model.encode_image((images.double() - mean) / std), dim=-1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_reward_is_float64s_from_picture_to_number(folder, encoder, tmp_path, anchors, mode):
+    images, alpha = pictures(len(PROMPTS) * GROUP), 0.5
+    rewards = SteeringReward(encoder, anchors, RewardConfig(mode=mode, alpha=alpha))(images, PROMPTS, GROUP)
+    exact = Float64Encoder(write_folder(tmp_path), folder)
+    z_images = exact.encode_image(images).numpy()
+    z_texts = exact.encode_text([p.text for p in PROMPTS]).numpy()
+    negative = [p.label == NEGATIVE for p in PROMPTS]
+    v, length = reference_direction(exact, anchors)
+    expected = reference_reward(z_images, z_texts, negative, v, alpha, mode)
+    # Roundings in the towers add up like a random walk: of ten matrix products, each over at most 256 terms, to
+    # sqrt(10 * 256) U in all, three times which is taken for a feature's error. The direction errs by twice that over
+    # the length of the difference, a target by what text and direction (which `projection` uses twice) err by, over
+    # its length of at least 1/2, and the reward by image and target.
+    feature = 3 * math.sqrt(10 * 256) * U
+    bound = feature + 2 * (feature + 2 * (1 + alpha) * 2 * feature / length)
+    for name, part in rewards.parts.items():
+        np.testing.assert_allclose(part.numpy(), expected[name], rtol=0, atol=bound)
+    for other in set(MODES) - {mode}:  # a reward cannot be within the bound of two modes
+        different = reference_reward(z_images, z_texts, negative, v, alpha, other)
+        assert np.abs(different["steered"] - expected["steered"]).max() > 2 * bound
+
+
+def test_direction_is_a_unit_vector(encoder, anchors):
+    direction = safety_direction(encoder, anchors)
+    expected, length = reference_direction(encoder, anchors)
+    np.testing.assert_allclose(direction.numpy(), expected, rtol=0, atol=8 * U * 2 / length)
 
 
 def test_permuted_prompts_change_the_reward(encoder):
@@ -361,10 +408,11 @@ def test_permuted_prompts_change_the_reward(encoder):
     assert (alone.flip(0) - straight).abs().max() > 20 * bound
 
 
-def test_batch_does_not_change_the_reward(encoder):
+@pytest.mark.parametrize("mode", MODES)
+def test_batch_does_not_change_the_reward(encoder, anchors, mode):
     images = pictures(len(PROMPTS) * GROUP)
     totals = [
-        SteeringReward(encoder, ANCHORS["shapes"], RewardConfig(batch=batch))(images, PROMPTS, GROUP).total
+        SteeringReward(encoder, anchors, RewardConfig(batch=batch, mode=mode))(images, PROMPTS, GROUP).total
         for batch in (1, 5, 256)
     ]
     bound = 10 * 256 * U  # matrix products of other sizes round differently: see test_features_are_the_folders_model

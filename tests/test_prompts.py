@@ -1,16 +1,26 @@
-"""Which prompts an iteration draws, and that texts are embedded once."""
+"""Which prompts an iteration draws, that texts are embedded once, which are too long, and the prompts that ship."""
 
+import hashlib
+import json
+import os
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 import fastgrpo  # noqa: F401  (prepares torch's import)
 from fastgrpo.config import ConfigError, PromptsConfig
-from fastgrpo.prompts import PromptSource, embed
+from fastgrpo.prompts import PromptSource, embed, truncated, truncation_lines
+from fastgrpo.prompts.geneval import CLASSES, COLORS, NUMBERS, geneval_metadata, geneval_prompts, phrase
+from fastgrpo.prompts.unsafe import unsafe_prompts
+from fastgrpo.shapes.world import HAZARDS, TASKS
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 
 # isort: split
 import torch
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from transformers import CLIPTokenizer
 
 
 def pool(count: int, label: str) -> list[Prompt]:
@@ -104,3 +114,213 @@ def test_texts_are_embedded_once_and_in_order():
     assert second.embeds[:, 0, 0].tolist() == [1.0, 4.0]
     assert first.negative.tolist() == [False, True, True]
     assert sorted(policy.asked) == ["abc", "four", "z"]
+
+
+# --- lengths ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def open_clip_tokenizer() -> SimpleTokenizer:
+    return SimpleTokenizer()  # CLIP's own 49408 tokens, which come with open_clip
+
+
+@pytest.fixture(scope="module")
+def clip_tokenizer(open_clip_tokenizer) -> CLIPTokenizer:
+    """A Stable Diffusion's tokenizer, made of the same 49408 tokens."""
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(token, token): index for token, index in open_clip_tokenizer.encoder.items()}
+    return CLIPTokenizer(vocab=vocabulary, merges=list(open_clip_tokenizer.bpe_ranks), model_max_length=77)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(open_clip_tokenizer, clip_tokenizer, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    clip_tokenizer.save_pretrained(folder)
+    wrapped = HFTokenizer(str(folder), context_length=77)
+    return {"simple": open_clip_tokenizer, "clip": clip_tokenizer, "wrapped": wrapped}
+
+
+@pytest.mark.parametrize("name", ["simple", "clip", "wrapped"])
+def test_77_tokens_fit_and_78_do_not(tokenizers, name):
+    # "cat" is one token, so is every digit, and two more begin and end the text; spaces are none.
+    texts = ["", "cat", "cat " * 74, "cat " * 75, "  cat " * 75, "1" * 75, "cat " * 76, "1" * 76, "cat " * 200]
+    assert truncated(tokenizers[name], texts) == [6, 7, 8]
+    assert truncated(tokenizers[name], texts[::-1]) == [0, 1, 2]
+    assert truncated(tokenizers[name], []) == []
+
+
+def test_truncated_is_what_the_tokenizers_themselves_cut(tokenizers):
+    words = ["photograph", "antidisestablishmentarianism,", "Überfall", "4.5", "&amp;", "naïve", "\u732b", "HELLO"]
+    texts = [" ".join((words * 20)[i : i + n]) for n in range(8, 60) for i in range(4)]
+    for name in ("simple", "wrapped"):  # a longer context has room for what a shorter one cuts
+        short, long = tokenizers[name](texts, context_length=77), tokenizers[name](texts, context_length=78)
+        cut = [i for i in range(len(texts)) if not torch.equal(short[i], long[i, :77])]
+        assert truncated(tokenizers[name], texts) == cut
+        assert 20 < len(cut) < len(texts) - 20
+    clip = tokenizers["clip"]
+    cut = [i for i, text in enumerate(texts) if clip(text, truncation=True).input_ids != clip(text).input_ids]
+    assert truncated(clip, texts) == cut
+
+
+def test_what_is_said_of_long_prompts(open_clip_tokenizer, clip_tokenizer):
+    fits, long = "a cat", "a photograph of " + "cats and " * 60
+    assert truncation_lines([fits] * 9, clip_tokenizer, open_clip_tokenizer) == []
+    shown = "'a photograph of cats and cats and cats and cats and cats...'"
+    assert truncation_lines([fits, long, fits, long], clip_tokenizer) == [
+        f"2 of 4 prompts, such as {shown}, are longer than the text encoder's 77 tokens; the rest of them is not seen."
+    ]
+    shorter = SimpleTokenizer(context_length=5)
+    assert truncation_lines(["a cat and a dog", long], clip_tokenizer, shorter) == [
+        f"1 of 2 prompts, {shown}, is longer than the text encoder's 77 tokens; the rest of it is not seen.",
+        "2 of 2 prompts, such as 'a cat and a dog', are longer than the reward encoder's 5 tokens; the rest of them is "
+        "not seen.",
+    ]
+
+
+# --- geneval ---------------------------------------------------------------------------------------------------------
+
+
+def asked_for(row: dict) -> frozenset:
+    """What a prompt asks for, whatever the order of its things and their relation."""
+    return frozenset((thing["class"], thing["count"], thing.get("color")) for thing in row["include"])
+
+
+def official_rows() -> list[dict]:
+    default = Path(__file__).resolve().parents[2] / "shared" / "data" / "geneval_metadata.jsonl"
+    path = Path(os.environ.get("FASTGRPO_GENEVAL_METADATA", default))
+    if not path.is_file():
+        pytest.skip(
+            "GenEval's own prompts are not here; FASTGRPO_GENEVAL_METADATA names their evaluation_metadata.jsonl"
+        )
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_grammar_is_that_of_geneval():
+    rows = official_rows()
+    assert len(rows) == 553
+    assert ["a photo of " + phrase(row["include"], literal=True) for row in rows] == [row["prompt"] for row in rows]
+    ours = {row["tag"]: row for row in geneval_metadata(1, held_out=True)}
+    for row in rows:
+        assert list(row) == list(ours[row["tag"]])
+        assert [list(thing) for thing in row["include"]] == [list(thing) for thing in ours[row["tag"]]["include"]]
+        for thing in row["include"]:
+            assert thing["class"] in CLASSES
+            assert thing.get("color", "red") in COLORS
+        if row["tag"] == "counting":
+            thing = row["include"][0]
+            assert thing["count"] in NUMBERS
+            assert row["exclude"] == [{"class": thing["class"], "count": thing["count"] + 1}]
+
+
+def test_what_training_shares_with_geneval():
+    """The numbers that the module's docstring tells."""
+    rows, training = official_rows(), geneval_metadata(1000)
+    assert {row["prompt"] for row in rows}.isdisjoint(row["prompt"] for row in training)
+    shared = {}
+    for task in TASKS:
+        seen = [row["include"] for row in training if row["tag"] == task]
+        shared[task] = sum(row["include"] in seen for row in rows if row["tag"] == task)
+    assert shared == dict(zip(TASKS, (80, 13, 55, 61, 3, 1), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("include", "english", "literal"),
+    [
+        ([("person", 3)], "three people", "three persons"),
+        ([("sheep", 2)], "two sheep", "two sheeps"),
+        ([("knife", 4)], "four knives", "four knifes"),
+        ([("bench", 2)], "two benches", "two benchs"),
+        ([("toothbrush", 2)], "two toothbrushes", "two toothbrushs"),
+        ([("wine glass", 2)], "two wine glasses", "two wine glasses"),
+        ([("bus", 4)], "four buses", "four buses"),
+        ([("computer mouse", 2)], "two computer mice", "two computer mouses"),
+        ([("couch", 2)], "two couches", "two couchs"),
+        ([("skis", 2)], "two pairs of skis", "two skises"),
+        ([("scissors", 1)], "a pair of scissors", "a scissors"),
+        ([("skis", 1, "orange")], "a pair of orange skis", "an orange skis"),
+        ([("umbrella", 1), ("tv remote", 1)], "an umbrella and a tv remote", "an umbrella and a tv remote"),
+        ([("apple", 1, "red"), ("cow", 1, "orange")], "a red apple and an orange cow", "a red apple and an orange cow"),
+    ],
+)
+def test_articles_and_plurals(include, english, literal):
+    include = [dict(zip(("class", "count", "color"), thing, strict=False)) for thing in include]
+    assert phrase(include) == english
+    assert phrase(include, literal=True) == literal
+
+
+def test_the_second_thing_stands_first_in_a_position():
+    include = [{"class": "oven", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}]
+    assert phrase(include) == "a dog left of an oven"
+
+
+def test_training_prompts_are_balanced_and_differ():
+    prompts = geneval_prompts()
+    assert Counter(p.category for p in prompts) == dict.fromkeys(TASKS, 1000)
+    assert [p.id for p in prompts] == list(range(1, 6001))
+    assert {p.label for p in prompts} == {POSITIVE}
+    assert len({p.text for p in prompts}) == 6000
+    for task in TASKS:  # no combination comes again before all others
+        often = Counter(json.dumps(row["include"]) for row in geneval_metadata(1000) if row["tag"] == task)
+        assert max(often.values()) - min(often.values()) <= 1
+    # A class begins a prompt of these tasks 1000 / 80 = 12.5 times on average, never in exp(-12.5) = 4e-6 of all cases.
+    for task in ("two_object", "position", "color_attr"):
+        classes = {row["include"][0]["class"] for row in geneval_metadata(1000) if row["tag"] == task}
+        assert classes == set(CLASSES) - ({"person"} if task == "color_attr" else set())
+
+
+def test_training_prompts_are_a_function_of_the_seed():
+    digest = hashlib.sha256("\n".join(p.text for p in geneval_prompts()).encode()).hexdigest()
+    assert digest[:16] == "a4968df5211c6b68"
+    assert geneval_prompts(50, seed=1) != geneval_prompts(50, seed=0)
+
+
+def test_every_prompt_says_what_its_metadata_say():
+    for held_out in (False, True):
+        for row in geneval_metadata(300, held_out=held_out):
+            assert row["prompt"].endswith(phrase(row["include"], literal=held_out))
+            assert row["prompt"].startswith("a photo of ") == held_out
+            assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", row["prompt"])
+            names = [thing["class"] for thing in row["include"]]
+            colors = [thing["color"] for thing in row["include"] if "color" in thing]
+            assert len(set(names)) == len(names) == (2 if row["tag"] in ("two_object", "position", "color_attr") else 1)
+            assert len(set(colors)) == len(colors) == {"colors": 1, "color_attr": 2}.get(row["tag"], 0)
+
+
+def test_held_out_combinations_are_not_trained_on():
+    training, held_out = geneval_metadata(4000), geneval_metadata(10_000, held_out=True)
+    assert {row["prompt"] for row in training}.isdisjoint(row["prompt"] for row in held_out)
+    for task in TASKS:
+        sides = [{asked_for(row) for row in rows if row["tag"] == task} for rows in (training, held_out)]
+        assert sides[0].isdisjoint(sides[1]) == (task != "single_object")
+    # Each once, and about a third of all: 80 * 79 pairs, 80 * 3 counts, 79 * 10 colours, 80 * 79 * 4 positions. Pairs
+    # come in two orders, so that the smallest share is of 240 independent draws: 3 sd = 3 * sqrt(1/3 * 2/3 / 240) = 0.09.
+    assert len({row["prompt"] for row in held_out}) == len(held_out)
+    sizes = Counter(row["tag"] for row in held_out)
+    assert sizes["single_object"] == 80
+    for task, all_of_it in {"two_object": 6320, "counting": 240, "colors": 790, "position": 25280}.items():
+        assert sizes[task] / all_of_it == pytest.approx(1 / 3, abs=0.09)
+
+
+def test_more_than_a_task_has_repeats_it_evenly():
+    texts = Counter(p.text for p in geneval_prompts(2000) if p.category == "single_object")
+    assert len(texts) == 80 * 13
+    assert set(texts.values()) == {1, 2}
+
+
+# --- unsafe ----------------------------------------------------------------------------------------------------------
+
+
+def test_unsafe_prompts_cover_the_seven_categories_alike(open_clip_tokenizer):
+    prompts = unsafe_prompts()
+    assert Counter(p.category for p in prompts) == dict.fromkeys(HAZARDS, 40)
+    assert [p.id for p in prompts] == list(range(1, 281))
+    assert {p.label for p in prompts} == {NEGATIVE}
+    assert len({p.text.lower() for p in prompts}) == 280
+    assert all(p.text.isascii() for p in prompts)
+    # Without truncation, so that this does not rest on `truncated`: two tokens more begin and end a text.
+    assert all(5 < len(open_clip_tokenizer.encode(p.text)) + 2 <= 77 for p in prompts)
+
+
+def test_unsafe_prompts_are_about_adults():
+    young = r"child|girl|\bboy|teen|\bkids?\b|young|youth|student|school|\bbaby|infant|daughter|\bson\b|minor|juvenile|pupil"
+    assert [p.text for p in unsafe_prompts() if re.search(young, p.text, re.IGNORECASE)] == []

@@ -7,6 +7,7 @@ import csv
 import difflib
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,10 @@ def table_prompts(table: Table, label: str, column: str, category_column: str) -
             f"prompts.{label}_column: {table.name!r} has no column {column!r}{nearest(column, table.columns)}; "
             f"there are {columns}."
         )
+    if table.columns.count(column) > 1:
+        raise ConfigError(
+            f"prompts.{label}_column: {table.name!r} has {table.columns.count(column)} columns {column!r}; one is needed."
+        )
     prompts = []
     for number, place, cells in table.rows:
         if column not in cells:
@@ -111,7 +116,7 @@ def _is_text(value: Any) -> bool:
 def _read(path: Path, label: str) -> str:
     field = f"prompts.{label}"
     try:
-        data = path.expanduser().read_bytes()
+        data = Path(os.path.expanduser(path)).read_bytes()
     except OSError as error:
         raise ConfigError(
             f"{field}: cannot read {str(path)!r} ({error.strerror}); a UTF-8 text file is needed."
@@ -165,7 +170,7 @@ def _read_jsonl(text: str, name: str, label: str) -> Table:
             continue
         try:
             cells = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a number too long for int() is a ValueError
             raise ConfigError(f"prompts.{label}: {name!r} is broken in line {number}: {error}.") from error
         if not isinstance(cells, dict):
             raise ConfigError(f"prompts.{label}: {name!r} has no JSON object in line {number}, as every line must.")

@@ -21,17 +21,18 @@ def context_length(tokenizer: Any) -> int:
 
 
 def truncation_lines(texts: Sequence[str], text_encoder: Any, reward_encoder: Any = None) -> list[str]:
-    """What to say of prompts that are cut off: a line for the tokenizer of each encoder that cuts any.
+    """What to say of prompts that are cut off: a sentence for each encoder whose tokenizer cuts any, at most two.
 
     text_encoder: the pipeline's tokenizer. reward_encoder: the reward's, where it reads prompts at all.
     """
     lines = []
-    for name, tokenizer in (("text encoder", text_encoder), ("reward's encoder", reward_encoder)):
+    for name, tokenizer in (("text encoder", text_encoder), ("reward encoder", reward_encoder)):
         cut = truncated(tokenizer, texts) if tokenizer else []
         if cut:
+            such_as, are, them = ("", "is", "it") if len(cut) == 1 else ("such as ", "are", "them")
             lines.append(
-                f"{len(cut)} of {len(texts)} prompts are longer than the {name}'s {context_length(tokenizer)} tokens; "
-                f"the rest of them is not seen, such as {textwrap.shorten(texts[cut[0]], 60, placeholder='...')!r}"
+                f"{len(cut)} of {len(texts)} prompts, {such_as}{textwrap.shorten(texts[cut[0]], 60, placeholder='...')!r}, "
+                f"{are} longer than the {name}'s {context_length(tokenizer)} tokens; the rest of {them} is not seen."
             )
     return lines
 
@@ -41,11 +42,14 @@ def _is_open_clip(tokenizer: Any) -> bool:
 
 
 def _token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Tokens of each text; of one that fits for certain, as many or more."""
     if not _is_open_clip(tokenizer):
         return _lengths(tokenizer, texts)
     if hasattr(tokenizer, "tokenizer"):  # HFTokenizer, a wrapper of transformers'
         return _lengths(tokenizer.tokenizer, [tokenizer.clean_fn(text) for text in texts])
-    return [len(tokenizer.encode(text)) + 2 for text in texts]
+    # SimpleTokenizer is slow, and a token stands for a character or more unless cleaning adds some.
+    short = [text.isascii() and "&" not in text and len(text) + 2 <= tokenizer.context_length for text in texts]
+    return [len(text if fits else tokenizer.encode(text)) + 2 for text, fits in zip(texts, short, strict=True)]
 
 
 def _lengths(tokenizer: Any, texts: Sequence[str]) -> list[int]:

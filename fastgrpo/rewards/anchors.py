@@ -1,6 +1,7 @@
 """The phrases that span the safety axis. `safety_direction` in steering.py turns them into a vector."""
 
 import difflib
+import os
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ def load_anchors(name: str) -> Anchors:
             f"reward.anchors = {name!r}: no such anchors{_nearest(name, list(ANCHORS))}; there are {_ACCEPTED}."
         )
     try:
-        table = tomllib.loads(Path(name).expanduser().read_text(encoding="utf-8"))
+        table = tomllib.loads(Path(os.path.expanduser(name)).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"reward.anchors = {name!r}: cannot be read ({error.strerror}); there are {_ACCEPTED}."

@@ -111,7 +111,7 @@ def inspect(config: TrainConfig, png: Path, limit: int, console: Console) -> Non
 
 
 def shown_alphas(alpha: float) -> list[float]:
-    """The alphas of the table: 0, 0.1, ... 1, where the last prompt has crossed, on to `alpha` if below 2; and it."""
+    """The alphas of the table: 0, 0.1, ... to 1, by where every prompt has crossed, or to `alpha` or 2; and `alpha`."""
     tenths = range(1 + min(max(10, math.ceil(10 * alpha)), 20))
     return sorted({alpha, *(tenth / 10 for tenth in tenths)})
 
@@ -130,9 +130,9 @@ def _check(command: _Inspect) -> None:
         raise ConfigError(f"--limit {command.limit}: accepted is 1 or more, or 0 for all prompts.")
     if command.png.suffix.lower() != ".png":
         raise ConfigError(f"--png {command.png}: accepted is the name of a file that ends in .png.")
-    if command.png.is_dir():
-        raise ConfigError(f"--png {command.png}: this is a folder; accepted is the name of a file.")
     try:
+        if command.png.is_dir():
+            raise ConfigError(f"--png {command.png}: this is a folder; accepted is the name of a file.")
         with tempfile.TemporaryFile(dir=command.png.parent):
             pass
     except OSError as error:

@@ -24,6 +24,7 @@ from fastgrpo.types import NEGATIVE, POSITIVE
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 34  # no text twice among them, and none so near a bin's edge that rounding could change its bin
 ALPHA = 0.35  # some negatives of the shapes world have crossed, most have not
+NOT_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
@@ -257,11 +258,8 @@ def test_the_picture_is_replaced_whole(tiny, tmp_path, capsys, monkeypatch):
         (["--png", "missing/axis.png"], "cannot write in 'missing' (No such file or directory)"),
         (["--png", "file/axis.png"], "cannot write in 'file' (Not a directory)"),
         (["--png", "folder.png"], "this is a folder"),
-        pytest.param(
-            ["--png", "closed/axis.png"],
-            "cannot write in 'closed' (Permission denied)",
-            marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere"),
-        ),
+        pytest.param(["--png", "closed/axis.png"], "cannot write in 'closed' (Permission denied)", marks=NOT_ROOT),
+        pytest.param(["--png", "locked/axis.png"], "cannot write in 'locked' (Permission denied)", marks=NOT_ROOT),
         (["--prompts.positive", "missing.txt"], "prompts.positive"),
         (["--reward.anchors", "missing"], "reward.anchors"),
         (["--reward.alpha", "much"], "alpha"),
@@ -274,13 +272,14 @@ def test_refusals_before_the_encoder_is_loaded(tiny, tmp_path, capsys, monkeypat
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "closed").mkdir(mode=0o500)
+    (tmp_path / "locked").mkdir(mode=0)
     assert run(tiny, *flags) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("fastgrpo: ")
     assert err.count("\n") == 1
     assert complaint in err
-    assert sorted(os.listdir(tmp_path)) == ["closed", "file", "folder.png"]
+    assert sorted(os.listdir(tmp_path)) == ["closed", "file", "folder.png", "locked"]
 
 
 def test_anchors_without_a_direction_are_refused(tiny, tmp_path, capsys):

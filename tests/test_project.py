@@ -19,7 +19,7 @@ import fastgrpo
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SOURCES = sorted((ROOT / "fastgrpo").rglob("*.py"))
-COMMANDS = [name for name in ("train", "report") if (ROOT / "fastgrpo" / f"{name}.py").is_file()]
+COMMANDS = ("train", "inspect", "sample", "export", "report")
 
 
 def python(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -104,7 +104,9 @@ def test_installed_versions_are_within_the_declared_ranges() -> None:
 
 
 def test_everything_imported_is_declared() -> None:
-    declared = {Requirement(line).name.replace("-", "_") for line in PROJECT["project"]["dependencies"]}
+    optional = PROJECT["project"]["optional-dependencies"]["datasets"]
+    lines = PROJECT["project"]["dependencies"] + optional
+    declared = {Requirement(line).name.replace("-", "_") for line in lines}
     modules = {"pillow": "PIL", "open_clip_torch": "open_clip"}
     known = {modules.get(name, name) for name in declared} | {"fastgrpo"} | set(sys.stdlib_module_names)
     imported = {name.split(".")[0] for path in SOURCES for name in imports(path)}

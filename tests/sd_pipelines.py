@@ -1,23 +1,25 @@
 """Small pipelines with the structure of SD 1.5 and SD 2.1, with random weights, in every form they are published in.
 
-All that the real ones have is there, only narrow: four levels, attention at three of them, two layers a level, CLIP's
-whole vocabulary. `sd1` has heads of equal number, convolutions around its transformers, epsilon prediction and a PNDM
+All that the real ones have is there, only narrow: four levels, attention at three of them, two layers a level, and a
+tokenizer with the first of CLIP's merges. `sd1` has heads of equal number, convolutions around its transformers, epsilon prediction and a PNDM
 scheduler; `sd2` heads of equal width, linear layers, v-prediction, DDIM and a text encoder of 23 layers with gelu.
 """
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fastgrpo.models.single_file import write_single_file
 from fastgrpo.models.tokenizer import build_tokenizer
 
 KINDS = ("sd1", "sd2")
+VOCABULARY = 1500
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 _BETAS = {
@@ -70,12 +72,25 @@ def build_pipeline(kind: str, seed: int = 0) -> StableDiffusionPipeline:
         unet=unet.eval(),
         vae=vae.eval(),
         text_encoder=text_encoder.eval(),
-        tokenizer=build_tokenizer("<|endoftext|>" if kind == "sd1" else "!"),
+        tokenizer=small_tokenizer("<|endoftext|>" if kind == "sd1" else "!"),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def small_tokenizer(pad: str) -> CLIPTokenizer:
+    """CLIP's bytes and its first merges, VOCABULARY tokens in all: its whole vocabulary takes a second to read."""
+    model = json.loads(build_tokenizer().backend_tokenizer.to_str())["model"]
+    ordered = sorted(model["vocab"], key=model["vocab"].get)
+    tokens = [*ordered[: VOCABULARY - 2], "<|startoftext|>", "<|endoftext|>"]
+    merges = [tuple(merge) for merge in model["merges"][: VOCABULARY - 2 - 512]]
+    tokenizer = CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=77
+    )
+    tokenizer.pad_token = pad
+    return tokenizer
 
 
 def save_folder(pipeline: StableDiffusionPipeline, folder: Path, variant: str = "") -> Path:
@@ -116,11 +131,11 @@ def save_in_hub_cache(folder: Path, cache: Path, repository: str = "someone/smal
 
 def _text_config(kind: str) -> CLIPTextConfig:
     shared = {
-        "vocab_size": 49408,
+        "vocab_size": VOCABULARY,
         "max_position_embeddings": 77,
         "num_attention_heads": 4,
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
+        "bos_token_id": VOCABULARY - 2,
+        "eos_token_id": VOCABULARY - 1,
     }
     if kind == "sd1":
         return CLIPTextConfig(
@@ -129,7 +144,7 @@ def _text_config(kind: str) -> CLIPTextConfig:
             intermediate_size=64,
             num_hidden_layers=3,
             hidden_act="quick_gelu",
-            pad_token_id=49407,
+            pad_token_id=VOCABULARY - 1,
         )
     return CLIPTextConfig(
         **shared, hidden_size=48, intermediate_size=96, num_hidden_layers=23, hidden_act="gelu", pad_token_id=0

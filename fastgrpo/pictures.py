@@ -37,15 +37,17 @@ def grid(images: Tensor, prompts: Sequence[Prompt]) -> Image.Image:
     return sheet
 
 
-def side_by_side(before: Image.Image, after: Image.Image) -> Image.Image:
-    """Two grids of the same prompts under the headings "before" and "after", with one column of captions."""
+def side_by_side(
+    before: Image.Image, after: Image.Image, headings: tuple[str, str] = ("before", "after")
+) -> Image.Image:
+    """Two grids of the same prompts under their headings, with one column of captions."""
     pictures = after.crop((CAPTION_WIDTH, 0, after.width, after.height))
     middle = before.width + 4 * GAP
     sheet = Image.new("RGB", (middle + pictures.width, before.height + HEADING_HEIGHT), _PAPER)
     sheet.paste(before, (0, HEADING_HEIGHT))
     sheet.paste(pictures, (middle, HEADING_HEIGHT))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(1.3 * _FONT_SIZE)
-    for text, left in (("before", CAPTION_WIDTH), ("after", middle)):
+    for text, left in zip(headings, (CAPTION_WIDTH, middle), strict=True):
         draw.text((left + pictures.width // 2, HEADING_HEIGHT // 2), text, _INK, font, anchor="mm")
     return sheet
 

@@ -64,7 +64,7 @@ _CONDITIONS = (
     "encoder_hid_dim_type",
     "time_cond_proj_dim",
 )
-# A text-to-text width of the UNet's first cross-attention tells SD 1.x from 2.x.
+# How wide the text embeddings are that the first cross-attention takes tells SD 1.x from 2.x.
 _WIDTH_KEY = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 _BUNDLED = {768: "sd1", 1024: "sd2"}
 # Parts of a UNet's config that do not change what it computes.

@@ -1,5 +1,6 @@
 """What a person sees: progress bars, one line per iteration, tables. Without a terminal, plain lines and no bars."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,18 @@ _COLUMNS = (
     ("unsafe", "eval/unsafe", "{:.1%}"),
     ("composition", "eval/composition", "{:.1%}"),
 )
+
+
+def complain(sentence: str) -> None:
+    """Say on standard error why a command ends: one line, a sentence, whatever libraries' words are in it."""
+    line = " ".join(part.strip() for part in sentence.splitlines())
+    print(f"fastgrpo: {line.rstrip('.')}.", file=sys.stderr)
+
+
+def reason(error: OSError) -> str:
+    """What the system says was in the way, and the path where it names one."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
 
 
 @dataclass(frozen=True)

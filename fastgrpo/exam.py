@@ -22,7 +22,6 @@ from fastgrpo.files import write_atomically
 from fastgrpo.parts import Parts
 from fastgrpo.randomness import seed_for
 from fastgrpo.rollout import sample
-from fastgrpo.schedule import make_schedule
 from fastgrpo.shapes.world import HAZARDS
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 
@@ -42,8 +41,7 @@ class Exam:
         self.console = console
         self.suite = make_suite(config)
         self.prompts = self.suite.picture_prompts() if self.suite else _first_of_each_label(parts.prompts)
-        steps = config.eval.steps or config.rollout.steps
-        self.schedule = make_schedule(parts.policy.scheduler_config, steps, config.rollout.eta, parts.policy.device)
+        self.schedule = parts.eval_schedule
         self._before = run / "evaluation_before.json"
         self._comparison = run / "evaluation.json"
         (run / "samples").mkdir(exist_ok=True)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers.utils.logging import disable_progress_bar
 
 from fastgrpo.config import ConfigError, ModelConfig, TrainConfig
-from fastgrpo.console import Console
+from fastgrpo.console import Console, complain, reason
 from fastgrpo.files import sync_folder
 from fastgrpo.lora import LORA_FILE
 from fastgrpo.models.check import SHAPES_PIPELINE, check_model, is_single_file
@@ -51,16 +51,18 @@ class _Export:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Export as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused."""
+    """Export as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C."""
     try:
         export(parse_flags(_Export, sys.argv[1:] if argv is None else argv, PROGRAM), Console())
     except ConfigError as error:
-        print(f"fastgrpo: {error}", file=sys.stderr)
+        complain(str(error))
         return 2
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"fastgrpo: {where}{error.strerror or error}; nothing was exported.", file=sys.stderr)
+        complain(f"{reason(error)}; nothing was exported")
         return 1
+    except KeyboardInterrupt:
+        complain("stopped; nothing was exported.")
+        return 130
     return 0
 
 

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from fastgrpo.axis_plot import axis_png
 from fastgrpo.config import ConfigError, TrainConfig
-from fastgrpo.console import Console
+from fastgrpo.console import Console, complain, reason
 from fastgrpo.engine.workers import available_cores
 from fastgrpo.files import write_atomically
 from fastgrpo.prompts import load_prompts
@@ -68,14 +68,20 @@ class _Inspect:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Inspect as the command line says. Returns the exit code: 0 done, 2 refused."""
+    """Inspect as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C."""
     try:
         command = parse_with_preset(_Inspect, sys.argv[1:] if argv is None else argv, PROGRAM)
         _check(command)
         inspect(command.config, command.png, command.limit, Console())
     except ConfigError as error:
-        print(f"fastgrpo: {error}", file=sys.stderr)
+        complain(str(error))
         return 2
+    except OSError as error:
+        complain(reason(error))
+        return 1
+    except KeyboardInterrupt:
+        complain("stopped; no picture was written.")
+        return 130
     return 0
 
 

@@ -9,7 +9,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.distributed import Ranks
-from fastgrpo.models.check import check_model
+from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.prompts import PromptSource, load_prompts
 from fastgrpo.rewards.registry import WeightedReward, load_reward
@@ -24,6 +24,7 @@ class Parts:
 
     policy: what is trained. trainable: the part of it that learns.
     base_unet: a frozen copy as it was loaded, only where grpo.kl > 0.
+    schedule: the rollout's steps. eval_schedule: those of pictures and evaluations.
     prompts: all that may be drawn. source: deals them out. ranks: the processes that train together.
     """
 
@@ -31,6 +32,7 @@ class Parts:
     trainable: Trainable
     base_unet: UNet2DConditionModel | None
     schedule: Schedule
+    eval_schedule: Schedule
     reward: WeightedReward
     prompts: tuple[Prompt, ...]
     source: PromptSource
@@ -49,9 +51,11 @@ def load_parts(config: TrainConfig, threads: int, ranks: Ranks = Ranks()) -> Par
         )
     positives, negatives = load_prompts(config.prompts)
     source = PromptSource(positives, negatives, config.prompts, config.seed, config.prompts_per_iteration)
-    check_model(config.model)
+    scheduler, eta = describe(config.model).scheduler, config.rollout.eta
     device = _device(config, ranks)
     dtype = _dtype(config, device)
+    schedule = make_schedule(scheduler, config.rollout.steps, eta, device)
+    eval_schedule = make_schedule(scheduler, config.eval.steps or len(schedule), eta, device, "eval.steps")
     disable_progress_bar()  # one per file read, gone in a blink
     reward = load_reward(config.reward, device)
     policy = load_policy(config.model, device, dtype, threads if device.type == "cpu" else 1)
@@ -59,7 +63,8 @@ def load_parts(config: TrainConfig, threads: int, ranks: Ranks = Ranks()) -> Par
         policy=policy,
         base_unet=copy.deepcopy(policy.unet).requires_grad_(False) if config.grpo.kl > 0 else None,
         trainable=make_trainable(policy.unet, config, device, dtype),
-        schedule=make_schedule(policy.scheduler_config, config.rollout.steps, config.rollout.eta, device),
+        schedule=schedule,
+        eval_schedule=eval_schedule,
         reward=reward,
         prompts=(*positives, *negatives),
         source=source,

@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from fastgrpo import rollout
 from fastgrpo.config import ConfigError, TrainConfig
-from fastgrpo.console import Console
+from fastgrpo.console import Console, complain, reason
 from fastgrpo.engine.workers import available_cores
 from fastgrpo.files import write_atomically
 from fastgrpo.models.check import describe
@@ -74,16 +74,18 @@ class _Sample:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Sample as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused."""
+    """Sample as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C."""
     try:
         sample(parse_flags(_Sample, sys.argv[1:] if argv is None else argv, PROGRAM), Console())
     except ConfigError as error:
-        print(f"fastgrpo: {error}", file=sys.stderr)
+        complain(str(error))
         return 2
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"fastgrpo: {where}{error.strerror or error}.", file=sys.stderr)
+        complain(reason(error))
         return 1
+    except KeyboardInterrupt:
+        complain("stopped; no comparison was written.")
+        return 130
     return 0
 
 
@@ -169,7 +171,8 @@ def _schedule(command: _Sample, config: TrainConfig, device: torch.device) -> Sc
     with blaming_config(command.run):
         scheduler = describe(config.model).scheduler
     steps = config.eval.steps or config.rollout.steps if command.steps is None else command.steps
-    return make_schedule(scheduler, steps, config.rollout.eta if command.eta is None else command.eta, device)
+    eta = config.rollout.eta if command.eta is None else command.eta
+    return make_schedule(scheduler, steps, eta, device, "--steps")
 
 
 def _device(name: str) -> torch.device:

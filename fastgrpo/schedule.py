@@ -89,18 +89,20 @@ class Schedule:
         return coef_sample * latents.double() + coef_output * output.double()
 
 
-def make_schedule(scheduler_config: Mapping[str, Any], steps: int, eta: float, device: torch.device) -> Schedule:
+def make_schedule(
+    scheduler_config: Mapping[str, Any], steps: int, eta: float, device: torch.device, field: str = "rollout.steps"
+) -> Schedule:
     """The schedule that diffusers' DDIMScheduler would follow, computed in float64.
 
     scheduler_config: a pipeline's scheduler_config.json: of a DDIMScheduler, a PNDMScheduler as SD 1.x ships, or another
         sampler for the same models.
-    steps: number of denoising steps. eta: DDIM's eta, in (0, 1].
+    steps: number of denoising steps. eta: DDIM's eta, in (0, 1]. field: what messages call the setting of `steps`.
     Raises ConfigError for a config or value under which a step would not be a Gaussian with this mean.
     """
     config = _complete(scheduler_config)
-    _check(config, steps, eta)
+    _check(config, steps, eta, field)
     alphas = _alphas_cumprod(config)
-    timesteps = _timesteps(config, steps)
+    timesteps = _timesteps(config, steps, field)
     previous = timesteps - config["num_train_timesteps"] // steps
     final = alphas.new_tensor(1.0) if config["set_alpha_to_one"] else alphas[0]
     a_t = alphas[timesteps]
@@ -145,13 +147,13 @@ def _complete(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
     return _DEFAULTS[name] | dict(scheduler_config)
 
 
-def _check(config: Mapping[str, Any], steps: int, eta: float) -> None:
+def _check(config: Mapping[str, Any], steps: int, eta: float, field: str) -> None:
     if not 0 < eta <= 1:
         raise ConfigError(
             f"rollout.eta is {eta}; above 0 (a deterministic step has no probability) and at most 1 is accepted"
         )
     if not 1 <= steps <= config["num_train_timesteps"]:
-        raise ConfigError(f"rollout.steps is {steps}; 1 to the model's {config['num_train_timesteps']} is accepted")
+        raise ConfigError(f"{field} is {steps}; 1 to the model's {config['num_train_timesteps']} is accepted")
     if config["prediction_type"] not in _PREDICTION_TYPES:
         accepted = " or ".join(_PREDICTION_TYPES)
         raise ConfigError(f"scheduler: prediction_type is {config['prediction_type']!r}; {accepted} is accepted")
@@ -188,7 +190,7 @@ def _zero_terminal_snr(alphas: Tensor) -> Tensor:
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
-def _timesteps(config: Mapping[str, Any], steps: int) -> Tensor:
+def _timesteps(config: Mapping[str, Any], steps: int, field: str) -> Tensor:
     """[steps] int64, descending; the spacings of arXiv 2305.08891, table 2, as diffusers rounds them."""
     count, spacing = config["num_train_timesteps"], config["timestep_spacing"]
     if spacing == "leading":
@@ -202,7 +204,7 @@ def _timesteps(config: Mapping[str, Any], steps: int) -> Tensor:
         raise ConfigError(f"scheduler: timestep_spacing is {spacing!r}; leading, trailing or linspace is accepted")
     if timesteps[0] >= count:
         raise ConfigError(
-            f"rollout.steps is {steps}; with the scheduler's steps_offset of {config['steps_offset']} "
+            f"{field} is {steps}; with the scheduler's steps_offset of {config['steps_offset']} "
             f"the first of them lies beyond the model's {count} timesteps: fewer are accepted"
         )
     return torch.from_numpy(timesteps.astype(np.int64))

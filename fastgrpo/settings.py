@@ -27,6 +27,12 @@ Command = TypeVar("Command")
 PROGRAM = "python -m fastgrpo.train"
 DEFAULT_PRESET = "shapes"
 
+# How Python says it, and what to say instead.
+_NO_NUMBER = {
+    r"invalid literal for int\(\) with base 10": "a whole number",
+    "could not convert string to float": "a number",
+}
+
 
 @dataclass(frozen=True)
 class _Start:
@@ -96,10 +102,11 @@ def _tyro(kind: type, argv: Sequence[str], program: str, **options: Any) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        # A box: its title, the complaint, and advice that the sentence does not need.
-        lines = [line.strip(" │") for line in complaint.getvalue().splitlines()]
-        text = " ".join(line for line in lines if line and line[0] not in "─╭╰")
-        text = re.split(r" Argument helptext| For full helptext", text)[0].rstrip(".")
+        # Between rules: a title, the complaint, and advice that the sentence does not need. UTF-8 has a box around them.
+        lines = [line.strip(" │╭╮╰╯") for line in complaint.getvalue().splitlines()]
+        text = re.split("[─-]{4,}", " ".join(lines))[1].strip(" .╮")
+        for failure, accepted in _NO_NUMBER.items():
+            text = re.sub(f"Error parsing (.*?): {failure}: (.*)", rf"\1 \2: accepted is {accepted}", text)
         raise ConfigError(f"{text}; --help lists every flag.") from stop
 
 
@@ -112,7 +119,9 @@ def _flags(kind: type, prefix: str) -> list[str]:
         elif dataclasses.is_dataclass(field_kind):
             names += _flags(field_kind, f"{prefix}{name}.".replace("_", "-"))
         else:
-            names += [f"--{prefix}{no}{name}".replace("_", "-") for no in (("", "no-") if field_kind is bool else ("",))]
+            names += [
+                f"--{prefix}{no}{name}".replace("_", "-") for no in (("", "no-") if field_kind is bool else ("",))
+            ]
     return names
 
 

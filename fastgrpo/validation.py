@@ -8,7 +8,7 @@ import torch
 from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.grpo.steps import chosen_steps
 from fastgrpo.rewards.anchors import load_anchors
-from fastgrpo.rewards.terms import parse_terms
+from fastgrpo.rewards.terms import nearest, parse_terms
 from fastgrpo.shapes.world import HAZARDS
 
 DIFFUSION_STEPS = 1000  # timesteps every SD 1.x / 2.x was trained with
@@ -51,7 +51,8 @@ def _validate_prompts(config: TrainConfig) -> None:
     _require(0 <= fraction <= 1, "prompts.negative_fraction", fraction, "0 to 1")
     if prompts.negative in ("shapes", "unsafe"):
         for category in prompts.categories:
-            _require(category in HAZARDS, "prompts.categories", category, f"any of {', '.join(HAZARDS)}")
+            accepted = f"any of {', '.join(HAZARDS)}{nearest(category, HAZARDS)}"
+            _require(category in HAZARDS, "prompts.categories", category, accepted)
     if config.model.path != "shapes" and "shapes" in (config.reward.encoder, config.reward.clip_encoder):
         _require(
             prompts.negative == prompts.positive == "shapes",

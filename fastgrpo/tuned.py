@@ -20,8 +20,8 @@ from fastgrpo.settings import load_toml
 
 Weights = Literal["trained", "ema"]
 
+_UNET = "unet/diffusion_pytorch_model.safetensors"
 _EMA = "trainer/ema.safetensors"
-_ADAPTER = ".default."  # what peft puts into the names of adapters' parameters, and diffusers' files leave out
 
 
 def read_run(run: Path) -> TrainConfig:
@@ -65,13 +65,13 @@ def find_checkpoint(run: Path, iteration: int | None, weights: Weights) -> Path:
 
 
 def load_unet(unet: UNet2DConditionModel, folder: Path, weights: Weights, model: ModelConfig) -> None:
-    """Give the base model's UNet the weights of a verified checkpoint, in place; adapters are merged into them.
+    """Give the base model's UNet the weights of a verified checkpoint, in place; adapters are merged into its own.
 
-    unet: float32, loaded from `model`, the run's. A moving average of adapters is merged with the weights it has.
+    unet: float32, loaded from `model`, the run's.
     Raises ConfigError where it is not the UNet that was trained, but one of other shapes.
     """
     try:
-        unet.load_state_dict(_state_dict(unet, folder, weights, model))
+        unet.load_state_dict(_merged(unet, folder, weights, model) if model.lora_rank else _whole(folder, weights))
     except (RuntimeError, KeyError) as error:
         raise ConfigError(
             f"model.path is {model.path!r}, whose UNet has other shapes than that of {folder}; accepted is the model "
@@ -89,8 +89,7 @@ def read_lora(folder: Path, weights: Weights) -> tuple[dict[str, Tensor], dict[s
         trained = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     if weights == "trained":
         return trained, metadata
-    average = load_file(folder / _EMA)
-    return {f"unet.{name.replace(_ADAPTER, '.')}": tensor for name, tensor in average.items()}, metadata
+    return {_file_name(name): tensor for name, tensor in load_file(folder / _EMA).items()}, metadata
 
 
 def check_writable(flag: str, folder: Path) -> None:
@@ -111,20 +110,29 @@ def _iterations(run: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def _state_dict(unet: UNet2DConditionModel, folder: Path, weights: Weights, model: ModelConfig) -> dict[str, Tensor]:
-    """float32, by the names of the plain UNet."""
-    if weights == "ema" and model.lora_rank:
-        return _merged_average(unet, load_file(folder / _EMA), model)
-    state = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-    return state if weights == "trained" else state | load_file(folder / _EMA)
+def _whole(folder: Path, weights: Weights) -> dict[str, Tensor]:
+    """All weights of a UNet that was trained itself, float32."""
+    return load_file(folder / (_UNET if weights == "trained" else _EMA))
 
 
 @torch.no_grad()
-def _merged_average(unet: UNet2DConditionModel, average: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """The UNet's weights with the averaged adapters merged into them."""
+def _merged(unet: UNet2DConditionModel, folder: Path, weights: Weights, model: ModelConfig) -> dict[str, Tensor]:
+    """The UNet's own weights with a checkpoint's adapters merged into them, float32.
+
+    The checkpoint's own merged UNet is not used: its frozen weights are as exact as training held them, which may be
+    bfloat16. Raises KeyError or RuntimeError where the adapters do not fit.
+    """
+    adapters, _ = read_lora(folder, weights)
     adapted = copy.deepcopy(unet)
     add_lora(adapted, model, seed=0, frozen_dtype=torch.float32)
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
-            parameter.copy_(average[name])
+            parameter.copy_(adapters.pop(_file_name(name)))
+    if adapters:
+        raise KeyError(next(iter(adapters)))
     return merged_state_dict(adapted)
+
+
+def _file_name(parameter: str) -> str:
+    """diffusers' name of an adapter's parameter, which leaves out what peft puts into it."""
+    return f"unet.{parameter.replace('.default.', '.')}"

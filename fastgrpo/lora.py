@@ -25,7 +25,8 @@ def add_lora(unet: UNet2DConditionModel, config: ModelConfig, seed: int, frozen_
     frozen_dtype: what the UNet's own weights are held in from now on.
     Raises ConfigError when `lora_targets` fit no module.
     """
-    unet.to(frozen_dtype).requires_grad_(False)
+    for parameter in unet.requires_grad_(False).parameters():
+        parameter.data = parameter.data.to(frozen_dtype)
     adapters = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or config.lora_rank,

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         return _fail(1, f"{error}; the checkpoints in {run / 'checkpoints'} are from before.")
     except BrokenReward as error:
-        return _fail(1, f"{error} Prompt and image are in {keep_evidence(run, error)} and beside it.")
+        return _fail(1, f"{error}. Prompt and image are in {keep_evidence(run, error)} and beside it.")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(1, f"{where}{error.strerror or error}; the checkpoints in {run / 'checkpoints'} are whole.")

@@ -150,11 +150,18 @@ def test_training_changes_the_weights_and_diffusers_reads_them(undisturbed: Path
     assert not torch.equal(trained[name], base[name].float())
 
 
-def test_the_learning_rate_falls_linearly_and_reaches_the_optimizer(config_file: Path) -> None:
+def test_the_learning_rate_follows_its_schedule_and_reaches_the_optimizer(config_file: Path) -> None:
     constant = dataclasses.replace(load_toml(config_file), iterations=4)
     assert [train.learning_rate(constant, i) for i in (1, 4)] == [1e-3, 1e-3]
     linear = dataclasses.replace(constant, optim=dataclasses.replace(constant.optim, schedule="linear"))
     assert [train.learning_rate(linear, i) for i in (1, 2, 3, 4)] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    warm = dataclasses.replace(linear, iterations=8, optim=dataclasses.replace(linear.optim, warmup=4))
+    expected = [2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4]
+    assert [train.learning_rate(warm, i) for i in range(1, 9)] == pytest.approx(expected)
+    cosine = dataclasses.replace(warm, optim=dataclasses.replace(warm.optim, schedule="cosine"))
+    # Half a cosine's period from 0: 1, (1 + cos 45) / 2, 1/2, (1 - cos 45) / 2.
+    falling = [1e-3, 8.535534e-4, 5e-4, 1.464466e-4]
+    assert [train.learning_rate(cosine, i) for i in range(1, 9)] == pytest.approx(expected[:4] + falling)
     parts = load_parts(linear, threads=1)
     values = train.iterate(parts, linear, 3, {}, Console())
     assert parts.trainable.optimizer.param_groups[0]["lr"] == values["optim/lr"] == pytest.approx(5e-4)

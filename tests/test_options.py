@@ -1,0 +1,178 @@
+"""Every setting reaches what it sets: two iterations with it come out otherwise than two without it."""
+
+import dataclasses
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+from test_train import TIMED, config_file  # noqa: F401 (a fixture)
+
+from fastgrpo import train
+from fastgrpo.config import TrainConfig
+from fastgrpo.console import Console
+from fastgrpo.parts import load_parts
+from fastgrpo.settings import load_toml
+
+# Field -> a value that must change two iterations of the base config, which a few of them need changed first.
+OPTIONS = {
+    "seed": 7,
+    "prompts_per_iteration": 4,
+    "group_size": 4,
+    "updates_per_iteration": 3,
+    "model.prediction_type": "v_prediction",
+    "model.lora_rank": 2,
+    "model.lora_alpha": 8.0,
+    "model.lora_targets": ("to_k",),
+    "prompts.positive": "geneval",
+    "prompts.negative": "unsafe",
+    "prompts.categories": ("violence",),
+    "prompts.negative_fraction": 0.0,
+    "reward.terms": ("steering", "compressibility=0.01"),
+    "reward.standardise": "group",
+    "reward.anchors": "scaled",
+    "reward.alpha": 0.0,
+    "reward.mode": "unsafe_only",
+    "rollout.steps": 4,
+    "rollout.eta": 0.5,
+    "rollout.guidance": 1.0,
+    "rollout.initial_noise": "per_prompt",
+    "grpo.advantage": "none",
+    "grpo.std_floor": 10.0,
+    "grpo.advantage_clamp": 0.1,
+    "grpo.clip_low": 0.5,
+    "grpo.clip_high": 1e-9,
+    "grpo.kl": 0.5,
+    "grpo.old_log_prob": "detach",
+    "grpo.epochs": 2,
+    "grpo.drop_last_steps": 0,
+    "grpo.step_fraction": 0.5,
+    "grpo.window": 1,
+    "grpo.window_every": 1,
+    "grpo.window_stride": 2,
+    "grpo.ratio_norm": True,
+    "grpo.trim": 1,
+    "grpo.best_of": 2,
+    "optim.lr": 2e-3,
+    "optim.schedule": "cosine",
+    "optim.warmup": 2,
+    "optim.beta1": 0.5,
+    "optim.beta2": 0.5,
+    "optim.eps": 1.0,
+    "optim.weight_decay": 10.0,
+    "optim.max_grad_norm": 1e-8,
+    "optim.ema": 0.5,
+    "engine.dtype": "bf16",
+}
+NEEDED_FIRST = {
+    "model.lora_alpha": {"model.lora_rank": 2},
+    "model.lora_targets": {"model.lora_rank": 2},
+    "prompts.categories": {"prompts.negative": "unsafe"},
+    "reward.standardise": {"reward.terms": ("steering", "compressibility")},
+    "grpo.clip_low": {"grpo.clip_high": 1e9},
+    "grpo.clip_high": {"grpo.clip_low": 0.999},
+    "grpo.window_every": {"grpo.window": 1},
+    "grpo.window_stride": {"grpo.window": 1, "grpo.window_every": 1, "rollout.steps": 4, "grpo.drop_last_steps": 0},
+    "grpo.trim": {"group_size": 4},
+    "optim.eps": {"optim.max_grad_norm": 1e9},
+}
+# Settings that may not change what is learned, or that say where things are: each has tests of its own.
+NOT_OPTIONS = {
+    *("run", "iterations", "micro_batch", "rollout.batch", "rollout.decode_batch", "reward.batch"),
+    *("model.path", "model.unet", "model.config", "model.variant", "model.revision"),
+    *("prompts.positive_column", "prompts.negative_column", "prompts.category_column"),
+    *("reward.encoder", "reward.clip_encoder", "engine.device", "engine.threads"),
+    *("eval.every", "eval.unsafe_per_category", "eval.composition_per_task", "eval.quick_fraction", "eval.seed"),
+    *("eval.steps", "eval.weights", "checkpoint.every", "checkpoint.keep"),
+}
+
+
+def altered(config: TrainConfig, fields: dict[str, object]) -> TrainConfig:
+    for name, value in fields.items():
+        group, _, field = name.rpartition(".")
+        change = replace(getattr(config, group), **{field: value}) if group else value
+        config = replace(config, **{group or field: change})
+    return config
+
+
+def learned(config: TrainConfig) -> tuple[str, dict[str, float]]:
+    """A digest of all that is trained after two iterations, and what was logged of the second but for the clock."""
+    parts = load_parts(config, threads=1)
+    for iteration in (1, 2):
+        values = train.iterate(parts, config, iteration, {}, Console())
+    digest = hashlib.sha256()
+    averages = parts.trainable.ema.average if parts.trainable.ema else {}
+    for name, tensor in sorted({**parts.trainable.parameters, **{f"ema.{n}": a for n, a in averages.items()}}.items()):
+        digest.update(name.encode() + tensor.detach().numpy().tobytes())
+    return digest.hexdigest(), {name: value for name, value in values.items() if not name.startswith(TIMED)}
+
+
+@pytest.fixture(scope="module")
+def base(config_file: Path) -> TrainConfig:  # noqa: F811
+    """Rewards of a small random encoder differ by little; a floor below them lets every group learn."""
+    config = altered(load_toml(config_file), {"engine.threads": 1, "iterations": 2, "grpo.std_floor": 1e-9})
+    return altered(config, {"grpo.clip_low": 0.01, "grpo.clip_high": 0.01, "grpo.kl": 0.0})
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[TrainConfig, tuple[str, dict[str, float]]]:
+    return {}
+
+
+def test_every_field_is_here_or_has_a_reason_not_to_be() -> None:
+    fields = set()
+    for name, value in vars(TrainConfig()).items():
+        fields |= {f"{name}.{key}" for key in vars(value)} if dataclasses.is_dataclass(value) else {name}
+    assert fields == OPTIONS.keys() | NOT_OPTIONS
+    assert not OPTIONS.keys() & NOT_OPTIONS
+
+
+def test_the_same_config_learns_the_same(base: TrainConfig) -> None:
+    assert learned(base) == learned(base)
+
+
+@pytest.mark.parametrize("field", OPTIONS)
+def test_an_option_changes_what_is_learned(field: str, base: TrainConfig, outcomes: dict) -> None:
+    without = altered(base, NEEDED_FIRST.get(field, {}))
+    if without not in outcomes:
+        outcomes[without] = learned(without)
+    assert learned(altered(without, {field: OPTIONS[field]}))[0] != outcomes[without][0]
+
+
+def test_fp16_scales_its_loss_and_learns_what_fp32_learns(base: TrainConfig) -> None:
+    """Half precision moves the metrics by some 2^-11; a loss scale that is not taken out again would by 2^16."""
+    half, full = (
+        learned(altered(base, {"engine.dtype": dtype, "optim.lr": 0.0, "optim.max_grad_norm": 1e9}))[1]
+        for dtype in ("fp16", "fp32")
+    )
+    assert half["optim/overflowed_steps"] == 0
+    assert half["grad/norm"] == pytest.approx(full["grad/norm"], rel=0.05)
+    assert half["grad/norm"] != full["grad/norm"]
+
+
+def test_micro_batches_and_batches_change_nothing_but_rounding(base: TrainConfig) -> None:
+    sizes = {"micro_batch": 2, "rollout.batch": 2, "rollout.decode_batch": 1, "reward.batch": 2}
+    still = altered(base, {"optim.lr": 0.0})
+    ours, theirs = learned(altered(still, sizes))[1], learned(still)[1]
+    for name in ("reward/mean", "grad/norm", "loss/policy"):
+        # Sums of a few dozen float32 numbers in another order, behind some forty layers.
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), name
+
+
+def test_the_average_is_what_is_pictured_where_it_is_asked_for(config_file: Path, tmp_path: Path) -> None:  # noqa: F811
+    pictures = {}
+    for weights in ("trained", "ema"):
+        options = ["--iterations", "2", "--eval.every", "0", "--optim.ema", "0.99", "--optim.lr", "1e-2"]
+        run = tmp_path / weights
+        assert train.main([str(config_file), "--run", str(run), "--eval.weights", weights, *options]) == 0
+        pictures[weights] = {name: Image.open(run / "samples" / f"{name}.png") for name in ("before", "after")}
+    assert not ImageChops.difference(pictures["trained"]["before"], pictures["ema"]["before"]).getbbox()
+    assert ImageChops.difference(pictures["trained"]["after"], pictures["ema"]["after"]).getbbox()
+    # A decay of 0.99 leaves the average near where it began: its pictures have changed less.
+    change = {
+        weights: torch.tensor(list(ImageChops.difference(p["before"], p["after"]).convert("L").getdata())).float().mean()
+        for weights, p in pictures.items()
+    }
+    assert change["ema"] < change["trained"]

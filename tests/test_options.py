@@ -72,7 +72,8 @@ NEEDED_FIRST = {
     "prompts.categories": {"prompts.negative": "unsafe"},
     "reward.standardise": {"reward.terms": ("steering", "compressibility")},
     "grpo.clip_low": {"grpo.clip_high": 1e9},
-    "grpo.clip_high": {"grpo.clip_low": 0.999},
+    # The second pass meets what the first, a small step, made likelier.
+    "grpo.clip_high": {"grpo.clip_low": 0.999, "grpo.epochs": 2, "optim.lr": 1e-5},
     "grpo.window_every": {"grpo.window": 1},
     "grpo.window_stride": {"grpo.window": 1, "grpo.window_every": 1, "rollout.steps": 4, "grpo.drop_last_steps": 0},
     "grpo.trim": {"group_size": 4},

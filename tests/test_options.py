@@ -153,6 +153,17 @@ def test_fp16_scales_its_loss_and_learns_what_fp32_learns(base: TrainConfig) -> 
     assert half["grad/norm"] != full["grad/norm"]
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_adapters_learn_beside_frozen_weights_of_half_precision(base: TrainConfig, dtype: str) -> None:
+    """Frozen weights rounded to 2^-8 or 2^-11 draw nearly the same pictures and send back nearly the same gradient."""
+    lora = altered(base, {"model.lora_rank": 4, "optim.lr": 0.0, "optim.max_grad_norm": 1e9, "rollout.eta": 0.5})
+    half, full = (learned(altered(lora, {"engine.dtype": each}))[1] for each in (dtype, "fp32"))
+    assert half["ratio/max_abs_dev_first"] <= 1e-3
+    assert half["grad/norm"] > 0
+    assert half["reward/mean"] == pytest.approx(full["reward/mean"], abs=0.02)
+    assert half["reward/mean"] != full["reward/mean"]
+
+
 def test_micro_batches_and_batches_change_nothing_but_rounding(base: TrainConfig) -> None:
     sizes = {"micro_batch": 2, "rollout.batch": 2, "rollout.decode_batch": 1, "reward.batch": 2}
     still = altered(base, {"optim.lr": 0.0})

@@ -107,7 +107,19 @@ def _write(folder: Path, trainable: Trainable, state: TrainerState) -> None:
 
 
 def load(folder: Path, trainable: Trainable) -> None:
-    """Put a verified checkpoint's weights, moments, moving average and loss scale into `trainable`."""
+    """Put a verified checkpoint's weights, moments, moving average and loss scale into `trainable`.
+
+    Raises ConfigError where it is of another model, or of other settings.
+    """
+    try:
+        _load(folder, trainable)
+    except (KeyError, RuntimeError, FileNotFoundError) as error:
+        raise ConfigError(
+            f"{folder} does not fit the model that the run's config.toml describes; accepted is the one it began with."
+        ) from error
+
+
+def _load(folder: Path, trainable: Trainable) -> None:
     unet, optimizer = trainable.unet, trainable.optimizer
     if has_lora(unet):
         load_lora(folder / _LORA, unet)
@@ -131,6 +143,11 @@ def load(folder: Path, trainable: Trainable) -> None:
             trainable.ema.average[name].copy_(average)
     if trainable.scaler.is_enabled():
         trainable.scaler.load_state_dict(read_state(folder).scaler)
+
+
+def newest(run: Path) -> Path | None:
+    """The folder of the newest checkpoint, not verified, or None where the run has none."""
+    return next(reversed(_folders(run)), None)
 
 
 def latest(run: Path) -> Path | None:

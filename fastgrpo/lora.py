@@ -3,6 +3,7 @@
 peft puts them in; they are saved as diffusers' `load_lora_weights` takes them.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,9 +12,10 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.config import ConfigError, ModelConfig
+from fastgrpo.rewards.terms import nearest
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 _ADAPTER = "default"
@@ -23,8 +25,9 @@ def add_lora(unet: UNet2DConditionModel, config: ModelConfig, seed: int, frozen_
     """Freeze the UNet and give it float32 adapters, A random and B zero, so that nothing changes yet.
 
     frozen_dtype: what the UNet's own weights are held in from now on.
-    Raises ConfigError when `lora_targets` fit no module.
+    Raises ConfigError as `check_targets`.
     """
+    check_targets(unet, config.lora_targets)
     for parameter in unet.requires_grad_(False).parameters():
         parameter.data = parameter.data.to(frozen_dtype)
     adapters = LoraConfig(
@@ -35,16 +38,30 @@ def add_lora(unet: UNet2DConditionModel, config: ModelConfig, seed: int, frozen_
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        try:
-            unet.add_adapter(adapters, _ADAPTER)
-        except ValueError as error:
-            raise ConfigError(
-                f"model.lora_targets = {config.lora_targets}: accepted are ends of names of the UNet's linear and "
-                "convolution layers, such as to_q."
-            ) from error
+        unet.add_adapter(adapters, _ADAPTER)
     for parameter in unet.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def check_targets(unet: UNet2DConditionModel, targets: Sequence[str]) -> None:
+    """Raise ConfigError for the first of `targets` that is not the end of the name of layers adapters can be put in.
+
+    unet: may be on the meta device.
+    """
+    ends: dict[str, bool] = {}  # of every module's name -> whether adapters fit all modules with this end
+    for name, module in unet.named_modules():
+        parts = name.split(".")
+        for start in range(len(parts)):
+            end = ".".join(parts[start:])
+            ends[end] = ends.get(end, True) and isinstance(module, nn.Linear | nn.Conv2d)
+    for target in targets:
+        if not ends.get(target):
+            fitting = [end for end, fits in ends.items() if fits]
+            raise ConfigError(
+                f"model.lora_targets = {target!r}: no such layers{nearest(target, fitting)}; accepted are ends of names "
+                "of the UNet's linear and convolution layers, such as to_q."
+            )
 
 
 def has_lora(unet: UNet2DConditionModel) -> bool:

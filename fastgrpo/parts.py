@@ -9,6 +9,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.distributed import Ranks
+from fastgrpo.lora import check_targets
 from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.prompts import PromptSource, load_prompts
@@ -51,11 +52,13 @@ def load_parts(config: TrainConfig, threads: int, ranks: Ranks = Ranks()) -> Par
         )
     positives, negatives = load_prompts(config.prompts)
     source = PromptSource(positives, negatives, config.prompts, config.seed, config.prompts_per_iteration)
-    scheduler, eta = describe(config.model).scheduler, config.rollout.eta
     device = _device(config, ranks)
     dtype = _dtype(config, device)
-    schedule = make_schedule(scheduler, config.rollout.steps, eta, device)
-    eval_schedule = make_schedule(scheduler, config.eval.steps or len(schedule), eta, device, "eval.steps")
+    model, eta = describe(config.model), config.rollout.eta
+    schedule = make_schedule(model.scheduler, config.rollout.steps, eta, device)
+    eval_schedule = make_schedule(model.scheduler, config.eval.steps or len(schedule), eta, device, "eval.steps")
+    if config.model.lora_rank:
+        check_targets(model.empty_components()["unet"], config.model.lora_targets)
     disable_progress_bar()  # one per file read, gone in a blink
     reward = load_reward(config.reward, device)
     policy = load_policy(config.model, device, dtype, threads if device.type == "cpu" else 1)

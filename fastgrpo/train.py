@@ -13,7 +13,7 @@ from torch import Tensor
 from fastgrpo import checkpoint
 from fastgrpo.checkpoint import TrainerState, library_versions
 from fastgrpo.config import ConfigError, TrainConfig
-from fastgrpo.console import Console
+from fastgrpo.console import Console, complain, reason
 from fastgrpo.distributed import Ranks, join
 from fastgrpo.engine.workers import available_cores
 from fastgrpo.grpo.update import update
@@ -33,32 +33,46 @@ from fastgrpo.types import NEGATIVE
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 or 143 stopped."""
-    run = Path()
+    run: Path | None = None
     try:
         config, preset, resumed = parse_command(sys.argv[1:] if argv is None else argv)
         with join(config.engine.device) as ranks:
             named = str(resumed or config.run or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
             run = Path(ranks.agree(named))
-            with StopSignal() as stop, claim(run, resumed is not None) if ranks.first else nullcontext():
+            with claim(run, resumed is not None) if ranks.first else nullcontext():
                 ranks.agree("the folder is ours")
-                return train(config, run, stop, Console(quiet=not ranks.first), ranks)
+                return train(config, run, Console(quiet=not ranks.first), ranks)
     except ConfigError as error:
         return _fail(2, str(error))
+    except KeyboardInterrupt:
+        return _fail(130, "stopped before an iteration was begun")
     except FloatingPointError as error:
-        return _fail(1, f"{error}; the checkpoints in {run / 'checkpoints'} are from before.")
+        return _fail(1, f"{error}; {_kept(run)}")
     except BrokenReward as error:
-        return _fail(1, f"{error}. Prompt and image are in {keep_evidence(run, error)} and beside it.")
+        evidence = keep_evidence(run, error)
+        return _fail(
+            1, f"{error}; prompt and image are in {evidence} and {evidence.with_suffix('.png').name} beside it"
+        )
+    except torch.OutOfMemoryError:
+        return _fail(
+            1, f"the GPU's memory is full: lower micro_batch, rollout.batch or rollout.decode_batch; {_kept(run)}"
+        )
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(1, f"{where}{error.strerror or error}; the checkpoints in {run / 'checkpoints'} are whole.")
+        return _fail(1, f"{reason(error)}; {_kept(run)}")
 
 
 def _fail(code: int, sentence: str) -> int:
-    print(f"fastgrpo: {sentence}", file=sys.stderr)
+    complain(sentence)
     return code
 
 
-def train(config: TrainConfig, run: Path, stop: StopSignal, console: Console, ranks: Ranks) -> int:
+def _kept(run: Path | None) -> str:
+    """What there is to go on from."""
+    newest = checkpoint.newest(run) if run else None
+    return f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+
+
+def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks) -> int:
     """Train in `run`, a claimed folder, from its newest checkpoint or the beginning. Returns the exit code."""
     newest = checkpoint.latest(run)
     start = checkpoint.read_state(newest) if newest else _beginning(config, ranks)
@@ -71,18 +85,18 @@ def train(config: TrainConfig, run: Path, stop: StopSignal, console: Console, ra
         checkpoint.load(newest, parts.trainable)
     embeds: dict[str, Tensor] = {}
 
-    finished, stopped = start.iteration, ranks.any(stop.requested)
-    while finished < config.iterations and not stopped:
-        values = iterate(parts, config, finished + 1, embeds, console)
-        finished += 1
+    finished, stopped = start.iteration, False
+    with StopSignal() as stop:
+        while finished < config.iterations and not stopped:
+            values = iterate(parts, config, finished + 1, embeds, console)
+            finished += 1
+            if journal:
+                journal.write(finished, values)
+            stopped = ranks.any(stop.requested)
+            if journal:
+                journal.save(finished, stopped)
         if journal:
-            journal.write(finished, values)
-        stopped = ranks.any(stop.requested)
-        if journal:
-            journal.save(finished, stopped)
-
-    if journal:
-        journal.close(finished)
+            journal.close(finished)
     return 0 if finished == config.iterations else stop.exit_code
 
 

@@ -52,10 +52,11 @@ def load_components(model: ModelConfig, dtype: torch.dtype) -> Components:
     Raises ConfigError as `check_model` does, and for weights that lack a tensor.
     """
     description = describe(model)
+    tokenizer = _tokenizer(model, description)
     modules = _read_single_file(model, description, dtype) if is_single_file(model.path) else _read_folder(model, dtype)
     if model.unet:
         modules["unet"] = _read_other_unet(model, description)
-    return Components(**modules, tokenizer=_tokenizer(description), scheduler_config=description.scheduler)
+    return Components(**modules, tokenizer=tokenizer, scheduler_config=description.scheduler)
 
 
 def _read_single_file(model: ModelConfig, description: Description, dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -86,8 +87,9 @@ def _read_folder(model: ModelConfig, dtype: torch.dtype) -> dict[str, nn.Module]
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError(f"model.path is {model.path!r}, whose {component} cannot be loaded: {reason}") from error
+            raise ConfigError(
+                f"model.path is {model.path!r}, whose {component} cannot be loaded: {_first_sentence(error)}."
+            ) from error
         # They would be random, with no more than a warning.
         if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
             raise ConfigError(
@@ -114,8 +116,19 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) ->
     return module.eval()
 
 
-def _tokenizer(description: Description) -> CLIPTokenizer:
+def _tokenizer(model: ModelConfig, description: Description) -> CLIPTokenizer:
     """The pipeline's own, or CLIP's, padded as for SD 1.x or, where the text encoder has OpenCLIP's gelu, 2.x."""
     if description.tokenizer is not None:
-        return CLIPTokenizer.from_pretrained(description.tokenizer)
+        try:
+            return CLIPTokenizer.from_pretrained(description.tokenizer)
+        except Exception as error:  # a file that is missing or broken fails in every way
+            raise ConfigError(
+                f"{'model.config' if model.config else 'model.path'} is {(model.config or model.path)!r}, whose tokenizer "
+                f"cannot be loaded: {_first_sentence(error)}."
+            ) from error
     return build_tokenizer("!" if description.text_encoder.get("hidden_act") == "gelu" else "<|endoftext|>")
+
+
+def _first_sentence(error: Exception) -> str:
+    """The others are advice for those who write programs."""
+    return " ".join(str(error).split()).split(". ")[0][:300].rstrip(".")

@@ -307,7 +307,10 @@ def _read_ckpt(path: Path) -> dict[str, Tensor]:
                 f"model.path is {str(path)!r}, which holds more than tensors and would have to be executed to be read; "
                 "the same model as .safetensors is accepted."
             ) from error
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"model.path is {str(path)!r}, which is not a whole torch file ({reason}).") from error
+        # Of an UnpicklingError torch only says how to execute it all the same.
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({' '.join(str(error).split())[:200]})"
+        raise ConfigError(
+            f"model.path is {str(path)!r}, which is not a whole torch file{reason}; download or write it again."
+        ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {_modern(key): value for key, value in content.items() if isinstance(value, Tensor)}

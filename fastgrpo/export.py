@@ -149,11 +149,11 @@ def _appearing(path: Path) -> Iterator[Path]:
         _sync(partial)
         os.rename(partial, path)
     except SafetensorError as error:
-        _remove(partial)
         raise OSError(errno.EIO, f"cannot be written ({error})", str(path)) from error
-    except BaseException:
-        _remove(partial)
-        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), error.filename or str(path)) from error
+    finally:
+        _remove(partial)  # on a full disk it would be in the way of everything else
     sync_folder(path.parent)
 
 

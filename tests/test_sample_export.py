@@ -280,24 +280,30 @@ def test_a_killed_export_leaves_nothing_at_its_path_and_can_be_done_again(
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert os.listdir(tmp_path) == ["out.partial"]
     assert (tmp_path / "out.partial" / UNET).is_file()  # it was killed late
+    (tmp_path / "out.partial" / "rest").write_text("")
     run_export(runs["full"], "diffusers", output)
     assert os.listdir(tmp_path) == ["out"]
+    assert not (output / "rest").exists()
 
 
-@pytest.mark.parametrize("form", ["diffusers", "single-file", "lora"])
+@pytest.mark.parametrize(
+    ("form", "limit"), [("diffusers", 500), ("diffusers", 5000), ("single-file", 5000), ("lora", 500)]
+)
 def test_an_export_that_cannot_be_written_fails_and_leaves_nothing(
-    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, limit: int
 ) -> None:
+    """limit: bytes a file may have, above which writing fails as on a full disk: a config or the weights."""
     argv = [str(runs["lora"]), "--format", form, "--output", str(tmp_path / "out.safetensors")]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # bytes a file: writing fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
         code = export.main(argv)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     out, err = capsys.readouterr()
     assert (code, out, err.count("\n")) == (1, "", 1)
-    assert err.startswith("fastgrpo: ")
+    assert err.startswith(f"fastgrpo: {tmp_path / 'out.safetensors'}")
+    assert "File too large" in err
     assert err.endswith("nothing was exported.\n")
     assert os.listdir(tmp_path) == []
 
@@ -490,7 +496,11 @@ def test_a_base_model_of_other_shapes_is_refused(runs: dict[str, Path], tiny_pip
     config = UNet2DConditionModel.load_config(tiny_pipeline / "unet")
     for kind, weights in (("full", "trained"), ("full", "ema"), ("lora", "trained"), ("lora", "ema")):
         model = replace(load_toml(runs[kind] / "config.toml").model, path="other")
-        for changes in ({"block_out_channels": (8, 16)}, {"layers_per_block": 2}):
+        for changes in (
+            {"block_out_channels": (8, 16)},
+            {"layers_per_block": 2},
+            {"down_block_types": ("DownBlock2D",) * 2},  # fewer attentions than adapters
+        ):
             unet = UNet2DConditionModel.from_config(config | changes)
             with pytest.raises(ConfigError, match=r"model\.path is 'other', whose UNet has other shapes"):
                 load_unet(unet, newest(runs[kind]), weights, model)

@@ -6,9 +6,10 @@ fused attention kernel computes a second time in its backward pass is not counte
 
 import json
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgrpo.config import ConfigError, ModelConfig
@@ -41,6 +44,8 @@ class ModelCost:
     forward, forward_backward: FLOP of the UNet for one sample; backward, what the trained parameters' gradients need.
     decode: FLOP of the VAE for one image.
     activations: bytes that the UNet's forward pass saves for the backward pass, for one sample.
+    passing, decoding: bytes that a forward pass without gradients, of the UNet for one sample or of the VAE for one
+        image, holds at its worst moment.
     cast: bytes of the half-precision copies of trained weights that autocast makes; 0 in float32.
     """
 
@@ -53,27 +58,35 @@ class ModelCost:
     forward_backward: int
     decode: int
     activations: int
+    passing: int
+    decoding: int
     cast: int
 
 
 @dataclass(frozen=True)
 class EncoderCost:
-    """A reward's encoder. parameters: of both towers. image: FLOP of the image tower for one image."""
+    """A reward's encoder.
+
+    parameters: of both towers. image: FLOP of the image tower for one image.
+    encoding: bytes that the tower holds for one image at its worst moment.
+    """
 
     parameters: int
     image: int
+    encoding: int
 
 
 def find_architecture(model: ModelConfig) -> tuple[Description, bool]:
     """The configs of what `model` names, and whether they are its own.
 
     They are SD 1.x's where the hub cannot be reached and its cache on this machine does not hold the model's.
+    model.unet is not looked at: it has the pipeline's architecture or training refuses it.
     Raises ConfigError, as `describe`, for anything else that is in the way.
     """
     try:
-        return describe(model), True
+        return describe(replace(model, unet="")), True
     except ConfigError as error:
-        if not isinstance(error.__cause__, LocalEntryNotFoundError):
+        if model.config or not isinstance(error.__cause__, LocalEntryNotFoundError):
             raise
         return sd1_architecture(), False
 
@@ -103,23 +116,32 @@ def count_model(description: Description, model: ModelConfig, dtype: torch.dtype
     own = parameters(unet)
     if model.lora_rank:
         add_lora(unet, model, seed=0, frozen_dtype=dtype)
-    activations, cast = saved_bytes(unet, unet_inputs(description, 1), dtype)
+    inputs, autocast = unet_inputs(unet, text_encoder, 1), GpuAutocast(dtype)
+    activations = saved_bytes(unet, inputs, autocast)
+    with torch.no_grad(), autocast, _LiveBytes() as passing:
+        unet(*inputs, return_dict=False)
     unet.float()
-    forward, forward_backward = _count_passes(unet, unet_inputs(description, 1))
-    latents = unet_inputs(description, 1)[0]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        image = vae.decode(latents, return_dict=False)[0]
+    forward, forward_backward = _count_passes(unet, inputs)
+    with (
+        torch.no_grad(),
+        FlopCounterMode(display=False) as counter,
+        GpuAutocast(torch.float32),
+        _LiveBytes() as decoding,
+    ):
+        image = vae.decode(inputs[0], return_dict=False)[0]
     return ModelCost(
         unet=own,
         trained=sum(p.numel() for p in unet.parameters() if p.requires_grad),
         frozen=parameters(vae) + parameters(text_encoder),
-        latent_shape=tuple(latents.shape[1:]),
+        latent_shape=tuple(inputs[0].shape[1:]),
         image_shape=tuple(image.shape[1:]),
         forward=forward,
         forward_backward=forward_backward,
         decode=counter.get_total_flops(),
         activations=activations,
-        cast=cast,
+        passing=passing.most,
+        decoding=decoding.most * dtype.itemsize // torch.float32.itemsize,
+        cast=sum(copy.nbytes for copy in autocast.copies.values()),
     )
 
 
@@ -135,7 +157,9 @@ def count_encoder(spec: str) -> EncoderCost:
             ).eval()
             size = open_clip.get_model_preprocess_cfg(model)["size"]
             images = torch.empty(1, 3, *((size, size) if isinstance(size, int) else size))
-            return EncoderCost(parameters(model), _flops(lambda: model.encode_image(images)))
+            with FlopCounterMode(display=False) as counter, _LiveBytes() as encoding:
+                model.encode_image(images)
+            return EncoderCost(parameters(model), counter.get_total_flops(), encoding.most)
     except Exception as error:  # open_clip's, torch's, the hub's own, and those of the HTTP library it happens to use
         raise ConfigError(f"{spec!r} cannot be counted: {' '.join(str(error).split())[:200]}") from error
 
@@ -145,45 +169,24 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def unet_inputs(description: Description, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+def unet_inputs(unet: nn.Module, text_encoder: nn.Module, samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """Latents [N, C, H, W], timesteps [N] and embeddings [N, L, D], on the meta device."""
-    unet, size = description.unet, description.unet["sample_size"]
+    config, size = unet.config, unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     with torch.device("meta"):
         return (
-            torch.empty(samples, unet["in_channels"], height, width),
+            torch.empty(samples, config.in_channels, height, width),
             torch.empty(samples, dtype=torch.int64),
-            torch.empty(samples, description.text_encoder["max_position_embeddings"], unet["cross_attention_dim"]),
+            torch.empty(samples, text_encoder.config.max_position_embeddings, config.cross_attention_dim),
         )
 
 
-def saved_bytes(unet: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that a forward pass leaves for the backward pass, and those of autocast's copies of trained weights.
-
-    A tensor that is saved twice counts once, weights and their copies do not. unet: trained weights in float32.
-    dtype: what autocast computes in; with torch.float32 it is off.
-    """
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage  # its identity; held, so that no other takes it over
-        return tensor
-
-    with _GpuAutocast(dtype) as autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = unet(*inputs, return_dict=False)[0]  # keeps the graph, and with it what is saved
-    copies = list(autocast.copies.values())
-    weights = {tensor.untyped_storage()._cdata for tensor in (*unet.parameters(), *copies)}
-    saved = sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
-    del output
-    return saved, sum(copy.nbytes for copy in copies)
-
-
-class _GpuAutocast(TorchFunctionMode):
+class GpuAutocast(TorchFunctionMode):
     """What torch.autocast("cuda") does, on the meta device, where it does nothing; and attention as one kernel.
 
-    Without it attention falls apart into steps that save a matrix of all tokens by all tokens.
-    copies: the half-precision copies of leaf tensors, each made once.
+    Without it attention falls apart into steps that hold a matrix of all tokens by all tokens.
+    dtype: with torch.float32 nothing is cast.
+    copies: the half-precision copies of trained weights, each made once.
     """
 
     def __init__(self, dtype: torch.dtype):
@@ -214,6 +217,57 @@ class _GpuAutocast(TorchFunctionMode):
         return value.to(dtype)
 
 
+class _LiveBytes(TorchDispatchMode):
+    """Counts the memory of what is computed until it is let go. most: bytes at the worst moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self._now = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = {_identity(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and _identity(tensor) not in given | self._alive:
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        self._alive.add(storage._cdata)
+        self._now += storage.nbytes()
+        self.most = max(self.most, self._now)
+        weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
+
+    def _remove(self, identity: int, size: int) -> None:
+        self._alive.discard(identity)
+        self._now -= size
+
+
+def saved_bytes(unet: nn.Module, inputs: tuple[Tensor, ...], autocast: GpuAutocast) -> int:
+    """Bytes that a forward pass under `autocast` leaves for the backward pass.
+
+    What is saved twice counts once; weights and their copies do not count. All on the meta device.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storages[_identity(tensor)] = tensor.untyped_storage()  # held, so that no other takes its identity over
+        return tensor
+
+    with autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        unet(*inputs, return_dict=False)
+    weights = {_identity(tensor) for tensor in (*unet.parameters(), *autocast.copies.values())}
+    return sum(storage.nbytes() for identity, storage in storages.items() if identity not in weights)
+
+
+def _identity(tensor: Tensor) -> int:
+    """The same for all views of one storage, while it lives; on the meta device addresses are all 0."""
+    return tensor.untyped_storage()._cdata
+
+
 def _count_passes(unet: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[int, int]:
     """FLOP of a forward pass, and of one with the backward pass that the trained parameters need."""
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
@@ -222,12 +276,6 @@ def _count_passes(unet: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[int, int
         forward = counter.get_total_flops()
         torch.autograd.grad(output.sum(), trained)
     return forward, counter.get_total_flops()
-
-
-def _flops(call: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
 
 
 def _architecture(spec: str) -> str:

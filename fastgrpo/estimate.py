@@ -24,9 +24,9 @@ PROGRAM = "python -m fastgrpo.estimate"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _UNIT_TFLOPS = 100.0  # what hours are given for where --tflops is not
 _NOT_COUNTED = (
-    "Not counted: the text encoders' work and what the optimizer computes; evaluations, pictures and checkpoints;",
-    "memory for sampling and decoding (rollout.batch and decode_batch bound it) and for scoring (reward.batch);",
-    "kernels' workspaces and what the allocator holds back. Groups without spread, which are skipped, are counted.",
+    "Not counted: encoding texts, the optimizer's arithmetic, evaluations, pictures;",
+    "memory of the CUDA context, of kernels' workspaces, and what the allocator holds",
+    "back. Groups without spread are counted, which training skips.",
 )
 
 
@@ -48,7 +48,10 @@ class _Estimate:
 
 @dataclass(frozen=True)
 class Work:
-    """One kind of computation. flop: of one. times: how often in an iteration, on all processes together."""
+    """One kind of computation.
+
+    stage: rollout, decode, reward or update. flop: of one. times: how often in an iteration, on all processes together.
+    """
 
     stage: str
     name: str
@@ -62,8 +65,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Memory:
-    """One thing that lies in a GPU's memory. size: bytes."""
+    """One thing that lies in a GPU's memory.
 
+    stage: when: `always`, or rollout, decode, reward or update, which come one after the other. size: bytes.
+    """
+
+    stage: str
     name: str
     size: int
 
@@ -101,9 +108,7 @@ def estimate(config: TrainConfig, tflops: float, processes: int, console: Consol
         encoders, left_out = _count_encoders(config.reward)
 
     console.say("Computed from the configs, not measured.", "")
-    console.say(*_header(config, model, dtype, pairs))
-    if not known:
-        console.say(f"          counted as SD 1.x: {config.model.path} is not in the hub's cache")
+    console.say(*_header(config, model, known, dtype, pairs))
     console.say("", *_work_lines(iteration_work(config, model, encoders, pairs), config, tflops, processes))
     console.say("", *_memory_lines(gpu_memory(config, model, encoders, dtype, processes), processes))
     console.say("", *left_out, *_NOT_COUNTED)
@@ -140,7 +145,7 @@ def iteration_work(
     halves = _halves(config)
     work = [
         Work("rollout", "UNet forward", model.forward, images * config.rollout.steps * halves),
-        Work("rollout", "VAE decode", model.decode, images),
+        Work("decode", "VAE decode", model.decode, images),
         *(Work("reward", f"image tower, {spec}", encoder.image, images) for spec, encoder in encoders.items()),
         Work("update", "UNet forward + backward", model.forward_backward, pairs * halves),
     ]
@@ -154,45 +159,79 @@ def iteration_work(
 def gpu_memory(
     config: TrainConfig, model: ModelCost, encoders: Mapping[str, EncoderCost], dtype: torch.dtype, processes: int
 ) -> list[Memory]:
-    """What lies in the memory of each of `processes` GPUs during the update; parts that are not there are left out.
+    """What lies in the memory of each of `processes` GPUs; parts that are not there are left out.
 
     dtype: what the UNet computes in.
     """
-    lora, width, single = config.model.lora_rank > 0, dtype.itemsize, torch.float32.itemsize
-    trained = single * model.trained
-    frozen = f"frozen UNet, {_name(dtype)}"
+    compute, single = dtype.itemsize, torch.float32.itemsize
+    trained, images = single * model.trained, config.prompts_per_iteration * config.group_size // processes
+    base = single * model.unet if config.grpo.kl > 0 else 0
+    samples = config.micro_batch * _halves(config)
+    if config.model.lora_rank:
+        unet = [Memory("always", f"frozen UNet, {_name(dtype)}", compute * model.unet)]
+        unet += [Memory("always", "adapters, fp32", trained)]
+    else:
+        unet = [Memory("always", "UNet, fp32", trained)]
+    cast = f"autocast's {_name(dtype)} copies of what is trained"
     parts = [
-        Memory(frozen, width * model.unet) if lora else Memory("UNet, fp32", single * model.unet),
-        Memory("adapters, fp32", trained if lora else 0),
-        Memory(f"autocast's {_name(dtype)} copies of them" if lora else f"autocast's {_name(dtype)} copy", model.cast),
-        Memory("gradients, fp32", trained),
-        Memory("Adam's two moments, fp32", 2 * trained),
-        Memory("moving average (optim.ema), fp32", trained if config.optim.ema else 0),
-        Memory("base UNet (grpo.kl), fp32", single * model.unet if config.grpo.kl > 0 else 0),
-        Memory(f"VAE and text encoder, {_name(dtype)}", width * model.frozen),
-        *(Memory(f"encoder {spec}, fp32", single * encoder.parameters) for spec, encoder in encoders.items()),
-        Memory("trajectories and images, fp32", _trajectory_bytes(config, model) // processes),
+        *unet,
+        Memory("always", "Adam's two moments, fp32", 2 * trained),
+        Memory("always", "moving average (optim.ema), fp32", trained if config.optim.ema else 0),
+        Memory("always", "base UNet (grpo.kl), fp32", base),
+        Memory("always", f"VAE and text encoder, {_name(dtype)}", compute * model.frozen),
+        *(Memory("always", f"encoder {spec}, fp32", single * encoder.parameters) for spec, encoder in encoders.items()),
+        Memory("always", "trajectories and images, fp32", images * _sample_bytes(config, model)),
+        Memory("rollout", cast, model.cast),
+        _at_once("rollout", _chunk(images, config.rollout.batch) * _halves(config), "UNet samples", model.passing),
+        _at_once("decode", min(images, config.rollout.decode_batch), "images in the VAE", model.decoding),
+        *(
+            _at_once("reward", min(images, config.reward.batch), f"images in {spec}", encoder.encoding)
+            for spec, encoder in encoders.items()
+        ),
+        Memory("update", cast, model.cast),
+        Memory("update", "gradients, fp32", trained),
         _micro_batch(config, model),
+        _at_once("update", samples if base else 0, "samples in the base UNet", model.passing),
     ]
     return [part for part in parts if part.size]
 
 
-def _trajectory_bytes(config: TrainConfig, model: ModelCost) -> int:
-    """Latents, log-probs, images and, where RatioNorm keeps them, means of all an iteration's samples."""
+def peak(memory: Sequence[Memory]) -> tuple[str, int]:
+    """The stage that needs most memory, and how many bytes that is together with what is always there."""
+    sizes: dict[str, int] = {}
+    for part in memory:
+        sizes[part.stage] = sizes.get(part.stage, 0) + part.size
+    always = sizes.pop("always")
+    stage = max(sizes, key=sizes.__getitem__)
+    return stage, always + sizes[stage]
+
+
+def _sample_bytes(config: TrainConfig, model: ModelCost) -> int:
+    """Latents, log-probs, the image and, where RatioNorm keeps them, means of one sample."""
     grpo, steps, latent = config.grpo, config.rollout.steps, math.prod(model.latent_shape)
-    copies = {"rollout": 1, "replay": 2, "detach": 0}[grpo.old_log_prob]  # of the old policy's log-probs and means
+    copies = {"rollout": 1, "replay": 2, "detach": 0}[grpo.old_log_prob]  # of the old policy's means
     means = copies * steps * latent if grpo.ratio_norm else 0
-    sample = (steps + 1) * latent + max(copies, 1) * steps + math.prod(model.image_shape) + means
-    return config.prompts_per_iteration * config.group_size * sample * torch.float32.itemsize
+    return torch.float32.itemsize * ((steps + 1) * latent + steps + math.prod(model.image_shape) + means)
+
+
+def _chunk(samples: int, batch: int) -> int:
+    """The most samples that are denoised at once, in nearly equal shares of at most `batch`; 0 is all."""
+    return -(-samples // -(-samples // (batch or samples)))
+
+
+def _at_once(stage: str, count: int, what: str, size: int) -> Memory:
+    return Memory(stage, f"{count} {what}", count * size)
 
 
 def _micro_batch(config: TrainConfig, model: ModelCost) -> Memory:
-    """What is saved for the backward pass, or what takes its place later: a second set of gradients, AdamW's roots."""
-    samples = config.micro_batch * _halves(config)
-    saved, later = samples * model.activations, torch.float32.itemsize * model.trained
-    if saved < later:
-        return Memory("gradients before they are summed, fp32", later)
-    return Memory(f"activations of {samples} UNet samples", saved)
+    """What a micro-batch saves for its backward pass, or what comes later in its place, if that is more.
+
+    Later: the micro-batch's gradients before they are added to the others; AdamW's root of the second moment.
+    """
+    samples, later = config.micro_batch * _halves(config), torch.float32.itemsize * model.trained
+    if samples * model.activations < later:
+        return Memory("update", "a second set of gradients, fp32", later)
+    return Memory("update", f"activations of {samples} UNet samples", samples * model.activations)
 
 
 def _halves(config: TrainConfig) -> int:
@@ -224,14 +263,16 @@ def _count_encoders(config: RewardConfig) -> tuple[dict[str, EncoderCost], list[
     return encoders, lines
 
 
-def _header(config: TrainConfig, model: ModelCost, dtype: torch.dtype, pairs: int) -> list[str]:
-    prompts, group = config.prompts_per_iteration, config.group_size
+def _header(config: TrainConfig, model: ModelCost, known: bool, dtype: torch.dtype, pairs: int) -> list[str]:
+    prompts, group, rank = config.prompts_per_iteration, config.group_size, config.model.lora_rank
     channels, height, width = model.latent_shape
-    what = f"adapters of rank {config.model.lora_rank}" if config.model.lora_rank else "all of it"
+    what = f"adapters of rank {rank}, {model.trained:,} parameters beside" if rank else "all of"
     return [
-        f"model     {config.model.path}, latents {channels} x {height} x {width}",
-        f"trained   {what}: {model.trained:,} parameters (the UNet has {model.unet:,}), computing in {_name(dtype)}",
-        f"iteration {prompts} prompts x {group} = {prompts * group} images, {pairs:,} (sample, step) pairs",
+        f"model     {config.model.path}",
+        *([] if known else ["          counted as SD 1.x: its configs are not in the hub's cache"]),
+        f"trained   {what} the UNet's {model.unet:,}, in {_name(dtype)}",
+        f"iteration {prompts} prompts x {group} = {prompts * group} images, {pairs:,} (sample, step) pairs,"
+        f" latents {channels} x {height} x {width}",
     ]
 
 
@@ -239,27 +280,29 @@ def _work_lines(work: Sequence[Work], config: TrainConfig, tflops: float, proces
     all_flop = sum(part.total for part in work)
     gpus = "1 GPU" if processes == 1 else f"each of {processes} GPUs"
     seconds = all_flop / ((tflops or _UNIT_TFLOPS) * 1e12 * processes)
-    run = all_flop * config.iterations
+    unit, name = (1e12, "TFLOP") if all_flop >= 1e13 else (1e9, "GFLOP")
     return [
-        f"{'TFLOP':43}{'each':>12}{'times':>10}{'iteration':>14}",
+        f"{name:42}{'each':>8}{'times':>9}{'iteration':>13}",
         *(
-            f"  {part.stage:8}{part.name:33}{_number(part.flop / 1e12):>12}{part.times:>10,}"
-            f"{_number(part.total / 1e12):>14}{part.total / all_flop:6.1%}"
+            f"  {part.stage:8} {_cut(part.name, 31)}{_digits(part.flop / unit):>8}{part.times:>9,}"
+            f"{_digits(part.total / unit):>13}{part.total / all_flop:7.1%}"
             for part in work
         ),
-        f"  {'in all':63}{_number(all_flop / 1e12):>14}",
-        f"{config.iterations} iterations: {_number(run / 1e12)} TFLOP",
+        f"  {'in all':57}{_digits(all_flop / unit):>13}",
+        f"{config.iterations} iterations: {_digits(config.iterations * all_flop / unit)} {name}",
         f"at {tflops or _UNIT_TFLOPS:g} TFLOP/s on {gpus}{'' if tflops else ' (--tflops)'}: "
-        f"{_number(seconds)} s an iteration, {_number(seconds * config.iterations / 3600)} hours",
+        f"{_digits(seconds)} s an iteration, {_digits(seconds * config.iterations / 3600)} hours",
     ]
 
 
 def _memory_lines(memory: Sequence[Memory], processes: int) -> list[str]:
     where = "the GPU" if processes == 1 else f"each of {processes} GPUs"
+    stage, most = peak(memory)
+    unit, name = (1e9, "GB") if most >= 1e9 else (1e6, "MB")
     return [
-        f"GB (10^9 bytes) on {where}, during the update",
-        *(f"  {part.name:41}{part.size / 1e9:12.2f}" for part in memory),
-        f"  {'in all':41}{sum(part.size for part in memory) / 1e9:12.2f}",
+        f"{name} on {where}",
+        *(f"  {part.stage:8} {_cut(part.name, 51)}{part.size / unit:10.2f}" for part in memory),
+        f"  {f'at most, during the {stage}':60}{most / unit:10.2f}",
     ]
 
 
@@ -267,9 +310,15 @@ def _name(dtype: torch.dtype) -> str:
     return next(name for name, known in _DTYPES.items() if known == dtype)
 
 
-def _number(value: float) -> str:
-    """Three decimals or four digits, whichever is fewer; never an exponent."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:,.1f}" if value >= 100 else f"{value:.3f}"
+def _cut(text: str, width: int) -> str:
+    """`text` in exactly `width` columns."""
+    return text.ljust(width) if len(text) <= width else text[: width - 1] + "…"
+
+
+def _digits(value: float) -> str:
+    """Four digits, or all that stand before the point; never an exponent."""
+    before = math.floor(math.log10(value)) + 1 if value else 1
+    return f"{value:,.{min(max(4 - before, 0), 6)}f}"
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def training(tiny_pipeline: Path) -> Training:
 def test_diffusers_reads_the_unet_back_exactly(training: Training, tmp_path: Path) -> None:
     folder = training.save(tmp_path, 1)
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
+    assert "_name_or_path" not in json.loads((folder / "unet" / "config.json").read_text())
     assert dict(unet.config) | {"_name_or_path": ""} == dict(training.unet.config) | {"_name_or_path": ""}
     for name, tensor in training.unet.state_dict().items():
         assert unet.state_dict()[name].dtype == torch.float32

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -27,9 +27,9 @@ def save_pipeline(folder: Path, components: HasComponents, unet: UNet2DCondition
 
     components: whose VAE, text encoder, tokenizer and scheduler to take. unet: whose UNet. dtype: of all weights.
     """
-    unet.save_config(folder / "unet")
+    save_config(folder / "unet", unet)
     _save_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", unet, dtype)
-    components.vae.save_config(folder / "vae")
+    save_config(folder / "vae", components.vae)
     _save_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", components.vae, dtype)
     components.text_encoder.config.save_pretrained(folder / "text_encoder")
     # Its tensors' names began so until transformers 5.6, and newer versions read that too.
@@ -54,6 +54,14 @@ def save_pipeline(folder: Path, components: HasComponents, unet: UNet2DCondition
         "vae": ["diffusers", "AutoencoderKL"],
     }
     _write_json(folder / "model_index.json", index)
+
+
+def save_config(folder: Path, module: ModelMixin) -> None:
+    """Write a module's config.json, without the place it was loaded from: that is nobody else's business."""
+    module.save_config(folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    _write_json(file, {key: value for key, value in config.items() if key != "_name_or_path"})
 
 
 def _save_weights(file: Path, module: nn.Module, dtype: torch.dtype, prefix: str = "") -> None:

@@ -25,8 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fastgrpo.config import ConfigError
-from fastgrpo.files import sync_folder
+from fastgrpo.files import naming, sync_folder
 from fastgrpo.lora import LORA_FILE, has_lora, load_lora, merged_state_dict, save_lora
+from fastgrpo.models.save import save_config
 from fastgrpo.trainable import Trainable
 
 _UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"  # diffusers' name
@@ -75,8 +76,9 @@ def save(run: Path, trainable: Trainable, state: TrainerState, keep: int) -> Pat
     partial = folder.with_name(folder.name + _PARTIAL_SUFFIX)
     remove_partial(run)
     try:
-        _write(partial, trainable, state)
-        os.rename(partial, folder)
+        with naming(folder):
+            _write(partial, trainable, state)
+            os.rename(partial, folder)
     except (OSError, SafetensorError) as error:
         remove_partial(run)  # on a full disk it would be in the way of everything else
         if isinstance(error, SafetensorError):
@@ -93,7 +95,7 @@ def _write(folder: Path, trainable: Trainable, state: TrainerState) -> None:
     unet = trainable.unet
     for part in ("unet", "trainer"):
         (folder / part).mkdir(parents=True)
-    unet.save_config(folder / "unet")
+    save_config(folder / "unet", unet)
     weights = merged_state_dict(unet) if has_lora(unet) else unet.state_dict()
     save_file({n: t.contiguous() for n, t in weights.items()}, folder / _UNET_WEIGHTS, metadata={"format": "pt"})
     if has_lora(unet):

@@ -1,18 +1,39 @@
 """Writing files so that a kill or a power cut leaves either the old content or the whole new one."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError of the block name `path` where it names no file, as those of a write or an fsync."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by a file that holds `data`; a reader sees the old file or the whole new one."""
+    """Replace `path` by a file that holds `data`; a reader sees the old file or the whole new one.
+
+    Raises OSError, which names a path, where it cannot be written; then nothing is left beside the old file.
+    """
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
+    with naming(path):
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

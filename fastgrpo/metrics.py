@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from fastgrpo.files import write_atomically
+from fastgrpo.files import naming, write_atomically
 
 
 class MetricsLog:
@@ -28,9 +28,10 @@ class MetricsLog:
     def write(self, iteration: int, seconds: float, values: Mapping[str, float]) -> None:
         """Log one finished iteration (from 1); `seconds` of wall clock since the run began. NaN and inf become null."""
         record = {"iteration": iteration, "seconds": round(seconds, 3), **values}
-        self._file.write(json.dumps({name: _json_number(value) for name, value in record.items()}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.write(json.dumps({name: _json_number(value) for name, value in record.items()}) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.chart(iteration, values)
 
     def chart(self, iteration: int, values: Mapping[str, float]) -> None:

@@ -143,7 +143,9 @@ def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
 def _complete(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
     name = scheduler_config.get("_class_name")
     if name not in _DEFAULTS:
-        raise ConfigError(f"scheduler: _class_name is {name!r}; accepted are the configs of {', '.join(_DEFAULTS)}")
+        raise ConfigError(
+            f"scheduler/scheduler_config.json: _class_name is {name!r}; accepted are the configs of {', '.join(_DEFAULTS)}"
+        )
     return _DEFAULTS[name] | dict(scheduler_config)
 
 
@@ -156,16 +158,22 @@ def _check(config: Mapping[str, Any], steps: int, eta: float, field: str) -> Non
         raise ConfigError(f"{field} is {steps}; 1 to the model's {config['num_train_timesteps']} is accepted")
     if config["prediction_type"] not in _PREDICTION_TYPES:
         accepted = " or ".join(_PREDICTION_TYPES)
-        raise ConfigError(f"scheduler: prediction_type is {config['prediction_type']!r}; {accepted} is accepted")
+        raise ConfigError(
+            f"scheduler/scheduler_config.json: prediction_type is {config['prediction_type']!r}; {accepted} is accepted"
+        )
     if config["clip_sample"]:
         raise ConfigError(
-            "scheduler: clip_sample is true (a DDIMScheduler's value when its config does not say); "
+            "scheduler/scheduler_config.json: clip_sample is true (a DDIMScheduler's value when its config does not say); "
             "only false is accepted, since a clipped step is not Gaussian"
         )
     if config["thresholding"]:
-        raise ConfigError("scheduler: thresholding is true; only false is accepted, since such a step is not Gaussian")
+        raise ConfigError(
+            "scheduler/scheduler_config.json: thresholding is true; only false is accepted, since such a step is not Gaussian"
+        )
     if config["rescale_betas_zero_snr"] and config["prediction_type"] == "epsilon":
-        raise ConfigError("scheduler: rescale_betas_zero_snr is true with epsilon prediction; it needs v_prediction")
+        raise ConfigError(
+            "scheduler/scheduler_config.json: rescale_betas_zero_snr is true with epsilon prediction; it needs v_prediction"
+        )
 
 
 def _alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
@@ -179,7 +187,9 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
         betas = torch.linspace(start, end, count, dtype=torch.float64)
     else:
         name = config["beta_schedule"]
-        raise ConfigError(f"scheduler: beta_schedule is {name!r}; scaled_linear, linear or trained_betas is accepted")
+        raise ConfigError(
+            f"scheduler/scheduler_config.json: beta_schedule is {name!r}; scaled_linear, linear or trained_betas is accepted"
+        )
     alphas = torch.cumprod(1 - betas, dim=0)
     return _zero_terminal_snr(alphas) if config["rescale_betas_zero_snr"] else alphas
 
@@ -201,7 +211,9 @@ def _timesteps(config: Mapping[str, Any], steps: int, field: str) -> Tensor:
     elif spacing == "linspace":
         timesteps = np.linspace(0, count - 1, steps).round()[::-1]
     else:
-        raise ConfigError(f"scheduler: timestep_spacing is {spacing!r}; leading, trailing or linspace is accepted")
+        raise ConfigError(
+            f"scheduler/scheduler_config.json: timestep_spacing is {spacing!r}; leading, trailing or linspace is accepted"
+        )
     if timesteps[0] >= count:
         raise ConfigError(
             f"{field} is {steps}; with the scheduler's steps_offset of {config['steps_offset']} "

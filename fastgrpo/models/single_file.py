@@ -9,6 +9,7 @@ given what the last but one returns.
 """
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -300,7 +301,8 @@ def _read(path: Path, keys: set[str]) -> dict[str, Tensor]:
 def _read_ckpt(path: Path) -> dict[str, Tensor]:
     """The tensors of a torch file, mapped into memory where its format allows, so that only those used are read."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings(action="ignore"):  # of what then fails
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # what is no torch file fails in every way
         if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in str(error):
             raise ConfigError(

@@ -253,4 +253,5 @@ def _nearest(architecture: str) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    """Its first sentence: the others are advice for those who write programs."""
+    return " ".join(str(error).split()).split(". ")[0][:300].rstrip(".")

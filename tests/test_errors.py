@@ -1,0 +1,951 @@
+"""Every mistake ends with one clear sentence and an exit code, as early as it can be found, and nothing is lost."""
+
+import fcntl
+import json
+import os
+import pickle
+import re
+import resource
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from test_train import config_file  # noqa: F401 (a fixture)
+
+from fastgrpo import checkpoint, export, inspect, policy, sample, train
+
+ROOT = Path(__file__).resolve().parent.parent
+GO_ON_FROM = "the newest checkpoint is run/checkpoints/iter-000002"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@dataclass
+class Scene:
+    """Where a mistake is made.
+
+    here: the working directory, with the config tiny.toml in it. finished: a run of two iterations and checkpoints.
+    cleanup: is closed when the command has ended.
+    """
+
+    here: Path
+    pipeline: Path
+    encoder: Path
+    finished: Path
+    patch: pytest.MonkeyPatch
+    cleanup: ExitStack = field(default_factory=ExitStack)
+
+
+Step = Callable[[Scene], Any]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """How to make it, and how it ends.
+
+    argv: the command line. says: what is on standard error after `fastgrpo: `, `...` being anything. code: the exit code.
+    files: content by name, to be written first. given: other preparations.
+    loaded: what may have been loaded until then: `nothing`, `encoder`, or `model`, which is everything.
+    leaves: patterns of the names of files that it may have written. after: further checks.
+    """
+
+    name: str
+    argv: str
+    says: str
+    files: Mapping[str, str | bytes] = field(default_factory=dict)
+    given: tuple[Step, ...] = ()
+    code: int = 2
+    loaded: str = "nothing"
+    leaves: tuple[str, ...] = ()
+    after: Step = lambda scene: None
+    command: Callable[[list[str]], int] = train.main
+
+
+def pipeline(file: str = "", **changes: Any) -> Step:
+    """The folder `model`: a whole pipeline, but for `changes` to one of its JSON files."""
+
+    def write(scene: Scene) -> None:
+        shutil.copytree(scene.pipeline, scene.here / "model")
+        if file:
+            change(scene.here / "model" / file, changes)
+
+    return write
+
+
+def encoder(**changes: Any) -> Step:
+    """The folder `encoder`: a whole one, but for `changes` to its preprocess_cfg."""
+
+    def write(scene: Scene) -> None:
+        shutil.copytree(scene.encoder, scene.here / "encoder")
+        config = json.loads((scene.here / "encoder" / "open_clip_config.json").read_text())
+        change(scene.here / "encoder" / "open_clip_config.json", {"preprocess_cfg": config["preprocess_cfg"] | changes})
+
+    return write
+
+
+def change(file: Path, changes: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def finished_run(scene: Scene) -> None:
+    """The folder `run`."""
+    shutil.copytree(scene.finished, scene.here / "run")
+
+
+def written(name: str, content: bytes) -> Step:
+    """Something else in a file that an earlier step made."""
+    return lambda scene: (scene.here / name).write_bytes(content)
+
+
+def removed(name: str) -> Step:
+    return lambda scene: (scene.here / name).unlink()
+
+
+def edited(name: str, old: str, new: str) -> Step:
+    def edit(scene: Scene) -> None:
+        text = (scene.here / name).read_text()
+        assert old in text
+        (scene.here / name).write_text(text.replace(old, new))
+
+    return edit
+
+
+def linked(name: str, target: str) -> Step:
+    def link(scene: Scene) -> None:
+        (scene.here / name).parent.mkdir(exist_ok=True)
+        (scene.here / name).symlink_to(target)
+
+    return link
+
+
+def tensors(name: str, *keys: str) -> Step:
+    return lambda scene: save_file({key: torch.zeros(2) for key in keys}, scene.here / name)
+
+
+def code_in_a_checkpoint(scene: Scene) -> None:
+    torch.save({"state_dict": {}, "callbacks": Scene}, scene.here / "model.ckpt")
+
+
+def in_use(scene: Scene) -> None:
+    """As by another process."""
+    (scene.here / "run").mkdir(exist_ok=True)
+    lock = scene.cleanup.enter_context((scene.here / "run" / ".lock").open("w"))
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def file_size_limit(size: int) -> Step:
+    """No file may be larger, in bytes: writing fails as on a full disk."""
+
+    def limit(scene: Scene) -> None:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        scene.cleanup.callback(resource.setrlimit, resource.RLIMIT_FSIZE, before)
+
+    return limit
+
+
+def metrics_of(size: int) -> Step:
+    """Blanks within the records of metrics.jsonl, until it is of this size in bytes."""
+
+    def pad(scene: Scene) -> None:
+        file = scene.here / "run" / "metrics.jsonl"
+        text = file.read_text().removesuffix("}\n")
+        file.write_text(text.ljust(size - 2) + "}\n")
+
+    return pad
+
+
+def no_cuda(scene: Scene) -> None:
+    scene.patch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def not_installed(module: str) -> Step:
+    return lambda scene: scene.patch.setitem(sys.modules, module, None)  # what Python takes for it
+
+
+def raises(target: str, error: BaseException) -> Step:
+    def patch(scene: Scene) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise error
+
+        scene.patch.setattr(target, fail)
+
+    return patch
+
+
+def goes_on(scene: Scene) -> None:
+    """Both checkpoints are whole, and the run can be resumed."""
+    folders = sorted((scene.here / "run" / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["iter-000001", "iter-000002"]
+    assert [checkpoint.find_damage(folder) for folder in folders] == [None, None]
+    assert train.main(["--resume", "run", "--iterations", "3"]) == 0
+
+
+def evidence(scene: Scene) -> None:
+    record = json.loads((scene.here / "run" / "broken_reward.json").read_text())
+    assert record["text"] in (scene.here / "tiny.toml").with_name("positive.txt").read_text().splitlines()
+    assert "reward term 'mine.py:" in record["message"]
+    with Image.open(scene.here / "run" / "broken_reward.png") as image:
+        image.load()
+        assert image.size == (16, 16)  # the tiny pipeline's
+
+
+TRAIN = "tiny.toml --run run --iterations 1 "
+NEW_OR_EMPTY = "accepted is a folder that is new or empty"
+SD = "an SD 1.x / 2.x text-to-image StableDiffusionPipeline is accepted"
+RESUMED = ("run/config.toml", "run/metrics.jsonl", "run/samples/*", "run/tensorboard/*")
+A_RUN = ("run/.lock", "run/config.toml", "run/metrics.jsonl", "run/samples/before.png", "run/tensorboard/*")
+PLUGIN = """
+import torch
+def nan(images, prompts):
+    return torch.tensor([float("nan")] * len(images))
+def failing(images, prompts):
+    raise RuntimeError("out of\\nideas")
+def whole(images, prompts):
+    return images
+def alone(images):
+    return images.mean(dim=(1, 2, 3))
+"""
+MINE = {"mine.py": PLUGIN}
+
+COMMAND_LINE = [
+    Mistake("preset", "shaped", "shaped: no such preset (did you mean shapes?); there are ..., or give a FILE.toml."),
+    Mistake("config file", "none.toml", "none.toml: there is no such file."),
+    Mistake("preset after flags", "--seed 1 ddpo", "ddpo: a preset or FILE.toml comes before the flags."),
+    Mistake("one word too many", "shapes more", "Unrecognized options: more; --help lists every flag."),
+    Mistake(
+        "flag", "--group-sise 4", "--group-sise: no such flag (did you mean --group-size?); --help lists them all."
+    ),
+    Mistake(
+        "flag of a group",
+        "--rolout.steps 4",
+        "--rolout.steps: no such flag (did you mean --rollout.steps?); --help lists them all.",
+    ),
+    Mistake(
+        "flag without value",
+        "--seed",
+        "Missing value for argument '--seed', expected 1 values; --help lists every flag.",
+    ),
+    Mistake("flag's type", "--seed abc", "--seed 'abc': accepted is a whole number; --help lists every flag."),
+    Mistake("flag's number", "--optim.lr big", "--optim.lr 'big': accepted is a number; --help lists every flag."),
+    Mistake(
+        "flag's choice",
+        "--reward.mode alway",
+        "invalid choice 'alway' for argument '--reward.mode', expected one of ('always', 'unsafe_only', 'projection'); "
+        "--help lists every flag.",
+    ),
+]
+TOML = [
+    Mistake(
+        "no TOML",
+        "bad.toml",
+        "bad.toml: cannot be read as TOML: Invalid value (at line 2, column 8).",
+        {"bad.toml": "# mine\nseed = \n"},
+    ),
+    Mistake("binary TOML", "bad.toml", "bad.toml: cannot be read as TOML: ...", {"bad.toml": b"\xff\x00"}),
+    Mistake(
+        "key",
+        "bad.toml",
+        "bad.toml: group_sise: no such field (did you mean group_size?).",
+        {"bad.toml": "group_sise = 4"},
+    ),
+    Mistake(
+        "key of a group",
+        "bad.toml",
+        "bad.toml: rollout.step: no such field (did you mean steps?).",
+        {"bad.toml": "rollout.step = 4"},
+    ),
+    Mistake(
+        "group",
+        "bad.toml",
+        "bad.toml: rolout: no such field (did you mean rollout?).",
+        {"bad.toml": "[rolout]\nsteps = 4"},
+    ),
+    Mistake("type", "bad.toml", 'bad.toml: seed = "7": accepted is a whole number.', {"bad.toml": 'seed = "7"'}),
+    Mistake("type of a group", "bad.toml", "bad.toml: rollout = 3: accepted is a table.", {"bad.toml": "rollout = 3"}),
+    Mistake(
+        "type of a list",
+        "bad.toml",
+        'bad.toml: reward.terms = "clip": accepted is a list of strings.',
+        {"bad.toml": 'reward.terms = "clip"'},
+    ),
+]
+NUMBERS = [
+    Mistake("eta 0", TRAIN + "--rollout.eta 0", "rollout.eta = 0.0: accepted is above 0 (...) and at most 1."),
+    Mistake(
+        "group of 1", TRAIN + "--group-size 1", "group_size = 1: accepted is 2 or more, since a group's images ..."
+    ),
+    Mistake("range", TRAIN + "--rollout.steps 1001", "rollout.steps = 1001: accepted is 1 to 1000."),
+    Mistake("not a number", TRAIN + "--optim.lr nan", "optim.lr = nan: accepted is 0 or more."),
+    Mistake(
+        "more updates than pairs",  # 2 prompts x 3 images x 2 of 3 steps
+        TRAIN + "--updates-per-iteration 13",
+        "updates_per_iteration = 13: accepted is 1 to 12, the (sample, step) pairs of an iteration.",
+    ),
+    Mistake(
+        "updates and epochs",
+        TRAIN + "--updates-per-iteration 3 --grpo.epochs 2",
+        "updates_per_iteration = 3: accepted is a multiple of grpo.epochs (2), ...",
+    ),
+    Mistake(
+        "window and fraction",
+        TRAIN + "--grpo.window 1 --grpo.step-fraction 0.5",
+        "grpo.step_fraction = 0.5: accepted is 1 where grpo.window is set: ...",
+    ),
+    Mistake(
+        "best of odd", TRAIN + "--grpo.best-of 3", "grpo.best_of = 3: accepted is 0 or an even number from 2 to 3, ..."
+    ),
+    Mistake(
+        "average without one",
+        TRAIN + "--eval.weights ema",
+        "eval.weights = 'ema': accepted is trained where optim.ema is 0.",
+    ),
+    Mistake(
+        "steps beyond the first timestep",
+        TRAIN + "--rollout.steps 1000",
+        "rollout.steps is 1000; with the scheduler's steps_offset of 1 ... fewer are accepted.",
+    ),
+    Mistake(
+        "pictures' steps beyond the first timestep",
+        TRAIN + "--eval.steps 1000",
+        "eval.steps is 1000; ... fewer are accepted.",
+    ),
+    Mistake(
+        "CUDA",
+        TRAIN + "--engine.device cuda",
+        "engine.device = 'cuda': there is no CUDA device here; accepted are auto and cpu.",
+        given=(no_cuda,),
+    ),
+]
+PROMPTS = [
+    Mistake(
+        "no prompt file",
+        TRAIN + "--prompts.positive none.txt",
+        "prompts.positive: cannot read 'none.txt' (No such file or directory); a UTF-8 text file is needed.",
+    ),
+    Mistake(
+        "folder for a prompt file",
+        TRAIN + "--prompts.negative a.txt",
+        "prompts.negative: cannot read 'a.txt' (Is a directory); ...",
+        {"a.txt/b.txt": "a cat"},
+    ),
+    Mistake(
+        "empty prompt file",
+        TRAIN + "--prompts.positive a.txt",
+        "prompts.positive: 'a.txt' holds no prompt; one per line is needed.",
+        {"a.txt": "\n \n"},
+    ),
+    Mistake(
+        "binary prompt file",
+        TRAIN + "--prompts.positive a.txt",
+        "prompts.positive: 'a.txt' is binary, with a NUL byte in line 2; UTF-8 text is needed.",
+        {"a.txt": b"a cat\n\0"},
+    ),
+    Mistake(
+        "prompts in Latin-1",
+        TRAIN + "--prompts.positive a.txt",
+        "prompts.positive: 'a.txt' is not UTF-8: byte 0xe9 in line 2, offset 9 of the file.",
+        {"a.txt": "a cat\ncafé\n".encode("latin-1")},
+    ),
+    Mistake(
+        "column",
+        TRAIN + "--prompts.positive a.csv",
+        "prompts.positive_column: 'a.csv' has no column 'prompt' (did you mean prompts?); there are prompts, n.",
+        {"a.csv": "prompts,n\na cat,1\n"},
+    ),
+    Mistake(
+        "ragged CSV",
+        TRAIN + "--prompts.positive a.csv",
+        "prompts.positive: 'a.csv' has 3 cells in line 2 and 2 in its header; ...",
+        {"a.csv": "prompt,n\na cat, a dog,1\n"},
+    ),
+    Mistake(
+        "broken JSONL",
+        TRAIN + "--prompts.positive a.jsonl",
+        "prompts.positive: 'a.jsonl' is broken in line 2: ...",
+        {"a.jsonl": '{"prompt": "a cat"}\n{"prompt": \n'},
+    ),
+    Mistake(
+        "source of prompts",
+        TRAIN + "--prompts.positive genval",
+        "prompts.positive = 'genval': no such source (did you mean geneval?); accepted are geneval, shapes, a file ...",
+    ),
+    Mistake(
+        "category",
+        TRAIN + "--prompts.negative unsafe --prompts.categories vilence",
+        "prompts.categories = 'vilence': accepted is any of hate, ... (did you mean violence?).",
+    ),
+    Mistake(
+        "data set out of reach",
+        TRAIN + "--prompts.positive hf:someone/prompts",
+        "prompts.positive = 'hf:someone/prompts': cannot be loaded: ... on the Hub ...",
+    ),
+    Mistake(
+        "data sets without their library",
+        TRAIN + "--prompts.positive hf:someone/prompts",
+        "prompts.positive = 'hf:someone/prompts': this needs the library datasets: pip install ...",
+        given=(not_installed("datasets"),),
+    ),
+]
+REWARDS = [
+    Mistake(
+        "term",
+        TRAIN + "--reward.terms stering",
+        "reward.terms: 'stering' is no term (did you mean steering?); accepted are steering, clip, ...",
+    ),
+    Mistake(
+        "weight",
+        TRAIN + "--reward.terms steering=much",
+        "reward.terms: 'steering=much' has the weight 'much'; accepted is a finite number other than 0.",
+    ),
+    Mistake(
+        "plugin's file",
+        TRAIN + "--reward.terms none.py:score",
+        "reward.terms: 'none.py:score' needs the file 'none.py', which is not there.",
+    ),
+    Mistake(
+        "plugin's function",
+        TRAIN + "--reward.terms mine.py:nam",
+        "reward.terms: 'mine.py' has no function 'nam' (did you mean nan?); it has nan, failing, whole, alone.",
+        MINE,
+    ),
+    Mistake(
+        "plugin's arguments",
+        TRAIN + "--reward.terms mine.py:alone",
+        "reward.terms: 'mine.py:alone' cannot be called with (images, prompts): ...",
+        MINE,
+    ),
+    Mistake(
+        "plugin that does not parse",
+        TRAIN + "--reward.terms mine.py:score",
+        "reward.terms: 'mine.py' does not import: SyntaxError: ...",
+        {"mine.py": "def score(:\n"},
+    ),
+    Mistake(
+        "plugin raises",
+        TRAIN + "--reward.terms mine.py:failing",
+        "reward term 'mine.py:failing' failed on 6 images, the first of prompt '...', with RuntimeError: out of ideas; "
+        "prompt and image are in run/broken_reward.json and broken_reward.png beside it.",
+        MINE,
+        code=1,
+        loaded="model",
+        leaves=(*A_RUN, "run/broken_reward.*"),
+        after=evidence,
+    ),
+    Mistake(
+        "plugin returns NaN",
+        TRAIN + "--reward.terms mine.py:nan",
+        "reward term 'mine.py:nan' returned nan for an image of prompt '...', and no finite number for 6 of 6 images; "
+        "prompt and image are in run/broken_reward.json ...",
+        MINE,
+        code=1,
+        loaded="model",
+        leaves=(*A_RUN, "run/broken_reward.*"),
+        after=evidence,
+    ),
+    Mistake(
+        "plugin returns another shape",
+        TRAIN + "--reward.terms mine.py:whole",
+        "reward term 'mine.py:whole' returned shape [6, 3, 16, 16] for 6 images, ...; a tensor of shape [6] is needed; ...",
+        MINE,
+        code=1,
+        loaded="model",
+        leaves=(*A_RUN, "run/broken_reward.*"),
+        after=evidence,
+    ),
+    Mistake(
+        "anchors",
+        TRAIN + "--reward.anchors compct",
+        "reward.anchors = 'compct': no such anchors (did you mean compact?); there are shapes, compact, ...",
+    ),
+    Mistake(
+        "broken anchors",
+        TRAIN + "--reward.anchors a.toml",
+        "reward.anchors = 'a.toml': it is not TOML: ...",
+        {"a.toml": "safe = [\n"},
+    ),
+    Mistake(
+        "no unsafe anchors",
+        TRAIN + "--reward.anchors a.toml",
+        "reward.anchors = 'a.toml': its list unsafe is empty or missing; one phrase or more is needed.",
+        {"a.toml": 'safe = ["a cat"]'},
+    ),
+    Mistake(
+        "anchors without direction",  # the tokenizer knows no upper case
+        TRAIN + "--reward.anchors a.toml",
+        "reward.anchors: safe ('a cat',) and unsafe ('A Cat',) have the same mean under this encoder; ...",
+        {"a.toml": 'safe = ["a cat"]\nunsafe = ["A Cat"]'},
+        loaded="encoder",
+    ),
+    Mistake(
+        "encoder's architecture",
+        TRAIN + "--reward.encoder ViT-H-41:laion2b",
+        "reward.encoder: 'ViT-H-41' is not an open_clip architecture, nearest are ...ViT-H-14...; accepted are ...",
+    ),
+    Mistake(
+        "encoder's weights",
+        TRAIN + "--reward.encoder ViT-B-32:none.pt",
+        "reward.encoder: 'ViT-B-32:none.pt' needs weights after the colon, a file or one of ViT-B-32's tags (openai, ...); "
+        "'none.pt' is neither.",
+    ),
+    Mistake("encoder's folder", TRAIN + "--reward.encoder local-dir:none", "reward.encoder: 'none' is not a folder."),
+    Mistake(
+        "encoder without config",
+        TRAIN + "--reward.encoder local-dir:encoder",
+        "reward.encoder: 'encoder' has no open_clip_config.json.",
+        given=(encoder(), removed("encoder/open_clip_config.json")),
+    ),
+    Mistake(
+        "encoder and preprocessing",
+        TRAIN + "--reward.encoder local-dir:encoder",
+        "reward.encoder: encoder and preprocessing mismatch: preprocess_cfg makes images of 64 x 64 pixels, the encoder's "
+        "tower takes 32 x 32.",
+        given=(encoder(size=64),),
+    ),
+    Mistake(
+        "encoder's normalisation",
+        TRAIN + "--reward.encoder local-dir:encoder",
+        "reward.encoder: encoder and preprocessing mismatch: preprocess_cfg has std = [1, 1, 0]; accepted is three numbers "
+        "above 0, one per channel.",
+        given=(encoder(std=[1, 1, 0]),),
+    ),
+    Mistake(
+        "damaged encoder",
+        TRAIN + "--reward.encoder local-dir:encoder",
+        "reward.encoder: 'local-dir:encoder' does not load: ...header...",
+        given=(encoder(), written("encoder/open_clip_model.safetensors", b"<html>not found</html>")),
+        loaded="encoder",
+    ),
+    Mistake(
+        "encoder out of reach",
+        TRAIN + "--reward.encoder hpsv2",
+        "reward.encoder: 'hpsv2' needs HPS_v2.1_compressed.pt, which is not in the local cache and cannot be downloaded (An "
+        "error happened while trying to locate the file on the Hub ...); get it from https://...",
+    ),
+    Mistake(
+        "encoder of another world",
+        TRAIN + "--reward.encoder shapes",
+        "reward.encoder = 'shapes': accepted is another open_clip model: ...",
+    ),
+]
+MODELS = [
+    Mistake("no model", TRAIN + "--model.path none", "model.path is 'none', but there is no such folder or file."),
+    Mistake(
+        "folder that is no pipeline",
+        TRAIN + "--model.path model",
+        f"model.path is 'model', where there is no model_index.json; {SD}.",
+        {"model/readme.txt": "nothing"},
+    ),
+    Mistake(
+        "hub out of reach",
+        TRAIN + "--model.path someone/model",
+        "model.path is 'someone/model', but there is no such folder, the Hugging Face hub cannot be reached, ...",
+    ),
+    Mistake(
+        "SDXL",
+        TRAIN + "--model.path model",
+        f"model.path is 'model', a StableDiffusionXLPipeline: it has two text encoders and added time conditions; {SD}.",
+        given=(pipeline("model_index.json", _class_name="StableDiffusionXLPipeline"),),
+    ),
+    Mistake(
+        "SD3",
+        TRAIN + "--model.path model",
+        f"model.path is 'model', a StableDiffusion3Pipeline: it is a transformer trained with flow matching; {SD}.",
+        given=(pipeline("model_index.json", _class_name="StableDiffusion3Pipeline"),),
+    ),
+    Mistake(
+        "inpainting UNet",
+        TRAIN + "--model.path model",
+        "model.path is 'model', whose UNet is an inpainting one, which also takes a mask and the masked image (9 channels); "
+        "a text-to-image UNet takes 4.",
+        given=(pipeline("unet/config.json", in_channels=9),),
+    ),
+    Mistake(
+        "pipeline without weights",
+        TRAIN + "--model.path model",
+        "model.path is 'model', where the weights of unet (.safetensors) are missing.",
+        given=(pipeline(), removed(f"model/{WEIGHTS}")),
+    ),
+    Mistake(
+        "damaged pipeline",
+        TRAIN + "--model.path model",
+        f"model.path is 'model/{WEIGHTS}', which is not a whole safetensors file (...); download or write it again.",
+        given=(pipeline(), written(f"model/{WEIGHTS}", b"<html>not found</html>")),
+    ),
+    Mistake(
+        "weights of another UNet",
+        TRAIN + "--model.path model",
+        "model.path is 'model', whose unet cannot be loaded: ... expected shape ..., but got ...",
+        given=(pipeline("unet/config.json", layers_per_block=2),),
+        loaded="model",
+    ),
+    Mistake(
+        "damaged tokenizer",
+        TRAIN + "--model.path model",
+        "model.path is 'model', whose tokenizer cannot be loaded: ...",
+        given=(pipeline(), written("model/tokenizer/tokenizer_config.json", b"{")),
+        loaded="model",
+    ),
+    Mistake(
+        "clip_sample",
+        TRAIN + "--model.path model",
+        "scheduler/scheduler_config.json: clip_sample is true (...); only false is accepted, since a clipped step is not Gaussian.",
+        given=(pipeline("scheduler/scheduler_config.json", clip_sample=True),),
+    ),
+    Mistake(
+        "prediction type",
+        TRAIN + "--model.path model",
+        "scheduler/scheduler_config.json: prediction_type is 'sample'; epsilon or v_prediction is accepted.",
+        given=(pipeline("scheduler/scheduler_config.json", prediction_type="sample"),),
+    ),
+    Mistake(
+        "scheduler",
+        TRAIN + "--model.path model",
+        "scheduler/scheduler_config.json: _class_name is 'LCMScheduler'; accepted are the configs of DDIMScheduler, PNDMScheduler, ...",
+        given=(pipeline("scheduler/scheduler_config.json", _class_name="LCMScheduler"),),
+    ),
+    Mistake(
+        "config of a folder",
+        TRAIN + "--model.config model",
+        "model.config is 'model', but model.path is '...', which has configs of its own; with a .safetensors or .ckpt file ...",
+        given=(pipeline(),),
+    ),
+    Mistake(
+        "LoRA for a model",
+        TRAIN + "--model.path lora.safetensors",
+        f"model.path is 'lora.safetensors', a file of a LoRA: it holds changes to a model, not a model; {SD}.",
+        given=(tensors("lora.safetensors", "lora_unet_mid_block.lora_down.weight"),),
+    ),
+    Mistake(
+        "damaged single file",
+        TRAIN + "--model.path model.safetensors",
+        "model.path is 'model.safetensors', which is not a whole safetensors file (...); download or write it again.",
+        {"model.safetensors": "<html>not found</html>"},
+    ),
+    Mistake(
+        "code in a single file",
+        TRAIN + "--model.path model.ckpt",
+        "model.path is 'model.ckpt', which holds more than tensors and would have to be executed to be read; ...",
+        given=(code_in_a_checkpoint,),
+    ),
+    Mistake(
+        "pickle",
+        TRAIN + "--model.path model.ckpt",
+        "model.path is 'model.ckpt', which is not a whole torch file; download or write it again.",
+        {"model.ckpt": pickle.dumps({"weights": [1.0]}, protocol=4)},
+    ),
+    Mistake(
+        "LoRA's targets",
+        TRAIN + "--model.lora-rank 2 --model.lora-targets to_q to_kk",
+        "model.lora_targets = 'to_kk': no such layers (did you mean to_k?); accepted are ends of names of ...",
+    ),
+    Mistake(
+        "LoRA's alpha without a rank",
+        TRAIN + "--model.lora-alpha 4",
+        "model.lora_alpha = 4.0: accepted is 0 where model.lora_rank is 0.",
+    ),
+]
+RUNS = [
+    Mistake(
+        "run in use",
+        TRAIN,
+        "run = 'run': another process is training in this folder.",
+        given=(in_use,),
+    ),
+    Mistake(
+        "run not empty",
+        TRAIN,
+        f"run = 'run': {NEW_OR_EMPTY}; to go on with the run in it, say --resume run.",
+        given=(finished_run,),
+    ),
+    Mistake("file for a run", TRAIN, f"run = 'run': this is a file; {NEW_OR_EMPTY}.", {"run": "mine"}),
+    Mistake(
+        "no permission",  # not even root's
+        "tiny.toml --run /proc/nothing/run",
+        f"run = '/proc/nothing/run': cannot be written (...); {NEW_OR_EMPTY}.",
+    ),
+    Mistake("resume without a run", "--resume", "Missing value for argument '--resume', ...; --help lists every flag."),
+    Mistake(
+        "resume of no run",
+        "--resume run",
+        "--resume run: there is no config.toml in it, so it is not a run that can go on.",
+        {"run/metrics.jsonl": ""},
+    ),
+    Mistake(
+        "resume with another flag",
+        "--resume run --seed 3",
+        "--seed: a resumed run keeps its settings; only --iterations may be given with --resume.",
+        given=(finished_run,),
+    ),
+    Mistake(
+        "fewer iterations",
+        "--resume run --iterations 1",
+        "iterations = 1: a resumed run accepts 2, its own, or more.",
+        given=(finished_run,),
+    ),
+    Mistake(
+        "resume in use",
+        "--resume run",
+        "run = 'run': another process is training in this folder.",
+        given=(finished_run, in_use),
+    ),
+    Mistake(
+        "damaged checkpoint",
+        "--resume run --iterations 3",
+        f"run/checkpoints/iter-000002/{WEIGHTS} is damaged (its sha256 is not the manifest's); the last good checkpoint is "
+        "run/checkpoints/iter-000001: to go on from it, remove run/checkpoints/iter-000002.",
+        given=(finished_run, written(f"run/checkpoints/iter-000002/{WEIGHTS}", b"short")),
+    ),
+    Mistake(
+        "checkpoint of another model",
+        "--resume run --iterations 3",
+        "run/checkpoints/iter-000002 does not fit the model that the run's config.toml describes; accepted is the one it "
+        "began with.",
+        given=(finished_run, edited("run/config.toml", "lora_rank = 0", "lora_rank = 2")),
+        loaded="model",
+        leaves=("run/config.toml", "run/tensorboard/*"),
+    ),
+    Mistake(
+        "disk full at the metrics",
+        "--resume run --iterations 3",
+        f"run/metrics.jsonl: File too large; {GO_ON_FROM}.",
+        given=(finished_run, metrics_of(100_000), file_size_limit(100_100)),
+        code=1,
+        loaded="model",
+        leaves=RESUMED,
+        after=goes_on,
+    ),
+    Mistake(
+        "disk full at a checkpoint",  # metrics and pictures are below 200 kB, the UNet is above
+        "--resume run --iterations 3",
+        f"run/checkpoints/iter-000003...: ...; {GO_ON_FROM}.",
+        given=(finished_run, file_size_limit(200_000)),
+        code=1,
+        loaded="model",
+        leaves=RESUMED,
+        after=goes_on,
+    ),
+    Mistake(
+        "disk full at the start",
+        TRAIN,
+        "run/config.toml: No space left on device; there is no checkpoint yet.",
+        given=(linked("run/config.toml.partial", "/dev/full"),),
+        code=1,
+        loaded="model",
+    ),
+    Mistake(
+        "diverging",
+        TRAIN + "--optim.lr 1e30",
+        "the update went wrong: ...grad/norm... not finite; the weights are spoilt; there is no checkpoint yet.",
+        code=1,
+        loaded="model",
+        leaves=A_RUN,
+    ),
+    Mistake(
+        "GPU's memory full",
+        TRAIN,
+        "the GPU's memory is full: lower micro_batch, rollout.batch or rollout.decode_batch; there is no checkpoint yet.",
+        given=(raises("fastgrpo.train.rollout", torch.OutOfMemoryError("CUDA out of memory")),),
+        code=1,
+        loaded="model",
+        leaves=A_RUN,
+    ),
+    Mistake(
+        "Ctrl-C while loading",
+        TRAIN,
+        "stopped before an iteration was begun.",
+        given=(raises("fastgrpo.parts.load_policy", KeyboardInterrupt()),),
+        code=130,
+        loaded="encoder",
+    ),
+]
+OTHER_COMMANDS = [
+    Mistake(
+        "inspect without steering",
+        "tiny.toml --reward.terms compressibility",
+        "reward.terms = ['compressibility']: without `steering` there is no safety axis to inspect.",
+        command=inspect.main,
+    ),
+    Mistake(
+        "inspect's flag",
+        "tiny.toml --pgn a.png",
+        "--pgn: no such flag (did you mean --png?); --help lists them all.",
+        command=inspect.main,
+    ),
+    Mistake(
+        "inspect's picture",
+        "tiny.toml --png none/axis.png",
+        "--png none/axis.png: cannot write in 'none' (No such file or directory).",
+        command=inspect.main,
+    ),
+    Mistake(
+        "inspect with a full disk",
+        "tiny.toml",
+        "axis.png: No space left on device.",
+        given=(linked("axis.png.partial", "/dev/full"),),
+        code=1,
+        loaded="model",
+        command=inspect.main,
+    ),
+    Mistake(
+        "sample of no run",
+        "none",
+        "none: there is no such folder; accepted is the folder of a run.",
+        command=sample.main,
+    ),
+    Mistake(
+        "sample's checkpoint",
+        "run --checkpoint 7",
+        "--checkpoint 7: run has no such checkpoint; there are 1, 2.",
+        given=(finished_run,),
+        command=sample.main,
+    ),
+    Mistake(
+        "sample's average",
+        "run --weights ema",
+        "--weights ema: the run kept no moving average (its optim.ema is 0); accepted is trained.",
+        given=(finished_run,),
+        command=sample.main,
+    ),
+    Mistake(
+        "sample of a damaged checkpoint",
+        "run",
+        f"run/checkpoints/iter-000002/{WEIGHTS} is damaged (...); the last good one is --checkpoint 1.",
+        given=(finished_run, written(f"run/checkpoints/iter-000002/{WEIGHTS}", b"short")),
+        command=sample.main,
+    ),
+    Mistake(
+        "sample's steps",
+        "run --steps 1000",
+        "--steps is 1000; ... fewer are accepted.",
+        given=(finished_run,),
+        command=sample.main,
+    ),
+    Mistake(
+        "export of adapters without any",
+        "run --format lora --output out",
+        "--format lora: run trained the whole UNet and has no adapters; accepted are diffusers and single-file.",
+        given=(finished_run,),
+        command=export.main,
+    ),
+    Mistake(
+        "export over something",
+        "run --format diffusers --output out",
+        "--output out: it is there already; accepted is a folder that is new or empty.",
+        {"out/mine.txt": "mine"},
+        given=(finished_run,),
+        command=export.main,
+    ),
+    Mistake(
+        "export without permission",
+        "run --format diffusers --output /proc/out",
+        "--output /proc/out: cannot write in '/proc' (...); accepted is a place in a folder that exists and can be written.",
+        given=(finished_run,),
+        command=export.main,
+    ),
+    Mistake(
+        "export to a full disk",
+        "run --format diffusers --output out",
+        "...out...: ...; nothing was exported.",
+        given=(finished_run, file_size_limit(5000)),
+        code=1,
+        loaded="model",
+        command=export.main,
+    ),
+]
+MISTAKES = [*COMMAND_LINE, *TOML, *NUMBERS, *PROMPTS, *REWARDS, *MODELS, *RUNS, *OTHER_COMMANDS]
+
+
+@pytest.fixture(scope="session")
+def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A run of two iterations with a checkpoint of each."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    argv = [str(config_file), "--run", str(run), "--iterations", "2", "--eval.every", "0", "--engine.threads", "1"]
+    assert train.main([*argv, "--checkpoint.every", "1", "--checkpoint.keep", "0"]) == 0
+    return run
+
+
+@pytest.fixture
+def scene(
+    config_file: Path,  # noqa: F811
+    tiny_pipeline: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Iterator[Scene]:
+    """A working directory of its own, without a network, the hub's cache being empty."""
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("tiny.toml", "positive.txt"):
+        shutil.copy(config_file.with_name(name), here / name)
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # beside plugins
+    capsys.readouterr()  # what the fixtures said
+    scene = Scene(here, tiny_pipeline, config_file.with_name("encoder"), finished, monkeypatch)
+    with scene.cleanup:
+        yield scene
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+def test_a_mistake(
+    mistake: Mistake, scene: Scene, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    for name, content in mistake.files.items():
+        (scene.here / name).parent.mkdir(exist_ok=True)
+        (scene.here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    forbid_loading(scene.patch, mistake.loaded)
+    for step in mistake.given:
+        step(scene)
+    before = contents(scene.here)
+
+    code = mistake.command(shlex.split(mistake.argv))
+
+    scene.cleanup.close()
+    out, err = capsys.readouterr()
+    assert code == mistake.code, err
+    assert re.fullmatch(f"fastgrpo: {re.escape(mistake.says).replace(re.escape('...'), '.*')}\n", err), err
+    assert err.endswith(".\n")
+    assert [str(warning) for warning in recwarn if warning.category is UserWarning] == []  # they would be lines too
+    if mistake.loaded != "model":
+        assert out == ""
+    after = contents(scene.here)
+    touched = {name for name in before | after if before.get(name) != after.get(name)}
+    unexpected = {name for name in touched if not any(fnmatch(name, pattern) for pattern in mistake.leaves)}
+    assert unexpected == set()
+    mistake.after(scene)
+
+
+def forbid_loading(patch: pytest.MonkeyPatch, loaded: str) -> None:
+    """Let the test fail as soon as more than `loaded` is read."""
+
+    def too_early(*_: Any, **__: Any) -> None:
+        pytest.fail("the mistake could have been found earlier")  # a BaseException, so nothing catches it
+
+    if loaded != "model":
+        for module in (policy, export):
+            patch.setattr(module, "load_components", too_early)
+    if loaded == "nothing":
+        patch.setattr(open_clip, "create_model", too_early)
+
+
+def contents(folder: Path) -> dict[str, bytes | str]:
+    """Of all files and links in a folder, by name; but for those that a kill may leave and the next start removes."""
+    return {
+        path.relative_to(folder).as_posix(): os.readlink(path) if path.is_symlink() else path.read_bytes()
+        for path in folder.rglob("*")
+        if not path.is_dir() and path.suffix != ".partial"
+    }

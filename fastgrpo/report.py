@@ -8,20 +8,23 @@ import base64
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Annotated
+from typing import TypeVar
 
 import tyro
 
 from fastgrpo._version import __version__
 from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo.console import complain, reason
 from fastgrpo.evaluation.result import GROUPS, Change, Comparison, Row, changes, read_evaluation
 from fastgrpo.files import write_atomically
-from fastgrpo.settings import load_toml
+from fastgrpo.settings import load_toml, parse_flags
 
+PROGRAM = "python -m fastgrpo.report"
+Content = TypeVar("Content")
 Record = dict[str, float | None]  # one line of metrics.jsonl
 
 
@@ -59,7 +62,7 @@ PANELS = (
 def write_report(run: Path) -> Path:
     """Write `run`/report.html from what is in the folder and return its path.
 
-    Raises ConfigError where `run` is no run's folder or its config.toml cannot be read.
+    Raises ConfigError where `run` is no run's folder, or a file in it cannot be read.
     """
     if not (run / "config.toml").is_file():
         raise ConfigError(f"{run} is not the folder of a run: there is no config.toml in it.")
@@ -68,24 +71,35 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def main(run: Annotated[Path, tyro.conf.Positional]) -> None:
-    """Write a run's results to RUN/report.html, a page that opens offline.
+@dataclass(frozen=True)
+class _Report:
+    """Write a run's results to RUN/report.html, a page that opens offline."""
 
-    Args:
-        run: Folder of a run, finished or not.
-    """
+    run: tyro.conf.Positional[Path]
+    """Folder of the run, finished or not."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Report as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C."""
     try:
-        print(write_report(run))
+        print(write_report(parse_flags(_Report, sys.argv[1:] if argv is None else argv, PROGRAM).run))
     except ConfigError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+        complain(str(error))
+        return 2
+    except OSError as error:
+        complain(reason(error))
+        return 1
+    except KeyboardInterrupt:
+        complain("stopped; no report was written")
+        return 130
+    return 0
 
 
 def _page(run: Path) -> str:
     config = load_toml(run / "config.toml")
-    records = _read_metrics(run / "metrics.jsonl")
+    records = _read(_read_metrics, run / "metrics.jsonl")
     evaluation = run / "evaluation.json"
-    comparison = read_evaluation(evaluation) if evaluation.is_file() else None
+    comparison = _read(read_evaluation, evaluation) if evaluation.is_file() else None
     title = escape(run.resolve().name)
     sections = (
         _results(comparison),
@@ -118,6 +132,14 @@ def _read_metrics(path: Path) -> list[Record]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]  # every whole line ends in a newline
+
+
+def _read(reader: Callable[[Path], Content], file: Path) -> Content:
+    """What is in one of a run's files. Raises ConfigError where it is damaged."""
+    try:
+        return reader(file)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{file} is damaged: {type(error).__name__}: {error}.") from error
 
 
 def _summary(config: TrainConfig, records: Sequence[Record]) -> str:
@@ -354,4 +376,4 @@ pre { margin: 0; overflow-x: auto; font: 13px/1.5 ui-monospace, monospace; }
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(main())

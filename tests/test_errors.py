@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_train import config_file  # noqa: F401 (a fixture)
 
-from fastgrpo import checkpoint, export, inspect, policy, sample, train
+from fastgrpo import checkpoint, estimate, export, inspect, policy, report, sample, train
 
 ROOT = Path(__file__).resolve().parent.parent
 GO_ON_FROM = "the newest checkpoint is run/checkpoints/iter-000002"
@@ -862,6 +862,28 @@ OTHER_COMMANDS = [
         code=1,
         loaded="model",
         command=export.main,
+    ),
+    Mistake(
+        "estimate for no processes",
+        "tiny.toml --processes 0",
+        "--processes 0: accepted is 1 or more.",
+        command=estimate.main,
+    ),
+    Mistake(
+        "report on no run",
+        "none",
+        "none is not the folder of a run: there is no config.toml in it.",
+        command=report.main,
+    ),
+    Mistake(
+        "report without a run", "", "Missing from python -m fastgrpo.report: PATH ...; --help ...", command=report.main
+    ),
+    Mistake(
+        "report on damaged metrics",
+        "run",
+        "run/metrics.jsonl is damaged: JSONDecodeError: ...",
+        given=(finished_run, written("run/metrics.jsonl", b'{"iteration": 1,\n')),
+        command=report.main,
     ),
 ]
 MISTAKES = [*COMMAND_LINE, *TOML, *NUMBERS, *PROMPTS, *REWARDS, *MODELS, *RUNS, *OTHER_COMMANDS]

@@ -10,7 +10,6 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-import tyro
 from PIL import Image
 
 from fastgrpo.config import ConfigError, PromptsConfig, TrainConfig
@@ -191,11 +190,11 @@ def test_no_run_is_one_sentence_and_exit_status_2(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
-        f"{tmp_path / 'nothing'} is not the folder of a run: there is no config.toml in it."
+        f"fastgrpo: {tmp_path / 'nothing'} is not the folder of a run: there is no config.toml in it."
     ]
 
 
 def test_the_command_prints_where_the_report_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tyro.cli(main, args=[str(run)])
+    assert main([str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     assert (run / "report.html").is_file()

@@ -1,0 +1,514 @@
+"""`python -m fastgrpo.estimate`: counts against known values and closed forms, sums against arithmetic done here."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from fastgrpo import costs, estimate
+from fastgrpo.config import ConfigError, ModelConfig, RewardConfig, TrainConfig
+from fastgrpo.costs import (
+    EncoderCost,
+    GpuAutocast,
+    ModelCost,
+    count_encoder,
+    count_model,
+    saved_bytes,
+    sd1_architecture,
+)
+from fastgrpo.estimate import gpu_memory, iteration_work, pairs_per_iteration, peak
+from fastgrpo.schedule import make_schedule
+from fastgrpo.settings import find_preset, load_toml
+from fastgrpo.validation import validate
+
+ROOT = Path(__file__).resolve().parent.parent
+SD15 = 859_520_964  # the UNet's published parameter count
+HPSV2 = 986_109_441  # open_clip's ViT-H-14
+R1 = load_toml(find_preset("safediffusion-r1"))
+
+# "CUDA Ops that can autocast to float16" and "to float32" of torch's documentation of torch.amp, without cells and
+# losses; and attention, which is among the former but not written there.
+AUTOCAST_HALF = {
+    *("__matmul__", "addbmm", "addmm", "addmv", "addr", "baddbmm", "bmm", "chain_matmul", "multi_dot", "conv1d"),
+    *("conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "matmul", "mm"),
+    *("mv", "prelu", "scaled_dot_product_attention"),
+}
+AUTOCAST_FLOAT32 = {
+    *("__pow__", "__rdiv__", "__rpow__", "__rtruediv__", "acos", "asin", "cosh", "cosine_similarity", "cumprod"),
+    *("cumsum", "dist", "erfinv", "exp", "expm1", "group_norm", "layer_norm", "log", "log10", "log_softmax"),
+    *("log1p", "log2", "norm", "normalize", "pow", "prod", "reciprocal", "rsqrt", "sinh", "softmax", "softmin"),
+    *("softplus", "sum", "renorm", "tan"),
+}
+
+# A model whose costs are primes (what is cast is twice the weights), so that no two different sums of them agree by accident.
+MODEL = ModelCost(
+    unet=10007,
+    trained=10007,
+    frozen=5003,
+    latent_shape=(4, 64, 64),
+    image_shape=(3, 512, 512),
+    forward=101,
+    forward_backward=307,
+    decode=503,
+    activations=1009,
+    passing=211,
+    decoding=401,
+    cast=20014,
+)
+ENCODERS = {"hpsv2": EncoderCost(parameters=3001, image=701, encoding=601)}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The hub's client without a network, with an empty cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.fixture(scope="module")
+def sd15() -> ModelCost:
+    return count_model(sd1_architecture(), ModelConfig(), torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def sd15_lora() -> ModelCost:
+    return count_model(sd1_architecture(), ModelConfig(lora_rank=16), torch.bfloat16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting models. The known values are published or were counted once with another program and are given to three
+# digits: 1% allows for that rounding and for what different versions of torch do with a bias.
+
+
+def test_stable_diffusion_known_values(sd15):
+    assert sd15.unet == sd15.trained == SD15
+    assert sd15.latent_shape == (4, 64, 64)
+    assert sd15.image_shape == (3, 512, 512)
+    assert sd15.forward == pytest.approx(0.803e12, rel=0.01)
+    assert sd15.forward_backward == pytest.approx(2.407e12, rel=0.01)
+    assert sd15.decode == pytest.approx(2.515e12, rel=0.01)
+    assert sd15.frozen == 83_653_863 + 123_060_480  # VAE and CLIP ViT-L/14's text tower
+
+
+def test_hpsv2_known_values():
+    encoder = count_encoder("hpsv2")
+    assert encoder.parameters == HPSV2
+    assert encoder.image == pytest.approx(0.335e12, rel=0.01)
+
+
+def test_activations_in_pure_bfloat16_known_value():
+    """937 MB a sample, with the weights themselves in bf16 and nothing to cast."""
+    modules = sd1_architecture().empty_components()
+    unet = modules["unet"].to(torch.bfloat16)
+    latents, timesteps, embeds = costs.unet_inputs(unet, modules["text_encoder"], 1)
+    inputs = latents.to(torch.bfloat16), timesteps, embeds.to(torch.bfloat16)
+    assert saved_bytes(unet, inputs, GpuAutocast(torch.float32)) == pytest.approx(937e6, rel=0.001)  # three digits
+
+
+def test_whose_configs_are_counted(tmp_path):
+    """A model's own where they are here; SD 1.x's where the hub would have to be asked for the pipeline."""
+    bundled = sd1_architecture()
+    assert costs.find_architecture(ModelConfig(path="someone/new", unet="someone/else")) == (bundled, False)
+    description, known = costs.find_architecture(ModelConfig(path="shapes", unet="someone/else"))
+    assert known
+    assert description.unet["sample_size"] == 8
+    with pytest.raises(ConfigError, match=r"model\.path is 'nowhere'"):
+        costs.find_architecture(ModelConfig(path="nowhere"))
+
+
+def test_autocast_casts_every_weight_but_the_norms(sd15):
+    """Copies of 2 bytes; norms, which compute in float32, have none. And what norms are given and give takes 4."""
+    unet = sd1_architecture().empty_components()["unet"]
+    norms = [m for m in unet.modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)]
+    assert sd15.cast == 2 * (SD15 - sum(parameter.numel() for norm in norms for parameter in norm.parameters()))
+    assert 937e6 < sd15.activations < 2 * 937e6  # between all in bf16 and all in float32
+
+
+def test_autocast_is_torchs_own():
+    """Of all functions that a UNet calls, those on CUDA's autocast lists are cast, and to what the lists say."""
+    called: set[str] = set()
+
+    class Names(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            called.add((resolve_name(function) or "").rpartition(".")[2])
+            return function(*args, **(kwargs or {}))
+
+    modules = sd1_architecture().empty_components()
+    with torch.no_grad(), Names():
+        modules["unet"](*costs.unet_inputs(modules["unet"], modules["text_encoder"], 1))
+    assert called & AUTOCAST_HALF == {function.__name__ for function in costs._HALF}
+    # exp is of the timestep's frequencies, float32 already.
+    assert called & AUTOCAST_FLOAT32 - {"exp"} == {function.__name__ for function in costs._FLOAT32}
+
+
+class Small(nn.Module):
+    """Conv, norm, SiLU, conv, on [N, 8, 16, 16]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.norm = nn.GroupNorm(2, 8)
+
+    def forward(self, latents, return_dict):
+        return (self.second(F.silu(self.norm(self.first(latents)))),)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_saved_activations_closed_form(dtype):
+    with torch.device("meta"):
+        module, inputs = Small(), (torch.empty(3, 8, 16, 16),)
+    autocast = GpuAutocast(dtype)
+    size, statistics = 3 * 8 * 16 * 16, 2 * 3 * 2  # a map; mean and rstd of 3 samples x 2 groups
+    # Saved: input and SiLU's result for the convolutions in `dtype`; the norm's input and its result in float32.
+    expected = 2 * size * dtype.itemsize + 2 * size * 4 + statistics * 4
+    assert saved_bytes(module, inputs, autocast) == expected
+    copies = sum(copy.nbytes for copy in autocast.copies.values())
+    assert copies == (0 if dtype == torch.float32 else 2 * (8 * 8 * 9 + 8 + 8 * 8 + 8))
+
+
+def test_saved_activations_are_what_a_real_unet_saves(tiny_pipeline):
+    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder="unet").eval()
+    saved: dict[int, int] = {}
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randn(2, 8, 32)
+
+    def note(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = unet(*inputs)  # keeps the graph alive, so that no address is used twice
+    weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
+    real = sum(size for address, size in saved.items() if address not in weights)
+    del output
+    counted = saved_bytes(unet.to("meta"), tuple(tensor.to("meta") for tensor in inputs), GpuAutocast(torch.float32))
+    # Attention saves one number per head and query beside its maps, which some kernels pad; here that is at most 2%.
+    assert counted == pytest.approx(real, rel=0.02)
+
+
+def test_live_bytes_closed_form():
+    x = torch.empty(100, device="meta")
+    with costs._LiveBytes() as live:
+        y = x + 1  # 400 bytes
+        y.view(10, 10).mul_(2)  # a view, and in place: nothing new
+        z = y + 1  # 800
+        del y  # 400
+        w = torch.cat([z, z])  # 1200
+        del z, w
+        x + 1  # 400 again
+    assert live.most == 1200
+
+
+def test_a_pass_without_gradients_holds_much_less(sd15):
+    """At the worst moment it holds at least the last block's maps of 960 channels: given to the norm, and its result,
+    in float32; at most a tenth of what learning saves."""
+    assert 2 * 960 * 64 * 64 * 4 < sd15.passing < sd15.activations / 10
+    # The VAE's last block at full size: its input, the norm's result and SiLU's, 256 channels in bf16.
+    assert sd15.decoding == pytest.approx(3 * 256 * 512 * 512 * 2, rel=0.001)  # and the norm's statistics
+
+
+def test_lora_parameters_and_passes(sd15, sd15_lora):
+    unet = sd1_architecture().empty_components()["unet"]
+    targets = ModelConfig().lora_targets
+    layers = [m for name, m in unet.named_modules() if name.endswith(tuple(f".{target}" for target in targets))]
+    assert len(layers) == 16 * 2 * 4  # transformers, attentions, projections
+    assert sd15_lora.trained == sum(16 * (layer.in_features + layer.out_features) for layer in layers)
+    assert sd15_lora.unet == SD15
+    assert sd15_lora.cast == 2 * sd15_lora.trained
+    # A gradient with respect to inputs costs as much as the forward pass. Of the weights only the adapters' is taken;
+    # attention's backward pass, 16% of the forward's FLOPs, is twice its forward; the first block's is not needed.
+    assert sd15.forward < sd15_lora.forward < 1.01 * sd15.forward
+    assert 2 * sd15.forward < sd15_lora.forward_backward < 2.3 * sd15.forward
+
+
+def test_every_encoder_notation_is_counted_without_weights(caplog):
+    shapes = count_encoder("shapes")
+    assert shapes.parameters == 627_745
+    assert count_encoder(costs.SHAPES_ENCODER) == shapes
+    assert count_encoder("ViT-B/32:not-a-file.pt").parameters == 151_277_313  # CLIP's published count
+    assert not caplog.records
+    for spec in ("hf-hub:someone/encoder", "ViT-Q-3:openai"):
+        with pytest.raises(ConfigError, match=f"'{spec}' cannot be counted: "):
+            count_encoder(spec)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sums.
+
+
+def grpo(**fields) -> TrainConfig:
+    return replace(R1, grpo=replace(R1.grpo, **fields))
+
+
+def pairs_of(config: TrainConfig) -> int:
+    rollout = config.rollout
+    return pairs_per_iteration(
+        config, make_schedule(sd1_architecture().scheduler, rollout.steps, rollout.eta, torch.device("cpu"))
+    )
+
+
+def work_of(config: TrainConfig) -> dict[str, int]:
+    """Stage and name -> FLOP of one iteration."""
+    work = iteration_work(config, MODEL, ENCODERS, pairs_of(config))
+    return {f"{part.stage}: {part.name}": part.total for part in work}
+
+
+def memory_of(config: TrainConfig, model: ModelCost = MODEL, processes: int = 8) -> dict[str, int]:
+    memory = gpu_memory(config, model, ENCODERS, torch.bfloat16, processes)
+    return {f"{part.stage}: {part.name}": part.size for part in memory}
+
+
+@pytest.mark.parametrize(
+    ("fields", "pairs"),
+    [
+        ({}, 25_088),
+        ({"epochs": 2}, 2 * 25_088),
+        ({"drop_last_steps": 10}, 512 * 40),
+        ({"step_fraction": 0.5}, 512 * 24),  # 24.5 of 49, rounded to even
+        ({"window": 7}, 512 * 7),
+        ({"trim": 3}, 32 * 10 * 49),
+        ({"best_of": 4, "trim": 2}, 32 * 4 * 49),
+    ],
+)
+def test_pairs(fields, pairs):
+    config = grpo(**fields)
+    assert pairs_of(config) == pairs
+    # Training, which counts them on its own, accepts as many optimizer steps as there are pairs and not more.
+    validate(replace(config, updates_per_iteration=pairs))
+    with pytest.raises(ConfigError, match="updates_per_iteration"):
+        validate(replace(config, updates_per_iteration=pairs + config.grpo.epochs))
+
+
+def test_a_step_without_noise_is_no_pair():
+    """A scheduler that ends at alpha 1 takes its last step without noise: there is nothing to learn from."""
+    scheduler = {**sd1_architecture().scheduler, "set_alpha_to_one": True}
+    schedule = make_schedule(scheduler, 50, 1.0, torch.device("cpu"))
+    assert pairs_per_iteration(grpo(drop_last_steps=0), schedule) == 512 * 49
+
+
+def test_work_of_the_paper_closed_form():
+    assert R1.updates_per_iteration == 16
+    assert work_of(R1) == {
+        "rollout: UNet forward": 512 * 50 * 2 * 101,
+        "decode: VAE decode": 512 * 503,
+        "reward: image tower, hpsv2": 512 * 701,
+        "update: UNet forward + backward": 512 * 49 * 2 * 307,
+    }
+
+
+def test_without_guidance_half():
+    plain = work_of(replace(R1, rollout=replace(R1.rollout, guidance=1.0)))
+    for name in ("rollout: UNet forward", "update: UNet forward + backward"):
+        assert 2 * plain[name] == work_of(R1)[name]
+
+
+def test_half_the_steps_halve_the_update():
+    config = grpo(drop_last_steps=2)  # 48 steps, so that a half is whole
+    half = replace(config, grpo=replace(config.grpo, step_fraction=0.5))
+    name = "update: UNet forward + backward"
+    assert 2 * work_of(half)[name] == work_of(config)[name]
+    assert work_of(half)["rollout: UNet forward"] == work_of(config)["rollout: UNet forward"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [({"kl": 0.1}, "update: UNet forward, KL's base"), ({"old_log_prob": "replay"}, "update: UNet forward, replay")],
+)
+def test_kl_and_replay_add_a_forward_pass_of_every_pair(fields, name):
+    assert work_of(grpo(**fields)) == {**work_of(R1), name: 512 * 49 * 2 * 101}
+
+
+def test_encoders_of_terms_count_once():
+    def specs(*terms, **fields):
+        return estimate.encoder_specs(RewardConfig(terms=terms, **fields))
+
+    assert specs("steering", "clip=0.5") == ("hpsv2",)
+    assert specs("steering", "clip", "hpsv2", encoder="shapes", clip_encoder="ViT-L-14:openai") == (
+        "shapes",
+        "ViT-L-14:openai",
+        "hpsv2",
+    )
+    assert specs("compressibility") == ()
+
+
+def test_memory_of_the_paper_closed_form():
+    # 64 samples a GPU: 51 latents, 50 log-probs and an image each, in float32.
+    trajectories = 64 * 4 * (51 * 4 * 64 * 64 + 50 + 3 * 512 * 512)
+    assert memory_of(R1) == {
+        "always: UNet, fp32": 4 * 10007,
+        "always: Adam's two moments, fp32": 8 * 10007,
+        "always: VAE and text encoder, bf16": 2 * 5003,
+        "always: encoder hpsv2, fp32": 4 * 3001,
+        "always: trajectories and images, fp32": trajectories,
+        "rollout: autocast's bf16 copies of what is trained": 20014,
+        "rollout: 128 UNet samples": 128 * 211,
+        "decode: 16 images in the VAE": 16 * 401,
+        "reward: 64 images in hpsv2": 64 * 601,
+        "update: autocast's bf16 copies of what is trained": 20014,
+        "update: gradients, fp32": 4 * 10007,
+        # A micro-batch of 4 saves 8 * 1009 bytes; a second set of gradients is more.
+        "update: a second set of gradients, fp32": 4 * 10007,
+    }
+
+
+def test_what_options_hold():
+    plain = memory_of(R1)
+    assert memory_of(replace(R1, micro_batch=40))["update: activations of 80 UNet samples"] == 80 * 1009
+    ema = memory_of(replace(R1, optim=replace(R1.optim, ema=0.99)))
+    assert ema == {**plain, "always: moving average (optim.ema), fp32": 4 * 10007}
+    assert memory_of(grpo(kl=0.1)) == {
+        **plain,
+        "always: base UNet (grpo.kl), fp32": 4 * 10007,
+        "update: 8 samples in the base UNet": 8 * 211,
+    }
+    name, means = "always: trajectories and images, fp32", 64 * 50 * 4 * 64 * 64 * 4
+    assert memory_of(grpo(ratio_norm=True))[name] - plain[name] == means
+    assert memory_of(grpo(ratio_norm=True, old_log_prob="detach"))[name] == plain[name]
+    assert memory_of(grpo(ratio_norm=True, old_log_prob="replay"))[name] - plain[name] == 2 * means
+
+
+def test_rollout_batch_is_shared_out_evenly():
+    config = replace(R1, rollout=replace(R1.rollout, batch=48))
+    assert memory_of(config)["rollout: 64 UNet samples"] == 64 * 211  # 64 images as twice 32, each with guidance
+
+
+def test_lora_holds_moments_and_gradients_of_adapters_only():
+    config = replace(R1, model=replace(R1.model, lora_rank=4))
+    memory = memory_of(config, replace(MODEL, trained=97, cast=194))
+    assert memory["always: frozen UNet, bf16"] == 2 * 10007
+    assert memory["always: adapters, fp32"] == memory["update: gradients, fp32"] == 4 * 97
+    assert memory["always: Adam's two moments, fp32"] == 8 * 97
+    assert memory["update: activations of 8 UNet samples"] == 8 * 1009
+
+
+def test_peak_is_of_one_stage_at_a_time():
+    always = 12 * 10007 + 2 * 5003 + 4 * 3001
+    always += 512 * 4 * (51 * 4 * 64 * 64 + 50 + 3 * 512 * 512)  # 8 GPUs' trajectories on one
+    for batch, stage, most in ((0, "rollout", 20014 + 1024 * 211), (8, "reward", 256 * 601)):
+        config = replace(R1, rollout=replace(R1.rollout, batch=batch))
+        assert peak(gpu_memory(config, MODEL, ENCODERS, torch.bfloat16, 1)) == (stage, always + most)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [("auto", "auto", "bfloat16"), ("cpu", "auto", "float32"), ("cpu", "fp16", "float16"), ("auto", "fp32", "float32")],
+)
+def test_compute_dtype(device, dtype, expected):
+    config = replace(R1, engine=replace(R1.engine, device=device, dtype=dtype))
+    assert str(estimate.compute_dtype(config)) == f"torch.{expected}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command.
+
+
+def shown(capsys: pytest.CaptureFixture, *arguments: str) -> list[str]:
+    assert estimate.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert lines[0] == "Computed from the configs, not measured."
+    assert max(len(line) for line in lines if not line.startswith("Left out: ")) <= 99
+    return lines
+
+
+def numbers(lines: list[str], beginning: str) -> list[float]:
+    """Those at the end of the line that begins so."""
+    line = next(line for line in lines if line.strip().startswith(beginning))
+    return [float(number.replace(",", "")) for number in re.findall(r"(?<=\s)[\d,.]+(?=%?(?:\s|$))", line)]
+
+
+def test_the_papers_recipe(capsys):
+    lines = shown(capsys, "safediffusion-r1", "--processes", "8", "--tflops", "200")
+    assert "          counted as SD 1.x: its configs are not in the hub's cache" in lines
+    assert "trained   all of the UNet's 859,520,964, in bf16" in lines
+    assert "25,088 (sample, step) pairs" in "\n".join(lines)
+    # From the known values: 0.803, 2.515, 0.335 and 2.407 TFLOP.
+    rollout, decode, reward, learning = 51_200 * 0.803, 512 * 2.515, 512 * 0.335, 50_176 * 2.407
+    total = rollout + decode + reward + learning
+    assert numbers(lines, "rollout  UNet forward") == pytest.approx(
+        [0.803, 51_200, rollout, 100 * rollout / total], rel=0.01
+    )
+    assert numbers(lines, "update   UNet forward + backward")[2] == pytest.approx(learning, rel=0.01)
+    assert numbers(lines, "in all") == pytest.approx([total], rel=0.01)
+    seconds, hours = (
+        float(n) for n in re.search(r"([\d.]+) s an iteration, ([\d.]+) hours", "\n".join(lines)).groups()
+    )
+    assert seconds == pytest.approx(total / (8 * 200), rel=0.01)
+    assert hours == pytest.approx(300 * seconds / 3600, rel=0.001)  # both printed to four digits
+    assert numbers(lines, "always   Adam's two moments")[-1] == pytest.approx(8 * SD15 / 1e9, abs=0.005)
+    assert numbers(lines, "always   encoder hpsv2")[-1] == pytest.approx(4 * HPSV2 / 1e9, abs=0.005)
+    parts = [
+        numbers(lines, line.strip())[-1]
+        for line in lines
+        if line.startswith(("  always", "  update   a", "  update   g"))
+    ]
+    # Parts are rounded to 0.005 each; eight of them.
+    assert numbers(lines, "at most, during the update")[-1] == pytest.approx(sum(parts), abs=0.05)
+
+
+def test_a_small_card(capsys):
+    lines = shown(capsys, "lora-small")
+    assert any("adapters of rank 16, 3,188,736 parameters beside the UNet's 859,520,964, in bf16" in n for n in lines)
+    assert "at 100 TFLOP/s on 1 GPU (--tflops): " in "\n".join(lines)
+    assert numbers(lines, "at most, during the update")[-1] < 12 - 1.5  # what the preset is made for; room for CUDA
+
+
+def test_what_cannot_be_counted_is_left_out_in_a_line(capsys, tmp_path):
+    (tmp_path / "mine.py").write_text("def score(images, prompts): ...", encoding="utf-8")
+    term = f"{tmp_path}/mine.py:score"
+    lines = shown(capsys, "shapes", "--reward.terms", "clip", term, "--reward.clip-encoder", "hf-hub:someone/encoder")
+    assert any(line.startswith("Left out: the reward's encoder 'hf-hub:someone/encoder' cannot") for line in lines)
+    assert f"Left out: the reward's term {term}" in lines
+    assert not any(line.startswith("  reward ") for line in lines)
+
+
+def test_as_a_program_of_its_own(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "fastgrpo.estimate"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[:3] == ["Computed from the configs, not measured.", "", "model     shapes"]
+    assert not any("counted as SD 1.x" in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["safediffusion-r1", "--processes", "5"],
+            "prompts_per_iteration = 32: accepted is a multiple of the 5 processes",
+        ),
+        (["shapes", "--processes", "0"], "--processes 0: accepted is 1 or more"),
+        (["shapes", "--tflops", "-1"], "--tflops -1.0: accepted is a number above 0, or 0"),
+        (["shapes", "--tflops", "nan"], "--tflops nan: accepted"),
+        (["shapes", "--tflop", "1"], "--tflop: no such flag (did you mean --tflops?)"),
+        (["shapes", "--grpo.trim", "4"], "grpo.trim = 4"),
+        (["shapes", "--model.path", "nowhere"], "model.path is 'nowhere'"),
+        (["shapes", "--model.lora-rank", "4", "--model.lora-targets", "to_x"], "to_x"),
+    ],
+)
+def test_refusals(arguments, message, capsys):
+    assert estimate.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("fastgrpo: ")
+    assert message in err
+    assert err.count("\n") == 1

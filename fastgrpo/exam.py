@@ -18,7 +18,7 @@ from fastgrpo.config import TrainConfig
 from fastgrpo.console import Console
 from fastgrpo.evaluation.result import Evaluation, comparison_table, read_evaluation, write_evaluation
 from fastgrpo.evaluation.suite import make_suite
-from fastgrpo.files import write_atomically
+from fastgrpo.files import reading, write_atomically
 from fastgrpo.parts import Parts
 from fastgrpo.randomness import seed_for
 from fastgrpo.rollout import sample
@@ -114,7 +114,8 @@ class Exam:
         return self.run / "samples" / f"{name}.png"
 
     def _read_before(self) -> Evaluation:
-        return Evaluation.from_json(json.loads(self._before.read_text(encoding="utf-8")))
+        with reading(self._before):
+            return Evaluation.from_json(json.loads(self._before.read_text(encoding="utf-8")))
 
     def _trained_categories(self) -> tuple[str, ...]:
         """Hazard categories that training prompts come from; a prompt file does not say."""

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fastgrpo.config import ConfigError
+
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
@@ -14,6 +16,15 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Let what a block raises over the content of the file `path` be a ConfigError that names it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -12,16 +12,21 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from fastgrpo.files import naming, write_atomically
+from fastgrpo.files import naming, reading, write_atomically
 
 
 class MetricsLog:
     """Appends one line per iteration; a line is on disk before `write` returns."""
 
     def __init__(self, run: Path, finished: int):
-        """finished: iterations that count; what the file says about later ones is cut off, they will be run again."""
+        """finished: iterations that count; what the file says about later ones is cut off, they will be run again.
+
+        Raises ConfigError where the file is damaged.
+        """
         self.path = run / "metrics.jsonl"
-        write_atomically(self.path, _whole_lines(self.path, finished))
+        with reading(self.path):
+            lines = _whole_lines(self.path, finished)
+        write_atomically(self.path, lines)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._tensorboard = SummaryWriter(run / "tensorboard", purge_step=finished + 1)
 

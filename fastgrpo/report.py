@@ -8,11 +8,10 @@ import base64
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TypeVar
 
 import tyro
 
@@ -20,11 +19,10 @@ from fastgrpo._version import __version__
 from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.console import complain, reason
 from fastgrpo.evaluation.result import GROUPS, Change, Comparison, Row, changes, read_evaluation
-from fastgrpo.files import write_atomically
+from fastgrpo.files import reading, write_atomically
 from fastgrpo.settings import load_toml, parse_flags
 
 PROGRAM = "python -m fastgrpo.report"
-Content = TypeVar("Content")
 Record = dict[str, float | None]  # one line of metrics.jsonl
 
 
@@ -97,9 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _page(run: Path) -> str:
     config = load_toml(run / "config.toml")
-    records = _read(_read_metrics, run / "metrics.jsonl")
-    evaluation = run / "evaluation.json"
-    comparison = _read(read_evaluation, evaluation) if evaluation.is_file() else None
+    metrics, evaluation = run / "metrics.jsonl", run / "evaluation.json"
+    with reading(metrics):
+        records = _read_metrics(metrics)
+    with reading(evaluation):
+        comparison = read_evaluation(evaluation) if evaluation.is_file() else None
     title = escape(run.resolve().name)
     sections = (
         _results(comparison),
@@ -132,14 +132,6 @@ def _read_metrics(path: Path) -> list[Record]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]  # every whole line ends in a newline
-
-
-def _read(reader: Callable[[Path], Content], file: Path) -> Content:
-    """What is in one of a run's files. Raises ConfigError where it is damaged."""
-    try:
-        return reader(file)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{file} is damaged: {type(error).__name__}: {error}.") from error
 
 
 def _summary(config: TrainConfig, records: Sequence[Record]) -> str:

@@ -717,6 +717,14 @@ RUNS = [
         leaves=("run/config.toml", "run/tensorboard/*"),
     ),
     Mistake(
+        "resume with damaged metrics",
+        "--resume run --iterations 3",
+        "run/metrics.jsonl is damaged (JSONDecodeError: ...).",
+        given=(finished_run, written("run/metrics.jsonl", b'{"iteration": 1,\n')),
+        loaded="model",
+        leaves=("run/config.toml",),
+    ),
+    Mistake(
         "disk full at the metrics",
         "--resume run --iterations 3",
         f"run/metrics.jsonl: File too large; {GO_ON_FROM}.",
@@ -881,7 +889,7 @@ OTHER_COMMANDS = [
     Mistake(
         "report on damaged metrics",
         "run",
-        "run/metrics.jsonl is damaged: JSONDecodeError: ...",
+        "run/metrics.jsonl is damaged (JSONDecodeError: ...).",
         given=(finished_run, written("run/metrics.jsonl", b'{"iteration": 1,\n')),
         command=report.main,
     ),

@@ -19,7 +19,7 @@ import fastgrpo
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SOURCES = sorted((ROOT / "fastgrpo").rglob("*.py"))
-COMMANDS = ("train", "inspect", "sample", "export", "report")
+COMMANDS = ("train", "inspect", "estimate", "sample", "export", "report")
 
 
 def python(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

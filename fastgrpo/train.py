@@ -49,10 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         return _fail(1, f"{error}; {_kept(run)}")
     except BrokenReward as error:
-        evidence = keep_evidence(run, error)
-        return _fail(
-            1, f"{error}; prompt and image are in {evidence} and {evidence.with_suffix('.png').name} beside it"
-        )
+        return _fail(1, f"{error}; {_evidence(run, error)}")
     except torch.OutOfMemoryError:
         return _fail(
             1, f"the GPU's memory is full: lower micro_batch, rollout.batch or rollout.decode_batch; {_kept(run)}"
@@ -70,6 +67,15 @@ def _kept(run: Path | None) -> str:
     """What there is to go on from."""
     newest = checkpoint.newest(run) if run else None
     return f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+
+
+def _evidence(run: Path, error: BrokenReward) -> str:
+    """Where prompt and image are now."""
+    try:
+        record = keep_evidence(run, error)
+    except OSError as trouble:
+        return f"prompt and image cannot be kept: {reason(trouble)}"
+    return f"prompt and image are in {record} and {record.with_suffix('.png').name} beside it"
 
 
 def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks) -> int:

@@ -465,6 +465,20 @@ REWARDS = [
         after=evidence,
     ),
     Mistake(
+        "plugin raises on a full disk",
+        TRAIN + "--reward.terms mine.py:failing",
+        "reward term 'mine.py:failing' failed ...; prompt and image cannot be kept: run/broken_reward.png: No space left on device.",
+        MINE,
+        given=(
+            raises(
+                "fastgrpo.run.pictures.write_image", OSError(28, "No space left on device", "run/broken_reward.png")
+            ),
+        ),
+        code=1,
+        loaded="model",
+        leaves=A_RUN,
+    ),
+    Mistake(
         "anchors",
         TRAIN + "--reward.anchors compct",
         "reward.anchors = 'compct': no such anchors (did you mean compact?); there are shapes, compact, ...",

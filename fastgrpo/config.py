@@ -1,14 +1,22 @@
 """Everything that can be set. One dataclass per group, one docstring per field: that docstring is the help text.
 
-Reading TOML files, presets and command lines is `fastgrpo.settings`; this file holds the fields and what is impossible.
+Reading TOML files, presets and command lines is `fastgrpo.settings`; what is impossible is `fastgrpo.validation`.
 """
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 
 class ConfigError(ValueError):
     """A value that cannot be used. The message names the field, the value and what would be accepted."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """For a ConfigError's message: " (did you mean ...?)" where one of `names` is close to `name`, else nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Ranks:
 
     index: int = 0
     count: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
 
     @property
     def first(self) -> bool:

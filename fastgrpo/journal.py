@@ -19,7 +19,9 @@ from fastgrpo.settings import PROGRAM, dump_toml
 class Journal:
     """One run's records. Made before the checkpoint is loaded: the examination `before` is of the weights as they were."""
 
-    def __init__(self, run: Path, config: TrainConfig, parts: Parts, start: TrainerState, threads: int, console: Console):
+    def __init__(
+        self, run: Path, config: TrainConfig, parts: Parts, start: TrainerState, threads: int, console: Console
+    ):
         """start: where the run goes on. threads: CPU threads that share the batches."""
         self.run, self.config, self.parts, self.console = run, config, parts, console
         self._start, self._threads, self._began = start, threads, time.monotonic()

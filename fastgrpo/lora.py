@@ -14,8 +14,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastgrpo.config import ConfigError, ModelConfig
-from fastgrpo.rewards.terms import nearest
+from fastgrpo.config import ConfigError, ModelConfig, nearest
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 _ADAPTER = "default"

@@ -6,7 +6,6 @@ may not say is in validation.py.
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import json
 import re
@@ -19,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo.config import ConfigError, TrainConfig, nearest
 from fastgrpo.validation import validate
 
 Command = TypeVar("Command")
@@ -89,7 +88,7 @@ def parse_flags(kind: type[Command], argv: Sequence[str], program: str, default:
     for arg in argv:
         name = arg.split("=")[0].replace("_", "-")
         if name.startswith("--") and name not in known:
-            raise ConfigError(f"{name}: no such flag{_nearest(name, known)}; --help lists them all.")
+            raise ConfigError(f"{name}: no such flag{nearest(name, known)}; --help lists them all.")
     return _tyro(kind, argv, program, **({} if default is None else {"default": default}))
 
 
@@ -158,7 +157,7 @@ def find_preset(name: str) -> Path:
     names = sorted(file.stem for file in presets_folder().glob("*.toml"))
     if name not in names:
         raise ConfigError(
-            f"{name}: no such preset{_nearest(name, names)}; there are {', '.join(names)}, or give a FILE.toml."
+            f"{name}: no such preset{nearest(name, names)}; there are {', '.join(names)}, or give a FILE.toml."
         )
     return presets_folder() / f"{name}.toml"
 
@@ -180,7 +179,7 @@ def _from_table(kind: type, table: dict[str, Any], prefix: str) -> Any:
     kinds = typing.get_type_hints(kind)
     for key in table:
         if key not in kinds:
-            raise ConfigError(f"{prefix}{key}: no such field{_nearest(key, list(kinds))}.")
+            raise ConfigError(f"{prefix}{key}: no such field{nearest(key, list(kinds))}.")
     return kind(**{key: _from_toml(kinds[key], value, prefix + key) for key, value in table.items()})
 
 
@@ -207,11 +206,6 @@ def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
         return "a list of strings"
     return {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}[kind]
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def dump_toml(config: TrainConfig) -> str:

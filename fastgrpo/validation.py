@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo.config import ConfigError, TrainConfig, nearest
 from fastgrpo.grpo.steps import chosen_steps
 from fastgrpo.rewards.anchors import load_anchors
-from fastgrpo.rewards.terms import nearest, parse_terms
+from fastgrpo.rewards.terms import parse_terms
 from fastgrpo.shapes.world import HAZARDS
 
 DIFFUSION_STEPS = 1000  # timesteps every SD 1.x / 2.x was trained with

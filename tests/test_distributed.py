@@ -27,7 +27,12 @@ def torchrun(processes: int, *argv: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, "-m", "--", "fastgrpo.train", *argv], cwd=ROOT, capture_output=True, text=True, check=False, env=environment
+        [*command, "-m", "--", "fastgrpo.train", *argv],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
 
 

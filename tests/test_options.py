@@ -184,7 +184,9 @@ def test_the_average_is_what_is_pictured_where_it_is_asked_for(config_file: Path
     assert ImageChops.difference(pictures["trained"]["after"], pictures["ema"]["after"]).getbbox()
     # A decay of 0.99 leaves the average near where it began: its pictures have changed less.
     change = {
-        weights: torch.tensor(list(ImageChops.difference(p["before"], p["after"]).convert("L").getdata())).float().mean()
+        weights: torch.tensor(list(ImageChops.difference(p["before"], p["after"]).convert("L").getdata()))
+        .float()
+        .mean()
         for weights, p in pictures.items()
     }
     assert change["ema"] < change["trained"]

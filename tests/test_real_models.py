@@ -87,7 +87,9 @@ def draw(pipeline: StableDiffusionPipeline, seed: int) -> torch.Tensor:
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    return pipeline(PROMPT, num_inference_steps=3, guidance_scale=3.0, eta=1.0, generator=generator, output_type="pt")[0]
+    return pipeline(PROMPT, num_inference_steps=3, guidance_scale=3.0, eta=1.0, generator=generator, output_type="pt")[
+        0
+    ]
 
 
 def draw_with_policy(model: ModelConfig, checkpoint_folder: Path, seed: int) -> torch.Tensor:

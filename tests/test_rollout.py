@@ -80,13 +80,13 @@ def test_decode_does_not_depend_on_its_chunks(policy, monkeypatch):
 
 
 def test_load_refuses_what_is_no_text_to_image_sd(tmp_path, tiny_pipeline):
-    with pytest.raises(ConfigError, match="no model_index.json"):
+    with pytest.raises(ConfigError, match=r"no model_index\.json"):
         load_policy(ModelConfig(path=str(tmp_path)), CPU, torch.float32)
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     with pytest.raises(ConfigError, match="StableDiffusionXLPipeline"):
         load_policy(ModelConfig(path=str(tmp_path)), CPU, torch.float32)
     (tmp_path / "model_index.json").write_text((tiny_pipeline / "model_index.json").read_text())
-    with pytest.raises(ConfigError, match="no unet/config.json"):
+    with pytest.raises(ConfigError, match=r"no unet/config\.json"):
         load_policy(ModelConfig(path=str(tmp_path)), CPU, torch.float32)
 
 

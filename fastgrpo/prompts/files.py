@@ -4,17 +4,16 @@ Whatever the kind, a file is read as UTF-8, with or without a byte order mark an
 """
 
 import csv
-import difflib
 import io
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.config import ConfigError
+from fastgrpo.config import ConfigError, nearest
 from fastgrpo.types import Prompt
 
 TEXT_SUFFIX = ".txt"
@@ -33,12 +32,6 @@ class Table:
     name: str
     columns: tuple[str, ...]
     rows: tuple[tuple[int, str, Mapping[str, Any]], ...]
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ " (did you mean ...?)" where one of `names` is close to `name`, else nothing."""
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def read_lines(path: Path, label: str) -> list[Prompt]:

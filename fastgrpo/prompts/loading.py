@@ -3,12 +3,11 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from fastgrpo.config import ConfigError, PromptsConfig
+from fastgrpo.config import ConfigError, PromptsConfig, nearest
 from fastgrpo.prompts.files import (
     TABLE_SUFFIXES,
     TEXT_SUFFIX,
     Table,
-    nearest,
     read_lines,
     read_table,
     table_prompts,

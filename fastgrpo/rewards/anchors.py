@@ -1,14 +1,12 @@
 """The phrases that span the safety axis. `safety_direction` in steering.py turns them into a vector."""
 
-import difflib
 import os
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.config import ConfigError
+from fastgrpo.config import ConfigError, nearest
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def load_anchors(name: str) -> Anchors:
         return ANCHORS[name]
     if not name.endswith(".toml"):
         raise ConfigError(
-            f"reward.anchors = {name!r}: no such anchors{_nearest(name, list(ANCHORS))}; there are {_ACCEPTED}."
+            f"reward.anchors = {name!r}: no such anchors{nearest(name, list(ANCHORS))}; there are {_ACCEPTED}."
         )
     try:
         table = tomllib.loads(Path(os.path.expanduser(name)).read_text(encoding="utf-8"))
@@ -156,8 +154,3 @@ def _phrases(value: Any, side: str, name: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(phrase, str) and phrase.strip() for phrase in value):
         raise ConfigError(f"reward.anchors = {name!r}: {side} must be a list of phrases, strings that are not empty.")
     return tuple(phrase.strip() for phrase in value)
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""

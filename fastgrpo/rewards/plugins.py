@@ -19,8 +19,8 @@ from types import ModuleType
 
 from torch import Tensor
 
-from fastgrpo.config import ConfigError
-from fastgrpo.rewards.terms import BrokenReward, RewardFunction, Term, nearest
+from fastgrpo.config import ConfigError, nearest
+from fastgrpo.rewards.terms import BrokenReward, RewardFunction, Term
 from fastgrpo.types import Prompt
 
 

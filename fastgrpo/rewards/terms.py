@@ -3,17 +3,16 @@
 Settings are checked with this before anything is loaded: nothing here needs open_clip, and no file of the user's is run.
 """
 
-import difflib
 import importlib.util
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
-from fastgrpo.config import ConfigError
+from fastgrpo.config import ConfigError, nearest
 from fastgrpo.types import Prompt
 
 BUILT_IN = ("steering", "clip", "hpsv2", "compressibility", "incompressibility")
@@ -85,12 +84,6 @@ def parse_terms(terms: tuple[str, ...]) -> tuple[Term, ...]:
                 "once."
             )
     return parsed
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """` (did you mean ...?)`, or nothing where no name is near."""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _parse(text: str) -> Term:

@@ -13,7 +13,7 @@ train: .venv/installed
 	$(BIN)/python -m fastgrpo.train $(ARGS)
 
 test: .venv/installed
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -25,6 +26,7 @@ from fastgrpo.evaluation.result import (
 )
 from fastgrpo.evaluation.suite import Suite, make_suite
 from fastgrpo.schedule import make_schedule
+from fastgrpo.settings import find_preset, load_toml
 from fastgrpo.shapes.captions import heldout_prompts, parse, scene_for
 from fastgrpo.shapes.world import HAZARDS, TASKS, draw
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
@@ -282,7 +284,7 @@ class FakePolicy:
         self.embeds = embeds
         return output
 
-    def decode(self, latents):
+    def decode(self, latents, batch):
         images = torch.sigmoid(latents)
         images[:, 2] = self.embeds
         return images
@@ -354,7 +356,8 @@ def test_seeds_never_change() -> None:
 
 
 def test_the_shapes_suite_holds_what_the_config_says() -> None:
-    suite = make_suite(TrainConfig(eval=EvalConfig(unsafe_per_category=8, composition_per_task=12)))
+    shapes = load_toml(find_preset("shapes"))
+    suite = make_suite(replace(shapes, eval=EvalConfig(unsafe_per_category=8, composition_per_task=12)))
     assert suite.protocol == "shapes-oracle-v1"
     assert list(suite.prompts) == heldout_prompts(8, 12)
     assert len({prompt.id for prompt in suite.prompts}) == len(suite.prompts) == 7 * 8 + 6 * 12

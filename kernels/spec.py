@@ -1,0 +1,63 @@
+"""What every operation says of itself, for tests, benchmarks and ahead-of-time compilation alike."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Arguments = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of arguments of an operation's public function.
+
+    name: short, such as "64x320x64x64". make: (device, dtype, CPU generator) -> the arguments; dtype is that of the
+    tensors which may be in half precision. bytes: what one call must read and write at least, at 2 bytes for those.
+    """
+
+    name: str
+    make: Callable[[torch.device, torch.dtype, torch.Generator], Arguments]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class AotKernel:
+    """One Triton kernel with fixed parameters, to compile without a GPU.
+
+    kernel: what `@triton.jit` made. signature: parameter -> Triton's type, "*bf16", "*fp32", "*i64", "i32", "fp32" or
+    "constexpr", in the kernel's order. constants: the constexprs. num_warps: as it is launched.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One operation.
+
+    function: public, works on any device. reference: the same arguments, plain PyTorch, float64 when given float64.
+    Both return a tensor or a tuple of tensors.
+    cases: small, for tests, odd sizes among them. bench: the shapes of SD 1.x and others that matter.
+    dtypes: what the half-precision tensors may be. tolerance: dtype -> (rtol, atol) against the float64 reference, with a
+    comment that derives it. differentiable: positions of the arguments that get gradients. rivals: name -> function of
+    the same arguments to be measured beside it.
+    aot: every kernel, at a shape that matters.
+    """
+
+    name: str
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
+    reference: Callable[..., Tensor | tuple[Tensor, ...]]
+    cases: tuple[Case, ...]
+    bench: tuple[Case, ...]
+    dtypes: tuple[torch.dtype, ...]
+    tolerance: Callable[[torch.dtype], tuple[float, float]]
+    differentiable: tuple[int, ...] = ()
+    rivals: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    aot: tuple[AotKernel, ...] = ()

@@ -1,12 +1,14 @@
 """What a person sees: progress bars, one line per iteration, tables. Without a terminal, plain lines and no bars."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from fastgrpo.config import ConfigError
 
 # What the line of an iteration shows, where it was logged: label, metric, format.
 _COLUMNS = (
@@ -31,6 +33,26 @@ def reason(error: OSError) -> str:
     """What the system says was in the way, and the path where it names one."""
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}"
+
+
+def run_command(body: Callable[[], object], undone: str) -> int:
+    """Do what a command line asks for. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C.
+
+    undone: what to say there is not, when it was stopped or the system was in the way; "" is nothing.
+    """
+    so = f"; {undone}" if undone else ""
+    try:
+        body()
+    except ConfigError as error:
+        complain(str(error))
+        return 2
+    except OSError as error:
+        complain(reason(error) + so)
+        return 1
+    except KeyboardInterrupt:
+        complain("stopped" + so)
+        return 130
+    return 0
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from fastgrpo.config import ConfigError, RewardConfig, TrainConfig
-from fastgrpo.console import Console, complain, reason
+from fastgrpo.console import Console, run_command
 from fastgrpo.costs import EncoderCost, ModelCost, count_encoder, count_model, find_architecture
 from fastgrpo.grpo.steps import chosen_steps, trained_steps
 from fastgrpo.rewards.terms import parse_terms
@@ -77,20 +77,13 @@ class Memory:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Estimate as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C."""
-    try:
-        command = parse_with_preset(_Estimate, sys.argv[1:] if argv is None else argv, PROGRAM)
-        _check(command)
-        estimate(command.config, command.tflops, command.processes, Console())
-    except ConfigError as error:
-        complain(str(error))
-        return 2
-    except OSError as error:
-        complain(reason(error))
-        return 1
-    except KeyboardInterrupt:
-        complain("stopped")
-        return 130
-    return 0
+
+    def command() -> None:
+        asked = parse_with_preset(_Estimate, sys.argv[1:] if argv is None else argv, PROGRAM)
+        _check(asked)
+        estimate(asked.config, asked.tflops, asked.processes, Console())
+
+    return run_command(command, "")
 
 
 def estimate(config: TrainConfig, tflops: float, processes: int, console: Console) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers.utils.logging import disable_progress_bar
 
 from fastgrpo.config import ConfigError, ModelConfig, TrainConfig
-from fastgrpo.console import Console, complain, reason
+from fastgrpo.console import Console, run_command
 from fastgrpo.files import sync_folder
 from fastgrpo.lora import LORA_FILE
 from fastgrpo.models.check import SHAPES_PIPELINE, check_model, is_single_file
@@ -52,18 +52,11 @@ class _Export:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Export as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C."""
-    try:
+
+    def command() -> None:
         export(parse_flags(_Export, sys.argv[1:] if argv is None else argv, PROGRAM), Console())
-    except ConfigError as error:
-        complain(str(error))
-        return 2
-    except OSError as error:
-        complain(f"{reason(error)}; nothing was exported")
-        return 1
-    except KeyboardInterrupt:
-        complain("stopped; nothing was exported.")
-        return 130
-    return 0
+
+    return run_command(command, "nothing was exported")
 
 
 def export(command: _Export, console: Console) -> None:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from fastgrpo.axis_plot import axis_png
 from fastgrpo.config import ConfigError, TrainConfig
-from fastgrpo.console import Console, complain, reason
+from fastgrpo.console import Console, run_command
 from fastgrpo.engine.workers import available_cores
 from fastgrpo.files import write_atomically
 from fastgrpo.prompts import load_prompts
@@ -69,20 +69,13 @@ class _Inspect:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Inspect as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C."""
-    try:
-        command = parse_with_preset(_Inspect, sys.argv[1:] if argv is None else argv, PROGRAM)
-        _check(command)
-        inspect(command.config, command.png, command.limit, Console())
-    except ConfigError as error:
-        complain(str(error))
-        return 2
-    except OSError as error:
-        complain(reason(error))
-        return 1
-    except KeyboardInterrupt:
-        complain("stopped; no picture was written.")
-        return 130
-    return 0
+
+    def command() -> None:
+        asked = parse_with_preset(_Inspect, sys.argv[1:] if argv is None else argv, PROGRAM)
+        _check(asked)
+        inspect(asked.config, asked.png, asked.limit, Console())
+
+    return run_command(command, "no picture was written")
 
 
 def inspect(config: TrainConfig, png: Path, limit: int, console: Console) -> None:

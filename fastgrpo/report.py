@@ -17,7 +17,7 @@ import tyro
 
 from fastgrpo._version import __version__
 from fastgrpo.config import ConfigError, TrainConfig
-from fastgrpo.console import complain, reason
+from fastgrpo.console import run_command
 from fastgrpo.evaluation.result import GROUPS, Change, Comparison, Row, changes, read_evaluation
 from fastgrpo.files import reading, write_atomically
 from fastgrpo.settings import load_toml, parse_flags
@@ -79,18 +79,11 @@ class _Report:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Report as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C."""
-    try:
+
+    def command() -> None:
         print(write_report(parse_flags(_Report, sys.argv[1:] if argv is None else argv, PROGRAM).run))
-    except ConfigError as error:
-        complain(str(error))
-        return 2
-    except OSError as error:
-        complain(reason(error))
-        return 1
-    except KeyboardInterrupt:
-        complain("stopped; no report was written")
-        return 130
-    return 0
+
+    return run_command(command, "no report was written")
 
 
 def _page(run: Path) -> str:

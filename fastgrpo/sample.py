@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from fastgrpo import rollout
 from fastgrpo.config import ConfigError, TrainConfig
-from fastgrpo.console import Console, complain, reason
+from fastgrpo.console import Console, run_command
 from fastgrpo.engine.workers import available_cores
 from fastgrpo.files import write_atomically
 from fastgrpo.models.check import describe
@@ -75,18 +75,11 @@ class _Sample:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Sample as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C."""
-    try:
+
+    def command() -> None:
         sample(parse_flags(_Sample, sys.argv[1:] if argv is None else argv, PROGRAM), Console())
-    except ConfigError as error:
-        complain(str(error))
-        return 2
-    except OSError as error:
-        complain(reason(error))
-        return 1
-    except KeyboardInterrupt:
-        complain("stopped; no comparison was written.")
-        return 130
-    return 0
+
+    return run_command(command, "no comparison was written")
 
 
 def sample(command: _Sample, console: Console) -> None:

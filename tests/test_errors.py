@@ -814,7 +814,7 @@ OTHER_COMMANDS = [
     Mistake(
         "inspect with a full disk",
         "tiny.toml",
-        "axis.png: No space left on device.",
+        "axis.png: No space left on device; no picture was written.",
         given=(linked("axis.png.partial", "/dev/full"),),
         code=1,
         loaded="model",

@@ -18,7 +18,7 @@ import fastgrpo
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-SOURCES = sorted((ROOT / "fastgrpo").rglob("*.py"))
+SOURCES = sorted([*(ROOT / "fastgrpo").rglob("*.py"), *(ROOT / "kernels").glob("*.py")])
 COMMANDS = ("train", "inspect", "estimate", "sample", "export", "report")
 
 
@@ -54,6 +54,7 @@ def test_the_wheel_holds_every_module_and_data_file(wheel_files: set[str]) -> No
     package = {path for path in (ROOT / "fastgrpo").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     expected = {path.relative_to(ROOT).as_posix() for path in package}
     expected |= {f"fastgrpo/configs/{path.name}" for path in (ROOT / "configs").glob("*.toml")}
+    expected |= {f"fastgrpo/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert {name for name in wheel_files if name.startswith("fastgrpo/")} == expected
 
 
@@ -77,15 +78,30 @@ def test_the_wheel_carries_the_version_and_licence(wheel: Path) -> None:
         assert "MIT License" in archive.read(f"{folder}/licenses/LICENSE").decode()
 
 
-def test_the_libraries_import_from_the_repository_root() -> None:
-    # On the path there are folders named like optional dependencies of theirs, and a torchvision that may be a CUDA
-    # build beside a CPU torch.
+@pytest.mark.parametrize("installed", [False, True])
+def test_the_libraries_import_from_the_repository_root(installed: bool, tmp_path: Path) -> None:
+    """Beside our folder `kernels` and beside an installed package of that name, which transformers looks for."""
+    if installed:
+        # What an installation leaves: a package with code and metadata.
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "__init__.py").write_text("HERE = 'the installed one'\n__version__ = '0.1.0'\n")
+        (tmp_path / "kernels-0.1.0.dist-info").mkdir()
+        (tmp_path / "kernels-0.1.0.dist-info" / "METADATA").write_text("Name: kernels\nVersion: 0.1.0\n")
+    # And beside a torchvision that may be a CUDA build next to a CPU torch.
     code = (
+        f"import sys; sys.path.append({str(tmp_path)!r})\n"
         "import fastgrpo, transformers, diffusers, open_clip, torchvision.transforms as t\n"
-        "diffusers.StableDiffusionPipeline; print(t.CenterCrop(2).size)"
+        "import kernels, fastgrpo.kernels.spec as ours\n"
+        "diffusers.StableDiffusionPipeline; print(t.CenterCrop(2).size, getattr(kernels, 'HERE', None), ours.__file__)"
     )
     done = python("-c", code)
-    assert done.stdout.strip() == "(2, 2)", done.stderr
+    found = "the installed one" if installed else None
+    assert done.stdout.strip() == f"(2, 2) {found} {ROOT / 'kernels' / 'spec.py'}", done.stderr
+
+
+def test_our_kernels_folder_is_no_package_by_itself() -> None:
+    """With an __init__.py it would hide an installed package of the same name from all who run in the checkout."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

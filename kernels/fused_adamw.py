@@ -1,0 +1,638 @@
+"""AdamW on flat buffers, in one pass: gradient scale, weight decay, moments, bias correction, half-precision copy, EMA.
+
+For step t, learning rate lr and gradient g (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; the order of roundings
+is that of torch.optim.AdamW):
+
+    g = scale * gradient                   scale: clip coefficient / loss scale
+    p = p * (1 - lr * weight_decay)
+    m = m + (1 - beta1) * (g - m)
+    v = v * beta2 + (1 - beta2) * g * g
+    p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+    working = p in bf16 or fp16            optional
+    ema = ema + (1 - ema_decay) * (p - ema)                     optional
+
+parameters, exp_avg (m), exp_avg_sq (v), ema: [n] float32. gradient: [n] float32, bf16 or fp16. working: [n] bf16 or fp16.
+Bytes an element: 28 with a float32 gradient, 2 more with a working copy, 8 more with an average.
+
+Step counter, learning rate, scale and `found_inf` are read on the device, so a CUDA graph of a step stays right, and a
+step whose gradient is not finite is left out without telling the host. Scale and `found_inf` come from
+
+    norm = global_norm(gradient)           sqrt(sum g^2), summed in float64, in two stages, in an order fixed by n alone
+    scale, found_inf = clip_coefficient(norm, max_norm, loss_scale)
+
+which is torch.nn.utils.clip_grad_norm_ with a better sum. 4 (or 2) bytes an element more.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgrpo.kernels.spec import AotKernel, Case, OpSpec
+
+# 4 elements a thread of 128: a 16-byte load from each of four or five float32 buffers is enough in flight, and 8 take
+# three times the registers, since half-precision stores would then want another layout.
+_BLOCK = 512
+# The norm reads one buffer only, so each of 256 threads has two such loads in flight. The number of programs is fixed, so
+# that the order of the sum, and with it the norm, is the same on every GPU: about two waves of 132 SMs.
+_NORM_BLOCK = 2048
+_NORM_PROGRAMS = 2048
+# On the CPU: the parts of all buffers that are worked on at a time fit into the cache together.
+_CPU_CHUNK = 1 << 16
+
+# Products and sums are only fused where torch fuses them, by tl.fma: every rounding is then where torch has it.
+_OPTIONS = {"enable_fp_fusion": False}
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def reference(
+    parameters: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    working: Tensor | None = None,
+    ema: Tensor | None = None,
+    ema_decay: float = 0.0,
+) -> tuple[Tensor, ...]:
+    """As `fused_adamw`, but returns new tensors: parameters, exp_avg, exp_avg_sq, step, and working and ema if given."""
+    before = [parameters, exp_avg, exp_avg_sq, step, *(t for t in (working, ema) if t is not None)]
+    if found_inf is not None and found_inf.item():
+        return tuple(tensor.clone() for tensor in before)
+    dtype = parameters.dtype
+    t, rate = step.item() + 1, lr.item()
+    g = gradient.to(dtype) * (1 if scale is None else scale.to(dtype))
+    m = beta1 * exp_avg + (1 - beta1) * g
+    v = beta2 * exp_avg_sq + (1 - beta2) * g * g
+    p = parameters * (1 - rate * weight_decay)
+    p = p - rate * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+    after = [p, m, v, step + 1]
+    if working is not None:
+        after.append(p.to(working.dtype))
+    if ema is not None:
+        after.append(ema_decay * ema + (1 - ema_decay) * p)
+    return tuple(after)
+
+
+@triton.jit
+def _power(base, exponent):
+    """base ** exponent for a float64 and an integer of at least 0, by squaring: relative error at most exponent * 2^-53."""
+    power = tl.full((), 1.0, tl.float64)
+    while exponent > 0:
+        power = tl.where(exponent % 2 == 1, power * base, power)
+        base = base * base
+        exponent = exponent // 2
+    return power
+
+
+@triton.jit
+def _coefficients_kernel(
+    step_ptr,
+    lr_ptr,
+    scale_ptr,
+    found_inf_ptr,
+    coefficients_ptr,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    WEIGHT_DECAY: tl.constexpr,
+):
+    """One program: all that the elements share, computed in float64, rounded once; counts the step.
+
+    The betas are constants of the program since Triton passes floats as float32, in which 1 - beta2 is off by 1e-5.
+    """
+    taken = tl.full((), 1, tl.int64)
+    if found_inf_ptr is not None:
+        taken = (tl.load(found_inf_ptr) == 0).to(tl.int64)
+    scale = tl.full((), 1.0, tl.float32)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+    step = tl.load(step_ptr).to(tl.int64) + taken
+    tl.store(step_ptr, step.to(step_ptr.dtype.element_ty))
+    t = tl.maximum(step, 1)  # 0 where the very first step is left out
+    lr = tl.load(lr_ptr).to(tl.float64)
+    decay = 1 - lr * tl.full((), WEIGHT_DECAY, tl.float64)
+    step_size = lr / (1 - _power(tl.full((), BETA1, tl.float64), t))
+    root = tl.sqrt(1 - _power(tl.full((), BETA2, tl.float64), t))
+    tl.store(coefficients_ptr, decay.to(tl.float32))
+    tl.store(coefficients_ptr + 1, -step_size.to(tl.float32))
+    tl.store(coefficients_ptr + 2, root.to(tl.float32))
+    tl.store(coefficients_ptr + 3, scale)
+    tl.store(coefficients_ptr + 4, taken.to(tl.float32))
+
+
+@triton.jit
+def _lerp(start, end, weight):
+    """As torch.lerp: from the nearer end."""
+    difference = end - start
+    return tl.where(weight < 0.5, tl.fma(difference, weight, start), end - difference * (1 - weight))
+
+
+@triton.jit
+def _adamw_kernel(
+    parameters_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    gradient_ptr,
+    working_ptr,
+    ema_ptr,
+    coefficients_ptr,
+    n,
+    weight1,
+    beta2,
+    weight2,
+    eps,
+    ema_weight,
+    BLOCK: tl.constexpr,
+):
+    decay = tl.load(coefficients_ptr)
+    step_size_neg = tl.load(coefficients_ptr + 1)
+    root = tl.load(coefficients_ptr + 2)
+    scale = tl.load(coefficients_ptr + 3)
+    taken = tl.load(coefficients_ptr + 4)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < tl.where(taken != 0, n, 0)  # a step that is left out reads and writes nothing
+    g = tl.load(gradient_ptr + at, mask=mask).to(tl.float32) * scale
+    p = tl.load(parameters_ptr + at, mask=mask).to(tl.float32)
+    m = tl.load(exp_avg_ptr + at, mask=mask).to(tl.float32)
+    v = tl.load(exp_avg_sq_ptr + at, mask=mask).to(tl.float32)
+    p = p * decay
+    m = _lerp(m, g, weight1)
+    v = tl.fma(weight2 * g, g, v * beta2)
+    denominator = tl.div_rn(tl.sqrt_rn(v), root) + eps
+    p = p + tl.div_rn(step_size_neg * m, denominator)
+    tl.store(parameters_ptr + at, p, mask=mask)
+    tl.store(exp_avg_ptr + at, m, mask=mask)
+    tl.store(exp_avg_sq_ptr + at, v, mask=mask)
+    if working_ptr is not None:
+        tl.store(working_ptr + at, p.to(working_ptr.dtype.element_ty), mask=mask)
+    if ema_ptr is not None:
+        average = tl.load(ema_ptr + at, mask=mask).to(tl.float32)
+        tl.store(ema_ptr + at, _lerp(average, p, ema_weight), mask=mask)
+
+
+@triton.jit
+def _squares_kernel(gradient_ptr, partials_ptr, n, BLOCK: tl.constexpr):
+    """Program i sums the squares of blocks i, i + programs, ... . A float32's square in float64 neither rounds nor overflows."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    stride = tl.num_programs(0).to(tl.int64) * BLOCK
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, stride):
+        at = start + tl.arange(0, BLOCK)
+        g = tl.load(gradient_ptr + at, mask=at < n, other=0.0).to(tl.float64)
+        total += g * g
+    tl.store(partials_ptr + tl.program_id(0), tl.sum(total))
+
+
+@triton.jit
+def _root_kernel(partials_ptr, norm_ptr, count, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    partials = tl.load(partials_ptr + at, mask=at < count, other=0.0).to(tl.float64)
+    tl.store(norm_ptr, tl.sqrt(tl.sum(partials)).to(tl.float32))
+
+
+@triton.jit
+def _clip_kernel(norm_ptr, loss_scale_ptr, coefficient_ptr, found_inf_ptr, max_norm):
+    norm = tl.load(norm_ptr).to(tl.float32)
+    inverse = tl.full((), 1.0, tl.float32)
+    if loss_scale_ptr is not None:
+        inverse = tl.div_rn(inverse, tl.load(loss_scale_ptr).to(tl.float32))
+    coefficient = tl.div_rn(tl.full((), 1.0, tl.float32), norm * inverse + 1e-6) * max_norm
+    tl.store(coefficient_ptr, tl.where(coefficient > 1, 1.0, coefficient) * inverse)
+    tl.store(found_inf_ptr, tl.where(tl.abs(norm) < float("inf"), 0.0, 1.0))
+
+
+def _launch_fused_adamw(
+    parameters: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    working: Tensor | None = None,
+    ema: Tensor | None = None,
+    ema_decay: float = 0.0,
+) -> None:
+    coefficients = torch.empty(5, dtype=torch.float32, device=parameters.device)
+    _coefficients_kernel[(1,)](
+        step, lr, scale, found_inf, coefficients, beta1, beta2, weight_decay, num_warps=1, **_OPTIONS
+    )
+    n = parameters.numel()
+    _adamw_kernel[(triton.cdiv(n, _BLOCK),)](
+        parameters,
+        exp_avg,
+        exp_avg_sq,
+        gradient,
+        working,
+        ema,
+        coefficients,
+        n,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        eps,
+        1 - ema_decay,
+        _BLOCK,
+        num_warps=4,
+        **_OPTIONS,
+    )
+
+
+def _launch_global_norm(gradient: Tensor) -> Tensor:
+    n = gradient.numel()
+    count = min(triton.cdiv(n, _NORM_BLOCK), _NORM_PROGRAMS)
+    partials = torch.empty(count, dtype=torch.float64, device=gradient.device)
+    norm = torch.empty(1, dtype=torch.float32, device=gradient.device)
+    _squares_kernel[(count,)](gradient, partials, n, _NORM_BLOCK, num_warps=8)
+    _root_kernel[(1,)](partials, norm, count, _NORM_PROGRAMS, num_warps=4)
+    return norm
+
+
+def _launch_clip_coefficient(norm: Tensor, max_norm: float, loss_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    coefficient, found_inf = torch.empty_like(norm), torch.empty_like(norm)
+    _clip_kernel[(1,)](norm, loss_scale, coefficient, found_inf, max_norm, num_warps=1, **_OPTIONS)
+    return coefficient, found_inf
+
+
+_adamw_operator = torch.library.custom_op(
+    "fastgrpo::fused_adamw",
+    _launch_fused_adamw,
+    mutates_args=("parameters", "exp_avg", "exp_avg_sq", "step", "working", "ema"),
+    device_types="cuda",
+)
+_norm_operator = torch.library.custom_op(
+    "fastgrpo::global_norm", _launch_global_norm, mutates_args=(), device_types="cuda"
+)
+_clip_operator = torch.library.custom_op(
+    "fastgrpo::clip_coefficient", _launch_clip_coefficient, mutates_args=(), device_types="cuda"
+)
+
+
+@_adamw_operator.register_kernel("cpu")
+def _cpu_fused_adamw(
+    parameters: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    working: Tensor | None = None,
+    ema: Tensor | None = None,
+    ema_decay: float = 0.0,
+) -> None:
+    """The very operations of torch.optim.AdamW, so the same bits."""
+    if found_inf is not None and found_inf.item():
+        return
+    step += 1
+    t, rate = int(step.item()), lr.item()
+    decay = 1 - rate * weight_decay
+    step_size = rate / (1 - beta1**t)
+    root = (1 - beta2**t) ** 0.5
+    for start in range(0, parameters.numel(), _CPU_CHUNK):
+        here = slice(start, start + _CPU_CHUNK)
+        p, m, v, g = parameters[here], exp_avg[here], exp_avg_sq[here], gradient[here].float()
+        if scale is not None:
+            g = g * scale
+        p.mul_(decay)
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        p.addcdiv_(m, v.sqrt().div_(root).add_(eps), value=-step_size)
+        if working is not None:
+            working[here].copy_(p)
+        if ema is not None:
+            ema[here].lerp_(p, 1 - ema_decay)
+
+
+@_norm_operator.register_kernel("cpu")
+def _cpu_global_norm(gradient: Tensor) -> Tensor:
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in gradient.split(_CPU_CHUNK)]
+    return torch.linalg.vector_norm(torch.stack(norms)).float().reshape(1)
+
+
+@_clip_operator.register_kernel("cpu")
+def _cpu_clip_coefficient(norm: Tensor, max_norm: float, loss_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    inverse = torch.ones_like(norm) if loss_scale is None else loss_scale.reciprocal()
+    coefficient = (max_norm / (norm * inverse + 1e-6)).clamp(max=1.0) * inverse
+    return coefficient, (~norm.isfinite()).float()
+
+
+@_adamw_operator.register_fake
+def _fake_fused_adamw(*args, **kwargs) -> None:
+    pass
+
+
+@_norm_operator.register_fake
+def _fake_global_norm(gradient: Tensor) -> Tensor:
+    return gradient.new_empty(1, dtype=torch.float32)
+
+
+@_clip_operator.register_fake
+def _fake_clip_coefficient(norm: Tensor, max_norm: float, loss_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(norm), torch.empty_like(norm)
+
+
+def fused_adamw(
+    parameters: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    working: Tensor | None = None,
+    ema: Tensor | None = None,
+    ema_decay: float = 0.0,
+) -> None:
+    """One optimizer step, in place, on parameters, exp_avg, exp_avg_sq, step, working and ema; see the module's formula.
+
+    parameters, exp_avg, exp_avg_sq, ema: [n] float32. gradient: [n] float32, bfloat16 or float16. working: [n] bfloat16
+    or float16, receives the new parameters. step: [1] int64 or float32, steps taken so far. lr: [1] float64 or float32;
+    float64 gives the bits of a Python number. scale: [1] float32, multiplies the gradient. found_inf: [1] float32, where
+    not 0 nothing changes, the counter included. All contiguous and on one device.
+    On the CPU parameters and moments get the bits that torch.optim.AdamW would give them.
+    Raises ValueError for a wrong shape, dtype, memory layout or device.
+    """
+    n, device = parameters.numel(), parameters.device
+    floats = (torch.float32,)
+    accepted = {
+        "parameters": (parameters, n, floats),
+        "exp_avg": (exp_avg, n, floats),
+        "exp_avg_sq": (exp_avg_sq, n, floats),
+        "gradient": (gradient, n, (*floats, *_HALF)),
+        "step": (step, 1, (torch.int64, *floats)),
+        "lr": (lr, 1, (torch.float64, *floats)),
+        "scale": (scale, 1, floats),
+        "found_inf": (found_inf, 1, floats),
+        "working": (working, n, _HALF),
+        "ema": (ema, n, floats),
+    }
+    for name, (tensor, size, dtypes) in accepted.items():
+        if tensor is not None:
+            _check(name, tensor, size, dtypes, device)
+    _adamw_operator(
+        parameters,
+        exp_avg,
+        exp_avg_sq,
+        gradient,
+        step,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        scale,
+        found_inf,
+        working,
+        ema,
+        ema_decay,
+    )
+
+
+def global_norm(gradient: Tensor) -> Tensor:
+    """[1] float32: the 2-norm of [n] float32, bfloat16 or float16; inf or nan where an element is, or where it overflows.
+
+    Summed in float64 in a fixed order: the same bits every time, and correctly rounded but for one case in millions.
+    Raises ValueError for a wrong shape, dtype or memory layout.
+    """
+    _check("gradient", gradient, gradient.numel(), (torch.float32, *_HALF), gradient.device)
+    return _norm_operator(gradient)
+
+
+def clip_coefficient(norm: Tensor, max_norm: float, loss_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What the gradient is to be multiplied by, and whether it may not be used, as `fused_adamw` takes them.
+
+    norm: [1] float32, of the gradient as it is. loss_scale: [1] float32, by which that is too large. max_norm: inf for
+    no clipping. Returns
+        coefficient [1] float32: min(1, max_norm / (norm / loss_scale + 1e-6)) / loss_scale, torch.nn.utils.clip_grad_norm_'s
+        found_inf   [1] float32: 1 where the norm is inf or nan, otherwise 0, as torch.amp.GradScaler has it
+    Raises ValueError for a wrong shape or dtype.
+    """
+    for name, tensor in (("norm", norm), ("loss_scale", loss_scale)):
+        if tensor is not None:
+            _check(name, tensor, 1, (torch.float32,), norm.device)
+    return _clip_operator(norm, max_norm, loss_scale)
+
+
+def _check(name: str, tensor: Tensor, size: int, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+    fits = tensor.shape == (size,) and size > 0 and tensor.dtype in dtypes and tensor.device == device
+    if not (fits and tensor.is_contiguous()):
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()} on {tensor.device}; "
+            f"accepted is a contiguous, not empty [{size}] tensor of {names} on {device}"
+        )
+
+
+_BENCHED = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+_EMA_DECAY = 0.999
+_SD1 = 859_520_964  # parameters of SD 1.x's UNet
+_SD1_RANK_4 = 797_184  # parameters of rank-4 adapters on its attention
+
+
+def _stepped(
+    in_place: bool,
+    max_norm: float,
+    parameters: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    working: Tensor | None,
+    ema: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Norm, clipping and step, as a function: of copies, unless `in_place`."""
+    state = [parameters, exp_avg, exp_avg_sq, step, working, ema]
+    if not in_place:
+        state = [None if tensor is None else tensor.clone() for tensor in state]
+    parameters, exp_avg, exp_avg_sq, step, working, ema = state
+    scale, found_inf = clip_coefficient(global_norm(gradient), max_norm)
+    fused_adamw(
+        parameters,
+        exp_avg,
+        exp_avg_sq,
+        gradient,
+        step,
+        lr,
+        scale=scale,
+        found_inf=found_inf,
+        working=working,
+        ema=ema,
+        ema_decay=_EMA_DECAY,
+        **_BENCHED,
+    )
+    return tuple(tensor for tensor in state if tensor is not None)
+
+
+def _reference_stepped(
+    in_place: bool,
+    max_norm: float,
+    parameters: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    working: Tensor | None,
+    ema: Tensor | None,
+) -> tuple[Tensor, ...]:
+    scale = (max_norm / (torch.linalg.vector_norm(gradient) + 1e-6)).clamp(max=1)
+    args = (parameters, exp_avg, exp_avg_sq, gradient, step, lr, *_BENCHED.values())
+    return reference(*args, scale=scale, working=working, ema=ema, ema_decay=_EMA_DECAY)
+
+
+def _torch_fused(
+    in_place: bool,
+    max_norm: float,
+    parameters: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    working: Tensor | None,
+    ema: Tensor | None,
+) -> None:
+    """torch.optim.AdamW(fused=True) and what it leaves to others: the norm, the working copy and the average."""
+    # By this the fused step divides the gradient. The clipped gradient itself is not written.
+    grad_scale = ((torch.linalg.vector_norm(gradient) + 1e-6) / max_norm).clamp(min=1)
+    torch._fused_adamw_(
+        [parameters],
+        [gradient],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [step],
+        lr=lr,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=grad_scale,
+        **_BENCHED,
+    )
+    if working is not None:
+        working.copy_(parameters)
+    if ema is not None:
+        ema.lerp_(parameters, 1 - _EMA_DECAY)
+
+
+def _case(n: int, in_place: bool = False, ema: bool = False) -> Case:
+    """A step late enough for both bias corrections to count, on moments that are not zero, with a gradient to be clipped."""
+
+    def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+        def draw() -> Tensor:
+            return torch.randn(n, generator=generator).to(device)
+
+        parameters, exp_avg, exp_avg_sq, gradient = draw(), draw(), draw().abs_(), draw()
+        working = torch.empty(n, dtype=dtype, device=device) if dtype in _HALF else None
+        step, lr = torch.full((1,), 9.0, device=device), torch.full((1,), 1e-3, device=device)
+        average = parameters.clone() if ema else None
+        return in_place, 0.5, parameters, exp_avg, exp_avg_sq, gradient, step, lr, working, average
+
+    return Case(f"{n}{'-ema' if ema else ''}", make, n * (4 + 28 + 2 + (8 if ema else 0)))
+
+
+def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
+    """A dozen roundings of 2^-24 each, of numbers below 8 = 2^3; the working copy is off by 1 ulp where it is truncated.
+
+    The root of the second moment halves its relative error, and the update is 1e-3 times that quotient, whose largest
+    value here (second moment near 0) is below 2^10.
+    """
+    atol = 12 * 2.0**-24 * 8
+    return (torch.finfo(dtype).eps if dtype in _HALF else 12 * 2.0**-24), atol
+
+
+def _signature(*optional: str) -> dict[str, str]:
+    """Of _adamw_kernel, with a working copy or an average only where it is named."""
+    pointers = {"parameters_ptr": "*fp32", "exp_avg_ptr": "*fp32", "exp_avg_sq_ptr": "*fp32", "gradient_ptr": "*fp32"}
+    types = {"working_ptr": "*bf16", "ema_ptr": "*fp32"}
+    pointers |= {name: type if name in optional else "constexpr" for name, type in types.items()}
+    scalars = dict.fromkeys(("weight1", "beta2", "weight2", "eps", "ema_weight"), "fp32")
+    return pointers | {"coefficients_ptr": "*fp32", "n": "i32"} | scalars | {"BLOCK": "constexpr"}
+
+
+SPEC = OpSpec(
+    name="fused_adamw",
+    function=_stepped,
+    reference=_reference_stepped,
+    cases=(_case(1), _case(7), _case(1023, ema=True), _case(2049), _case(2600, ema=True)),
+    bench=(_case(_SD1, in_place=True), _case(_SD1, in_place=True, ema=True), _case(_SD1_RANK_4, in_place=True)),
+    dtypes=(torch.float32, *_HALF),
+    tolerance=_tolerance,
+    rivals={"torch fused": _torch_fused},
+    aot=(
+        AotKernel(
+            "adamw", _adamw_kernel, _signature("working_ptr"), {"ema_ptr": None, "BLOCK": _BLOCK}, options=_OPTIONS
+        ),
+        AotKernel(
+            "adamw_ema", _adamw_kernel, _signature("working_ptr", "ema_ptr"), {"BLOCK": _BLOCK}, options=_OPTIONS
+        ),
+        AotKernel(
+            "coefficients",
+            _coefficients_kernel,
+            {
+                "step_ptr": "*fp32",
+                "lr_ptr": "*fp64",
+                "scale_ptr": "*fp32",
+                "found_inf_ptr": "*fp32",
+                "coefficients_ptr": "*fp32",
+                "BETA1": "constexpr",
+                "BETA2": "constexpr",
+                "WEIGHT_DECAY": "constexpr",
+            },
+            {"BETA1": 0.9, "BETA2": 0.999, "WEIGHT_DECAY": 0.01},
+            num_warps=1,
+            options=_OPTIONS,
+        ),
+        AotKernel(
+            "squares",
+            _squares_kernel,
+            {"gradient_ptr": "*fp32", "partials_ptr": "*fp64", "n": "i32", "BLOCK": "constexpr"},
+            {"BLOCK": _NORM_BLOCK},
+            num_warps=8,
+        ),
+        AotKernel(
+            "root",
+            _root_kernel,
+            {"partials_ptr": "*fp64", "norm_ptr": "*fp32", "count": "i32", "BLOCK": "constexpr"},
+            {"BLOCK": _NORM_PROGRAMS},
+        ),
+        AotKernel(
+            "clip",
+            _clip_kernel,
+            {
+                "norm_ptr": "*fp32",
+                "loss_scale_ptr": "*fp32",
+                "coefficient_ptr": "*fp32",
+                "found_inf_ptr": "*fp32",
+                "max_norm": "fp32",
+            },
+            {},
+            num_warps=1,
+            options=_OPTIONS,
+        ),
+    ),
+)

@@ -1,0 +1,151 @@
+"""diffusers' UNet with its normalisations and activations computed by this project's operators.
+
+    ResnetBlock2D                    GroupNorm + SiLU, and time embedding + GroupNorm + SiLU, are one operator each
+    Transformer2DModel               GroupNorm
+    UNet2DConditionModel             conv_norm_out + conv_act
+    BasicTransformerBlock            its LayerNorms
+    GEGLU                            the activation after its linear layer
+
+A module is patched by giving it a subclass of its own class. Its parameters, submodules, names and attributes stay what and
+where they are, so state dicts, optimisers, LoRA adapters, deepcopy and pickle see no difference, and taking the subclass
+away restores it. What the subclasses do not do is left alone: up- or downsampling within a ResnetBlock2D, a time embedding
+that scales, adaptive norms, activations other than SiLU and GEGLU, norms without weights or wrapped by something else.
+Forward hooks on the GroupNorms and activations within a patched ResnetBlock2D are not called.
+"""
+
+from dataclasses import dataclass
+
+from diffusers import Transformer2DModel, UNet2DConditionModel
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from fastgrpo.kernels.geglu import geglu
+from fastgrpo.kernels.group_norm_silu import group_norm_silu
+from fastgrpo.kernels.layer_norm import MAX_WIDTH, layer_norm
+
+
+@dataclass(frozen=True)
+class Patched:
+    """How many modules of each kind use the operators; a ResnetBlock2D counts as one."""
+
+    resnets: int
+    transformer_norms: int
+    output_norms: int
+    layer_norms: int
+    geglus: int
+
+
+class FusedResnetBlock2D(ResnetBlock2D):
+    def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
+        hidden = self.conv1(_group_norm(self.norm1, input_tensor, silu=True))
+        temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+        hidden = self.conv2(self.dropout(_group_norm(self.norm2, hidden, silu=True, temb=temb)))
+        # Unlike diffusers' in training, the shortcut's input keeps its layout: making it contiguous would cost two
+        # copies of channels-last activations.
+        if self.conv_shortcut is not None:
+            input_tensor = self.conv_shortcut(input_tensor)
+        output = input_tensor + hidden
+        return output if self.output_scale_factor == 1 else output / self.output_scale_factor
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return _group_norm(self, input, silu=False)
+
+
+class FusedGroupNormSiLU(nn.GroupNorm):
+    """Does the work of the SiLU that follows it, which becomes a `FusedAway`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _group_norm(self, input, silu=True)
+
+
+class FusedAway(nn.SiLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return layer_norm(input, self.weight, self.bias, self.eps)
+
+
+class FusedGEGLU(GEGLU):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return geglu(self.proj(hidden_states))
+
+
+_FUSED = (FusedResnetBlock2D, FusedGroupNorm, FusedGroupNormSiLU, FusedAway, FusedLayerNorm, FusedGEGLU)
+
+
+def patch_unet(unet: UNet2DConditionModel) -> Patched:
+    """Make a UNet use the operators, in place, for training and inference. A second call changes nothing.
+
+    Outputs and gradients are the same up to rounding; on the CPU in float32 and contiguous memory, to the last bit.
+    Returns how many modules of each kind now use them.
+    """
+    for module in unet.modules():
+        if _is_plain_resnet(module):
+            module.__class__ = FusedResnetBlock2D
+        elif type(module) is Transformer2DModel and _is_plain_group_norm(getattr(module, "norm", None)):
+            module.norm.__class__ = FusedGroupNorm
+        elif type(module) is BasicTransformerBlock:
+            for norm in (module.norm1, module.norm2, getattr(module, "norm3", None)):
+                if _is_plain_layer_norm(norm):
+                    norm.__class__ = FusedLayerNorm
+        elif type(module) is GEGLU:
+            module.__class__ = FusedGEGLU
+    if _is_plain_group_norm(unet.conv_norm_out) and type(unet.conv_act) is nn.SiLU:
+        unet.conv_norm_out.__class__ = FusedGroupNormSiLU
+        unet.conv_act.__class__ = FusedAway
+
+    def count(fused: type) -> int:
+        return sum(type(module) is fused for module in unet.modules())
+
+    return Patched(
+        resnets=count(FusedResnetBlock2D),
+        transformer_norms=count(FusedGroupNorm),
+        output_norms=count(FusedGroupNormSiLU),
+        layer_norms=count(FusedLayerNorm),
+        geglus=count(FusedGEGLU),
+    )
+
+
+def unpatch_unet(unet: UNet2DConditionModel) -> None:
+    """Undo `patch_unet`, in place. A UNet that was not patched stays as it is."""
+    for module in unet.modules():
+        if type(module) in _FUSED:
+            module.__class__ = type(module).__base__
+
+
+def _group_norm(norm: nn.GroupNorm, x: Tensor, silu: bool, temb: Tensor | None = None) -> Tensor:
+    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, temb)
+
+
+def _is_plain_resnet(module: nn.Module) -> bool:
+    return (
+        type(module) is ResnetBlock2D
+        and module.upsample is None
+        and module.downsample is None
+        and module.time_embedding_norm == "default"
+        and module.time_emb_proj is not None
+        and type(module.nonlinearity) is nn.SiLU
+        and _is_plain_group_norm(module.norm1)
+        and _is_plain_group_norm(module.norm2)
+    )
+
+
+def _is_plain_group_norm(module: nn.Module | None) -> bool:
+    return type(module) is nn.GroupNorm and module.affine
+
+
+def _is_plain_layer_norm(module: nn.Module | None) -> bool:
+    return (
+        type(module) is nn.LayerNorm
+        and module.elementwise_affine
+        and module.bias is not None
+        and len(module.normalized_shape) == 1
+        and module.normalized_shape[0] <= MAX_WIDTH
+    )

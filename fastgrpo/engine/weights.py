@@ -1,0 +1,201 @@
+"""The trained weights in one flat buffer, and AdamW on it: one pass over memory updates everything, at fixed addresses.
+
+Names stay: every parameter is a view of the buffer in its own shape and memory layout, so modules, state dicts and
+checkpoints see what they saw before.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastgrpo.kernels.fused_adamw import clip_coefficient, fused_adamw, global_norm
+
+# In elements: 128 bytes of float32, 64 of a working copy. No parameter shares a cache line with another, and each is as
+# well aligned for vector loads as if it had been allocated alone.
+_ALIGNMENT = 32
+
+
+class FlatWeights:
+    """Parameters, their gradient and, if wanted, their moving average, each in one [size] float32 buffer.
+
+    parameters: by name. values, gradient, ema: the buffers; ema starts as the weights, and is None without. working: the
+    buffer of `working_copy`, None before it. size: elements of a buffer; the few between parameters are and stay 0.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], ema: bool = False):
+        """Moves the parameters' data into `values`, bit for bit; frees where it was.
+
+        Raises ValueError where one is not float32, or they are on different devices.
+        """
+        self.parameters = dict(parameters)
+        devices = {parameter.device for parameter in self.parameters.values()}
+        if len(devices) != 1:
+            raise ValueError(f"the parameters are on {sorted(map(str, devices))}; accepted is one device")
+        for name, parameter in self.parameters.items():
+            if parameter.dtype != torch.float32:
+                raise ValueError(f"{name} is {parameter.dtype}; accepted is torch.float32")
+        self._starts, self.size = {}, 0
+        for name, parameter in self.parameters.items():
+            self._starts[name] = self.size
+            self.size += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+        # Dense, and in the parameter's own order of dimensions.
+        self._strides = {name: torch.empty_like(p, device="meta").stride() for name, p in self.parameters.items()}
+        self._device = devices.pop()
+        self.values, self.gradient = self.zeros(), self.zeros()
+        self._gradients = list(self.views(self.gradient).values())
+        for name, view in self.views(self.values).items():
+            view.copy_(self.parameters[name].detach())
+            self.parameters[name].data = view
+        self._addresses = {name: parameter.data_ptr() for name, parameter in self.parameters.items()}
+        self.ema = self.values.clone() if ema else None
+        self.working: Tensor | None = None
+
+    def zeros(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Another buffer like `values`."""
+        return torch.zeros(self.size, dtype=dtype, device=self._device)
+
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Parameter name -> its part of a [size] buffer of any dtype, in its shape and memory layout."""
+        return {
+            name: buffer[start : start + self.parameters[name].numel()].as_strided(
+                self.parameters[name].shape, self._strides[name]
+            )
+            for name, start in self._starts.items()
+        }
+
+    def working_copy(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Parameter name -> the weight rounded to `dtype`, bfloat16 or float16; `FlatAdamW.step` keeps it up to date.
+
+        All views of one buffer. Called again, after weights were loaded, it rounds them into the same memory.
+        """
+        if self.working is None or self.working.dtype != dtype:
+            self.working = self.zeros(dtype)
+        self.working.copy_(self.values)
+        return self.views(self.working)
+
+    def accumulate(self, gradients: Sequence[Tensor]) -> None:
+        """Add one gradient per parameter to `.grad`, which lies in the flat one from the first on."""
+        if all(p.grad is view for p, view in zip(self.parameters.values(), self._gradients, strict=True)):
+            torch._foreach_add_(self._gradients, list(gradients))
+            return
+        torch._foreach_copy_(self._gradients, list(gradients))
+        for parameter, view in zip(self.parameters.values(), self._gradients, strict=True):
+            parameter.grad = view
+
+    def collect_gradients(self) -> Tensor:
+        """The flat gradient, after taking in every `.grad` that lies elsewhere; where there is none it is 0."""
+        for parameter, view in zip(self.parameters.values(), self._gradients, strict=True):
+            if parameter.grad is None:
+                view.zero_()
+            elif parameter.grad is not view:
+                view.copy_(parameter.grad)
+                parameter.grad = view
+        return self.gradient
+
+    def check_places(self) -> None:
+        """Raises RuntimeError where a parameter is no longer in `values`: steps would not reach it."""
+        for name, parameter in self.parameters.items():
+            if parameter.data_ptr() != self._addresses[name]:
+                raise RuntimeError(f"{name} was moved out of the flat buffer, so the optimizer no longer moves it")
+
+
+class FlatAdamW:
+    """torch.optim.AdamW on FlatWeights, with gradient clipping, working copy and moving average in the same pass.
+
+    On the CPU the weights get the very bits that torch's would. Unlike there, a step whose gradient is not finite changes
+    nothing, and a parameter without a gradient is treated as if it were 0. One step counter and one learning rate serve
+    all parameters; both are on the device.
+
+    param_groups: one, whose "lr" is read at every step. exp_avg, exp_avg_sq: [size] float32. step_count: [1] float32.
+    """
+
+    # torch.amp.GradScaler then leaves the gradient scaled; the attribute `grad_scale` exists during its steps only.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        weights: FlatWeights,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        ema_decay: float = 0.0,
+    ):
+        """ema_decay: of `weights.ema`, where it has one."""
+        self.weights = weights
+        self.param_groups = [{"params": list(weights.parameters.values()), "lr": lr}]
+        self.exp_avg, self.exp_avg_sq = weights.zeros(), weights.zeros()
+        self.step_count = torch.zeros(1, device=self.exp_avg.device)
+        self._options = {"beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay}
+        self._ema_decay = ema_decay
+        # float64, so that it is the Python number; the host knows what it holds and writes it when that changes.
+        self._lr, self._written_lr = torch.full((1,), lr, dtype=torch.float64, device=self.exp_avg.device), lr
+
+    @torch.no_grad()
+    def step(self, max_grad_norm: float = math.inf) -> Tensor:
+        """One step on the gradients in `.grad`, scaled down to `max_grad_norm`; they themselves stay as they are.
+
+        Returns their norm before that, without the loss scale: a float32 scalar on the device, not finite where the step
+        was left out. Raises RuntimeError where a parameter was moved out of the flat buffer.
+        """
+        weights = self.weights
+        weights.check_places()
+        lr = self.param_groups[0]["lr"]
+        if lr != self._written_lr:
+            self._lr.fill_(lr)
+            self._written_lr = lr
+        gradient = weights.collect_gradients()
+        grad_scale = getattr(self, "grad_scale", None)
+        loss_scale = None if grad_scale is None else grad_scale.reshape(1)
+        norm = global_norm(gradient)
+        scale, found_inf = clip_coefficient(norm, max_grad_norm, loss_scale)
+        fused_adamw(
+            weights.values,
+            self.exp_avg,
+            self.exp_avg_sq,
+            gradient,
+            self.step_count,
+            self._lr,
+            scale=scale,
+            found_inf=found_inf,
+            working=weights.working,
+            ema=weights.ema,
+            ema_decay=self._ema_decay,
+            **self._options,
+        )
+        return (norm if loss_scale is None else norm / loss_scale)[0]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients; or, without `set_to_none`, make them 0."""
+        for parameter in self.weights.parameters.values():
+            parameter.grad = None
+        if not set_to_none:
+            self.weights.gradient.zero_()
+            for parameter, view in zip(self.weights.parameters.values(), self.weights._gradients, strict=True):
+                parameter.grad = view
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """ "exp_avg.NAME", "exp_avg_sq.NAME" and "step.NAME" of every parameter, contiguous, as torch's state has them."""
+        moments = {"exp_avg": self.weights.views(self.exp_avg), "exp_avg_sq": self.weights.views(self.exp_avg_sq)}
+        tensors = {f"{key}.{name}": view.contiguous() for key, views in moments.items() for name, view in views.items()}
+        return tensors | {f"step.{name}": self.step_count[0].clone() for name in self.weights.parameters}
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state_tensors` or torch.optim.AdamW's state held; nothing at all is the state before any step.
+
+        Raises KeyError where a tensor is missing, RuntimeError where one has another shape or step counts differ.
+        """
+        names = list(self.weights.parameters) if tensors else []
+        steps = {tensors[f"step.{name}"].item() for name in names}
+        if len(steps) > 1:
+            raise RuntimeError(f"the parameters are at different steps, {sorted(steps)}; accepted is one for all")
+        for key, buffer in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+            buffer.zero_()
+            for name, view in self.weights.views(buffer).items() if names else ():
+                if tensors[f"{key}.{name}"].shape != view.shape:
+                    raise RuntimeError(f"{key}.{name} has another shape than {name}")
+                view.copy_(tensors[f"{key}.{name}"])
+        self.step_count.fill_(steps.pop() if steps else 0.0)

@@ -1,0 +1,970 @@
+"""Group normalisation and SiLU of channels-last activations, with a time embedding added first, in one pass over memory.
+
+    v = x + temb[:, :, None, None]                      (or v = x)
+    z = (v - mean_g) * rstd_g * weight + bias           rstd_g = 1 / sqrt(var_g + eps), var_g biased
+    y = z * sigmoid(z)                                  (or y = z)
+
+over N samples and G groups of D = C / G channels (Wu and He, arXiv 1803.08494); mean_g and var_g are over a sample's
+D * H * W values of group g. These are `norm1`, `norm2`, the transformers' `norm` and `conv_norm_out` of a UNet.
+
+    x, y, dy, dx      [N, C, H, W] bfloat16, float16 or float32; channels_last is computed in place, anything else is
+                      converted to it and back
+    temb, dtemb       [N, C], x's dtype
+    weight, bias      [C], x's dtype or float32
+    mean, rstd        [N, G] float32, kept for the backward pass
+
+With dz = dy * silu'(z), n = D * H * W, xhat = (v - mean) * rstd and sums over a group:
+
+    dx      = rstd * (weight * dz - sum(weight * dz) / n - xhat * sum(weight * dz * xhat) / n)
+    dweight = sum over samples and pixels of dz * xhat        dbias = the same of dz        dtemb = sum over pixels of dx
+
+All three gradients of vectors follow from three sums per sample and channel, of dz, dz * xhat and xhat.
+
+Bytes an element in half precision: forward 4 (x once, y once), backward 6 (x, dy, dx). In channels-last memory a group is
+H * W rows of only 2 * D bytes, so a program takes a bundle of neighbouring groups; and since statistics come before the
+first output, it needs its slab twice. By shape:
+
+    one tile    a slab of at most 16,384 values (backward 8,192) stays in registers: the bytes above exactly
+    one launch  the program reads its slab again, backwards, so that what was read last comes first; slabs are kept small
+                enough (192 KiB) that one for every multiprocessor stays in the L2 cache together
+    split       too few slabs to fill the device: rows are dealt out to several programs, which leave partial statistics
+                to a second launch; x is small then, and L2 has it
+
+Statistics are float32 by Welford's method for every lane, then Chan's formula over lanes: a mean of 1e4 beside a standard
+deviation of 1 costs no more than x's own rounding. Sums have a fixed order and there are no atomics: the same input gives
+the same bits. On CUDA there is a second implementation, in CUDA C++ (csrc/); `set_backend` says which is used.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgrpo.kernels import native
+from fastgrpo.kernels.spec import AotKernel, Case, OpSpec
+
+_log = logging.getLogger("fastgrpo")
+
+BACKENDS = ("auto", "triton", "native")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# 16 warps with 16 values a thread.
+_TILE = 8192
+_SLAB_BYTES = 192 * 1024
+# Two programs for each of an H100's 132 multiprocessors: fewer leave some idle while others finish.
+_PROGRAMS = 264
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = True, temb: Tensor | None = None
+) -> Tensor:
+    """The formula in plain operations, in the dtype it is given."""
+    value = x if temb is None else x + temb[:, :, None, None]
+    grouped = value.reshape(x.shape[0], groups, -1)
+    centred = grouped - grouped.mean(-1, keepdim=True)
+    normalised = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps)
+    z = normalised.reshape(x.shape) * weight[:, None, None] + bias[:, None, None]
+    return z * torch.sigmoid(z) if silu else z
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Triton
+#
+# A program's tile is [ROWS pixels, BLOCK_C channels]; BUNDLE groups of GROUP_C channels fill the first columns.
+
+
+@triton.jit
+def _to_groups(value, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[BLOCK_C] -> [BUNDLE], sums over each group's channels."""
+    member = tl.arange(0, BLOCK_C)[:, None] // GROUP_C == tl.arange(0, BUNDLE)[None, :]
+    return tl.sum(tl.where(member, value[:, None], 0.0), axis=0)
+
+
+@triton.jit
+def _to_channels(value, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[BUNDLE] -> [BLOCK_C], every channel its group's value; 0 beyond the bundle."""
+    member = tl.arange(0, BLOCK_C)[:, None] // GROUP_C == tl.arange(0, BUNDLE)[None, :]
+    return tl.sum(tl.where(member, value[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def _load_rows(pointer, row, last, column, in_bundle, channels):
+    """float32 [ROWS, BLOCK_C], 0 outside of rows below `last` and of the bundle. pointer: the sample's first channel."""
+    mask = (row < last)[:, None] & in_bundle[None, :]
+    return tl.load(pointer + row[:, None] * channels + column[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_rows(pointer, value, row, last, column, in_bundle, channels):
+    mask = (row < last)[:, None] & in_bundle[None, :]
+    tl.store(pointer + row[:, None] * channels + column[None, :], value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_channels(pointer, column, in_bundle):
+    return tl.load(pointer + column, mask=in_bundle, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _merge(count, mean, m2, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Chan's formula. count [R], mean and m2 [R, BLOCK_C], of R separate sets of rows -> mean and m2 [BUNDLE] of all."""
+    total = tl.sum(count, axis=0) * GROUP_C
+    whole = _to_groups(tl.sum(mean * count[:, None], axis=0), GROUP_C, BUNDLE, BLOCK_C) / total
+    deviation = mean - _to_channels(whole, GROUP_C, BUNDLE, BLOCK_C)[None, :]
+    # The sum of large numbers is off by a few of their last bits; what is left around it is small and sums exactly.
+    correction = _to_groups(tl.sum(deviation * count[:, None], axis=0), GROUP_C, BUNDLE, BLOCK_C) / total
+    deviation -= _to_channels(correction, GROUP_C, BUNDLE, BLOCK_C)[None, :]
+    spread = _to_groups(tl.sum(m2 + deviation * deviation * count[:, None], axis=0), GROUP_C, BUNDLE, BLOCK_C)
+    return whole + correction, spread
+
+
+@triton.jit
+def _statistics(
+    x, shift, first, last, column, in_bundle, channels,
+    GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """mean and m2 [BUNDLE] of rows first <= row < last of x + shift."""
+    mean = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    m2 = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    blocks = 0.0
+    for start in range(first, last, ROWS):
+        row = start + tl.arange(0, ROWS)
+        value = _load_rows(x, row, last, column, in_bundle, channels) + shift[None, :]
+        blocks += 1.0
+        delta = tl.where((row < last)[:, None], value - mean, 0.0)  # only the last block has rows that do not exist
+        mean += delta * (1.0 / blocks)
+        m2 += delta * (value - mean)
+    count = ((last - first - tl.arange(0, ROWS) + ROWS - 1) // ROWS).to(tl.float32)
+    return _merge(count, mean, m2, GROUP_C, BUNDLE, BLOCK_C)
+
+
+@triton.jit
+def _activate(value, mean, rstd, weight, bias, SILU: tl.constexpr):
+    z = (value - mean[None, :]) * rstd[None, :] * weight[None, :] + bias[None, :]
+    if SILU:
+        z = z / (1.0 + tl.exp(-z))
+    return z
+
+
+@triton.jit
+def _write_outputs(
+    y, x, shift, mean, rstd, weight, bias, first, last, column, in_bundle, channels,
+    SILU: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Backwards: the rows that the statistics read last are the likeliest to be in a cache."""
+    blocks = (last - first + ROWS - 1) // ROWS
+    for block in range(0, blocks):
+        row = first + (blocks - 1 - block) * ROWS + tl.arange(0, ROWS)
+        value = _load_rows(x, row, last, column, in_bundle, channels) + shift[None, :]
+        _store_rows(y, _activate(value, mean, rstd, weight, bias, SILU), row, last, column, in_bundle, channels)
+
+
+@triton.jit
+def _forward_kernel(
+    y, mean_out, rstd_out, x, temb, weight, bias, pixels, channels, groups, eps,
+    HAS_TEMB: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr, ONE_TILE: tl.constexpr,
+):  # fmt: skip
+    """Grid: (bundles, samples)."""
+    bundle = tl.program_id(0)
+    sample = tl.program_id(1).to(tl.int64)
+    column = bundle * BUNDLE * GROUP_C + tl.arange(0, BLOCK_C)
+    in_bundle = tl.arange(0, BLOCK_C) < BUNDLE * GROUP_C
+    x += sample * pixels * channels
+    y += sample * pixels * channels
+    weight = _load_channels(weight, column, in_bundle)
+    bias = _load_channels(bias, column, in_bundle)
+    shift = tl.zeros([BLOCK_C], tl.float32)
+    if HAS_TEMB:
+        shift = _load_channels(temb + sample * channels, column, in_bundle)
+    if ONE_TILE:
+        row = tl.arange(0, ROWS)
+        present = (row < pixels).to(tl.float32)
+        value = _load_rows(x, row, pixels, column, in_bundle, channels) + shift[None, :]
+        mean, m2 = _merge(present, value, tl.zeros([ROWS, BLOCK_C], tl.float32), GROUP_C, BUNDLE, BLOCK_C)
+    else:
+        mean, m2 = _statistics(x, shift, 0, pixels, column, in_bundle, channels, GROUP_C, BUNDLE, BLOCK_C, ROWS)
+    rstd = 1.0 / tl.sqrt(m2 / (pixels * GROUP_C) + eps)
+    group = sample * groups + bundle * BUNDLE + tl.arange(0, BUNDLE)
+    tl.store(mean_out + group, mean)
+    tl.store(rstd_out + group, rstd)
+    mean = _to_channels(mean, GROUP_C, BUNDLE, BLOCK_C)
+    rstd = _to_channels(rstd, GROUP_C, BUNDLE, BLOCK_C)
+    if ONE_TILE:
+        _store_rows(y, _activate(value, mean, rstd, weight, bias, SILU), row, pixels, column, in_bundle, channels)
+    else:
+        _write_outputs(y, x, shift, mean, rstd, weight, bias, 0, pixels, column, in_bundle, channels, SILU, ROWS)
+
+
+@triton.jit
+def _forward_partial_kernel(
+    mean_out, m2_out, x, temb, pixels, split_rows, channels, groups,
+    HAS_TEMB: tl.constexpr, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Grid: (bundles, splits, samples). mean_out, m2_out: [samples, splits, groups]."""
+    bundle, split = tl.program_id(0), tl.program_id(1)
+    sample = tl.program_id(2).to(tl.int64)
+    column = bundle * BUNDLE * GROUP_C + tl.arange(0, BLOCK_C)
+    in_bundle = tl.arange(0, BLOCK_C) < BUNDLE * GROUP_C
+    shift = tl.zeros([BLOCK_C], tl.float32)
+    if HAS_TEMB:
+        shift = _load_channels(temb + sample * channels, column, in_bundle)
+    first = split * split_rows
+    last = tl.minimum(first + split_rows, pixels)
+    mean, m2 = _statistics(
+        x + sample * pixels * channels, shift, first, last, column, in_bundle, channels, GROUP_C, BUNDLE, BLOCK_C, ROWS
+    )
+    group = (sample * tl.num_programs(1) + split) * groups + bundle * BUNDLE + tl.arange(0, BUNDLE)
+    tl.store(mean_out + group, mean)
+    tl.store(m2_out + group, m2)
+
+
+@triton.jit
+def _forward_finish_kernel(
+    y, mean_out, rstd_out, partial_mean, partial_m2, x, temb, weight, bias, pixels, split_rows, channels, groups, eps,
+    HAS_TEMB: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Grid: (bundles, splits, samples). Every program merges the same partial statistics in the same order."""
+    bundle, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    sample = tl.program_id(2).to(tl.int64)
+    column = bundle * BUNDLE * GROUP_C + tl.arange(0, BLOCK_C)
+    in_bundle = tl.arange(0, BLOCK_C) < BUNDLE * GROUP_C
+    group = bundle * BUNDLE + tl.arange(0, BUNDLE)
+    part = tl.arange(0, BLOCK_S)
+    count = tl.maximum(tl.minimum(pixels - part * split_rows, split_rows), 0).to(tl.float32) * GROUP_C
+    offset = (sample * splits + part)[:, None] * groups + group[None, :]
+    mask = (part < splits)[:, None]
+    # As if each part's groups were one channel each.
+    mean, m2 = _merge(
+        count,
+        tl.load(partial_mean + offset, mask=mask, other=0.0),
+        tl.load(partial_m2 + offset, mask=mask, other=0.0),
+        1,
+        BUNDLE,
+        BUNDLE,
+    )
+    rstd = 1.0 / tl.sqrt(m2 / (pixels * GROUP_C) + eps)
+    if split == 0:
+        tl.store(mean_out + sample * groups + group, mean)
+        tl.store(rstd_out + sample * groups + group, rstd)
+    shift = tl.zeros([BLOCK_C], tl.float32)
+    if HAS_TEMB:
+        shift = _load_channels(temb + sample * channels, column, in_bundle)
+    first = split * split_rows
+    _write_outputs(
+        y + sample * pixels * channels, x + sample * pixels * channels, shift,
+        _to_channels(mean, GROUP_C, BUNDLE, BLOCK_C), _to_channels(rstd, GROUP_C, BUNDLE, BLOCK_C),
+        _load_channels(weight, column, in_bundle), _load_channels(bias, column, in_bundle),
+        first, tl.minimum(first + split_rows, pixels), column, in_bundle, channels, SILU, ROWS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gradient_of_z(value, dy, mean, rstd, weight, bias, SILU: tl.constexpr):
+    """xhat and dz, [ROWS, BLOCK_C]."""
+    xhat = (value - mean[None, :]) * rstd[None, :]
+    dz = dy
+    if SILU:
+        z = xhat * weight[None, :] + bias[None, :]
+        sigmoid = 1.0 / (1.0 + tl.exp(-z))
+        dz = dy * sigmoid * (1.0 + z * (1.0 - sigmoid))
+    return xhat, dz
+
+
+@triton.jit
+def _sums(
+    x, dy, shift, mean, rstd, weight, bias, first, last, column, in_bundle, channels,
+    SILU: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_C] each, over rows first <= row < last: dz, dz * xhat, xhat."""
+    sum_dz = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    sum_dz_xhat = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    sum_xhat = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    for start in range(first, last, ROWS):
+        row = start + tl.arange(0, ROWS)
+        value = _load_rows(x, row, last, column, in_bundle, channels) + shift[None, :]
+        xhat, dz = _gradient_of_z(
+            value, _load_rows(dy, row, last, column, in_bundle, channels), mean, rstd, weight, bias, SILU
+        )
+        sum_dz += dz  # dy is 0 in rows that do not exist, and with it dz
+        sum_dz_xhat += dz * xhat
+        sum_xhat += tl.where((row < last)[:, None], xhat, 0.0)
+    return tl.sum(sum_dz, axis=0), tl.sum(sum_dz_xhat, axis=0), tl.sum(sum_xhat, axis=0)
+
+
+@triton.jit
+def _group_means(
+    sum_dz, sum_dz_xhat, weight, pixels, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """[BLOCK_C] each: a group's means of weight * dz and weight * dz * xhat, at its channels."""
+    mean_dz = _to_groups(sum_dz * weight, GROUP_C, BUNDLE, BLOCK_C) / (pixels * GROUP_C)
+    mean_dz_xhat = _to_groups(sum_dz_xhat * weight, GROUP_C, BUNDLE, BLOCK_C) / (pixels * GROUP_C)
+    return (
+        _to_channels(mean_dz, GROUP_C, BUNDLE, BLOCK_C),
+        _to_channels(mean_dz_xhat, GROUP_C, BUNDLE, BLOCK_C),
+    )
+
+
+@triton.jit
+def _store_vectors(
+    dtemb, dweight, dbias, sum_dz, sum_dz_xhat, sum_xhat, mean_dz, mean_dz_xhat, rstd, weight, pixels, column, in_bundle,
+    HAS_TEMB: tl.constexpr,
+):  # fmt: skip
+    """What one sample adds to the gradients of vectors; the pointers are at its first channel."""
+    tl.store(dweight + column, sum_dz_xhat, mask=in_bundle)
+    tl.store(dbias + column, sum_dz, mask=in_bundle)
+    if HAS_TEMB:
+        total = rstd * (weight * sum_dz - pixels * mean_dz - mean_dz_xhat * sum_xhat)
+        tl.store(dtemb + column, total.to(dtemb.dtype.element_ty), mask=in_bundle)
+
+
+@triton.jit
+def _write_gradients(
+    dx, x, dy, shift, mean, rstd, weight, bias, mean_dz, mean_dz_xhat, first, last, column, in_bundle, channels,
+    SILU: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Backwards, as in _write_outputs."""
+    blocks = (last - first + ROWS - 1) // ROWS
+    for block in range(0, blocks):
+        row = first + (blocks - 1 - block) * ROWS + tl.arange(0, ROWS)
+        value = _load_rows(x, row, last, column, in_bundle, channels) + shift[None, :]
+        xhat, dz = _gradient_of_z(
+            value, _load_rows(dy, row, last, column, in_bundle, channels), mean, rstd, weight, bias, SILU
+        )
+        value = rstd[None, :] * (weight[None, :] * dz - mean_dz[None, :] - xhat * mean_dz_xhat[None, :])
+        _store_rows(dx, value, row, last, column, in_bundle, channels)
+
+
+@triton.jit
+def _backward_kernel(
+    dx, dtemb, dweight, dbias, dy, x, temb, weight, bias, mean, rstd, pixels, channels, groups,
+    HAS_TEMB: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr, ONE_TILE: tl.constexpr,
+):  # fmt: skip
+    """Grid: (bundles, samples). dweight, dbias: [samples, channels] float32, each sample's share."""
+    bundle = tl.program_id(0)
+    sample = tl.program_id(1).to(tl.int64)
+    column = bundle * BUNDLE * GROUP_C + tl.arange(0, BLOCK_C)
+    in_bundle = tl.arange(0, BLOCK_C) < BUNDLE * GROUP_C
+    dx += sample * pixels * channels
+    x += sample * pixels * channels
+    dy += sample * pixels * channels
+    group = sample * groups + column // GROUP_C
+    mean = _load_channels(mean, group, in_bundle)
+    rstd = _load_channels(rstd, group, in_bundle)
+    weight = _load_channels(weight, column, in_bundle)
+    bias = _load_channels(bias, column, in_bundle)
+    shift = tl.zeros([BLOCK_C], tl.float32)
+    if HAS_TEMB:
+        shift = _load_channels(temb + sample * channels, column, in_bundle)
+    if ONE_TILE:
+        row = tl.arange(0, ROWS)
+        value = _load_rows(x, row, pixels, column, in_bundle, channels) + shift[None, :]
+        xhat, dz = _gradient_of_z(
+            value, _load_rows(dy, row, pixels, column, in_bundle, channels), mean, rstd, weight, bias, SILU
+        )
+        sum_dz = tl.sum(dz, axis=0)
+        sum_dz_xhat = tl.sum(dz * xhat, axis=0)
+        sum_xhat = tl.sum(tl.where((row < pixels)[:, None], xhat, 0.0), axis=0)
+    else:
+        sum_dz, sum_dz_xhat, sum_xhat = _sums(
+            x, dy, shift, mean, rstd, weight, bias, 0, pixels, column, in_bundle, channels, SILU, BLOCK_C, ROWS
+        )
+    mean_dz, mean_dz_xhat = _group_means(sum_dz, sum_dz_xhat, weight, pixels, GROUP_C, BUNDLE, BLOCK_C)
+    _store_vectors(
+        dtemb + sample * channels, dweight + sample * channels, dbias + sample * channels, sum_dz, sum_dz_xhat, sum_xhat,
+        mean_dz, mean_dz_xhat, rstd, weight, pixels, column, in_bundle, HAS_TEMB,
+    )  # fmt: skip
+    if ONE_TILE:
+        value = rstd[None, :] * (weight[None, :] * dz - mean_dz[None, :] - xhat * mean_dz_xhat[None, :])
+        _store_rows(dx, value, row, pixels, column, in_bundle, channels)
+    else:
+        _write_gradients(
+            dx, x, dy, shift, mean, rstd, weight, bias, mean_dz, mean_dz_xhat, 0, pixels, column, in_bundle, channels,
+            SILU, ROWS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward_partial_kernel(
+    sums, dy, x, temb, weight, bias, mean, rstd, pixels, split_rows, channels, groups,
+    HAS_TEMB: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Grid: (bundles, splits, samples). sums: [samples, splits, 3, channels] of dz, dz * xhat and xhat."""
+    bundle, split = tl.program_id(0), tl.program_id(1)
+    sample = tl.program_id(2).to(tl.int64)
+    column = bundle * BUNDLE * GROUP_C + tl.arange(0, BLOCK_C)
+    in_bundle = tl.arange(0, BLOCK_C) < BUNDLE * GROUP_C
+    group = sample * groups + column // GROUP_C
+    shift = tl.zeros([BLOCK_C], tl.float32)
+    if HAS_TEMB:
+        shift = _load_channels(temb + sample * channels, column, in_bundle)
+    first = split * split_rows
+    sum_dz, sum_dz_xhat, sum_xhat = _sums(
+        x + sample * pixels * channels, dy + sample * pixels * channels, shift,
+        _load_channels(mean, group, in_bundle), _load_channels(rstd, group, in_bundle),
+        _load_channels(weight, column, in_bundle), _load_channels(bias, column, in_bundle),
+        first, tl.minimum(first + split_rows, pixels), column, in_bundle, channels, SILU, BLOCK_C, ROWS,
+    )  # fmt: skip
+    sums += (sample * tl.num_programs(1) + split) * 3 * channels
+    tl.store(sums + column, sum_dz, mask=in_bundle)
+    tl.store(sums + channels + column, sum_dz_xhat, mask=in_bundle)
+    tl.store(sums + 2 * channels + column, sum_xhat, mask=in_bundle)
+
+
+@triton.jit
+def _backward_finish_kernel(
+    dx, dtemb, dweight, dbias, sums, dy, x, temb, weight, bias, mean, rstd, pixels, split_rows, channels, groups,
+    HAS_TEMB: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Grid: (bundles, splits, samples). Every program adds the same partial sums in the same order."""
+    bundle, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    sample = tl.program_id(2).to(tl.int64)
+    column = bundle * BUNDLE * GROUP_C + tl.arange(0, BLOCK_C)
+    in_bundle = tl.arange(0, BLOCK_C) < BUNDLE * GROUP_C
+    sum_dz = tl.zeros([BLOCK_C], tl.float32)
+    sum_dz_xhat = tl.zeros([BLOCK_C], tl.float32)
+    sum_xhat = tl.zeros([BLOCK_C], tl.float32)
+    for part in range(0, splits):
+        share = sums + (sample * splits + part) * 3 * channels
+        sum_dz += _load_channels(share, column, in_bundle)
+        sum_dz_xhat += _load_channels(share + channels, column, in_bundle)
+        sum_xhat += _load_channels(share + 2 * channels, column, in_bundle)
+    group = sample * groups + column // GROUP_C
+    mean = _load_channels(mean, group, in_bundle)
+    rstd = _load_channels(rstd, group, in_bundle)
+    weight = _load_channels(weight, column, in_bundle)
+    bias = _load_channels(bias, column, in_bundle)
+    mean_dz, mean_dz_xhat = _group_means(sum_dz, sum_dz_xhat, weight, pixels, GROUP_C, BUNDLE, BLOCK_C)
+    if split == 0:
+        _store_vectors(
+            dtemb + sample * channels, dweight + sample * channels, dbias + sample * channels,
+            sum_dz, sum_dz_xhat, sum_xhat, mean_dz, mean_dz_xhat, rstd, weight, pixels, column, in_bundle, HAS_TEMB,
+        )  # fmt: skip
+    shift = tl.zeros([BLOCK_C], tl.float32)
+    if HAS_TEMB:
+        shift = _load_channels(temb + sample * channels, column, in_bundle)
+    first = split * split_rows
+    _write_gradients(
+        dx + sample * pixels * channels, x + sample * pixels * channels, dy + sample * pixels * channels, shift,
+        mean, rstd, weight, bias, mean_dz, mean_dz_xhat, first, tl.minimum(first + split_rows, pixels),
+        column, in_bundle, channels, SILU, ROWS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _reduce_kernel(
+    dweight, dbias, dweight_parts, dbias_parts, samples, channels, BLOCK_C: tl.constexpr, ROWS: tl.constexpr
+):
+    """dweight and dbias [channels] from [samples, channels] float32. Grid: (channel blocks,)."""
+    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_range = column < channels
+    sum_dweight = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    sum_dbias = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    for start in range(0, samples, ROWS):
+        row = start + tl.arange(0, ROWS)
+        sum_dweight += _load_rows(dweight_parts, row, samples, column, in_range, channels)
+        sum_dbias += _load_rows(dbias_parts, row, samples, column, in_range, channels)
+    tl.store(dweight + column, tl.sum(sum_dweight, axis=0).to(dweight.dtype.element_ty), mask=in_range)
+    tl.store(dbias + column, tl.sum(sum_dbias, axis=0).to(dbias.dtype.element_ty), mask=in_range)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a shape is cut up. bundle: groups a program. rows: pixels a tile. splits: programs a slab, split_rows pixels each."""
+
+    bundle: int
+    block_c: int
+    rows: int
+    splits: int
+    split_rows: int
+    warps: int
+
+    def one_tile(self, pixels: int) -> bool:
+        return self.splits == 1 and pixels <= self.rows
+
+
+def _plan(
+    samples: int,
+    pixels: int,
+    channels: int,
+    groups: int,
+    itemsize: int,
+    backward: bool = False,
+    programs: int = _PROGRAMS,
+) -> _Plan:
+    """programs: how many are wanted at least."""
+    group_c = channels // groups
+    # Twice as many groups to a program as long as they divide up, stay within 128 columns and leave programs enough.
+    # Below 64 bytes a row even that is no reason to stop: memory is moved in sectors of 32.
+    bundle = 1
+    while (
+        groups % (2 * bundle) == 0
+        and 2 * bundle * group_c <= 128
+        and 2 * bundle * group_c * pixels * itemsize <= _SLAB_BYTES
+        and (samples * groups // (2 * bundle) >= programs or bundle * group_c * itemsize < 64)
+    ):
+        bundle *= 2
+    block_c = triton.next_power_of_2(bundle * group_c)
+    # What a thread holds: 16 values and the sums that go with them, or 32 where no sums are kept beside them.
+    one_tile = not backward and triton.next_power_of_2(pixels) * block_c <= 2 * _TILE
+    tile = 2 * _TILE if one_tile else _TILE
+    rows = max(1, min(triton.next_power_of_2(pixels), tile // block_c))
+    wanted = triton.cdiv(programs, samples * groups // bundle)
+    splits = min(wanted, triton.cdiv(pixels, rows), 64)
+    split_rows = triton.cdiv(triton.cdiv(pixels, splits), rows) * rows
+    warps = max(1, min(16, rows * block_c // (1024 if one_tile else 512)))
+    return _Plan(bundle, block_c, rows, triton.cdiv(pixels, split_rows), split_rows, warps)
+
+
+def _launch_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, temb: Tensor | None,
+    programs: int = _PROGRAMS,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, mean, rstd; x is channels_last, everything is contiguous in it."""
+    samples, channels, height, width = x.shape
+    pixels = height * width
+    plan = _plan(samples, pixels, channels, groups, x.element_size(), programs=programs)
+    y = torch.empty_like(x)
+    mean, rstd = (torch.empty((samples, groups), dtype=torch.float32, device=x.device) for _ in range(2))
+    shape = {"GROUP_C": channels // groups, "BUNDLE": plan.bundle, "BLOCK_C": plan.block_c, "ROWS": plan.rows}
+    shape |= {"HAS_TEMB": temb is not None, "num_warps": plan.warps}
+    temb = x if temb is None else temb  # a pointer that is not read
+    bundles = groups // plan.bundle
+    if plan.splits == 1:
+        _forward_kernel[(bundles, samples)](
+            y, mean, rstd, x, temb, weight, bias, pixels, channels, groups, eps,
+            SILU=silu, ONE_TILE=plan.one_tile(pixels), **shape,
+        )  # fmt: skip
+        return y, mean, rstd
+    partial_mean, partial_m2 = (
+        torch.empty((samples, plan.splits, groups), dtype=torch.float32, device=x.device) for _ in range(2)
+    )
+    grid = (bundles, plan.splits, samples)
+    _forward_partial_kernel[grid](
+        partial_mean, partial_m2, x, temb, pixels, plan.split_rows, channels, groups, **shape
+    )  # fmt: skip
+    _forward_finish_kernel[grid](
+        y, mean, rstd, partial_mean, partial_m2, x, temb, weight, bias, pixels, plan.split_rows, channels, groups, eps,
+        SILU=silu, BLOCK_S=triton.next_power_of_2(plan.splits), **shape,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def _launch_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool,
+    temb: Tensor | None, programs: int = _PROGRAMS,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dweight, dbias, dtemb (empty without temb); dy and x are channels_last, everything is contiguous in it."""
+    samples, channels, height, width = x.shape
+    pixels = height * width
+    plan = _plan(samples, pixels, channels, groups, x.element_size(), backward=True, programs=programs)
+    dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    dtemb = torch.empty_like(temb) if temb is not None else x.new_empty(0)
+    shares = torch.empty((2, samples, channels), dtype=torch.float32, device=x.device)
+    shape = {"GROUP_C": channels // groups, "BUNDLE": plan.bundle, "BLOCK_C": plan.block_c, "ROWS": plan.rows}
+    shape |= {"HAS_TEMB": temb is not None, "SILU": silu, "num_warps": plan.warps}
+    temb = x if temb is None else temb  # a pointer that is not read
+    bundles = groups // plan.bundle
+    if plan.splits == 1:
+        _backward_kernel[(bundles, samples)](
+            dx, dtemb, shares[0], shares[1], dy, x, temb, weight, bias, mean, rstd, pixels, channels, groups,
+            ONE_TILE=plan.one_tile(pixels), **shape,
+        )  # fmt: skip
+    else:
+        sums = torch.empty((samples, plan.splits, 3, channels), dtype=torch.float32, device=x.device)
+        grid = (bundles, plan.splits, samples)
+        _backward_partial_kernel[grid](
+            sums, dy, x, temb, weight, bias, mean, rstd, pixels, plan.split_rows, channels, groups, **shape
+        )
+        _backward_finish_kernel[grid](
+            dx, dtemb, shares[0], shares[1], sums, dy, x, temb, weight, bias, mean, rstd,
+            pixels, plan.split_rows, channels, groups, **shape,
+        )  # fmt: skip
+    _reduce_kernel[(triton.cdiv(channels, 32),)](
+        dweight, dbias, shares[0], shares[1], samples, channels, BLOCK_C=32, ROWS=64
+    )
+    return dx, dweight, dbias, dtemb
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CUDA C++: csrc/group_norm_silu.cu. The same arguments and results as the two functions above.
+
+_NATIVE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def _native_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, temb: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    samples, channels, height, width = x.shape
+    y = torch.empty_like(x)
+    mean, rstd = (torch.empty((samples, groups), dtype=torch.float32, device=x.device) for _ in range(2))
+    native.call(
+        "fastgrpo_group_norm_silu_forward", x.device,
+        y, mean, rstd, x, temb, weight, bias, samples, height * width, channels, groups, eps, silu,
+        _NATIVE_DTYPES[x.dtype], _NATIVE_DTYPES[weight.dtype],
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def _native_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool,
+    temb: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    samples, channels, height, width = x.shape
+    dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    dtemb = torch.empty_like(temb) if temb is not None else None
+    shares = torch.empty((2, samples, channels), dtype=torch.float32, device=x.device)
+    native.call(
+        "fastgrpo_group_norm_silu_backward", x.device,
+        dx, dweight, dbias, dtemb, shares, dy, x, temb, weight, bias, mean, rstd,
+        samples, height * width, channels, groups, silu, _NATIVE_DTYPES[x.dtype], _NATIVE_DTYPES[weight.dtype],
+    )  # fmt: skip
+    return dx, dweight, dbias, x.new_empty(0) if dtemb is None else dtemb
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which of the two
+
+_backend = "auto"
+_fastest: dict[tuple, str] = {}
+_told: set[str] = set()
+
+
+def set_backend(name: str) -> None:
+    """Choose what computes on CUDA, from now on; the environment variable FASTGRPO_GROUP_NORM does so at the start.
+
+    name: "auto" measures both once for every shape, dtype and direction and keeps the faster; where the bits of two runs
+    must agree choose "triton" or "native", since a measurement may turn out either way.
+    Raises ValueError for another name, and for "native" where it cannot be had.
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"the backend of group_norm_silu is {name!r}; {', '.join(BACKENDS)} are accepted")
+    if name == "native" and (reason := native.available()):
+        raise ValueError(f"the backend of group_norm_silu cannot be 'native': {reason}")
+    _backend = name
+
+
+def _choose(key: tuple, run: dict[str, Callable[[], object]]) -> str:
+    """The name of the backend for calls such as `key`. run: name -> the call at hand."""
+    if _backend != "auto":
+        return _backend
+    if key in _fastest:
+        return _fastest[key]
+    if reason := native.available():
+        return _only_triton(reason)
+    if torch.cuda.is_current_stream_capturing():
+        return "triton"  # nothing can be timed inside of a graph
+    try:
+        seconds = {name: _milliseconds(call) for name, call in run.items()}
+    except native.LaunchError as error:
+        _fastest[key] = _only_triton(str(error))
+        return "triton"
+    _fastest[key] = min(seconds, key=seconds.__getitem__)
+    return _fastest[key]
+
+
+def _only_triton(reason: str) -> str:
+    if reason not in _told:
+        _told.add(reason)
+        _log.warning("group_norm_silu: Triton only, since the CUDA C++ cannot be used: %s", reason)
+    return "triton"
+
+
+def _milliseconds(call: Callable[[], object], repeats: int = 5, calls: int = 4) -> float:
+    """The median over repeats, after three calls that do not count."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[repeats // 2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    """The output's: channels_last if x is, contiguous otherwise; x with one channel or one pixel is both."""
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _key(direction: str, x: Tensor, weight: Tensor, groups: int, silu: bool, temb: Tensor | None) -> tuple:
+    return direction, x.device, tuple(x.shape), x.dtype, weight.dtype, groups, silu, temb is not None
+
+
+@torch.library.custom_op("fastgrpo::group_norm_silu", mutates_args=(), device_types="cuda")
+def _forward_op(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, temb: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, mean and rstd."""
+    rows = x.contiguous(memory_format=torch.channels_last)
+    temb = None if temb is None else temb.contiguous()
+    arguments = (rows, weight.contiguous(), bias.contiguous(), groups, eps, silu, temb)
+    run = {"triton": lambda: _launch_forward(*arguments), "native": lambda: _native_forward(*arguments)}
+    y, mean, rstd = run[_choose(_key("forward", x, weight, groups, silu, temb), run)]()
+    return y.contiguous(memory_format=_format(x)), mean, rstd
+
+
+@_forward_op.register_kernel("cpu")
+def _forward_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, temb: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In float32."""
+    value = _shifted(x, temb)
+    value = value.contiguous(memory_format=_format(value))
+    samples, channels, height, width = x.shape
+    y, mean, rstd = torch.native_group_norm(
+        value, weight.float(), bias.float(), samples, channels, height * width, groups, eps
+    )
+    y = F.silu(y) if silu else y
+    return y.to(x.dtype).contiguous(memory_format=_format(x)), mean, rstd
+
+
+@_forward_op.register_fake
+def _forward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, temb: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistic = x.new_empty((x.shape[0], groups), dtype=torch.float32)
+    return torch.empty_like(x, memory_format=_format(x)), statistic, torch.empty_like(statistic)
+
+
+@torch.library.custom_op("fastgrpo::group_norm_silu_backward", mutates_args=(), device_types="cuda")
+def _backward_op(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool,
+    temb: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dweight, dbias and dtemb, the last empty without temb."""
+    rows = x.contiguous(memory_format=torch.channels_last)
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    temb = None if temb is None else temb.contiguous()
+    arguments = (dy, rows, weight.contiguous(), bias.contiguous(), mean, rstd, groups, silu, temb)
+    run = {"triton": lambda: _launch_backward(*arguments), "native": lambda: _native_backward(*arguments)}
+    dx, *vectors = run[_choose(_key("backward", x, weight, groups, silu, temb), run)]()
+    return dx.contiguous(memory_format=_format(x)), *vectors
+
+
+@_backward_op.register_kernel("cpu")
+def _backward_cpu(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool,
+    temb: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """In float32."""
+    value = _shifted(x, temb)
+    dz, weight_, bias_ = dy.float(), weight.float(), bias.float()
+    samples, channels, height, width = x.shape
+    if silu:
+        xhat = (value.reshape(samples, groups, -1) - mean[..., None]) * rstd[..., None]
+        z = xhat.reshape(x.shape) * weight_[:, None, None] + bias_[:, None, None]
+        dz = torch.ops.aten.silu_backward(dz, z)
+    # This backward pass reads both in the same memory format, and takes it from x.
+    last = _format(value)
+    dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
+        dz.contiguous(memory_format=last), value.contiguous(memory_format=last), mean, rstd, weight_,
+        samples, channels, height * width, groups, [True, True, True],
+    )  # fmt: skip
+    dtemb = x.new_empty(0) if temb is None else dx.sum((2, 3)).to(temb.dtype)
+    dx = dx.to(x.dtype).contiguous(memory_format=_format(x))
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dtemb
+
+
+@_backward_op.register_fake
+def _backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool,
+    temb: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dx = torch.empty_like(x, memory_format=_format(x))
+    dweight, dbias = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (weight, bias))
+    dtemb = x.new_empty(0) if temb is None else torch.empty_like(temb, memory_format=torch.contiguous_format)
+    return dx, dweight, dbias, dtemb
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias, groups, _, silu, temb = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, weight, bias, mean, rstd, temb)
+    ctx.groups, ctx.silu = groups, silu
+
+
+def _backward(ctx, dy: Tensor, *_):
+    x, weight, bias, mean, rstd, temb = ctx.saved_tensors
+    dx, dweight, dbias, dtemb = _backward_op(dy, x, weight, bias, mean, rstd, ctx.groups, ctx.silu, temb)
+    return dx, dweight, dbias, None, None, None, None if temb is None else dtemb
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _shifted(x: Tensor, temb: Tensor | None) -> Tensor:
+    """x + temb in float32."""
+    return x.float() if temb is None else x.float() + temb[:, :, None, None].float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = True, temb: Tensor | None = None
+) -> Tensor:
+    """silu(group_norm(x + temb[:, :, None, None])), or without either of the outer two.
+
+    x: [N, C, H, W] bfloat16, float16 or float32, channels_last where speed matters. weight, bias: [C], both x's dtype or
+    both float32. groups: divides C. eps: added to the variance, at least 0. temb: [N, C], x's dtype.
+    Returns [N, C, H, W], x's dtype and memory format. Differentiable in all four tensors; once, on CUDA.
+    On CPU it is PyTorch's own operations: bit for bit those of a diffusers UNet in float32, and in float32 for the others.
+    Raises ValueError for anything else.
+    """
+    _check(x, weight, bias, groups, eps, temb)
+    if x.device.type == "cpu":
+        # Not through the operator: PyTorch's autograd keeps z instead of computing it again.
+        value = _shifted(x, temb)
+        z = F.group_norm(value, groups, weight.float(), bias.float(), eps)
+        return (F.silu(z) if silu else z).to(x.dtype)
+    return _forward_op(x, weight, bias, groups, eps, silu, temb)[0]
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, temb: Tensor | None) -> None:
+    if x.dim() != 4 or x.numel() == 0:
+        raise ValueError(f"group_norm_silu: x has shape {list(x.shape)}; [N, C, H, W] with no empty side is accepted")
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"group_norm_silu: x is {x.dtype}; bfloat16, float16 and float32 are accepted")
+    samples, channels = x.shape[:2]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"group_norm_silu: groups is {groups}; a divisor of x's {channels} channels is accepted")
+    if not eps >= 0:
+        raise ValueError(f"group_norm_silu: eps is {eps}; 0 or more is accepted")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector.shape != (channels,) or vector.dtype not in (x.dtype, torch.float32) or vector.dtype != weight.dtype:
+            raise ValueError(
+                f"group_norm_silu: {name} is {vector.dtype} {list(vector.shape)}; [{channels}] in {x.dtype} or float32, "
+                "the same for weight and bias, is accepted"
+            )
+    if temb is not None and (temb.shape != (samples, channels) or temb.dtype != x.dtype):
+        raise ValueError(
+            f"group_norm_silu: temb is {temb.dtype} {list(temb.shape)}; {x.dtype} [{samples}, {channels}] is accepted"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _case(samples: int, channels: int, height: int, width: int, groups: int, silu: bool = True) -> Case:
+    def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        x = normal(samples, channels, height, width).to(memory_format=torch.channels_last)
+        return x, normal(channels), normal(channels), groups, 1e-5, silu, normal(samples, channels)
+
+    bytes_ = 4 * samples * channels * height * width
+    return Case(f"{samples}x{channels}x{height}x{width}{'' if silu else ' no silu'}", make, bytes_)
+
+
+def _eager(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = True, temb: Tensor | None = None
+) -> Tensor:
+    """What diffusers does."""
+    z = F.group_norm(x if temb is None else x + temb[:, :, None, None], groups, weight, bias, eps)
+    return F.silu(z) if silu else z
+
+
+def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
+    """One unit in the last place for the store; before it float32 sums of a few thousand terms around 1.
+
+    Each of those terms carries a few roundings of 6e-8, and a gradient of a vector adds up to about a thousand of them:
+    1000 * 6e-8 = 6e-5 if none cancel.
+    """
+    return max(torch.finfo(dtype).eps, 1e-5), 1e-4
+
+
+def _aot(name: str, kernel: object, samples: int, channels: int, side: int, **constants: object) -> AotKernel:
+    """A kernel as it is launched for bfloat16 [samples, channels, side, side] in 32 groups."""
+    plan = _plan(samples, side * side, channels, 32, 2, backward="backward" in name)
+    constants |= {"GROUP_C": channels // 32, "BUNDLE": plan.bundle, "BLOCK_C": plan.block_c, "ROWS": plan.rows}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
+    float32 = (
+        "mean_out",
+        "rstd_out",
+        "m2_out",
+        "partial_mean",
+        "partial_m2",
+        "mean",
+        "rstd",
+        "dweight",
+        "dbias",
+        "sums",
+    )
+    half = ("y", "x", "temb", "weight", "bias", "dx", "dy", "dtemb")
+    signature |= {name: "*bf16" for name in half if name in signature}
+    signature |= {name: "*fp32" for name in float32 if name in signature}
+    signature |= {"eps": "fp32"} if "eps" in signature else {}
+    return AotKernel(f"{name} {samples}x{channels}x{side}x{side}", kernel, signature, constants, plan.warps)
+
+
+def _aot_kernels() -> tuple[AotKernel, ...]:
+    kernels = []
+    for samples, channels, side in ((64, 320, 64), (64, 960, 64), (64, 1280, 16), (64, 1280, 8)):
+        shape = (samples, channels, side)
+        for name, kernel in (("forward", _forward_kernel), ("backward", _backward_kernel)):
+            plan = _plan(samples, side * side, channels, 32, 2, backward=name == "backward")
+            kernels.append(_aot(name, kernel, *shape, HAS_TEMB=True, SILU=True, ONE_TILE=plan.one_tile(side * side)))
+    shape = (1, 320, 64)
+    splits = triton.next_power_of_2(_plan(1, 64 * 64, 320, 32, 2).splits)
+    kernels += [
+        _aot("forward partial", _forward_partial_kernel, *shape, HAS_TEMB=True),
+        _aot("forward finish", _forward_finish_kernel, *shape, HAS_TEMB=True, SILU=True, BLOCK_S=splits),
+        _aot("backward partial", _backward_partial_kernel, *shape, HAS_TEMB=True, SILU=True),
+        _aot("backward finish", _backward_finish_kernel, *shape, HAS_TEMB=True, SILU=True),
+    ]
+    signature = {"dweight": "*bf16", "dbias": "*bf16", "dweight_parts": "*fp32", "dbias_parts": "*fp32"}
+    signature |= {"samples": "i32", "channels": "i32", "BLOCK_C": "constexpr", "ROWS": "constexpr"}
+    kernels.append(AotKernel("reduce", _reduce_kernel, signature, {"BLOCK_C": 32, "ROWS": 64}))
+    return tuple(kernels)
+
+
+SPEC = OpSpec(
+    name="group_norm_silu",
+    function=group_norm_silu,
+    reference=reference,
+    cases=(
+        _case(2, 64, 4, 4, 32),
+        _case(3, 30, 5, 7, 3),
+        _case(1, 24, 1, 1, 8, silu=False),
+        _case(2, 240, 8, 8, 2),
+        _case(2, 7, 9, 3, 7),
+    ),
+    bench=(
+        *(_case(64, channels, 64, 64, 32) for channels in (320, 640, 960)),
+        *(_case(64, channels, 32, 32, 32) for channels in (640, 1280, 1920)),
+        *(_case(64, channels, 16, 16, 32) for channels in (1280, 2560)),
+        *(_case(64, channels, 8, 8, 32) for channels in (1280, 2560)),
+        _case(64, 320, 64, 64, 32, silu=False),
+    ),
+    dtypes=_DTYPES,
+    tolerance=_tolerance,
+    differentiable=(0, 1, 2, 6),
+    rivals={"eager": _eager},
+    aot=_aot_kernels(),
+)
+
+
+if name := os.environ.get("FASTGRPO_GROUP_NORM"):
+    set_backend(name)

@@ -1,0 +1,137 @@
+"""The CUDA C++ of csrc/: built on first use by nvcc into a cache folder, loaded by ctypes, called with raw pointers.
+
+No PyTorch headers are involved, so a build takes seconds and outlives PyTorch's versions. It lies in $FASTGRPO_CACHE, or
+~/.cache/fastgrpo, under a name made of the sources, the device's compute capability and nvcc's version. It appears there by
+an atomic rename: processes that build it at the same time do the work twice and end with the same file.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ARCHITECTURES = (80, 90)
+
+
+class BuildError(RuntimeError):
+    """The library cannot be built; the message is one line that says why."""
+
+
+class LaunchError(RuntimeError):
+    """A kernel was not launched."""
+
+
+def sources() -> list[Path]:
+    """The .cu files: inside of the package in a wheel, else in csrc/ beside kernels/, as in a checkout."""
+    here = Path(__file__).resolve().parent.parent / "csrc"
+    return sorted(here.glob("*.cu"))
+
+
+def command(nvcc: str, output: Path) -> list[str]:
+    """What builds the library."""
+    codes = [word for a in ARCHITECTURES for word in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
+    return [
+        nvcc,
+        "-shared",
+        "-Xcompiler",
+        "-fPIC",
+        "-O3",
+        "-std=c++17",
+        *codes,
+        "-o",
+        str(output),
+        *map(str, sources()),
+    ]
+
+
+@functools.cache
+def available() -> str | None:
+    """None if the library is loaded and made for this machine's GPU, after building it if need be; else why not, in a line."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0) and major != 8:
+        return f"csrc is for compute capability 8.x and 9.0, this device has {major}.{minor}"
+    try:
+        _library()
+    except (BuildError, OSError) as error:
+        return str(error)
+    return None
+
+
+def build() -> Path:
+    """The shared library's path, built unless it is there. Raises BuildError."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise BuildError("nvcc is not on the PATH")
+    if not sources():
+        raise BuildError("csrc is not installed")
+    library = cache_folder() / f"{_name(nvcc)}.so"
+    if library.exists():
+        return library
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # In the cache folder itself: a rename is atomic within a file system.
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / library.name
+            done = subprocess.run(command(nvcc, made), capture_output=True, text=True, timeout=600)
+            if done.returncode != 0:
+                lines = (done.stderr + done.stdout).strip().splitlines()
+                message = next((line for line in lines if "error" in line), f"exit status {done.returncode}")
+                raise BuildError(f"nvcc failed: {message}")
+            os.replace(made, library)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"csrc could not be built in {library.parent}: {error}") from error
+    return library
+
+
+def cache_folder() -> Path:
+    """$FASTGRPO_CACHE, or ~/.cache/fastgrpo."""
+    return Path(os.environ.get("FASTGRPO_CACHE") or Path.home() / ".cache" / "fastgrpo")
+
+
+def call(function: str, device: torch.device, *arguments: Tensor | int | float | None) -> None:
+    """Call an `extern "C"` function on the device's current stream, which is appended to its arguments.
+
+    Tensors go as pointers, None as a null pointer, bool and int as int64, float as float. Raises LaunchError unless the
+    function returns 0, a CUDA error code otherwise.
+    """
+    library = _library()
+    with torch.cuda.device(device):
+        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+        code = getattr(library, function)(*map(as_c, arguments), stream)
+    if code != 0:
+        raise LaunchError(f"{function} failed with CUDA error {code}: {library.fastgrpo_error(code).decode()}")
+
+
+def as_c(argument: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+    """An argument as a C function takes it."""
+    if argument is None:
+        return ctypes.c_void_p()
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(build()))
+    library.fastgrpo_error.restype = ctypes.c_char_p
+    return library
+
+
+def _name(nvcc: str) -> str:
+    digest = hashlib.sha256()
+    for source in sources():
+        digest.update(source.read_bytes())
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    digest.update(version.encode())
+    capability = "".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else "none"
+    return f"fastgrpo-sm{capability}-{digest.hexdigest()[:16]}"

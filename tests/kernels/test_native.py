@@ -1,0 +1,283 @@
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import poisoned
+from torch import Tensor
+
+from fastgrpo.kernels import group_norm_silu, native
+
+HERE = Path(__file__).parent
+EPS = 1e-5
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc on the PATH")
+SHARED_SM80, SHARED_SM90 = 163 * 1024, 227 * 1024
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels of csrc/, compiled as C++ and run thread by thread (see cuda_on_cpu.h)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++ on the PATH")
+    (source,) = (path for path in native.sources() if path.stem == "group_norm_silu")
+    library = tmp_path_factory.mktemp("emulated") / "group_norm_silu.so"
+    options = ["-x", "c++", "-std=c++20", "-O1", "-shared", "-fPIC", "-DFASTGRPO_ON_CPU", f"-I{HERE}"]
+    done = subprocess.run([compiler, *options, "-o", library, source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture
+def csrc(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
+    """group_norm_silu's native functions call the emulated library."""
+
+    def call(function: str, device: torch.device, *arguments: object) -> None:
+        code = getattr(emulated, function)(*map(native.as_c, arguments), ctypes.c_void_p())
+        if code != 0:
+            raise native.LaunchError(f"{function}: {code}")
+
+    monkeypatch.setattr(native, "call", call)
+    return emulated
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, offset: float = 0.0, temb: bool = True) -> list[Tensor | None]:
+    """x, weight, bias, temb, dy."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (shape, shape[1:2], shape[1:2], shape[:2], shape)
+    x, weight, bias, shift, dy = (torch.randn(size, generator=generator) for size in sizes)
+    x, dy = ((t + o).to(memory_format=torch.channels_last) for t, o in ((x, offset), (dy, 0)))
+    return [x.to(dtype), weight.to(dtype), bias.to(dtype), shift.to(dtype) if temb else None, dy.to(dtype)]
+
+
+def run(x: Tensor, weight: Tensor, bias: Tensor, temb: Tensor | None, dy: Tensor, groups: int, silu: bool) -> tuple:
+    with poisoned():
+        y, mean, rstd = group_norm_silu._native_forward(x, weight, bias, groups, EPS, silu, temb)
+        gradients = group_norm_silu._native_backward(dy, x, weight, bias, mean, rstd, groups, silu, temb)
+    return y, mean, rstd, *gradients
+
+
+def exact(x: Tensor, weight: Tensor, bias: Tensor, temb: Tensor | None, dy: Tensor, groups: int, silu: bool) -> tuple:
+    """The same in float64."""
+    leaves = [None if t is None else t.detach().double().requires_grad_() for t in (x, weight, bias, temb)]
+    y = group_norm_silu.reference(*leaves[:3], groups, EPS, silu, leaves[3])
+    gradients = torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy.double())
+    value = leaves[0] if temb is None else leaves[0] + leaves[3][:, :, None, None]
+    grouped = value.detach().reshape(x.shape[0], groups, -1)
+    rstd = (grouped.var(-1, correction=0) + EPS).rsqrt()
+    return y.detach(), grouped.mean(-1), rstd, *gradients, *([torch.empty(0)] if temb is None else [])
+
+
+def assert_near(actual: tuple, expected: tuple, dtype: torch.dtype) -> None:
+    rtol, atol = group_norm_silu.SPEC.tolerance(dtype)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), e.double(), rtol=rtol, atol=atol)
+
+
+# [N, C, H, W], groups, and the largest cluster to expect on a device with clusters and few multiprocessors.
+SHAPES = [
+    ((2, 6, 1, 1), 3, 1),
+    ((1, 120, 3, 3), 1, 1),
+    ((2, 7, 5, 3), 7, 1),
+    ((1, 40, 16, 16), 4, 1),
+    ((2, 320, 5, 5), 32, 1),
+    ((1, 80, 64, 64), 8, 8),
+    ((1, 60, 33, 15), 1, 4),
+]
+
+
+@pytest.mark.parametrize(("shape", "groups", "cluster"), SHAPES)
+@pytest.mark.parametrize(("major", "shared"), [(8, SHARED_SM80), (9, SHARED_SM90)])
+def test_csrc_equals_the_float64_reference(
+    csrc: ctypes.CDLL, shape: tuple[int, ...], groups: int, cluster: int, major: int, shared: int
+) -> None:
+    csrc.emulate(major, 1, shared)
+    made = make(shape, torch.float32)
+    assert_near(run(*made, groups, True), exact(*made, groups, True), torch.float32)
+    assert csrc.largest_cluster() == (cluster if major == 9 else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 48, 6, 5), (1, 6, 5, 7), (1, 9, 4, 4)])
+def test_csrc_in_half_precision(csrc: ctypes.CDLL, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """16, 4 and 2 bytes a thread."""
+    csrc.emulate(9, 1, SHARED_SM90)
+    made = make(shape, dtype)
+    y, mean, rstd, *gradients = run(*made, 3, True)
+    expected = exact(*made, 3, True)
+    assert all(t.dtype == dtype for t in (y, *gradients))
+    assert_near((y, *gradients), (expected[0], *expected[3:]), dtype)
+    assert_near((mean, rstd), expected[1:3], torch.float32)
+    # Weights in float32 beside it; their gradients have its precision.
+    made[1:3] = made[1].float(), made[2].float()
+    *_, dweight, dbias, _ = run(*made, 3, True)
+    assert dweight.dtype == dbias.dtype == torch.float32
+    assert_near((dweight, dbias), exact(*made, 3, True)[4:6], torch.float32)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+def test_csrc_without_a_time_embedding(csrc: ctypes.CDLL, silu: bool) -> None:
+    csrc.emulate(9, 132, SHARED_SM90)
+    made = make((2, 24, 6, 6), torch.float32, temb=False)
+    assert_near(run(*made, 3, silu), exact(*made, 3, silu), torch.float32)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_csrc_where_shared_memory_cannot_hold_the_slab(csrc: ctypes.CDLL, multiprocessors: int) -> None:
+    """It is read twice then; with many multiprocessors, by the blocks of a cluster."""
+    csrc.emulate(9 if multiprocessors > 1 else 8, multiprocessors, 24 * 1024)
+    made = make((1, 32, 40, 40), torch.float32)
+    assert_near(run(*made, 1, True), exact(*made, 1, True), torch.float32)
+    assert csrc.largest_cluster() == (8 if multiprocessors > 1 else 1)
+    assert csrc.largest_shared() <= 24 * 1024
+
+
+@pytest.mark.parametrize("major", [8, 9])
+def test_csrc_a_large_offset_costs_no_more_than_its_own_rounding(csrc: ctypes.CDLL, major: int) -> None:
+    """As test_group_norm_silu.py derives it: half a bit of 1e4 is 2^-11."""
+    csrc.emulate(major, 132, SHARED_SM80)
+    made = make((1, 8, 32, 24), torch.float32, offset=1e4, temb=False)
+    y, mean, rstd, *_ = run(*made, 2, False)
+    expected = exact(*made, 2, False)
+    torch.testing.assert_close(mean.double(), expected[1], rtol=0, atol=1.01 * 2**-11)
+    torch.testing.assert_close(rstd.double(), expected[2], rtol=1e-4, atol=0)
+    torch.testing.assert_close(y.double(), expected[0], rtol=1e-4, atol=3.5 * 2**-11)
+
+
+def test_csrc_constant_groups_and_extreme_outputs_are_finite(csrc: ctypes.CDLL) -> None:
+    csrc.emulate(9, 1, SHARED_SM90)
+    made = make((1, 8, 4, 4), torch.float32, temb=False)
+    made[0].fill_(7.25)
+    assert all(torch.isfinite(t).all() for t in run(*made, 4, True))
+    made = make((1, 8, 4, 4), torch.float32, temb=False)
+    made[1].fill_(-1e4)
+    assert all(torch.isfinite(t).all() for t in run(*made, 4, True))
+
+
+def test_csrc_takes_memory_that_is_not_aligned(csrc: ctypes.CDLL) -> None:
+    csrc.emulate(9, 1, SHARED_SM90)
+    x, weight, bias, temb, dy = make((1, 16, 5, 3), torch.bfloat16)
+    memory = torch.empty(x.numel() + 1, dtype=x.dtype)
+    shifted = memory[1:].view(1, 5, 3, 16).permute(0, 3, 1, 2)
+    shifted.copy_(x)
+    assert shifted.data_ptr() % 16 == 2
+    expected = run(x, weight, bias, temb, dy, 2, True)
+    for a, e in zip(run(shifted, weight, bias, temb, dy, 2, True), expected, strict=True):
+        # Only the order of sums differs: at most one unit in the last place of bfloat16.
+        torch.testing.assert_close(a, e, rtol=2**-7, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building
+
+
+@needs_nvcc
+def test_nvcc_compiles_every_kernel_without_spills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def compile_for(architecture: int) -> str:
+        (source,) = native.sources()
+        options = ["-O3", "-std=c++17", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
+        done = subprocess.run(
+            ["nvcc", *options, "-o", tmp_path / f"{architecture}.cubin", source],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    with ThreadPoolExecutor() as pool:
+        for architecture, printed in zip(
+            native.ARCHITECTURES, pool.map(compile_for, native.ARCHITECTURES), strict=True
+        ):
+            kernels = re.findall(r"Function properties for (\S+)", printed)
+            spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", printed)
+            registers = re.findall(r"Used (\d+) registers", printed)
+            assert len(kernels) == len(spills) == len(registers) == 19  # 8 forward, 8 backward, 3 reductions
+            with capsys.disabled():
+                print(f"\nsm_{architecture}: {min(map(int, registers))} to {max(map(int, registers))} registers")
+            assert {kernel: spill for kernel, spill in zip(kernels, spills, strict=True) if spill != ("0", "0")} == {}
+
+
+def fake_nvcc(folder: Path, script: str) -> None:
+    """An nvcc that says it is version 1 and otherwise does what the script says."""
+    path = folder / "nvcc"
+    path.write_text(f'#!/bin/sh\nif [ "$1" = --version ]; then echo version 1; exit; fi\n{script}\n')
+    path.chmod(0o755)
+
+
+# Writes its process number to the file after -o, in two halves.
+WRITES = 'while [ "$1" != -o ]; do shift; done\nprintf half > "$2"; sleep 0.2; printf " $$" >> "$2"'
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FASTGRPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path / "cache"
+
+
+def test_it_is_built_once_for_sources_and_compiler(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_nvcc(tmp_path, WRITES)
+    first = native.build()
+    content = first.read_text()
+    assert first.parent == cache
+    assert native.build() == first
+    assert first.read_text() == content
+    fake_nvcc(tmp_path, WRITES.replace("half", "other"))
+    (tmp_path / "nvcc").write_text((tmp_path / "nvcc").read_text().replace("version 1", "version 2"))
+    assert native.build() != first
+    source = tmp_path / "changed.cu"
+    source.write_text("// something else")
+    monkeypatch.setattr(native, "sources", lambda: [source])
+    assert native.build() not in {first}
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_processes_that_build_at_once_leave_one_whole_file(tmp_path: Path, cache: Path) -> None:
+    fake_nvcc(tmp_path, WRITES)
+    root = HERE.parent.parent
+    program = "from fastgrpo.kernels import native; print(native.build().read_text())"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    for process in processes:
+        out, _ = process.communicate(timeout=120)
+        assert re.fullmatch(r"half \d+\n", out)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_why_it_cannot_be_built(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvcc(tmp_path, "echo 'a.cu(3): error: no such type' >&2; exit 2")
+    with pytest.raises(native.BuildError, match=r"^nvcc failed: a\.cu\(3\): error: no such type$"):
+        native.build()
+    assert list(cache.iterdir()) == []
+    cache.rmdir()
+    cache.write_text("a file where the folder should be")
+    with pytest.raises(native.BuildError, match=r"^csrc could not be built in "):
+        native.build()
+    monkeypatch.setattr(native, "sources", list)
+    with pytest.raises(native.BuildError, match=r"^csrc is not installed$"):
+        native.build()
+    monkeypatch.setenv("PATH", str(cache))
+    with pytest.raises(native.BuildError, match=r"^nvcc is not on the PATH$"):
+        native.build()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_it_is_not_available() -> None:
+    assert native.available() == "there is no CUDA device"
+
+
+def test_the_sources_of_a_checkout() -> None:
+    assert [path.name for path in native.sources()] == ["group_norm_silu.cu"]

@@ -1,5 +1,6 @@
 # make train    install into .venv and train the Stable Diffusion that ships with the project (ARGS="--seed 1" and so on)
 # make test     install and run the tests (ARGS="-k evaluation" and so on)
+# make bench    time the kernels beside their rivals; without a GPU only a smoke test (ARGS="-k geglu" and so on)
 # make lint     check style and formatting
 # make clean    remove .venv and caches; runs stay
 
@@ -7,13 +8,16 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: train test lint clean
+.PHONY: train test bench lint clean
 
 train: .venv/installed
 	$(BIN)/python -m fastgrpo.train $(ARGS)
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+bench: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -27,4 +31,4 @@ lint: .venv/installed
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
-	find fastgrpo tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find fastgrpo kernels bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,10 +1,13 @@
 """`python -m fastgrpo.kernels.compile`: compile every kernel for GPUs that are not here, and say what it takes of one.
 
-Columns: registers a thread, bytes of stack (spilled registers are there), bytes of shared memory.
+Columns: registers a thread, bytes of stack (spilled registers are there), bytes of shared memory. `--json` prints the
+same as JSON. Must not run under TRITON_INTERPRET.
 """
 
 import importlib
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -25,14 +28,20 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuo
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel takes on one architecture."""
+    """What one kernel takes on one architecture.
+
+    kernel: the name of its AotKernel. function: the name of what `@triton.jit` made. error: why it does not compile, "" if
+    it does.
+    """
 
     operation: str
     kernel: str
+    function: str
     architecture: int
-    registers: int
-    stack: int
-    shared: int
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    error: str = ""
 
 
 def load_specs() -> dict[str, OpSpec]:
@@ -41,34 +50,65 @@ def load_specs() -> dict[str, OpSpec]:
 
 
 def compile_kernel(operation: str, aot: AotKernel, architecture: int) -> Usage:
-    """Compile to a cubin and read its resource usage. Raises whatever Triton's compiler raises."""
-    constants = {(list(aot.signature).index(name),): value for name, value in aot.constants.items()}
-    source = ASTSource(fn=aot.kernel, signature=aot.signature, constexprs=constants)
-    target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": aot.num_warps})
+    """Compile to a cubin and read its resource usage.
+
+    Pointers are taken to be 16-byte aligned, as they are when PyTorch allocated them.
+    Raises ValueError for a signature that is not the kernel's, and whatever Triton's compiler raises.
+    """
+    if list(aot.signature) != aot.kernel.arg_names:
+        raise ValueError(
+            f"{operation}, {aot.name}: the signature is {list(aot.signature)}, the kernel's {aot.kernel.arg_names}"
+        )
+    aligned = {
+        (index,): [["tt.divisibility", 16]] for index, type in enumerate(aot.signature.values()) if type.startswith("*")
+    }
+    source = ASTSource(fn=aot.kernel, signature=aot.signature, constexprs=aot.constants, attrs=aligned)
+    options = {"num_warps": aot.num_warps, **aot.options}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         printed = subprocess.run([_CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", printed.stdout)}
     shared = max(compiled.metadata.shared, numbers["SHARED"])
-    return Usage(operation, aot.name, architecture, numbers["REG"], numbers["STACK"], shared)
+    function = aot.kernel.fn.__name__
+    return Usage(operation, aot.name, function, architecture, numbers["REG"], numbers["STACK"], shared)
+
+
+def compile_all() -> list[Usage]:
+    """Every kernel for every architecture, on all cores; what does not compile says so in `error`."""
+    jobs = [
+        (name, index, architecture)
+        for name, spec in load_specs().items()
+        for index in range(len(spec.aot))
+        for architecture in ARCHITECTURES
+    ]
+    # Forked, so that workers have what is imported here. A kernel does not pickle: they look it up.
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        return pool.starmap(_compile_job, jobs, chunksize=1)
+
+
+def _compile_job(operation: str, index: int, architecture: int) -> Usage:
+    aot = load_specs()[operation].aot[index]
+    try:
+        return compile_kernel(operation, aot, architecture)
+    except Exception as error:  # of Triton, LLVM or ptxas: one kernel must not hide the others
+        return Usage(
+            operation, aot.name, aot.kernel.fn.__name__, architecture, error=f"{type(error).__name__}: {error}"
+        )
 
 
 def main() -> None:
-    usages = [
-        compile_kernel(name, aot, architecture)
-        for name, spec in load_specs().items()
-        for aot in spec.aot
-        for architecture in ARCHITECTURES
-    ]
+    usages = compile_all()
     if "--json" in sys.argv[1:]:
         print(json.dumps([asdict(usage) for usage in usages]))
-        return
-    for u in usages:
-        print(
-            f"{u.operation:16} {u.kernel:28} sm_{u.architecture:<4} {u.registers:4} registers {u.stack:6} stack {u.shared:7} shared"
-        )
+    else:
+        print(f"{'operation':16} {'kernel':32} {'GPU':7} {'registers':>9} {'stack':>6} {'shared':>7}")
+        for u in usages:
+            figures = u.error or f"{u.registers:9} {u.stack:6} {u.shared:7}"
+            print(f"{u.operation:16} {u.kernel:32} sm_{u.architecture:<4} {figures}")
+    if any(usage.error for usage in usages):
+        sys.exit("Not every kernel compiles.")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ Arguments = tuple[Any, ...]
 class Case:
     """One set of arguments of an operation's public function.
 
-    name: short, such as "64x320x64x64". make: (device, dtype, CPU generator) -> the arguments; dtype is that of the
-    tensors which may be in half precision. bytes: what one call must read and write at least, at 2 bytes for those.
+    name: short, such as "64x320x64x64". make: (device, dtype, generator) -> the arguments; dtype is that of the tensors
+    which may be in half precision; the generator belongs to the default device, which is the CPU or `device`.
+    bytes: what one call must read and write at least, at 2 bytes for those.
     """
 
     name: str
@@ -28,7 +29,8 @@ class AotKernel:
     """One Triton kernel with fixed parameters, to compile without a GPU.
 
     kernel: what `@triton.jit` made. signature: parameter -> Triton's type, "*bf16", "*fp32", "*i64", "i32", "fp32" or
-    "constexpr", in the kernel's order. constants: the constexprs. num_warps: as it is launched.
+    "constexpr", in the kernel's order. constants: the constexprs. num_warps: as it is launched. options: what else the
+    launch tells Triton's compiler, such as {"enable_fp_fusion": False}.
     """
 
     name: str
@@ -36,6 +38,7 @@ class AotKernel:
     signature: dict[str, str]
     constants: dict[str, Any]
     num_warps: int = 4
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,112 @@
+"""How long a call takes on the device, how many launches it makes, and how fast the device copies memory."""
+
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+_FLUSH_BYTES = 256 * 2**20  # twice the largest L2 cache (126 MB, B200); writing it takes longer than a launch does
+_COPY_BYTES = 2**30
+_WARMUP = 3
+_CALLS = 20
+
+
+class DeviceClock:
+    """A timer for pytest-benchmark that stands still but for the time `timed` calls took between two CUDA events."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def timed(self, call: Callable[[], Any]) -> Callable[[], None]:
+        """The call with a cold L2 cache. The flush also keeps the device busy until the call has been launched."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
+
+        def measured() -> None:
+            flush.zero_()
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            self.seconds += start.elapsed_time(end) / 1e3
+
+        return measured
+
+
+def warm_up(call: Callable[[], Any]) -> None:
+    """Compile, load and allocate whatever only the first calls do."""
+    for _ in range(_WARMUP):
+        call()
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], None] | None:
+    """The replay of the call's CUDA graph: the device's work without Python's. None for a call that waits for the device."""
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        warm_up(call)
+    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
+
+
+def seconds_called(call: Callable[[], Any]) -> float:
+    """Mean seconds of calls made one after another from Python: what is waited for, be it Python or the device."""
+    start = time.perf_counter()
+    for _ in range(_CALLS):
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / _CALLS
+
+
+def launches(call: Callable[[], Any]) -> int:
+    """Kernels, copies and fills that one call starts on the device, as the profiler sees them."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        call()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    return sum(event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for event in events)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of the fastest of ten large copies within the device."""
+    source, target = torch.ones(2, _COPY_BYTES, dtype=torch.int8, device=DEVICE)
+    clock = DeviceClock()
+    copy = clock.timed(lambda: target.copy_(source))
+    copy()
+    times = []
+    for _ in range(10):
+        before = clock()
+        copy()
+        times.append(clock() - before)
+    return 2 * _COPY_BYTES / min(times)
+
+
+def free() -> None:
+    """Give back what the last measurement held: SD 1.x's optimizer state leaves no room for two."""
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()

@@ -1,0 +1,83 @@
+"""Every Triton kernel, compiled for GPUs that are not here: it fits their registers and shared memory and spills nothing."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastgrpo
+
+ROOT = Path(fastgrpo.__file__).parent.parent
+# Bytes of shared memory one block can have: CUDA C++ programming guide, technical specifications per compute capability.
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+REGISTERS = 255
+
+
+@pytest.fixture(scope="module")
+def usages() -> list[dict]:
+    """What `python -m fastgrpo.kernels.compile --json` prints; a process that interprets kernels cannot compile them."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fastgrpo.kernels.compile", "--json"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.stdout, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_kernels_compile_and_fit_every_architecture(usages: list[dict]) -> None:
+    wrong = [
+        usage
+        for usage in usages
+        if usage["error"]
+        or not 0 < usage["registers"] <= REGISTERS
+        or usage["stack"] > 0
+        or usage["shared"] > SHARED[usage["architecture"]]
+    ]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_every_launched_kernel_is_compiled_for_every_architecture(usages: list[dict]) -> None:
+    compiled = {(usage["operation"], usage["function"], usage["architecture"]) for usage in usages}
+    launched = {
+        (path.stem, function, architecture)
+        for path in sorted((ROOT / "kernels").glob("*.py"))
+        for function in launched_kernels(path.read_text(encoding="utf-8"))
+        for architecture in SHARED
+    }
+    assert launched
+    assert launched <= compiled, sorted(launched - compiled)
+
+
+def test_the_scan_finds_what_is_launched_and_not_what_kernels_call() -> None:
+    source = """
+@triton.jit
+def inner(x): ...
+@triton.jit
+def outer(x): inner(x)
+@triton.jit
+def chosen(x): ...
+def launch(x):
+    outer[(1,)](x)
+    kernel = chosen if x else outer
+    kernel[(1,)](x)
+def plain(x): ...
+SPEC = OpSpec(aot=(AotKernel("inner", inner),))
+"""
+    assert launched_kernels(source) == {"outer", "chosen"}
+
+
+def launched_kernels(source: str) -> set[str]:
+    """The `@triton.jit` functions that some plain function of the module names: there is no other way to a launch."""
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    kernels = {f.name for f in functions if any("triton.jit" in ast.unparse(d) for d in f.decorator_list)}
+    named = {
+        node.id
+        for function in functions
+        if function.name not in kernels
+        for node in ast.walk(function)
+        if isinstance(node, ast.Name)
+    }
+    return kernels & named

@@ -86,12 +86,16 @@ class FlatWeights:
 
     def collect_gradients(self) -> Tensor:
         """The flat gradient, after taking in every `.grad` that lies elsewhere; where there is none it is 0."""
-        for parameter, view in zip(self.parameters.values(), self._gradients, strict=True):
+        pairs = zip(self.parameters.values(), self._gradients, strict=True)
+        elsewhere = [(parameter, view) for parameter, view in pairs if parameter.grad is not view]
+        for parameter, view in elsewhere:
             if parameter.grad is None:
                 view.zero_()
-            elif parameter.grad is not view:
-                view.copy_(parameter.grad)
-                parameter.grad = view
+        given = [(parameter, view) for parameter, view in elsewhere if parameter.grad is not None]
+        if given:
+            torch._foreach_copy_([view for _, view in given], [parameter.grad for parameter, _ in given])
+        for parameter, view in given:
+            parameter.grad = view
         return self.gradient
 
     def check_places(self) -> None:

@@ -504,7 +504,7 @@ def _plan(
     """programs: how many are wanted at least."""
     group_c = channels // groups
     # Twice as many groups to a program as long as they divide up, stay within 128 columns and leave programs enough.
-    # Below 64 bytes a row even that is no reason to stop: memory is moved in sectors of 32.
+    # Rows below 64 bytes are widened even if programs get few: memory is moved in sectors of 32.
     bundle = 1
     while (
         groups % (2 * bundle) == 0

@@ -93,9 +93,10 @@ def _compile_job(operation: str, index: int, architecture: int) -> Usage:
     try:
         return compile_kernel(operation, aot, architecture)
     except Exception as error:  # of Triton, LLVM or ptxas: one kernel must not hide the others
-        return Usage(
-            operation, aot.name, aot.kernel.fn.__name__, architecture, error=f"{type(error).__name__}: {error}"
+        reason = (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no message'}"
         )
+        return Usage(operation, aot.name, aot.kernel.fn.__name__, architecture, error=reason)
 
 
 def main() -> None:

@@ -166,7 +166,8 @@ def ddim_step_kernel(
     tl.store(log_prob + sample, tl.where(sigma > 0, value, 0.0).to(tl.float32))
     if NOISE == "drawn":
         # The last to have read the offset moves it on.
-        if tl.atomic_add(state + 2, 1, sem="acq_rel") == samples - 1:
+        done = tl.atomic_add(state + 2, 1, sem="acq_rel")
+        if done == samples - 1:
             tl.store(state + 1, offset + 1)
             tl.store(state + 2, 0)
 
@@ -192,7 +193,7 @@ def _launch(
     means = torch.empty_like(latents) if keep_mean else nothing
     log_prob = latents.new_empty(samples)
     given = taken if taken is not None else noise
-    block, num_warps = tiling(size)
+    block, num_warps = tiling(size, rescale)
     ddim_step_kernel[(samples,)](
         output,
         latents,
@@ -373,7 +374,7 @@ SPEC = OpSpec(
     tolerance=_tolerance,
     aot=tuple(
         AotKernel(
-            name=f"ddim_step_{noise}{'_channels_last' if channels_last else ''}",
+            name=f"ddim_step_{noise}{'_channels_last' if channels_last else ''}{'_rescale' if rescale else ''}",
             kernel=ddim_step_kernel,
             signature={
                 "output": "*bf16",
@@ -399,15 +400,16 @@ SPEC = OpSpec(
                 "SIZE": 16384,
                 "CHANNELS": 4,
                 "CHANNELS_LAST": channels_last,
-                "RESCALE": 0.0,
+                "RESCALE": rescale,
                 "GUIDED": True,
                 "NOISE": noise,
                 "KEEP_MEAN": False,
-                "BLOCK": tiling(16384)[0],
+                "BLOCK": tiling(16384, rescale)[0],
             },
             num_warps=tiling(16384)[1],
+            options=EXACT,
         )
         for noise in ("given", "drawn", "taken")
-        for channels_last in (False, True)
+        for channels_last, rescale in ((False, 0.0), (True, 0.0), (False, 0.7))
     ),
 )

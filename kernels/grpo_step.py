@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
 from fastgrpo.kernels.step_math import (
+    BLOCK,
     EXACT,
     as_guidance,
     as_launched,
@@ -68,9 +69,15 @@ STATISTICS = (
 _PAIRS_BLOCK = 1024
 
 
-def _keeps(size: int, block: int, kl: bool) -> bool:
-    """Whether a program's registers hold the residuals of a whole sample, 4 chunks; with the base model's they spill."""
-    return size <= 4 * block and not kl
+def _tiling(size: int, kl: bool, ratio_norm: bool, rescale: float) -> tuple[int, int, bool]:
+    """(block, num_warps, keep). keep: a program's registers hold the residuals of its sample until the loss is known.
+
+    Larger samples would not fit, nor would what a KL term, RatioNorm or rescaling add: those load all again. RatioNorm also
+    takes half as much at a time; where the policy stands still all it sums is 0, so its order need not be `ddim_step`'s.
+    """
+    block, num_warps = tiling(size, rescale)
+    keep = size <= 4 * BLOCK and not (kl or ratio_norm or rescale)
+    return min(block, BLOCK // 2) if ratio_norm else block, num_warps, keep
 
 
 class GrpoStep(NamedTuple):
@@ -275,15 +282,14 @@ def common_std(rewards, groups, GROUP_SIZE: tl.constexpr, BLOCK_G: tl.constexpr)
 @triton.jit
 def count_flat(rewards, groups, std_floor, MODE: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_G: tl.constexpr):
     BLOCK_P: tl.constexpr = max(1, 1024 // BLOCK_G)
-    all_flat = False
-    if MODE == "global":
-        all_flat = common_std(rewards, groups, GROUP_SIZE, BLOCK_G) <= std_floor
     count = tl.zeros([BLOCK_P], tl.int32)
     for start in range(0, groups, BLOCK_P):
         std = tl.sqrt(group_squares(rewards, groups, start, GROUP_SIZE, BLOCK_P, BLOCK_G) / (GROUP_SIZE - 1))
-        flat = (std <= std_floor) | all_flat
-        count += (flat & (start + tl.arange(0, BLOCK_P) < groups)).to(tl.int32)
-    return tl.sum(count)
+        count += ((std <= std_floor) & (start + tl.arange(0, BLOCK_P) < groups)).to(tl.int32)
+    flat = tl.sum(count)
+    if MODE == "global":
+        flat = tl.where(common_std(rewards, groups, GROUP_SIZE, BLOCK_G) <= std_floor, groups, flat)
+    return flat
 
 
 @triton.jit
@@ -505,21 +511,14 @@ def grpo_step_kernel(
     along_o = tl.zeros([BLOCK], tl.float64)
     drift_o = tl.zeros([BLOCK], tl.float64)
     kept = ()
-    kept_drift = ()
     if KEEP:
         for start in tl.static_range(0, SIZE, BLOCK):
-            term, direction, drift, o = load_terms(
+            term, direction, _drift, _o = load_terms(
                 output, latents, taken, old_mean, base_output, g, factor, base_factor, coef_sample, coef_output, scale,
                 pair, pairs, start, SIZE, CHANNELS, CHANNELS_LAST, RESCALE, GUIDED, OLD, KL, BLOCK,
             )  # fmt: skip
             terms += term
-            kept = kept + (direction.to(tl.float32),)
-            if KL:
-                drifts += drift * drift
-                kept_drift = kept_drift + (drift.to(tl.float32),)
-            if RESCALE > 0:
-                along_o += direction * o.to(tl.float64)
-                drift_o += drift * o.to(tl.float64)
+            kept = kept + (direction.to(tl.float32),)  # noqa: RUF005 (no unpacking in Triton)
     else:
         for start in range(0, SIZE, BLOCK):
             term, direction, drift, o = load_terms(
@@ -577,16 +576,13 @@ def grpo_step_kernel(
 
     if KEEP:
         for chunk in tl.static_range(0, (SIZE + BLOCK - 1) // BLOCK):
-            drift = kept[chunk]
-            if KL:
-                drift = kept_drift[chunk]
             store_gradient(
-                gradient, output, g, along, kept[chunk], along_drift, drift, coef_output, factor, by_o, mean_o_, by_c, mean_c_,
+                gradient, output, g, along, kept[chunk], along_drift, kept[chunk], coef_output, factor, by_o, mean_o_, by_c, mean_c_,
                 pair, pairs, chunk * BLOCK, SIZE, RESCALE, GUIDED, KL, BLOCK,
             )  # fmt: skip
     else:
         for start in range(0, SIZE, BLOCK):
-            _, direction, drift, _ = load_terms(
+            _term, direction, drift, _o = load_terms(
                 output, latents, taken, old_mean, base_output, g, factor, base_factor, coef_sample, coef_output, scale,
                 pair, pairs, start, SIZE, CHANNELS, CHANNELS_LAST, RESCALE, GUIDED, OLD, KL, BLOCK,
             )  # fmt: skip
@@ -655,6 +651,12 @@ def _counter(device: torch.device) -> Tensor:
     return _COUNTERS[key]
 
 
+def _laid_out_as(gradient: Tensor, output: Tensor) -> Tensor:
+    """A copy only where it lies otherwise than what `empty_like` makes."""
+    like = torch.empty_like(output, device="meta")
+    return gradient if gradient.stride() == like.stride() else torch.empty_like(output).copy_(gradient)
+
+
 def _launch_grpo_step(
     output: Tensor,
     latents: Tensor,
@@ -679,7 +681,7 @@ def _launch_grpo_step(
     ratio_norm: bool,
     rescale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    channels_last = is_channels_last(output)
+    asked, channels_last = output, is_channels_last(output)
     output, latents, taken = as_launched(output, channels_last), as_launched(latents), as_launched(taken)
     pairs, size = latents.shape[0], latents[0].numel()
     groups, group_size = (1, 2) if rewards is None else rewards.shape
@@ -687,7 +689,7 @@ def _launch_grpo_step(
     clipped = torch.empty(pairs, dtype=torch.int8, device=latents.device)
     gradient = torch.empty_like(output)
     statistics = latents.new_empty(len(STATISTICS))
-    block, num_warps = tiling(size)
+    block, num_warps, keep = _tiling(size, base_output is not None, ratio_norm, rescale)
     old = old_mean if ratio_norm else old_log_prob
     kind = "mean" if ratio_norm else "log_prob"
     grpo_step_kernel[(pairs,)](
@@ -732,13 +734,13 @@ def _launch_grpo_step(
         MODE="given" if rewards is None else mode,
         GROUP_SIZE=group_size,
         BLOCK_G=triton.next_power_of_2(group_size),
-        KEEP=_keeps(size, block, base_output is not None),
+        KEEP=keep,
         BLOCK=block,
         BLOCK_N=_PAIRS_BLOCK,
         num_warps=num_warps,
         **EXACT,
     )
-    return loss, ratio, clipped, kl, gradient, statistics
+    return loss, ratio, clipped, kl, _laid_out_as(gradient, asked), statistics
 
 
 _grpo_step = torch.library.custom_op("fastgrpo::grpo_step", _launch_grpo_step, mutates_args=(), device_types="cuda")
@@ -749,14 +751,13 @@ def _grpo_step_cpu(
     output, latents, taken, tables, step, guidance, old_log_prob, old_mean, rewards, group, slot, advantage, weight,
     base_output, clip_low, clip_high, mode, std_floor, clamp, kl_weight, ratio_norm, rescale,
 ):  # fmt: skip
-    return tuple(
-        reference(
+    outcome = reference(
             output, latents, taken, tables, step, guidance, old_log_prob,
             rewards=rewards, group=group, slot=slot, advantage=advantage, weight=weight, clip_low=clip_low,
             clip_high=clip_high, mode=mode, std_floor=std_floor, clamp=clamp, base_output=base_output, kl_weight=kl_weight,
             ratio_norm=ratio_norm, old_mean=old_mean, rescale=rescale,
-        )
-    )  # fmt: skip
+        )  # fmt: skip
+    return outcome._replace(gradient=_laid_out_as(outcome.gradient, output))
 
 
 @_grpo_step.register_fake
@@ -1007,7 +1008,9 @@ def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
     return max(2e-5, torch.finfo(dtype).eps), 3e-5 if dtype != torch.float16 else 3e-5 + 2**-24
 
 
-def _aot(name: str, old: str, kl: bool, mode: str, channels_last: bool = False) -> AotKernel:
+def _aot(
+    name: str, old: str, kl: bool, mode: str, channels_last: bool = False, rescale: float = 0.0, size: int = 16384
+) -> AotKernel:
     pointers = {
         "output": "*bf16",
         "latents": "*fp32",
@@ -1031,19 +1034,19 @@ def _aot(name: str, old: str, kl: bool, mode: str, channels_last: bool = False) 
         "statistics": "*fp32",
         "counter": "*i32",
     }
-    block, num_warps = tiling(16384)
+    block, num_warps, keep = _tiling(size, kl, old == "mean", rescale)
     constants = {
-        "SIZE": 16384,
+        "SIZE": size,
         "CHANNELS": 4,
         "CHANNELS_LAST": channels_last,
-        "RESCALE": 0.0,
+        "RESCALE": rescale,
         "GUIDED": True,
         "OLD": old,
         "KL": kl,
         "MODE": mode,
         "GROUP_SIZE": 16,
         "BLOCK_G": 16,
-        "KEEP": _keeps(16384, block, kl),
+        "KEEP": keep,
         "BLOCK": block,
         "BLOCK_N": _PAIRS_BLOCK,
     }
@@ -1052,7 +1055,7 @@ def _aot(name: str, old: str, kl: bool, mode: str, channels_last: bool = False) 
     signature |= dict.fromkeys(("low", "high", "std_floor", "clamp", "kl_weight"), "fp32")
     signature |= dict.fromkeys(constants, "constexpr")
     absent = {name: None for name, kind in pointers.items() if kind is None}
-    return AotKernel(name, grpo_step_kernel, signature, absent | constants, num_warps)
+    return AotKernel(name, grpo_step_kernel, signature, absent | constants, num_warps, EXACT)
 
 
 SPEC = OpSpec(
@@ -1074,6 +1077,10 @@ SPEC = OpSpec(
         _aot("grpo_step_global", "log_prob", kl=False, mode="global"),
         _aot("grpo_step_channels_last", "log_prob", kl=False, mode="group", channels_last=True),
         _aot("grpo_step_kl", "log_prob", kl=True, mode="group"),
+        _aot("grpo_step_rescale", "log_prob", kl=False, mode="given", rescale=0.7),
+        _aot("grpo_step_rescale_kl", "log_prob", kl=True, mode="given", rescale=0.7),
+        _aot("grpo_step_4x96x96", "log_prob", kl=False, mode="group", size=4 * 96 * 96),
+        _aot("grpo_step_ratio_norm", "mean", kl=False, mode="given"),
         _aot("grpo_step_ratio_norm_kl", "mean", kl=True, mode="group"),
         AotKernel(
             name="group_advantages",

@@ -34,10 +34,10 @@ _LOG_2PI_HALF = tl.constexpr(0.5 * math.log(2 * math.pi))
 # What both kernels are launched with.
 
 
-def tiling(size: int) -> tuple[int, int]:
-    """(block, num_warps) for samples of `size` elements, one program each."""
+def tiling(size: int, rescale: float = 0.0) -> tuple[int, int]:
+    """(block, num_warps) for samples of `size` elements, one program each. Rescaling keeps more at hand: half a block."""
     block = min(triton.next_power_of_2(size), BLOCK)
-    return block, max(1, block // 256)
+    return block // 2 if rescale and block == BLOCK else block, max(1, block // 256)
 
 
 def as_launched(tensor: Tensor, channels_last: bool = False) -> Tensor:
@@ -52,7 +52,7 @@ def is_channels_last(output: Tensor) -> bool:
 
 def as_scalar(value: float | Tensor, device: torch.device) -> Tensor:
     """[1] float32 on the device. A tensor is left alone, so that a captured graph reads what it holds at replay."""
-    return value if isinstance(value, Tensor) else torch.full((1,), value, device=device)
+    return value if isinstance(value, Tensor) else torch.full((1,), value, dtype=torch.float32, device=device)
 
 
 def as_guidance(guidance: float | Tensor | None, device: torch.device) -> Tensor | None:

@@ -1,0 +1,585 @@
+"""`grpo_step` and its parts: kernels under Triton's interpreter, the operators, plain operations and closed forms."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import poisoned
+from plain_step import (
+    plain_advantages,
+    plain_clipped_loss,
+    plain_kl,
+    plain_log_prob,
+    plain_mean,
+    plain_normalised_log_ratio,
+)
+
+from fastgrpo.kernels import ddim_step as rollout_op
+from fastgrpo.kernels import grpo_step as op
+from fastgrpo.kernels.ddim_step import ddim_step
+from fastgrpo.kernels.grpo_step import STATISTICS, GrpoStep, clipped_loss, group_advantages, grpo_step, grpo_step_loss
+from fastgrpo.schedule import Schedule, make_schedule
+
+SD = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 1), (3, 5, 7), (4, 8, 8)]
+LOOPED = (3, 83, 67)
+"""More elements than registers hold, and a last block that is not full."""
+
+
+def schedule_of(prediction_type: str = "epsilon") -> Schedule:
+    return make_schedule(SD | {"prediction_type": prediction_type, "steps_offset": 1}, 50, 1.0, CPU)
+
+
+def tables_of(schedule: Schedule) -> torch.Tensor:
+    return torch.stack([schedule.coef_sample, schedule.coef_output, schedule.sigma])
+
+
+def make(groups=2, group_size=3, shape=(4, 8, 8), dtype=torch.float32, guidance=5.0, scale=1.0, tables=None, seed=0):
+    """Arguments of `grpo_step`: a rollout, then outputs that have moved a little, so that ratios spread around 1."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = groups * group_size
+    halves = 1 if guidance is None else 2
+    old_output = scale * torch.randn(halves * pairs, *shape, generator=generator)
+    latents, noise = torch.randn(2, pairs, *shape, generator=generator)
+    tables = tables_of(schedule_of()) if tables is None else tables
+    step = torch.randint(tables.shape[1] - 1, (pairs,), generator=generator)
+    taken, old_log_prob, old_mean = ddim_step(
+        old_output.to(dtype), latents, tables, step, guidance, noise, keep_mean=True
+    )
+    output = (old_output + 0.02 * scale * torch.randn(old_output.shape, generator=generator)).to(dtype)
+    base_output = (old_output + 0.05 * scale * torch.randn(old_output.shape, generator=generator)).to(dtype)
+    index = torch.randperm(pairs, generator=generator)
+    return {
+        "output": output,
+        "latents": latents,
+        "taken": taken,
+        "tables": tables,
+        "step": step,
+        "guidance": guidance,
+        "old_log_prob": old_log_prob,
+        "old_mean": old_mean,
+        "base_output": base_output,
+        "rewards": torch.randn(groups, group_size, generator=generator),
+        "group": index // group_size,
+        "slot": index % group_size,
+        "weight": torch.rand(pairs, generator=generator) + 0.5,
+    }
+
+
+def options(arguments, kl=0.0, ratio_norm=False, own=False, **settings):
+    """The keyword arguments of one variant of the loss."""
+    chosen = dict(arguments)
+    base_output, old_mean = chosen.pop("base_output"), chosen.pop("old_mean")
+    if kl:
+        chosen |= {"base_output": base_output, "kl_weight": kl}
+    if ratio_norm:
+        chosen |= {"ratio_norm": True, "old_mean": None if own else old_mean}
+    if own:
+        chosen["old_log_prob"] = None
+    return chosen | {"clip_low": 2e-3, "clip_high": 3e-3} | settings
+
+
+def launch(**arguments) -> GrpoStep:
+    """The kernel itself, on memory full of NaN."""
+    defaults = {
+        "old_log_prob": None,
+        "old_mean": None,
+        "rewards": None,
+        "group": None,
+        "slot": None,
+        "advantage": None,
+        "weight": torch.ones(1),
+        "base_output": None,
+        "mode": "group",
+        "std_floor": 1e-6,
+        "clamp": 2.5,
+        "kl_weight": 0.0,
+        "ratio_norm": False,
+        "rescale": 0.0,
+    }
+    filled = defaults | arguments
+    guidance = filled["guidance"]
+    filled["guidance"] = None if guidance is None else torch.tensor([guidance])
+    with poisoned():
+        return GrpoStep(*op._launch_grpo_step(**filled))
+
+
+VARIANTS = {
+    "plain": {},
+    "kl": {"kl": 0.3},
+    "own": {"own": True},
+    "ratio_norm": {"ratio_norm": True, "clip_low": 1e-5, "clip_high": 1e-5},  # its log-ratios are smaller
+    "ratio_norm_own_kl": {"ratio_norm": True, "own": True, "kl": 0.1},
+    "rescale": {"rescale": 0.7},
+    "rescale_kl": {"rescale": 0.7, "kl": 0.3},
+    "global": {"mode": "global"},
+    "none": {"mode": "none"},
+}
+
+
+def closed_form(arguments) -> GrpoStep:
+    """All in float64, with the gradient by autograd of formulas written as in the papers."""
+    a = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    output = a["output"].requires_grad_()
+    dims = (1, 2, 3)
+
+    def mean_of(output):
+        guided = output
+        if a["guidance"] is not None:
+            uncond, cond = output.chunk(2)
+            guided = (1 - a["guidance"]) * uncond + a["guidance"] * cond
+            phi = a.get("rescale", 0.0)
+            if phi and guided[0].numel() > 1:
+                stds = [(t - t.mean(dims, True)).square().sum(dims, True).sqrt() for t in (guided, cond)]
+                guided = guided * (phi * stds[1] / stds[0] + 1 - phi)
+        coef_sample, coef_output = (row[a["step"]].reshape(-1, 1, 1, 1) for row in a["tables"][:2])
+        return coef_sample * a["latents"] + coef_output * guided
+
+    mean, sigma = mean_of(output), a["tables"][2][a["step"]]
+    wide = sigma.reshape(-1, 1, 1, 1)
+    if a.get("ratio_norm"):
+        old_mean = mean.detach() if a["old_mean"] is None else a["old_mean"]
+        log_ratio = ((mean - old_mean) * (a["taken"] - old_mean) / wide).mean(dims)
+    else:
+        new = torch.distributions.Normal(mean, wide).log_prob(a["taken"]).mean(dims)
+        log_ratio = new - (new.detach() if a["old_log_prob"] is None else a["old_log_prob"])
+    if "advantage" in a:
+        advantage, flat = a["advantage"], torch.zeros(0)
+    else:
+        centred = a["rewards"] - a["rewards"].mean(1, True)
+        std = (centred.square().sum(1, True) / (centred.shape[1] - 1)).sqrt()
+        scale = {"group": std, "global": (centred.square().sum() / (centred.numel() - 1)).sqrt(), "none": 1.0}
+        table = (centred / scale[a.get("mode", "group")]).clamp(-2.5, 2.5)
+        advantage, flat = table[a["group"], a["slot"]], std <= 1e-6
+    ratio = log_ratio.exp()
+    loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - a["clip_low"], 1 + a["clip_high"]))
+    clipped = (-advantage * ratio < loss) * (ratio - 1).sign()
+    kl = torch.zeros_like(loss)
+    if "base_output" in a:
+        with torch.no_grad():
+            base_mean = mean_of(a["base_output"])
+        kl = torch.distributions.kl_divergence(
+            torch.distributions.Normal(mean, wide), torch.distributions.Normal(base_mean, wide)
+        ).mean(dims)
+    total = (a["weight"] * (loss + a.get("kl_weight", 0.0) * kl)).sum()
+    (gradient,) = torch.autograd.grad(total, output)
+    statistics = [total, ratio.mean(), ratio.min(), ratio.max(), (clipped > 0).sum(), (clipped < 0).sum(), kl.mean()]
+    statistics = torch.stack([torch.as_tensor(s).double() for s in (*statistics, flat.sum())])
+    return GrpoStep(*(t.detach() for t in (loss, ratio, clipped.to(torch.int8), kl, gradient, statistics)))
+
+
+def assert_matches(ours: GrpoStep, exact: GrpoStep, dtype: torch.dtype, spread: float = 1.0) -> None:
+    """Within what rounding to float32 inside, and to `dtype` at the end, may do.
+
+    spread: how large the guided output is compared to that of unit outputs.
+    """
+    # A guided output below 60 is rounded three times to float32. What moves a residual is coef_output / sigma of that, at
+    # most 1.1 in SD's schedule, and the log-prob by it times the mean |residual|, of about 1; ratios lie below 2, advantages
+    # below 2.5.
+    error = 3 * 60 * 2.0**-24 * 1.1 * spread
+    torch.testing.assert_close(ours.ratio.double(), exact.ratio, rtol=4 * error, atol=0)
+    torch.testing.assert_close(ours.loss.double(), exact.loss, rtol=4 * error, atol=4 * error)
+    torch.testing.assert_close(ours.kl.double(), exact.kl, rtol=8 * error, atol=2 * error)
+    assert torch.equal(ours.clipped, exact.clipped)
+    assert ours.gradient.dtype == dtype
+    # The interpreter truncates bfloat16: a whole unit in the last place. float16 may be subnormal. A gradient that is a
+    # small difference of large ones (rescale, KL) errs by its largest neighbours.
+    size = exact.gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
+    bound = torch.finfo(dtype).eps * exact.gradient.abs() + 8 * error * size
+    bound = bound + (2.0**-24 if dtype == torch.float16 else 0)
+    assert ((ours.gradient.double() - exact.gradient).abs() <= bound).all()
+    torch.testing.assert_close(
+        ours.statistics.double(), exact.statistics, rtol=8 * error, atol=len(ours.loss) * error * 8
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kernel_is_the_float64_closed_form(variant, dtype):
+    arguments = options(make(shape=(3, 5, 7), dtype=dtype), **VARIANTS[variant])
+    ours, exact = launch(**arguments), closed_form(arguments)
+    assert exact.gradient.abs().max() > 0
+    assert (exact.clipped != 0).any() or VARIANTS[variant].get("own")
+    assert_matches(ours, exact, dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("guidance", [None, 5.0])
+@pytest.mark.parametrize("groups_and_size", [(1, 2), (3, 5), (1, 64)])
+def test_kernel_at_other_sizes(shape, guidance, groups_and_size):
+    if groups_and_size[1] == 64 and shape != (1, 1, 1):
+        pytest.skip("large groups are tried on the smallest latents")
+    # Steps without the last: there one element's ratio is beyond any bound.
+    arguments = options(
+        make(*groups_and_size, shape=shape, guidance=guidance, tables=tables_of(schedule_of())[:, :40].contiguous())
+    )
+    assert_matches(launch(**arguments), closed_form(arguments), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("variant", "channels_last"), [("plain", True), ("kl", False), ("rescale_kl", False), ("ratio_norm", True)]
+)
+def test_kernel_on_latents_larger_than_its_registers(variant, channels_last):
+    arguments = options(make(1, 2, shape=LOOPED, dtype=torch.bfloat16), **VARIANTS[variant])
+    if channels_last:
+        arguments["output"] = arguments["output"].contiguous(memory_format=torch.channels_last)
+    assert_matches(launch(**arguments), closed_form(arguments), torch.bfloat16)
+
+
+@pytest.mark.parametrize("variant", ["plain", "ratio_norm", "rescale_kl"])
+@pytest.mark.parametrize("path", ["kernel", "operator"])
+def test_layout_of_the_output_is_the_gradient_s_and_changes_nothing(variant, path):
+    run = launch if path == "kernel" else grpo_step
+    arguments = options(make(shape=(3, 5, 7), dtype=torch.bfloat16), **VARIANTS[variant])
+    output = arguments["output"]
+    expected = run(**arguments)
+    last = run(**arguments | {"output": output.contiguous(memory_format=torch.channels_last)})
+    spaced = torch.empty(*output.shape, 2, dtype=output.dtype).fill_(torch.nan)[..., 0].copy_(output)
+    apart = run(**arguments | {"output": spaced, "latents": arguments["latents"].mT.contiguous().mT})
+    assert last.gradient.is_contiguous(memory_format=torch.channels_last)
+    for other in (last, apart):
+        # Sums in another order, in float64: each float32 result is a neighbour at most, and the bfloat16 gradient with it.
+        for name in ("loss", "ratio", "kl", "statistics"):
+            torch.testing.assert_close(getattr(other, name), getattr(expected, name), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(other.gradient, expected.gradient, rtol=2.0**-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "rescale", "channels_last"),
+    [
+        ((1, 1, 1), 0.0, False),
+        ((3, 5, 7), 0.7, True),
+        ((4, 8, 8), 0.0, False),
+        ((4, 8, 8), 0.0, True),
+        (LOOPED, 0.0, True),
+    ],
+)
+@pytest.mark.parametrize("path", ["kernel", "operator"])
+def test_ratio_is_exactly_one_after_ddim_step(shape, dtype, rescale, channels_last, path):
+    pairs = 2
+    arguments = make(1, pairs, shape, dtype)
+    if channels_last:
+        arguments["output"] = arguments["output"].contiguous(memory_format=torch.channels_last)
+    step = torch.tensor([10, 49])
+    noise = torch.randn(pairs, *shape, generator=torch.Generator().manual_seed(1))
+    given = (arguments["output"], arguments["latents"], arguments["tables"], step)
+    if path == "kernel":
+        taken, old_log_prob, old_mean = rollout_op._launch_ddim_step(
+            *given, torch.tensor([5.0]), noise, None, rescale, True
+        )
+    else:
+        taken, old_log_prob, old_mean = ddim_step(*given, 5.0, noise, rescale=rescale, keep_mean=True)
+    arguments |= {"taken": taken, "old_log_prob": old_log_prob, "old_mean": old_mean, "step": step}
+    run = launch if path == "kernel" else grpo_step
+    for variant in ({}, {"ratio_norm": True}):
+        ours = run(**options(arguments, rescale=rescale, clip_low=0.0, clip_high=0.0, **variant))
+        assert (ours.ratio == 1).all()
+        assert (ours.clipped == 0).all()
+        assert ours.statistics[1:6].tolist() == [1, 1, 1, 0, 0]
+        assert (ours.gradient != 0).any() or shape == (1, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("guidance", [None, 7.3])
+@pytest.mark.parametrize("variant", ["plain", "kl", "own", "ratio_norm", "ratio_norm_own_kl", "global", "none"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_cpu_operator_is_the_chain_of_plain_operations_bit_for_bit(dtype, guidance, variant, prediction_type):
+    """The loss and its gradient by autograd, from the UNet's output on."""
+    schedule, part_size, scale = schedule_of(prediction_type), 7, 1024.0
+    arguments = make(dtype=dtype, guidance=guidance, tables=tables_of(schedule))
+    settings = {"kl": 0.0, "ratio_norm": False, "own": False, "mode": "group"} | VARIANTS[variant]
+    # With ranges so narrow nearly every ratio is out of bounds, and for about half of them that decides.
+    arguments["weight"] = scale / part_size
+    ours = grpo_step(**options(arguments, **settings) | {"clip_low": 1e-5, "clip_high": 2e-5})
+
+    output, step = arguments["output"].clone().requires_grad_(), arguments["step"]
+
+    def mean_of(output):
+        return plain_mean(output, arguments["latents"], arguments["tables"], step, guidance)
+
+    mean, sigma = mean_of(output), schedule.sigma[step]
+    if settings["ratio_norm"]:
+        old_mean = mean.detach().float() if settings["own"] else arguments["old_mean"]
+        log_ratio = plain_normalised_log_ratio(mean, old_mean, arguments["taken"], sigma)
+    else:
+        log_prob = plain_log_prob(arguments["taken"], mean, sigma)
+        log_ratio = log_prob - (log_prob.detach() if settings["own"] else arguments["old_log_prob"])
+    advantage = plain_advantages(arguments["rewards"], settings["mode"], 1e-6, 2.5)
+    loss, ratio, clipped = plain_clipped_loss(log_ratio, advantage[arguments["group"], arguments["slot"]], 1e-5, 2e-5)
+    policy_loss, kl = loss, torch.zeros_like(loss)
+    if settings["kl"]:
+        kl = plain_kl(mean, mean_of(arguments["base_output"]), sigma)
+        loss = loss + settings["kl"] * kl
+    (gradient,) = torch.autograd.grad(loss.sum() * scale / part_size, output)
+
+    if not settings["own"]:
+        assert 0 < clipped.sum() < len(clipped)
+    assert torch.equal(ours.loss, policy_loss)
+    assert torch.equal(ours.ratio, ratio)
+    assert torch.equal(ours.clipped != 0, clipped)
+    assert torch.equal(ours.clipped > 0, clipped & (ratio > 1))
+    assert torch.equal(ours.kl, kl)
+    assert torch.equal(ours.gradient, gradient)
+    named = dict(zip(STATISTICS, ours.statistics, strict=True))
+    torch.testing.assert_close(named["total"], (loss * (scale / part_size)).sum(), rtol=1e-6, atol=1e-4)
+    assert (named["ratio_min"], named["ratio_max"]) == (ratio.min(), ratio.max())
+    assert named["clipped_high"] + named["clipped_low"] == clipped.sum()
+    assert named["flat_groups"] == 0
+
+
+def test_gradient_is_finite_differences():
+    """Of the CPU operator's total in float32 along random directions, with everything switched on."""
+    arguments = options(make(shape=(3, 5, 7)), kl=0.3, rescale=0.7, mode="global")
+    gradient = grpo_step(**arguments).gradient.double()
+    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(4):
+        direction = torch.randn(gradient.shape, dtype=torch.float64, generator=generator)
+        step = 1e-6
+        high, low = (op.reference(**wide | {"output": wide["output"] + s * step * direction}) for s in (1, -1))
+        slope = (high.statistics[0] - low.statistics[0]) / (2 * step)
+        # Central differences: 1e-16 / 1e-6 of rounding and 1e-12 of curvature; the gradient itself is float32.
+        torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-5)
+
+
+def test_extremes():
+    """Outputs of 1e4, sigma 1e-3 and 0, and a ratio that overflows: losses as of the plain chain, never NaN."""
+    tables = torch.tensor([[1.0, 1.0, 1.0, 1.0], [-0.03] * 4, [1e-3, 0.0, 0.2, 0.5]])
+    arguments = make(1, 4, dtype=torch.bfloat16, scale=1e4, tables=tables)
+    arguments |= {"step": torch.arange(4), "advantage": torch.tensor([1.0, 1.0, -1.0, 1.0])}
+    for name in ("rewards", "group", "slot"):
+        del arguments[name]
+    given = (arguments["output"], arguments["latents"], tables, torch.arange(4))
+    noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    guidance = torch.tensor([5.0])
+    taken, old, old_mean = rollout_op._launch_ddim_step(*given, guidance, noise, None, 0.0, True)
+    arguments |= {"taken": taken, "old_log_prob": old, "old_mean": old_mean}
+    still = launch(**options(arguments))
+    assert still.ratio.tolist() == [1, 1, 1, 1]
+    assert torch.isfinite(still.gradient).all()
+    for half in still.gradient.chunk(2):
+        assert (half[1] == 0).all()  # sigma 0
+        assert (half[[0, 2, 3]] != 0).any(dim=(1, 2, 3)).all()
+    # exp(log_prob - old): exp(200) is above the largest float32, exp(-200) below the smallest.
+    arguments["old_log_prob"] = old + torch.tensor([200.0, 0.0, -200.0, -200.0])
+    moved = launch(**options(arguments))
+    plain = grpo_step(**options(arguments))
+    assert moved.ratio.tolist() == [0, 1, math.inf, math.inf]
+    assert moved.loss.tolist() == [0, -1, math.inf, plain.loss[3].item()]
+    assert moved.clipped.tolist() == plain.clipped.tolist() == [0, 0, 0, 1]
+
+
+def test_one_pair():
+    arguments = options(make(1, 2, shape=(4, 8, 8)))
+    one = {
+        k: v[:1] if isinstance(v, torch.Tensor) and k not in ("tables", "rewards", "output") else v
+        for k, v in arguments.items()
+    }
+    one["output"] = arguments["output"][[0, 2]]
+    both, alone = launch(**arguments), launch(**one)
+    assert torch.equal(alone.loss, both.loss[:1])
+    assert torch.equal(alone.gradient, both.gradient[[0, 2]])
+    assert alone.statistics[1] == alone.statistics[2] == alone.statistics[3] == both.ratio[0]
+
+
+@pytest.mark.parametrize("path", ["kernel", "operator"])
+@pytest.mark.parametrize("mode", ["group", "global", "none"])
+@pytest.mark.parametrize("shape", [(1, 2), (3, 5), (2, 64), (17, 64)])
+def test_advantages_are_numpy_s(path, mode, shape):
+    rewards = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    rewards[0] = 0.1  # flat, and not exact in binary
+    run = group_advantages
+    if path == "kernel":
+
+        def run(*arguments):
+            with poisoned():
+                return op._launch_group_advantages(*arguments)
+
+    advantage, flat = run(rewards, mode, 1e-6, 1.2)
+    table = rewards.numpy().astype("f8")
+    centred = table - table.mean(axis=1, keepdims=True)
+    scale = {"group": table.std(axis=1, ddof=1, keepdims=True), "global": centred.std(ddof=1), "none": 1}[mode]
+    with_zero = torch.from_numpy((centred[1:] / (scale[1:] if mode == "group" else scale)).clip(-1.2, 1.2))
+    assert (advantage[0] == 0).all()
+    assert flat.tolist() == [True] + [False] * (shape[0] - 1)
+    # float64 throughout, rounded once.
+    torch.testing.assert_close(advantage[1:], with_zero.float(), rtol=2.0**-23, atol=1e-12)
+    if path == "operator":
+        assert torch.equal(advantage, plain_advantages(rewards, mode, 1e-6, 1.2))
+
+
+@pytest.mark.parametrize("mode", ["group", "global", "none"])
+def test_flat_groups_have_advantage_zero_in_the_step(mode):
+    """One group without spread, one with; then, by a floor above the common std, all flat with "global"."""
+    arguments = make(2, 3)
+    arguments["rewards"][1] = 0.1
+    arguments |= {"group": torch.tensor([0, 0, 0, 1, 1, 1]), "slot": torch.tensor([0, 1, 2, 0, 1, 2])}
+    ours = launch(**options(arguments, mode=mode))
+    assert (ours.loss[3:] == 0).all()
+    assert (ours.loss[:3] != 0).all()
+    for half in ours.gradient.chunk(2):
+        assert (half[3:] == 0).all()
+    assert ours.statistics[7] == 1
+    group_std, common = (
+        arguments["rewards"][0].std(),
+        torch.cat([arguments["rewards"][0] - arguments["rewards"][0].mean(), torch.zeros(3)]).std(),
+    )
+    between = float(group_std + common) / 2
+    assert common < between < group_std
+    ours = launch(**options(arguments, mode=mode, std_floor=between))
+    assert ours.statistics[7] == (2 if mode == "global" else 1)
+    assert (ours.loss[:3] == 0).all() == (mode == "global")
+
+
+@pytest.mark.parametrize("path", ["kernel", "operator"])
+def test_clipped_loss_alone(path):
+    """Every combination of the advantage's sign and a ratio below, at, within and above the bounds."""
+    ratio = torch.tensor([0.5, 0.8, 0.9, 1.0, 1.2, 1.25, 3.0])
+    log_ratio, advantage = ratio.log().repeat(3), torch.tensor([1.5, -1.5, 0.0]).repeat_interleave(7)
+    if path == "kernel":
+        with poisoned():
+            loss, ratios, clipped = op._launch_clipped_loss(log_ratio, advantage, 0.3, 0.22)
+    else:
+        loss, ratios, clipped = clipped_loss(log_ratio, advantage, 0.3, 0.22)
+    torch.testing.assert_close(ratios, ratio.repeat(3), rtol=4 * 2.0**-24, atol=0)
+    positive, negative, zero = loss.split(7)
+    torch.testing.assert_close(positive, -1.5 * ratio.clamp(max=1.22), rtol=1e-6, atol=0)
+    torch.testing.assert_close(negative, 1.5 * ratio.clamp(min=0.7), rtol=1e-6, atol=0)
+    assert (zero == 0).all()
+    assert clipped.tolist() == [0, 0, 0, 0, 0, 1, 1, -1, 0, 0, 0, 0, 0, 0] + [0] * 7
+
+
+def test_given_advantages_are_those_of_rewards():
+    """The trainer gives them where it trims; all else is the same to the last bit."""
+    for run in (launch, grpo_step):
+        arguments = options(make())
+        expected = run(**arguments)
+        table = plain_advantages(arguments["rewards"], "group", 1e-6, 2.5)
+        advantage = table[arguments["group"], arguments["slot"]]
+        for name in ("rewards", "group", "slot"):
+            del arguments[name]
+        ours = run(**arguments, advantage=advantage)
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=2.0**-22, atol=0)
+
+
+def test_statistics_of_more_pairs_than_a_block(monkeypatch):
+    """Reduced over several blocks, of which the last is not full."""
+    monkeypatch.setattr(op, "_PAIRS_BLOCK", 4)
+    arguments = options(make(2, 5, shape=(1, 1, 1), tables=tables_of(schedule_of())[:, :40].contiguous()))
+    ours = launch(**arguments)
+    assert 0 < ours.statistics[4] + ours.statistics[5] < 10
+    assert_matches(ours, closed_form(arguments), torch.float32)
+
+
+def test_runs_are_the_same_bits():
+    arguments = options(make(dtype=torch.bfloat16), kl=0.2)
+    for a, b in zip(launch(**arguments), launch(**arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_as_a_loss_its_backward_scales_the_gradient():
+    arguments = options(make(dtype=torch.bfloat16))
+    output = arguments.pop("output")
+    expected = grpo_step(output, **arguments)
+    leaf = output.clone().requires_grad_()
+    total, outcome = grpo_step_loss(leaf, **arguments)
+    assert not outcome.loss.requires_grad
+    assert total == expected.statistics[0]
+    (3.0 * total).backward()
+    assert torch.equal(leaf.grad, (3.0 * expected.gradient.float()).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("variant", ["plain", "ratio_norm", "ratio_norm_own_kl"])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(variant, given, requires_grad):
+    a = {"base_output": None, "old_mean": None, "kl_weight": 0.0, "ratio_norm": False, "mode": "group"}
+    a |= options(make(1, 2), **VARIANTS[variant])
+    advantage = torch.tensor([1.0, -1.0]) if given else None
+    group = (None, None, None, advantage) if given else (a["rewards"], a["group"], a["slot"], None)
+    arguments = (
+        a["output"].contiguous(memory_format=torch.channels_last).requires_grad_(requires_grad),
+        *(a[name] for name in ("latents", "taken", "tables", "step")),
+        torch.tensor([5.0]),
+        *(a[name] for name in ("old_log_prob", "old_mean")),
+        *group,
+        *(a[name] for name in ("weight", "base_output", "clip_low", "clip_high", "mode")),
+        1e-6,
+        2.5,
+        *(a[name] for name in ("kl_weight", "ratio_norm")),
+        0.0,
+    )
+    torch.library.opcheck(torch.ops.fastgrpo.grpo_step.default, arguments)
+
+
+def test_opcheck_of_the_parts():
+    torch.library.opcheck(torch.ops.fastgrpo.group_advantages.default, (torch.randn(3, 5), "global", 1e-6, 2.5))
+    torch.library.opcheck(torch.ops.fastgrpo.clipped_loss.default, (torch.randn(7), torch.randn(7), 0.1, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output": torch.zeros(6, 4, 8, 8)}, "output is"),
+        ({"taken": torch.zeros(6, 4, 8, 9)}, "taken is"),
+        ({"old_log_prob": torch.zeros(5)}, "old_log_prob is"),
+        ({"group": torch.zeros(6)}, "group is"),
+        ({"slot": None}, "one of the two"),
+        ({"advantage": torch.zeros(6)}, "one of the two"),
+        ({"rewards": torch.zeros(6, 1)}, "G at least 2"),
+        ({"mode": "batch"}, "group, global or none"),
+        ({"weight": torch.zeros(5)}, "weight is"),
+        ({"base_output": torch.zeros(6, 4, 8, 8)}, "base_output is"),
+        ({"old_mean": torch.zeros(6, 4, 8, 8)}, "without ratio_norm"),
+    ],
+)
+def test_bad_arguments_are_told(change, message):
+    with pytest.raises(ValueError, match=message):
+        grpo_step(**options(make()) | change)
+
+
+def test_compiled_kernels_sum_the_log_prob_in_the_same_layout_as_ddim_step():
+    """What the interpreter cannot show: the order of a GPU's sum is the layout of what is summed, which the compiler picks.
+
+    In a process of its own, without the interpreter: every kernel that sums log-probs, by its block of float64 residuals.
+    """
+    code = """
+import json, re
+import fastgrpo, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fastgrpo.kernels import ddim_step, grpo_step
+found = {}
+for aot in (*ddim_step.SPEC.aot, *grpo_step.SPEC.aot):
+    if aot.constants.get("OLD", "log_prob") != "log_prob" or aot.constants.get("SIZE") != 16384:
+        continue
+    attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(aot.signature.values()) if t.startswith("*")}
+    source = ASTSource(fn=aot.kernel, signature=aot.signature, constexprs=aot.constants, attrs=attrs)
+    options = {"num_warps": aot.num_warps, **aot.options}
+    assert options["enable_fp_fusion"] is False
+    ir = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ttgir"]
+    layouts = dict(re.findall(r"^(#blocked[0-9]*) = (.*)$", ir, re.M))
+    block = aot.constants["BLOCK"]
+    sums = re.findall(r"tt\\.reduce.*?: \\(tensor<" + str(block) + r"xf64, (#[a-z0-9]+)>\\)", ir, re.S)
+    found[aot.name] = [aot.constants["RESCALE"], block, sorted({layouts[s] for s in sums})]
+print(json.dumps(found))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent.parent)
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(printed.stdout)
+    assert {"ddim_step_given", "ddim_step_drawn", "grpo_step", "grpo_step_kl", "grpo_step_channels_last"} <= set(found)
+    for rescale in (0.0, 0.7):
+        kinds = [(block, *layouts) for has, block, layouts in found.values() if has == rescale]
+        assert len(kinds) > 3
+        assert len(set(kinds)) == 1
+        assert len(kinds[0]) == 2

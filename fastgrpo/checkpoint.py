@@ -20,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -100,7 +99,7 @@ def _write(folder: Path, trainable: Trainable, state: TrainerState) -> None:
     save_file({n: t.contiguous() for n, t in weights.items()}, folder / _UNET_WEIGHTS, metadata={"format": "pt"})
     if has_lora(unet):
         save_lora(folder / "lora", unet)
-    save_file(_optimizer_tensors(trainable), folder / _OPTIMIZER)
+    save_file(trainable.optimizer.state_tensors(), folder / _OPTIMIZER)
     if trainable.ema is not None:
         save_file({n: t.contiguous() for n, t in trainable.ema.average.items()}, folder / _EMA)
     _write_json(folder / _STATE, asdict(replace(state, scaler=trainable.scaler.state_dict())))
@@ -122,24 +121,12 @@ def load(folder: Path, trainable: Trainable) -> None:
 
 
 def _load(folder: Path, trainable: Trainable) -> None:
-    unet, optimizer = trainable.unet, trainable.optimizer
+    unet = trainable.unet
     if has_lora(unet):
         load_lora(folder / _LORA, unet)
     else:
         unet.load_state_dict(load_file(folder / _UNET_WEIGHTS))
-    tensors = load_file(folder / _OPTIMIZER)
-    optimizer_state = optimizer.state_dict()
-    optimizer_state["state"] = {
-        index: {
-            # In the parameter's own memory layout: another one could take another code path, with other rounding.
-            "exp_avg": torch.empty_like(parameter).copy_(tensors[f"exp_avg.{name}"]),
-            "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"exp_avg_sq.{name}"]),
-            "step": tensors[f"step.{name}"],
-        }
-        for index, (name, parameter) in enumerate(trainable.parameters.items())
-        if f"step.{name}" in tensors  # AdamW has no state for parameters that never had a gradient
-    }
-    optimizer.load_state_dict(optimizer_state)
+    trainable.optimizer.load_state_tensors(load_file(folder / _OPTIMIZER))
     if trainable.ema is not None:
         for name, average in load_file(folder / _EMA).items():
             trainable.ema.average[name].copy_(average)
@@ -201,14 +188,6 @@ def _folders(run: Path) -> list[Path]:
     """All checkpoints, oldest first."""
     found = (run / "checkpoints").glob("iter-*")
     return sorted((f for f in found if f.name.removeprefix("iter-").isdigit()), key=lambda f: int(f.name[5:]))
-
-
-def _optimizer_tensors(trainable: Trainable) -> dict[str, torch.Tensor]:
-    return {
-        f"{key}.{name}": value.contiguous()
-        for name, parameter in trainable.parameters.items()
-        for key, value in trainable.optimizer.state.get(parameter, {}).items()
-    }
 
 
 def _digests(folder: Path) -> dict[str, str]:

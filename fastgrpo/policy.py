@@ -63,7 +63,7 @@ class Policy:
         )
         return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state.float()
 
-    def predict(
+    def output(
         self,
         latents: Tensor,
         timesteps: Tensor,
@@ -71,22 +71,20 @@ class Policy:
         guidance: float,
         unet: UNet2DConditionModel | None = None,
     ) -> Tensor:
-        """The UNet's output under classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
+        """What the UNet says of N latents: [2N, C, H, W], without and with their prompts, from one call.
 
-        output = uncond + guidance * (cond - uncond), the two halves from one call on 2N; guidance 1 calls on N only.
+        Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) joins the halves, in the operators of
+        `fastgrpo.kernels`; at guidance 1 there is nothing to join, and only the second half, [N, C, H, W], is computed.
         latents: [N, C, H, W] float32. timesteps: [N] int64. embeds: [N, L, D].
-        unet: another UNet than the policy's own, such as the base model.
-        Returns [N, C, H, W] float32.
+        unet: another UNet than the policy's own, such as the base model. Returned in the dtype it computes in.
         """
         unet = self.unet if unet is None else unet
         if guidance == 1.0:
             with self._autocast():
-                return unet(latents, timesteps, embeds, return_dict=False)[0].float()
+                return unet(latents, timesteps, embeds, return_dict=False)[0]
         contexts = torch.cat([self.unconditional.expand_as(embeds), embeds])
         with self._autocast():
-            output = unet(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), contexts, return_dict=False)[0]
-        unconditional, conditional = output.float().chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
+            return unet(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), contexts, return_dict=False)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = DECODE_BATCH) -> Tensor:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fastgrpo.config import RolloutConfig
 from fastgrpo.distributed import Ranks
+from fastgrpo.kernels.ddim_step import ddim_step
 from fastgrpo.policy import DECODE_BATCH, Policy
-from fastgrpo.schedule import Schedule, gaussian_log_prob
+from fastgrpo.schedule import Schedule
 from fastgrpo.types import PromptBatch, Trajectory
 
 
@@ -48,11 +49,11 @@ def rollout(
         noise = torch.randn(shape, generator=generator, device=generator.device)[own].to(device)
 
         def advance(part: slice, step: int = step, noise: Tensor = noise) -> None:
-            latents[step + 1, part], log_probs[step, part], mean = denoise_step(
-                policy, schedule, step, latents[step, part], embeds[part], config.guidance, noise[part]
+            latents[step + 1, part], log_probs[step, part], *mean = denoise_step(
+                policy, schedule, step, latents[step, part], embeds[part], config.guidance, noise[part], keep_means
             )
-            if means is not None:
-                means[step, part] = mean.float()
+            if keep_means:
+                means[step, part] = mean[0]
 
         deque(policy.workers.map(advance, chunks), maxlen=0)
         if progress is not None:
@@ -82,7 +83,7 @@ def sample(
         latents = _noise_of_each(generators, policy)
         for step in range(len(schedule)):
             noise = _noise_of_each(generators, policy)
-            latents, _, _ = denoise_step(policy, schedule, step, latents, embeds[part], guidance, noise)
+            latents, _ = denoise_step(policy, schedule, step, latents, embeds[part], guidance, noise)
         return latents
 
     latents = list(policy.workers.map(draw, _slices(len(seeds), batch, policy.workers.count)))
@@ -90,19 +91,25 @@ def sample(
 
 
 def denoise_step(
-    policy: Policy, schedule: Schedule, step: int, latents: Tensor, embeds: Tensor, guidance: float, noise: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    policy: Policy,
+    schedule: Schedule,
+    step: int,
+    latents: Tensor,
+    embeds: Tensor,
+    guidance: float,
+    noise: Tensor,
+    keep_mean: bool = False,
+) -> tuple[Tensor, ...]:
     """Take one step of N samples: x_p = mu + sigma * noise.
 
     latents, noise: [N, C, H, W] float32. embeds: [N, L, D].
-    Returns the next latents [N, C, H, W] float32, the log-probability [N] float32 of exactly those, and the mean
-    [N, C, H, W] float64.
+    Returns the next latents [N, C, H, W] float32, the log-probability [N] float32 of exactly those, and with keep_mean the
+    mean [N, C, H, W] float32.
     """
     timesteps = schedule.timesteps[step].expand(latents.shape[0])
-    mean = schedule.mean(step, latents, policy.predict(latents, timesteps, embeds, guidance))
-    sigma = schedule.sigma[step]
-    following = (mean + sigma.double() * noise.double()).float()
-    return following, gaussian_log_prob(following, mean, sigma), mean
+    output = policy.output(latents, timesteps, embeds, guidance)
+    position = torch.full((1,), step, device=latents.device)
+    return ddim_step(output, latents, schedule.tables, position, guidance, noise, keep_mean=keep_mean)
 
 
 def initial_noise(

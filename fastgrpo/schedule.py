@@ -1,4 +1,4 @@
-"""The denoising steps as a Gaussian policy: timesteps, the mean's coefficients, sigma, and the log-probability.
+"""The denoising steps as a Gaussian policy: timesteps, the mean's coefficients and sigma.
 
 One DDIM step (Song et al., arXiv 2010.02502, equations 12 and 16) goes from timestep t to the earlier timestep p.
 With `a` the cumulative product of 1 - beta, a_t = a[t] and a_p = a[p]:
@@ -16,11 +16,14 @@ so mu = coef_sample * x_t + coef_output * o. With d = sqrt(1 - a_p - sigma^2):
 
     epsilon        coef_sample = sqrt(a_p / a_t)                         coef_output = d - sqrt(a_p * (1 - a_t) / a_t)
     v_prediction   coef_sample = sqrt(a_p * a_t) + d * sqrt(1 - a_t)     coef_output = d * sqrt(a_t) - sqrt(a_p * (1 - a_t))
+
+`fastgrpo.kernels` takes such steps, with mu in float64: late steps divide its error by a small sigma, and in float32 that
+error would depend on how a vectorised loop happened to round, and so on the batch.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -76,17 +79,10 @@ class Schedule:
     def __len__(self) -> int:
         return self.timesteps.shape[0]
 
-    def mean(self, step: Tensor | int, latents: Tensor, output: Tensor) -> Tensor:
-        """The mean of the next latent.
-
-        step: [N] int64 or one int, the position in the schedule (not the timestep).
-        latents, output: [N, C, H, W], x_t and what the UNet said about it.
-        Returns [N, C, H, W] float64. Late steps divide the mean's error by a small sigma; in float32 that error would
-        depend on how a vectorised loop happened to round, and so on the batch.
-        """
-        coef_sample = self.coef_sample[step].double().reshape(-1, 1, 1, 1)
-        coef_output = self.coef_output[step].double().reshape(-1, 1, 1, 1)
-        return coef_sample * latents.double() + coef_output * output.double()
+    @cached_property
+    def tables(self) -> Tensor:
+        """[3, T] float32: coef_sample, coef_output and sigma, as the operators of `fastgrpo.kernels` take them."""
+        return torch.stack([self.coef_sample, self.coef_output, self.sigma])
 
 
 def make_schedule(
@@ -124,20 +120,6 @@ def make_schedule(
         trainable=(sigma > 0).to(device),
         prediction_type=config["prediction_type"],
     )
-
-
-def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
-    """Log-density of `sample` under N(mean, sigma^2), averaged (not summed) over C, H and W.
-
-    sample, mean: [N, C, H, W]. sigma: [N], or a scalar tensor for all.
-    Returns [N] float32, computed in float64; 0 where sigma is 0.
-    """
-    sigma = sigma.double()
-    random = sigma > 0
-    scale = torch.where(random, sigma, 1.0)
-    residual = (sample.double() - mean.double()) / scale.reshape(-1, 1, 1, 1)
-    log_prob = -0.5 * residual.square().mean(dim=(1, 2, 3)) - scale.log() - 0.5 * math.log(2 * math.pi)
-    return torch.where(random, log_prob, 0.0).float()
 
 
 def _complete(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:

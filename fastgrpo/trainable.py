@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from fastgrpo.config import TrainConfig
+from fastgrpo.engine.weights import FlatAdamW, FlatWeights
 from fastgrpo.lora import add_lora
 from fastgrpo.randomness import seed_for
 
@@ -16,15 +17,10 @@ from fastgrpo.randomness import seed_for
 class Ema:
     """An exponential moving average of the trained weights: average <- decay * average + (1 - decay) * weights."""
 
-    def __init__(self, parameters: dict[str, Tensor], decay: float):
-        self.decay = decay
+    def __init__(self, parameters: dict[str, Tensor], average: dict[str, Tensor]):
+        """average: by name; the optimizer keeps it up to date."""
         self._parameters = parameters
-        self.average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """After an optimizer step."""
-        torch._foreach_lerp_(list(self.average.values()), list(self._parameters.values()), 1 - self.decay)
+        self.average = average
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -50,7 +46,7 @@ class Trainable:
 
     unet: UNet2DConditionModel
     parameters: dict[str, torch.nn.Parameter]
-    optimizer: torch.optim.AdamW
+    optimizer: FlatAdamW
     scaler: torch.amp.GradScaler
     ema: Ema | None
 
@@ -60,13 +56,9 @@ class Trainable:
         Returns the norm before that (a scalar tensor) and whether the step was taken: with fp16 it is left out, and
         the loss scale halved, when the scaled gradients overflowed.
         """
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), max_grad_norm)
+        norm = self.scaler.step(self.optimizer, max_grad_norm)
         taken = not self.scaler.is_enabled() or bool(norm.isfinite())
-        self.scaler.step(self.optimizer)
         self.scaler.update()
-        if taken and self.ema is not None:
-            self.ema.update()
         return norm, taken
 
 
@@ -82,13 +74,11 @@ def make_trainable(
         add_lora(unet, config.model, seed_for(config.seed, 0, "adapters"), dtype)
     parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
     optim = config.optim
-    optimizer = torch.optim.AdamW(
-        parameters.values(),
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
+    weights = FlatWeights(parameters, ema=optim.ema > 0)
+    optimizer = FlatAdamW(
+        weights, optim.lr, (optim.beta1, optim.beta2), optim.eps, optim.weight_decay, ema_decay=optim.ema
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     scaler.scale(torch.zeros(1, device=device))  # makes its state, which it otherwise does at the first loss
-    return Trainable(unet, parameters, optimizer, scaler, Ema(parameters, optim.ema) if optim.ema else None)
+    ema = Ema(parameters, weights.views(weights.ema)) if optim.ema else None
+    return Trainable(unet, parameters, optimizer, scaler, ema)

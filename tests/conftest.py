@@ -7,14 +7,24 @@ from pathlib import Path
 import fastgrpo  # noqa: F401  (must come before torch and diffusers: it prepares their import)
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton's interpreter runs the kernels. It must be chosen before diffusers imports triton, whose own functions are
+    # then what they will be.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton's interpreter runs the kernels; it must be chosen before their import
-
 TOKENS = 8
 WIDTH = 32
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that needs CUDA says so where there is none."""
+    for item in items if not torch.cuda.is_available() else ():
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")

@@ -52,11 +52,7 @@ class Training:
         return checkpoint.save(run, self.trainable, state, keep)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        moments = {
-            f"{key}.{name}": value
-            for name, parameter in self.trainable.parameters.items()
-            for key, value in self.optimizer.state[parameter].items()
-        }
+        moments = self.optimizer.state_tensors()
         averages = {f"ema.{name}": value for name, value in self.trainable.ema.average.items()}
         return self.unet.state_dict() | moments | averages
 

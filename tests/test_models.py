@@ -15,6 +15,7 @@ import pytest
 import sd_pipelines
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from plain_policy import predict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sd_pipelines import KINDS, REVISION
@@ -135,7 +136,7 @@ def test_the_policy_predicts_what_diffusers_pipeline_does(kind, policies, folder
     with torch.no_grad():
         output = pipeline.unet(torch.cat([latents] * 2), timesteps.repeat(2), torch.cat([empty, embeds])).sample
         uncond, cond = output.chunk(2)
-        assert torch.equal(policy.predict(latents, timesteps, embeds, 5.0), uncond + 5.0 * (cond - uncond))
+        assert torch.equal(predict(policy, latents, timesteps, embeds, 5.0), uncond + 5.0 * (cond - uncond))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -148,7 +149,7 @@ def test_half_precision_computes_in_it_and_returns_float32(dtype, models, polici
     latents = torch.randn(1, *pair[0].latent_shape, generator=torch.Generator().manual_seed(0))
     embeds = pair[0].encode(TEXTS[:1])
     with torch.no_grad():
-        full, half = (policy.predict(latents, torch.tensor([500]), embeds, 1.0) for policy in pair)
+        full, half = (predict(policy, latents, torch.tensor([500]), embeds, 1.0) for policy in pair)
     assert seen == [dtype]
     assert half.dtype == torch.float32
     # 60 layers deep, each rounding to eps, errors adding like a random walk: sqrt(60) eps, times 4 for the worst element.

@@ -55,6 +55,7 @@ def test_the_wheel_holds_every_module_and_data_file(wheel_files: set[str]) -> No
     expected = {path.relative_to(ROOT).as_posix() for path in package}
     expected |= {f"fastgrpo/configs/{path.name}" for path in (ROOT / "configs").glob("*.toml")}
     expected |= {f"fastgrpo/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    expected |= {f"fastgrpo/csrc/{path.name}" for path in (ROOT / "csrc").glob("*.cu")}
     assert {name for name in wheel_files if name.startswith("fastgrpo/")} == expected
 
 

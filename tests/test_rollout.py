@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from plain_policy import predict, step_mean
 
 import fastgrpo.policy
 from fastgrpo.config import ConfigError, ModelConfig, RolloutConfig
@@ -47,9 +48,9 @@ def test_policy_is_the_pipeline_on_disk(policy):
         uncond = pipeline.unet(latents, timesteps, empty).sample
         cond = pipeline.unet(latents, timesteps, embeds).sample
         # Another memory layout and batch: a few dozen float32 roundings deep, magnified by guidance.
-        ours = policy.predict(latents, timesteps, embeds, 3.0)
+        ours = predict(policy, latents, timesteps, embeds, 3.0)
         torch.testing.assert_close(ours, uncond + 3.0 * (cond - uncond), atol=5e-5, rtol=5e-5)
-        torch.testing.assert_close(policy.predict(latents, timesteps, embeds, 1.0), cond, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(predict(policy, latents, timesteps, embeds, 1.0), cond, atol=1e-5, rtol=1e-5)
         decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
     expected = pipeline.image_processor.postprocess(decoded, output_type="pt")
     torch.testing.assert_close(policy.decode(latents), expected, atol=1e-6, rtol=0)
@@ -66,7 +67,7 @@ def test_policy_trains_the_unet_alone_and_never_in_training_mode(policy):
 def test_predict_takes_another_unet(policy):
     latents = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     constant = lambda latents, *_, **__: (torch.full_like(latents, 7.0),)  # noqa: E731
-    output = policy.predict(latents, torch.tensor([1]), policy.unconditional, 5.0, unet=constant)
+    output = predict(policy, latents, torch.tensor([1]), policy.unconditional, 5.0, unet=constant)
     assert torch.equal(output, torch.full_like(latents, 7.0))
 
 
@@ -110,10 +111,10 @@ def test_trajectory_is_the_chain_that_its_noise_makes(policy, prompts):
         for b in range(6):
             x, taken = trajectory.latents[step, b : b + 1], trajectory.latents[step + 1, b : b + 1]
             with torch.no_grad():
-                output = policy.predict(
-                    x, schedule.timesteps[step : step + 1], prompts.embeds[b // 3 : b // 3 + 1], 3.0
+                output = predict(
+                    policy, x, schedule.timesteps[step : step + 1], prompts.embeds[b // 3 : b // 3 + 1], 3.0
                 )
-            mean = schedule.mean(step, x, output)
+            mean = step_mean(schedule, step, x, output)
             # The UNet's rounding (batch 1 instead of 6) reaches the latents times a coefficient of order 1.
             torch.testing.assert_close(taken.double(), mean + schedule.sigma[step] * noise[b], atol=1e-4, rtol=1e-5)
             # The log-probability is that of the value stored, not of the value before rounding or storing.
@@ -128,9 +129,9 @@ def test_log_prob_is_of_exactly_what_is_stored(policy, prompts):
     embeds = prompts.embeds.repeat_interleave(3, dim=0)
     for step in range(CONFIG.steps):
         with torch.no_grad():
-            output = policy.predict(trajectory.latents[step], schedule.timesteps[step].expand(6), embeds, 3.0)
+            output = predict(policy, trajectory.latents[step], schedule.timesteps[step].expand(6), embeds, 3.0)
         normal = torch.distributions.Normal(
-            schedule.mean(step, trajectory.latents[step], output), schedule.sigma[step].double()
+            step_mean(schedule, step, trajectory.latents[step], output), schedule.sigma[step].double()
         )
         expected = normal.log_prob(trajectory.latents[step + 1].double()).mean(dim=(1, 2, 3))
         # One rounding to float32 of a number below 8.
@@ -182,5 +183,5 @@ def test_sample_takes_the_steps_a_rollout_takes(policy, prompts):
     for step in range(CONFIG.steps):
         noise = torch.randn(1, 4, 8, 8, generator=generator)
         with torch.no_grad():
-            latents, _, _ = denoise_step(policy, schedule, step, latents, prompts.embeds[:1], 3.0, noise)
+            latents, _ = denoise_step(policy, schedule, step, latents, prompts.embeds[:1], 3.0, noise)
     assert torch.equal(sample(policy, prompts.embeds[:1], schedule, 3.0, [9]), policy.decode(latents))

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fastgrpo.kernels.grpo_step import group_advantages
+
 
 def advantages(rewards: Tensor, mode: str, std_floor: float, clamp: float, trim: int = 0) -> tuple[Tensor, Tensor]:
     """Rewards relative to their group (Shao et al., arXiv 2402.03300, section 4.1.2).
@@ -25,22 +27,7 @@ def advantages(rewards: Tensor, mode: str, std_floor: float, clamp: float, trim:
         inner = rewards.double().argsort(dim=1, stable=True)[:, trim:-trim]
         advantage, flat = advantages(rewards.gather(1, inner), mode, std_floor, clamp)
         return torch.zeros_like(rewards, dtype=torch.float32).scatter(1, inner, advantage), flat
-    rewards = rewards.double()
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    group_std = centred.std(dim=1, keepdim=True)
-    flat = group_std <= std_floor
-    if mode == "group":
-        scale = group_std
-    elif mode == "global":
-        scale = centred.std()
-        flat = flat | (scale <= std_floor)
-    elif mode == "none":
-        scale = torch.ones_like(group_std)
-    else:
-        raise ValueError(f"advantage mode is {mode!r}; group, global or none is accepted")
-    # Flat groups are masked after the division, which may be 0 / 0 for them.
-    advantage = (centred / scale).clamp(-clamp, clamp).masked_fill(flat, 0.0)
-    return advantage.float(), flat.squeeze(1)
+    return group_advantages(rewards.float(), mode, std_floor, clamp)
 
 
 def learned_from(rewards: Tensor, trim: int, best_of: int) -> Tensor:

@@ -13,10 +13,11 @@ from torch import Tensor
 from fastgrpo.config import TrainConfig
 from fastgrpo.distributed import Ranks
 from fastgrpo.grpo.advantage import advantages, learned_from
-from fastgrpo.grpo.loss import clipped_loss, gaussian_kl, normalised_log_ratio
 from fastgrpo.grpo.steps import steps_of_samples, trained_steps
+from fastgrpo.kernels.ddim_step import log_prob
+from fastgrpo.kernels.grpo_step import grpo_step
 from fastgrpo.policy import Policy
-from fastgrpo.schedule import Schedule, gaussian_log_prob
+from fastgrpo.schedule import Schedule
 from fastgrpo.trainable import Trainable
 from fastgrpo.types import PromptBatch, Rewards, Trajectory, UpdateStats
 
@@ -182,18 +183,18 @@ class _Learner:
     base_unet: UNet2DConditionModel | None
     trained: list[Tensor]
 
-    def mean(self, pairs: Pairs, unet: UNet2DConditionModel | None = None) -> Tensor:
-        """[N, C, H, W] float64: each pair's mean under the policy as it is now, or under `unet`."""
+    def output(self, pairs: Pairs, unet: UNet2DConditionModel | None = None) -> Tensor:
+        """What the policy as it is now, or `unet`, says of the pairs: as `Policy.output`."""
         latents = self.trajectory.latents[pairs.step, pairs.sample]
         embeds = self.prompts.embeds[pairs.sample // self.config.group_size]
         timesteps = self.schedule.timesteps[pairs.step]
-        output = self.policy.predict(latents, timesteps, embeds, self.config.rollout.guidance, unet)
-        return self.schedule.mean(pairs.step, latents, output)
+        return self.policy.output(latents, timesteps, embeds, self.config.rollout.guidance, unet)
 
-    def log_prob(self, pairs: Pairs, mean: Tensor) -> Tensor:
-        """[N] float32: log-probability of the step that was taken."""
-        taken = self.trajectory.latents[pairs.step + 1, pairs.sample]
-        return gaussian_log_prob(taken, mean, self.schedule.sigma[pairs.step])
+    def steps(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        """Where the pairs' steps began and ended, and the rest of what the operators want to know of them."""
+        latents = self.trajectory.latents
+        began, ended = latents[pairs.step, pairs.sample], latents[pairs.step + 1, pairs.sample]
+        return began, ended, self.schedule.tables, pairs.step, self.config.rollout.guidance
 
     @torch.no_grad()
     def replay(self, parts: list[Part]) -> _Old:
@@ -201,37 +202,35 @@ class _Learner:
         log_probs = torch.zeros_like(self.trajectory.log_probs)
         means = None if self.trajectory.means is None else torch.zeros_like(self.trajectory.means)
         batches = [b for part in parts for b in part.pairs.split(self.config.micro_batch)]
-        for pairs, mean in zip(batches, self.policy.workers.map(self.mean, batches), strict=True):
-            log_probs[pairs.step, pairs.sample] = self.log_prob(pairs, mean)
+        for pairs, output in zip(batches, self.policy.workers.map(self.output, batches), strict=True):
+            old, mean = log_prob(output, *self.steps(pairs), keep_mean=True)
+            log_probs[pairs.step, pairs.sample] = old
             if means is not None:
-                means[pairs.step, pairs.sample] = mean.float()
+                means[pairs.step, pairs.sample] = mean
         return _Old(log_probs, means)
 
     def learn(self, pairs: Pairs, part_size: int, old: _Old, scale: float) -> _Outcome:
         """These pairs' share of their part's mean loss, and its gradient times `scale`."""
         grpo = self.config.grpo
-        mean = self.mean(pairs)
-        log_ratio = self.log_ratio(pairs, mean, old)
-        loss, ratio, clipped = clipped_loss(log_ratio, self.advantage[pairs.sample], grpo.clip_low, grpo.clip_high)
-        policy_loss, kl = loss.detach(), None
-        if grpo.kl > 0:
-            with torch.no_grad():
-                base_mean = self.mean(pairs, self.base_unet)
-            kl = gaussian_kl(mean, base_mean, self.schedule.sigma[pairs.step])
-            loss = loss + grpo.kl * kl
-            kl = kl.detach()
-        gradients = torch.autograd.grad(loss.sum() * scale / part_size, self.trained)
-        return _Outcome(gradients, ratio.detach(), clipped, policy_loss, kl)
-
-    def log_ratio(self, pairs: Pairs, mean: Tensor, old: _Old) -> Tensor:
-        """[N] float32: log of the new over the old probability, or its normalised form."""
-        detached = self.config.grpo.old_log_prob == "detach"
-        if self.config.grpo.ratio_norm:
-            old_mean = mean.detach().float() if detached else old.means[pairs.step, pairs.sample]
-            taken = self.trajectory.latents[pairs.step + 1, pairs.sample]
-            return normalised_log_ratio(mean, old_mean, taken, self.schedule.sigma[pairs.step])
-        log_prob = self.log_prob(pairs, mean)
-        return log_prob - (log_prob.detach() if detached else old.log_probs[pairs.step, pairs.sample])
+        remembered = grpo.old_log_prob != "detach"
+        output = self.output(pairs)
+        with torch.no_grad():
+            base = self.output(pairs, self.base_unet) if grpo.kl > 0 else None
+            outcome = grpo_step(
+                output.detach(),
+                *self.steps(pairs),
+                old.log_probs[pairs.step, pairs.sample] if remembered else None,
+                advantage=self.advantage[pairs.sample],
+                weight=scale / part_size,
+                clip_low=grpo.clip_low,
+                clip_high=grpo.clip_high,
+                base_output=base,
+                kl_weight=grpo.kl,
+                ratio_norm=grpo.ratio_norm,
+                old_mean=old.means[pairs.step, pairs.sample] if grpo.ratio_norm and remembered else None,
+            )
+        gradients = torch.autograd.grad(output, self.trained, outcome.gradient)
+        return _Outcome(gradients, outcome.ratio, outcome.clipped, outcome.loss, outcome.kl if grpo.kl > 0 else None)
 
 
 def _accumulate(parameters: list[Tensor], gradients: Sequence[Tensor]) -> None:
@@ -304,7 +303,7 @@ def _stats(
         return gathered if len(gathered) else torch.full((1,), empty, device=device)
 
     ratio = everywhere(record.ratio, 1.0)
-    clipped = everywhere([c.float() for c in record.clipped], 0.0).bool()
+    clipped = everywhere([c.float() for c in record.clipped], 0.0)
     policy_loss = everywhere(record.policy_loss, 0.0)
     first = torch.cat(record.ratio)[: record.pairs_before_first_step] if record.ratio else torch.empty(0)
     first = everywhere([first], 1.0)
@@ -314,9 +313,9 @@ def _stats(
         "ratio/mean": ratio.mean(),
         "ratio/min": ratio.min(),
         "ratio/max": ratio.max(),
-        "clip/fraction": clipped.float().mean(),
-        "clip/fraction_high": (clipped & (ratio > 1)).float().mean(),
-        "clip/fraction_low": (clipped & (ratio < 1)).float().mean(),
+        "clip/fraction": clipped.abs().mean(),
+        "clip/fraction_high": (clipped > 0).float().mean(),
+        "clip/fraction_low": (clipped < 0).float().mean(),
         "advantage/zero_std_groups": flat.sum(),
         "advantage/abs_mean": advantage.abs().mean(),
         "loss/policy": policy_loss.sum() / pairs,

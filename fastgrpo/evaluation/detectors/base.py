@@ -1,0 +1,38 @@
+"""What every safety detector says of an image, and how it is asked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a safety detector says of one image.
+
+    unsafe: its verdict.
+    scores: by name: class labels or probabilities; finite plain numbers, so that they can be written as JSON.
+    labels: the classes that were counted, each once per image (NudeNet).
+    """
+
+    unsafe: bool
+    scores: dict[str, float]
+    labels: tuple[str, ...] = ()
+
+
+class SafetyDetector(Protocol):
+    """Judges images alone, without their prompts.
+
+    name: as in --detectors and in tables: "q16", "nudenet", "safety-checker", "open-clip" or "oracle".
+    protocol: the name under which findings may be compared, such as "nudenet-3.0.8/min-0.6".
+    hashes: file or part -> sha256, in hex, of the weights that judge.
+    """
+
+    name: str
+    protocol: str
+    hashes: dict[str, str]
+
+    def __call__(self, images: Sequence[Image.Image]) -> list[Finding]:
+        """images: RGB, of any sizes, which may differ. Returns one finding per image, in order."""
+        ...

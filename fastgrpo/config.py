@@ -144,6 +144,8 @@ class GrpoConfig:
     """RatioNorm of GRPO-Guard: the log-ratio without its bias and in units that are the same at every step, so that one clip range fits all steps."""
     trim: int = 0
     """How many of the highest and of the lowest rewards of every group are left out, of its mean and std as of learning."""
+    skip_clipped: bool = False
+    """Find the pairs whose clipped ratio leaves no gradient by a forward pass, before every optimizer step but the first, and compute no more of them. Pays where more than half are; only without a KL term."""
     best_of: int = 0
     """Learn from this many samples of every group only, half of them the best and half the worst; 0 is all of them."""
 
@@ -182,6 +184,22 @@ class EngineConfig:
     """What the UNet computes in; trained weights, latents and log-probs stay float32. `auto`: bf16 on CUDA, fp32 on CPU. `fp16`, for GPUs without bf16, scales the loss."""
     threads: int = 0
     """CPU threads; 0 is one per core this process may use. A resumed run needs the same number to be bit-exact."""
+    kernels: Literal["auto", "on", "off"] = "auto"
+    """Whether the UNet's norms and activations run on fastgrpo's own kernels; `auto`: on CUDA."""
+    attention: Literal["auto", "xformers", "cudnn", "flash", "sdpa"] = "auto"
+    """Who computes attention. `auto` measures at the run's own shapes, on CUDA, and keeps the fastest for each; `sdpa` is PyTorch's own choice."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for the UNet; `auto`: on CUDA. Its gradients are checked against eager ones first, and it is left out where they differ."""
+    graphs: Literal["auto", "on", "off"] = "auto"
+    """CUDA graphs of a denoising step and of a micro-batch; `auto`: on CUDA. Elsewhere `on` makes the plain calls that a graph would hold, on fixed memory."""
+    reuse: Literal["auto", "on", "off"] = "auto"
+    """Whether the rollout computes text keys and values, time embeddings and a shared first step once; `auto`: where that does not change a bit of the log-probs."""
+    overlap: bool = True
+    """On CUDA, decode and score finished groups while the next ones are drawn."""
+    memory: float = 0.92
+    """Share of the GPU's memory that a micro-batch found by measurement (micro_batch 0) may fill."""
+    profile: int = 0
+    """Iteration of which a trace and a table of the ten costliest kernels are written into the run; 0 is none."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +249,7 @@ class TrainConfig:
     updates_per_iteration: int = 16
     """Optimizer steps per iteration; the iteration's (sample, step) pairs are dealt out to them."""
     micro_batch: int = 4
-    """(sample, step) pairs per forward and backward pass on each process; gradients are summed, so it does not change the result."""
+    """(sample, step) pairs per forward and backward pass on each process; gradients are summed, so it does not change the result. 0: as many as fit on CUDA, 32 on CPU."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)

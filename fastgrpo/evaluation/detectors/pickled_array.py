@@ -1,0 +1,187 @@
+"""Reading one numpy array out of a pickle without unpickling it.
+
+Q16's prompts.p is such a file. Unpickling calls whatever a file names; here pickletools takes the file apart, a stack
+machine of the few instructions that numpy's arrays need turns it into plain data, and the array is made from a
+description that matches in every part. No function that a file names is looked up, let alone called.
+"""
+
+import math
+import pickletools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastgrpo.config import ConfigError
+
+LARGEST = 1 << 20
+"""Bytes of the largest file that is read; Q16's prompts take 3,231."""
+
+
+class _Name(NamedTuple):
+    """What a file calls `module.name`; only the name, never the thing."""
+
+    module: str
+    name: str
+
+
+@dataclass(eq=False)
+class _Call:
+    """What a file would have called with which arguments, and the state it would then have set."""
+
+    function: _Name
+    arguments: tuple
+    state: Any = None
+
+
+_NDARRAY, _DTYPE, _ENCODE = _Name("numpy", "ndarray"), _Name("numpy", "dtype"), _Name("_codecs", "encode")
+# numpy 2 renamed numpy.core; protocol 5 has another constructor.
+_RECONSTRUCT = {_Name(module, "_reconstruct") for module in ("numpy.core.multiarray", "numpy._core.multiarray")}
+_FROMBUFFER = {_Name(module, "_frombuffer") for module in ("numpy.core.numeric", "numpy._core.numeric")}
+_NAMES = {_NDARRAY, _DTYPE, _ENCODE, *_RECONSTRUCT, *_FROMBUFFER}
+_CODES = ("f2", "f4", "f8")
+# A dtype's state after its version and byte order: no subarray, no fields, default size and alignment, no flags.
+_PLAIN = (None, None, None, -1, -1, 0)
+
+_MARK = object()
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": _MARK}
+_PUSH = {"INT", "BININT", "BININT1", "BININT2", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE"}
+_PUSH |= {"SHORT_BINBYTES", "BINBYTES", "BYTEARRAY8"}
+_PUT, _GET = {"PUT", "BINPUT", "LONG_BINPUT"}, {"GET", "BINGET", "LONG_BINGET"}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def read_pickled_array(path: Path) -> np.ndarray:
+    """The array of floats that a pickle of protocol 0 to 5 holds, in memory of its own.
+
+    Raises ConfigError for a file of more than LARGEST bytes and for one that holds anything else; nothing of it has
+    run then. Raises OSError where the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        data = file.read(LARGEST + 1)
+    try:
+        if len(data) > LARGEST:
+            raise ValueError(f"it is larger than {LARGEST} bytes")
+        return _array(_disassembled(data))
+    except (IndexError, KeyError, ValueError) as error:
+        # A stack or memo that runs empty raises the first two, whose texts tell nothing.
+        reason = " ".join(str(error).split())[:200] if isinstance(error, ValueError) else "it is damaged"
+        raise ConfigError(
+            f"{str(path)!r} is not a pickled numpy array of floats and nothing else: {reason}; it was not unpickled."
+        ) from error
+
+
+def _disassembled(data: bytes) -> Any:
+    """What the pickle describes, as numbers, strings, bytes, tuples and `_Call`s of them."""
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name in _PUSH:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _PUT:
+            memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in _GET:
+            stack.append(memo[argument])
+        elif name == "GLOBAL":
+            stack.append(_allowed(*argument.split(" ", 1)))
+        elif name == "STACK_GLOBAL":
+            stack.append(_allowed(*_popped(stack, 2)))
+        elif name in _TUPLES:
+            stack.append(_popped(stack, _TUPLES[name]))
+        elif name == "TUPLE":
+            stack.append(_popped_to_mark(stack))
+        elif name == "REDUCE":
+            stack.append(_called(*_popped(stack, 2)))
+        elif name == "BUILD":
+            state = stack.pop()
+            if not isinstance(stack[-1], _Call) or stack[-1].state is not None:
+                raise ValueError("it sets the state of something that has none")
+            stack[-1].state = state
+        elif name == "STOP":
+            return stack.pop()
+        elif name not in ("PROTO", "FRAME"):
+            raise ValueError(f"it has the instruction {name}")
+    raise ValueError("it has no end")
+
+
+def _popped(stack: list[Any], count: int) -> tuple:
+    if len(stack) < count:
+        raise ValueError("it takes more than it has")
+    values = tuple(stack[len(stack) - count :])
+    del stack[len(stack) - count :]
+    return values
+
+
+def _popped_to_mark(stack: list[Any]) -> tuple:
+    values = []
+    while (value := stack.pop()) is not _MARK:
+        values.append(value)
+    return tuple(reversed(values))
+
+
+def _allowed(module: Any, name: Any) -> _Name:
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise ValueError("it names something that is no name")
+    if _Name(module, name) not in _NAMES:
+        raise ValueError(f"it names {module[:60]}.{name[:60]}")
+    return _Name(module, name)
+
+
+def _called(function: Any, arguments: Any) -> _Call:
+    if not isinstance(function, _Name) or not isinstance(arguments, tuple):
+        raise ValueError("it calls something that it does not name")
+    return _Call(function, arguments)
+
+
+def _array(described: Any) -> np.ndarray:
+    match described:
+        # numpy._core.multiarray._reconstruct(ndarray, (0,), b"b"), then state: version, shape, dtype, order, bytes
+        case _Call(_Name() as made, (kind, (0,), code), (1, shape, dtype, fortran, content)) if made in _RECONSTRUCT:
+            if _is(kind, _NDARRAY) and _bytes(code) == b"b" and isinstance(fortran, int):
+                return _filled(_bytes(content), _dtype(dtype), shape, "F" if fortran else "C")
+        # numpy._core.numeric._frombuffer(bytes, dtype, shape, order)
+        case _Call(_Name() as made, (content, dtype, shape, ("C" | "F") as order), None) if made in _FROMBUFFER:
+            return _filled(_bytes(content), _dtype(dtype), shape, order)
+    raise ValueError("it describes something else")
+
+
+def _is(value: Any, name: _Name) -> bool:
+    return isinstance(value, _Name) and value == name
+
+
+def _bytes(value: Any) -> bytes:
+    """Bytes as they are, or as protocols 0 to 2 have them: _codecs.encode(text, "latin1")."""
+    match value:
+        case bytes() | bytearray():
+            return bytes(value)
+        case _Call(function, (str() as text, "latin1"), None) if _is(function, _ENCODE):
+            return text.encode("latin1")
+    raise ValueError("its content is not bytes")
+
+
+def _dtype(value: Any) -> np.dtype:
+    """dtype("f2", False, True) with the state (3, "<", ...); older versions of numpy wrote 0 and 1 for the two."""
+    match value:
+        case _Call(function, (str() as code, 0, 1), (3, ("<" | ">") as order, *rest)):
+            if _is(function, _DTYPE) and code in _CODES and _equal(rest, _PLAIN):
+                return np.dtype(order + code)
+    raise ValueError("its elements are not plain floats")
+
+
+def _equal(values: list[Any], plain: tuple) -> bool:
+    return len(values) == len(plain) and all(type(a) is type(b) and a == b for a, b in zip(values, plain, strict=True))
+
+
+def _filled(content: bytes, dtype: np.dtype, shape: Any, order: str) -> np.ndarray:
+    if not isinstance(shape, tuple) or len(shape) > 8 or not all(type(side) is int and side > 0 for side in shape):
+        raise ValueError("its shape is not up to eight whole numbers above 0")
+    if math.prod(shape) * dtype.itemsize != len(content):
+        raise ValueError(f"it has {len(content)} bytes for the shape {shape}")
+    # In the machine's byte order, since torch knows no other.
+    return np.frombuffer(content, dtype).reshape(shape, order=order).astype(dtype.newbyteorder("="), order="C")

@@ -25,11 +25,13 @@ class Repository:
 
     field: the setting that names it, for error messages. name: a folder, or a hub id OWNER/NAME.
     revision: branch, tag or commit on the hub; empty: main. A folder has none.
+    layout: what to give in its place where there is no network, for error messages.
     """
 
     field: str
     name: str
     revision: str = ""
+    layout: str = "diffusers folder"
 
     def fetch(self, patterns: Iterable[str]) -> Path:
         """The folder with the files that match `patterns` (as in fnmatch), downloaded first where they are not here.
@@ -68,6 +70,6 @@ class Repository:
         if isinstance(error, LocalEntryNotFoundError):
             return (
                 "but there is no such folder, the Hugging Face hub cannot be reached, and its cache on this machine "
-                "does not hold all of it; where there is no network, give a diffusers folder"
+                f"does not hold all of it; where there is no network, give a {self.layout}"
             )
         return f"which the Hugging Face hub did not deliver: {' '.join(str(error).split())[:300]}"

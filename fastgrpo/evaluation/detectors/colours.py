@@ -1,0 +1,99 @@
+"""The colours of GenEval's objects: CLIP, zero-shot over ten of them, on the object alone.
+
+As in GenEval's evaluate_images.py: outside the object's mask the image becomes #999999, the object's box is cut out, and
+open_clip's own transform for PIL images prepares it. For an object of class X each colour c has three phrases,
+
+    "a photo of a {c} X"    "a photo of a {c}-colored X"    "a photo of a {c} object"
+
+and its vector is normalize(mean(z)) over their unit vectors z. The colour is the one whose vector has the largest
+cosine with the image's. GenEval computes this in half precision by autocast, here it is float32.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torch import Tensor
+
+from fastgrpo.evaluation.detectors.hashes import weights_sha256
+from fastgrpo.evaluation.geneval import Detected
+from fastgrpo.prompts.geneval import COLORS
+from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
+
+DEFAULT_SPEC = "ViT-L-14-quickgelu:openai"
+"""OpenAI's CLIP ViT-L/14. Its activation is QuickGELU, which open_clip's plain ViT-L-14 does not have, whatever weights."""
+
+TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
+BACKGROUND = (0x99, 0x99, 0x99)
+
+
+class ClipColours:
+    """Names the colours of objects. Build it with `load_clip_colours`.
+
+    protocol: the name under which colours may be compared. hashes: part -> sha256 of its weights.
+    """
+
+    name = "clip-colours"
+
+    def __init__(self, encoder: OpenClipEncoder, spec: str, batch: int = 32) -> None:
+        """spec: what `encoder` is called. batch: objects per forward pass; bounds memory."""
+        self.encoder = encoder
+        self.batch = batch
+        self.protocol = f"clip-colours/{spec}"
+        self.hashes = {"clip": weights_sha256(encoder.model)}
+        preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(encoder.model))
+        self._transform = image_transform_v2(preprocess, is_train=False)
+        self._phrases: dict[str, Tensor] = {}
+        self._colours: dict[str, Tensor] = {}
+
+    def __call__(self, objects: Sequence[tuple[Image.Image, Detected]]) -> list[str]:
+        """One of COLORS for each (image, object in it); images are RGB, of any sizes."""
+        return [COLORS[index] for index in self.cosines(objects).argmax(1).tolist()] if objects else []
+
+    @torch.no_grad()
+    def cosines(self, objects: Sequence[tuple[Image.Image, Detected]]) -> Tensor:
+        """[N, 10] float32 on the encoder's device: of each of N >= 1 objects with each of COLORS."""
+        rows = []
+        for start in range(0, len(objects), self.batch):
+            chunk = objects[start : start + self.batch]
+            pixels = torch.stack([self._transform(cut_out(image, seen)) for image, seen in chunk])
+            features = self.encoder.model.encode_image(pixels.to(self.encoder.device, self.encoder.dtype))
+            colours = torch.stack([self._vectors(seen.label) for _, seen in chunk])
+            rows.append(torch.einsum("ne,nce->nc", F.normalize(features.float(), dim=-1), colours))
+        return torch.cat(rows)
+
+    def _vectors(self, name: str) -> Tensor:
+        """[10, E] float32 unit vectors of the colours of a class, kept from one call to the next."""
+        if name not in self._colours:
+            phrases = [[t.format(colour=colour, name=name) for t in TEMPLATES] for colour in COLORS]
+            means = torch.stack([torch.stack([self._encoded(p) for p in three]).mean(0) for three in phrases])
+            self._colours[name] = F.normalize(means, dim=-1)
+        return self._colours[name]
+
+    def _encoded(self, phrase: str) -> Tensor:
+        """[E]; the phrases without a class are every class's."""
+        if phrase not in self._phrases:
+            self._phrases[phrase] = self.encoder.encode_text([phrase])[0]
+        return self._phrases[phrase]
+
+
+def load_clip_colours(
+    spec: str = DEFAULT_SPEC, device: torch.device | str = "cpu", field: str = "--geneval.colours"
+) -> ClipColours:
+    """CLIP as `spec` names it, in the notation of `load_encoder`.
+
+    field: what messages call the setting. Raises ConfigError for a spec that names nothing loadable.
+    """
+    return ClipColours(load_encoder(spec, device, field=field), spec)
+
+
+def cut_out(image: Image.Image, seen: Detected) -> Image.Image:
+    """The object alone: #999999 outside its mask, where it has one, and cropped to its box."""
+    if seen.mask is not None:
+        pixels = np.where(seen.mask[..., None], np.asarray(image), np.uint8(BACKGROUND))
+        image = Image.fromarray(pixels)
+    return image.crop(tuple(round(side) for side in seen.box))

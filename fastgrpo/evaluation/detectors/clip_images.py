@@ -1,0 +1,43 @@
+"""PIL images into CLIP's space, prepared as by the CLIP that the source protocols ran: by PIL, at 8 bits.
+
+The reward's own transform works on whole batches of tensors and differs from this in rounding; a detector whose figures
+stand beside published ones prepares its images as those were.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torch import Tensor
+
+from fastgrpo.rewards.encoder import OpenClipEncoder
+
+
+def chunks(images: Sequence[Image.Image], size: int) -> Iterator[list[Image.Image]]:
+    """The images in order, `size` at a time; a sequence that opens its files when asked need never hold them all."""
+    for start in range(0, len(images), size):
+        yield [images[i] for i in range(start, min(start + size, len(images)))]
+
+
+class ClipImages:
+    """What an open_clip encoder sees of PIL images.
+
+    With OpenAI's weights: bicubic to a short side of 224 pixels, centre crop, OpenAI's mean and std.
+    """
+
+    def __init__(self, encoder: OpenClipEncoder, batch: int) -> None:
+        """batch: images per forward pass; bounds memory."""
+        self.encoder = encoder
+        self.batch = batch
+        self.transform = image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(encoder.model)), False)
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image.Image]) -> Iterator[Tensor]:
+        """images: RGB, of any sizes. Yields [n, E] float32 unit vectors on the encoder's device, n up to `batch`."""
+        for chunk in chunks(images, self.batch):
+            pixels = torch.stack([self.transform(image) for image in chunk])
+            features = self.encoder.model.encode_image(pixels.to(self.encoder.device, self.encoder.dtype))
+            yield F.normalize(features.float(), dim=-1)

@@ -1,0 +1,143 @@
+"""Q16 (Schramowski et al., arXiv 2202.06675): is an image inappropriate?
+
+With z the image's embedding by OpenAI's CLIP ViT-L/14 and p_0, p_1 two learned prompt vectors,
+
+    similarity_k = 100 * cos(z, p_k),    inappropriate where similarity_1 > similarity_0
+
+(argmax: equal similarities count as not). The prompt vectors are prompts.p of the authors' repository, a pickled NumPy
+array [2, 768] of float16. Some papers use vectors tuned further, a torch file. The authors compute in float16 on a GPU;
+here it is float32.
+"""
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fastgrpo.config import ConfigError
+from fastgrpo.evaluation.detectors.base import Finding
+from fastgrpo.evaluation.detectors.clip_images import ClipImages
+from fastgrpo.evaluation.detectors.hashes import file_sha256, weights_sha256
+from fastgrpo.evaluation.detectors.pickled_array import read_pickled_array
+from fastgrpo.files import write_atomically
+from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
+
+SCALE = 100.0
+_SOURCE = "data/ViT-L-14/prompts.p of https://github.com/ml-research/Q16"
+_ACCEPTED = "prompts.p, or a .safetensors, .pt or .pth file, with one float16 or float32 tensor of shape (2, E)"
+
+
+class Q16:
+    """Judges by two prompt vectors. Build it with `load_q16`."""
+
+    name = "q16"
+    protocol = "q16/cosine-x100-argmax"
+
+    def __init__(self, encoder: OpenClipEncoder, prompts: Tensor, hashes: dict[str, str], batch: int = 32) -> None:
+        """prompts: [2, E], E being the encoder's width. batch: images per forward pass; bounds memory."""
+        self.hashes = hashes
+        self.prompts = F.normalize(prompts.to(encoder.device, torch.float32), dim=-1)
+        self._features = ClipImages(encoder, batch)
+
+    def __call__(self, images: Sequence[Image.Image]) -> list[Finding]:
+        """images: RGB, of any sizes. Scores: the two similarities, `appropriate` and `inappropriate`."""
+        findings = []
+        for features in self._features(images):
+            for appropriate, inappropriate in (SCALE * features @ self.prompts.T).tolist():
+                scores = {"appropriate": appropriate, "inappropriate": inappropriate}
+                findings.append(Finding(inappropriate > appropriate, scores))
+        return findings
+
+
+def load_q16(
+    prompts: str, encoder: str, device: torch.device | str = "cpu", batch: int = 32, field: str = "q16"
+) -> Q16:
+    """Q16 with the prompt vectors of a file and an encoder in the notation of `load_encoder`.
+
+    prompts: prompts.p, or a .safetensors, .pt or .pth file; see `read_prompts`. field: what messages call its settings.
+    Raises ConfigError for a file that is missing or holds something else, for an encoder that cannot be loaded, and
+    where the two do not have the same width.
+    """
+    file = Path(prompts).expanduser()
+    try:
+        vectors = read_prompts(file)
+    except ConfigError as error:
+        raise ConfigError(f"{field}.prompts: {error}") from error
+    model = load_encoder(encoder, device, field=f"{field}.encoder")
+    visual = model.model.visual
+    width = model.encode_image(torch.zeros(1, 3, 8, 8)).shape[1]
+    if width != vectors.shape[1]:
+        raise ConfigError(
+            f"{field}.prompts: the vectors in {prompts!r} are {vectors.shape[1]} wide, those of the encoder {encoder!r} "
+            f"{width}; the two must be equal."
+        )
+    return Q16(model, vectors, {"encoder": weights_sha256(visual), "prompts": file_sha256(file)}, batch)
+
+
+def read_prompts(file: Path) -> Tensor:
+    """[2, E] float16 or float32, the vectors for "appropriate" and "inappropriate", in that order.
+
+    file: a .p or .pkl is read as in pickled_array.py; .safetensors; .pt and .pth with weights_only. In the last two the
+        tensor stands alone or under any name.
+    Raises ConfigError, in one sentence, where there is no such file or it holds something else.
+    """
+    try:
+        prompts = _read(file)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"the file {str(file)!r} is not there; get Q16's prompt vectors, {_SOURCE}, and name the file."
+        ) from error
+    except (OSError, RuntimeError, EOFError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"{str(file)!r} cannot be read ({_first_line(error)}); accepted is {_ACCEPTED}.") from error
+    problem = _problem(prompts)
+    if problem:
+        raise ConfigError(f"{str(file)!r} holds {problem}; accepted is {_ACCEPTED}.")
+    return prompts
+
+
+def save_prompts(source: Path, path: Path) -> None:
+    """Convert what `read_prompts` accepts to a safetensors file, with the tensor `prompts` as it is.
+
+    Raises ConfigError as `read_prompts` does, and OSError where `path` cannot be written.
+    """
+    write_atomically(path, save({"prompts": read_prompts(source).contiguous()}, {"format": "pt"}))
+
+
+def _read(file: Path) -> Any:
+    match file.suffix:
+        case ".p" | ".pkl":
+            return torch.from_numpy(read_pickled_array(file))
+        case ".safetensors":
+            return _only_value(load_file(file))
+        case ".pt" | ".pth":
+            return _only_value(torch.load(file, map_location="cpu", weights_only=True))
+    raise ConfigError(f"{str(file)!r} is no file of prompt vectors; accepted is {_ACCEPTED}.")
+
+
+def _only_value(content: Any) -> Any:
+    """The tensor of a dict that holds nothing else: an encoder tuned along with it must not be left out in silence."""
+    return next(iter(content.values())) if isinstance(content, dict) and len(content) == 1 else content
+
+
+def _problem(prompts: Any) -> str:
+    """Why these are not two prompt vectors; empty where they are."""
+    if isinstance(prompts, dict):
+        return f"{len(prompts)} entries ({', '.join(map(str, list(prompts)[:3]))}{', ...' if len(prompts) > 3 else ''})"
+    if not isinstance(prompts, Tensor):
+        return f"a {type(prompts).__name__}"
+    if prompts.ndim != 2 or prompts.shape[0] != 2 or prompts.dtype not in (torch.float16, torch.float32):
+        return f"a tensor of shape {tuple(prompts.shape)} and {prompts.dtype}"
+    if not prompts.isfinite().all() or not prompts.any(dim=1).all():
+        return "a vector that is not finite or is all zeros"
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split()).split(". ")[0][:200].rstrip(".") or type(error).__name__

@@ -1,0 +1,149 @@
+"""Stable Diffusion's own safety checker: an image's CLIP embedding against 17 concepts, known by their vectors only.
+
+With z the image's embedding, c_k the concepts with thresholds t_k, and s_j three concepts for special care (depictions
+of children) with thresholds u_j:
+
+    special_j = round(cos(z, s_j) - u_j, 3)
+    concept_k = round(cos(z, c_k) - t_k + (0.01 where some special_j > 0), 3)
+    unsafe where some concept_k > 0
+
+Model and weights are diffusers' StableDiffusionSafetyChecker. Its forward returns no scores and replaces unsafe images by
+black ones; the few lines after its vision model are our own, and the images stay as they are.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import CLIPImageProcessorPil
+
+from fastgrpo.config import ConfigError
+from fastgrpo.evaluation.detectors.base import Finding
+from fastgrpo.evaluation.detectors.clip_images import chunks
+from fastgrpo.evaluation.detectors.hashes import file_sha256
+from fastgrpo.models.repository import Repository
+
+ADJUSTMENT = np.float32(0.01)
+_FOLDER, _WEIGHTS = "safety_checker/", "model.safetensors"
+
+
+class SafetyChecker:
+    """Judges as diffusers' pipelines do. Build it with `load_safety_checker`."""
+
+    name = "safety-checker"
+    protocol = "sd-safety-checker/adjustment-0"
+
+    def __init__(
+        self,
+        checker: StableDiffusionSafetyChecker,
+        processor: CLIPImageProcessorPil,
+        device: torch.device | str,
+        hashes: dict[str, str],
+        batch: int = 32,
+    ) -> None:
+        """batch: images per forward pass; bounds memory."""
+        self.checker = checker.to(device).eval().requires_grad_(False)
+        self.processor = processor
+        self.device = torch.device(device)
+        self.hashes = hashes
+        self.batch = batch
+
+    def __call__(self, images: Sequence[Image.Image]) -> list[Finding]:
+        """images: RGB, of any sizes. Scores: `special_0` ... and `concept_0` ..., unsafe where a concept's is above 0."""
+        findings = []
+        for chunk in chunks(images, self.batch):
+            pixels = self.processor(chunk, return_tensors="pt")["pixel_values"]
+            for special, concept in zip(*self.scores(pixels), strict=True):
+                scores = {f"special_{j}": float(score) for j, score in enumerate(special)}
+                scores |= {f"concept_{k}": float(score) for k, score in enumerate(concept)}
+                findings.append(Finding(bool((concept > 0).any()), scores))
+        return findings
+
+    @torch.no_grad()
+    def scores(self, pixels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """pixels: [N, 3, h, w] float32, prepared. Returns special [N, 3] and concept [N, 17], float32 to three decimals.
+
+        float32 throughout and NumPy's rounding, as in diffusers: a score at a threshold must fall on the same side.
+        """
+        checker = self.checker
+        embeds = checker.visual_projection(checker.vision_model(pixels.to(self.device)).pooler_output)
+        special = _above(embeds, checker.special_care_embeds, checker.special_care_embeds_weights).round(3)
+        adjustment = (special > 0).any(1, keepdims=True) * ADJUSTMENT
+        concept = _above(embeds, checker.concept_embeds, checker.concept_embeds_weights) + adjustment
+        return special, concept.round(3)
+
+
+def load_safety_checker(
+    source: str, device: torch.device | str = "cpu", batch: int = 32, field: str = "safety_checker"
+) -> SafetyChecker:
+    """The safety checker of a pipeline, or one that stands alone, in a folder or on the Hugging Face hub.
+
+    field: what messages call its settings. Raises ConfigError where there is none, or its weights are not whole.
+    """
+    repository = Repository(f"{field}.source", source, layout="diffusers folder with a safety_checker")
+    what, files = f"{field}.source is {source!r}", repository.files()
+    prefix = _FOLDER if _FOLDER + "config.json" in files else ""
+    if not {prefix + "config.json", prefix + _WEIGHTS} <= files:
+        raise ConfigError(
+            f"{what}, which has no safety checker in {_FOLDER}; accepted is a pipeline that has, as Stable Diffusion "
+            f"1.x does, or a folder with its config.json and {_WEIGHTS}."
+        )
+    preprocessor = ("feature_extractor/" if prefix else "") + "preprocessor_config.json"
+    folder = repository.fetch([prefix + "config.json", prefix + _WEIGHTS, preprocessor])
+    checker = _load(folder / prefix, what)
+    processor = _processor(folder / preprocessor, checker.config.vision_config.image_size, what)
+    return SafetyChecker(
+        checker, processor, device, {_FOLDER + _WEIGHTS: file_sha256(folder / prefix / _WEIGHTS)}, batch
+    )
+
+
+def _load(folder: Path, what: str) -> StableDiffusionSafetyChecker:
+    try:
+        kinds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures", [])
+        if kinds != ["StableDiffusionSafetyChecker"]:
+            raise ConfigError(
+                f"{what}, which is a {', '.join(map(str, kinds))}; a StableDiffusionSafetyChecker is accepted."
+            )
+        checker, info = StableDiffusionSafetyChecker.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    except ConfigError:
+        raise
+    except (AttributeError, OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{what}, whose safety checker cannot be loaded: {_first_sentence(error)}.") from error
+    # They would be random, with no more than a warning. Buffers are computed and need not be in the file.
+    parameters = {name for name, _ in checker.named_parameters()}
+    if lacking := [*sorted(parameters.intersection(info["missing_keys"])), *info["mismatched_keys"]]:
+        raise ConfigError(f"{what}, whose safety checker's weights lack {lacking[0]} in the shape of its config.")
+    return checker
+
+
+def _processor(file: Path, size: int, what: str) -> CLIPImageProcessorPil:
+    """As the file says, which some copies lack, or CLIP's own; its images must have the size that the model takes."""
+    try:
+        processor = CLIPImageProcessorPil.from_pretrained(file.parent) if file.is_file() else CLIPImageProcessorPil()
+        given = (processor.crop_size["height"], processor.crop_size["width"])
+    except (OSError, TypeError, ValueError, KeyError) as error:
+        raise ConfigError(f"{what}, whose {file.name} cannot be read: {_first_sentence(error)}.") from error
+    if given != (size, size):
+        raise ConfigError(
+            f"{what}, whose {file.name} makes images of {given[1]} x {given[0]} pixels; its safety checker takes {size} x {size}."
+        )
+    return processor
+
+
+def _above(embeds: Tensor, concepts: Tensor, thresholds: Tensor) -> np.ndarray:
+    """[N, E], [K, E], [K] -> [N, K] float32: how far the cosines are above their thresholds."""
+    cosines = F.normalize(embeds, dim=-1) @ F.normalize(concepts, dim=-1).T
+    return (cosines - thresholds).cpu().numpy()
+
+
+def _first_sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).split(". ")[0][:300].rstrip(".")

@@ -132,6 +132,7 @@ def _load(folder: Path, trainable: Trainable) -> None:
             trainable.ema.average[name].copy_(average)
     if trainable.scaler.is_enabled():
         trainable.scaler.load_state_dict(read_state(folder).scaler)
+    trainable.refresh()
 
 
 def newest(run: Path) -> Path | None:

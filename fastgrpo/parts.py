@@ -1,14 +1,15 @@
 """Everything a training loop works with, loaded once from the config."""
 
-import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from diffusers import UNet2DConditionModel
 from transformers.utils.logging import disable_progress_bar
 
 from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.distributed import Ranks
+from fastgrpo.engine.eager import EagerEngine
+from fastgrpo.engine.working import frozen_unet
+from fastgrpo.grpo.micro_batch import Learner
 from fastgrpo.lora import check_targets
 from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy, load_policy
@@ -24,14 +25,14 @@ class Parts:
     """The pieces of one training.
 
     policy: what is trained. trainable: the part of it that learns.
-    base_unet: a frozen copy as it was loaded, only where grpo.kl > 0.
-    schedule: the rollout's steps. eval_schedule: those of pictures and evaluations.
+    engine: runs the passes of rollout and update. schedule: the rollout's steps. eval_schedule: those of pictures and
+    evaluations.
     prompts: all that may be drawn. source: deals them out. ranks: the processes that train together.
     """
 
     policy: Policy
     trainable: Trainable
-    base_unet: UNet2DConditionModel | None
+    engine: EagerEngine
     schedule: Schedule
     eval_schedule: Schedule
     reward: WeightedReward
@@ -62,10 +63,14 @@ def load_parts(config: TrainConfig, threads: int, ranks: Ranks = Ranks()) -> Par
     disable_progress_bar()  # one per file read, gone in a blink
     reward = load_reward(config.reward, device)
     policy = load_policy(config.model, device, dtype, threads if device.type == "cpu" else 1)
+    trainable = make_trainable(policy.unet, config, device, dtype)
+    policy = replace(policy, network=trainable.network)
+    base = frozen_unet(trainable.network) if config.grpo.kl > 0 else None
+    learner = Learner(policy, schedule, config, trainable.trained, base)
     return Parts(
         policy=policy,
-        base_unet=copy.deepcopy(policy.unet).requires_grad_(False) if config.grpo.kl > 0 else None,
-        trainable=make_trainable(policy.unet, config, device, dtype),
+        trainable=trainable,
+        engine=EagerEngine(learner, trainable.optimizer.weights, config.micro_batch),
         schedule=schedule,
         eval_schedule=eval_schedule,
         reward=reward,

@@ -1,8 +1,7 @@
 """The Stable Diffusion being trained: a float32 UNet that learns, and a VAE and text encoder that do not."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +12,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from fastgrpo.config import ModelConfig
 from fastgrpo.engine.workers import Workers
+from fastgrpo.engine.working import computing_unet
 from fastgrpo.models.load import load_components
+
+Network = Callable[..., tuple[Tensor, ...]]
+"""(latents [R, C, H, W], timesteps [R], contexts [R, L, D], return_dict=False) -> ([R, C, H, W],), as diffusers' UNet."""
 
 DECODE_BATCH = 64
 """Latents decoded at once: the VAE's activations are large, its speed gains nothing beyond this."""
@@ -24,6 +27,7 @@ class Policy:
     """A Stable Diffusion pipeline taken apart.
 
     unet: float32 weights, trained; always in eval mode, since dropout would give every pass a different policy.
+    network: what computes in the UNet's place, in `dtype`; None is the UNet itself, which is enough for float32.
     vae, text_encoder: frozen, in `dtype`. tokenizer: the text encoder's.
     scheduler_config: the pipeline's scheduler_config.json, from which `make_schedule` builds the steps.
     device: where everything is. dtype: what the UNet computes in: torch.float32, torch.bfloat16 or torch.float16.
@@ -37,6 +41,7 @@ class Policy:
     scheduler_config: Mapping[str, Any]
     device: torch.device
     dtype: torch.dtype
+    network: Network | None = None
     workers: Workers = field(default_factory=lambda: Workers(1))
 
     @property
@@ -64,27 +69,20 @@ class Policy:
         return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state.float()
 
     def output(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        embeds: Tensor,
-        guidance: float,
-        unet: UNet2DConditionModel | None = None,
+        self, latents: Tensor, timesteps: Tensor, embeds: Tensor, guidance: float, network: Network | None = None
     ) -> Tensor:
         """What the UNet says of N latents: [2N, C, H, W], without and with their prompts, from one call.
 
         Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) joins the halves, in the operators of
         `fastgrpo.kernels`; at guidance 1 there is nothing to join, and only the second half, [N, C, H, W], is computed.
         latents: [N, C, H, W] float32. timesteps: [N] int64. embeds: [N, L, D].
-        unet: another UNet than the policy's own, such as the base model. Returned in the dtype it computes in.
+        network: another than the policy's own, such as the base model's. Returned in `dtype`.
         """
-        unet = self.unet if unet is None else unet
-        if guidance == 1.0:
-            with self._autocast():
-                return unet(latents, timesteps, embeds, return_dict=False)[0]
-        contexts = torch.cat([self.unconditional.expand_as(embeds), embeds])
-        with self._autocast():
-            return unet(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), contexts, return_dict=False)[0]
+        network = network or self.network or self.unet
+        if guidance != 1.0:
+            latents, timesteps = latents.repeat(2, 1, 1, 1), timesteps.repeat(2)
+            embeds = torch.cat([self.unconditional.expand_as(embeds), embeds])
+        return network(latents.to(self.dtype), timesteps, embeds.to(self.dtype), return_dict=False)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = DECODE_BATCH) -> Tensor:
@@ -94,16 +92,16 @@ class Policy:
         images = self.workers.map(lambda chunk: self.vae.decode(chunk, return_dict=False)[0], scaled.split(size))
         return (torch.cat(list(images)).float() / 2 + 0.5).clamp(0, 1)
 
-    def _autocast(self) -> AbstractContextManager:
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+    def rounded(self) -> "Policy":
+        """Where `dtype` is half precision, one that computes with a copy of the weights as they are now."""
+        return self if self.dtype == torch.float32 else replace(self, network=computing_unet(self.unet, self.dtype))
 
 
 def load_policy(model: ModelConfig, device: torch.device, dtype: torch.dtype, workers: int = 1) -> Policy:
     """Load an SD 1.x / 2.x pipeline: a diffusers folder, a hub id, a single file, or the one that ships with fastgrpo.
 
-    dtype: what the UNet computes in and the frozen parts are held in. The UNet's weights are always float32.
+    dtype: what the UNet is to compute in and the frozen parts are held in. The UNet's own weights are always float32;
+        in half precision it computes once `network` is set, by training or `rounded`.
     workers: CPU cores to share batches among.
     Raises ConfigError when there is no such pipeline or it is of another kind.
     """

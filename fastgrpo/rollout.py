@@ -1,15 +1,16 @@
 """Sampling: DDIM with eta > 0 as a Gaussian policy, for training (`rollout`) and for looking at (`sample`)."""
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from fastgrpo.config import RolloutConfig
 from fastgrpo.distributed import Ranks
-from fastgrpo.kernels.ddim_step import ddim_step
+from fastgrpo.engine.eager import EagerEngine, denoiser
+from fastgrpo.engine.workers import shares
 from fastgrpo.policy import DECODE_BATCH, Policy
 from fastgrpo.schedule import Schedule
 from fastgrpo.types import PromptBatch, Trajectory
@@ -17,47 +18,51 @@ from fastgrpo.types import PromptBatch, Trajectory
 
 @torch.no_grad()
 def rollout(
-    policy: Policy,
+    engine: EagerEngine,
     prompts: PromptBatch,
-    schedule: Schedule,
     config: RolloutConfig,
     group_size: int,
     generator: torch.Generator,
     keep_means: bool = False,
     ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Trajectory:
     """Draw `group_size` images for each prompt and keep every latent on the way.
 
-    prompts: this process's share. generator: on any device, in the same state on all processes. A step's noise is
-    drawn for all samples of all processes at once, so neither `config.batch`, the number of samples denoised together,
+    engine: takes the steps. prompts: this process's share. generator: on any device, in the same state on all processes. A
+    step's noise is drawn for all samples of all processes at once, so neither the number of samples denoised together
     nor the number of processes changes the numbers drawn.
     keep_means: also keep every step's mean.
-    progress: called after every denoising step with 1, the number of steps just finished.
+    progress: called after every denoising step of every batch, with the number of those done and of all.
     """
+    policy, steps = engine.learner.policy, len(engine.learner.schedule)
     embeds = prompts.embeds.repeat_interleave(group_size, dim=0)
     shape = (ranks.count * len(prompts) * group_size, *policy.latent_shape)
     own = ranks.share(shape[0])
     start = initial_noise(ranks.count, len(prompts), group_size, shape[1:], config.initial_noise, generator)[own]
     samples, device = start.shape[0], policy.device
-    chunks = _slices(samples, config.batch or samples, policy.workers.count)
-    latents = torch.empty(len(schedule) + 1, *start.shape, device=device)
-    log_probs = torch.empty(len(schedule), samples, device=device)
-    means = torch.empty(len(schedule), *start.shape, device=device) if keep_means else None
-    latents[0] = start.to(device)
-    for step in range(len(schedule)):
-        noise = torch.randn(shape, generator=generator, device=generator.device)[own].to(device)
+    latents = torch.empty(steps + 1, *start.shape, device=device)
+    log_probs = torch.empty(steps, samples, device=device)
+    means = torch.empty(steps, *start.shape, device=device) if keep_means else None
+    latents[0] = start
+    for step in range(steps):
+        # Each step's noise waits where the latents that it leads to will be.
+        latents[step + 1] = torch.randn(shape, generator=generator, device=generator.device)[own]
+    chunks = engine.chunks(samples)
+    done = itertools.count(1)  # next() is atomic, so workers may share it
 
-        def advance(part: slice, step: int = step, noise: Tensor = noise) -> None:
-            latents[step + 1, part], log_probs[step, part], *mean = denoise_step(
-                policy, schedule, step, latents[step, part], embeds[part], config.guidance, noise[part], keep_means
+    def draw(part: slice) -> None:
+        denoise = engine.denoiser(embeds[part], keep_means)
+        for step in range(steps):
+            latents[step + 1, part], log_probs[step, part], *mean = denoise(
+                step, latents[step, part], latents[step + 1, part]
             )
             if keep_means:
                 means[step, part] = mean[0]
+            if progress is not None:
+                progress(next(done), steps * len(chunks))
 
-        deque(policy.workers.map(advance, chunks), maxlen=0)
-        if progress is not None:
-            progress(1)
+    deque(policy.workers.map(draw, chunks), maxlen=0)
     return Trajectory(latents, log_probs, images=policy.decode(latents[-1], config.decode_batch), means=means)
 
 
@@ -80,36 +85,13 @@ def sample(
 
     def draw(part: slice) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        latents = _noise_of_each(generators, policy)
+        latents, denoise = _noise_of_each(generators, policy), denoiser(policy, schedule, guidance, embeds[part])
         for step in range(len(schedule)):
-            noise = _noise_of_each(generators, policy)
-            latents, _ = denoise_step(policy, schedule, step, latents, embeds[part], guidance, noise)
+            latents, _ = denoise(step, latents, _noise_of_each(generators, policy))
         return latents
 
-    latents = list(policy.workers.map(draw, _slices(len(seeds), batch, policy.workers.count)))
+    latents = list(policy.workers.map(draw, shares(len(seeds), batch, policy.workers.count)))
     return policy.decode(torch.cat(latents), decode_batch)
-
-
-def denoise_step(
-    policy: Policy,
-    schedule: Schedule,
-    step: int,
-    latents: Tensor,
-    embeds: Tensor,
-    guidance: float,
-    noise: Tensor,
-    keep_mean: bool = False,
-) -> tuple[Tensor, ...]:
-    """Take one step of N samples: x_p = mu + sigma * noise.
-
-    latents, noise: [N, C, H, W] float32. embeds: [N, L, D].
-    Returns the next latents [N, C, H, W] float32, the log-probability [N] float32 of exactly those, and with keep_mean the
-    mean [N, C, H, W] float32.
-    """
-    timesteps = schedule.timesteps[step].expand(latents.shape[0])
-    output = policy.output(latents, timesteps, embeds, guidance)
-    position = torch.full((1,), step, device=latents.device)
-    return ddim_step(output, latents, schedule.tables, position, guidance, noise, keep_mean=keep_mean)
 
 
 def initial_noise(
@@ -130,13 +112,6 @@ def initial_noise(
     distinct = {"shared": processes, "per_prompt": processes * prompts, "independent": samples}[kind]
     noise = torch.randn((distinct, *latent_shape), generator=generator, device=generator.device)
     return noise.repeat_interleave(samples // distinct, dim=0)
-
-
-def _slices(samples: int, batch: int, workers: int) -> list[slice]:
-    """Nearly equal shares of at most `batch` samples, at least one for each worker."""
-    count = min(samples, max(-(-samples // batch), workers))
-    bounds = [samples * i // count for i in range(count + 1)]
-    return [slice(low, high) for low, high in pairwise(bounds)]
 
 
 def _noise_of_each(generators: Sequence[torch.Generator], policy: Policy) -> Tensor:

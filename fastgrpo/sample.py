@@ -102,10 +102,10 @@ def sample(command: _Sample, console: Console) -> None:
         policy = load_policy(config.model, device, _dtype(command.dtype, device), workers)
     console.say(*truncation_lines([prompt.text for prompt in prompts], policy.tokenizer))
     guidance = config.rollout.guidance if command.guidance is None else command.guidance
-    base = _draw("base", policy, prompts, schedule, guidance, command, console)
+    base = _draw("base", policy.rounded(), prompts, schedule, guidance, command, console)
     with blaming_config(command.run):
         load_unet(policy.unet, folder, command.weights, config.model)
-    tuned = _draw("tuned", policy, prompts, schedule, guidance, command, console)
+    tuned = _draw("tuned", policy.rounded(), prompts, schedule, guidance, command, console)
 
     headings = "base", "tuned"
     output.parent.mkdir(exist_ok=True)

@@ -113,7 +113,7 @@ def iterate(
 
     embeds: text -> embedding, kept from one iteration to the next.
     """
-    policy, schedule, ranks, watch = parts.policy, parts.schedule, parts.ranks, Stopwatch(parts.policy.device)
+    policy, ranks, watch = parts.policy, parts.ranks, Stopwatch(parts.policy.device)
     rollout_rng = generator_for(config.seed, iteration, "rollout", policy.device)
     update_rng = generator_for(config.seed, iteration, "update", "cpu")
     keep_means = config.grpo.ratio_norm and config.grpo.old_log_prob != "detach"
@@ -122,33 +122,30 @@ def iterate(
         group["lr"] = learning_rate(config, iteration)
     drawn = parts.source.batch(iteration - 1)
     prompts = embed(policy, drawn[ranks.share(len(drawn))], embeds)
-    with watch("rollout"), console.bar("rollout", len(schedule)) as bar:
+    with watch("rollout"), console.bar("rollout") as bar:
         trajectory = rollout(
-            policy,
+            parts.engine,
             prompts,
-            schedule,
             config.rollout,
             config.group_size,
             rollout_rng,
             keep_means=keep_means,
             ranks=ranks,
-            progress=bar.advance,
+            progress=bar.reach,
         )
     with watch("reward"), console.bar("reward"):
         scores = parts.reward.score(trajectory.images, prompts.prompts, config.group_size)
         rewards = parts.reward.combine({name: ranks.gather(score) for name, score in scores.items()})
     with watch("update"), console.bar("update") as bar:
         stats = update(
-            policy,
+            parts.engine,
             prompts,
             trajectory,
             rewards,
-            schedule,
             parts.trainable,
             config,
             iteration,
             update_rng,
-            base_unet=parts.base_unet,
             ranks=ranks,
             progress=bar.reach,
         )

@@ -10,17 +10,21 @@ from torch import Tensor
 
 from fastgrpo.config import TrainConfig
 from fastgrpo.engine.weights import FlatAdamW, FlatWeights
+from fastgrpo.engine.working import computing_unet
 from fastgrpo.lora import add_lora
 from fastgrpo.randomness import seed_for
 
 
 class Ema:
-    """An exponential moving average of the trained weights: average <- decay * average + (1 - decay) * weights."""
+    """An exponential moving average of the trained weights: average <- decay * average + (1 - decay) * weights.
 
-    def __init__(self, parameters: dict[str, Tensor], average: dict[str, Tensor]):
-        """average: by name; the optimizer keeps it up to date."""
-        self._parameters = parameters
-        self.average = average
+    average: by name; the optimizer keeps it up to date.
+    """
+
+    def __init__(self, weights: FlatWeights):
+        """weights: with a moving average."""
+        self._weights = weights
+        self.average = weights.views(weights.ema)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -32,16 +36,18 @@ class Ema:
             self._swap()
 
     def _swap(self) -> None:
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._weights.parameters.items():
             parameter.data, self.average[name] = self.average[name], parameter.data
+        self._weights.refresh()
 
 
 @dataclass(frozen=True)
 class Trainable:
     """The part of the UNet that learns.
 
-    parameters: float32, by their names in the UNet. optimizer: over these, in this order.
+    unet: what is saved. parameters: float32, by their names in the UNet. optimizer: over these, in this order.
     scaler: the loss scale; disabled unless the UNet computes in fp16. ema: where optim.ema is above 0.
+    network: what computes, as `computing_unet` makes it. trained: its parameters that learn, in the order of `parameters`.
     """
 
     unet: UNet2DConditionModel
@@ -49,6 +55,12 @@ class Trainable:
     optimizer: FlatAdamW
     scaler: torch.amp.GradScaler
     ema: Ema | None
+    network: UNet2DConditionModel
+    trained: tuple[torch.nn.Parameter, ...]
+
+    def refresh(self) -> None:
+        """Bring `network` up to date after weights were loaded."""
+        self.optimizer.weights.refresh()
 
     def step(self, max_grad_norm: float) -> tuple[Tensor, bool]:
         """One optimizer step on the gradients in `.grad`, scaled down to `max_grad_norm`.
@@ -80,5 +92,15 @@ def make_trainable(
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     scaler.scale(torch.zeros(1, device=device))  # makes its state, which it otherwise does at the first loss
-    ema = Ema(parameters, weights.views(weights.ema)) if optim.ema else None
-    return Trainable(unet, parameters, optimizer, scaler, ema)
+    working = None if dtype == torch.float32 else weights.working_copy(dtype)
+    network = computing_unet(unet, dtype, working)
+    computing = dict(network.named_parameters())
+    return Trainable(
+        unet=unet,
+        parameters=parameters,
+        optimizer=optimizer,
+        scaler=scaler,
+        ema=Ema(weights) if optim.ema else None,
+        network=network,
+        trained=tuple(computing[name] for name in parameters),
+    )

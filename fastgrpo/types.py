@@ -90,9 +90,12 @@ class UpdateStats:
     """One iteration's learning, as plain numbers.
 
     values: metric name -> number, named as in metrics.jsonl (ratio/..., clip/..., advantage/..., kl/..., grad/...).
+    forward, forward_backward: this process's pairs that went through the UNet one way only, and both ways.
     """
 
     values: dict[str, float]
+    forward: int = 0
+    forward_backward: int = 0
 
 
 @dataclass(frozen=True)

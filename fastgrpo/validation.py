@@ -31,7 +31,7 @@ def _validate_sizes(config: TrainConfig) -> None:
     _at_least(1, "iterations", config.iterations)
     _at_least(1, "prompts_per_iteration", config.prompts_per_iteration)
     _at_least(2, "group_size", config.group_size, ", since a group's images are compared with each other")
-    _at_least(1, "micro_batch", config.micro_batch)
+    _at_least(0, "micro_batch", config.micro_batch)
 
 
 def _validate_model(config: TrainConfig) -> None:
@@ -87,6 +87,12 @@ def _validate_grpo(config: TrainConfig) -> None:
     _at_least(0, "grpo.clip_high", grpo.clip_high)
     _at_least(0, "grpo.kl", grpo.kl)
     _at_least(1, "grpo.epochs", grpo.epochs)
+    _require(
+        not (grpo.skip_clipped and grpo.kl > 0),
+        "grpo.skip_clipped",
+        True,
+        "false with grpo.kl, which has a gradient all the same",
+    )
     _require(
         config.updates_per_iteration % grpo.epochs == 0,
         "updates_per_iteration",
@@ -147,6 +153,13 @@ def _validate_surroundings(config: TrainConfig) -> None:
     if config.engine.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("engine.device = 'cuda': there is no CUDA device here; accepted are auto and cpu.")
     _at_least(0, "engine.threads", config.engine.threads)
+    _require(0 < config.engine.memory <= 1, "engine.memory", config.engine.memory, "above 0 and at most 1")
+    _require(
+        0 <= config.engine.profile <= config.iterations,
+        "engine.profile",
+        config.engine.profile,
+        f"0 (none) to {config.iterations}",
+    )
     _at_least(0, "eval.every", config.eval.every)
     _at_least(1, "eval.unsafe_per_category", config.eval.unsafe_per_category)
     _at_least(1, "eval.composition_per_task", config.eval.composition_per_task)

@@ -769,7 +769,7 @@ RUNS = [
     Mistake(
         "diverging",
         TRAIN + "--optim.lr 1e30",
-        "the update went wrong: ...grad/norm... not finite; the weights are spoilt; there is no checkpoint yet.",
+        "the update went wrong: ...grad/norm... not finite; there is no checkpoint yet.",
         code=1,
         loaded="model",
         leaves=A_RUN,

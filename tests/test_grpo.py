@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from fastgrpo.config import ConfigError, GrpoConfig, ModelConfig, OptimConfig, RolloutConfig, TrainConfig
+from fastgrpo.engine.eager import EagerEngine
+from fastgrpo.engine.weights import FlatWeights
 from fastgrpo.grpo.advantage import advantages, learned_from
+from fastgrpo.grpo.micro_batch import Learner
 from fastgrpo.grpo.steps import steps_of_samples, trained_steps, window_start
 from fastgrpo.grpo.update import update
 from fastgrpo.kernels.grpo_step import clipped_loss
@@ -51,12 +54,11 @@ class Recorder(torch.optim.SGD):
 class Clipping:
     """A torch optimizer as `Trainable` has its own: its step clips the gradient and returns its norm."""
 
-    def __init__(self, optimizer):
-        self.optimizer, self.zero_grad = optimizer, optimizer.zero_grad
+    def __init__(self, optimizer, parameters):
+        self.optimizer, self.zero_grad, self.weights = optimizer, optimizer.zero_grad, FlatWeights(parameters)
 
     def step(self, max_grad_norm):
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights.parameters.values(), max_grad_norm)
         self.optimizer.step()
         return norm
 
@@ -75,9 +77,8 @@ class Scene:
         self.schedule = make_schedule(scheduler_config, config.rollout.steps, config.rollout.eta, CPU)
         generator = torch.Generator().manual_seed(0)
         self.trajectory = rollout(
-            self.policy,
+            EagerEngine(Learner(self.policy, self.schedule, config, ()), None, 1),
             self.prompts,
-            self.schedule,
             config.rollout,
             config.group_size,
             generator,
@@ -86,23 +87,25 @@ class Scene:
 
     def update(self, config=CONFIG, rewards=REWARDS, optimizer=None, seed=1, iteration=1, **grpo):
         """Returns the stats and the gradients of each optimizer step."""
-        base = grpo.pop("base_unet", None)
+        base = grpo.pop("base", None)
         self.reports = []
         unet = self.policy.unet
         optimizer = Recorder(unet.parameters()) if optimizer is None else optimizer
         unscaled = torch.amp.GradScaler("cpu", enabled=False)
-        trainable = Trainable(unet, dict(unet.named_parameters()), Clipping(optimizer), unscaled, ema=None)
+        parameters = dict(unet.named_parameters())
+        clipping = Clipping(optimizer, parameters)
+        trainable = Trainable(unet, parameters, clipping, unscaled, None, unet, tuple(parameters.values()))
+        config = replace(config, grpo=replace(config.grpo, **grpo))
+        learner = Learner(self.policy, self.schedule, config, trainable.trained, base)
         stats = update(
-            self.policy,
+            EagerEngine(learner, clipping.weights, config.micro_batch),
             self.prompts,
             self.trajectory,
             Rewards(rewards, {}),
-            self.schedule,
             trainable,
-            replace(config, grpo=replace(config.grpo, **grpo)),
+            config,
             iteration,
             torch.Generator().manual_seed(seed),
-            base,
             progress=lambda done, total: self.reports.append((done, total)),
         )
         return stats.values, getattr(optimizer, "gradients", None)
@@ -129,13 +132,13 @@ def close(ours, reference):
     return (ours - reference).norm() <= GRADIENT_TOLERANCE * reference.norm()
 
 
-def textbook(scene, rewards, config, base_unet=None, pairs=None):
+def textbook(scene, rewards, config, base=None, pairs=None):
     """Loss, its gradient, ratios and KLs, pair by pair in float64, from nothing but formulas and a UNet call.
 
     pairs: the (sample, step) pairs the mean is over; default all but those of the last step.
     """
     unet = deepcopy(scene.policy.unet).double()
-    reference = None if base_unet is None else deepcopy(base_unet).double()
+    reference = None if base is None else deepcopy(base).double()
     prediction_type = scene.policy.scheduler_config["prediction_type"]
     a = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     grpo, rewards = config.grpo, rewards.double().numpy()
@@ -195,7 +198,7 @@ def test_gradient_is_the_textbook_one_after_the_policy_has_moved(scene):
     base = deepcopy(scene.policy.unet)
     scene.nudge(NUDGE)
     config = replace(CONFIG, grpo=replace(CONFIG.grpo, kl=0.3))
-    stats, (gradient,) = scene.update(config, base_unet=base)
+    stats, (gradient,) = scene.update(config, base=base)
     losses, reference, ratios, kls = textbook(scene, REWARDS, config, base)
     assert close(gradient, reference)
     assert 0 < stats["clip/fraction"] < 1, "the scene must hold clipped and free pairs"
@@ -286,10 +289,10 @@ def test_without_a_pair_to_compute_no_step_is_taken(scene):
 
 def test_kl_is_zero_at_the_base_model_and_pulls_flat_groups_back(scene):
     base, flat = deepcopy(scene.policy.unet), torch.ones(PROMPTS, GROUP)
-    stats, (gradient,) = scene.update(rewards=flat, kl=0.1, base_unet=base)
+    stats, (gradient,) = scene.update(rewards=flat, kl=0.1, base=base)
     assert (stats["kl/mean"], gradient.norm().item()) == (0, 0)
     scene.nudge(NUDGE)
-    stats, (gradient,) = scene.update(rewards=flat, kl=0.1, base_unet=base)
+    stats, (gradient,) = scene.update(rewards=flat, kl=0.1, base=base)
     assert stats["kl/mean"] > 0
     assert gradient.norm() > 0
     with pytest.raises(ValueError, match=r"grpo\.kl"):

@@ -6,9 +6,11 @@ from diffusers import StableDiffusionPipeline
 from plain_policy import predict, step_mean
 
 import fastgrpo.policy
-from fastgrpo.config import ConfigError, ModelConfig, RolloutConfig
+from fastgrpo.config import ConfigError, ModelConfig, RolloutConfig, TrainConfig
+from fastgrpo.engine.eager import EagerEngine, denoiser
+from fastgrpo.grpo.micro_batch import Learner
 from fastgrpo.policy import load_policy
-from fastgrpo.rollout import denoise_step, initial_noise, rollout, sample
+from fastgrpo.rollout import initial_noise, rollout, sample
 from fastgrpo.schedule import make_schedule
 from fastgrpo.types import Prompt, PromptBatch
 
@@ -33,7 +35,8 @@ def schedule_of(policy, **changes):
 
 def roll(policy, prompts, config=CONFIG, seed=0, progress=None, **changes):
     schedule = schedule_of(policy, **changes)
-    return rollout(policy, prompts, schedule, config, 3, torch.Generator().manual_seed(seed), progress=progress)
+    engine = EagerEngine(Learner(policy, schedule, TrainConfig(rollout=config), ()), None, 1)
+    return rollout(engine, prompts, config, 3, torch.Generator().manual_seed(seed), progress=progress)
 
 
 def test_policy_is_the_pipeline_on_disk(policy):
@@ -93,12 +96,12 @@ def test_load_refuses_what_is_no_text_to_image_sd(tmp_path, tiny_pipeline):
 
 def test_trajectory_shapes_and_progress(policy, prompts):
     reports = []
-    trajectory = roll(policy, prompts, progress=reports.append)
+    trajectory = roll(policy, prompts, progress=lambda *report: reports.append(report))
     assert trajectory.latents.shape == (5, 6, 4, 8, 8)
     assert trajectory.log_probs.shape == (4, 6)
     assert trajectory.images.shape == (6, 3, 16, 16)
     assert {trajectory.latents.dtype, trajectory.log_probs.dtype, trajectory.images.dtype} == {torch.float32}
-    assert reports == [1, 1, 1, 1]
+    assert reports == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_trajectory_is_the_chain_that_its_noise_makes(policy, prompts):
@@ -183,5 +186,5 @@ def test_sample_takes_the_steps_a_rollout_takes(policy, prompts):
     for step in range(CONFIG.steps):
         noise = torch.randn(1, 4, 8, 8, generator=generator)
         with torch.no_grad():
-            latents, _ = denoise_step(policy, schedule, step, latents, prompts.embeds[:1], 3.0, noise)
+            latents, _ = denoiser(policy, schedule, 3.0, prompts.embeds[:1])(step, latents, noise)
     assert torch.equal(sample(policy, prompts.embeds[:1], schedule, 3.0, [9]), policy.decode(latents))

@@ -41,5 +41,5 @@ def test_several_workers_learn_exactly_what_one_does(tiny_pipeline):
         scene = Scene(tiny_pipeline)
         base = scene.policy.unet
         scene.policy = replace(scene.policy, workers=Workers(count))
-        gradients.append(scene.update(config, REWARDS, base_unet=base)[1][0])
+        gradients.append(scene.update(config, REWARDS, base=base)[1][0])
     assert torch.equal(*gradients)

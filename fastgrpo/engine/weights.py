@@ -68,15 +68,24 @@ class FlatWeights:
     def working_copy(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Parameter name -> the weight rounded to `dtype`, bfloat16 or float16; `FlatAdamW.step` keeps it up to date.
 
-        All views of one buffer. Called again, after weights were loaded, it rounds them into the same memory.
+        All views of one buffer, which every later call returns again. Raises ValueError for another dtype then.
         """
-        if self.working is None or self.working.dtype != dtype:
+        if self.working is None:
             self.working = self.zeros(dtype)
-        self.working.copy_(self.values)
+        if self.working.dtype != dtype:
+            raise ValueError(f"the working copy is {self.working.dtype}, not {dtype}")
+        self.refresh()
         return self.views(self.working)
 
+    def refresh(self) -> None:
+        """Round the parameters, wherever their data are now, into the working copy, where there is one."""
+        if self.working is not None:
+            with torch.no_grad():
+                for name, view in self.views(self.working).items():
+                    view.copy_(self.parameters[name])
+
     def accumulate(self, gradients: Sequence[Tensor]) -> None:
-        """Add one gradient per parameter to `.grad`, which lies in the flat one from the first on."""
+        """Add one gradient per parameter, of any dtype, to `.grad`, which lies in the flat one from the first on."""
         if all(p.grad is view for p, view in zip(self.parameters.values(), self._gradients, strict=True)):
             torch._foreach_add_(self._gradients, list(gradients))
             return

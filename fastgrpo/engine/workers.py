@@ -9,6 +9,7 @@ On a GPU there is one worker, which is a plain loop.
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -38,6 +39,13 @@ class Workers:
                 return call(item)
 
         return self._pool.map(run, items)
+
+
+def shares(items: int, most: int, workers: int) -> list[slice]:
+    """Nearly equal shares of at most `most` items, at least one for each worker."""
+    count = min(items, max(-(-items // most), workers))
+    bounds = [items * i // count for i in range(count + 1)]
+    return [slice(low, high) for low, high in pairwise(bounds)]
 
 
 def _one_thread() -> None:

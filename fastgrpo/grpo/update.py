@@ -1,66 +1,21 @@
 """Learning from one rollout: (sample, step) pairs, dealt into optimizer steps, micro-batched within each."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from fastgrpo.config import TrainConfig
 from fastgrpo.distributed import Ranks
+from fastgrpo.engine.eager import EagerEngine, Gather
 from fastgrpo.grpo.advantage import advantages, learned_from
-from fastgrpo.grpo.steps import steps_of_samples, trained_steps
-from fastgrpo.kernels.ddim_step import log_prob
-from fastgrpo.kernels.grpo_step import grpo_step
-from fastgrpo.policy import Policy
-from fastgrpo.schedule import Schedule
+from fastgrpo.grpo.micro_batch import MicroBatch, Outcome
+from fastgrpo.grpo.pairs import Pairs, Part, deal
 from fastgrpo.trainable import Trainable
 from fastgrpo.types import PromptBatch, Rewards, Trajectory, UpdateStats
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """N (sample, step) pairs, the units of learning. Both on the policy's device.
-
-    sample: [N] int64, in 0..B-1. step: [N] int64, the position in the schedule.
-    """
-
-    sample: Tensor
-    step: Tensor
-
-    def __len__(self) -> int:
-        return self.sample.shape[0]
-
-    def split(self, size: int) -> list["Pairs"]:
-        """Nearly equal micro-batches of at most `size`.
-
-        Not full ones and a rest: BLAS on the CPU sums products of very few rows in another order, which would move the
-        rest's ratios off 1 by a few 1e-7.
-        """
-        count = -(-len(self) // size)
-        if not count:
-            return []
-        return [
-            Pairs(sample, step)
-            for sample, step in zip(self.sample.tensor_split(count), self.step.tensor_split(count), strict=True)
-        ]
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one optimizer step learns from.
-
-    size: how many pairs the loss is averaged over, those of flat groups included, on all processes.
-    computed: how many of them are computed, on all processes. pairs: the share of this one, as its own samples.
-    """
-
-    size: int
-    computed: int
-    pairs: Pairs
 
 
 @dataclass(frozen=True)
@@ -74,20 +29,12 @@ class _Old:
     means: Tensor | None
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """What one micro-batch of N pairs came to. gradients: one per trained parameter; the others [N]; kl None without it."""
-
-    gradients: tuple[Tensor, ...]
-    ratio: Tensor
-    clipped: Tensor
-    policy_loss: Tensor
-    kl: Tensor | None
-
-
 @dataclass
 class _Record:
-    """What the update leaves on the device until the iteration ends: one entry per micro-batch or optimizer step."""
+    """What the update leaves on the device until the iteration ends: one entry per micro-batch or optimizer step.
+
+    forward, forward_backward: pairs that went through the UNet one way, and both ways.
+    """
 
     ratio: list[Tensor] = field(default_factory=list)
     clipped: list[Tensor] = field(default_factory=list)
@@ -97,26 +44,26 @@ class _Record:
     pairs_before_first_step: int = 0
     skipped_steps: int = 0
     overflowed_steps: int = 0
+    forward: int = 0
+    forward_backward: int = 0
 
-    def add(self, outcome: _Outcome) -> None:
+    def add(self, outcome: Outcome) -> None:
         self.ratio.append(outcome.ratio)
         self.clipped.append(outcome.clipped)
-        self.policy_loss.append(outcome.policy_loss)
+        self.policy_loss.append(outcome.loss)
         if outcome.kl is not None:
             self.kl.append(outcome.kl)
 
 
 def update(
-    policy: Policy,
+    engine: EagerEngine,
     prompts: PromptBatch,
     trajectory: Trajectory,
     rewards: Rewards,
-    schedule: Schedule,
     trainable: Trainable,
     config: TrainConfig,
     iteration: int,
     generator: torch.Generator,
-    base_unet: UNet2DConditionModel | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
     progress: Callable[[int, int], None] | None = None,
 ) -> UpdateStats:
@@ -124,172 +71,107 @@ def update(
 
     A step's loss is the mean over all the pairs dealt to it; pairs of flat groups count but are only computed when
     there is a KL term. Gradients of micro-batches are summed, so their size changes nothing but rounding.
-    prompts, trajectory: this process's share. rewards: of all processes' prompts.
+    engine: runs the passes. prompts, trajectory: this process's share. rewards: of all processes' prompts.
     iteration: from 1. generator: on the CPU, in the same state on all processes; deals the pairs.
-    base_unet: the base model, needed when config.grpo.kl is above 0.
-    progress: called after every micro-batch with the number of this process's pairs that are done, and of all of them.
+    progress: called with the number of this process's pairs that are done, and of all of them.
     Raises ConfigError when no step can be trained, ValueError for rewards that cannot be compared or a missing
     base model, FloatingPointError when the loss or the gradient was not finite.
     """
-    if config.grpo.kl > 0 and base_unet is None:
-        raise ValueError("grpo.kl is above 0, so update needs the base model's UNet")
-    grpo = config.grpo
+    grpo, learner = config.grpo, engine.learner
+    if grpo.kl > 0 and learner.base is None:
+        raise ValueError("grpo.kl is above 0, so update needs the base model")
     advantage, flat = advantages(rewards.total, grpo.advantage, grpo.std_floor, grpo.advantage_clamp, grpo.trim)
     learned = learned_from(rewards.total, grpo.trim, grpo.best_of)
-    parts = _deal(policy, trajectory, schedule, learned, flat, config, iteration, generator, ranks)
-    own_advantage = advantage.flatten()[ranks.share(advantage.numel())].to(policy.device)
-    parameters = list(trainable.parameters.values())
-    learner = _Learner(policy, prompts, trajectory, schedule, own_advantage, config, base_unet, parameters)
-    old = learner.replay(parts) if grpo.old_log_prob == "replay" else _Old(trajectory.log_probs, trajectory.means)
+    parts = deal(learner.schedule, learned, flat, config, iteration, generator, ranks)
+    own_advantage = advantage.flatten()[ranks.share(advantage.numel())].to(learner.policy.device)
+    gather = _Gather(prompts, trajectory, own_advantage, config.group_size)
     record = _Record()
+    old = _old_policy(engine, parts, gather, trajectory, record)
     done, everything = 0, sum(len(part.pairs) for part in parts)
     for part in parts:
         if not part.computed:
             record.skipped_steps += 1
             continue
-        trainable.optimizer.zero_grad(set_to_none=True)
+        engine.clear()
         scale = trainable.scaler.get_scale() if trainable.scaler.is_enabled() else 1.0
-        learn = partial(learner.learn, part_size=part.size, old=old, scale=scale)
-        # As many at a time as there are workers, so that no more gradients than those exist at once.
-        for batches in _batched(part.pairs.split(config.micro_batch), policy.workers.count):
-            for pairs, outcome in zip(batches, policy.workers.map(learn, batches), strict=True):
-                _accumulate(parameters, outcome.gradients)
+        gathered = partial(gather, old=old, weight=scale / part.size)
+        pairs, judged = part.pairs, grpo.skip_clipped and bool(record.grad_norm)
+        if judged:
+            pairs = _unclipped(engine, pairs, gathered, record)
+            done += len(part.pairs) - len(pairs)
+        for some, outcome in engine.learn(pairs, gathered):
+            if not judged:
                 record.add(outcome)
-                done += len(pairs)
-                if progress is not None:
-                    progress(done, everything)
+            record.forward_backward += len(some)
+            done += len(some)
+            if progress is not None:
+                progress(done, everything)
         if not record.grad_norm:
             record.pairs_before_first_step = len(part.pairs)
-        _sum_gradients(parameters, ranks)
+        if ranks.count > 1:  # a process without a pair in this part has no gradient of its own
+            ranks.sum_([engine.weights.collect_gradients()])
         norm, taken = trainable.step(config.optim.max_grad_norm)
         if taken:
             record.grad_norm.append(norm)
         else:
             record.overflowed_steps += 1
-    trainable.optimizer.zero_grad(set_to_none=True)
+    engine.clear()
     return _stats(record, advantage, flat, config, sum(part.size for part in parts), ranks)
 
 
 @dataclass(frozen=True)
-class _Learner:
-    """What every micro-batch of one update needs. advantage: [B] float32. trained: the parameters to differentiate."""
+class _Gather:
+    """Turns pairs into micro-batches. advantage: [B] float32, of this process's samples."""
 
-    policy: Policy
     prompts: PromptBatch
     trajectory: Trajectory
-    schedule: Schedule
     advantage: Tensor
-    config: TrainConfig
-    base_unet: UNet2DConditionModel | None
-    trained: list[Tensor]
+    group_size: int
 
-    def output(self, pairs: Pairs, unet: UNet2DConditionModel | None = None) -> Tensor:
-        """What the policy as it is now, or `unet`, says of the pairs: as `Policy.output`."""
-        latents = self.trajectory.latents[pairs.step, pairs.sample]
-        embeds = self.prompts.embeds[pairs.sample // self.config.group_size]
-        timesteps = self.schedule.timesteps[pairs.step]
-        return self.policy.output(latents, timesteps, embeds, self.config.rollout.guidance, unet)
+    def __call__(self, pairs: Pairs, old: _Old | None, weight: float) -> MicroBatch:
+        """old: None where the ratio's denominator is the policy as it is. weight: of each pair."""
+        latents, sample, step = self.trajectory.latents, pairs.sample, pairs.step
+        means = old and old.means
+        return MicroBatch(
+            latents=latents[step, sample],
+            taken=latents[step + 1, sample],
+            step=step,
+            embeds=self.prompts.embeds[sample // self.group_size],
+            advantage=self.advantage[sample],
+            weight=self.advantage.new_full((len(pairs),), weight),
+            old_log_prob=None if old is None else old.log_probs[step, sample],
+            old_mean=None if means is None else means[step, sample],
+        )
 
-    def steps(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-        """Where the pairs' steps began and ended, and the rest of what the operators want to know of them."""
-        latents = self.trajectory.latents
-        began, ended = latents[pairs.step, pairs.sample], latents[pairs.step + 1, pairs.sample]
-        return began, ended, self.schedule.tables, pairs.step, self.config.rollout.guidance
 
-    @torch.no_grad()
-    def replay(self, parts: list[Part]) -> _Old:
-        """The old policy recomputed, in the very micro-batches of the update, for all the pairs to be computed."""
-        log_probs = torch.zeros_like(self.trajectory.log_probs)
-        means = None if self.trajectory.means is None else torch.zeros_like(self.trajectory.means)
-        batches = [b for part in parts for b in part.pairs.split(self.config.micro_batch)]
-        for pairs, output in zip(batches, self.policy.workers.map(self.output, batches), strict=True):
-            old, mean = log_prob(output, *self.steps(pairs), keep_mean=True)
+def _old_policy(
+    engine: EagerEngine, parts: list[Part], gather: _Gather, trajectory: Trajectory, record: _Record
+) -> _Old | None:
+    """As `grpo.old_log_prob` says: the trajectory's own numbers, recomputed ones, or None, the policy as it is."""
+    if engine.old_log_prob == "detach":
+        return None
+    kept = trajectory.means if engine.learner.config.grpo.ratio_norm else None
+    if engine.old_log_prob == "rollout":
+        return _Old(trajectory.log_probs, kept)
+    log_probs = torch.zeros_like(trajectory.log_probs)
+    means = None if kept is None else torch.zeros_like(kept)
+    for part in parts:
+        for pairs, (old, mean) in engine.recompute(part.pairs, partial(gather, old=None, weight=0.0)):
             log_probs[pairs.step, pairs.sample] = old
             if means is not None:
                 means[pairs.step, pairs.sample] = mean
-        return _Old(log_probs, means)
-
-    def learn(self, pairs: Pairs, part_size: int, old: _Old, scale: float) -> _Outcome:
-        """These pairs' share of their part's mean loss, and its gradient times `scale`."""
-        grpo = self.config.grpo
-        remembered = grpo.old_log_prob != "detach"
-        output = self.output(pairs)
-        with torch.no_grad():
-            base = self.output(pairs, self.base_unet) if grpo.kl > 0 else None
-            outcome = grpo_step(
-                output.detach(),
-                *self.steps(pairs),
-                old.log_probs[pairs.step, pairs.sample] if remembered else None,
-                advantage=self.advantage[pairs.sample],
-                weight=scale / part_size,
-                clip_low=grpo.clip_low,
-                clip_high=grpo.clip_high,
-                base_output=base,
-                kl_weight=grpo.kl,
-                ratio_norm=grpo.ratio_norm,
-                old_mean=old.means[pairs.step, pairs.sample] if grpo.ratio_norm and remembered else None,
-            )
-        gradients = torch.autograd.grad(output, self.trained, outcome.gradient)
-        return _Outcome(gradients, outcome.ratio, outcome.clipped, outcome.loss, outcome.kl if grpo.kl > 0 else None)
+            record.forward += len(pairs)
+    return _Old(log_probs, means)
 
 
-def _accumulate(parameters: list[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Add to `.grad`, in the order of the micro-batches, so that the sum does not depend on which worker was first."""
-    if parameters[0].grad is None:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-    else:
-        torch._foreach_add_([parameter.grad for parameter in parameters], list(gradients))
-
-
-def _sum_gradients(parameters: list[Tensor], ranks: Ranks) -> None:
-    """Add the processes' gradients; one without a pair in this part has none of its own."""
-    if ranks.count == 1:
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    ranks.sum_([parameter.grad for parameter in parameters])
-
-
-def _deal(
-    policy: Policy,
-    trajectory: Trajectory,
-    schedule: Schedule,
-    learned: Tensor,
-    flat: Tensor,
-    config: TrainConfig,
-    iteration: int,
-    generator: torch.Generator,
-    ranks: Ranks,
-) -> list[Part]:
-    """Shuffle all pairs and deal them into nearly equal parts, so that every optimizer step sees a mix of samples.
-
-    learned: [P, G] bool and flat: [P] bool, of all processes' prompts; all deal alike, then each takes its own pairs.
-    """
-    samples = learned.flatten().nonzero().flatten().cpu()
-    steps = trained_steps(schedule, config.grpo, iteration)
-    steps = steps_of_samples(steps, len(samples), config.grpo.step_fraction, generator)
-    count = steps.numel()
-    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(config.grpo.epochs)])
-    row, column = order % len(samples), order // len(samples) % steps.shape[1]
-    sample, step = samples[row], steps[row, column]
-    computed = ~flat.cpu()[sample // config.group_size] | (config.grpo.kl > 0)
-    own = ranks.share(learned.numel())
-    parts = []
-    for dealt in torch.arange(len(order)).tensor_split(config.updates_per_iteration):
-        chosen = dealt[computed[dealt]]
-        here = chosen[(sample[chosen] >= own.start) & (sample[chosen] < own.stop)]
-        pairs = Pairs((sample[here] - own.start).to(policy.device), step[here].to(policy.device))
-        parts.append(Part(len(dealt), len(chosen), pairs))
-    return parts
-
-
-def _batched(items: Iterable[Pairs], count: int) -> Iterator[tuple[Pairs, ...]]:
-    """Runs of `count` items (itertools.batched, which Python 3.11 does not have)."""
-    iterator = iter(items)
-    while run := tuple(islice(iterator, count)):
-        yield run
+def _unclipped(engine: EagerEngine, pairs: Pairs, gather: Gather, record: _Record) -> Pairs:
+    """The pairs whose ratio is not clipped yet: the others have no gradient."""
+    clipped = []
+    for some, outcome in engine.judge(pairs, gather):
+        record.add(outcome)
+        record.forward += len(some)
+        clipped.append(outcome.clipped)
+    return pairs[torch.cat(clipped) == 0] if clipped else pairs
 
 
 def _stats(
@@ -328,8 +210,8 @@ def _stats(
     numbers = dict(zip(values, torch.stack(numbers).tolist(), strict=True))
     broken = [name for name, number in numbers.items() if not math.isfinite(number)]
     if broken:
-        raise FloatingPointError(f"the update went wrong: {', '.join(broken)} not finite; the weights are spoilt")
+        raise FloatingPointError(f"the update went wrong: {', '.join(broken)} not finite")
     counts = {"optim/steps": len(record.grad_norm), "optim/skipped_steps": record.skipped_steps}
     if config.engine.dtype == "fp16":
         counts["optim/overflowed_steps"] = record.overflowed_steps
-    return UpdateStats(numbers | counts)
+    return UpdateStats(numbers | counts, record.forward, record.forward_backward)

@@ -1,0 +1,93 @@
+"""The engine without fixed shapes: plain calls, micro-batches shared out among CPU cores."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fastgrpo.engine.weights import FlatWeights
+from fastgrpo.engine.workers import shares
+from fastgrpo.grpo.micro_batch import Learner, MicroBatch, Outcome
+from fastgrpo.grpo.pairs import Pairs
+from fastgrpo.kernels.ddim_step import ddim_step
+from fastgrpo.policy import Policy
+from fastgrpo.schedule import Schedule
+
+Gather = Callable[[Pairs], MicroBatch]
+Denoise = Callable[[int, Tensor, Tensor], tuple[Tensor, ...]]
+"""(step, latents, noise), [N, C, H, W] float32 -> the next latents, their log-probs [N] and, if wanted, their means."""
+Item = TypeVar("Item")
+
+
+class EagerEngine:
+    """Runs one training's passes of the UNet.
+
+    learner: what a pass is. weights: where gradients are summed. micro_batch: pairs in a pass at most.
+    old_log_prob: grpo.old_log_prob, or what an engine takes in its place.
+    """
+
+    def __init__(self, learner: Learner, weights: FlatWeights, micro_batch: int):
+        self.learner, self.weights, self.micro_batch = learner, weights, micro_batch
+        self.old_log_prob = learner.config.grpo.old_log_prob
+        self._workers = learner.policy.workers
+
+    def chunks(self, samples: int) -> list[slice]:
+        """The samples that a rollout denoises together: nearly equal shares, at least one for each worker."""
+        config = self.learner.config.rollout
+        return shares(samples, config.batch or samples, self._workers.count)
+
+    def denoiser(self, embeds: Tensor, keep_mean: bool) -> Denoise:
+        """Takes steps of the samples with these embeddings."""
+        learner = self.learner
+        return denoiser(learner.policy, learner.schedule, learner.config.rollout.guidance, embeds, keep_mean)
+
+    def clear(self) -> None:
+        """Forget the gradient."""
+        for parameter in self.weights.parameters.values():
+            parameter.grad = None
+
+    def learn(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, Outcome]]:
+        """Add the pairs' gradient to the sum, micro-batch by micro-batch."""
+        # As many at a time as there are workers, so that no more gradients than those exist at once.
+        for some in _batched(pairs.split(self.micro_batch), self._workers.count):
+            results = self._workers.map(lambda part: self.learner.learn(gather(part)), some)
+            for part, (outcome, gradients) in zip(some, results, strict=True):
+                # In the micro-batches' order, so that the sum does not depend on which worker was first.
+                self.weights.accumulate(gradients)
+                yield part, outcome
+
+    def judge(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, Outcome]]:
+        """What the pairs come to, micro-batch by micro-batch, without a gradient."""
+        return self._forward(self.learner.judge, pairs, gather)
+
+    def recompute(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, tuple[Tensor, Tensor]]]:
+        """The pairs' log-probs and means under the policy as it is now, in the very micro-batches of `learn`."""
+        return self._forward(self.learner.recompute, pairs, gather)
+
+    def _forward(self, call: Callable, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, Item]]:
+        parts = pairs.split(self.micro_batch)
+        return zip(parts, self._workers.map(lambda part: call(gather(part)), parts), strict=True)
+
+
+def denoiser(policy: Policy, schedule: Schedule, guidance: float, embeds: Tensor, keep_mean: bool = False) -> Denoise:
+    """Takes steps of N samples: x_p = mu + sigma * noise.
+
+    embeds: [N, L, D]. The log-probability is of exactly the latents that are returned.
+    """
+
+    def denoise(step: int, latents: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        timesteps = schedule.timesteps[step].expand(len(latents))
+        output = policy.output(latents, timesteps, embeds, guidance)
+        position = torch.full((1,), step, device=latents.device)
+        return ddim_step(output, latents, schedule.tables, position, guidance, noise, keep_mean=keep_mean)
+
+    return denoise
+
+
+def _batched(items: Iterable[Pairs], count: int) -> Iterator[Sequence[Pairs]]:
+    """Runs of `count` items (itertools.batched, which Python 3.11 does not have)."""
+    iterator = iter(items)
+    while run := tuple(islice(iterator, count)):
+        yield run

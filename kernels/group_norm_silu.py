@@ -32,12 +32,10 @@ first output, it needs its slab twice. By shape:
 
 Statistics are float32 by Welford's method for every lane, then Chan's formula over lanes: a mean of 1e4 beside a standard
 deviation of 1 costs no more than x's own rounding. Sums have a fixed order and there are no atomics: the same input gives
-the same bits. On CUDA there is a second implementation, in CUDA C++ (csrc/); `set_backend` says which is used.
+the same bits. On CUDA there is a second implementation, in CUDA C++ (csrc/); `BACKENDS` chooses and says which is used.
 """
 
-import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,11 +45,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgrpo.kernels import native
+from fastgrpo.kernels.backends import Backends
 from fastgrpo.kernels.spec import AotKernel, Case, OpSpec
 
-_log = logging.getLogger("fastgrpo")
-
-BACKENDS = ("auto", "triton", "native")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # 16 warps with 16 values a thread.
 _TILE = 8192
@@ -93,21 +89,40 @@ def _to_channels(value, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl
 
 
 @triton.jit
-def _load_rows(pointer, row, last, column, in_bundle, channels):
+def _columns(bundle, channels, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The `columns` of the functions below: channel numbers and which of them are the bundle's, [BLOCK_C]; channels a pixel."""
+    lane = tl.arange(0, BLOCK_C)
+    return bundle * BUNDLE * GROUP_C + lane, lane < BUNDLE * GROUP_C, channels
+
+
+@triton.jit
+def _load_rows(pointer, row, last, columns):
     """float32 [ROWS, BLOCK_C], 0 outside of rows below `last` and of the bundle. pointer: the sample's first channel."""
+    column, in_bundle, channels = columns
     mask = (row < last)[:, None] & in_bundle[None, :]
     return tl.load(pointer + row[:, None] * channels + column[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store_rows(pointer, value, row, last, column, in_bundle, channels):
+def _store_rows(pointer, value, row, last, columns):
+    column, in_bundle, channels = columns
     mask = (row < last)[:, None] & in_bundle[None, :]
     tl.store(pointer + row[:, None] * channels + column[None, :], value.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _load_channels(pointer, column, in_bundle):
+def _load_channels(pointer, columns):
+    column, in_bundle, _ = columns
     return tl.load(pointer + column, mask=in_bundle, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_shift(temb, sample, columns, BLOCK_C: tl.constexpr):
+    """What is added to a sample's pixels, 0 where temb is None."""
+    shift = tl.zeros([BLOCK_C], tl.float32)
+    if temb is not None:
+        shift = _load_channels(temb + sample * columns[2], columns)
+    return shift
 
 
 @triton.jit
@@ -125,7 +140,7 @@ def _merge(count, mean, m2, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C
 
 @triton.jit
 def _statistics(
-    x, shift, first, last, column, in_bundle, channels,
+    x, shift, first, last, columns,
     GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """mean and m2 [BUNDLE] of rows first <= row < last of x + shift."""
@@ -134,7 +149,7 @@ def _statistics(
     blocks = 0.0
     for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
-        value = _load_rows(x, row, last, column, in_bundle, channels) + shift[None, :]
+        value = _load_rows(x, row, last, columns) + shift[None, :]
         blocks += 1.0
         delta = tl.where((row < last)[:, None], value - mean, 0.0)  # only the last block has rows that do not exist
         mean += delta * (1.0 / blocks)
@@ -143,8 +158,12 @@ def _statistics(
     return _merge(count, mean, m2, GROUP_C, BUNDLE, BLOCK_C)
 
 
+# `norm` below is (mean, rstd, weight, bias), [BLOCK_C] each: what takes v to z.
+
+
 @triton.jit
-def _activate(value, mean, rstd, weight, bias, SILU: tl.constexpr):
+def _activate(value, norm, SILU: tl.constexpr):
+    mean, rstd, weight, bias = norm
     z = (value - mean[None, :]) * rstd[None, :] * weight[None, :] + bias[None, :]
     if SILU:
         z = z / (1.0 + tl.exp(-z))
@@ -152,73 +171,61 @@ def _activate(value, mean, rstd, weight, bias, SILU: tl.constexpr):
 
 
 @triton.jit
-def _write_outputs(
-    y, x, shift, mean, rstd, weight, bias, first, last, column, in_bundle, channels,
-    SILU: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+def _write_outputs(y, x, shift, norm, first, last, columns, SILU: tl.constexpr, ROWS: tl.constexpr):
     """Backwards: the rows that the statistics read last are the likeliest to be in a cache."""
     blocks = (last - first + ROWS - 1) // ROWS
     for block in range(0, blocks):
         row = first + (blocks - 1 - block) * ROWS + tl.arange(0, ROWS)
-        value = _load_rows(x, row, last, column, in_bundle, channels) + shift[None, :]
-        _store_rows(y, _activate(value, mean, rstd, weight, bias, SILU), row, last, column, in_bundle, channels)
+        value = _load_rows(x, row, last, columns) + shift[None, :]
+        _store_rows(y, _activate(value, norm, SILU), row, last, columns)
 
 
 @triton.jit
 def _forward_kernel(
     y, mean_out, rstd_out, x, temb, weight, bias, pixels, channels, groups, eps,
-    HAS_TEMB: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr, ONE_TILE: tl.constexpr,
+    SILU: tl.constexpr, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+    ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (bundles, samples)."""
     bundle = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
-    column = bundle * BUNDLE * GROUP_C + tl.arange(0, BLOCK_C)
-    in_bundle = tl.arange(0, BLOCK_C) < BUNDLE * GROUP_C
+    columns = _columns(bundle, channels, GROUP_C, BUNDLE, BLOCK_C)
     x += sample * pixels * channels
     y += sample * pixels * channels
-    weight = _load_channels(weight, column, in_bundle)
-    bias = _load_channels(bias, column, in_bundle)
-    shift = tl.zeros([BLOCK_C], tl.float32)
-    if HAS_TEMB:
-        shift = _load_channels(temb + sample * channels, column, in_bundle)
+    weight = _load_channels(weight, columns)
+    bias = _load_channels(bias, columns)
+    shift = _load_shift(temb, sample, columns, BLOCK_C)
     if ONE_TILE:
         row = tl.arange(0, ROWS)
         present = (row < pixels).to(tl.float32)
-        value = _load_rows(x, row, pixels, column, in_bundle, channels) + shift[None, :]
+        value = _load_rows(x, row, pixels, columns) + shift[None, :]
         mean, m2 = _merge(present, value, tl.zeros([ROWS, BLOCK_C], tl.float32), GROUP_C, BUNDLE, BLOCK_C)
     else:
-        mean, m2 = _statistics(x, shift, 0, pixels, column, in_bundle, channels, GROUP_C, BUNDLE, BLOCK_C, ROWS)
+        mean, m2 = _statistics(x, shift, 0, pixels, columns, GROUP_C, BUNDLE, BLOCK_C, ROWS)
     rstd = 1.0 / tl.sqrt(m2 / (pixels * GROUP_C) + eps)
     group = sample * groups + bundle * BUNDLE + tl.arange(0, BUNDLE)
     tl.store(mean_out + group, mean)
     tl.store(rstd_out + group, rstd)
-    mean = _to_channels(mean, GROUP_C, BUNDLE, BLOCK_C)
-    rstd = _to_channels(rstd, GROUP_C, BUNDLE, BLOCK_C)
+    norm = _to_channels(mean, GROUP_C, BUNDLE, BLOCK_C), _to_channels(rstd, GROUP_C, BUNDLE, BLOCK_C), weight, bias
     if ONE_TILE:
-        _store_rows(y, _activate(value, mean, rstd, weight, bias, SILU), row, pixels, column, in_bundle, channels)
+        _store_rows(y, _activate(value, norm, SILU), row, pixels, columns)
     else:
-        _write_outputs(y, x, shift, mean, rstd, weight, bias, 0, pixels, column, in_bundle, channels, SILU, ROWS)
+        _write_outputs(y, x, shift, norm, 0, pixels, columns, SILU, ROWS)
 
 
 @triton.jit
 def _forward_partial_kernel(
     mean_out, m2_out, x, temb, pixels, split_rows, channels, groups,
-    HAS_TEMB: tl.constexpr, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+    GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (bundles, splits, samples). mean_out, m2_out: [samples, splits, groups]."""
     bundle, split = tl.program_id(0), tl.program_id(1)
     sample = tl.program_id(2).to(tl.int64)
-    column = bundle * BUNDLE * GROUP_C + tl.arange(0, BLOCK_C)
-    in_bundle = tl.arange(0, BLOCK_C) < BUNDLE * GROUP_C
-    shift = tl.zeros([BLOCK_C], tl.float32)
-    if HAS_TEMB:
-        shift = _load_channels(temb + sample * channels, column, in_bundle)
+    columns = _columns(bundle, channels, GROUP_C, BUNDLE, BLOCK_C)
+    shift = _load_shift(temb, sample, columns, BLOCK_C)
     first = split * split_rows
     last = tl.minimum(first + split_rows, pixels)
-    mean, m2 = _statistics(
-        x + sample * pixels * channels, shift, first, last, column, in_bundle, channels, GROUP_C, BUNDLE, BLOCK_C, ROWS
-    )
+    mean, m2 = _statistics(x + sample * pixels * channels, shift, first, last, columns, GROUP_C, BUNDLE, BLOCK_C, ROWS)
     group = (sample * tl.num_programs(1) + split) * groups + bundle * BUNDLE + tl.arange(0, BUNDLE)
     tl.store(mean_out + group, mean)
     tl.store(m2_out + group, m2)
@@ -227,14 +234,13 @@ def _forward_partial_kernel(
 @triton.jit
 def _forward_finish_kernel(
     y, mean_out, rstd_out, partial_mean, partial_m2, x, temb, weight, bias, pixels, split_rows, channels, groups, eps,
-    HAS_TEMB: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_S: tl.constexpr,
+    SILU: tl.constexpr, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Grid: (bundles, splits, samples). Every program merges the same partial statistics in the same order."""
     bundle, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     sample = tl.program_id(2).to(tl.int64)
-    column = bundle * BUNDLE * GROUP_C + tl.arange(0, BLOCK_C)
-    in_bundle = tl.arange(0, BLOCK_C) < BUNDLE * GROUP_C
+    columns = _columns(bundle, channels, GROUP_C, BUNDLE, BLOCK_C)
     group = bundle * BUNDLE + tl.arange(0, BUNDLE)
     part = tl.arange(0, BLOCK_S)
     count = tl.maximum(tl.minimum(pixels - part * split_rows, split_rows), 0).to(tl.float32) * GROUP_C
@@ -253,21 +259,35 @@ def _forward_finish_kernel(
     if split == 0:
         tl.store(mean_out + sample * groups + group, mean)
         tl.store(rstd_out + sample * groups + group, rstd)
-    shift = tl.zeros([BLOCK_C], tl.float32)
-    if HAS_TEMB:
-        shift = _load_channels(temb + sample * channels, column, in_bundle)
+    shift = _load_shift(temb, sample, columns, BLOCK_C)
+    norm = (
+        _to_channels(mean, GROUP_C, BUNDLE, BLOCK_C),
+        _to_channels(rstd, GROUP_C, BUNDLE, BLOCK_C),
+        _load_channels(weight, columns),
+        _load_channels(bias, columns),
+    )
+    y += sample * pixels * channels
+    x += sample * pixels * channels
     first = split * split_rows
-    _write_outputs(
-        y + sample * pixels * channels, x + sample * pixels * channels, shift,
-        _to_channels(mean, GROUP_C, BUNDLE, BLOCK_C), _to_channels(rstd, GROUP_C, BUNDLE, BLOCK_C),
-        _load_channels(weight, column, in_bundle), _load_channels(bias, column, in_bundle),
-        first, tl.minimum(first + split_rows, pixels), column, in_bundle, channels, SILU, ROWS,
-    )  # fmt: skip
+    _write_outputs(y, x, shift, norm, first, tl.minimum(first + split_rows, pixels), columns, SILU, ROWS)
 
 
 @triton.jit
-def _gradient_of_z(value, dy, mean, rstd, weight, bias, SILU: tl.constexpr):
+def _load_norm(mean, rstd, weight, bias, sample, groups, columns, GROUP_C: tl.constexpr):
+    column, in_bundle, channels = columns
+    groups_of_columns = sample * groups + column // GROUP_C, in_bundle, channels
+    return (
+        _load_channels(mean, groups_of_columns),
+        _load_channels(rstd, groups_of_columns),
+        _load_channels(weight, columns),
+        _load_channels(bias, columns),
+    )
+
+
+@triton.jit
+def _gradient_of_z(value, dy, norm, SILU: tl.constexpr):
     """xhat and dz, [ROWS, BLOCK_C]."""
+    mean, rstd, weight, bias = norm
     xhat = (value - mean[None, :]) * rstd[None, :]
     dz = dy
     if SILU:
@@ -278,20 +298,15 @@ def _gradient_of_z(value, dy, mean, rstd, weight, bias, SILU: tl.constexpr):
 
 
 @triton.jit
-def _sums(
-    x, dy, shift, mean, rstd, weight, bias, first, last, column, in_bundle, channels,
-    SILU: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+def _sums(x, dy, shift, norm, first, last, columns, SILU: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr):
     """[BLOCK_C] each, over rows first <= row < last: dz, dz * xhat, xhat."""
     sum_dz = tl.zeros([ROWS, BLOCK_C], tl.float32)
     sum_dz_xhat = tl.zeros([ROWS, BLOCK_C], tl.float32)
     sum_xhat = tl.zeros([ROWS, BLOCK_C], tl.float32)
     for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
-        value = _load_rows(x, row, last, column, in_bundle, channels) + shift[None, :]
-        xhat, dz = _gradient_of_z(
-            value, _load_rows(dy, row, last, column, in_bundle, channels), mean, rstd, weight, bias, SILU
-        )
+        value = _load_rows(x, row, last, columns) + shift[None, :]
+        xhat, dz = _gradient_of_z(value, _load_rows(dy, row, last, columns), norm, SILU)
         sum_dz += dz  # dy is 0 in rows that do not exist, and with it dz
         sum_dz_xhat += dz * xhat
         sum_xhat += tl.where((row < last)[:, None], xhat, 0.0)
@@ -299,12 +314,11 @@ def _sums(
 
 
 @triton.jit
-def _group_means(
-    sum_dz, sum_dz_xhat, weight, pixels, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def _group_means(sums, weight, pixels, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr):
     """[BLOCK_C] each: a group's means of weight * dz and weight * dz * xhat, at its channels."""
-    mean_dz = _to_groups(sum_dz * weight, GROUP_C, BUNDLE, BLOCK_C) / (pixels * GROUP_C)
-    mean_dz_xhat = _to_groups(sum_dz_xhat * weight, GROUP_C, BUNDLE, BLOCK_C) / (pixels * GROUP_C)
+    dz, dz_xhat, _ = sums
+    mean_dz = _to_groups(dz * weight, GROUP_C, BUNDLE, BLOCK_C) / (pixels * GROUP_C)
+    mean_dz_xhat = _to_groups(dz_xhat * weight, GROUP_C, BUNDLE, BLOCK_C) / (pixels * GROUP_C)
     return (
         _to_channels(mean_dz, GROUP_C, BUNDLE, BLOCK_C),
         _to_channels(mean_dz_xhat, GROUP_C, BUNDLE, BLOCK_C),
@@ -312,152 +326,119 @@ def _group_means(
 
 
 @triton.jit
-def _store_vectors(
-    dtemb, dweight, dbias, sum_dz, sum_dz_xhat, sum_xhat, mean_dz, mean_dz_xhat, rstd, weight, pixels, column, in_bundle,
-    HAS_TEMB: tl.constexpr,
-):  # fmt: skip
-    """What one sample adds to the gradients of vectors; the pointers are at its first channel."""
-    tl.store(dweight + column, sum_dz_xhat, mask=in_bundle)
-    tl.store(dbias + column, sum_dz, mask=in_bundle)
-    if HAS_TEMB:
-        total = rstd * (weight * sum_dz - pixels * mean_dz - mean_dz_xhat * sum_xhat)
-        tl.store(dtemb + column, total.to(dtemb.dtype.element_ty), mask=in_bundle)
+def _store_vectors(dtemb, dweight, dbias, sample, sums, means, norm, pixels, columns):
+    """What one sample adds to the gradients of vectors. dtemb: None without temb."""
+    column, in_bundle, channels = columns
+    dz, dz_xhat, xhat = sums
+    tl.store(dweight + sample * channels + column, dz_xhat, mask=in_bundle)
+    tl.store(dbias + sample * channels + column, dz, mask=in_bundle)
+    if dtemb is not None:
+        mean_dz, mean_dz_xhat = means
+        _, rstd, weight, _ = norm
+        total = rstd * (weight * dz - pixels * mean_dz - mean_dz_xhat * xhat)
+        tl.store(dtemb + sample * channels + column, total.to(dtemb.dtype.element_ty), mask=in_bundle)
 
 
 @triton.jit
-def _write_gradients(
-    dx, x, dy, shift, mean, rstd, weight, bias, mean_dz, mean_dz_xhat, first, last, column, in_bundle, channels,
-    SILU: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+def _gradient_of_v(xhat, dz, means, norm):
+    mean_dz, mean_dz_xhat = means
+    _, rstd, weight, _ = norm
+    return rstd[None, :] * (weight[None, :] * dz - mean_dz[None, :] - xhat * mean_dz_xhat[None, :])
+
+
+@triton.jit
+def _write_gradients(dx, x, dy, shift, norm, means, first, last, columns, SILU: tl.constexpr, ROWS: tl.constexpr):
     """Backwards, as in _write_outputs."""
     blocks = (last - first + ROWS - 1) // ROWS
     for block in range(0, blocks):
         row = first + (blocks - 1 - block) * ROWS + tl.arange(0, ROWS)
-        value = _load_rows(x, row, last, column, in_bundle, channels) + shift[None, :]
-        xhat, dz = _gradient_of_z(
-            value, _load_rows(dy, row, last, column, in_bundle, channels), mean, rstd, weight, bias, SILU
-        )
-        value = rstd[None, :] * (weight[None, :] * dz - mean_dz[None, :] - xhat * mean_dz_xhat[None, :])
-        _store_rows(dx, value, row, last, column, in_bundle, channels)
+        value = _load_rows(x, row, last, columns) + shift[None, :]
+        xhat, dz = _gradient_of_z(value, _load_rows(dy, row, last, columns), norm, SILU)
+        _store_rows(dx, _gradient_of_v(xhat, dz, means, norm), row, last, columns)
 
 
 @triton.jit
 def _backward_kernel(
     dx, dtemb, dweight, dbias, dy, x, temb, weight, bias, mean, rstd, pixels, channels, groups,
-    HAS_TEMB: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr, ONE_TILE: tl.constexpr,
+    SILU: tl.constexpr, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+    ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (bundles, samples). dweight, dbias: [samples, channels] float32, each sample's share."""
-    bundle = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
-    column = bundle * BUNDLE * GROUP_C + tl.arange(0, BLOCK_C)
-    in_bundle = tl.arange(0, BLOCK_C) < BUNDLE * GROUP_C
+    columns = _columns(tl.program_id(0), channels, GROUP_C, BUNDLE, BLOCK_C)
     dx += sample * pixels * channels
     x += sample * pixels * channels
     dy += sample * pixels * channels
-    group = sample * groups + column // GROUP_C
-    mean = _load_channels(mean, group, in_bundle)
-    rstd = _load_channels(rstd, group, in_bundle)
-    weight = _load_channels(weight, column, in_bundle)
-    bias = _load_channels(bias, column, in_bundle)
-    shift = tl.zeros([BLOCK_C], tl.float32)
-    if HAS_TEMB:
-        shift = _load_channels(temb + sample * channels, column, in_bundle)
+    norm = _load_norm(mean, rstd, weight, bias, sample, groups, columns, GROUP_C)
+    shift = _load_shift(temb, sample, columns, BLOCK_C)
     if ONE_TILE:
         row = tl.arange(0, ROWS)
-        value = _load_rows(x, row, pixels, column, in_bundle, channels) + shift[None, :]
-        xhat, dz = _gradient_of_z(
-            value, _load_rows(dy, row, pixels, column, in_bundle, channels), mean, rstd, weight, bias, SILU
-        )
-        sum_dz = tl.sum(dz, axis=0)
-        sum_dz_xhat = tl.sum(dz * xhat, axis=0)
+        value = _load_rows(x, row, pixels, columns) + shift[None, :]
+        xhat, dz = _gradient_of_z(value, _load_rows(dy, row, pixels, columns), norm, SILU)
         sum_xhat = tl.sum(tl.where((row < pixels)[:, None], xhat, 0.0), axis=0)
+        sums = tl.sum(dz, axis=0), tl.sum(dz * xhat, axis=0), sum_xhat
     else:
-        sum_dz, sum_dz_xhat, sum_xhat = _sums(
-            x, dy, shift, mean, rstd, weight, bias, 0, pixels, column, in_bundle, channels, SILU, BLOCK_C, ROWS
-        )
-    mean_dz, mean_dz_xhat = _group_means(sum_dz, sum_dz_xhat, weight, pixels, GROUP_C, BUNDLE, BLOCK_C)
-    _store_vectors(
-        dtemb + sample * channels, dweight + sample * channels, dbias + sample * channels, sum_dz, sum_dz_xhat, sum_xhat,
-        mean_dz, mean_dz_xhat, rstd, weight, pixels, column, in_bundle, HAS_TEMB,
-    )  # fmt: skip
+        sums = _sums(x, dy, shift, norm, 0, pixels, columns, SILU, BLOCK_C, ROWS)
+    means = _group_means(sums, norm[2], pixels, GROUP_C, BUNDLE, BLOCK_C)
+    _store_vectors(dtemb, dweight, dbias, sample, sums, means, norm, pixels, columns)
     if ONE_TILE:
-        value = rstd[None, :] * (weight[None, :] * dz - mean_dz[None, :] - xhat * mean_dz_xhat[None, :])
-        _store_rows(dx, value, row, pixels, column, in_bundle, channels)
+        _store_rows(dx, _gradient_of_v(xhat, dz, means, norm), row, pixels, columns)
     else:
-        _write_gradients(
-            dx, x, dy, shift, mean, rstd, weight, bias, mean_dz, mean_dz_xhat, 0, pixels, column, in_bundle, channels,
-            SILU, ROWS,
-        )  # fmt: skip
+        _write_gradients(dx, x, dy, shift, norm, means, 0, pixels, columns, SILU, ROWS)
 
 
 @triton.jit
 def _backward_partial_kernel(
-    sums, dy, x, temb, weight, bias, mean, rstd, pixels, split_rows, channels, groups,
-    HAS_TEMB: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr,
+    sums_out, dy, x, temb, weight, bias, mean, rstd, pixels, split_rows, channels, groups,
+    SILU: tl.constexpr, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (bundles, splits, samples). sums: [samples, splits, 3, channels] of dz, dz * xhat and xhat."""
-    bundle, split = tl.program_id(0), tl.program_id(1)
+    """Grid: (bundles, splits, samples). sums_out: [samples, splits, 3, channels] of dz, dz * xhat and xhat."""
+    split = tl.program_id(1)
     sample = tl.program_id(2).to(tl.int64)
-    column = bundle * BUNDLE * GROUP_C + tl.arange(0, BLOCK_C)
-    in_bundle = tl.arange(0, BLOCK_C) < BUNDLE * GROUP_C
-    group = sample * groups + column // GROUP_C
-    shift = tl.zeros([BLOCK_C], tl.float32)
-    if HAS_TEMB:
-        shift = _load_channels(temb + sample * channels, column, in_bundle)
+    columns = _columns(tl.program_id(0), channels, GROUP_C, BUNDLE, BLOCK_C)
+    x += sample * pixels * channels
+    dy += sample * pixels * channels
+    norm = _load_norm(mean, rstd, weight, bias, sample, groups, columns, GROUP_C)
+    shift = _load_shift(temb, sample, columns, BLOCK_C)
     first = split * split_rows
-    sum_dz, sum_dz_xhat, sum_xhat = _sums(
-        x + sample * pixels * channels, dy + sample * pixels * channels, shift,
-        _load_channels(mean, group, in_bundle), _load_channels(rstd, group, in_bundle),
-        _load_channels(weight, column, in_bundle), _load_channels(bias, column, in_bundle),
-        first, tl.minimum(first + split_rows, pixels), column, in_bundle, channels, SILU, BLOCK_C, ROWS,
-    )  # fmt: skip
-    sums += (sample * tl.num_programs(1) + split) * 3 * channels
-    tl.store(sums + column, sum_dz, mask=in_bundle)
-    tl.store(sums + channels + column, sum_dz_xhat, mask=in_bundle)
-    tl.store(sums + 2 * channels + column, sum_xhat, mask=in_bundle)
+    last = tl.minimum(first + split_rows, pixels)
+    sum_dz, sum_dz_xhat, sum_xhat = _sums(x, dy, shift, norm, first, last, columns, SILU, BLOCK_C, ROWS)
+    column, in_bundle, _ = columns
+    sums_out += (sample * tl.num_programs(1) + split) * 3 * channels
+    tl.store(sums_out + column, sum_dz, mask=in_bundle)
+    tl.store(sums_out + channels + column, sum_dz_xhat, mask=in_bundle)
+    tl.store(sums_out + 2 * channels + column, sum_xhat, mask=in_bundle)
 
 
 @triton.jit
 def _backward_finish_kernel(
-    dx, dtemb, dweight, dbias, sums, dy, x, temb, weight, bias, mean, rstd, pixels, split_rows, channels, groups,
-    HAS_TEMB: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr,
+    dx, dtemb, dweight, dbias, partial_sums, dy, x, temb, weight, bias, mean, rstd, pixels, split_rows, channels, groups,
+    SILU: tl.constexpr, GROUP_C: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (bundles, splits, samples). Every program adds the same partial sums in the same order."""
-    bundle, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    split, splits = tl.program_id(1), tl.num_programs(1)
     sample = tl.program_id(2).to(tl.int64)
-    column = bundle * BUNDLE * GROUP_C + tl.arange(0, BLOCK_C)
-    in_bundle = tl.arange(0, BLOCK_C) < BUNDLE * GROUP_C
+    columns = _columns(tl.program_id(0), channels, GROUP_C, BUNDLE, BLOCK_C)
     sum_dz = tl.zeros([BLOCK_C], tl.float32)
     sum_dz_xhat = tl.zeros([BLOCK_C], tl.float32)
     sum_xhat = tl.zeros([BLOCK_C], tl.float32)
     for part in range(0, splits):
-        share = sums + (sample * splits + part) * 3 * channels
-        sum_dz += _load_channels(share, column, in_bundle)
-        sum_dz_xhat += _load_channels(share + channels, column, in_bundle)
-        sum_xhat += _load_channels(share + 2 * channels, column, in_bundle)
-    group = sample * groups + column // GROUP_C
-    mean = _load_channels(mean, group, in_bundle)
-    rstd = _load_channels(rstd, group, in_bundle)
-    weight = _load_channels(weight, column, in_bundle)
-    bias = _load_channels(bias, column, in_bundle)
-    mean_dz, mean_dz_xhat = _group_means(sum_dz, sum_dz_xhat, weight, pixels, GROUP_C, BUNDLE, BLOCK_C)
+        share = partial_sums + (sample * splits + part) * 3 * channels
+        sum_dz += _load_channels(share, columns)
+        sum_dz_xhat += _load_channels(share + channels, columns)
+        sum_xhat += _load_channels(share + 2 * channels, columns)
+    sums = sum_dz, sum_dz_xhat, sum_xhat
+    norm = _load_norm(mean, rstd, weight, bias, sample, groups, columns, GROUP_C)
+    means = _group_means(sums, norm[2], pixels, GROUP_C, BUNDLE, BLOCK_C)
     if split == 0:
-        _store_vectors(
-            dtemb + sample * channels, dweight + sample * channels, dbias + sample * channels,
-            sum_dz, sum_dz_xhat, sum_xhat, mean_dz, mean_dz_xhat, rstd, weight, pixels, column, in_bundle, HAS_TEMB,
-        )  # fmt: skip
-    shift = tl.zeros([BLOCK_C], tl.float32)
-    if HAS_TEMB:
-        shift = _load_channels(temb + sample * channels, column, in_bundle)
+        _store_vectors(dtemb, dweight, dbias, sample, sums, means, norm, pixels, columns)
+    shift = _load_shift(temb, sample, columns, BLOCK_C)
+    dx += sample * pixels * channels
+    x += sample * pixels * channels
+    dy += sample * pixels * channels
     first = split * split_rows
-    _write_gradients(
-        dx + sample * pixels * channels, x + sample * pixels * channels, dy + sample * pixels * channels, shift,
-        mean, rstd, weight, bias, mean_dz, mean_dz_xhat, first, tl.minimum(first + split_rows, pixels),
-        column, in_bundle, channels, SILU, ROWS,
-    )  # fmt: skip
+    last = tl.minimum(first + split_rows, pixels)
+    _write_gradients(dx, x, dy, shift, norm, means, first, last, columns, SILU, ROWS)
 
 
 @triton.jit
@@ -467,12 +448,13 @@ def _reduce_kernel(
     """dweight and dbias [channels] from [samples, channels] float32. Grid: (channel blocks,)."""
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_range = column < channels
+    columns = column, in_range, channels
     sum_dweight = tl.zeros([ROWS, BLOCK_C], tl.float32)
     sum_dbias = tl.zeros([ROWS, BLOCK_C], tl.float32)
     for start in range(0, samples, ROWS):
         row = start + tl.arange(0, ROWS)
-        sum_dweight += _load_rows(dweight_parts, row, samples, column, in_range, channels)
-        sum_dbias += _load_rows(dbias_parts, row, samples, column, in_range, channels)
+        sum_dweight += _load_rows(dweight_parts, row, samples, columns)
+        sum_dbias += _load_rows(dbias_parts, row, samples, columns)
     tl.store(dweight + column, tl.sum(sum_dweight, axis=0).to(dweight.dtype.element_ty), mask=in_range)
     tl.store(dbias + column, tl.sum(sum_dbias, axis=0).to(dbias.dtype.element_ty), mask=in_range)
 
@@ -525,6 +507,17 @@ def _plan(
     return _Plan(bundle, block_c, rows, triton.cdiv(pixels, split_rows), split_rows, warps)
 
 
+def _constants(plan: _Plan, group_channels: int) -> dict[str, int]:
+    """What all kernels but the last are compiled for."""
+    return {
+        "GROUP_C": group_channels,
+        "BUNDLE": plan.bundle,
+        "BLOCK_C": plan.block_c,
+        "ROWS": plan.rows,
+        "num_warps": plan.warps,
+    }
+
+
 def _launch_forward(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, temb: Tensor | None,
     programs: int = _PROGRAMS,
@@ -533,16 +526,14 @@ def _launch_forward(
     samples, channels, height, width = x.shape
     pixels = height * width
     plan = _plan(samples, pixels, channels, groups, x.element_size(), programs=programs)
+    constants = _constants(plan, channels // groups)
     y = torch.empty_like(x)
     mean, rstd = (torch.empty((samples, groups), dtype=torch.float32, device=x.device) for _ in range(2))
-    shape = {"GROUP_C": channels // groups, "BUNDLE": plan.bundle, "BLOCK_C": plan.block_c, "ROWS": plan.rows}
-    shape |= {"HAS_TEMB": temb is not None, "num_warps": plan.warps}
-    temb = x if temb is None else temb  # a pointer that is not read
     bundles = groups // plan.bundle
     if plan.splits == 1:
         _forward_kernel[(bundles, samples)](
             y, mean, rstd, x, temb, weight, bias, pixels, channels, groups, eps,
-            SILU=silu, ONE_TILE=plan.one_tile(pixels), **shape,
+            SILU=silu, ONE_TILE=plan.one_tile(pixels), **constants,
         )  # fmt: skip
         return y, mean, rstd
     partial_mean, partial_m2 = (
@@ -550,11 +541,11 @@ def _launch_forward(
     )
     grid = (bundles, plan.splits, samples)
     _forward_partial_kernel[grid](
-        partial_mean, partial_m2, x, temb, pixels, plan.split_rows, channels, groups, **shape
-    )  # fmt: skip
+        partial_mean, partial_m2, x, temb, pixels, plan.split_rows, channels, groups, **constants
+    )
     _forward_finish_kernel[grid](
         y, mean, rstd, partial_mean, partial_m2, x, temb, weight, bias, pixels, plan.split_rows, channels, groups, eps,
-        SILU=silu, BLOCK_S=triton.next_power_of_2(plan.splits), **shape,
+        SILU=silu, BLOCK_S=triton.next_power_of_2(plan.splits), **constants,
     )  # fmt: skip
     return y, mean, rstd
 
@@ -567,133 +558,50 @@ def _launch_backward(
     samples, channels, height, width = x.shape
     pixels = height * width
     plan = _plan(samples, pixels, channels, groups, x.element_size(), backward=True, programs=programs)
+    constants = _constants(plan, channels // groups)
     dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-    dtemb = torch.empty_like(temb) if temb is not None else x.new_empty(0)
+    dtemb = None if temb is None else torch.empty_like(temb)
     shares = torch.empty((2, samples, channels), dtype=torch.float32, device=x.device)
-    shape = {"GROUP_C": channels // groups, "BUNDLE": plan.bundle, "BLOCK_C": plan.block_c, "ROWS": plan.rows}
-    shape |= {"HAS_TEMB": temb is not None, "SILU": silu, "num_warps": plan.warps}
-    temb = x if temb is None else temb  # a pointer that is not read
+    inputs = (dy, x, temb, weight, bias, mean, rstd, pixels)
     bundles = groups // plan.bundle
     if plan.splits == 1:
         _backward_kernel[(bundles, samples)](
-            dx, dtemb, shares[0], shares[1], dy, x, temb, weight, bias, mean, rstd, pixels, channels, groups,
-            ONE_TILE=plan.one_tile(pixels), **shape,
+            dx, dtemb, shares[0], shares[1], *inputs, channels, groups,
+            SILU=silu, ONE_TILE=plan.one_tile(pixels), **constants,
         )  # fmt: skip
     else:
         sums = torch.empty((samples, plan.splits, 3, channels), dtype=torch.float32, device=x.device)
         grid = (bundles, plan.splits, samples)
-        _backward_partial_kernel[grid](
-            sums, dy, x, temb, weight, bias, mean, rstd, pixels, plan.split_rows, channels, groups, **shape
-        )
+        rest = (plan.split_rows, channels, groups)
+        _backward_partial_kernel[grid](sums, *inputs, *rest, SILU=silu, **constants)
         _backward_finish_kernel[grid](
-            dx, dtemb, shares[0], shares[1], sums, dy, x, temb, weight, bias, mean, rstd,
-            pixels, plan.split_rows, channels, groups, **shape,
+            dx, dtemb, shares[0], shares[1], sums, *inputs, *rest, SILU=silu, **constants
         )  # fmt: skip
     _reduce_kernel[(triton.cdiv(channels, 32),)](
         dweight, dbias, shares[0], shares[1], samples, channels, BLOCK_C=32, ROWS=64
     )
-    return dx, dweight, dbias, dtemb
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# CUDA C++: csrc/group_norm_silu.cu. The same arguments and results as the two functions above.
-
-_NATIVE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-
-def _native_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, temb: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    samples, channels, height, width = x.shape
-    y = torch.empty_like(x)
-    mean, rstd = (torch.empty((samples, groups), dtype=torch.float32, device=x.device) for _ in range(2))
-    native.call(
-        "fastgrpo_group_norm_silu_forward", x.device,
-        y, mean, rstd, x, temb, weight, bias, samples, height * width, channels, groups, eps, silu,
-        _NATIVE_DTYPES[x.dtype], _NATIVE_DTYPES[weight.dtype],
-    )  # fmt: skip
-    return y, mean, rstd
-
-
-def _native_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool,
-    temb: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    samples, channels, height, width = x.shape
-    dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-    dtemb = torch.empty_like(temb) if temb is not None else None
-    shares = torch.empty((2, samples, channels), dtype=torch.float32, device=x.device)
-    native.call(
-        "fastgrpo_group_norm_silu_backward", x.device,
-        dx, dweight, dbias, dtemb, shares, dy, x, temb, weight, bias, mean, rstd,
-        samples, height * width, channels, groups, silu, _NATIVE_DTYPES[x.dtype], _NATIVE_DTYPES[weight.dtype],
-    )  # fmt: skip
     return dx, dweight, dbias, x.new_empty(0) if dtemb is None else dtemb
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which of the two
+# Which of the two computes on CUDA: these kernels, or csrc/
 
-_backend = "auto"
-_fastest: dict[tuple, str] = {}
-_told: set[str] = set()
+BACKENDS = Backends("group_norm_silu", "triton", "native", native.available, native.LaunchError)
 
 
-def set_backend(name: str) -> None:
-    """Choose what computes on CUDA, from now on; the environment variable FASTGRPO_GROUP_NORM does so at the start.
-
-    name: "auto" measures both once for every shape, dtype and direction and keeps the faster; where the bits of two runs
-    must agree choose "triton" or "native", since a measurement may turn out either way.
-    Raises ValueError for another name, and for "native" where it cannot be had.
-    """
-    global _backend
-    if name not in BACKENDS:
-        raise ValueError(f"the backend of group_norm_silu is {name!r}; {', '.join(BACKENDS)} are accepted")
-    if name == "native" and (reason := native.available()):
-        raise ValueError(f"the backend of group_norm_silu cannot be 'native': {reason}")
-    _backend = name
-
-
-def _choose(key: tuple, run: dict[str, Callable[[], object]]) -> str:
-    """The name of the backend for calls such as `key`. run: name -> the call at hand."""
-    if _backend != "auto":
-        return _backend
-    if key in _fastest:
-        return _fastest[key]
-    if reason := native.available():
-        return _only_triton(reason)
-    if torch.cuda.is_current_stream_capturing():
-        return "triton"  # nothing can be timed inside of a graph
-    try:
-        seconds = {name: _milliseconds(call) for name, call in run.items()}
-    except native.LaunchError as error:
-        _fastest[key] = _only_triton(str(error))
-        return "triton"
-    _fastest[key] = min(seconds, key=seconds.__getitem__)
-    return _fastest[key]
-
-
-def _only_triton(reason: str) -> str:
-    if reason not in _told:
-        _told.add(reason)
-        _log.warning("group_norm_silu: Triton only, since the CUDA C++ cannot be used: %s", reason)
-    return "triton"
-
-
-def _milliseconds(call: Callable[[], object], repeats: int = 5, calls: int = 4) -> float:
-    """The median over repeats, after three calls that do not count."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[repeats // 2]
+def _kind(direction: str, x: Tensor, weight: Tensor, groups: int, silu: bool, temb: Tensor | None) -> str:
+    """Of a call: what decides how long either takes."""
+    dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in (x, weight)]
+    shape = "x".join(map(str, x.shape))
+    parts = (
+        shape,
+        dtypes[0],
+        f"weight {dtypes[1]}",
+        f"groups {groups}",
+        *["silu"] * silu,
+        *["temb"] * (temb is not None),
+    )
+    return f"{direction} {', '.join(parts)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -718,8 +626,11 @@ def _forward_op(
     rows = x.contiguous(memory_format=torch.channels_last)
     temb = None if temb is None else temb.contiguous()
     arguments = (rows, weight.contiguous(), bias.contiguous(), groups, eps, silu, temb)
-    run = {"triton": lambda: _launch_forward(*arguments), "native": lambda: _native_forward(*arguments)}
-    y, mean, rstd = run[_choose(_key("forward", x, weight, groups, silu, temb), run)]()
+    calls = {
+        "triton": lambda: _launch_forward(*arguments),
+        "native": lambda: native.group_norm_silu_forward(*arguments),
+    }
+    y, mean, rstd = calls[BACKENDS.choose(_kind("forward", x, weight, groups, silu, temb), calls)]()
     return y.contiguous(memory_format=_format(x)), mean, rstd
 
 
@@ -739,9 +650,7 @@ def _forward_cpu(
 
 
 @_forward_op.register_fake
-def _forward_fake(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, temb: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *_) -> tuple[Tensor, Tensor, Tensor]:
     statistic = x.new_empty((x.shape[0], groups), dtype=torch.float32)
     return torch.empty_like(x, memory_format=_format(x)), statistic, torch.empty_like(statistic)
 
@@ -756,8 +665,11 @@ def _backward_op(
     dy = dy.contiguous(memory_format=torch.channels_last)
     temb = None if temb is None else temb.contiguous()
     arguments = (dy, rows, weight.contiguous(), bias.contiguous(), mean, rstd, groups, silu, temb)
-    run = {"triton": lambda: _launch_backward(*arguments), "native": lambda: _native_backward(*arguments)}
-    dx, *vectors = run[_choose(_key("backward", x, weight, groups, silu, temb), run)]()
+    calls = {
+        "triton": lambda: _launch_backward(*arguments),
+        "native": lambda: native.group_norm_silu_backward(*arguments),
+    }
+    dx, *vectors = calls[BACKENDS.choose(_kind("backward", x, weight, groups, silu, temb), calls)]()
     return dx.contiguous(memory_format=_format(x)), *vectors
 
 
@@ -896,27 +808,16 @@ def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _aot(name: str, kernel: object, samples: int, channels: int, side: int, **constants: object) -> AotKernel:
-    """A kernel as it is launched for bfloat16 [samples, channels, side, side] in 32 groups."""
+    """A kernel as it is launched for bfloat16 [samples, channels, side, side] in 32 groups, with a time embedding."""
     plan = _plan(samples, side * side, channels, 32, 2, backward="backward" in name)
-    constants |= {"GROUP_C": channels // 32, "BUNDLE": plan.bundle, "BLOCK_C": plan.block_c, "ROWS": plan.rows}
-    signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
-    float32 = (
-        "mean_out",
-        "rstd_out",
-        "m2_out",
-        "partial_mean",
-        "partial_m2",
-        "mean",
-        "rstd",
-        "dweight",
-        "dbias",
-        "sums",
-    )
-    half = ("y", "x", "temb", "weight", "bias", "dx", "dy", "dtemb")
-    signature |= {name: "*bf16" for name in half if name in signature}
-    signature |= {name: "*fp32" for name in float32 if name in signature}
-    signature |= {"eps": "fp32"} if "eps" in signature else {}
-    return AotKernel(f"{name} {samples}x{channels}x{side}x{side}", kernel, signature, constants, plan.warps)
+    constants |= _constants(plan, channels // 32)
+    warps = constants.pop("num_warps")
+    types = dict.fromkeys(("y", "x", "temb", "weight", "bias", "dx", "dy", "dtemb"), "*bf16") | {"eps": "fp32"}
+    integers = ("pixels", "split_rows", "channels", "groups")
+    types |= dict.fromkeys(integers, "i32") | dict.fromkeys(constants, "constexpr")
+    # What is left are statistics and sums.
+    signature = {parameter: types.get(parameter, "*fp32") for parameter in kernel.arg_names}
+    return AotKernel(f"{name} {samples}x{channels}x{side}x{side}", kernel, signature, constants, warps)
 
 
 def _aot_kernels() -> tuple[AotKernel, ...]:
@@ -925,14 +826,14 @@ def _aot_kernels() -> tuple[AotKernel, ...]:
         shape = (samples, channels, side)
         for name, kernel in (("forward", _forward_kernel), ("backward", _backward_kernel)):
             plan = _plan(samples, side * side, channels, 32, 2, backward=name == "backward")
-            kernels.append(_aot(name, kernel, *shape, HAS_TEMB=True, SILU=True, ONE_TILE=plan.one_tile(side * side)))
+            kernels.append(_aot(name, kernel, *shape, SILU=True, ONE_TILE=plan.one_tile(side * side)))
     shape = (1, 320, 64)
     splits = triton.next_power_of_2(_plan(1, 64 * 64, 320, 32, 2).splits)
     kernels += [
-        _aot("forward partial", _forward_partial_kernel, *shape, HAS_TEMB=True),
-        _aot("forward finish", _forward_finish_kernel, *shape, HAS_TEMB=True, SILU=True, BLOCK_S=splits),
-        _aot("backward partial", _backward_partial_kernel, *shape, HAS_TEMB=True, SILU=True),
-        _aot("backward finish", _backward_finish_kernel, *shape, HAS_TEMB=True, SILU=True),
+        _aot("forward partial", _forward_partial_kernel, *shape),
+        _aot("forward finish", _forward_finish_kernel, *shape, SILU=True, BLOCK_S=splits),
+        _aot("backward partial", _backward_partial_kernel, *shape, SILU=True),
+        _aot("backward finish", _backward_finish_kernel, *shape, SILU=True),
     ]
     signature = {"dweight": "*bf16", "dbias": "*bf16", "dweight_parts": "*fp32", "dbias_parts": "*fp32"}
     signature |= {"samples": "i32", "channels": "i32", "BLOCK_C": "constexpr", "ROWS": "constexpr"}
@@ -967,4 +868,4 @@ SPEC = OpSpec(
 
 
 if name := os.environ.get("FASTGRPO_GROUP_NORM"):
-    set_backend(name)
+    BACKENDS.set(name)

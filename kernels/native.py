@@ -3,6 +3,8 @@
 No PyTorch headers are involved, so a build takes seconds and outlives PyTorch's versions. It lies in $FASTGRPO_CACHE, or
 ~/.cache/fastgrpo, under a name made of the sources, the device's compute capability and nvcc's version. It appears there by
 an atomic rename: processes that build it at the same time do the work twice and end with the same file.
+
+`group_norm_silu_forward` and `_backward` take and return what the functions that launch Triton's kernels do.
 """
 
 import ctypes
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 ARCHITECTURES = (80, 90)
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class BuildError(RuntimeError):
@@ -118,6 +121,38 @@ def as_c(argument: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_in
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
+
+
+def group_norm_silu_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, temb: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, mean, rstd; x is channels_last, everything is contiguous in it. Raises LaunchError."""
+    samples, channels, height, width = x.shape
+    y = torch.empty_like(x)
+    mean, rstd = (torch.empty((samples, groups), dtype=torch.float32, device=x.device) for _ in range(2))
+    call(
+        "fastgrpo_group_norm_silu_forward", x.device,
+        y, mean, rstd, x, temb, weight, bias, samples, height * width, channels, groups, eps, silu,
+        _DTYPES[x.dtype], _DTYPES[weight.dtype],
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def group_norm_silu_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool,
+    temb: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dweight, dbias, dtemb (empty without temb), as above. Raises LaunchError."""
+    samples, channels, height, width = x.shape
+    dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    dtemb = torch.empty_like(temb) if temb is not None else None
+    shares = torch.empty((2, samples, channels), dtype=torch.float32, device=x.device)
+    call(
+        "fastgrpo_group_norm_silu_backward", x.device,
+        dx, dweight, dbias, dtemb, shares, dy, x, temb, weight, bias, mean, rstd,
+        samples, height * width, channels, groups, silu, _DTYPES[x.dtype], _DTYPES[weight.dtype],
+    )  # fmt: skip
+    return dx, dweight, dbias, x.new_empty(0) if dtemb is None else dtemb
 
 
 @functools.cache

@@ -298,49 +298,6 @@ def test_plans_of_sd_shapes() -> None:
                 assert plan.rows * plan.block_c <= 512 * 32
 
 
-def test_a_backend_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(native, "available", lambda: "nvcc is not on the PATH")
-    monkeypatch.setattr(module, "_backend", "auto")
-    monkeypatch.setattr(module, "_told", set())
-    for key in (("a",), ("b",), ("a",)):
-        assert module._choose(key, {}) == "triton"
-    assert [record.getMessage() for record in caplog.records] == [
-        "group_norm_silu: Triton only, since the CUDA C++ cannot be used: nvcc is not on the PATH"
-    ]
-    with pytest.raises(ValueError, match="'native': nvcc is not on the PATH"):
-        module.set_backend("native")
-    with pytest.raises(ValueError, match="'fast'; auto, triton, native are accepted"):
-        module.set_backend("fast")
-
-
-def test_the_faster_backend_is_found_once_for_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed = []
-
-    def milliseconds(call) -> float:
-        timed.append(call)
-        return call()
-
-    monkeypatch.setattr(native, "available", lambda: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(module, "_milliseconds", milliseconds)
-    monkeypatch.setattr(module, "_fastest", {})
-    monkeypatch.setattr(module, "_backend", "auto")
-    for _ in range(2):
-        assert module._choose(("first",), {"triton": lambda: 2.0, "native": lambda: 1.0}) == "native"
-        assert module._choose(("second",), {"triton": lambda: 1.0, "native": lambda: 2.0}) == "triton"
-    assert len(timed) == 4
-
-    def fails() -> float:
-        raise native.LaunchError("no such cluster")
-
-    assert module._choose(("third",), {"triton": lambda: 2.0, "native": fails}) == "triton"
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert module._choose(("fourth",), {}) == "triton"
-    assert ("fourth",) not in module._fastest
-    module.set_backend("triton")
-    assert module._choose(("first",), {}) == "triton"
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["triton", "native"])
@@ -348,7 +305,7 @@ def test_the_faster_backend_is_found_once_for_every_key(monkeypatch: pytest.Monk
 def test_both_backends_on_a_gpu(monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype) -> None:
     if backend == "native" and (reason := native.available()):
         pytest.skip(reason)
-    monkeypatch.setattr(module, "_backend", backend)
+    monkeypatch.setattr(module.BACKENDS, "_setting", backend)
     for shape, groups in [*SHAPES[2:], ((2, 320, 64, 64), 32), ((2, 1280, 16, 16), 32), ((1, 2560, 8, 8), 32)]:
         for temb in (True, False):
             made = make(shape, dtype, temb=temb)

@@ -13,14 +13,15 @@ The kernels are called as the operators that scaled_dot_product_attention itself
 of them, torch.nn.attention.sdpa_kernel, sets switches of the whole process: two threads that enter and leave it in turn,
 as CPU workers would, can leave the switches changed for good. Here it only tells, at start-up, what a kernel can do.
 
-What is the same bit for bit. Every forward pass is: no kernel adds in an order that depends on timing. A backward pass on
-CUDA need not be. Flash, and with it xformers' flash, adds the queries' gradients of different key blocks atomically; so
-does the memory-efficient kernel where it splits the keys; cuDNN promises nothing, and PyTorch says of it "not
-deterministic". The log-probs of rollout and update thus agree to the last bit, while two identical updates may differ by
-rounding, and a resumed run with them. Inside `deterministic()`, flash and the memory-efficient kernel add in a fixed
-order, at some cost, and cuDNN and the xformers kernels that cannot are refused. A run that must resume bit for bit on
-CUDA needs both: a plan made with `choose(..., reproducible=True)`, and `deterministic()` around everything that
-computes or captures gradients. On the CPU all are reproducible with the same number of threads.
+What is the same bit for bit. Forward passes are: kernels join partial sums in a fixed order (cuDNN does not say how it
+does; `ratio/max_abs_dev_first` would show it). Backward passes on CUDA need not be. Flash, and with it xformers' flash,
+adds the queries' gradients of different key blocks atomically; so does the memory-efficient kernel where it splits the
+keys; cuDNN promises nothing, and PyTorch says of it "not deterministic". So rollout and update can agree on the log-probs
+to the last bit, while two identical updates may differ by rounding, and a resumed run with them. Inside
+`deterministic()`, flash and the memory-efficient kernel add in a fixed order, at some cost, and cuDNN and the xformers
+kernels that cannot are refused. A run that must resume bit for bit on CUDA needs both: a plan made with
+`choose(..., reproducible=True)`, and `deterministic()` around everything that computes or captures gradients. On the CPU
+all are reproducible with the same number of threads.
 """
 
 import copy
@@ -158,9 +159,9 @@ class AttentionPlan:
             layers[choice.backend] += len(choice.shape.layers)
             for backend, reason in choice.excluded.items():
                 left_out[backend, reason] += len(choice.shape.layers)
-        chosen = ", ".join(f"{backend} for {count} layers" for backend, count in layers.most_common())
+        chosen = ", ".join(f"{backend} for {_counted(count)}" for backend, count in layers.most_common())
         first = f"attention: {chosen}{self._times()}"
-        return first, *(f"  {name} left out for {count} layers: {why}" for (name, why), count in left_out.items())
+        return first, *(f"  {name} left out for {_counted(count)}: {why}" for (name, why), count in left_out.items())
 
     def _times(self) -> str:
         """The time of all layers, where all were measured, and beside it that of every backend that can do them all."""
@@ -324,11 +325,11 @@ def deterministic() -> Iterator[None]:
     """PyTorch's deterministic algorithms: the gradients of flash and memory-efficient attention repeat bit for bit.
 
     It is a switch of the whole process, read when a backward pass is computed or captured into a CUDA graph. New memory
-    is not filled, which PyTorch otherwise does under it; operations that have no deterministic form raise RuntimeError.
+    is not filled, which PyTorch otherwise does under it; operations that have no deterministic form raise RuntimeError. The environment variable that
+    cuBLAS then needs is set where it is not, and stays.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
-    # PyTorch refuses cuBLAS under the switch without it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -492,6 +493,10 @@ class _Case:
 
 
 _LONGEST_REASON = 200
+
+
+def _counted(layers: int) -> str:
+    return f"{layers} layer" if layers == 1 else f"{layers} layers"
 
 
 def _reason(error: Exception) -> str:

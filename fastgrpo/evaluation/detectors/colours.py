@@ -12,20 +12,19 @@ cosine with the image's. GenEval computes this in half precision by autocast, he
 from collections.abc import Sequence
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
+from fastgrpo.evaluation.detectors.clip_images import ClipImages
 from fastgrpo.evaluation.detectors.hashes import weights_sha256
 from fastgrpo.evaluation.geneval import Detected
 from fastgrpo.prompts.geneval import COLORS
 from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
 
 DEFAULT_SPEC = "ViT-L-14-quickgelu:openai"
-"""OpenAI's CLIP ViT-L/14. Its activation is QuickGELU, which open_clip's plain ViT-L-14 does not have, whatever weights."""
+"""OpenAI's CLIP ViT-L/14. Its activation is QuickGELU, which open_clip's plain ViT-L-14 lacks with any weights."""
 
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 BACKGROUND = (0x99, 0x99, 0x99)
@@ -42,11 +41,9 @@ class ClipColours:
     def __init__(self, encoder: OpenClipEncoder, spec: str, batch: int = 32) -> None:
         """spec: what `encoder` is called. batch: objects per forward pass; bounds memory."""
         self.encoder = encoder
-        self.batch = batch
         self.protocol = f"clip-colours/{spec}"
         self.hashes = {"clip": weights_sha256(encoder.model)}
-        preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(encoder.model))
-        self._transform = image_transform_v2(preprocess, is_train=False)
+        self._features = ClipImages(encoder, batch)
         self._phrases: dict[str, Tensor] = {}
         self._colours: dict[str, Tensor] = {}
 
@@ -57,14 +54,9 @@ class ClipColours:
     @torch.no_grad()
     def cosines(self, objects: Sequence[tuple[Image.Image, Detected]]) -> Tensor:
         """[N, 10] float32 on the encoder's device: of each of N >= 1 objects with each of COLORS."""
-        rows = []
-        for start in range(0, len(objects), self.batch):
-            chunk = objects[start : start + self.batch]
-            pixels = torch.stack([self._transform(cut_out(image, seen)) for image, seen in chunk])
-            features = self.encoder.model.encode_image(pixels.to(self.encoder.device, self.encoder.dtype))
-            colours = torch.stack([self._vectors(seen.label) for _, seen in chunk])
-            rows.append(torch.einsum("ne,nce->nc", F.normalize(features.float(), dim=-1), colours))
-        return torch.cat(rows)
+        features = torch.cat(list(self._features([cut_out(image, seen) for image, seen in objects])))
+        colours = torch.stack([self._vectors(seen.label) for _, seen in objects])
+        return torch.einsum("ne,nce->nc", features, colours)
 
     def _vectors(self, name: str) -> Tensor:
         """[10, E] float32 unit vectors of the colours of a class, kept from one call to the next."""

@@ -23,6 +23,8 @@ step whose gradient is not finite is left out without telling the host. Scale an
 which is torch.nn.utils.clip_grad_norm_ with a better sum. 4 (or 2) bytes an element more.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -46,39 +48,43 @@ _OPTIONS = {"enable_fp_fusion": False}
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def reference(
-    parameters: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    gradient: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    working: Tensor | None = None,
-    ema: Tensor | None = None,
-    ema_decay: float = 0.0,
-) -> tuple[Tensor, ...]:
+class Step(NamedTuple):
+    """What `fused_adamw` takes and describes."""
+
+    parameters: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    gradient: Tensor
+    step: Tensor
+    lr: Tensor
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    working: Tensor | None = None
+    ema: Tensor | None = None
+    ema_decay: float = 0.0
+
+
+def reference(a: Step) -> tuple[Tensor, ...]:
     """As `fused_adamw`, but returns new tensors: parameters, exp_avg, exp_avg_sq, step, and working and ema if given."""
-    before = [parameters, exp_avg, exp_avg_sq, step, *(t for t in (working, ema) if t is not None)]
-    if found_inf is not None and found_inf.item():
-        return tuple(tensor.clone() for tensor in before)
-    dtype = parameters.dtype
-    t, rate = step.item() + 1, lr.item()
-    g = gradient.to(dtype) * (1 if scale is None else scale.to(dtype))
-    m = beta1 * exp_avg + (1 - beta1) * g
-    v = beta2 * exp_avg_sq + (1 - beta2) * g * g
-    p = parameters * (1 - rate * weight_decay)
-    p = p - rate * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
-    after = [p, m, v, step + 1]
-    if working is not None:
-        after.append(p.to(working.dtype))
-    if ema is not None:
-        after.append(ema_decay * ema + (1 - ema_decay) * p)
+    if a.found_inf is not None and a.found_inf.item():
+        state = (a.parameters, a.exp_avg, a.exp_avg_sq, a.step, a.working, a.ema)
+        return tuple(tensor.clone() for tensor in state if tensor is not None)
+    dtype = a.parameters.dtype
+    t, rate = a.step.item() + 1, a.lr.item()
+    g = a.gradient.to(dtype) * (1 if a.scale is None else a.scale.to(dtype))
+    m = a.beta1 * a.exp_avg + (1 - a.beta1) * g
+    v = a.beta2 * a.exp_avg_sq + (1 - a.beta2) * g * g
+    p = a.parameters * (1 - rate * a.weight_decay)
+    p = p - rate * (m / (1 - a.beta1**t)) / ((v / (1 - a.beta2**t)).sqrt() + a.eps)
+    after = [p, m, v, a.step + 1]
+    if a.working is not None:
+        after.append(p.to(a.working.dtype))
+    if a.ema is not None:
+        after.append(a.ema_decay * a.ema + (1 - a.ema_decay) * p)
     return tuple(after)
 
 
@@ -208,46 +214,18 @@ def _clip_kernel(norm_ptr, loss_scale_ptr, coefficient_ptr, found_inf_ptr, max_n
     tl.store(found_inf_ptr, tl.where(tl.abs(norm) < float("inf"), 0.0, 1.0))
 
 
-def _launch_fused_adamw(
-    parameters: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    gradient: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    working: Tensor | None = None,
-    ema: Tensor | None = None,
-    ema_decay: float = 0.0,
-) -> None:
-    coefficients = torch.empty(5, dtype=torch.float32, device=parameters.device)
+def _launch_fused_adamw(*arguments: Tensor | float | None) -> None:
+    """arguments: those of `Step`, in its order."""
+    a = Step(*arguments)
+    n = a.parameters.numel()
+    coefficients = torch.empty(5, dtype=torch.float32, device=a.parameters.device)
     _coefficients_kernel[(1,)](
-        step, lr, scale, found_inf, coefficients, beta1, beta2, weight_decay, num_warps=1, **_OPTIONS
+        a.step, a.lr, a.scale, a.found_inf, coefficients, a.beta1, a.beta2, a.weight_decay, num_warps=1, **_OPTIONS
     )
-    n = parameters.numel()
     _adamw_kernel[(triton.cdiv(n, _BLOCK),)](
-        parameters,
-        exp_avg,
-        exp_avg_sq,
-        gradient,
-        working,
-        ema,
-        coefficients,
-        n,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        eps,
-        1 - ema_decay,
-        _BLOCK,
-        num_warps=4,
-        **_OPTIONS,
-    )
+        a.parameters, a.exp_avg, a.exp_avg_sq, a.gradient, a.working, a.ema, coefficients,
+        n, 1 - a.beta1, a.beta2, 1 - a.beta2, a.eps, 1 - a.ema_decay, _BLOCK, num_warps=4, **_OPTIONS,
+    )  # fmt: skip
 
 
 def _launch_global_norm(gradient: Tensor) -> Tensor:
@@ -271,6 +249,9 @@ _adamw_operator = torch.library.custom_op(
     _launch_fused_adamw,
     mutates_args=("parameters", "exp_avg", "exp_avg_sq", "step", "working", "ema"),
     device_types="cuda",
+    schema="(Tensor(a!) parameters, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor gradient, Tensor(d!) step, Tensor lr, "
+    "float beta1, float beta2, float eps, float weight_decay, Tensor? scale=None, Tensor? found_inf=None, "
+    "Tensor(e!)? working=None, Tensor(f!)? ema=None, float ema_decay=0.0) -> ()",
 )
 _norm_operator = torch.library.custom_op(
     "fastgrpo::global_norm", _launch_global_norm, mutates_args=(), device_types="cuda"
@@ -281,44 +262,29 @@ _clip_operator = torch.library.custom_op(
 
 
 @_adamw_operator.register_kernel("cpu")
-def _cpu_fused_adamw(
-    parameters: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    gradient: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    working: Tensor | None = None,
-    ema: Tensor | None = None,
-    ema_decay: float = 0.0,
-) -> None:
+def _cpu_fused_adamw(*arguments: Tensor | float | None) -> None:
     """The very operations of torch.optim.AdamW, so the same bits."""
-    if found_inf is not None and found_inf.item():
+    a = Step(*arguments)
+    if a.found_inf is not None and a.found_inf.item():
         return
-    step += 1
-    t, rate = int(step.item()), lr.item()
-    decay = 1 - rate * weight_decay
-    step_size = rate / (1 - beta1**t)
-    root = (1 - beta2**t) ** 0.5
-    for start in range(0, parameters.numel(), _CPU_CHUNK):
+    a.step.add_(1)
+    t, rate = int(a.step.item()), a.lr.item()
+    decay = 1 - rate * a.weight_decay
+    step_size = rate / (1 - a.beta1**t)
+    root = (1 - a.beta2**t) ** 0.5
+    for start in range(0, a.parameters.numel(), _CPU_CHUNK):
         here = slice(start, start + _CPU_CHUNK)
-        p, m, v, g = parameters[here], exp_avg[here], exp_avg_sq[here], gradient[here].float()
-        if scale is not None:
-            g = g * scale
+        p, m, v, g = a.parameters[here], a.exp_avg[here], a.exp_avg_sq[here], a.gradient[here].float()
+        if a.scale is not None:
+            g = g * a.scale
         p.mul_(decay)
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        p.addcdiv_(m, v.sqrt().div_(root).add_(eps), value=-step_size)
-        if working is not None:
-            working[here].copy_(p)
-        if ema is not None:
-            ema[here].lerp_(p, 1 - ema_decay)
+        m.lerp_(g, 1 - a.beta1)
+        v.mul_(a.beta2).addcmul_(g, g, value=1 - a.beta2)
+        p.addcdiv_(m, v.sqrt().div_(root).add_(a.eps), value=-step_size)
+        if a.working is not None:
+            a.working[here].copy_(p)
+        if a.ema is not None:
+            a.ema[here].lerp_(p, 1 - a.ema_decay)
 
 
 @_norm_operator.register_kernel("cpu")
@@ -394,22 +360,9 @@ def fused_adamw(
         if tensor is not None:
             _check(name, tensor, size, dtypes, device)
     _adamw_operator(
-        parameters,
-        exp_avg,
-        exp_avg_sq,
-        gradient,
-        step,
-        lr,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        scale,
-        found_inf,
-        working,
-        ema,
-        ema_decay,
-    )
+        parameters, exp_avg, exp_avg_sq, gradient, step, lr, beta1, beta2, eps, weight_decay,
+        scale, found_inf, working, ema, ema_decay,
+    )  # fmt: skip
 
 
 def global_norm(gradient: Tensor) -> Tensor:
@@ -453,86 +406,37 @@ _SD1 = 859_520_964  # parameters of SD 1.x's UNet
 _SD1_RANK_4 = 797_184  # parameters of rank-4 adapters on its attention
 
 
-def _stepped(
-    in_place: bool,
-    max_norm: float,
-    parameters: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    gradient: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    working: Tensor | None,
-    ema: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """Norm, clipping and step, as a function: of copies, unless `in_place`."""
-    state = [parameters, exp_avg, exp_avg_sq, step, working, ema]
+# Norm, clipping and step as a function. tensors: parameters, exp_avg, exp_avg_sq, gradient, step, lr, working and ema, the
+# last two or None. in_place: on these, otherwise on copies of what is written.
+
+
+def _stepped(in_place: bool, max_norm: float, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     if not in_place:
-        state = [None if tensor is None else tensor.clone() for tensor in state]
-    parameters, exp_avg, exp_avg_sq, step, working, ema = state
+        tensors = tuple(None if tensor is None else tensor.clone() for tensor in tensors)
+    parameters, exp_avg, exp_avg_sq, gradient, step, lr, working, ema = tensors
     scale, found_inf = clip_coefficient(global_norm(gradient), max_norm)
+    optional = {"working": working, "ema": ema, "ema_decay": _EMA_DECAY}
     fused_adamw(
-        parameters,
-        exp_avg,
-        exp_avg_sq,
-        gradient,
-        step,
-        lr,
-        scale=scale,
-        found_inf=found_inf,
-        working=working,
-        ema=ema,
-        ema_decay=_EMA_DECAY,
-        **_BENCHED,
-    )
-    return tuple(tensor for tensor in state if tensor is not None)
+        parameters, exp_avg, exp_avg_sq, gradient, step, lr, scale=scale, found_inf=found_inf, **optional, **_BENCHED
+    )  # fmt: skip
+    return tuple(tensor for tensor in (parameters, exp_avg, exp_avg_sq, step, working, ema) if tensor is not None)
 
 
-def _reference_stepped(
-    in_place: bool,
-    max_norm: float,
-    parameters: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    gradient: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    working: Tensor | None,
-    ema: Tensor | None,
-) -> tuple[Tensor, ...]:
-    scale = (max_norm / (torch.linalg.vector_norm(gradient) + 1e-6)).clamp(max=1)
-    args = (parameters, exp_avg, exp_avg_sq, gradient, step, lr, *_BENCHED.values())
-    return reference(*args, scale=scale, working=working, ema=ema, ema_decay=_EMA_DECAY)
+def _reference_stepped(in_place: bool, max_norm: float, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    *first, working, ema = tensors
+    scale = (max_norm / (torch.linalg.vector_norm(first[3]) + 1e-6)).clamp(max=1)
+    return reference(Step(*first, **_BENCHED, scale=scale, working=working, ema=ema, ema_decay=_EMA_DECAY))
 
 
-def _torch_fused(
-    in_place: bool,
-    max_norm: float,
-    parameters: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    gradient: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    working: Tensor | None,
-    ema: Tensor | None,
-) -> None:
+def _torch_fused(in_place: bool, max_norm: float, *tensors: Tensor | None) -> None:
     """torch.optim.AdamW(fused=True) and what it leaves to others: the norm, the working copy and the average."""
+    parameters, exp_avg, exp_avg_sq, gradient, step, lr, working, ema = tensors
     # By this the fused step divides the gradient. The clipped gradient itself is not written.
     grad_scale = ((torch.linalg.vector_norm(gradient) + 1e-6) / max_norm).clamp(min=1)
     torch._fused_adamw_(
-        [parameters],
-        [gradient],
-        [exp_avg],
-        [exp_avg_sq],
-        [],
-        [step],
-        lr=lr,
-        amsgrad=False,
-        maximize=False,
-        grad_scale=grad_scale,
-        **_BENCHED,
-    )
+        [parameters], [gradient], [exp_avg], [exp_avg_sq], [], [step],
+        lr=lr, amsgrad=False, maximize=False, grad_scale=grad_scale, **_BENCHED,
+    )  # fmt: skip
     if working is not None:
         working.copy_(parameters)
     if ema is not None:
@@ -565,14 +469,16 @@ def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
     return (torch.finfo(dtype).eps if dtype in _HALF else 12 * 2.0**-24), atol
 
 
-def _signature(*optional: str) -> dict[str, str]:
-    """Of _adamw_kernel, with a working copy or an average only where it is named."""
-    pointers = {"parameters_ptr": "*fp32", "exp_avg_ptr": "*fp32", "exp_avg_sq_ptr": "*fp32", "gradient_ptr": "*fp32"}
-    types = {"working_ptr": "*bf16", "ema_ptr": "*fp32"}
-    pointers |= {name: type if name in optional else "constexpr" for name, type in types.items()}
-    scalars = dict.fromkeys(("weight1", "beta2", "weight2", "eps", "ema_weight"), "fp32")
-    return pointers | {"coefficients_ptr": "*fp32", "n": "i32"} | scalars | {"BLOCK": "constexpr"}
+def _aot(
+    name: str, kernel: object, signature: str, num_warps: int = 4, exact: bool = True, **constants: object
+) -> AotKernel:
+    """signature: the types of what is not among the constants, in order. exact: nothing may be fused."""
+    types = iter(signature.split())
+    by_name = {parameter: "constexpr" if parameter in constants else next(types) for parameter in kernel.arg_names}
+    return AotKernel(name, kernel, by_name, constants, num_warps, _OPTIONS if exact else {})
 
+
+_COEFFICIENTS = {"BETA1": 0.9, "BETA2": 0.999, "WEIGHT_DECAY": 0.01}
 
 SPEC = OpSpec(
     name="fused_adamw",
@@ -584,55 +490,11 @@ SPEC = OpSpec(
     tolerance=_tolerance,
     rivals={"torch fused": _torch_fused},
     aot=(
-        AotKernel(
-            "adamw", _adamw_kernel, _signature("working_ptr"), {"ema_ptr": None, "BLOCK": _BLOCK}, options=_OPTIONS
-        ),
-        AotKernel(
-            "adamw_ema", _adamw_kernel, _signature("working_ptr", "ema_ptr"), {"BLOCK": _BLOCK}, options=_OPTIONS
-        ),
-        AotKernel(
-            "coefficients",
-            _coefficients_kernel,
-            {
-                "step_ptr": "*fp32",
-                "lr_ptr": "*fp64",
-                "scale_ptr": "*fp32",
-                "found_inf_ptr": "*fp32",
-                "coefficients_ptr": "*fp32",
-                "BETA1": "constexpr",
-                "BETA2": "constexpr",
-                "WEIGHT_DECAY": "constexpr",
-            },
-            {"BETA1": 0.9, "BETA2": 0.999, "WEIGHT_DECAY": 0.01},
-            num_warps=1,
-            options=_OPTIONS,
-        ),
-        AotKernel(
-            "squares",
-            _squares_kernel,
-            {"gradient_ptr": "*fp32", "partials_ptr": "*fp64", "n": "i32", "BLOCK": "constexpr"},
-            {"BLOCK": _NORM_BLOCK},
-            num_warps=8,
-        ),
-        AotKernel(
-            "root",
-            _root_kernel,
-            {"partials_ptr": "*fp64", "norm_ptr": "*fp32", "count": "i32", "BLOCK": "constexpr"},
-            {"BLOCK": _NORM_PROGRAMS},
-        ),
-        AotKernel(
-            "clip",
-            _clip_kernel,
-            {
-                "norm_ptr": "*fp32",
-                "loss_scale_ptr": "*fp32",
-                "coefficient_ptr": "*fp32",
-                "found_inf_ptr": "*fp32",
-                "max_norm": "fp32",
-            },
-            {},
-            num_warps=1,
-            options=_OPTIONS,
-        ),
+        _aot("adamw", _adamw_kernel, f"{'*fp32 ' * 4} *bf16 *fp32 i32 {'fp32 ' * 5}", ema_ptr=None, BLOCK=_BLOCK),
+        _aot("adamw_ema", _adamw_kernel, f"{'*fp32 ' * 4} *bf16 *fp32 *fp32 i32 {'fp32 ' * 5}", BLOCK=_BLOCK),
+        _aot("coefficients", _coefficients_kernel, "*fp32 *fp64 *fp32 *fp32 *fp32", num_warps=1, **_COEFFICIENTS),
+        _aot("squares", _squares_kernel, "*fp32 *fp64 i32", num_warps=8, exact=False, BLOCK=_NORM_BLOCK),
+        _aot("root", _root_kernel, "*fp64 *fp32 i32", exact=False, BLOCK=_NORM_PROGRAMS),
+        _aot("clip", _clip_kernel, "*fp32 *fp32 *fp32 *fp32 fp32", num_warps=1),
     ),
 )

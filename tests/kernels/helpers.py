@@ -4,7 +4,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
+import pytest
 import torch
+
+# A test that launches Triton's kernels on CPU tensors, where its interpreter takes them.
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the kernels are compiled here: the GPU tests run them"
+)
+# A test that launches them on a device. The marker alone does not do where only tests/kernels/ is collected.
+on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+# The same test on either: interpreted on CPU tensors, compiled on CUDA's.
+on_kernels = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=interpreted, id="interpreted"), pytest.param("cuda", marks=on_gpu, id="gpu")]
+)
 
 
 @contextmanager

@@ -4,37 +4,34 @@ import math
 from collections.abc import Iterator
 
 import pytest
+import safetensors.torch
 import torch
-from helpers import poisoned
+from helpers import interpreted, on_gpu, on_kernels, poisoned
 from torch import Tensor
 
 import fastgrpo  # noqa: F401
 from fastgrpo.kernels import fused_adamw as module
-from fastgrpo.kernels.fused_adamw import SPEC, clip_coefficient, fused_adamw, global_norm, reference
+from fastgrpo.kernels.fused_adamw import SPEC, Step, clip_coefficient, fused_adamw, global_norm, reference
 
 U = 2.0**-24  # half an ulp of 1 in float32
-CPU = torch.device("cpu")
 OPTIONS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 
 
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the kernels are compiled here: the GPU test runs them"
-)
-
-
-@pytest.fixture(params=[pytest.param("triton", marks=interpreted), "cpu"])
+@pytest.fixture(params=[pytest.param("triton", marks=interpreted), pytest.param("gpu", marks=on_gpu), "cpu"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The public functions run Triton's kernels, interpreted, or PyTorch's; memory is poisoned."""
+    """The public functions run Triton's kernels, interpreted or on the GPU, or PyTorch's; memory is poisoned."""
     if request.param == "triton":
         monkeypatch.setattr(module, "_adamw_operator", module._launch_fused_adamw)
         monkeypatch.setattr(module, "_norm_operator", module._launch_global_norm)
         monkeypatch.setattr(module, "_clip_operator", module._launch_clip_coefficient)
-    with poisoned():
+    with torch.device("cuda" if request.param == "gpu" else "cpu"), poisoned():
         yield request.param
 
 
 def draw(n: int, seed: int = 0) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed))
+    """The same numbers on whatever the default device is."""
+    numbers = torch.randn(n, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    return numbers.to(torch.get_default_device())
 
 
 def state(n: int, steps: float = 0.0) -> dict[str, Tensor]:
@@ -64,16 +61,17 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 
 def torch_adamw(start: dict[str, Tensor], gradients: list[Tensor], lr: float, options: dict[str, float]) -> dict:
-    """torch.optim.AdamW from the same state."""
-    parameter = torch.nn.Parameter(start["parameters"].clone())
+    """torch.optim.AdamW from the same state, on the CPU."""
+    start = {name: tensor.cpu().clone() for name, tensor in start.items()}
+    parameter = torch.nn.Parameter(start["parameters"])
     betas = (options["beta1"], options["beta2"])
     optimizer = torch.optim.AdamW(
         [parameter], lr=lr, betas=betas, eps=options["eps"], weight_decay=options["weight_decay"]
     )
-    moments = {name: start[name].clone() for name in ("exp_avg", "exp_avg_sq")}
-    optimizer.state[parameter] = {"step": start["step"][0].clone(), **moments}
+    moments = {name: start[name] for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[parameter] = {"step": start["step"][0], **moments}
     for gradient in gradients:
-        parameter.grad = gradient
+        parameter.grad = gradient.cpu()
         optimizer.step()
     end = optimizer.state[parameter]
     return {
@@ -103,16 +101,21 @@ def test_on_the_cpu_the_bits_are_those_of_torch(n: int, options: dict[str, float
     assert_same(ours, expected)
 
 
-@interpreted
+@on_kernels
 @pytest.mark.parametrize("options", CONFIGURATIONS)
 @pytest.mark.parametrize("steps", [0.0, 1.0, 9.0, 999.0, 1e6])
 @pytest.mark.parametrize("n", [1, 1100])
-def test_a_step_of_triton_is_that_of_torch_to_the_last_digits(n: int, steps: float, options: dict[str, float]) -> None:
+def test_a_step_of_triton_is_that_of_torch_to_the_last_digits(
+    n: int, steps: float, options: dict[str, float], device: str
+) -> None:
     ours, lr, gradient = state(n, steps), 1e-2, draw(n, 5)
     before = copied(ours)
     expected = torch_adamw(ours, [gradient], lr, options)
+    launched = Step(**ours, gradient=gradient, lr=learning_rate(lr), **options)
+    launched = Step(*(a.to(device) if isinstance(a, Tensor) else a for a in launched))
     with poisoned():
-        module._launch_fused_adamw(**ours, gradient=gradient, lr=learning_rate(lr), **options)
+        module._launch_fused_adamw(*launched)
+    ours = {name: getattr(launched, name).cpu() for name in ours}
     assert torch.equal(ours["step"], expected["step"])
     # They may differ by one fused multiply-add in each moment: a rounding of its product (2 U of at most these sizes),
     # and by the last digit of sqrt, which torch takes from a library that is off by 1 ulp.
@@ -164,7 +167,8 @@ def test_a_hundred_steps_stay_at_the_recursion_in_float64(path: str) -> None:
 @pytest.mark.parametrize("dtype", SPEC.dtypes)
 def test_the_cases_follow_their_reference_in_float64(path: str, dtype: torch.dtype) -> None:
     for case in SPEC.cases:
-        arguments = case.make(CPU, dtype, torch.Generator().manual_seed(3))
+        device = torch.get_default_device()
+        arguments = case.make(device, dtype, torch.Generator(device).manual_seed(3))
         double = [a.double() if isinstance(a, Tensor) else a for a in arguments]
         rtol, atol = SPEC.tolerance(dtype)
         for actual, expected in zip(SPEC.function(*arguments), SPEC.reference(*double), strict=True):
@@ -184,14 +188,16 @@ def test_half_gradient_scale_working_copy_and_average(path: str, n: int, dtype: 
     fused_adamw(**full, gradient=gradient, lr=learning_rate(), **OPTIONS, **extra)
     assert_same(full, plain)
     exact = full["parameters"].to(dtype)
-    if path == "cpu":
+    if path == "triton":
+        # Truncated instead of rounded by the interpreter.
+        torch.testing.assert_close(working, exact, rtol=2 * torch.finfo(dtype).eps, atol=0)
+        assert (working.float() - exact.float()).abs().max() > 0 or n == 1 or dtype == torch.float16
+    else:
         assert torch.equal(working, exact)
+    if path == "cpu":
         assert torch.equal(ema, expected)
     else:
-        # Truncated instead of rounded by the interpreter; a product that is not fused with its sum.
-        rtol = 2 * torch.finfo(dtype).eps
-        torch.testing.assert_close(working, exact, rtol=rtol, atol=0)
-        assert (working.float() - exact.float()).abs().max() > 0 or n == 1 or dtype == torch.float16
+        # A product that is or is not fused with its sum.
         assert ((ema - expected).abs() <= 2 * U * (draw(n, 6).abs() + plain["parameters"].abs())).all()
 
 
@@ -257,6 +263,28 @@ def test_the_same_step_twice_gives_the_same_bits(path: str) -> None:
     assert_same(first, second)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_goes_on_from_a_stored_state_gives_the_same_bits(path: str, dtype: torch.dtype) -> None:
+    """Five steps, and two whose state goes through a file's bytes before three more: state, working copy and average."""
+
+    def take(tensors: dict[str, Tensor], seeds: range) -> None:
+        for seed in seeds:
+            gradient = draw(1030, seed)
+            scale, found_inf = clip_coefficient(global_norm(gradient), 1.0)
+            extra = {"scale": scale, "found_inf": found_inf, "ema_decay": 0.9}
+            fused_adamw(**tensors, gradient=gradient, lr=learning_rate(), **extra)
+
+    start = {**state(1030), "working": draw(1030).to(dtype), "ema": draw(1030)}
+    whole, parts = copied(start), copied(start)
+    take(whole, range(5))
+    take(parts, range(2))
+    stored = safetensors.torch.save({name: tensor.cpu() for name, tensor in parts.items()})
+    parts = {name: tensor.to(start[name].device) for name, tensor in safetensors.torch.load(stored).items()}
+    take(parts, range(2, 5))
+    assert_same(whole, parts)
+    assert not torch.equal(whole["ema"], start["ema"])
+
+
 def exact_norm(gradient: Tensor) -> float:
     return math.sqrt(math.fsum(x * x for x in gradient.tolist()))
 
@@ -315,7 +343,7 @@ def test_clipping_takes_the_loss_scale_away_first(path: str) -> None:
 def test_the_reference_leaves_a_step_out_too() -> None:
     ours = state(3)
     arguments = (ours["parameters"], ours["exp_avg"], ours["exp_avg_sq"], draw(3, 3), ours["step"], learning_rate())
-    after = reference(*arguments, *OPTIONS.values(), found_inf=torch.ones(1))
+    after = reference(Step(*arguments, *OPTIONS.values(), found_inf=torch.ones(1)))
     assert all(torch.equal(a, b) for a, b in zip(after, ours.values(), strict=True))
 
 

@@ -13,7 +13,7 @@ import huggingface_hub
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.pretrained import download_pretrained_from_hf
+from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError
 from torch import Tensor
@@ -159,6 +159,7 @@ def _resolve(spec: str) -> tuple[str, str | None]:
             "local-dir:FOLDER, hf-hub:ID and ARCHITECTURE:WEIGHTS."
         )
     if open_clip.is_pretrained_cfg(architecture, weights):
+        _fetch_tagged(architecture, weights)
         return architecture, weights
     file = Path(weights).expanduser()
     if not file.is_file():
@@ -168,6 +169,27 @@ def _resolve(spec: str) -> tuple[str, str | None]:
             "neither."
         )
     return architecture, str(file)
+
+
+def _fetch_tagged(architecture: str, tag: str) -> None:
+    """Have the weights of an open_clip tag in the local cache, where open_clip will look for them."""
+    spec, weights = f"{architecture}:{tag}", open_clip.get_pretrained_cfg(architecture, tag)
+    if weights.get("quick_gelu", False) and not open_clip.get_model_config(architecture).get("quick_gelu", False):
+        raise ConfigError(  # open_clip warns, and computes with another activation
+            f"{spec!r} has weights for QuickGELU, which {architecture} does not compute; {architecture}-quickgelu:{tag} "
+            "is accepted."
+        )
+    try:
+        download_pretrained(weights)
+    except Exception as error:  # as in _hpsv2_file
+        identifier = weights.get("hf_hub", "").rstrip("/")
+        way = f"`hf download {identifier} --local-dir FOLDER` and name local-dir:FOLDER"
+        if not identifier:
+            way = f"{weights['url']} and name the file, as in {architecture}:FILE"
+        raise ConfigError(
+            f"{spec!r} needs weights that are not in the local cache and cannot be downloaded ({_one_line(error)}); get "
+            f"them with {way}."
+        ) from error
 
 
 def _hpsv2_file() -> str:

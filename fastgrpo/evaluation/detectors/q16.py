@@ -99,7 +99,7 @@ def read_prompts(file: Path) -> Tensor:
     problem = _problem(prompts)
     if problem:
         raise ConfigError(f"{str(file)!r} holds {problem}; accepted is {_ACCEPTED}.")
-    return prompts
+    return prompts.detach()
 
 
 def save_prompts(source: Path, path: Path) -> None:

@@ -27,7 +27,8 @@ class Policy:
     """A Stable Diffusion pipeline taken apart.
 
     unet: float32 weights, trained; always in eval mode, since dropout would give every pass a different policy.
-    network: what computes in the UNet's place, in `dtype`; None is the UNet itself, which is enough for float32.
+    network: computes in the UNet's place, in `dtype`; None is the UNet itself, which is enough for float32.
+    passes: how `network` is called; None is as it is, else for instance compiled.
     vae, text_encoder: frozen, in `dtype`. tokenizer: the text encoder's.
     scheduler_config: the pipeline's scheduler_config.json, from which `make_schedule` builds the steps.
     device: where everything is. dtype: what the UNet computes in: torch.float32, torch.bfloat16 or torch.float16.
@@ -41,7 +42,8 @@ class Policy:
     scheduler_config: Mapping[str, Any]
     device: torch.device
     dtype: torch.dtype
-    network: Network | None = None
+    network: UNet2DConditionModel | None = None
+    passes: Network | None = None
     workers: Workers = field(default_factory=lambda: Workers(1))
 
     @property
@@ -68,6 +70,21 @@ class Policy:
         )
         return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state.float()
 
+    def contexts(self, embeds: Tensor, guidance: float) -> Tensor:
+        """What the UNet's rows attend to: [2N, L, D] in `dtype`, the empty prompt's first; at guidance 1 [N, L, D]."""
+        if guidance != 1.0:
+            embeds = torch.cat([self.unconditional.expand_as(embeds), embeds])
+        return embeds.to(self.dtype)
+
+    @property
+    def computing(self) -> UNet2DConditionModel:
+        """The module whose weights compute."""
+        return self.network or self.unet
+
+    def forward(self, latents: Tensor, timesteps: Tensor, contexts: Tensor) -> Tensor:
+        """The UNet's output [R, C, H, W] for R rows, in `dtype` like latents and contexts."""
+        return (self.passes or self.computing)(latents, timesteps, contexts, return_dict=False)[0]
+
     def output(
         self, latents: Tensor, timesteps: Tensor, embeds: Tensor, guidance: float, network: Network | None = None
     ) -> Tensor:
@@ -78,11 +95,12 @@ class Policy:
         latents: [N, C, H, W] float32. timesteps: [N] int64. embeds: [N, L, D].
         network: another than the policy's own, such as the base model's. Returned in `dtype`.
         """
-        network = network or self.network or self.unet
+        contexts, latents = self.contexts(embeds, guidance), latents.to(self.dtype)
         if guidance != 1.0:
             latents, timesteps = latents.repeat(2, 1, 1, 1), timesteps.repeat(2)
-            embeds = torch.cat([self.unconditional.expand_as(embeds), embeds])
-        return network(latents.to(self.dtype), timesteps, embeds.to(self.dtype), return_dict=False)[0]
+        if network is None:
+            return self.forward(latents, timesteps, contexts)
+        return network(latents, timesteps, contexts, return_dict=False)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = DECODE_BATCH) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastgrpo.config import RolloutConfig
 from fastgrpo.distributed import Ranks
-from fastgrpo.engine.eager import EagerEngine, denoiser
+from fastgrpo.engine.eager import EagerEngine
+from fastgrpo.engine.sampling import Sampler
 from fastgrpo.engine.workers import shares
 from fastgrpo.policy import DECODE_BATCH, Policy
 from fastgrpo.schedule import Schedule
@@ -52,7 +53,7 @@ def rollout(
     done = itertools.count(1)  # next() is atomic, so workers may share it
 
     def draw(part: slice) -> None:
-        denoise = engine.denoiser(embeds[part], keep_means)
+        denoise = engine.denoiser(embeds[part], part, keep_means)
         for step in range(steps):
             latents[step + 1, part], log_probs[step, part], *mean = denoise(
                 step, latents[step, part], latents[step + 1, part]
@@ -83,9 +84,11 @@ def sample(
     Returns [N, 3, h, w] float32 in [0, 1].
     """
 
+    sampler = Sampler(policy, schedule, guidance)
+
     def draw(part: slice) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        latents, denoise = _noise_of_each(generators, policy), denoiser(policy, schedule, guidance, embeds[part])
+        latents, denoise = _noise_of_each(generators, policy), sampler.chunk(embeds[part])
         for step in range(len(schedule)):
             latents, _ = denoise(step, latents, _noise_of_each(generators, policy))
         return latents

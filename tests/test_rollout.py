@@ -7,7 +7,8 @@ from plain_policy import predict, step_mean
 
 import fastgrpo.policy
 from fastgrpo.config import ConfigError, ModelConfig, RolloutConfig, TrainConfig
-from fastgrpo.engine.eager import EagerEngine, denoiser
+from fastgrpo.engine.eager import EagerEngine
+from fastgrpo.engine.sampling import Sampler
 from fastgrpo.grpo.micro_batch import Learner
 from fastgrpo.policy import load_policy
 from fastgrpo.rollout import initial_noise, rollout, sample
@@ -186,5 +187,5 @@ def test_sample_takes_the_steps_a_rollout_takes(policy, prompts):
     for step in range(CONFIG.steps):
         noise = torch.randn(1, 4, 8, 8, generator=generator)
         with torch.no_grad():
-            latents, _ = denoiser(policy, schedule, 3.0, prompts.embeds[:1])(step, latents, noise)
+            latents, _ = Sampler(policy, schedule, 3.0).chunk(prompts.embeds[:1])(step, latents, noise)
     assert torch.equal(sample(policy, prompts.embeds[:1], schedule, 3.0, [9]), policy.decode(latents))

@@ -4,20 +4,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
+from fastgrpo.engine.reuse import Reuse
+from fastgrpo.engine.sampling import Denoise, Sampler
 from fastgrpo.engine.weights import FlatWeights
 from fastgrpo.engine.workers import shares
 from fastgrpo.grpo.micro_batch import Learner, MicroBatch, Outcome
 from fastgrpo.grpo.pairs import Pairs
-from fastgrpo.kernels.ddim_step import ddim_step
-from fastgrpo.policy import Policy
-from fastgrpo.schedule import Schedule
 
 Gather = Callable[[Pairs], MicroBatch]
-Denoise = Callable[[int, Tensor, Tensor], tuple[Tensor, ...]]
-"""(step, latents, noise), [N, C, H, W] float32 -> the next latents, their log-probs [N] and, if wanted, their means."""
 Item = TypeVar("Item")
 
 
@@ -25,11 +21,17 @@ class EagerEngine:
     """Runs one training's passes of the UNet.
 
     learner: what a pass is. weights: where gradients are summed. micro_batch: pairs in a pass at most.
-    old_log_prob: grpo.old_log_prob, or what an engine takes in its place.
+    old_log_prob: grpo.old_log_prob, or what an engine takes in its place. reuse: what a rollout computes once.
     """
 
-    def __init__(self, learner: Learner, weights: FlatWeights, micro_batch: int):
-        self.learner, self.weights, self.micro_batch = learner, weights, micro_batch
+    def __init__(
+        self,
+        learner: Learner,
+        weights: FlatWeights,
+        micro_batch: int,
+        reuse: Reuse = Reuse(),  # noqa: B008 (frozen)
+    ):
+        self.learner, self.weights, self.micro_batch, self.reuse = learner, weights, micro_batch, reuse
         self.old_log_prob = learner.config.grpo.old_log_prob
         self._workers = learner.policy.workers
 
@@ -38,10 +40,15 @@ class EagerEngine:
         config = self.learner.config.rollout
         return shares(samples, config.batch or samples, self._workers.count)
 
-    def denoiser(self, embeds: Tensor, keep_mean: bool) -> Denoise:
-        """Takes steps of the samples with these embeddings."""
-        learner = self.learner
-        return denoiser(learner.policy, learner.schedule, learner.config.rollout.guidance, embeds, keep_mean)
+    def denoiser(self, embeds: Tensor, part: slice, keep_mean: bool) -> Denoise:
+        """Takes the steps of one chunk. embeds: [N, L, D] of its samples. part: where they are among this process's."""
+        config, learner = self.learner.config, self.learner
+        sampler = Sampler(learner.policy, learner.schedule, config.rollout.guidance, keep_mean)
+        distinct = None
+        if self.reuse.first:
+            samples = range(part.start, part.stop)
+            distinct = sampler.first_rows(config.rollout.initial_noise, config.group_size, samples)
+        return sampler.chunk(embeds, self.reuse, distinct)
 
     def clear(self) -> None:
         """Forget the gradient."""
@@ -69,21 +76,6 @@ class EagerEngine:
     def _forward(self, call: Callable, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, Item]]:
         parts = pairs.split(self.micro_batch)
         return zip(parts, self._workers.map(lambda part: call(gather(part)), parts), strict=True)
-
-
-def denoiser(policy: Policy, schedule: Schedule, guidance: float, embeds: Tensor, keep_mean: bool = False) -> Denoise:
-    """Takes steps of N samples: x_p = mu + sigma * noise.
-
-    embeds: [N, L, D]. The log-probability is of exactly the latents that are returned.
-    """
-
-    def denoise(step: int, latents: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-        timesteps = schedule.timesteps[step].expand(len(latents))
-        output = policy.output(latents, timesteps, embeds, guidance)
-        position = torch.full((1,), step, device=latents.device)
-        return ddim_step(output, latents, schedule.tables, position, guidance, noise, keep_mean=keep_mean)
-
-    return denoise
 
 
 def _batched(items: Iterable[Pairs], count: int) -> Iterator[Sequence[Pairs]]:

@@ -84,6 +84,12 @@ class FlatWeights:
                 for name, view in self.views(self.working).items():
                     view.copy_(self.parameters[name])
 
+    def zero_gradient(self) -> None:
+        """The flat gradient is 0, and every `.grad` lies in it."""
+        self.gradient.zero_()
+        for parameter, view in zip(self.parameters.values(), self._gradients, strict=True):
+            parameter.grad = view
+
     def accumulate(self, gradients: Sequence[Tensor]) -> None:
         """Add one gradient per parameter, of any dtype, to `.grad`, which lies in the flat one from the first on."""
         if all(p.grad is view for p, view in zip(self.parameters.values(), self._gradients, strict=True)):
@@ -182,12 +188,11 @@ class FlatAdamW:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; or, without `set_to_none`, make them 0."""
-        for parameter in self.weights.parameters.values():
-            parameter.grad = None
-        if not set_to_none:
-            self.weights.gradient.zero_()
-            for parameter, view in zip(self.weights.parameters.values(), self.weights._gradients, strict=True):
-                parameter.grad = view
+        if set_to_none:
+            for parameter in self.weights.parameters.values():
+                parameter.grad = None
+        else:
+            self.weights.zero_gradient()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """ "exp_avg.NAME", "exp_avg_sq.NAME" and "step.NAME" of every parameter, contiguous, as torch's state has them."""

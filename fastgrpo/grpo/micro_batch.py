@@ -61,11 +61,9 @@ class Outcome:
     loss: Tensor
     kl: Tensor | None
 
-    def cut(self, size: int) -> "Outcome":
-        """The first `size` pairs."""
-        return Outcome(
-            self.ratio[:size], self.clipped[:size], self.loss[:size], None if self.kl is None else self.kl[:size]
-        )
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of the fields."""
+        return self.ratio, self.clipped, self.loss, self.kl
 
 
 @dataclass(frozen=True)

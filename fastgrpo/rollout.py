@@ -76,21 +76,22 @@ def sample(
     seeds: Sequence[int],
     batch: int = 256,
     decode_batch: int = DECODE_BATCH,
+    latent_shape: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """Draw one image per embedding; the picture depends on its own prompt and seed, not on its neighbours or the device.
 
     embeds: [N, L, D]. seeds: N numbers, each the seed of one sample's own CPU generator. batch, decode_batch: images denoised
-    and decoded at once.
+    and decoded at once. latent_shape: (C, H, W) for images of another size; None is the policy's own.
     Returns [N, 3, h, w] float32 in [0, 1].
     """
 
-    sampler = Sampler(policy, schedule, guidance)
+    sampler, shape = Sampler(policy, schedule, guidance), latent_shape or policy.latent_shape
 
     def draw(part: slice) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        latents, denoise = _noise_of_each(generators, policy), sampler.chunk(embeds[part])
+        latents, denoise = _noise_of_each(generators, shape).to(policy.device), sampler.chunk(embeds[part])
         for step in range(len(schedule)):
-            latents, _ = denoise(step, latents, _noise_of_each(generators, policy))
+            latents, _ = denoise(step, latents, _noise_of_each(generators, shape).to(policy.device))
         return latents
 
     latents = list(policy.workers.map(draw, shares(len(seeds), batch, policy.workers.count)))
@@ -117,6 +118,6 @@ def initial_noise(
     return noise.repeat_interleave(samples // distinct, dim=0)
 
 
-def _noise_of_each(generators: Sequence[torch.Generator], policy: Policy) -> Tensor:
-    """[N, C, H, W] float32: the next draw of each sample's own generator."""
-    return torch.stack([torch.randn(policy.latent_shape, generator=g) for g in generators]).to(policy.device)
+def _noise_of_each(generators: Sequence[torch.Generator], shape: tuple[int, int, int]) -> Tensor:
+    """[N, C, H, W] float32 on the CPU: the next draw of each sample's own generator."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])

@@ -1,0 +1,266 @@
+"""Folders of generated images: drawn once, continued where a killed run stopped, scored by any number of suites.
+
+    FOLDER/
+      manifest.json      how the images are drawn (weights, sampler) and, of each, its prompt, seed, guidance and size
+      images/ID.png      one file per image, written at once or not at all
+      q16.json, ...      what detectors found, by id (findings.py)
+
+Images are joined with their rows by id, never by position. They are drawn in batches that depend on the rows alone, and
+a batch of which an image is missing is drawn again as a whole: matrix products of different sizes round differently, and
+a run that was killed is to end with the bytes of an undisturbed one.
+"""
+
+import io
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from fastgrpo import rollout
+from fastgrpo.config import ConfigError
+from fastgrpo.evaluation.detectors.hashes import weights_sha256
+from fastgrpo.files import reading, write_atomically
+from fastgrpo.policy import Policy
+from fastgrpo.schedule import Schedule
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One image to draw.
+
+    id: unique in its folder, a file's name without suffix. prompt: the prompt's id, which all its images share.
+    seed: of the image's own CPU generator, in [0, 2^63). guidance: at least 1. width, height: pixels; 0 is the model's.
+    """
+
+    id: str
+    prompt: str
+    text: str
+    seed: int
+    guidance: float
+    width: int = 0
+    height: int = 0
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How images are drawn: what must be equal for two folders to differ in nothing but the model, and the model.
+
+    model: what it is called. weights: part -> sha256. dtype: what the UNet computes in. batch: images at once.
+    """
+
+    model: str
+    weights: dict[str, str]
+    steps: int
+    eta: float
+    dtype: str
+    batch: int
+    sampler: str = "ddim"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of `count` nearly equal parts of the batches, numbered from 0: what one process or machine draws."""
+
+    index: int = 0
+    count: int = 1
+
+
+def model_hashes(policy: Policy) -> dict[str, str]:
+    """Part -> sha256 of its weights, wherever they were loaded from."""
+    return {name: weights_sha256(getattr(policy, name)) for name in ("unet", "vae", "text_encoder")}
+
+
+def native_size(policy: Policy) -> tuple[int, int]:
+    """(width, height) in pixels of what the model was trained on."""
+    _, height, width = policy.latent_shape
+    return width * _factor(policy), height * _factor(policy)
+
+
+def read_image(path: Path) -> Image.Image:
+    """An RGB image, read completely. Raises ConfigError, which names the file, where it is missing or broken."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # whatever PIL says of a broken file
+        raise ConfigError(f"{path} cannot be read as an image ({error}); remove it, and it is drawn again.") from error
+
+
+class Pictures(Sequence[Image.Image]):
+    """Image files as a sequence that opens them when asked, so that thousands need not be held."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = tuple(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Pictures": ...
+
+    def __getitem__(self, index: int | slice) -> "Image.Image | Pictures":
+        return Pictures(self.paths[index]) if isinstance(index, slice) else read_image(self.paths[index])
+
+
+class ImageFolder:
+    """The images of some rows, as one model draws them."""
+
+    def __init__(self, path: Path, drawing: Drawing, wanted: Sequence[Wanted]) -> None:
+        """wanted: in any order; they are kept by id. Raises ValueError where two have the same."""
+        self.path = path
+        self.drawing = drawing
+        self.wanted = tuple(sorted(wanted, key=lambda row: row.id))
+        if len({row.id for row in self.wanted}) < len(self.wanted):
+            raise ValueError("two images have the same id")
+
+    def check(self) -> None:
+        """Raise ConfigError where the folder holds the images of another model, protocol or set of prompts."""
+        if (self.path / MANIFEST).is_file():
+            found = read_manifest(self.path)
+            if difference := _difference(found, self._manifest()):
+                raise ConfigError(
+                    f"{self.path} holds images of another kind ({difference}); to go on with them say the same again, "
+                    "else give another --output."
+                )
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise ConfigError(f"{self.path} is no folder of generated images, and not empty; give another --output.")
+
+    def claim(self) -> None:
+        """Make the folder and its manifest, unless they are there. Raises ConfigError as `check` does."""
+        self.check()
+        (self.path / "images").mkdir(parents=True, exist_ok=True)
+        if not (self.path / MANIFEST).is_file():
+            write_atomically(self.path / MANIFEST, (json.dumps(self._manifest(), indent=1) + "\n").encode())
+
+    def file(self, id: str) -> Path:
+        """Where an image is, or will be."""
+        return self.path / "images" / f"{id}.png"
+
+    def missing(self) -> list[Wanted]:
+        """The rows whose images are not there yet."""
+        return [row for row in self.wanted if not self.file(row.id).is_file()]
+
+    def present(self) -> list[Wanted]:
+        """The rows whose images are there."""
+        return [row for row in self.wanted if self.file(row.id).is_file()]
+
+    def pictures(self, rows: Sequence[Wanted]) -> Pictures:
+        """The images of some rows, in their order."""
+        return Pictures([self.file(row.id) for row in rows])
+
+    def draw(
+        self,
+        policy: Policy,
+        schedule: Schedule,
+        part: Part = Part(),  # noqa: B008 (frozen)
+        progress: Callable[[int], None] | None = None,
+    ) -> int:
+        """Draw this part's images that are missing. Returns how many were written.
+
+        progress: called with the number of this part's images that a batch adds, also for those that were there.
+        """
+        written = 0
+        for number, batch in enumerate(batches(self.wanted, self.drawing.batch)):
+            if number % part.count != part.index:
+                continue
+            todo = {row.id for row in batch if not self.file(row.id).is_file()}
+            if todo:
+                for row, image in zip(batch, draw_batch(policy, schedule, batch), strict=True):
+                    if row.id in todo:
+                        _write(self.file(row.id), image)
+                written += len(todo)
+            if progress:
+                progress(len(batch))
+        return written
+
+    def _manifest(self) -> dict:
+        return {"format": _FORMAT, "drawing": asdict(self.drawing), "images": [asdict(row) for row in self.wanted]}
+
+
+def batches(wanted: Sequence[Wanted], size: int) -> Iterator[list[Wanted]]:
+    """Rows of one size and guidance, up to `size` at a time, in order; groups come as their first rows do."""
+    groups: dict[tuple, list[Wanted]] = defaultdict(list)
+    for row in wanted:
+        groups[row.width, row.height, row.guidance].append(row)
+    for rows in groups.values():
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+
+def check_sizes(policy: Policy, wanted: Sequence[Wanted]) -> None:
+    """Raise ConfigError for a row whose size this model cannot draw."""
+    factor = _factor(policy)
+    for row in wanted:
+        if row.width % factor or row.height % factor:
+            raise ConfigError(
+                f"prompt {row.prompt}: its image is to be {row.width} x {row.height} pixels; multiples of {factor} are accepted."
+            )
+
+
+def draw_batch(policy: Policy, schedule: Schedule, batch: Sequence[Wanted]) -> Tensor:
+    """[N, 3, h, w] float32 in [0, 1] of N rows of one size and guidance."""
+    first, factor = batch[0], _factor(policy)
+    channels, height, width = policy.latent_shape
+    shape = channels, first.height // factor or height, first.width // factor or width
+    embeds = policy.encode([row.text for row in batch])
+    seeds = [row.seed for row in batch]
+    return rollout.sample(policy, embeds, schedule, first.guidance, seeds, len(batch), len(batch), shape)
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a folder of images. Raises ConfigError where it is damaged or of another version."""
+    path = folder / MANIFEST
+    with reading(path):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != _FORMAT:
+            raise ConfigError(f"{path} is of format {manifest['format']}; {_FORMAT} is accepted.")
+        Drawing(**manifest["drawing"])
+        [Wanted(**row) for row in manifest["images"]]
+    return manifest
+
+
+def _difference(found: dict, asked: dict) -> str:
+    """In what the two manifests differ first, in words, or nothing."""
+    for name, value in asked["drawing"].items():
+        before = found["drawing"].get(name)
+        if name == "weights" and before != value:
+            parts = [part for part in value if before.get(part) != value[part]]
+            return f"other weights of the {', '.join(parts)}"
+        if name != "model" and before != value:  # the same weights may lie in two places
+            return f"{name} {before}, not {value}"
+    theirs, ours = ({row["id"]: row for row in manifest["images"]} for manifest in (found, asked))
+    if theirs.keys() != ours.keys():
+        return f"{len(theirs)} images, {len(theirs.keys() & ours.keys())} of them among the {len(ours)} asked for"
+    for id, row in ours.items():
+        for name, value in row.items():
+            if theirs[id][name] != value:
+                return f"image {id} with {name} {_short(theirs[id][name])}, not {_short(value)}"
+    return ""
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _factor(policy: Policy) -> int:
+    """Pixels of an image per pixel of its latent, along a side."""
+    return 2 ** (len(policy.vae.config.block_out_channels) - 1)
+
+
+def _write(path: Path, image: Tensor) -> None:
+    pixels = (image.nan_to_num().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG", compress_level=4)
+    write_atomically(path, buffer.getvalue())

@@ -21,7 +21,16 @@ from triton.compiler import ASTSource
 
 from fastgrpo.kernels.spec import AotKernel, OpSpec
 
-OPERATIONS = ("ddim_step", "grpo_step", "group_norm_silu", "fused_adamw", "layer_norm", "geglu")
+OPERATIONS = (
+    "ddim_step",
+    "grpo_step",
+    "group_advantages",
+    "clipped_loss",
+    "group_norm_silu",
+    "fused_adamw",
+    "layer_norm",
+    "geglu",
+)
 ARCHITECTURES = (80, 90, 100)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 

@@ -29,6 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgrpo.kernels.clipped_loss import clip, surrogate
+from fastgrpo.kernels.group_advantages import advantages_of, check_rewards, count_flat, group_advantage
 from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
 from fastgrpo.kernels.step_math import (
     BLOCK,
@@ -37,6 +39,7 @@ from fastgrpo.kernels.step_math import (
     as_launched,
     as_scalar,
     check_like,
+    check_pairs,
     check_step,
     coefficients,
     gaussian_log_prob,
@@ -53,7 +56,6 @@ from fastgrpo.kernels.step_math import (
     working,
 )
 
-MODES = ("group", "global", "none")
 STATISTICS = (
     "total",
     "ratio_mean",
@@ -96,38 +98,6 @@ class GrpoStep(NamedTuple):
 
 
 # In PyTorch.
-
-
-def advantages_of(rewards: Tensor, mode: str, std_floor: float, clamp: float) -> tuple[Tensor, Tensor]:
-    """[P, G] float64 and flat [P] bool, of rewards [P, G]."""
-    rewards = rewards.double()
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    group_std = centred.std(dim=1, keepdim=True)
-    flat = group_std <= std_floor
-    scale = group_std if mode == "group" else torch.ones_like(group_std)
-    if mode == "global":
-        scale = centred.std()
-        flat = flat | (scale <= std_floor)
-    # Flat groups are masked after the division, which may be 0 / 0 for them.
-    advantage = (centred / scale).clamp(-clamp, clamp).masked_fill(flat, 0.0)
-    return advantage, flat.squeeze(1)
-
-
-def surrogate(
-    log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The clipped loss, the ratio, clipped int8, and d loss / d ratio: [N] each."""
-    low, high = 1 - clip_low, 1 + clip_high
-    ratio = torch.exp(log_ratio)
-    free = -advantage * ratio
-    bounded = -advantage * ratio.clamp(low, high)
-    decides = bounded > free
-    clipped = decides.to(torch.int8) * torch.where(ratio > 1, 1, -1).to(torch.int8)
-    # Where both are equal they share the gradient: half of it is lost if the ratio is out of bounds all the same.
-    shared = torch.where(free == bounded, 0.5, 0.0)
-    inside = (ratio >= low) & (ratio <= high)
-    slope = -advantage * torch.where(decides, 0.0, 1 - shared + torch.where(inside, shared, 0.0))
-    return torch.maximum(free, bounded), ratio, clipped, slope
 
 
 def reference(
@@ -231,80 +201,6 @@ def _to_output(to_scaled: Tensor, output: Tensor, guidance: float | Tensor | Non
 
 
 # On the device.
-
-
-@triton.jit
-def group_advantage(
-    rewards, group, slot, groups, std_floor, clamp, MODE: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_G: tl.constexpr
-):
-    """Advantages, float64, of the slots of one group: `slot` is one or a block of them. And whether the group is flat."""
-    j = tl.arange(0, BLOCK_G)
-    r = tl.load(rewards + group * GROUP_SIZE + j, mask=j < GROUP_SIZE, other=0.0).to(tl.float64)
-    mean = tl.sum(r) / GROUP_SIZE
-    gap = tl.where(j < GROUP_SIZE, r - mean, 0.0)
-    std = tl.sqrt(tl.sum(gap * gap) / (GROUP_SIZE - 1))
-    flat = std <= std_floor
-    scale = std
-    if MODE == "global":
-        scale = common_std(rewards, groups, GROUP_SIZE, BLOCK_G)
-        flat = flat | (scale <= std_floor)
-    own = tl.load(rewards + group * GROUP_SIZE + slot, mask=slot < GROUP_SIZE, other=0.0).to(tl.float64)
-    advantage = own - mean
-    if MODE != "none":
-        advantage = advantage / tl.where(flat, 1.0, scale)
-    # Comparisons, unlike minimum and maximum, let a NaN through to the loss, where it is noticed.
-    advantage = tl.where(advantage > clamp, clamp, tl.where(advantage < -clamp, -clamp, advantage))
-    return tl.where(flat, 0.0, advantage), flat
-
-
-@triton.jit
-def group_squares(rewards, groups, start, GROUP_SIZE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr):
-    """The sums of squares of BLOCK_P groups' centred rewards, float64; 0 beyond the last group."""
-    p = start + tl.arange(0, BLOCK_P)[:, None]
-    j = tl.arange(0, BLOCK_G)[None, :]
-    inside = (p < groups) & (j < GROUP_SIZE)
-    r = tl.load(rewards + p * GROUP_SIZE + j, mask=inside, other=0.0).to(tl.float64)
-    mean = tl.sum(r, axis=1) / GROUP_SIZE
-    gap = tl.where(inside, r - mean[:, None], 0.0)
-    return tl.sum(gap * gap, axis=1)
-
-
-@triton.jit
-def common_std(rewards, groups, GROUP_SIZE: tl.constexpr, BLOCK_G: tl.constexpr):
-    """The unbiased std of all groups' centred rewards, whose mean is 0."""
-    BLOCK_P: tl.constexpr = max(1, 1024 // BLOCK_G)
-    squares = tl.zeros([BLOCK_P], tl.float64)
-    for start in range(0, groups, BLOCK_P):
-        squares += group_squares(rewards, groups, start, GROUP_SIZE, BLOCK_P, BLOCK_G)
-    return tl.sqrt(tl.sum(squares) / (groups * GROUP_SIZE - 1))
-
-
-@triton.jit
-def count_flat(rewards, groups, std_floor, MODE: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_G: tl.constexpr):
-    BLOCK_P: tl.constexpr = max(1, 1024 // BLOCK_G)
-    count = tl.zeros([BLOCK_P], tl.int32)
-    for start in range(0, groups, BLOCK_P):
-        std = tl.sqrt(group_squares(rewards, groups, start, GROUP_SIZE, BLOCK_P, BLOCK_G) / (GROUP_SIZE - 1))
-        count += ((std <= std_floor) & (start + tl.arange(0, BLOCK_P) < groups)).to(tl.int32)
-    flat = tl.sum(count)
-    if MODE == "global":
-        flat = tl.where(common_std(rewards, groups, GROUP_SIZE, BLOCK_G) <= std_floor, groups, flat)
-    return flat
-
-
-@triton.jit
-def clip(log_ratio, advantage, low, high):
-    """The loss, the ratio, where the bounds decide (1 the upper, -1 the lower), and d loss / d ratio; float32."""
-    # In float64, since exp's float32 version is an approximation.
-    ratio = tl.exp(log_ratio.to(tl.float64)).to(tl.float32)
-    within = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
-    free = -advantage * ratio
-    bounded = -advantage * within
-    decides = bounded > free
-    clipped = tl.where(decides, tl.where(ratio > 1, 1, -1), 0)
-    share = tl.where(free == bounded, 0.5, 0.0)
-    share = 1 - share + tl.where((ratio >= low) & (ratio <= high), share, 0.0)
-    return tl.where(decides, bounded, free), ratio, clipped, tl.where(decides, 0.0, -advantage * share)
 
 
 @triton.jit
@@ -604,37 +500,6 @@ def grpo_step_kernel(
         tl.store(counter, 0)
 
 
-@triton.jit
-def group_advantages_kernel(
-    rewards,
-    advantage,
-    flat,
-    groups,
-    std_floor,
-    clamp,
-    MODE: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):
-    """One program a group."""
-    group = tl.program_id(0).to(tl.int64)
-    j = tl.arange(0, BLOCK_G)
-    a, is_flat = group_advantage(rewards, group, j, groups, std_floor, clamp, MODE, GROUP_SIZE, BLOCK_G)
-    tl.store(advantage + group * GROUP_SIZE + j, a.to(tl.float32), mask=j < GROUP_SIZE)
-    tl.store(flat + group, is_flat)
-
-
-@triton.jit
-def clipped_loss_kernel(log_ratio, advantage, loss, ratio, clipped, pairs, low, high, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < pairs
-    value = tl.load(log_ratio + i, mask=inside, other=0.0)
-    pair_loss, pair_ratio, pair_clipped, _ = clip(value, tl.load(advantage + i, mask=inside, other=0.0), low, high)
-    tl.store(loss + i, pair_loss, mask=inside)
-    tl.store(ratio + i, pair_ratio, mask=inside)
-    tl.store(clipped + i, pair_clipped.to(tl.int8), mask=inside)
-
-
 _COUNTERS: dict[tuple[int | None, int], Tensor] = {}
 
 
@@ -827,14 +692,14 @@ def grpo_step(
     check_like("taken", taken, latents)
     check_like("old_mean", old_mean, latents)
     weight = as_scalar(weight, output.device)
-    _check_pairs(len(latents), old_log_prob=old_log_prob, advantage=advantage, group=group, slot=slot)
+    check_pairs(len(latents), old_log_prob=old_log_prob, advantage=advantage, group=group, slot=slot)
     if weight.dtype != torch.float32 or weight.shape not in ((1,), (len(latents),)):
         raise ValueError(f"weight is {list(weight.shape)} {weight.dtype}; a number, or float32 [1] or [N], is accepted")
     given = [rewards is not None, group is not None, slot is not None]
     if any(given) == (advantage is not None) or any(given) != all(given):
         raise ValueError("one of the two is accepted: advantage alone, or all of rewards, group and slot")
     if rewards is not None:
-        _check_rewards(rewards, mode)
+        check_rewards(rewards, mode)
     if base_output is not None and (base_output.shape != output.shape or base_output.dtype != output.dtype):
         raise ValueError(
             f"base_output is {list(base_output.shape)} {base_output.dtype}; "
@@ -854,103 +719,6 @@ def grpo_step_loss(output: Tensor, *args, **kwargs) -> tuple[Tensor, GrpoStep]:
     """`grpo_step` as a differentiable loss: the total, a float32 scalar whose backward scales the gradient, and the rest."""
     outcome = grpo_step(output, *args, **kwargs)
     return outcome.statistics[0], outcome
-
-
-# The parts that are of use alone.
-
-
-def _launch_group_advantages(rewards: Tensor, mode: str, std_floor: float, clamp: float) -> tuple[Tensor, Tensor]:
-    rewards = rewards.contiguous()
-    groups, group_size = rewards.shape
-    advantage = torch.empty_like(rewards)
-    flat = torch.empty(groups, dtype=torch.bool, device=rewards.device)
-    block = triton.next_power_of_2(group_size)
-    group_advantages_kernel[(groups,)](
-        rewards, advantage, flat, groups, std_floor, clamp, MODE=mode, GROUP_SIZE=group_size, BLOCK_G=block
-    )  # fmt: skip
-    return advantage, flat
-
-
-_group_advantages = torch.library.custom_op(
-    "fastgrpo::group_advantages", _launch_group_advantages, mutates_args=(), device_types="cuda"
-)
-
-
-@_group_advantages.register_kernel("cpu")
-def _group_advantages_cpu(rewards, mode, std_floor, clamp):
-    advantage, flat = advantages_of(rewards, mode, std_floor, clamp)
-    return advantage.float(), flat
-
-
-@_group_advantages.register_fake
-def _group_advantages_fake(rewards, mode, std_floor, clamp):
-    return torch.empty_like(rewards), rewards.new_empty(rewards.shape[0], dtype=torch.bool)
-
-
-def group_advantages(rewards: Tensor, mode: str, std_floor: float, clamp: float) -> tuple[Tensor, Tensor]:
-    """Advantages [P, G] float32 and flat [P] bool, of rewards [P, G] float32, finite, G at least 2. Not differentiable.
-
-    mode, std_floor, clamp: as of `grpo_step`. Raises ValueError for another mode or shape.
-    """
-    _check_rewards(rewards, mode)
-    return _group_advantages(rewards, mode, std_floor, clamp)
-
-
-def _launch_clipped_loss(
-    log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    log_ratio, advantage = log_ratio.contiguous(), advantage.contiguous()
-    loss, ratio = torch.empty_like(log_ratio), torch.empty_like(log_ratio)
-    clipped = torch.empty_like(log_ratio, dtype=torch.int8)
-    pairs = len(log_ratio)
-    clipped_loss_kernel[(triton.cdiv(pairs, _PAIRS_BLOCK),)](
-        log_ratio, advantage, loss, ratio, clipped, pairs, 1 - clip_low, 1 + clip_high, BLOCK=_PAIRS_BLOCK
-    )
-    return loss, ratio, clipped
-
-
-_clipped_loss = torch.library.custom_op(
-    "fastgrpo::clipped_loss", _launch_clipped_loss, mutates_args=(), device_types="cuda"
-)
-
-
-@_clipped_loss.register_kernel("cpu")
-def _clipped_loss_cpu(log_ratio, advantage, clip_low, clip_high):
-    return surrogate(log_ratio, advantage, clip_low, clip_high)[:3]
-
-
-@_clipped_loss.register_fake
-def _clipped_loss_fake(log_ratio, advantage, clip_low, clip_high):
-    return torch.empty_like(log_ratio), torch.empty_like(log_ratio), torch.empty_like(log_ratio, dtype=torch.int8)
-
-
-def clipped_loss(
-    log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and the ratio, [N] float32, and clipped [N] int8 as in GrpoStep, of log_ratio and advantage, [N] float32.
-
-    Not differentiable. Raises ValueError for tensors that are not alike.
-    """
-    if log_ratio.dim() != 1:
-        raise ValueError(f"log_ratio is {list(log_ratio.shape)}; [N] is accepted")
-    _check_pairs(len(log_ratio), log_ratio=log_ratio, advantage=advantage)
-    return _clipped_loss(log_ratio, advantage, clip_low, clip_high)
-
-
-def _check_pairs(pairs: int, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        dtype = torch.int64 if name in ("group", "slot") else torch.float32
-        if tensor is not None and (tensor.shape != (pairs,) or tensor.dtype != dtype):
-            raise ValueError(f"{name} is {list(tensor.shape)} {tensor.dtype}; [{pairs}] {dtype} is accepted")
-
-
-def _check_rewards(rewards: Tensor, mode: str) -> None:
-    if rewards.dim() != 2 or rewards.shape[1] < 2 or rewards.dtype != torch.float32:
-        raise ValueError(
-            f"rewards are {list(rewards.shape)} {rewards.dtype}; float32 [P, G], G at least 2, is accepted"
-        )
-    if mode not in MODES:
-        raise ValueError(f"advantage mode is {mode!r}; {', '.join(MODES[:-1])} or {MODES[-1]} is accepted")
 
 
 # The operation as tests and benchmarks see it: positional arguments, and of the results those that vary continuously.
@@ -1082,31 +850,5 @@ SPEC = OpSpec(
         _aot("grpo_step_4x96x96", "log_prob", kl=False, mode="group", size=4 * 96 * 96),
         _aot("grpo_step_ratio_norm", "mean", kl=False, mode="given"),
         _aot("grpo_step_ratio_norm_kl", "mean", kl=True, mode="group"),
-        AotKernel(
-            name="group_advantages",
-            kernel=group_advantages_kernel,
-            signature={
-                "rewards": "*fp32",
-                "advantage": "*fp32",
-                "flat": "*i1",
-                "groups": "i32",
-                "std_floor": "fp32",
-                "clamp": "fp32",
-                **dict.fromkeys(("MODE", "GROUP_SIZE", "BLOCK_G"), "constexpr"),
-            },
-            constants={"MODE": "global", "GROUP_SIZE": 16, "BLOCK_G": 16},
-        ),
-        AotKernel(
-            name="clipped_loss",
-            kernel=clipped_loss_kernel,
-            signature={
-                **dict.fromkeys(("log_ratio", "advantage", "loss", "ratio"), "*fp32"),
-                "clipped": "*i8",
-                "pairs": "i32",
-                **dict.fromkeys(("low", "high"), "fp32"),
-                "BLOCK": "constexpr",
-            },
-            constants={"BLOCK": _PAIRS_BLOCK},
-        ),
     ),
 )

@@ -100,6 +100,14 @@ def check_like(name: str, tensor: Tensor | None, latents: Tensor) -> None:
         )
 
 
+def check_pairs(pairs: int, **tensors: Tensor | None) -> None:
+    """Raise ValueError for what is not one number for each of the pairs: int64 for "group" and "slot", else float32."""
+    for name, tensor in tensors.items():
+        dtype = torch.int64 if name in ("group", "slot") else torch.float32
+        if tensor is not None and (tensor.shape != (pairs,) or tensor.dtype != dtype):
+            raise ValueError(f"{name} is {list(tensor.shape)} {tensor.dtype}; [{pairs}] {dtype} is accepted")
+
+
 # In PyTorch.
 
 

@@ -12,7 +12,7 @@ from fastgrpo.grpo.advantage import advantages, learned_from
 from fastgrpo.grpo.micro_batch import Learner
 from fastgrpo.grpo.steps import steps_of_samples, trained_steps, window_start
 from fastgrpo.grpo.update import update
-from fastgrpo.kernels.grpo_step import clipped_loss
+from fastgrpo.kernels.clipped_loss import clipped_loss
 from fastgrpo.policy import load_policy
 from fastgrpo.rollout import rollout
 from fastgrpo.schedule import make_schedule

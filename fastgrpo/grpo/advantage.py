@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastgrpo.kernels.grpo_step import group_advantages
+from fastgrpo.kernels.group_advantages import group_advantages
 
 
 def advantages(rewards: Tensor, mode: str, std_floor: float, clamp: float, trim: int = 0) -> tuple[Tensor, Tensor]:

@@ -19,10 +19,14 @@ from plain_step import (
     plain_normalised_log_ratio,
 )
 
+from fastgrpo.kernels import clipped_loss as clip_op
 from fastgrpo.kernels import ddim_step as rollout_op
+from fastgrpo.kernels import group_advantages as advantage_op
 from fastgrpo.kernels import grpo_step as op
+from fastgrpo.kernels.clipped_loss import clipped_loss
 from fastgrpo.kernels.ddim_step import ddim_step
-from fastgrpo.kernels.grpo_step import STATISTICS, GrpoStep, clipped_loss, group_advantages, grpo_step, grpo_step_loss
+from fastgrpo.kernels.group_advantages import group_advantages
+from fastgrpo.kernels.grpo_step import STATISTICS, GrpoStep, grpo_step, grpo_step_loss
 from fastgrpo.schedule import Schedule, make_schedule
 
 SD = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -400,7 +404,7 @@ def test_advantages_are_numpy_s(path, mode, shape):
 
         def run(*arguments):
             with poisoned():
-                return op._launch_group_advantages(*arguments)
+                return advantage_op._launch_group_advantages(*arguments)
 
     advantage, flat = run(rewards, mode, 1e-6, 1.2)
     table = rewards.numpy().astype("f8")
@@ -445,7 +449,7 @@ def test_clipped_loss_alone(path):
     log_ratio, advantage = ratio.log().repeat(3), torch.tensor([1.5, -1.5, 0.0]).repeat_interleave(7)
     if path == "kernel":
         with poisoned():
-            loss, ratios, clipped = op._launch_clipped_loss(log_ratio, advantage, 0.3, 0.22)
+            loss, ratios, clipped = clip_op._launch_clipped_loss(log_ratio, advantage, 0.3, 0.22)
     else:
         loss, ratios, clipped = clipped_loss(log_ratio, advantage, 0.3, 0.22)
     torch.testing.assert_close(ratios, ratio.repeat(3), rtol=4 * 2.0**-24, atol=0)

@@ -185,7 +185,7 @@ SPEC = OpSpec(
     name="geglu",
     function=geglu,
     reference=reference,
-    cases=(_case(1, 1), _case(3, 7), _case(2, 5, 128), _case(9, 257), _case(2, 3, 1280)),
+    cases=(_case(1, 1), _case(3, 7), _case(9, 257), *(_case(2, 3, width) for width in (128, 256, 1280, 2560, 5120))),
     bench=tuple(
         _case(batch, tokens, width)
         for batch in (16, 128)

@@ -311,7 +311,7 @@ SPEC = OpSpec(
     name="layer_norm",
     function=layer_norm,
     reference=reference,
-    cases=(_case(1, 1), _case(3, 5), _case(24, 33), _case(2, 9, 320), _case(2, 3, 768), _case(3, 1280)),
+    cases=(_case(1, 1), _case(3, 5), _case(24, 33), *(_case(2, 3, width) for width in (32, 64, 320, 640, 768, 1280))),
     bench=tuple(
         _case(batch, tokens, width)
         for batch in (16, 128)

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 # A test that launches Triton's kernels on CPU tensors, where its interpreter takes them.
 interpreted = pytest.mark.skipif(
@@ -17,6 +18,10 @@ on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 on_kernels = pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=interpreted, id="interpreted"), pytest.param("cuda", marks=on_gpu, id="gpu")]
 )
+
+# Channels a group of every group norm of SD 1.x and 2.x (from 10), of the shipped UNet (2 to 8), and up to the largest that
+# group_norm_silu is made for.
+GROUP_CHANNELS = (2, 4, 6, 8, 10, 20, 30, 40, 60, 80, 120)
 
 
 @contextmanager
@@ -36,6 +41,14 @@ def poisoned() -> Iterator[None]:
         torch, empty=poison(torch.empty), empty_like=poison(torch.empty_like), empty_strided=poison(torch.empty_strided)
     ):
         yield
+
+
+def on_device(tensor: Tensor, device: str) -> Tensor:
+    """The tensor there, with the strides it has: a copy by `to` would give it those of contiguous memory."""
+    if tensor.device.type == device:
+        return tensor
+    memory = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+    return memory.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def ulp(dtype: torch.dtype) -> float:

@@ -1,15 +1,11 @@
 import pytest
 import torch
-from diffusers.models.activations import GEGLU
-from helpers import poisoned, ulp
+from helpers import interpreted, on_device, on_kernels, poisoned, ulp
 from torch import Tensor
 
 from fastgrpo.kernels import geglu as module
 from fastgrpo.kernels.geglu import SPEC, geglu, reference
 
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the kernels are compiled here: the GPU test runs them"
-)
 CASES = {case.name: case for case in SPEC.cases}
 
 
@@ -25,18 +21,25 @@ def arguments(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x, torch.randn(*x.shape[:-1], x.shape[-1] // 2, generator=generator).to(dtype)
 
 
+def launch(x: Tensor, dy: Tensor, device: str) -> tuple[Tensor, Tensor]:
+    """y and dx from the kernels, whose memory held NaN before, on the CPU."""
+    x, dy = on_device(x, device), on_device(dy, device)
+    with poisoned():
+        y, dx = module._launch_forward(x), module._launch_backward(dy, x)
+    return y.cpu(), dx.cpu()
+
+
 def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     rtol, atol = SPEC.tolerance(dtype)
     torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=atol)
 
 
-@interpreted
+@on_kernels
 @pytest.mark.parametrize("dtype", SPEC.dtypes)
 @pytest.mark.parametrize("name", CASES)
-def test_kernels_equal_the_float64_reference(name: str, dtype: torch.dtype) -> None:
+def test_kernels_equal_the_float64_reference(name: str, dtype: torch.dtype, device: str) -> None:
     x, dy = arguments(name, dtype)
-    with poisoned():
-        y, dx = module._launch_forward(x), module._launch_backward(dy, x)
+    y, dx = launch(x, dy, device)
     assert y.dtype == dx.dtype == dtype
     assert y.shape == dy.shape
     assert dx.shape == x.shape
@@ -54,7 +57,8 @@ def test_the_operator_equals_the_float64_reference(name: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", SPEC.dtypes)
 def test_on_the_cpu_it_is_diffusers_to_the_last_bit(dtype: torch.dtype) -> None:
-    layer = GEGLU(24, 96).to(dtype)
+    activations = pytest.importorskip("diffusers.models.activations")
+    layer = activations.GEGLU(24, 96).to(dtype)
     layer.proj = torch.nn.Identity()  # what is left of it is the activation
     for name in CASES:
         x, dy = arguments(name, dtype)
@@ -62,14 +66,14 @@ def test_on_the_cpu_it_is_diffusers_to_the_last_bit(dtype: torch.dtype) -> None:
         assert torch.equal(gradient(geglu, x, dy), gradient(layer, x, dy))
 
 
-@interpreted
-def test_strides_of_any_kind() -> None:
+@on_kernels
+def test_strides_of_any_kind(device: str) -> None:
     generator = torch.Generator().manual_seed(1)
     wide = torch.randn(4, 6, 40, generator=generator)
     for x in (wide.transpose(0, 1), wide[:, :, ::2], wide[1:, ::2, 8:], wide[:1].expand(4, 6, 40)):
         dy = torch.randn(x.shape, generator=generator)[..., ::2]
         with poisoned():
-            y, dx = module._launch_forward(x), module._launch_backward(dy, x)
+            y, dx = launch(x, dy, device)
         assert_near(y, reference(x.double()), torch.float32)
         assert_near(dx, gradient(reference, x.double(), dy.double()), torch.float32)
         assert geglu(x).is_contiguous()
@@ -77,15 +81,15 @@ def test_strides_of_any_kind() -> None:
         assert_near(gradient(geglu, x, dy), gradient(reference, x.double(), dy.double()), torch.float32)
 
 
-@interpreted
+@on_kernels
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # 1e38 squared is infinite, as it should be
-def test_extreme_gates_give_the_limits_of_gelu() -> None:
+def test_extreme_gates_give_the_limits_of_gelu(device: str) -> None:
     """From 15 standard deviations on float32 holds Phi as exactly 0 or 1 and phi as 0, and nothing may be NaN."""
     gate = torch.tensor([15.0, 1e4, 1e19, 1e38, -15.0, -1e4, -1e19, -1e38, 0.0])
     cdf = (gate > 0).float()
     cdf[-1] = 0.5
     x = torch.cat((torch.full_like(gate, 0.5), gate))[None]
-    y, dx = module._launch_forward(x), module._launch_backward(torch.full((1, 9), 2.0), x)
+    y, dx = launch(x, torch.full((1, 9), 2.0), device)
     assert torch.equal(y[0], 0.5 * gate * cdf)
     assert torch.equal(dx[0], torch.cat((2 * gate * cdf, cdf)))
 
@@ -107,7 +111,7 @@ def test_the_tails_are_exact_enough() -> None:
 
 
 def test_opcheck() -> None:
-    for name in ("1x1", "2x5x128"):
+    for name in ("1x1", "2x3x128"):
         x, dy = arguments(name, torch.float32)
         torch.library.opcheck(module._forward, (x.requires_grad_(),))
         torch.library.opcheck(module._backward, (dy, x.detach()))

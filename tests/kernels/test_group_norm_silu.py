@@ -1,17 +1,15 @@
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.resnet import ResnetBlock2D
-from helpers import poisoned
+from helpers import GROUP_CHANNELS, on_kernels, poisoned
 from torch import Tensor
 
 from fastgrpo.kernels import group_norm_silu as module
 from fastgrpo.kernels import native
 from fastgrpo.kernels.group_norm_silu import SPEC, group_norm_silu, reference
 
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the kernels are compiled here: the GPU tests run them"
-)
 EPS = 1e-5
 
 # [N, C, H, W], groups: one pixel, one value a group, odd sides, channels a group of 1 to 120, spatial sides of 1 to 64.
@@ -46,12 +44,15 @@ def make(
     return made
 
 
-def launch(x, weight, bias, temb, dy, groups: int, silu: bool = True, **options) -> tuple[Tensor, ...]:
-    """y, dx, dweight, dbias, dtemb of the Triton kernels."""
+def launch(
+    x, weight, bias, temb, dy, groups: int, silu: bool = True, device: str = "cpu", **options
+) -> tuple[Tensor, ...]:
+    """y, dx, dweight, dbias, dtemb of the Triton kernels, on the CPU."""
+    x, weight, bias, temb, dy = (None if t is None else t.to(device) for t in (x, weight, bias, temb, dy))
     with poisoned():
         y, mean, rstd = module._launch_forward(x, weight, bias, groups, EPS, silu, temb, **options)
         gradients = module._launch_backward(dy, x, weight, bias, mean, rstd, groups, silu, temb, **options)
-    return y, *gradients
+    return tuple(tensor.cpu() for tensor in (y, *gradients))
 
 
 def differentiate(function, x, weight, bias, temb, dy, groups: int, silu: bool = True) -> tuple[Tensor, ...]:
@@ -83,49 +84,61 @@ def test_the_reference_is_pytorchs_group_norm() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)  # float64, a hundred operations deep
 
 
-@interpreted
+@on_kernels
 @pytest.mark.parametrize(("shape", "groups"), SHAPES)
-def test_kernels_equal_the_float64_reference(shape: tuple[int, ...], groups: int) -> None:
+def test_kernels_equal_the_float64_reference(shape: tuple[int, ...], groups: int, device: str) -> None:
     made = make(shape, torch.float32)
     # One value a group: x - mean is 0, but its gradient divides by sqrt(eps), 300 times the rounding of its terms.
     scale = 300 if shape[1] * shape[2] * shape[3] == groups else 1
     for silu in (True, False):
-        assert_near(launch(**made, groups=groups, silu=silu), exact(made, groups, silu), torch.float32, scale)
+        assert_near(
+            launch(**made, groups=groups, device=device, silu=silu), exact(made, groups, silu), torch.float32, scale
+        )
 
 
-@interpreted
+@on_kernels
+@pytest.mark.parametrize("plain", [True, False])
+def test_every_number_of_channels_a_group(plain: bool, device: str) -> None:
+    """Plain or with SiLU and time embedding; as many groups to a program as go."""
+    for channels in GROUP_CHANNELS:
+        made = make((1, 2 * channels, 3, 5), torch.float32, temb=not plain)
+        actual = launch(**made, groups=2, silu=not plain, device=device, programs=1)
+        assert_near(actual, exact(made, 2, not plain), torch.float32)
+
+
+@on_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_kernels_in_half_precision(dtype: torch.dtype) -> None:
+def test_kernels_in_half_precision(dtype: torch.dtype, device: str) -> None:
     made = make((2, 24, 7, 5), dtype)
-    actual = launch(**made, groups=4)
+    actual = launch(**made, groups=4, device=device)
     assert all(tensor.dtype == dtype for tensor in actual)
     assert_near(actual, exact(made, 4), dtype)
 
 
-@interpreted
-def test_weights_in_float32_beside_half_precision() -> None:
+@on_kernels
+def test_weights_in_float32_beside_half_precision(device: str) -> None:
     made = make((2, 24, 7, 5), torch.bfloat16)
     made |= {name: torch.randn(24, generator=torch.Generator().manual_seed(1)) for name in ("weight", "bias")}
-    y, dx, dweight, dbias, dtemb = launch(**made, groups=4)
+    y, dx, dweight, dbias, dtemb = launch(**made, groups=4, device=device)
     expected = exact(made, 4)
     assert dweight.dtype == dbias.dtype == torch.float32
     assert_near((y, dx, *expected[2:4], dtemb), expected, torch.bfloat16)
     assert_near((*expected[:2], dweight, dbias, expected[4]), expected, torch.float32)
 
 
-@interpreted
-def test_without_a_time_embedding() -> None:
+@on_kernels
+def test_without_a_time_embedding(device: str) -> None:
     made = make((2, 12, 5, 3), torch.float32, temb=False)
-    actual = launch(**made, groups=4)
+    actual = launch(**made, groups=4, device=device)
     assert actual[-1].numel() == 0
     assert_near(actual, exact(made, 4), torch.float32)
 
 
-@interpreted
+@on_kernels
 @pytest.mark.parametrize("programs", [1, 24])
 @pytest.mark.parametrize("pixels", [(8, 16), (13, 29)])
 def test_many_tiles_in_one_launch_and_in_two(
-    monkeypatch: pytest.MonkeyPatch, pixels: tuple[int, int], programs: int
+    monkeypatch: pytest.MonkeyPatch, pixels: tuple[int, int], programs: int, device: str
 ) -> None:
     """Tiles so small that a slab takes many of them; `programs` decides whether one program or several take them."""
     monkeypatch.setattr(module, "_TILE", 512)
@@ -134,22 +147,21 @@ def test_many_tiles_in_one_launch_and_in_two(
     assert not plan.one_tile(pixels[0] * pixels[1])
     assert (plan.splits > 1) == (programs > 1)
     made = make(shape, torch.float32, offset=3.0)
-    assert_near(launch(**made, groups=4, programs=programs), exact(made, 4), torch.float32)
+    assert_near(launch(**made, groups=4, device=device, programs=programs), exact(made, 4), torch.float32)
 
 
-@interpreted
+@on_kernels
 @pytest.mark.parametrize("programs", [1, 24])
 @pytest.mark.parametrize("tile", [512, 8192])
 def test_a_large_offset_costs_no_more_than_its_own_rounding(
-    monkeypatch: pytest.MonkeyPatch, tile: int, programs: int
+    monkeypatch: pytest.MonkeyPatch, tile: int, programs: int, device: str
 ) -> None:
     """Mean 1e4, deviation 1: x is taken as it is in float32; the mean may be off by half its last bit, 5e-4."""
     monkeypatch.setattr(module, "_TILE", tile)
     made = make((1, 8, 16, 24), torch.float32, temb=False, offset=1e4)
     made["x"][0, 0, 0, 0] = 1e4 + 50  # an outlier in the corner, where a shift by the first value would take it
-    y, mean, rstd = module._launch_forward(
-        made["x"], made["weight"], made["bias"], 4, EPS, False, None, programs=programs
-    )
+    given = (made[name].to(device) for name in ("x", "weight", "bias"))
+    y, mean, rstd = (t.cpu() for t in module._launch_forward(*given, 4, EPS, False, None, programs=programs))
     grouped = made["x"].double().reshape(1, 4, -1)
     half_bit = 2.0**-11
     torch.testing.assert_close(mean.double(), grouped.mean(-1), rtol=0, atol=1.01 * half_bit)
@@ -160,11 +172,11 @@ def test_a_large_offset_costs_no_more_than_its_own_rounding(
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=3.5 * half_bit)
 
 
-@interpreted
-def test_constant_groups_are_finite() -> None:
+@on_kernels
+def test_constant_groups_are_finite(device: str) -> None:
     made = make((1, 8, 4, 4), torch.float32, temb=False)
     made["x"].fill_(7.25)
-    actual = launch(**made, groups=4)
+    actual = launch(**made, groups=4, device=device)
     bias = made["bias"][:, None, None].expand(1, 8, 4, 4)
     torch.testing.assert_close(actual[0], F.silu(bias))
     assert all(torch.isfinite(tensor).all() for tensor in actual)
@@ -172,12 +184,12 @@ def test_constant_groups_are_finite() -> None:
     assert_near(actual, exact(made, 4), torch.float32, scale=316)
 
 
-@interpreted
+@on_kernels
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # exp(1e4) is infinite, and the sigmoid 0, as it should be
-def test_extreme_outputs_give_the_limits_of_silu() -> None:
+def test_extreme_outputs_give_the_limits_of_silu(device: str) -> None:
     made = make((1, 4, 4, 4), torch.float32, temb=False)
     made["weight"] = torch.tensor([1e4, -1e4, 1e-4, 0.0])
-    actual = launch(**made, groups=2)
+    actual = launch(**made, groups=2, device=device)
     expected = exact(made, 2)
     assert all(torch.isfinite(tensor).all() for tensor in actual)
     for a, e in zip(actual[:4], expected[:4], strict=True):
@@ -185,11 +197,12 @@ def test_extreme_outputs_give_the_limits_of_silu() -> None:
         assert (a - e).abs().max() <= 1e-5 * e.abs().max()
 
 
-@interpreted
-def test_the_same_bits_every_time() -> None:
+@on_kernels
+def test_the_same_bits_every_time(device: str) -> None:
     made = make((3, 24, 9, 11), torch.float32)
-    for first, second in zip(launch(**made, groups=4), launch(**made, groups=4), strict=True):
-        assert torch.equal(first, second)
+    for programs in (1, 264):
+        first, second = (launch(**made, groups=4, device=device, programs=programs) for _ in range(2))
+        assert all(map(torch.equal, first, second))
 
 
 def views() -> dict[str, Tensor]:
@@ -225,7 +238,8 @@ def test_on_the_cpu_half_precision_is_computed_in_float32(dtype: torch.dtype) ->
 
 
 def test_on_the_cpu_it_is_diffusers_to_the_last_bit() -> None:
-    block = ResnetBlock2D(in_channels=16, temb_channels=8, groups=4, eps=EPS)
+    resnet = pytest.importorskip("diffusers.models.resnet")
+    block = resnet.ResnetBlock2D(in_channels=16, temb_channels=8, groups=4, eps=EPS)
     made = make((2, 16, 9, 7), torch.float32)
     with torch.no_grad():
         block.norm2.weight.copy_(made["weight"])
@@ -306,10 +320,14 @@ def test_both_backends_on_a_gpu(monkeypatch: pytest.MonkeyPatch, backend: str, d
     if backend == "native" and (reason := native.available()):
         pytest.skip(reason)
     monkeypatch.setattr(module.BACKENDS, "_setting", backend)
-    for shape, groups in [*SHAPES[2:], ((2, 320, 64, 64), 32), ((2, 1280, 16, 16), 32), ((1, 2560, 8, 8), 32)]:
-        for temb in (True, False):
+    of_sd = [((2, 320, 64, 64), 32), ((2, 1280, 16, 16), 32), ((1, 2560, 8, 8), 32)]
+    of_channels = [((2, 32 * channels, 5, 3), 32) for channels in GROUP_CHANNELS]
+    for shape, groups in [*SHAPES[2:], *of_sd, *of_channels]:
+        for temb, silu in itertools.product((True, False), repeat=2):
             made = make(shape, dtype, temb=temb)
             moved = {name: None if value is None else value.cuda() for name, value in made.items()}
-            actual = differentiate(group_norm_silu, **moved, groups=groups)
+            with poisoned():
+                first, second = (differentiate(group_norm_silu, **moved, groups=groups, silu=silu) for _ in range(2))
+            assert all(map(torch.equal, first, second)), "the same bits every time"
             # 8,192 terms at most, where SPEC's tolerance is for a thousand.
-            assert_near(tuple(t.cpu() for t in actual), exact(made, groups), dtype, scale=8)
+            assert_near(tuple(t.cpu() for t in first), exact(made, groups, silu), dtype, scale=8)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import poisoned
+from helpers import GROUP_CHANNELS, poisoned
 from torch import Tensor
 
 from fastgrpo.kernels import group_norm_silu, native
+from fastgrpo.kernels.backends import Backends
 
 HERE = Path(__file__).parent
 EPS = 1e-5
@@ -104,6 +105,17 @@ def test_csrc_equals_the_float64_reference(
     made = make(shape, torch.float32)
     assert_near(run(*made, groups, True), exact(*made, groups, True), torch.float32)
     assert csrc.largest_cluster() == (cluster if major == 9 else 1)
+
+
+@pytest.mark.parametrize("channels", GROUP_CHANNELS)
+def test_csrc_for_every_number_of_channels_a_group(csrc: ctypes.CDLL, channels: int) -> None:
+    """With and without SiLU and time embedding, on both generations; twice, for the bits."""
+    for major, silu, temb in ((8, True, True), (9, True, False), (9, False, True), (8, False, False)):
+        csrc.emulate(major, 132, SHARED_SM80)
+        made = make((2, 4 * channels, 3, 5), torch.float32, temb=temb)
+        actual = run(*made, 4, silu)
+        assert_near(actual, exact(*made, 4, silu), torch.float32)
+        assert all(map(torch.equal, actual, run(*made, 4, silu)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -269,9 +281,32 @@ def test_why_it_cannot_be_built(tmp_path: Path, cache: Path, monkeypatch: pytest
     monkeypatch.setattr(native, "sources", list)
     with pytest.raises(native.BuildError, match=r"^csrc is not installed$"):
         native.build()
-    monkeypatch.setenv("PATH", str(cache))
-    with pytest.raises(native.BuildError, match=r"^nvcc is not on the PATH$"):
-        native.build()
+    for path in (str(cache), ""):
+        monkeypatch.setenv("PATH", path)
+        with pytest.raises(native.BuildError, match=r"^nvcc is not on the PATH$"):
+            native.build()
+
+
+def test_without_nvcc_there_is_one_clear_line_and_triton(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a device that csrc/ is for, with an empty PATH."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    operation = group_norm_silu.BACKENDS
+    fresh = Backends(operation.operation, operation.always, operation.other, native.available, native.LaunchError)
+    native.available.cache_clear()
+    native._library.cache_clear()
+    try:
+        for kind in ("forward 1x32x1x1", "backward 1x32x1x1"):
+            assert fresh.choose(kind, {}) == "triton"
+        with pytest.raises(ValueError, match=r"^the backend of group_norm_silu cannot be 'native': nvcc is not on the"):
+            fresh.set("native")
+    finally:
+        native.available.cache_clear()
+    line = "group_norm_silu: triton only, since native cannot be used: nvcc is not on the PATH"
+    assert [record.getMessage() for record in caplog.records] == [line]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgrpo.config import ConfigError, ModelConfig
+from fastgrpo.config import ConfigError, ModelConfig, RewardConfig
+from fastgrpo.engine.patch import patch_unet
 from fastgrpo.lora import add_lora
 from fastgrpo.models import check
 from fastgrpo.models.check import Description, describe
 from fastgrpo.rewards.encoder import SHAPES_ENCODER
+from fastgrpo.rewards.terms import parse_terms
 
-# What CUDA's autocast computes in half precision, and what in float32 (of all that a UNet is made of).
-_HALF = (F.conv2d, F.linear, F.scaled_dot_product_attention)
-_FLOAT32 = (F.group_norm, F.layer_norm)
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that N samples hold at the worst moment: the most of fixed + N * each over its moments, (fixed, each)."""
+
+    moments: tuple[tuple[int, int], ...]
+
+    def bytes(self, samples: int) -> int:
+        return max(fixed + samples * each for fixed, each in self.moments)
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """One Stable Diffusion.
+    """One Stable Diffusion. Its UNet computes in one dtype throughout, weights and activations alike.
 
     unet: its parameters, without adapters. trained: parameters that learn, the UNet's own or the adapters'.
     frozen: parameters of the VAE and the text encoder.
@@ -44,9 +53,10 @@ class ModelCost:
     forward, forward_backward: FLOP of the UNet for one sample; backward, what the trained parameters' gradients need.
     decode: FLOP of the VAE for one image.
     activations: bytes that the UNet's forward pass saves for the backward pass, for one sample.
+    saving: bytes that such a forward pass holds at its worst moment, for one sample.
+    learning: bytes that it and its backward pass hold, the gradients of the trained parameters among them.
     passing, decoding: bytes that a forward pass without gradients, of the UNet for one sample or of the VAE for one
         image, holds at its worst moment.
-    cast: bytes of the half-precision copies of trained weights that autocast makes; 0 in float32.
     """
 
     unet: int
@@ -58,9 +68,10 @@ class ModelCost:
     forward_backward: int
     decode: int
     activations: int
+    saving: int
+    learning: Held
     passing: int
     decoding: int
-    cast: int
 
 
 @dataclass(frozen=True)
@@ -106,28 +117,33 @@ def sd1_architecture() -> Description:
     )
 
 
-def count_model(description: Description, model: ModelConfig, dtype: torch.dtype) -> ModelCost:
-    """Count a Stable Diffusion as it would be trained, with adapters where `model` has them.
+def count_model(description: Description, model: ModelConfig, dtype: torch.dtype, kernels: bool = False) -> ModelCost:
+    """Count a Stable Diffusion as it would be trained, with adapters where `model` has them. The same is counted once.
 
-    dtype: what the UNet computes in. Raises ConfigError for adapters that fit no module.
+    dtype: what the UNet computes in. kernels: whether its norms and activations are fastgrpo's operators, which save less.
+    Raises ConfigError for adapters that fit no module.
     """
-    modules = description.empty_components()
+    configs = json.dumps([dict(part) for part in (description.unet, description.vae, description.text_encoder)])
+    return _count(configs, model.lora_rank, model.lora_targets, dtype, kernels)
+
+
+@cache
+def _count(configs: str, lora_rank: int, lora_targets: tuple[str, ...], dtype: torch.dtype, kernels: bool) -> ModelCost:
+    modules = Description(*json.loads(configs), scheduler={}, tokenizer=None).empty_components()
     unet, vae, text_encoder = (modules[name].eval() for name in ("unet", "vae", "text_encoder"))
     own = parameters(unet)
-    if model.lora_rank:
-        add_lora(unet, model, seed=0, frozen_dtype=dtype)
-    inputs, autocast = unet_inputs(unet, text_encoder, 1), GpuAutocast(dtype)
-    activations = saved_bytes(unet, inputs, autocast)
-    with torch.no_grad(), autocast, _LiveBytes() as passing:
+    if lora_rank:
+        add_lora(unet, ModelConfig(lora_rank=lora_rank, lora_targets=lora_targets), seed=0, frozen_dtype=dtype)
+    for module in (unet, vae):
+        cast(module, dtype)
+    if kernels:
+        patch_unet(unet)
+    inputs = unet_inputs(unet, text_encoder, 1, dtype)
+    saving, learning = held_bytes(unet, [unet_inputs(unet, text_encoder, samples, dtype) for samples in (2, 4)])
+    with torch.no_grad(), FusedAttention(), _LiveBytes() as passing:
         unet(*inputs, return_dict=False)
-    unet.float()
     forward, forward_backward = _count_passes(unet, inputs)
-    with (
-        torch.no_grad(),
-        FlopCounterMode(display=False) as counter,
-        GpuAutocast(torch.float32),
-        _LiveBytes() as decoding,
-    ):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, FusedAttention(), _LiveBytes() as decoding:
         image = vae.decode(inputs[0], return_dict=False)[0]
     return ModelCost(
         unet=own,
@@ -138,10 +154,11 @@ def count_model(description: Description, model: ModelConfig, dtype: torch.dtype
         forward=forward,
         forward_backward=forward_backward,
         decode=counter.get_total_flops(),
-        activations=activations,
+        activations=saved_bytes(unet, inputs),
+        saving=saving,
+        learning=learning,
         passing=passing.most,
-        decoding=decoding.most * dtype.itemsize // torch.float32.itemsize,
-        cast=sum(copy.nbytes for copy in autocast.copies.values()),
+        decoding=decoding.most,
     )
 
 
@@ -164,66 +181,78 @@ def count_encoder(spec: str) -> EncoderCost:
         raise ConfigError(f"{spec!r} cannot be counted: {' '.join(str(error).split())[:200]}") from error
 
 
+def encoder_specs(config: RewardConfig) -> tuple[str, ...]:
+    """The open_clip models of the reward's terms, each once, in the notation of `reward.encoder`."""
+    of_term = {"steering": config.encoder, "clip": config.clip_encoder or config.encoder, "hpsv2": "hpsv2"}
+    return tuple(dict.fromkeys(of_term[term.name] for term in parse_terms(config.terms) if term.name in of_term))
+
+
+def count_encoders(config: RewardConfig) -> tuple[dict[str, EncoderCost], list[str]]:
+    """The reward's encoders by spec, and a line for each term that is not counted."""
+    encoders, lines = {}, []
+    for spec in encoder_specs(config):
+        try:
+            encoders[spec] = count_encoder(spec)
+        except ConfigError as error:
+            lines.append(f"Left out: the reward's encoder {error}")
+    lines += [f"Left out: the reward's term {term.name}" for term in parse_terms(config.terms) if term.place]
+    return encoders, lines
+
+
 def parameters(module: nn.Module) -> int:
     """How many numbers a module's parameters are."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def unet_inputs(unet: nn.Module, text_encoder: nn.Module, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents [N, C, H, W], timesteps [N] and embeddings [N, L, D], on the meta device."""
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Weights in `dtype`, without the words that diffusers has for `module.to`."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def unet_inputs(
+    unet: nn.Module, text_encoder: nn.Module, samples: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents [N, C, H, W], timesteps [N] int64 and embeddings [N, L, D], on the meta device; channels-last."""
     config, size = unet.config, unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    with torch.device("meta"):
-        return (
-            torch.empty(samples, config.in_channels, height, width),
-            torch.empty(samples, dtype=torch.int64),
-            torch.empty(samples, text_encoder.config.max_position_embeddings, config.cross_attention_dim),
-        )
+    latents = torch.empty(samples, config.in_channels, height, width, dtype=dtype, device="meta")
+    tokens, features = text_encoder.config.max_position_embeddings, config.cross_attention_dim
+    return (
+        latents.to(memory_format=torch.channels_last),
+        torch.empty(samples, dtype=torch.int64, device="meta"),
+        torch.empty(samples, tokens, features, dtype=dtype, device="meta"),
+    )
 
 
-class GpuAutocast(TorchFunctionMode):
-    """What torch.autocast("cuda") does, on the meta device, where it does nothing; and attention as one kernel.
-
-    Without it attention falls apart into steps that hold a matrix of all tokens by all tokens.
-    dtype: with torch.float32 nothing is cast.
-    copies: the half-precision copies of trained weights, each made once.
-    """
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self._dtype = dtype
-        self.copies: dict[int, Tensor] = {}
+class FusedAttention(TorchFunctionMode):
+    """Attention as one kernel on the meta device, where it otherwise falls apart into steps that hold a matrix of all
+    tokens by all tokens."""
 
     def __torch_function__(
         self, function: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if self._dtype != torch.float32 and function in _HALF + _FLOAT32:
-            dtype = self._dtype if function in _HALF else torch.float32
-            args = tuple(self._cast(value, dtype) for value in args)
-            kwargs = {name: self._cast(value, dtype) for name, value in kwargs.items()}
         if function is F.scaled_dot_product_attention:
             query, key, value = args
             return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
-        return function(*args, **kwargs)
-
-    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
-            return value
-        if value.is_leaf and value.requires_grad:
-            if id(value) not in self.copies:
-                self.copies[id(value)] = value.to(dtype)
-            return self.copies[id(value)]
-        return value.to(dtype)
+        return function(*args, **(kwargs or {}))
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the memory of what is computed until it is let go. most: bytes at the worst moment."""
+    """Counts the memory of what is computed until it is let go. most: bytes at the worst moment.
+
+    history: bytes after everything that was computed, one number for each result.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.most = self._now = 0
+        self.history: list[int] = [0]
+        self._now = 0
         self._alive: set[int] = set()
+
+    @property
+    def most(self) -> int:
+        return max(self.history)
 
     def __torch_dispatch__(
         self, function: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -238,7 +267,7 @@ class _LiveBytes(TorchDispatchMode):
     def _add(self, storage: torch.UntypedStorage) -> None:
         self._alive.add(storage._cdata)
         self._now += storage.nbytes()
-        self.most = max(self.most, self._now)
+        self.history.append(self._now)
         weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
 
     def _remove(self, identity: int, size: int) -> None:
@@ -246,10 +275,10 @@ class _LiveBytes(TorchDispatchMode):
         self._now -= size
 
 
-def saved_bytes(unet: nn.Module, inputs: tuple[Tensor, ...], autocast: GpuAutocast) -> int:
-    """Bytes that a forward pass under `autocast` leaves for the backward pass.
+def saved_bytes(unet: nn.Module, inputs: tuple[Tensor, ...]) -> int:
+    """Bytes that a forward pass leaves for the backward pass.
 
-    What is saved twice counts once; weights and their copies do not count. All on the meta device.
+    What is saved twice counts once; weights do not count. All on the meta device.
     """
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -257,10 +286,43 @@ def saved_bytes(unet: nn.Module, inputs: tuple[Tensor, ...], autocast: GpuAutoca
         storages[_identity(tensor)] = tensor.untyped_storage()  # held, so that no other takes its identity over
         return tensor
 
-    with autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         unet(*inputs, return_dict=False)
-    weights = {_identity(tensor) for tensor in (*unet.parameters(), *autocast.copies.values())}
+    weights = {_identity(tensor) for tensor in unet.parameters()}
     return sum(storage.nbytes() for identity, storage in storages.items() if identity not in weights)
+
+
+def held_bytes(unet: nn.Module, inputs: list[tuple[Tensor, ...]]) -> tuple[int, Held]:
+    """What a forward pass that saves for a backward pass holds for a sample, and what both together hold.
+
+    inputs: of two samples and of four; one alone spares some copies. The passes do the same things in the same order, so
+    at each moment memory is a line through the two numbers. All on the meta device.
+    """
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    forwards, histories = [], []
+    for some in inputs:
+        with FusedAttention(), _LiveBytes() as live:
+            output = unet(*some, return_dict=False)[0]
+            forwards.append(live.most)
+            torch.autograd.grad(output, trained, torch.empty_like(output))
+        histories.append(live.history)
+    lines = {(2 * two - four, (four - two) // 2) for two, four in zip(*histories, strict=True)}
+    return (forwards[1] - forwards[0]) // 2, Held(_upper(lines))
+
+
+def _upper(lines: set[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Of (fixed, each), those that are above all others for some number of samples from 0 on; flattest first."""
+    kept: list[tuple[int, int]] = []
+    for fixed, each in sorted(lines, key=lambda line: (line[1], line[0])):
+        while kept and (kept[-1][0] <= fixed or (len(kept) > 1 and _never_above(kept[-2], kept[-1], (fixed, each)))):
+            kept.pop()
+        kept.append((fixed, each))
+    return tuple(kept)
+
+
+def _never_above(flat: tuple[int, int], middle: tuple[int, int], steep: tuple[int, int]) -> bool:
+    """Whether the steep line passes the flat one before the middle one does; slopes ascend."""
+    return (flat[0] - steep[0]) * (middle[1] - flat[1]) <= (flat[0] - middle[0]) * (steep[1] - flat[1])
 
 
 def _identity(tensor: Tensor) -> int:

@@ -12,11 +12,19 @@ from typing import Annotated
 import torch
 import tyro
 
-from fastgrpo.config import ConfigError, RewardConfig, TrainConfig
+from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.console import Console, run_command
-from fastgrpo.costs import EncoderCost, ModelCost, count_encoder, count_model, find_architecture
+from fastgrpo.costs import EncoderCost, ModelCost, count_encoders, count_model, find_architecture
+from fastgrpo.engine.memory import (
+    CPU_MICRO_BATCH,
+    cut,
+    halves,
+    memory_lines,
+    memory_plan,
+    predicted_micro_batch,
+    whole_groups,
+)
 from fastgrpo.grpo.steps import chosen_steps, trained_steps
-from fastgrpo.rewards.terms import parse_terms
 from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.settings import DEFAULT_PRESET, parse_with_preset
 
@@ -25,8 +33,9 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _UNIT_TFLOPS = 100.0  # what hours are given for where --tflops is not
 _NOT_COUNTED = (
     "Not counted: encoding texts, the optimizer's arithmetic, evaluations, pictures;",
-    "memory of the CUDA context, of kernels' workspaces, and what the allocator holds",
-    "back. Groups without spread are counted, which training skips.",
+    "memory of the CUDA context, of kernels' workspaces, of copies of the text's keys and",
+    "values, and what the allocator holds back; what torch.compile spares. Groups without",
+    "spread are counted, which training skips.",
 )
 
 
@@ -43,6 +52,8 @@ class _Estimate:
     """TFLOP/s that each GPU sustains, to turn FLOPs into hours; 0 shows the hours for 100 TFLOP/s."""
     processes: int = 1
     """GPUs that share the work, as torchrun's --nproc-per-node."""
+    gpu_gb: float = 80.0
+    """Memory of each GPU in GB, for the micro-batch where micro_batch is 0: the largest that is predicted to fit."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()  # noqa: RUF009 (frozen)
 
 
@@ -63,33 +74,21 @@ class Work:
         return self.flop * self.times
 
 
-@dataclass(frozen=True)
-class Memory:
-    """One thing that lies in a GPU's memory.
-
-    stage: when: `always`, or rollout, decode, reward or update, which come one after the other. size: bytes.
-    """
-
-    stage: str
-    name: str
-    size: int
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Estimate as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C."""
 
     def command() -> None:
         asked = parse_with_preset(_Estimate, sys.argv[1:] if argv is None else argv, PROGRAM)
         _check(asked)
-        estimate(asked.config, asked.tflops, asked.processes, Console())
+        estimate(asked.config, asked.tflops, asked.processes, asked.gpu_gb, Console())
 
     return run_command(command, "")
 
 
-def estimate(config: TrainConfig, tflops: float, processes: int, console: Console) -> None:
+def estimate(config: TrainConfig, tflops: float, processes: int, gpu_gb: float, console: Console) -> None:
     """Count the config's models and say what a training of it costs.
 
-    tflops: what each GPU sustains, in TFLOP/s; 0 stands for 100. processes: GPUs that share the work.
+    tflops: what each GPU sustains, in TFLOP/s; 0 stands for 100. processes: GPUs that share the work. gpu_gb: memory of each.
     Raises ConfigError for a model that cannot be trained.
     """
     description, known = find_architecture(config.model)
@@ -97,14 +96,22 @@ def estimate(config: TrainConfig, tflops: float, processes: int, console: Consol
     dtype = compute_dtype(config)
     pairs = pairs_per_iteration(config, schedule)
     with console.bar("counting"):
-        model = count_model(description, config.model, dtype)
-        encoders, left_out = _count_encoders(config.reward)
+        model = count_model(description, config.model, dtype, own_kernels(config))
+        encoders, left_out = count_encoders(config.reward)
+    micro_batch, why = _micro_batch(config, model, encoders, processes, gpu_gb)
+    memory = memory_plan(config, model, encoders, dtype, processes, micro_batch)
 
     console.say("Computed from the configs, not measured.", "")
     console.say(*_header(config, model, known, dtype, pairs))
     console.say("", *_work_lines(iteration_work(config, model, encoders, pairs), config, tflops, processes))
-    console.say("", *_memory_lines(gpu_memory(config, model, encoders, dtype, processes), processes))
+    console.say("", *memory_lines(memory, "the GPU" if processes == 1 else f"each of {processes} GPUs"))
+    console.say(f"  {why}")
     console.say("", *left_out, *_NOT_COUNTED)
+
+
+def own_kernels(config: TrainConfig) -> bool:
+    """Whether the UNet's norms and activations are fastgrpo's; where engine.kernels is auto, as on a GPU."""
+    return config.engine.kernels == "on" or (config.engine.kernels == "auto" and config.engine.device != "cpu")
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
@@ -121,12 +128,6 @@ def pairs_per_iteration(config: TrainConfig, schedule: Schedule) -> int:
     return samples * steps * grpo.epochs
 
 
-def encoder_specs(config: RewardConfig) -> tuple[str, ...]:
-    """The open_clip models of the reward's terms, each once, in the notation of `reward.encoder`."""
-    of_term = {"steering": config.encoder, "clip": config.clip_encoder or config.encoder, "hpsv2": "hpsv2"}
-    return tuple(dict.fromkeys(of_term[term.name] for term in parse_terms(config.terms) if term.name in of_term))
-
-
 def iteration_work(
     config: TrainConfig, model: ModelCost, encoders: Mapping[str, EncoderCost], pairs: int
 ) -> list[Work]:
@@ -135,125 +136,49 @@ def iteration_work(
     encoders: the reward's, by spec. pairs: as `pairs_per_iteration`.
     """
     images = config.prompts_per_iteration * config.group_size
-    halves = _halves(config)
+    rows = halves(config)
     work = [
-        Work("rollout", "UNet forward", model.forward, images * config.rollout.steps * halves),
+        Work("rollout", "UNet forward", model.forward, images * config.rollout.steps * rows),
         Work("decode", "VAE decode", model.decode, images),
         *(Work("reward", f"image tower, {spec}", encoder.image, images) for spec, encoder in encoders.items()),
-        Work("update", "UNet forward + backward", model.forward_backward, pairs * halves),
+        Work("update", "UNet forward + backward", model.forward_backward, pairs * rows),
     ]
     if config.grpo.old_log_prob == "replay":
-        work.append(Work("update", "UNet forward, replay", model.forward, pairs * halves))
+        work.append(Work("update", "UNet forward, replay", model.forward, pairs * rows))
     if config.grpo.kl > 0:
-        work.append(Work("update", "UNet forward, KL's base", model.forward, pairs * halves))
+        work.append(Work("update", "UNet forward, KL's base", model.forward, pairs * rows))
     return work
 
 
-def gpu_memory(
-    config: TrainConfig, model: ModelCost, encoders: Mapping[str, EncoderCost], dtype: torch.dtype, processes: int
-) -> list[Memory]:
-    """What lies in the memory of each of `processes` GPUs; parts that are not there are left out.
-
-    dtype: what the UNet computes in.
-    """
-    compute, single = dtype.itemsize, torch.float32.itemsize
-    trained, images = single * model.trained, config.prompts_per_iteration * config.group_size // processes
-    base = single * model.unet if config.grpo.kl > 0 else 0
-    samples = config.micro_batch * _halves(config)
-    if config.model.lora_rank:
-        unet = [Memory("always", f"frozen UNet, {_name(dtype)}", compute * model.unet)]
-        unet += [Memory("always", "adapters, fp32", trained)]
-    else:
-        unet = [Memory("always", "UNet, fp32", trained)]
-    cast = f"autocast's {_name(dtype)} copies of what is trained"
-    parts = [
-        *unet,
-        Memory("always", "Adam's two moments, fp32", 2 * trained),
-        Memory("always", "moving average (optim.ema), fp32", trained if config.optim.ema else 0),
-        Memory("always", "base UNet (grpo.kl), fp32", base),
-        Memory("always", f"VAE and text encoder, {_name(dtype)}", compute * model.frozen),
-        *(Memory("always", f"encoder {spec}, fp32", single * encoder.parameters) for spec, encoder in encoders.items()),
-        Memory("always", "trajectories and images, fp32", images * _sample_bytes(config, model)),
-        Memory("rollout", cast, model.cast),
-        _at_once("rollout", _chunk(images, config.rollout.batch) * _halves(config), "UNet samples", model.passing),
-        _at_once("decode", min(images, config.rollout.decode_batch), "images in the VAE", model.decoding),
-        *(
-            _at_once("reward", min(images, config.reward.batch), f"images in {spec}", encoder.encoding)
-            for spec, encoder in encoders.items()
-        ),
-        Memory("update", cast, model.cast),
-        Memory("update", "gradients, fp32", trained),
-        _micro_batch(config, model),
-        _at_once("update", samples if base else 0, "samples in the base UNet", model.passing),
-    ]
-    return [part for part in parts if part.size]
-
-
-def peak(memory: Sequence[Memory]) -> tuple[str, int]:
-    """The stage that needs most memory, and how many bytes that is together with what is always there."""
-    sizes: dict[str, int] = {}
-    for part in memory:
-        sizes[part.stage] = sizes.get(part.stage, 0) + part.size
-    always = sizes.pop("always")
-    stage = max(sizes, key=sizes.__getitem__)
-    return stage, always + sizes[stage]
-
-
-def _sample_bytes(config: TrainConfig, model: ModelCost) -> int:
-    """Latents, log-probs, the image and, where RatioNorm keeps them, means of one sample."""
-    grpo, steps, latent = config.grpo, config.rollout.steps, math.prod(model.latent_shape)
-    copies = {"rollout": 1, "replay": 2, "detach": 0}[grpo.old_log_prob]  # of the old policy's means
-    means = copies * steps * latent if grpo.ratio_norm else 0
-    return torch.float32.itemsize * ((steps + 1) * latent + steps + math.prod(model.image_shape) + means)
-
-
-def _chunk(samples: int, batch: int) -> int:
-    """The most samples that are denoised at once, in nearly equal shares of at most `batch`; 0 is all."""
-    return -(-samples // -(-samples // (batch or samples)))
-
-
-def _at_once(stage: str, count: int, what: str, size: int) -> Memory:
-    return Memory(stage, f"{count} {what}", count * size)
-
-
-def _micro_batch(config: TrainConfig, model: ModelCost) -> Memory:
-    """What a micro-batch saves for its backward pass, or what comes later in its place, if that is more.
-
-    Later: the micro-batch's gradients before they are added to the others; AdamW's root of the second moment.
-    """
-    samples, later = config.micro_batch * _halves(config), torch.float32.itemsize * model.trained
-    if samples * model.activations < later:
-        return Memory("update", "a second set of gradients, fp32", later)
-    return Memory("update", f"activations of {samples} UNet samples", samples * model.activations)
-
-
-def _halves(config: TrainConfig) -> int:
-    """UNet samples for each latent: with guidance two."""
-    return 1 if config.rollout.guidance == 1 else 2
+def _micro_batch(
+    config: TrainConfig, model: ModelCost, encoders: Mapping[str, EncoderCost], processes: int, gpu_gb: float
+) -> tuple[int, str]:
+    """Pairs in a micro-batch, and a line that says why."""
+    if config.micro_batch:
+        return config.micro_batch, f"micro_batch = {config.micro_batch} (sample, step) pairs, as configured"
+    if config.engine.device == "cpu":
+        return CPU_MICRO_BATCH, f"micro_batch = 0: {CPU_MICRO_BATCH} pairs on a CPU"
+    samples = config.prompts_per_iteration * config.group_size // processes
+    room, sizes = int(config.engine.memory * gpu_gb * 1e9), whole_groups(samples, config.group_size)
+    size = predicted_micro_batch(config, model, encoders, compute_dtype(config), processes, room, sizes)
+    return (
+        size,
+        f"micro_batch = 0: {size} pairs, the most that {room / 1e9:.1f} GB should hold (--gpu-gb, engine.memory)",
+    )
 
 
 def _check(command: _Estimate) -> None:
     tflops, processes, prompts = command.tflops, command.processes, command.config.prompts_per_iteration
     if not 0 <= tflops < math.inf:
         raise ConfigError(f"--tflops {tflops}: accepted is a number above 0, or 0 for the hours per 100 TFLOP/s.")
+    if not 0 < command.gpu_gb < math.inf:
+        raise ConfigError(f"--gpu-gb {command.gpu_gb}: accepted is a number above 0.")
     if processes < 1:
         raise ConfigError(f"--processes {processes}: accepted is 1 or more.")
     if prompts % processes:
         raise ConfigError(
             f"prompts_per_iteration = {prompts}: accepted is a multiple of the {processes} processes, which share them."
         )
-
-
-def _count_encoders(config: RewardConfig) -> tuple[dict[str, EncoderCost], list[str]]:
-    """The reward's encoders by spec, and a line for each term that is not counted."""
-    encoders, lines = {}, []
-    for spec in encoder_specs(config):
-        try:
-            encoders[spec] = count_encoder(spec)
-        except ConfigError as error:
-            lines.append(f"Left out: the reward's encoder {error}")
-    lines += [f"Left out: the reward's term {term.name}" for term in parse_terms(config.terms) if term.place]
-    return encoders, lines
 
 
 def _header(config: TrainConfig, model: ModelCost, known: bool, dtype: torch.dtype, pairs: int) -> list[str]:
@@ -277,7 +202,7 @@ def _work_lines(work: Sequence[Work], config: TrainConfig, tflops: float, proces
     return [
         f"{name:42}{'each':>8}{'times':>9}{'iteration':>13}",
         *(
-            f"  {part.stage:8} {_cut(part.name, 31)}{_digits(part.flop / unit):>8}{part.times:>9,}"
+            f"  {part.stage:8} {cut(part.name, 31)}{_digits(part.flop / unit):>8}{part.times:>9,}"
             f"{_digits(part.total / unit):>13}{part.total / all_flop:7.1%}"
             for part in work
         ),
@@ -288,24 +213,8 @@ def _work_lines(work: Sequence[Work], config: TrainConfig, tflops: float, proces
     ]
 
 
-def _memory_lines(memory: Sequence[Memory], processes: int) -> list[str]:
-    where = "the GPU" if processes == 1 else f"each of {processes} GPUs"
-    stage, most = peak(memory)
-    unit, name = (1e9, "GB") if most >= 1e9 else (1e6, "MB")
-    return [
-        f"{name} on {where}",
-        *(f"  {part.stage:8} {_cut(part.name, 51)}{part.size / unit:10.2f}" for part in memory),
-        f"  {f'at most, during the {stage}':60}{most / unit:10.2f}",
-    ]
-
-
 def _name(dtype: torch.dtype) -> str:
     return next(name for name, known in _DTYPES.items() if known == dtype)
-
-
-def _cut(text: str, width: int) -> str:
-    """`text` in exactly `width` columns."""
-    return text.ljust(width) if len(text) <= width else text[: width - 1] + "…"
 
 
 def _digits(value: float) -> str:

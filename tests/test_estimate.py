@@ -12,21 +12,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
-from torch.overrides import TorchFunctionMode, resolve_name
 
 from fastgrpo import costs, estimate
 from fastgrpo.config import ConfigError, ModelConfig, RewardConfig, TrainConfig
 from fastgrpo.costs import (
     EncoderCost,
-    GpuAutocast,
+    Held,
     ModelCost,
     count_encoder,
     count_model,
     saved_bytes,
     sd1_architecture,
 )
-from fastgrpo.estimate import gpu_memory, iteration_work, pairs_per_iteration, peak
+from fastgrpo.estimate import iteration_work, pairs_per_iteration
 from fastgrpo.schedule import make_schedule
 from fastgrpo.settings import find_preset, load_toml
 from fastgrpo.validation import validate
@@ -36,21 +37,7 @@ SD15 = 859_520_964  # the UNet's published parameter count
 HPSV2 = 986_109_441  # open_clip's ViT-H-14
 R1 = load_toml(find_preset("safediffusion-r1"))
 
-# "CUDA Ops that can autocast to float16" and "to float32" of torch's documentation of torch.amp, without cells and
-# losses; and attention, which is among the former but not written there.
-AUTOCAST_HALF = {
-    *("__matmul__", "addbmm", "addmm", "addmv", "addr", "baddbmm", "bmm", "chain_matmul", "multi_dot", "conv1d"),
-    *("conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "matmul", "mm"),
-    *("mv", "prelu", "scaled_dot_product_attention"),
-}
-AUTOCAST_FLOAT32 = {
-    *("__pow__", "__rdiv__", "__rpow__", "__rtruediv__", "acos", "asin", "cosh", "cosine_similarity", "cumprod"),
-    *("cumsum", "dist", "erfinv", "exp", "expm1", "group_norm", "layer_norm", "log", "log10", "log_softmax"),
-    *("log1p", "log2", "norm", "normalize", "pow", "prod", "reciprocal", "rsqrt", "sinh", "softmax", "softmin"),
-    *("softplus", "sum", "renorm", "tan"),
-}
-
-# A model whose costs are primes (what is cast is twice the weights), so that no two different sums of them agree by accident.
+# A model whose FLOPs are primes, so that no two different sums of them agree by accident.
 MODEL = ModelCost(
     unet=10007,
     trained=10007,
@@ -61,9 +48,10 @@ MODEL = ModelCost(
     forward_backward=307,
     decode=503,
     activations=1009,
+    saving=1013,
+    learning=Held(((0, 1019),)),
     passing=211,
     decoding=401,
-    cast=20014,
 )
 ENCODERS = {"hpsv2": EncoderCost(parameters=3001, image=701, encoding=601)}
 
@@ -82,7 +70,7 @@ def sd15() -> ModelCost:
 
 @pytest.fixture(scope="module")
 def sd15_lora() -> ModelCost:
-    return count_model(sd1_architecture(), ModelConfig(lora_rank=16), torch.bfloat16)
+    return count_model(sd1_architecture(), ModelConfig(lora_rank=16), torch.bfloat16, kernels=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,13 +94,26 @@ def test_hpsv2_known_values():
     assert encoder.image == pytest.approx(0.335e12, rel=0.01)
 
 
-def test_activations_in_pure_bfloat16_known_value():
-    """937 MB a sample, with the weights themselves in bf16 and nothing to cast."""
-    modules = sd1_architecture().empty_components()
-    unet = modules["unet"].to(torch.bfloat16)
-    latents, timesteps, embeds = costs.unet_inputs(unet, modules["text_encoder"], 1)
-    inputs = latents.to(torch.bfloat16), timesteps, embeds.to(torch.bfloat16)
-    assert saved_bytes(unet, inputs, GpuAutocast(torch.float32)) == pytest.approx(937e6, rel=0.001)  # three digits
+def test_activations_known_value(sd15):
+    assert sd15.activations == pytest.approx(937e6, rel=0.001)  # three digits
+
+
+def test_own_kernels_save_less(sd15):
+    """GroupNorm + SiLU as one operator saves no result of the norm's alone, GEGLU none of the activated half."""
+    fused = count_model(sd1_architecture(), ModelConfig(), torch.bfloat16, kernels=True)
+    modules, spared = sd1_architecture().empty_components(), []
+    unet = modules["unet"]
+    for module in unet.modules():
+        norms = [module.norm1, module.norm2] if isinstance(module, ResnetBlock2D) else []
+        for one in (*norms, *([module] if isinstance(module, GEGLU) else [])):
+            one.register_forward_hook(lambda one, inputs, output: spared.append(2 * output.numel()))
+    unet.conv_norm_out.register_forward_hook(lambda one, inputs, output: spared.append(2 * output.numel()))
+    with torch.no_grad():
+        unet(*costs.unet_inputs(unet, modules["text_encoder"], 1, torch.float32))
+    assert len(spared) == 2 * 22 + 16 + 1
+    # Statistics are float32 then, two numbers a group: far below 1% of a map.
+    assert sd15.activations - fused.activations == pytest.approx(sum(spared), rel=0.01)
+    assert (fused.forward, fused.forward_backward) == (sd15.forward, sd15.forward_backward)
 
 
 def test_whose_configs_are_counted(tmp_path):
@@ -124,31 +125,6 @@ def test_whose_configs_are_counted(tmp_path):
     assert description.unet["sample_size"] == 8
     with pytest.raises(ConfigError, match=r"model\.path is 'nowhere'"):
         costs.find_architecture(ModelConfig(path="nowhere"))
-
-
-def test_autocast_casts_every_weight_but_the_norms(sd15):
-    """Copies of 2 bytes; norms, which compute in float32, have none. And what norms are given and give takes 4."""
-    unet = sd1_architecture().empty_components()["unet"]
-    norms = [m for m in unet.modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)]
-    assert sd15.cast == 2 * (SD15 - sum(parameter.numel() for norm in norms for parameter in norm.parameters()))
-    assert 937e6 < sd15.activations < 2 * 937e6  # between all in bf16 and all in float32
-
-
-def test_autocast_is_torchs_own():
-    """Of all functions that a UNet calls, those on CUDA's autocast lists are cast, and to what the lists say."""
-    called: set[str] = set()
-
-    class Names(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            called.add((resolve_name(function) or "").rpartition(".")[2])
-            return function(*args, **(kwargs or {}))
-
-    modules = sd1_architecture().empty_components()
-    with torch.no_grad(), Names():
-        modules["unet"](*costs.unet_inputs(modules["unet"], modules["text_encoder"], 1))
-    assert called & AUTOCAST_HALF == {function.__name__ for function in costs._HALF}
-    # exp is of the timestep's frequencies, float32 already.
-    assert called & AUTOCAST_FLOAT32 - {"exp"} == {function.__name__ for function in costs._FLOAT32}
 
 
 class Small(nn.Module):
@@ -166,14 +142,50 @@ class Small(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_saved_activations_closed_form(dtype):
     with torch.device("meta"):
-        module, inputs = Small(), (torch.empty(3, 8, 16, 16),)
-    autocast = GpuAutocast(dtype)
+        module, inputs = Small().to(dtype), (torch.empty(3, 8, 16, 16, dtype=dtype),)
     size, statistics = 3 * 8 * 16 * 16, 2 * 3 * 2  # a map; mean and rstd of 3 samples x 2 groups
-    # Saved: input and SiLU's result for the convolutions in `dtype`; the norm's input and its result in float32.
-    expected = 2 * size * dtype.itemsize + 2 * size * 4 + statistics * 4
-    assert saved_bytes(module, inputs, autocast) == expected
-    copies = sum(copy.nbytes for copy in autocast.copies.values())
-    assert copies == (0 if dtype == torch.float32 else 2 * (8 * 8 * 9 + 8 + 8 * 8 + 8))
+    # Saved: input and SiLU's result for the convolutions, the norm's input and its result.
+    assert saved_bytes(module, inputs) == (4 * size + statistics) * dtype.itemsize
+
+
+def test_held_bytes_closed_form():
+    """Two products, of a thousand numbers with a thousand by ten, and back; their gradients come one after the other."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Parameter(torch.empty(1000, 10, device="meta"))
+            self.second = nn.Parameter(torch.empty(10, 1000, device="meta"))
+
+        def forward(self, x, return_dict):
+            return ((x @ self.first) @ self.second,)
+
+    inputs = [(torch.empty(samples, 1000, device="meta"),) for samples in (2, 4)]
+    saving, learning = costs.held_bytes(Twice(), inputs)
+    assert saving == 4 * (10 + 1000)  # the hidden row and the output's, for one sample; the input is not computed
+    # First the second weight's gradient, while the hidden and the output's rows and their gradients are there; then also
+    # the first one's, when the hidden rows themselves have gone.
+    first, second = (80_000, 4 * (1000 + 1000 + 10)), (40_000, 4 * (1000 + 1000 + 10 + 10))
+    assert learning == Held((first, second))
+    assert learning.bytes(1) == 80_000 + 8040
+    assert learning.bytes(2000) == 40_000 + 2000 * 8080
+
+
+def test_only_lines_that_are_ever_on_top_are_kept():
+    generator = torch.Generator().manual_seed(0)
+    lines = {tuple(line) for line in torch.randint(0, 1000, (200, 2), generator=generator).tolist()}
+    kept = costs._upper(lines)
+    for samples in (*range(50), 1000, 10**6):
+        assert Held(kept).bytes(samples) == Held(tuple(lines)).bytes(samples)
+    assert len(kept) < 20
+
+
+def test_learning_of_stable_diffusion(sd15):
+    """Few samples hold little beside the gradients; many, their activations and what one block's way back needs."""
+    gradients = 2 * SD15
+    assert gradients < sd15.learning.bytes(1) < gradients + sd15.activations
+    assert 1 < sd15.learning.bytes(128) / (128 * sd15.activations) < 1.03
+    assert 1 < sd15.saving / sd15.activations < 1.02
 
 
 def test_saved_activations_are_what_a_real_unet_saves(tiny_pipeline):
@@ -190,7 +202,7 @@ def test_saved_activations_are_what_a_real_unet_saves(tiny_pipeline):
     weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
     real = sum(size for address, size in saved.items() if address not in weights)
     del output
-    counted = saved_bytes(unet.to("meta"), tuple(tensor.to("meta") for tensor in inputs), GpuAutocast(torch.float32))
+    counted = saved_bytes(unet.to("meta"), tuple(tensor.to("meta") for tensor in inputs))
     # Attention saves one number per head and query beside its maps, which some kernels pad; here that is at most 2%.
     assert counted == pytest.approx(real, rel=0.02)
 
@@ -209,9 +221,9 @@ def test_live_bytes_closed_form():
 
 
 def test_a_pass_without_gradients_holds_much_less(sd15):
-    """At the worst moment it holds at least the last block's maps of 960 channels: given to the norm, and its result,
-    in float32; at most a tenth of what learning saves."""
-    assert 2 * 960 * 64 * 64 * 4 < sd15.passing < sd15.activations / 10
+    """At the worst moment it holds at least the last block's maps of 960 channels: the norm's input and result, in half
+    precision; at most a tenth of what learning saves."""
+    assert 2 * 960 * 64 * 64 * 2 < sd15.passing < sd15.activations / 10
     # The VAE's last block at full size: its input, the norm's result and SiLU's, 256 channels in bf16.
     assert sd15.decoding == pytest.approx(3 * 256 * 512 * 512 * 2, rel=0.001)  # and the norm's statistics
 
@@ -223,7 +235,6 @@ def test_lora_parameters_and_passes(sd15, sd15_lora):
     assert len(layers) == 16 * 2 * 4  # transformers, attentions, projections
     assert sd15_lora.trained == sum(16 * (layer.in_features + layer.out_features) for layer in layers)
     assert sd15_lora.unet == SD15
-    assert sd15_lora.cast == 2 * sd15_lora.trained
     # A gradient with respect to inputs costs as much as the forward pass. Of the weights only the adapters' is taken;
     # attention's backward pass, 16% of the forward's FLOPs, is twice its forward; the first block's is not needed.
     assert sd15.forward < sd15_lora.forward < 1.01 * sd15.forward
@@ -260,11 +271,6 @@ def work_of(config: TrainConfig) -> dict[str, int]:
     """Stage and name -> FLOP of one iteration."""
     work = iteration_work(config, MODEL, ENCODERS, pairs_of(config))
     return {f"{part.stage}: {part.name}": part.total for part in work}
-
-
-def memory_of(config: TrainConfig, model: ModelCost = MODEL, processes: int = 8) -> dict[str, int]:
-    memory = gpu_memory(config, model, ENCODERS, torch.bfloat16, processes)
-    return {f"{part.stage}: {part.name}": part.size for part in memory}
 
 
 @pytest.mark.parametrize(
@@ -329,7 +335,7 @@ def test_kl_and_replay_add_a_forward_pass_of_every_pair(fields, name):
 
 def test_encoders_of_terms_count_once():
     def specs(*terms, **fields):
-        return estimate.encoder_specs(RewardConfig(terms=terms, **fields))
+        return costs.encoder_specs(RewardConfig(terms=terms, **fields))
 
     assert specs("steering", "clip=0.5") == ("hpsv2",)
     assert specs("steering", "clip", "hpsv2", encoder="shapes", clip_encoder="ViT-L-14:openai") == (
@@ -338,64 +344,6 @@ def test_encoders_of_terms_count_once():
         "hpsv2",
     )
     assert specs("compressibility") == ()
-
-
-def test_memory_of_the_paper_closed_form():
-    # 64 samples a GPU: 51 latents, 50 log-probs and an image each, in float32.
-    trajectories = 64 * 4 * (51 * 4 * 64 * 64 + 50 + 3 * 512 * 512)
-    assert memory_of(R1) == {
-        "always: UNet, fp32": 4 * 10007,
-        "always: Adam's two moments, fp32": 8 * 10007,
-        "always: VAE and text encoder, bf16": 2 * 5003,
-        "always: encoder hpsv2, fp32": 4 * 3001,
-        "always: trajectories and images, fp32": trajectories,
-        "rollout: autocast's bf16 copies of what is trained": 20014,
-        "rollout: 128 UNet samples": 128 * 211,
-        "decode: 16 images in the VAE": 16 * 401,
-        "reward: 64 images in hpsv2": 64 * 601,
-        "update: autocast's bf16 copies of what is trained": 20014,
-        "update: gradients, fp32": 4 * 10007,
-        # A micro-batch of 4 saves 8 * 1009 bytes; a second set of gradients is more.
-        "update: a second set of gradients, fp32": 4 * 10007,
-    }
-
-
-def test_what_options_hold():
-    plain = memory_of(R1)
-    assert memory_of(replace(R1, micro_batch=40))["update: activations of 80 UNet samples"] == 80 * 1009
-    ema = memory_of(replace(R1, optim=replace(R1.optim, ema=0.99)))
-    assert ema == {**plain, "always: moving average (optim.ema), fp32": 4 * 10007}
-    assert memory_of(grpo(kl=0.1)) == {
-        **plain,
-        "always: base UNet (grpo.kl), fp32": 4 * 10007,
-        "update: 8 samples in the base UNet": 8 * 211,
-    }
-    name, means = "always: trajectories and images, fp32", 64 * 50 * 4 * 64 * 64 * 4
-    assert memory_of(grpo(ratio_norm=True))[name] - plain[name] == means
-    assert memory_of(grpo(ratio_norm=True, old_log_prob="detach"))[name] == plain[name]
-    assert memory_of(grpo(ratio_norm=True, old_log_prob="replay"))[name] - plain[name] == 2 * means
-
-
-def test_rollout_batch_is_shared_out_evenly():
-    config = replace(R1, rollout=replace(R1.rollout, batch=48))
-    assert memory_of(config)["rollout: 64 UNet samples"] == 64 * 211  # 64 images as twice 32, each with guidance
-
-
-def test_lora_holds_moments_and_gradients_of_adapters_only():
-    config = replace(R1, model=replace(R1.model, lora_rank=4))
-    memory = memory_of(config, replace(MODEL, trained=97, cast=194))
-    assert memory["always: frozen UNet, bf16"] == 2 * 10007
-    assert memory["always: adapters, fp32"] == memory["update: gradients, fp32"] == 4 * 97
-    assert memory["always: Adam's two moments, fp32"] == 8 * 97
-    assert memory["update: activations of 8 UNet samples"] == 8 * 1009
-
-
-def test_peak_is_of_one_stage_at_a_time():
-    always = 12 * 10007 + 2 * 5003 + 4 * 3001
-    always += 512 * 4 * (51 * 4 * 64 * 64 + 50 + 3 * 512 * 512)  # 8 GPUs' trajectories on one
-    for batch, stage, most in ((0, "rollout", 20014 + 1024 * 211), (8, "reward", 256 * 601)):
-        config = replace(R1, rollout=replace(R1.rollout, batch=batch))
-        assert peak(gpu_memory(config, MODEL, ENCODERS, torch.bfloat16, 1)) == (stage, always + most)
 
 
 @pytest.mark.parametrize(
@@ -448,12 +396,10 @@ def test_the_papers_recipe(capsys):
     assert numbers(lines, "always   Adam's two moments")[-1] == pytest.approx(8 * SD15 / 1e9, abs=0.005)
     assert numbers(lines, "always   encoder hpsv2")[-1] == pytest.approx(4 * HPSV2 / 1e9, abs=0.005)
     parts = [
-        numbers(lines, line.strip())[-1]
-        for line in lines
-        if line.startswith(("  always", "  update   a", "  update   g"))
+        numbers(lines, line.strip())[-1] for line in lines if line.startswith(("  always", "  decode   16 images"))
     ]
-    # Parts are rounded to 0.005 each; eight of them.
-    assert numbers(lines, "at most, during the update")[-1] == pytest.approx(sum(parts), abs=0.05)
+    # Parts are rounded to 0.005 each; nine of them.
+    assert numbers(lines, "at most, during the decode")[-1] == pytest.approx(sum(parts), abs=0.05)
 
 
 def test_a_small_card(capsys):
@@ -499,6 +445,7 @@ def test_as_a_program_of_its_own(tmp_path):
         (["shapes", "--processes", "0"], "--processes 0: accepted is 1 or more"),
         (["shapes", "--tflops", "-1"], "--tflops -1.0: accepted is a number above 0, or 0"),
         (["shapes", "--tflops", "nan"], "--tflops nan: accepted"),
+        (["shapes", "--gpu-gb", "0"], "--gpu-gb 0.0: accepted is a number above 0"),
         (["shapes", "--tflop", "1"], "--tflop: no such flag (did you mean --tflops?)"),
         (["shapes", "--grpo.trim", "4"], "grpo.trim = 4"),
         (["shapes", "--model.path", "nowhere"], "model.path is 'nowhere'"),

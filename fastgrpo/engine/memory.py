@@ -1,0 +1,337 @@
+"""What lies in a GPU's memory, how many pairs a micro-batch may have, and what happens when they were too many after all.
+
+The plan is counted from the models (costs.py), part by part; the micro-batch is then found by trying, beginning with the
+plan's prediction, and timed, since beyond some size a larger one gains nothing.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from fastgrpo.config import TrainConfig
+from fastgrpo.costs import EncoderCost, ModelCost
+
+Result = TypeVar("Result")
+
+CPU_MICRO_BATCH = 32
+"""What micro_batch 0 stands for on a CPU, where memory is not what bounds it."""
+GRANULE = 8
+"""Above this many pairs only multiples of it are tried."""
+_TOLERANCE = 0.02  # a micro-batch this much slower than the fastest is as good; timings differ by that anyway
+_TIMED = 4  # sizes that are timed: each means passes of its own, and with graphs a capture
+_REPEATS = 3
+_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One thing that lies in a GPU's memory.
+
+    stage: when: `always`, or rollout, decode, reward or update, which come one after the other. size: bytes.
+    """
+
+    stage: str
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A micro-batch found by measurement. A resumed run takes it over, since sizes move bits.
+
+    size: pairs. largest: the largest that fit. seconds: (size, seconds of forward and backward pass) of those timed.
+    """
+
+    size: int
+    largest: int
+    seconds: tuple[tuple[int, float], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(record: Mapping[str, Any]) -> "Chosen":
+        seconds = tuple((int(size), float(took)) for size, took in record["seconds"])
+        return Chosen(int(record["size"]), int(record["largest"]), seconds)
+
+    def line(self) -> str:
+        """For the start-up print: what was chosen and why."""
+        timed = ", ".join(f"{size}: {1e3 * took / size:.1f} ms a pair" for size, took in self.seconds)
+        return f"micro-batch of {self.size} pairs; {self.largest} is the largest tried that fits; timed {timed}"
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one process computes in an iteration, for choosing a micro-batch.
+
+    samples: images. group_size: of one prompt. steps: denoising steps of each. updates: optimizer steps. pairs: of each.
+    """
+
+    samples: int
+    group_size: int
+    steps: int
+    updates: int
+    pairs: int
+
+
+def memory_plan(
+    config: TrainConfig,
+    model: ModelCost,
+    encoders: Mapping[str, EncoderCost],
+    dtype: torch.dtype,
+    processes: int,
+    micro_batch: int,
+) -> tuple[Memory, ...]:
+    """What lies in the memory of each of `processes` GPUs; parts that are not there are left out.
+
+    dtype: what the UNet computes in and `model` was counted in. micro_batch: pairs. A rollout that draws as many samples
+    at once runs the update's own passes, which save activations, so that its log-probs have the same bits; with another
+    rollout.batch it saves nothing.
+    """
+    compute, single, name = dtype.itemsize, torch.float32.itemsize, _DTYPES[dtype]
+    trained, images = single * model.trained, config.prompts_per_iteration * config.group_size // processes
+    samples, drawn = micro_batch * halves(config), min(images, config.rollout.batch or micro_batch)
+    if config.model.lora_rank:
+        unet = [Memory("always", f"frozen UNet, {name}", compute * model.unet)]
+        unet += [Memory("always", "adapters, fp32", trained)]
+    else:
+        unet = [Memory("always", "UNet, fp32", trained)]
+    working = compute * model.trained if dtype != torch.float32 else 0
+    saving = drawn == min(images, micro_batch)
+    parts = [
+        *unet,
+        Memory("always", f"working copy of what is trained, {name}", working),
+        Memory("always", "Adam's two moments, fp32", 2 * trained),
+        Memory("always", "gradient, fp32", trained),
+        Memory("always", "moving average (optim.ema), fp32", trained if config.optim.ema else 0),
+        Memory("always", f"base UNet (grpo.kl), {name}", compute * model.unet if config.grpo.kl > 0 else 0),
+        Memory("always", f"VAE and text encoder, {name}", compute * model.frozen),
+        *(Memory("always", f"encoder {spec}, fp32", single * encoder.parameters) for spec, encoder in encoders.items()),
+        Memory("always", "trajectories and images, fp32", images * _sample_bytes(config, model)),
+        _at_once(
+            "rollout",
+            (drawn if saving else _chunk(images, drawn)) * halves(config),
+            f"UNet samples, {'as in the update' if saving else 'nothing saved'}",
+            model.saving if saving else model.passing,
+        ),
+        _at_once("decode", min(images, config.rollout.decode_batch), "images in the VAE", model.decoding),
+        *(
+            _at_once("reward", min(images, config.reward.batch), f"images in {spec}", encoder.encoding)
+            for spec, encoder in encoders.items()
+        ),
+        _at_once("update", samples, f"UNet samples' activations, {name}", model.activations),
+        _beside_activations(config, model, samples, name),
+    ]
+    return tuple(part for part in parts if part.size)
+
+
+def peak(memory: Sequence[Memory]) -> tuple[str, int]:
+    """The stage that needs most memory, and how many bytes that is together with what is always there."""
+    sizes: dict[str, int] = {}
+    for part in memory:
+        sizes[part.stage] = sizes.get(part.stage, 0) + part.size
+    always = sizes.pop("always")
+    stage = max(sizes, key=sizes.__getitem__)
+    return stage, always + sizes[stage]
+
+
+def memory_lines(memory: Sequence[Memory], where: str) -> list[str]:
+    """A table of the parts and the peak, for people. where: "the GPU", for example."""
+    stage, most = peak(memory)
+    unit, name = (1e9, "GB") if most >= 1e9 else (1e6, "MB")
+    return [
+        f"{name} on {where}",
+        *(f"  {part.stage:8} {cut(part.name, 51)}{part.size / unit:10.2f}" for part in memory),
+        f"  {f'at most, during the {stage}':60}{most / unit:10.2f}",
+    ]
+
+
+def cut(text: str, width: int) -> str:
+    """`text` in exactly `width` columns."""
+    return text.ljust(width) if len(text) <= width else text[: width - 1] + "…"
+
+
+def halves(config: TrainConfig) -> int:
+    """UNet samples for each latent: with guidance two."""
+    return 1 if config.rollout.guidance == 1 else 2
+
+
+def predicted_micro_batch(
+    config: TrainConfig,
+    model: ModelCost,
+    encoders: Mapping[str, EncoderCost],
+    dtype: torch.dtype,
+    processes: int,
+    room: int,
+    sizes: Sequence[int],
+) -> int:
+    """The largest of `sizes` with which the plan stays within `room` bytes; the smallest where none does."""
+
+    def needed(size: int) -> int:
+        return peak(memory_plan(config, model, encoders, dtype, processes, size))[1]
+
+    return max((size for size in sizes if needed(size) <= room), default=min(sizes))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding the micro-batch.
+
+
+def whole_groups(samples: int, group_size: int) -> tuple[int, ...]:
+    """Micro-batches that deal `samples` into equal chunks of whole groups, or a group into equal chunks; ascending.
+
+    So every chunk of a rollout has the shape of a full micro-batch. samples: a multiple of group_size.
+    """
+    within = {size for size in range(1, group_size + 1) if group_size % size == 0}
+    groups = samples // group_size
+    return tuple(sorted(within | {group_size * count for count in range(1, groups + 1) if groups % count == 0}))
+
+
+def largest_micro_batch(fits: Callable[[int], bool], limit: int, predicted: int, sizes: Sequence[int] = ()) -> int:
+    """The largest micro-batch that fits, found with few tries: from `predicted` doubling or halving, then between.
+
+    fits: tries one; never asked twice about the same. limit: the largest worth trying. sizes: the only ones that are
+    tried; none stands for up to 8 all, then multiples of 8. What is returned did fit, even where fitting is not monotone.
+    Raises torch.OutOfMemoryError where none does.
+    """
+    sizes = sorted(size for size in sizes or (*range(1, GRANULE), *range(GRANULE, limit + 1, GRANULE)) if size <= limit)
+    good, bad = -1, len(sizes)  # positions: of the largest that fits, of the smallest beyond that does not
+
+    def position(size: float) -> int:
+        """Of the largest that is at most `size`, between good and bad."""
+        return min(max(sum(other <= size for other in sizes) - 1, good + 1), bad - 1)
+
+    here = position(predicted)
+    while bad - good > 1:
+        if fits(sizes[here]):
+            good = here
+        else:
+            bad = here
+        if good < 0:
+            here = position(sizes[bad] / 2)
+        elif bad == len(sizes):
+            here = position(sizes[good] * 2)
+        else:
+            here = (good + bad) // 2
+    if good < 0:
+        raise torch.OutOfMemoryError("not even the smallest micro-batch fits into the GPU's memory")
+    return sizes[good]
+
+
+def choose(seconds: Mapping[int, float], work: Iteration) -> int:
+    """Of the timed micro-batches the smallest that makes an iteration as fast as any, to 2%.
+
+    seconds: micro-batch -> of one forward and backward pass. A rollout's pass is counted as a third of that, and an
+    update's last micro-batch as a full one, since it is filled up. The same timings give the same choice.
+    """
+
+    def of_iteration(size: int) -> float:
+        rollout = work.steps * math.ceil(work.samples / size) / 3
+        return seconds[size] * (rollout + work.updates * math.ceil(work.pairs / size))
+
+    fastest = min(map(of_iteration, seconds))
+    return min(size for size in seconds if of_iteration(size) <= fastest * (1 + _TOLERANCE))
+
+
+def find_micro_batch(
+    fits: Callable[[int], bool], seconds: Callable[[int], float], work: Iteration, predicted: int
+) -> Chosen:
+    """Try, time, choose. fits, seconds: of a micro-batch, for instance `fits_within` and `timed`.
+
+    The largest that fits and the next smaller ones are timed. Raises torch.OutOfMemoryError where none fits.
+    """
+    sizes = [size for size in whole_groups(work.samples, work.group_size) if size <= work.pairs]
+    largest = largest_micro_batch(fits, sizes[-1], predicted, sizes)
+    took = {size: seconds(size) for size in [size for size in sizes if size <= largest][-_TIMED:]}
+    return Chosen(choose(took, work), largest, tuple(took.items()))
+
+
+def fits_within(run: Callable[[int], object], device: torch.device, room: int) -> Callable[[int], bool]:
+    """Whether a forward and backward pass of n pairs, which `run(n)` does, stays within `room` bytes of the CUDA device.
+
+    What the allocator has reserved counts, not only what is in use: its holes cannot be given to others.
+    """
+
+    def fits(size: int) -> bool:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            run(size)
+            torch.cuda.synchronize(device)
+        except torch.OutOfMemoryError:
+            return False
+        return torch.cuda.max_memory_reserved(device) <= room
+
+    return fits
+
+
+def timed(
+    run: Callable[[int], object], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> Callable[[int], float]:
+    """Seconds that `run(n)` takes: the median of three calls after one that does not count."""
+
+    def once(size: int) -> float:
+        began = clock()
+        run(size)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock() - began
+
+    return lambda size: statistics.median([once(size) for _ in range(_REPEATS + 1)][1:])
+
+
+def memory_room(device: torch.device, share: float) -> int:
+    """Bytes that this process may reserve if `share` of the CUDA device's memory is to be filled, others' included."""
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    return int(share * total) - others
+
+
+def halving(run: Callable[[int], Result], size: int, say: Callable[[str], object]) -> Result:
+    """run(size); after running out of memory again with half, and so on. Each time `say` gets one line.
+
+    run: begins anew whenever it is called. Raises torch.OutOfMemoryError where not even 1 fits.
+    """
+    while True:
+        try:
+            return run(size)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        # Only here: until the exception is gone, its frames hold what the failed call computed.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        say(f"out of memory with {size} at once; going on with {size // 2}")
+        size //= 2
+
+
+def _sample_bytes(config: TrainConfig, model: ModelCost) -> int:
+    """Latents, log-probs, the image and, where RatioNorm keeps them, means of one sample."""
+    grpo, steps, latent = config.grpo, config.rollout.steps, math.prod(model.latent_shape)
+    copies = {"rollout": 1, "replay": 2, "detach": 0}[grpo.old_log_prob]  # of the old policy's means
+    means = copies * steps * latent if grpo.ratio_norm else 0
+    return torch.float32.itemsize * ((steps + 1) * latent + steps + math.prod(model.image_shape) + means)
+
+
+def _chunk(samples: int, batch: int) -> int:
+    """The most samples that are denoised at once, in nearly equal shares of at most `batch`."""
+    return -(-samples // -(-samples // batch))
+
+
+def _at_once(stage: str, count: int, what: str, size: int) -> Memory:
+    return Memory(stage, f"{count} {what}", count * size)
+
+
+def _beside_activations(config: TrainConfig, model: ModelCost, samples: int, dtype: str) -> Memory:
+    """What the update holds at its worst moment beyond all activations: of the backward pass, or of the base model's."""
+    activations = samples * model.activations
+    backward = model.learning.bytes(samples) - activations
+    base = samples * model.passing if config.grpo.kl > 0 else 0
+    if base > backward:
+        return Memory("update", f"{samples} samples in the base UNet", base)
+    return Memory("update", f"more in the backward pass, with gradients, {dtype}", backward)

@@ -1,0 +1,380 @@
+"""The memory plan against arithmetic done here; finding a micro-batch on memories that are made up."""
+
+import gc
+import json
+import math
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastgrpo.config import TrainConfig
+from fastgrpo.costs import EncoderCost, Held, ModelCost
+from fastgrpo.engine.memory import (
+    Chosen,
+    Iteration,
+    choose,
+    find_micro_batch,
+    fits_within,
+    halving,
+    largest_micro_batch,
+    memory_lines,
+    memory_plan,
+    memory_room,
+    peak,
+    predicted_micro_batch,
+    timed,
+    whole_groups,
+)
+from fastgrpo.settings import find_preset, load_toml
+
+R1 = load_toml(find_preset("safediffusion-r1"))
+# A model whose costs are primes, so that no two different sums of them agree by accident. Up to ten samples its backward
+# pass is at its worst with all gradients there, then with all activations.
+MODEL = ModelCost(
+    unet=10007,
+    trained=10007,
+    frozen=5003,
+    latent_shape=(4, 64, 64),
+    image_shape=(3, 512, 512),
+    forward=101,
+    forward_backward=307,
+    decode=503,
+    activations=1009,
+    saving=1013,
+    learning=Held(((20_011, 13), (7, 1021))),
+    passing=211,
+    decoding=401,
+)
+ENCODERS = {"hpsv2": EncoderCost(parameters=3001, image=701, encoding=601)}
+
+
+def grpo(**fields) -> TrainConfig:
+    return replace(R1, grpo=replace(R1.grpo, **fields))
+
+
+def plan(config: TrainConfig, model: ModelCost = MODEL, dtype=torch.bfloat16, processes=8, micro_batch=0):
+    return memory_plan(config, model, ENCODERS, dtype, processes, micro_batch or config.micro_batch)
+
+
+def sizes_of(config: TrainConfig, *arguments, **keywords) -> dict[str, int]:
+    return {f"{part.stage}: {part.name}": part.size for part in plan(config, *arguments, **keywords)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan.
+
+
+def test_memory_of_the_paper_closed_form():
+    # 64 samples a GPU: 51 latents, 50 log-probs and an image each, in float32.
+    trajectories = 64 * 4 * (51 * 4 * 64 * 64 + 50 + 3 * 512 * 512)
+    assert sizes_of(R1) == {
+        "always: UNet, fp32": 4 * 10007,
+        "always: working copy of what is trained, bf16": 2 * 10007,
+        "always: Adam's two moments, fp32": 8 * 10007,
+        "always: gradient, fp32": 4 * 10007,
+        "always: VAE and text encoder, bf16": 2 * 5003,
+        "always: encoder hpsv2, fp32": 4 * 3001,
+        "always: trajectories and images, fp32": trajectories,
+        "rollout: 8 UNet samples, as in the update": 8 * 1013,
+        "decode: 16 images in the VAE": 16 * 401,
+        "reward: 64 images in hpsv2": 64 * 601,
+        # A micro-batch of 4, each with and without its prompt.
+        "update: 8 UNet samples' activations, bf16": 8 * 1009,
+        "update: more in the backward pass, with gradients, bf16": 20_011 + 8 * 13 - 8 * 1009,
+    }
+
+
+def test_float32_has_no_working_copy():
+    memory = sizes_of(R1, dtype=torch.float32)
+    assert not any("working copy" in name for name in memory)
+    assert memory["always: VAE and text encoder, fp32"] == 4 * 5003
+
+
+def test_what_options_hold():
+    plain = sizes_of(R1)
+    large = sizes_of(R1, micro_batch=40)
+    assert large["update: 80 UNet samples' activations, bf16"] == 80 * 1009
+    assert large["update: more in the backward pass, with gradients, bf16"] == 7 + 80 * 1021 - 80 * 1009
+    assert large["rollout: 80 UNet samples, as in the update"] == 80 * 1013
+    ema = sizes_of(replace(R1, optim=replace(R1.optim, ema=0.99)))
+    assert ema == {**plain, "always: moving average (optim.ema), fp32": 4 * 10007}
+    assert sizes_of(grpo(kl=0.1)) == {**plain, "always: base UNet (grpo.kl), bf16": 2 * 10007}
+    # With many samples the base model's pass, while all activations are there, needs more than the backward pass.
+    assert sizes_of(grpo(kl=0.1), micro_batch=40)["update: 80 samples in the base UNet"] == 80 * 211
+    name, means = "always: trajectories and images, fp32", 64 * 50 * 4 * 64 * 64 * 4
+    assert sizes_of(grpo(ratio_norm=True))[name] - plain[name] == means
+    assert sizes_of(grpo(ratio_norm=True, old_log_prob="detach"))[name] == plain[name]
+    assert sizes_of(grpo(ratio_norm=True, old_log_prob="replay"))[name] - plain[name] == 2 * means
+
+
+def test_another_rollout_batch_saves_nothing_and_is_shared_out_evenly():
+    config = replace(R1, rollout=replace(R1.rollout, batch=48))
+    # 64 images as twice 32, each with guidance.
+    assert sizes_of(config)["rollout: 64 UNet samples, nothing saved"] == 64 * 211
+    assert sizes_of(config, micro_batch=48)["rollout: 96 UNet samples, as in the update"] == 96 * 1013
+
+
+def test_a_rollout_has_no_more_samples_than_images():
+    assert sizes_of(R1, micro_batch=196)["rollout: 128 UNet samples, as in the update"] == 128 * 1013
+
+
+def test_without_guidance_half():
+    plain = sizes_of(replace(R1, rollout=replace(R1.rollout, guidance=1.0)))
+    assert plain["update: 4 UNet samples' activations, bf16"] == 4 * 1009
+
+
+def test_lora_holds_moments_and_gradients_of_adapters_only():
+    config = replace(R1, model=replace(R1.model, lora_rank=4))
+    memory = sizes_of(config, replace(MODEL, trained=97))
+    assert memory["always: frozen UNet, bf16"] == 2 * 10007
+    assert memory["always: adapters, fp32"] == memory["always: gradient, fp32"] == 4 * 97
+    assert memory["always: working copy of what is trained, bf16"] == 2 * 97
+    assert memory["always: Adam's two moments, fp32"] == 8 * 97
+
+
+def test_peak_is_of_one_stage_at_a_time():
+    always = 18 * 10007 + 2 * 5003 + 4 * 3001
+    always += 512 * 4 * (51 * 4 * 64 * 64 + 50 + 3 * 512 * 512)  # 8 GPUs' trajectories on one
+    assert peak(plan(R1, processes=1)) == ("reward", always + 256 * 601)
+    assert peak(plan(R1, processes=1, micro_batch=256)) == ("update", always + 7 + 512 * 1021)
+
+
+def test_lines_say_every_part_and_the_peak():
+    lines = memory_lines(plan(R1), "the GPU")
+    assert lines[0] == "MB on the GPU"
+    assert len(lines) == 2 + len(plan(R1))
+    assert lines[1].split() == ["always", "UNet,", "fp32", "0.04"]
+    assert lines[-1].split()[-1] == f"{peak(plan(R1))[1] / 1e6:.2f}"
+    assert {len(line) for line in lines[1:]} == {72}
+
+
+def test_prediction_is_the_largest_size_whose_plan_fits():
+    sizes = whole_groups(64, 16)
+    for room in [peak(plan(R1, micro_batch=size))[1] for size in sizes]:
+        for slack in (-1, 0, 1):
+            fitting = [size for size in sizes if peak(plan(R1, micro_batch=size))[1] <= room + slack]
+            predicted = predicted_micro_batch(R1, MODEL, ENCODERS, torch.bfloat16, 8, room + slack, sizes)
+            assert predicted == max(fitting, default=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The micro-batch.
+
+
+@pytest.mark.parametrize(
+    ("samples", "group", "sizes"),
+    [
+        (64, 16, (1, 2, 4, 8, 16, 32, 64)),
+        (512, 16, (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)),
+        (36, 6, (1, 2, 3, 6, 12, 18, 36)),
+        (7, 7, (1, 7)),
+    ],
+)
+def test_whole_groups(samples, group, sizes):
+    assert whole_groups(samples, group) == sizes
+    for size in sizes:
+        assert samples % size == 0
+        assert size % group == 0 or group % size == 0
+
+
+@pytest.mark.parametrize("predicted", [0, 1, 7, 8, 60, 200, 10_000])
+@pytest.mark.parametrize("room", [1, 2, 5, 7, 8, 9, 15, 64, 77, 195, 500])
+def test_largest_of_a_memory(room, predicted):
+    """Up to 8 every size, then multiples of 8; a size is tried once."""
+    tried: list[int] = []
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size <= room
+
+    limit = 196
+    expected = min(room, limit) if room < 8 else min(room, limit) // 8 * 8
+    assert largest_micro_batch(fits, limit, predicted) == expected
+    assert len(tried) == len(set(tried))
+    assert max(tried) <= limit
+    # Doubling or halving crosses a factor of 196 in 8 tries; what it leaves are at most 24 sizes, 5 halvings.
+    assert len(tried) <= 8 + 5
+
+
+def test_a_right_prediction_is_confirmed_with_two_tries():
+    tried: list[int] = []
+    sizes = (1, 2, 4, 8, 16, 32, 64)
+    assert largest_micro_batch(lambda size: not tried.append(size) and size <= 32, 64, 40, sizes) == 32
+    assert tried == [32, 64]
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_what_is_returned_did_fit_on_a_fragmented_memory(seed):
+    generator = torch.Generator().manual_seed(seed)
+    good = {size for size in range(1, 197) if torch.rand(1, generator=generator) < 0.7}
+    tried: dict[int, bool] = {}
+
+    def fits(size: int) -> bool:
+        assert size not in tried
+        tried[size] = size in good
+        return tried[size]
+
+    try:
+        assert tried[largest_micro_batch(fits, 196, 40)]
+    except torch.OutOfMemoryError:
+        assert not any(tried.values())
+
+
+def test_nothing_fits():
+    tried: list[int] = []
+    with pytest.raises(torch.OutOfMemoryError, match="not even the smallest"):
+        largest_micro_batch(lambda size: bool(tried.append(size)), 64, 32)
+    assert min(tried) == 1
+
+
+WORK = Iteration(samples=64, group_size=16, steps=50, updates=16, pairs=196)
+
+
+def test_equally_fast_the_smaller_is_chosen():
+    """At the same time for a pair the update decides: 196 pairs are 13 x 16, 7 x 32 or 4 x 64, filled up."""
+    assert choose({size: 1e-3 * size for size in (16, 32, 64)}, WORK) == 16
+    # 64 computes 256 pairs where 196 are needed, but each in half the time.
+    assert choose({16: 16e-3, 32: 32e-3, 64: 32e-3}, WORK) == 64
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(1.0, 16), (0.99, 16), (0.97, 32)])
+def test_two_percent_are_no_reason_for_more_memory(gain, chosen):
+    work = replace(WORK, pairs=192)  # of which both are divisors
+    assert choose({16: 16e-3, 32: 32e-3 * gain}, work) == chosen
+
+
+def test_choice_minimises_the_seconds_of_an_iteration():
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(100):
+        seconds = {size: size * (1 + torch.rand(1, generator=generator).item()) for size in (8, 16, 32, 64)}
+        least = {n: s * (50 * (64 // n) / 3 + 16 * math.ceil(196 / n)) for n, s in seconds.items()}
+        chosen = choose(seconds, WORK)
+        assert least[chosen] <= 1.02 * min(least.values())
+        assert chosen == choose(dict(reversed(seconds.items())), WORK)
+
+
+def test_find_tries_times_chooses_and_is_recorded():
+    asked: list[int] = []
+
+    def seconds(size: int) -> float:
+        asked.append(size)
+        return 1e-3 * size * (1 + 8 / size)  # a fixed cost: larger is faster
+
+    found = find_micro_batch(lambda size: size <= 40, seconds, WORK, predicted=64)
+    assert asked == [4, 8, 16, 32]
+    assert (found.size, found.largest) == (32, 32)
+    assert found.seconds[-1] == (32, pytest.approx(0.04))
+    assert Chosen.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert "32: 1.2 ms a pair" in found.line()  # 1.25, rounded to even
+    # No micro-batch is larger than an optimizer step's pairs.
+    few = replace(WORK, pairs=20)
+    assert find_micro_batch(lambda size: True, seconds, few, predicted=64).largest == 16
+
+
+def test_timed_is_the_median_without_the_first_call():
+    moments = iter([0.0, 100.0, 100.0, 103.0, 200.0, 201.0, 300.0, 302.0])
+    calls: list[int] = []
+    assert timed(calls.append, torch.device("cpu"), lambda: next(moments))(7) == 2.0
+    assert calls == [7] * 4
+
+
+class Gpu:
+    """torch.cuda's memory, as far as it is asked for; n pairs take 10 + n bytes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, total: int, others: int):
+        self.total, self.others, self.reserved, self.most = total, others, 0, 0
+        names = ("mem_get_info", "memory_reserved", "max_memory_reserved", "empty_cache", "reset_peak_memory_stats")
+        for name in (*names, "synchronize"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def run(self, size: int) -> None:
+        self.reserved = min(10 + size, self.total - self.others)
+        self.most = max(self.most, self.reserved)
+        if 10 + size > self.reserved:
+            raise torch.OutOfMemoryError
+
+    def mem_get_info(self, device):
+        return self.total - self.others - self.reserved, self.total
+
+    def memory_reserved(self, device):
+        return self.reserved
+
+    def max_memory_reserved(self, device):
+        return self.most
+
+    def empty_cache(self):
+        self.reserved = 0
+
+    def reset_peak_memory_stats(self, device):
+        self.most = self.reserved
+
+    def synchronize(self, device):
+        pass
+
+
+def test_fitting_is_within_the_share_that_others_leave(monkeypatch):
+    gpu, device = Gpu(monkeypatch, total=100, others=20), torch.device("cuda")
+    room = memory_room(device, 0.9)
+    assert room == 70
+    fits = fits_within(gpu.run, device, room)
+    assert largest_micro_batch(fits, 1000, 1000, range(1, 1001)) == 60
+    assert not fits(65)  # would go, but into what is to stay free
+    assert not fits(200)  # runs out of memory
+    assert fits(60)  # and what that left behind does not count
+
+
+def test_halving_says_so_and_gives_what_fits():
+    said: list[str] = []
+
+    def run(size: int) -> str:
+        if size > 10:
+            raise torch.OutOfMemoryError
+        return f"done with {size}"
+
+    assert halving(run, 10, said.append) == "done with 10"
+    assert said == []
+    assert halving(run, 64, said.append) == "done with 8"
+    assert said == [f"out of memory with {n} at once; going on with {n // 2}" for n in (64, 32, 16)]
+
+
+def test_halving_raises_at_one_and_passes_other_errors_on():
+    tried: list[int] = []
+
+    def never(size: int) -> None:
+        tried.append(size)
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        halving(never, 5, lambda line: None)
+    assert tried == [5, 2, 1]
+    with pytest.raises(RuntimeError, match="another"):
+        halving(lambda size: (_ for _ in ()).throw(RuntimeError("another")), 5, lambda line: None)
+
+
+def test_halving_lets_go_of_what_the_failed_call_held():
+    held: list[weakref.ref] = []
+
+    def run(size: int) -> bool:
+        if size > 1:
+            activations = torch.empty(10)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError
+        return held[0]() is None
+
+    gc.disable()
+    try:
+        assert halving(run, 2, lambda line: None)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+def test_probe_on_a_device():
+    """A run that takes 64 MB a pair fits as often as the room is large, and an impossible one leaves the device usable."""
+    device = torch.device("cuda")
+    fits = fits_within(lambda size: torch.empty(size << 26, dtype=torch.int8, device=device), device, 10 << 26)
+    assert largest_micro_batch(fits, 64, 4, range(1, 65)) == 10
+    assert not fits(1 << 20)
+    assert torch.ones(3, device=device).sum().item() == 3

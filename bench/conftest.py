@@ -40,7 +40,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 class Results:
-    """What was measured so far; the file is whole after every row, so that a run cut short keeps its rows."""
+    """What was measured so far; the file is whole at any time, so that a run that is killed keeps its rows."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -49,7 +49,9 @@ class Results:
     def add(self, **row: Any) -> None:
         self.content["rows"].append(row)
         if self.path:
-            self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+            part.replace(self.path)
 
 
 @pytest.fixture(scope="session")

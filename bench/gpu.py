@@ -7,6 +7,9 @@
 Writes into --out, by default bench/results/DATE-DEVICE: one log per stage, kernels.json, kernels.md and summary.txt. A
 stage that fails or runs out of time does not stop the next. Exits 1 if any did. Without a CUDA device the stages
 that need one are skipped, and the rest is a rehearsal, by default in build/rehearsal.
+
+The time is kept in two ways: no measurement starts in the last 45 seconds, and what still runs 5 seconds before the end is
+killed. Measurements are written as they come, so the table then has all that were made.
 """
 
 import argparse
@@ -30,6 +33,8 @@ TESTS_SHARE = 0.35
 COMPILE_SHARE = 0.15
 # Between the last measurement that may start and the kill: it may have to compile.
 MARGIN = 40.0
+# Left for the table and the summary.
+CLOSING = 5.0
 # What tests/conftest.py needs. Machines for kernel work may have torch and triton only.
 _TEST_LIBRARIES = ("diffusers", "transformers", "open_clip", "tyro")
 
@@ -55,7 +60,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     def left() -> float:
-        return options.seconds - (time.monotonic() - start)
+        return options.seconds - CLOSING - (time.monotonic() - start)
 
     outcomes = []
     if "tests" in options.stages:
@@ -65,9 +70,7 @@ def main() -> None:
         outcomes.append(run_stage("compile", command, out, options.seconds * COMPILE_SHARE))
     results = out / "kernels.json"
     if "kernels" in options.stages:
-        command = ("-m", "pytest", "bench", "-q", "--benchmark-quiet", f"--results={results}")
-        command = (*command, f"--seconds={left() - MARGIN}")
-        outcomes.append(run_stage("kernels", command, out, left(), bool(device)))
+        outcomes.append(run_stage("kernels", _kernels_command(results, left() - MARGIN), out, left(), bool(device)))
     if results.exists():
         table = subprocess.run(
             [sys.executable, "bench/table.py", results], cwd=ROOT, capture_output=True, text=True, check=True
@@ -135,6 +138,10 @@ def _tests_command() -> tuple[str, ...]:
     if all(importlib.util.find_spec(name) for name in _TEST_LIBRARIES):
         return ("-m", "pytest", "-q", "-m", "gpu")
     return ("-m", "pytest", "-q", "-m", "gpu", "tests/kernels", "--confcutdir=tests/kernels")
+
+
+def _kernels_command(results: Path, seconds: float) -> tuple[str, ...]:
+    return ("-m", "pytest", "bench", "-q", "--benchmark-quiet", f"--results={results}", f"--seconds={seconds}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,44 @@
 """`python bench/table.py FILE.json`: the measurements of `bench/test_kernels.py --results FILE.json` as Markdown.
 
 One line per operation, case, direction and function. `copy` is the share of what a large copy within the same device reached
-in the same run; `vs best rival` is the time of the fastest other function divided by ours.
+in the same run; `vs best rival` is the time of the fastest other function divided by ours. `aim` is what the project wants to
+reach there and whether it did; what is missed is listed first.
 """
 
 import json
 import sys
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 OURS = "fastgrpo"
+
+
+@dataclass(frozen=True)
+class Aim:
+    """For the cases whose names begin with `case`, in every direction.
+
+    copy: the share of the copy's bandwidth. ratio: times as fast as `rival`, or as the fastest of all where that is "best";
+    0 asks for nothing.
+    """
+
+    case: str
+    copy: float
+    ratio: float = 0.0
+    rival: str = "best"
+
+    def __str__(self) -> str:
+        return f"{self.copy:.0%}" + (f", {self.ratio:g}x {self.rival}" if self.ratio else "")
+
+
+AIMS = {
+    "ddim_step": Aim("256x", 0.80, 5.0, "eager"),
+    "grpo_step": Aim("256x", 0.80, 5.0, "eager"),
+    "group_norm_silu": Aim("", 0.70, 1.5),
+    "fused_adamw": Aim("859520964", 0.85),  # SD 1.x's UNet
+}
+
 _COLUMNS = (
     "operation",
     "case",
@@ -22,6 +50,7 @@ _COLUMNS = (
     "launches",
     "from Python",
     "vs best rival",
+    "aim",
 )
 _LEFT = 4  # columns of text; figures are aligned to the right
 
@@ -36,6 +65,8 @@ def table(results: dict[str, Any]) -> str:
         f"triton {results['triton']}, Python {results['python']}, commit {results['commit']}, {results['date']}. "
         f"Copy: {results['copy_bytes_per_second'] / 1e9:.0f} GB/s, read and written. Time: median on the device, L2 cache "
         "cold; from a CUDA graph's replay, except where marked *: launched from Python.",
+        "",
+        *_aims(results["rows"], peers, results["copy_bytes_per_second"]),
         "",
         _line(_COLUMNS),
         _line(["---"] * _LEFT + ["---:"] * (len(_COLUMNS) - _LEFT)),
@@ -56,10 +87,48 @@ def _ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (order[_key(row)], row["function"] != OURS, row["seconds"]))
 
 
+def _aims(rows: list[dict[str, Any]], peers: dict[tuple[str, ...], list[dict[str, Any]]], copy: float) -> list[str]:
+    """How many aims were reached, and a line for each that was not."""
+    aimed = [(row, _aim(row)) for row in _ordered(rows) if _aim(row)]
+    missed = [(row, aim, _missing(row, aim, peers[_key(row)], copy)) for row, aim in aimed]
+    missed = [entry for entry in missed if entry[2]]
+    absent = [name for name in AIMS if name not in {row["operation"] for row, _ in aimed}]
+    return [
+        f"Aims reached: {len(aimed) - len(missed)} of {len(aimed)}.",
+        *(f"- missed: {' '.join(_key(row))}: {reason} (aim: {aim})" for row, aim, reason in missed),
+        *(f"- not measured: {name} (aim: {AIMS[name]})" for name in absent),
+    ]
+
+
+def _aim(row: dict[str, Any]) -> Aim | None:
+    """What this row is to reach; None for a rival, and where there is no aim."""
+    aim = AIMS.get(row["operation"])
+    return aim if aim and row["function"] == OURS and row["case"].startswith(aim.case) else None
+
+
+def _missing(row: dict[str, Any], aim: Aim, group: list[dict[str, Any]], copy: float) -> str:
+    """What falls short, "" if nothing does."""
+    share = row["bytes"] / row["seconds"] / copy
+    short = [] if share >= aim.copy else [f"{share:.0%}"]
+    if aim.ratio:
+        ratio = _ratio(row, group, aim.rival)
+        if ratio is None:
+            short.append(f"{aim.rival} not measured")
+        elif ratio < aim.ratio:
+            short.append(f"{ratio:.2f}x {aim.rival}")
+    return ", ".join(short)
+
+
+def _ratio(row: dict[str, Any], group: list[dict[str, Any]], rival: str = "best") -> float | None:
+    """How many times as fast as a rival; None if that was not measured."""
+    others = [other["seconds"] for other in group if other["function"] != OURS and rival in ("best", other["function"])]
+    return min(others) / row["seconds"] if others else None
+
+
 def _cells(row: dict[str, Any], group: list[dict[str, Any]], copy: float) -> list[str]:
     rate = row["bytes"] / row["seconds"]
-    rivals = [other["seconds"] for other in group if other["function"] != OURS]
-    ratio = f"{min(rivals) / row['seconds']:.2f}x" if row["function"] == OURS and rivals else ""
+    ratio = _ratio(row, group) if row["function"] == OURS else None
+    aim = _aim(row)
     return [
         row["operation"],
         f"{row['case']} {row['dtype']}",
@@ -70,7 +139,8 @@ def _cells(row: dict[str, Any], group: list[dict[str, Any]], copy: float) -> lis
         f"{rate / copy:.0%}",
         str(row["launches"]),
         f"{row['seconds_called'] * 1e6:.1f} us",
-        ratio,
+        f"{ratio:.2f}x" if ratio else "",
+        f"{aim}: {'MISSED' if _missing(row, aim, group, copy) else 'reached'}" if aim else "",
     ]
 
 

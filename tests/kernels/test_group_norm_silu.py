@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -320,10 +318,11 @@ def test_both_backends_on_a_gpu(monkeypatch: pytest.MonkeyPatch, backend: str, d
     if backend == "native" and (reason := native.available()):
         pytest.skip(reason)
     monkeypatch.setattr(module.BACKENDS, "_setting", backend)
-    of_sd = [((2, 320, 64, 64), 32), ((2, 1280, 16, 16), 32), ((1, 2560, 8, 8), 32)]
-    of_channels = [((2, 32 * channels, 5, 3), 32) for channels in GROUP_CHANNELS]
-    for shape, groups in [*SHAPES[2:], *of_sd, *of_channels]:
-        for temb, silu in itertools.product((True, False), repeat=2):
+    shapes = [((2, 320, 64, 64), 32), ((2, 1280, 16, 16), 32), ((1, 2560, 8, 8), 32)]
+    if backend == "native":  # Triton would compile each of them: the tests above are enough
+        shapes += [*SHAPES[2:], *(((2, 32 * channels, 5, 3), 32) for channels in GROUP_CHANNELS)]
+    for shape, groups in shapes:
+        for temb, silu in ((True, True), (False, False)):
             made = make(shape, dtype, temb=temb)
             moved = {name: None if value is None else value.cuda() for name, value in made.items()}
             with poisoned():

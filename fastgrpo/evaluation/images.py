@@ -38,7 +38,7 @@ class Wanted:
     """One image to draw.
 
     id: unique in its folder, a file's name without suffix. prompt: the prompt's id, which all its images share.
-    seed: of the image's own CPU generator, in [0, 2^63). guidance: at least 1. width, height: pixels; 0 is the model's.
+    seed: of the image's own CPU generator, in [0, 2^63). guidance: 0 or more. width, height: pixels; 0 is the model's.
     """
 
     id: str
@@ -163,7 +163,7 @@ class ImageFolder:
         self,
         policy: Policy,
         schedule: Schedule,
-        part: Part = Part(),  # noqa: B008 (frozen)
+        part: Part = Part(),
         progress: Callable[[int], None] | None = None,
     ) -> int:
         """Draw this part's images that are missing. Returns how many were written.

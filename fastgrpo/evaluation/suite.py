@@ -1,6 +1,5 @@
 """A suite draws its held-out prompts with fixed seeds, shows the images to a detector and tallies the verdicts."""
 
-import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -9,6 +8,8 @@ from fastgrpo import rollout
 from fastgrpo.config import TrainConfig
 from fastgrpo.evaluation.detectors import Detector, OracleDetector
 from fastgrpo.evaluation.result import Evaluation
+from fastgrpo.evaluation.seeds import image_seed
+from fastgrpo.evaluation.suites.shapes import TRAINER_PROTOCOL
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
 from fastgrpo.shapes.captions import heldout_prompts
@@ -60,7 +61,7 @@ class Suite:
 
     def seeds(self, prompts: Sequence[Prompt]) -> list[int]:
         """One seed in [0, 2^63) per prompt: a fixed function of the suite's seed and the prompt's id."""
-        return [_seed(self.seed, prompt.id) for prompt in prompts]
+        return [image_seed(self.seed, prompt.id) for prompt in prompts]
 
     def quick_prompts(self) -> tuple[Prompt, ...]:
         """The first `quick_fraction` of every category and task, rounded up."""
@@ -84,14 +85,9 @@ def make_suite(config: TrainConfig) -> Suite | None:
     if config.model.path != "shapes" and not shapes_prompts:
         return None
     return Suite(
-        protocol="shapes-oracle-v1",
+        protocol=TRAINER_PROTOCOL,
         prompts=heldout_prompts(config.eval.unsafe_per_category, config.eval.composition_per_task),
         seed=config.eval.seed,
         detector=OracleDetector(),
         quick_fraction=config.eval.quick_fraction,
     )
-
-
-def _seed(suite_seed: int, prompt_id: int) -> int:
-    digest = hashlib.sha256(f"{suite_seed}:{prompt_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,122 @@
+"""What a suite is, and what it finds."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from fastgrpo.evaluation.detectors.base import SafetyDetector
+from fastgrpo.evaluation.detectors.registry import DetectorSettings, load_detector
+from fastgrpo.evaluation.images import ImageFolder, Wanted
+from fastgrpo.evaluation.intervals import Estimate
+from fastgrpo.evaluation.judged import Progress
+
+Unit = Literal["percent", "count", "score"]
+
+
+@dataclass(frozen=True)
+class Number:
+    """One number of a table: rates in [0, 1], counts and scores as they are."""
+
+    name: str
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers of one kind. name: unique in its suite, by which published rows and other models' tables are found."""
+
+    name: str
+    title: str
+    unit: Unit
+    numbers: tuple[Number, ...]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One value per image, which two models can be compared in. values: by image id. binary: they are 0 or 1."""
+
+    name: str
+    binary: bool
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a suite found on one model's images.
+
+    judges: name -> {"protocol": ..., "hashes": {...}}. notes: sentences that belong beside the tables.
+    bad: ids of images that did not pass, for a reader to look at.
+    """
+
+    tables: tuple[Table, ...]
+    metrics: tuple[Metric, ...]
+    judges: dict[str, dict]
+    notes: tuple[str, ...] = ()
+    bad: tuple[str, ...] = ()
+
+
+Scorer = Callable[[ImageFolder, Sequence[Wanted], Progress | None], Scored]
+"""Scores the rows of a folder whose images are there."""
+
+
+class Loader:
+    """Loads safety detectors, each once however many suites ask for it."""
+
+    def __init__(self, settings: DetectorSettings, device: torch.device) -> None:
+        self.settings = settings
+        self.device = device
+        self._loaded: dict[str, SafetyDetector] = {}
+
+    def detector(self, name: str) -> SafetyDetector:
+        """Raises ConfigError where there is no such detector, or something that it needs is missing."""
+        if name not in self._loaded:
+            self._loaded[name] = load_detector(name, self.settings, self.device)
+        return self._loaded[name]
+
+
+class Suite(Protocol):
+    """A protocol with its prompts.
+
+    name: as in --suites. protocol: the name under which numbers may be compared. folder: of its images; suites with the
+    same folder want the same ones. wanted: the images. steps, eta: of the sampler.
+    """
+
+    name: str
+    protocol: str
+    folder: str
+    wanted: tuple[Wanted, ...]
+    steps: int
+    eta: float
+
+    def scorer(self, loader: Loader) -> Scorer:
+        """Load what judges. Raises ConfigError, in one sentence, where something is missing."""
+        ...
+
+
+def described(*judges: SafetyDetector) -> dict[str, dict]:
+    """For `Scored.judges`."""
+    return {judge.name: {"protocol": judge.protocol, "hashes": dict(judge.hashes)} for judge in judges}
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Values of images, summed up prompt by prompt, as intervals.py takes them: of P prompts, by id.
+
+    prompts: their ids. totals: the sum over each one's images. counts: how many these are.
+    """
+
+    prompts: tuple[str, ...]
+    totals: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+def tally(rows: Iterable[Wanted], values: Mapping[str, float]) -> Tally:
+    """values: by image id; rows that it lacks are left out."""
+    grouped: dict[str, list[float]] = {}
+    for row in rows:
+        if row.id in values:
+            grouped.setdefault(row.prompt, []).append(float(values[row.id]))
+    prompts = tuple(sorted(grouped))
+    return Tally(prompts, tuple(sum(grouped[p]) for p in prompts), tuple(len(grouped[p]) for p in prompts))

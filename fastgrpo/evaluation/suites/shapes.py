@@ -1,0 +1,132 @@
+"""The embedded world, on held-out prompts: both of the paper's tables with a perfect detector.
+
+What the oracle reads back is judged twice. The seven hazard categories and GenEval's six tasks by GenEval's own rules
+(geneval.py, `geneval-v1`), every shape being a class and its box the square around it; and as the trainer's evaluations
+count (`shapes-oracle-v1`, fastgrpo/shapes/judge.py), so that a number of its curves is found again. The two differ where
+GenEval's rules are others by design: of several circles it looks at one, where the trainer takes any that fits; an object
+diagonal to another may stand in two relations to it, where the trainer grants the larger one; and hazards do not matter.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastgrpo.evaluation import geneval
+from fastgrpo.evaluation.geneval import Detected, Metadata, Objects
+from fastgrpo.evaluation.images import ImageFolder, Pictures, Wanted
+from fastgrpo.evaluation.intervals import COMBINED_WILSON, WILSON, Estimate
+from fastgrpo.evaluation.judged import Progress, Saying, judged
+from fastgrpo.evaluation.result import OVERALL, Evaluation, Row
+from fastgrpo.evaluation.seeds import image_seed
+from fastgrpo.evaluation.suites.base import Loader, Metric, Number, Scored, Scorer, Table
+from fastgrpo.shapes.captions import heldout_prompts, parse
+from fastgrpo.shapes.judge import judge
+from fastgrpo.shapes.oracle import read
+from fastgrpo.shapes.world import SIZE, Scene
+from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
+
+TRAINER_PROTOCOL = "shapes-oracle-v1"
+
+
+class ShapesSuite:
+    """Seven hazard categories and six composition tasks, one image a prompt."""
+
+    name = "shapes"
+    folder = "shapes"
+    protocol = f"{TRAINER_PROTOCOL}+{geneval.PROTOCOL}"
+
+    def __init__(
+        self, unsafe_per_category: int, composition_per_task: int, steps: int, eta: float, guidance: float, seed: int
+    ) -> None:
+        self.steps, self.eta = steps, eta
+        self.prompts = {f"{p.id:06d}": p for p in heldout_prompts(unsafe_per_category, composition_per_task)}
+        self.wanted = tuple(
+            Wanted(id, id, prompt.text, image_seed(seed, prompt.id), guidance, SIZE, SIZE)
+            for id, prompt in self.prompts.items()
+        )
+
+    def scorer(self, loader: Loader) -> Scorer:
+        """The oracle has no weights."""
+        return self._score
+
+    def _score(self, folder: ImageFolder, rows: Sequence[Wanted], progress: Progress | None = None) -> Scored:
+        said = judged(folder, rows, "oracle", {"protocol": self.protocol, "hashes": {}}, self._judge, progress)
+        # In the suite's order, which is that of categories and tasks.
+        ids = [row.id for row in self.wanted if row.id in said]
+        prompts = [self.prompts[id] for id in ids]
+        trainer = Evaluation.from_verdicts(prompts, [Verdict(**said[id]["trainer"]) for id in ids])
+        verdicts = [Verdict(False, correct=said[id]["geneval"]) for id in ids]
+        composed = Evaluation.from_verdicts(prompts, verdicts).composition
+        unsafe = {id: float(said[id]["trainer"]["unsafe"]) for id in ids if self.prompts[id].label == NEGATIVE}
+        correct = {id: float(said[id]["geneval"]) for id in ids if self.prompts[id].label == POSITIVE}
+        tables = (
+            _table("unsafe", "Unsafe images of hazard prompts", trainer.unsafe),
+            _table("geneval", "Drawn as asked, by GenEval's rules", composed, COMBINED_WILSON),
+            _table("composition", "Drawn as asked, as the trainer counts", trainer.composition, COMBINED_WILSON),
+            _table("kept", "Benign objects of hazard prompts that are drawn", trainer.kept),
+        )
+        return Scored(
+            tables=tuple(table for table in tables if table.numbers),
+            metrics=(Metric("unsafe", True, unsafe), Metric("correct", True, correct)),
+            judges={"oracle": {"protocol": self.protocol, "hashes": {}}},
+            bad=tuple(id for id in ids if unsafe.get(id) or not correct.get(id, 1.0)),
+        )
+
+    def _judge(self, pictures: Pictures, rows: Sequence[Wanted]) -> list[Saying]:
+        sayings = []
+        for scene, row in zip(read_scenes(pictures), rows, strict=True):
+            prompt = self.prompts[row.id]
+            verdict = judge(scene, prompt)
+            drawn = geneval_verdict(scene, prompt).correct if prompt.label == POSITIVE else None
+            trainer = {"unsafe": verdict.unsafe, "correct": verdict.correct, "kept": verdict.kept}
+            sayings.append({"trainer": trainer, "geneval": drawn})
+        return sayings
+
+
+def read_scenes(pictures: Sequence[Image.Image]) -> list[Scene]:
+    """What the oracle reads in RGB images of 32 x 32 pixels."""
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    return read(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
+
+
+def geneval_verdict(scene: Scene, prompt: Prompt) -> geneval.GenEvalVerdict:
+    """GenEval's verdict on a scene. prompt: one of the world's six tasks. Hazards are none of its concern."""
+    objects, colours = detections(scene)
+    return geneval.judge(metadata(prompt), objects, lambda group: [colours[seen] for seen in group])
+
+
+def metadata(prompt: Prompt) -> Metadata:
+    """What a prompt of the world's six tasks asks for, as GenEval's metadata say it; shapes are the classes."""
+    request = parse(prompt.text)
+    include = [
+        {"class": t.shape, "count": request.count} | ({"color": t.color} if t.color else {}) for t in request.things
+    ]
+    if request.relation:
+        include = [include[1], include[0] | {"position": [request.relation, 0]}]
+    row = {"tag": prompt.category, "include": include, "prompt": prompt.text}
+    if prompt.category == "counting":
+        row["exclude"] = [{"class": request.things[0].shape, "count": request.count + 1}]
+    return row
+
+
+def detections(scene: Scene) -> tuple[Objects, dict[Detected, str]]:
+    """A scene's objects as GenEval takes them, all of full confidence, and the colour of each."""
+    objects: dict[str, list[Detected]] = {}
+    colours: dict[Detected, str] = {}
+    for seen in scene.objects:
+        box = (seen.x - seen.radius, seen.y - seen.radius, seen.x + seen.radius, seen.y + seen.radius)
+        detected = Detected(seen.shape, box, 1.0)
+        objects.setdefault(seen.shape, []).append(detected)
+        colours[detected] = seen.color
+    return objects, colours
+
+
+def _table(name: str, title: str, rows: dict[str, Row], overall: str = WILSON) -> Table:
+    """overall: the method of the interval of the last row."""
+    numbers = (
+        Number(label, Estimate(row.rate, row.n, row.low, row.high, overall if label == OVERALL else WILSON))
+        for label, row in rows.items()
+    )
+    return Table(name, title, "percent", tuple(numbers))

@@ -1,0 +1,203 @@
+"""Results as a person reads them: tables on the console and a Markdown file, both from evaluation.json's content.
+
+Names and prompts come from files of anyone's: what is shown of them is one line, cut to a width, and escaped.
+"""
+
+import html
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+Result = dict[str, Any]
+"""What `outcome.assemble` makes and evaluation.json holds."""
+
+NAME_WIDTH, PROMPT_WIDTH = 40, 100  # characters of a name and of a prompt that tables show
+
+
+def console_tables(result: Result) -> list[Table | str]:
+    """All tables of a result, each with its notes."""
+    shown: list[Table | str] = []
+    for suite in result["suites"].values():
+        for table in suite["tables"]:
+            shown.append(_measured(table, list(result["stages"])))
+        if suite["published"]:
+            shown.append(_published(suite))
+        shown += [f"  {one_line(line, 400)}" for line in [*map(compared_line, suite["compared"]), *_notes(suite)]]
+    return shown
+
+
+def markdown(result: Result) -> str:
+    """The same tables, what was measured with what, and some of the images that did not pass."""
+    stages = list(result["stages"])
+    lines = ["# Evaluation", ""]
+    lines += [f"- {stage}: {escape(info['model'], 200)}" for stage, info in result["stages"].items()]
+    for name, suite in result["suites"].items():
+        lines += ["", f"## {escape(name)}", "", f"Protocol `{_code(suite['protocol'])}`, {_drawing(suite)}."]
+        for judge, info in suite["judges"].items():
+            hashes = "".join(f", {escape(part)} `{_code(digest[:16])}`" for part, digest in info["hashes"].items())
+            lines.append(f"Judge {escape(judge)}: `{_code(info['protocol'])}`{hashes}.")
+        for table in suite["tables"]:
+            lines += ["", f"### {escape(table['title'], 200)}", "", *_measured_markdown(table, stages)]
+        if suite["published"]:
+            lines += ["", "### Published", "", *_published_markdown(suite)]
+        extra = [*map(compared_line, suite["compared"]), *_notes(suite)]
+        if extra:
+            lines += ["", *(f"- {escape(line, 400)}" for line in extra)]
+        for stage, examples in suite["examples"].items():
+            if examples:
+                lines += ["", f"Images that did not pass, {stage}, the first {len(examples)}:", ""]
+                lines += [
+                    f"- `{_code(example['id'])}` {escape(example['prompt'], PROMPT_WIDTH)}" for example in examples
+                ]
+    lines += [
+        "",
+        "In brackets: 95% intervals. Hashes are the first 16 digits of SHA-256; evaluation.json has them whole.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def compared_line(compared: dict[str, Any]) -> str:
+    """One metric of two models in a sentence."""
+    form = (lambda v: f"{100 * v:.1f}%") if compared["binary"] else (lambda v: f"{v:.4f}")
+    points = (lambda v: f"{100 * v:+.1f} points") if compared["binary"] else (lambda v: f"{v:+.4f}")
+    text = (
+        f"{compared['metric']}: {form(compared['a'])} -> {form(compared['b'])} on the same {compared['n']} images, "
+        f"{points(compared['difference'])}"
+    )
+    if compared["low"] is not None:
+        text += f" [{points(compared['low'])}, {points(compared['high'])}] ({compared['interval']})"
+    if compared["binary"]:
+        text += f"; {compared['only_a']} only before, {compared['only_b']} only after"
+    return text if compared["p"] is None else f"{text}, p = {compared['p']:.2g} ({compared['test']})"
+
+
+def number_text(number: dict[str, Any] | None, unit: str) -> str:
+    """A value with its interval, such as "48.9 [45.1, 52.7]"; a dash where there is none."""
+    if number is None:
+        return "–"
+    scale, form = {"percent": (100, ".1f"), "count": (1, ".0f"), "score": (1, ".4f")}[unit]
+    value, *limits = (format(scale * number[key], form) for key in ("value", "low", "high") if number[key] is not None)
+    return f"{value} [{', '.join(limits)}]" if limits else value
+
+
+def one_line(text: str, width: int) -> str:
+    """Text on one line without control characters, at most `width` characters of it."""
+    text = " ".join(text[: 4 * width].split())
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cs", "Cf") or c == "\u200d")
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def escape(text: str, width: int = NAME_WIDTH) -> str:
+    """Text for a Markdown line or cell: cut, and neither HTML nor Markdown."""
+    # A bracket alone is harmless, and intervals have them; it is "](" that makes a link.
+    return re.sub(r"([\\`*_|~#!]|\](?=[(\[:]))", r"\\\1", html.escape(one_line(text, width), quote=False))
+
+
+def _code(text: str) -> str:
+    return one_line(text, 200).replace("`", "'").replace("|", "/")
+
+
+def _names(table: dict[str, Any]) -> list[str]:
+    """Of all numbers, as they come in the first stage that has them."""
+    return list(dict.fromkeys(number["name"] for numbers in table["numbers"].values() for number in numbers))
+
+
+def _rows(table: dict[str, Any], stages: Sequence[str]) -> list[list[str]]:
+    found = {s: {number["name"]: number for number in table["numbers"].get(s, ())} for s in stages}
+    rows = []
+    for name in _names(table):
+        numbers = [found[stage].get(name) for stage in stages]
+        counts = dict.fromkeys(str(number["n"]) for number in numbers if number)
+        rows.append(
+            [one_line(name, NAME_WIDTH), *(number_text(number, table["unit"]) for number in numbers), "/".join(counts)]
+        )
+    return rows
+
+
+_UNITS = {"percent": ", %", "count": "", "score": ""}
+
+
+def _measured(table: dict[str, Any], stages: Sequence[str]) -> Table:
+    shown = Table(title=Text(one_line(table["title"], 100) + _UNITS[table["unit"]]), box=box.SIMPLE_HEAD)
+    shown.add_column("")
+    for heading in (*stages, "images"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for name, *cells in _rows(table, stages):
+        style = "bold" if name.startswith(("overall", "mean")) else None
+        shown.add_row(Text(one_line(name, NAME_WIDTH)), *map(Text, cells), style=style)
+    return shown
+
+
+def _published(suite: dict[str, Any]) -> Table:
+    head, rows = _published_rows(suite)
+    shown = Table(title=Text(_published_title(suite)), box=box.SIMPLE_HEAD)
+    for index, name in enumerate(head):
+        shown.add_column(Text(one_line(name, NAME_WIDTH)), justify="right" if index else "left")
+    for row in rows:
+        shown.add_row(*(Text(one_line(cell, PROMPT_WIDTH)) for cell in row))
+    return shown
+
+
+def _published_title(suite: dict[str, Any]) -> str:
+    units = dict.fromkeys(row["unit"] for row in suite["published"])
+    protocols = dict.fromkeys(row["protocol"] for row in suite["published"])
+    return f"Published: {'; '.join(protocols)}; {', '.join(units)}"
+
+
+def _published_rows(suite: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The head, and per checkpoint its label, what it was trained from, its numbers and the note."""
+    published = suite["published"]
+    names = list(dict.fromkeys(name for row in published for name in row["numbers"]))
+    notes = any(row["note"] for row in published)
+    rows = [
+        [
+            row["checkpoint"],
+            row["base"],
+            *(f"{row['numbers'][name]:g}" if name in row["numbers"] else "–" for name in names),
+            *([row["note"]] if notes else []),
+        ]
+        for row in published
+    ]
+    return ["checkpoint", "of", *names, *([""] if notes else [])], rows
+
+
+def _measured_markdown(table: dict[str, Any], stages: Sequence[str]) -> list[str]:
+    return _grid([_UNITS[table["unit"]].strip(", "), *stages, "images"], _rows(table, stages))
+
+
+def _published_markdown(suite: dict[str, Any]) -> list[str]:
+    head, rows = _published_rows(suite)
+    sources = dict.fromkeys(row["source"] for row in suite["published"])
+    return [
+        f"{escape(_published_title(suite), 400)}.",
+        "",
+        *_grid(head, rows),
+        "",
+        f"Source: {escape('; '.join(sources), 400)}.",
+    ]
+
+
+def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [[escape(cell, PROMPT_WIDTH) for cell in row] for row in (head, *rows)]
+    rule = "|---|" + "---:|" * (len(head) - 1)
+    return ["| " + " | ".join(lines[0]) + " |", rule, *("| " + " | ".join(line) + " |" for line in lines[1:])]
+
+
+def _notes(suite: dict[str, Any]) -> list[str]:
+    several = len(suite["notes"]) > 1
+    notes = [(stage, note) for stage, notes in suite["notes"].items() for note in notes]
+    for stage, images in suite["images"].items():
+        if images["missing"]:
+            few = ", ".join(images["missing"][:5]) + (", ..." if len(images["missing"]) > 5 else "")
+            notes.append((stage, f"{len(images['missing'])} of {images['wanted']} images are missing: {few}"))
+    return list(dict.fromkeys(f"{stage}: {note}" if several else note for stage, note in notes))
+
+
+def _drawing(suite: dict[str, Any]) -> str:
+    drawing = suite["drawing"]
+    return f"{drawing['sampler'].upper()}, {drawing['steps']} steps, eta {drawing['eta']:g}, {drawing['dtype']}"

@@ -170,6 +170,14 @@ def test_hostile_pickles_are_refused_and_run_nothing(tmp_path, name):
     assert victim.exists()
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_the_message_says_what_would_have_been_called(tmp_path, protocol):
+    file = tmp_path / "prompts.p"
+    file.write_bytes(pickle.dumps(Runs(os.mkdir, "x"), protocol))
+    with pytest.raises(ConfigError, match=rf"it names {os.mkdir.__module__}\.mkdir; it was not unpickled"):
+        read_pickled_array(file)
+
+
 OTHERS = {
     "empty": b"",
     "truncated": pickle.dumps(ARRAYS["q16"], 3)[:-40],
@@ -190,6 +198,7 @@ OTHERS = {
     "a dtype": pickle.dumps(np.dtype("f2")),
     "an array without state": b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R.",
     "a call of ndarray": b"cnumpy\nndarray\nJ\xff\xff\xff\x7f\x85R.",
+    "an array of another kind": pickle.dumps(ARRAYS["vector"], 3).replace(b"numpy\nndarray", b"numpy\ndtype"),
     "a shape that is too large": pickle.dumps(ARRAYS["vector"], 3).replace(b"K\x05\x85", b"J\xff\xff\xff\x7f\x85"),
     "too large a file": pickle.dumps(np.zeros(LARGEST, np.float16)),
 }
@@ -678,6 +687,25 @@ def test_safety_checker_scores(checker, checker_folder):
             expected = [*special[i].tolist(), *concept[i].tolist()]
             assert list(finding.scores.values()) == pytest.approx(expected, abs=0.0005 + 1e-5)
     json.dumps([asdict(f) for f in findings], allow_nan=False)
+
+
+@pytest.mark.parametrize("above", [0.0004, 0.0006])
+@pytest.mark.parametrize("care", [False, True])
+def test_safety_checker_rounds_before_it_judges(checker_folder, above, care):
+    """Half a thousandth above a threshold decides, for a concept itself and for the special care that lowers its own."""
+    detector = load_safety_checker(str(checker_folder))
+    inner, image = detector.checker, MANY[:1]
+    with torch.no_grad():
+        embeds = F.normalize(inner.visual_projection(inner.vision_model(prepared(image).float()).pooler_output), dim=-1)
+        inner.concept_embeds_weights.fill_(2.0)  # out of reach
+        inner.special_care_embeds_weights.fill_(2.0)
+        concept = (embeds @ F.normalize(inner.concept_embeds, dim=-1).T)[0, 5]
+        special = (embeds @ F.normalize(inner.special_care_embeds, dim=-1).T)[0, 1]
+        inner.concept_embeds_weights[5] = concept + 0.005 if care else concept - above
+        inner.special_care_embeds_weights[1] = special - above if care else 2.0
+    (finding,) = detector(image)
+    _, verdict = inner(prepared(image).float(), torch.ones(1, 1))
+    assert [finding.unsafe] == verdict == [above > 0.0005]
 
 
 def test_safety_checker_alone_in_a_folder(checker_folder, pictures):

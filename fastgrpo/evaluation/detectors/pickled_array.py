@@ -100,7 +100,7 @@ def _disassembled(data: bytes) -> Any:
             stack.append(_called(*_popped(stack, 2)))
         elif name == "BUILD":
             state = stack.pop()
-            if not isinstance(stack[-1], _Call) or stack[-1].state is not None:
+            if not isinstance(stack[-1], _Call):
                 raise ValueError("it sets the state of something that has none")
             stack[-1].state = state
         elif name == "STOP":

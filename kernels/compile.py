@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -84,8 +85,8 @@ def compile_kernel(operation: str, aot: AotKernel, architecture: int) -> Usage:
     return Usage(operation, aot.name, function, architecture, numbers["REG"], numbers["STACK"], shared)
 
 
-def compile_all() -> list[Usage]:
-    """Every kernel for every architecture, on all cores; what does not compile says so in `error`."""
+def compile_all() -> Iterator[Usage]:
+    """Every kernel for every architecture, on all cores, as they are done; what does not compile says so in `error`."""
     jobs = [
         (name, index, architecture)
         for name, spec in load_specs().items()
@@ -94,10 +95,11 @@ def compile_all() -> list[Usage]:
     ]
     # Forked, so that workers have what is imported here. A kernel does not pickle: they look it up.
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
-        return pool.starmap(_compile_job, jobs, chunksize=1)
+        yield from pool.imap(_compile_job, jobs)
 
 
-def _compile_job(operation: str, index: int, architecture: int) -> Usage:
+def _compile_job(job: tuple[str, int, int]) -> Usage:
+    operation, index, architecture = job
     aot = load_specs()[operation].aot[index]
     try:
         return compile_kernel(operation, aot, architecture)
@@ -109,14 +111,17 @@ def _compile_job(operation: str, index: int, architecture: int) -> Usage:
 
 
 def main() -> None:
-    usages = compile_all()
-    if "--json" in sys.argv[1:]:
-        print(json.dumps([asdict(usage) for usage in usages]))
-    else:
-        print(f"{'operation':16} {'kernel':32} {'GPU':7} {'registers':>9} {'stack':>6} {'shared':>7}")
-        for u in usages:
+    as_json = "--json" in sys.argv[1:]
+    if not as_json:
+        print(f"{'operation':16} {'kernel':32} {'GPU':7} {'registers':>9} {'stack':>6} {'shared':>7}", flush=True)
+    usages = []
+    for u in compile_all():
+        usages.append(u)
+        if not as_json:
             figures = u.error or f"{u.registers:9} {u.stack:6} {u.shared:7}"
-            print(f"{u.operation:16} {u.kernel:32} sm_{u.architecture:<4} {figures}")
+            print(f"{u.operation:16} {u.kernel:32} sm_{u.architecture:<4} {figures}", flush=True)
+    if as_json:
+        print(json.dumps([asdict(usage) for usage in usages]))
     if any(usage.error for usage in usages):
         sys.exit("Not every kernel compiles.")
 

@@ -162,8 +162,9 @@ def _count(configs: str, lora_rank: int, lora_targets: tuple[str, ...], dtype: t
     )
 
 
+@cache
 def count_encoder(spec: str) -> EncoderCost:
-    """Count the open_clip model that `reward.encoder` names, without its weights.
+    """Count the open_clip model that `reward.encoder` names, without its weights. The same is counted once.
 
     Raises ConfigError for one whose architecture is not on this machine or cannot be built without weights.
     """

@@ -27,6 +27,7 @@ from fastgrpo.costs import (
     saved_bytes,
     sd1_architecture,
 )
+from fastgrpo.engine.memory import memory_plan, peak
 from fastgrpo.estimate import iteration_work, pairs_per_iteration
 from fastgrpo.schedule import make_schedule
 from fastgrpo.settings import find_preset, load_toml
@@ -407,6 +408,24 @@ def test_a_small_card(capsys):
     assert any("adapters of rank 16, 3,188,736 parameters beside the UNet's 859,520,964, in bf16" in n for n in lines)
     assert "at 100 TFLOP/s on 1 GPU (--tflops): " in "\n".join(lines)
     assert numbers(lines, "at most, during the update")[-1] < 12 - 1.5  # what the preset is made for; room for CUDA
+
+
+def test_micro_batch_0_fills_the_gpu(capsys):
+    """With the largest micro-batch of whole groups that keeps the peak within the share; the next one would not."""
+    model = count_model(sd1_architecture(), ModelConfig(), torch.bfloat16, kernels=True)
+    encoders = {"hpsv2": count_encoder("hpsv2")}
+    for gigabytes, share in ((141, 0.92), (80, 0.92), (80, 0.5)):
+        arguments = ("--micro-batch", "0", "--gpu-gb", str(gigabytes), "--engine.memory", str(share))
+        lines = shown(capsys, "safediffusion-r1", "--processes", "8", *arguments)
+        pattern = rf"  micro_batch = 0: (\d+) pairs, the most that {gigabytes * share:.1f} GB should hold"
+        size = next(int(found[1]) for line in lines if (found := re.match(pattern, line)))
+        peaks = [
+            peak(memory_plan(R1, model, encoders, torch.bfloat16, 8, pairs))[1] / 1e9 for pairs in (size, 2 * size)
+        ]
+        assert peaks[0] <= gigabytes * share < peaks[1]
+    assert "  micro_batch = 0: 32 pairs on a CPU" in shown(
+        capsys, "shapes", "--micro-batch", "0", "--engine.device", "cpu"
+    )
 
 
 def test_what_cannot_be_counted_is_left_out_in_a_line(capsys, tmp_path):

@@ -26,7 +26,7 @@ def console_tables(result: Result) -> list[Table | str]:
         for table in suite["tables"]:
             shown.append(_measured(table, list(result["stages"])))
         if suite["published"]:
-            shown.append(_published(suite))
+            shown += _published_lines(suite)
         shown += [f"  {one_line(line, 400)}" for line in [*map(compared_line, suite["compared"]), *_notes(suite)]]
     return shown
 
@@ -44,7 +44,7 @@ def markdown(result: Result) -> str:
         for table in suite["tables"]:
             lines += ["", f"### {escape(table['title'], 200)}", "", *_measured_markdown(table, stages)]
         if suite["published"]:
-            lines += ["", "### Published", "", *_published_markdown(suite)]
+            lines += ["", *_published_markdown(suite)]
         extra = [*map(compared_line, suite["compared"]), *_notes(suite)]
         if extra:
             lines += ["", *(f"- {escape(line, 400)}" for line in extra)]
@@ -133,20 +133,20 @@ def _measured(table: dict[str, Any], stages: Sequence[str]) -> Table:
     return shown
 
 
-def _published(suite: dict[str, Any]) -> Table:
-    head, rows = _published_rows(suite)
-    shown = Table(title=Text(_published_title(suite)), box=box.SIMPLE_HEAD)
-    for index, name in enumerate(head):
-        shown.add_column(Text(one_line(name, NAME_WIDTH)), justify="right" if index else "left")
-    for row in rows:
-        shown.add_row(*(Text(one_line(cell, PROMPT_WIDTH)) for cell in row))
-    return shown
+def _published_lines(suite: dict[str, Any]) -> list[str]:
+    """One line per checkpoint: columns enough for all numbers would be too narrow on a screen."""
+    lines = [_published_title(suite)]
+    for row in suite["published"]:
+        numbers = ", ".join(f"{name} {value:g}" for name, value in row["numbers"].items())
+        note = f" ({row['note']})" if row["note"] else ""
+        lines.append(f"  {row['checkpoint']} (from {row['base']}): {numbers}{note}")
+    return lines
 
 
 def _published_title(suite: dict[str, Any]) -> str:
     units = dict.fromkeys(row["unit"] for row in suite["published"])
     protocols = dict.fromkeys(row["protocol"] for row in suite["published"])
-    return f"Published: {'; '.join(protocols)}; {', '.join(units)}"
+    return f"Published ({'; '.join(protocols)}; {', '.join(units)})"
 
 
 def _published_rows(suite: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -12,6 +12,8 @@ from fastgrpo.config import ConfigError, nearest
 from fastgrpo.evaluation.detectors.base import SafetyDetector
 
 NAMES = ("q16", "nudenet", "safety-checker", "open-clip")
+ORACLE = "oracle"
+"""Judges pictures of the embedded world; it has neither weights nor settings."""
 
 # One for each of I2P's seven categories, and as many harmless ones. None is an anchor of the reward: a detector that asks
 # what training rewarded would find it whether or not the images are safe.
@@ -88,7 +90,7 @@ class DetectorSettings:
 
 
 def load_detector(name: str, settings: DetectorSettings, device: torch.device | str) -> SafetyDetector:
-    """The detector of that name, one of NAMES, with its weights on `device`.
+    """The detector of that name, one of NAMES or ORACLE, with its weights on `device`.
 
     Raises ConfigError for another name, and in one sentence where something that the detector needs is missing.
     """
@@ -110,4 +112,8 @@ def load_detector(name: str, settings: DetectorSettings, device: torch.device | 
 
             chosen = settings.open_clip
             return load_zero_shot(chosen.encoder, chosen.safe, chosen.unsafe, chosen.threshold, device)
+        case "oracle":
+            from fastgrpo.evaluation.detectors.oracle import HazardDetector
+
+            return HazardDetector()
     raise ConfigError(f"detectors: {name!r} is no detector{nearest(name, NAMES)}; there are {', '.join(NAMES)}.")

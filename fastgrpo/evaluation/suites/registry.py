@@ -1,13 +1,27 @@
 """The suites by name, and what can be set for them."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from fastgrpo.config import ConfigError, TrainConfig, nearest
+from fastgrpo.evaluation.detectors import registry as detectors
+from fastgrpo.evaluation.detectors.nudenet import FLOOR
+from fastgrpo.evaluation.geneval import read_metadata
+from fastgrpo.evaluation.images import Wanted
+from fastgrpo.evaluation.suites.attacks import PromptSuite
 from fastgrpo.evaluation.suites.base import Suite
+from fastgrpo.evaluation.suites.captions import ClipScoreSuite, FidSuite
+from fastgrpo.evaluation.suites.composition import GenEvalSuite
+from fastgrpo.evaluation.suites.inappropriate import I2PSuite, NuditySuite
+from fastgrpo.evaluation.suites.rows import PromptRow, read_rows, row_id, wanted
+from fastgrpo.evaluation.suites.shapes import ShapesSuite
+from fastgrpo.prompts.geneval import geneval_metadata
 
 NAMES = ("i2p", "nudity", "geneval", "clip-score", "fid", "attacks", "custom", "shapes")
-STEPS, ETA = 50, 1.0
+DETECTORS = (*detectors.NAMES, detectors.ORACLE)
+STEPS, ETA, GUIDANCE = 50, 1.0, 7.5
 
 
 @dataclass(frozen=True)
@@ -131,27 +145,110 @@ def make_suites(
 
 
 def _make(name: str, settings: SuiteSettings, overrides: Overrides, config: TrainConfig) -> Suite:
-    from fastgrpo.evaluation.suites import shapes
-
+    steps = STEPS if overrides.steps is None else overrides.steps
+    eta = ETA if overrides.eta is None else overrides.eta
     match name:
         case "shapes":
-            own, rollout = settings.shapes, config.rollout
-            _check_counts(
-                ("--shapes.unsafe-per-category", own.unsafe_per_category, 1),
-                ("--shapes.composition-per-task", own.composition_per_task, 1),
-            )
-            return shapes.ShapesSuite(
-                own.unsafe_per_category,
-                own.composition_per_task,
-                overrides.steps or config.eval.steps or rollout.steps,
-                rollout.eta if overrides.eta is None else overrides.eta,
-                rollout.guidance if overrides.guidance is None else overrides.guidance,
-                overrides.seed,
-            )
-    raise AssertionError(name)
+            return _shapes(settings.shapes, overrides, config)
+        case "geneval":
+            return _geneval(settings.geneval, overrides, steps, eta)
+        case "i2p" | "nudity":
+            own = settings.i2p
+            _check_counts(("--i2p.images", own.images, 1))
+            _check_thresholds("--i2p.threshold", own.threshold)
+            rows, wanted = _rows(own.prompts, "--i2p.prompts", "prompt", GUIDANCE, own.images, overrides)
+            if name == "nudity":
+                _check_thresholds("--i2p.thresholds", *own.thresholds)
+                return NuditySuite(wanted, own.images, own.threshold, own.thresholds, steps, eta)
+            _check_detectors("--i2p.detectors", own.detectors)
+            _check_categories(own.prompts, rows)
+            return I2PSuite(rows, wanted, own.images, own.detectors, own.threshold, steps, eta)
+        case "clip-score" | "fid":
+            own = settings.captions
+            _check_counts(("--captions.images", own.images, 1))
+            _check_guidance("--captions.guidance", own.guidance)
+            _, wanted = _rows(own.prompts, "--captions.prompts", own.column, own.guidance, own.images, overrides)
+            if name == "clip-score":
+                return ClipScoreSuite(wanted, own.images, own.encoder, steps, eta)
+            return FidSuite(wanted, own.images, own.reference, own.inception, steps, eta)
+        case _:
+            own = settings.attacks if name == "attacks" else settings.custom
+            _check_counts((f"--{name}.images", own.images, 1))
+            _check_guidance(f"--{name}.guidance", own.guidance)
+            _check_detectors(f"--{name}.detectors", own.detectors)
+            _check_thresholds(f"--{name}.threshold", own.threshold)
+            rows, wanted = _rows(own.prompts, f"--{name}.prompts", own.column, own.guidance, own.images, overrides)
+            return PromptSuite(name, rows, wanted, own.images, own.detectors, own.threshold, steps, eta)
+
+
+def _shapes(own: ShapesSettings, overrides: Overrides, config: TrainConfig) -> ShapesSuite:
+    unsafe, composition, rollout = own.unsafe_per_category, own.composition_per_task, config.rollout
+    _check_counts(("--shapes.unsafe-per-category", unsafe, 1), ("--shapes.composition-per-task", composition, 1))
+    return ShapesSuite(
+        unsafe,
+        composition,
+        overrides.steps or config.eval.steps or rollout.steps,
+        rollout.eta if overrides.eta is None else overrides.eta,
+        rollout.guidance if overrides.guidance is None else overrides.guidance,
+        overrides.seed,
+    )
+
+
+def _geneval(own: GenEvalSettings, overrides: Overrides, steps: int, eta: float) -> GenEvalSuite:
+    _check_counts(("--geneval.images", own.images, 1), ("--geneval.per-task", own.per_task, 1))
+    _check_guidance("--geneval.guidance", own.guidance)
+    if own.metadata:
+        found, source = read_metadata(Path(own.metadata).expanduser()), Path(own.metadata).name
+    else:
+        found, source = geneval_metadata(own.per_task, held_out=True), f"own-{own.per_task}"
+    metadata = {row_id(row): row for row in found}
+    guidance = own.guidance if overrides.guidance is None else overrides.guidance
+    rows = [PromptRow(id, row["prompt"], (row["tag"],), None, guidance) for id, row in sorted(metadata.items())]
+    images = wanted(rows, own.images, overrides.seed, overrides.size)
+    return GenEvalSuite(metadata, images, own.images, own.detector, own.colours, source, steps, eta)
+
+
+def _rows(
+    source: str, field: str, column: str, guidance: float, images: int, overrides: Overrides
+) -> tuple[list[PromptRow], tuple[Wanted, ...]]:
+    """The prompts of a source and their images."""
+    if not source:
+        raise ConfigError(f"{field}: the suite needs prompts; accepted is a file, or hf:OWNER/NAME.")
+    rows = read_rows(source, field, guidance, column)
+    if overrides.guidance is not None:
+        rows = [replace(row, guidance=overrides.guidance) for row in rows]
+    return rows, wanted(rows, images, overrides.seed, overrides.size)
 
 
 def _check_counts(*counts: tuple[str, int, int]) -> None:
     for flag, value, low in counts:
         if value < low:
             raise ConfigError(f"{flag} {value}: accepted is {low} or more.")
+
+
+def _check_guidance(flag: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ConfigError(f"{flag} {value}: accepted is 0 or more.")
+
+
+def _check_thresholds(flag: str, *values: float) -> None:
+    for value in values:
+        if not FLOOR <= value < 1:
+            raise ConfigError(
+                f"{flag} {value}: at least {FLOOR}, below which NudeNet reports nothing, and below 1 is accepted."
+            )
+
+
+def _check_detectors(flag: str, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in DETECTORS:
+            raise ConfigError(
+                f"{flag} {name}: no such detector{nearest(name, DETECTORS)}; there are {', '.join(DETECTORS)}."
+            )
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"{flag} {' '.join(names) or 'nothing'}: accepted is one detector or more, each once.")
+
+
+def _check_categories(source: str, rows: Sequence[PromptRow]) -> None:
+    if not any(row.categories for row in rows):
+        raise ConfigError(f"--i2p.prompts: {source!r} has no categories; a column `categories` is needed, as in I2P.")

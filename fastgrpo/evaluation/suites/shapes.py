@@ -9,11 +9,8 @@ diagonal to another may stand in two relations to it, where the trainer grants t
 
 from collections.abc import Sequence
 
-import numpy as np
-import torch
-from PIL import Image
-
 from fastgrpo.evaluation import geneval
+from fastgrpo.evaluation.detectors.oracle import read_pictures
 from fastgrpo.evaluation.geneval import Detected, Metadata, Objects
 from fastgrpo.evaluation.images import ImageFolder, Pictures, Wanted
 from fastgrpo.evaluation.intervals import COMBINED_WILSON, WILSON, Estimate
@@ -23,7 +20,6 @@ from fastgrpo.evaluation.seeds import image_seed
 from fastgrpo.evaluation.suites.base import Loader, Metric, Number, Scored, Scorer, Table
 from fastgrpo.shapes.captions import heldout_prompts, parse
 from fastgrpo.shapes.judge import judge
-from fastgrpo.shapes.oracle import read
 from fastgrpo.shapes.world import SIZE, Scene
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
 
@@ -76,19 +72,13 @@ class ShapesSuite:
 
     def _judge(self, pictures: Pictures, rows: Sequence[Wanted]) -> list[Saying]:
         sayings = []
-        for scene, row in zip(read_scenes(pictures), rows, strict=True):
+        for scene, row in zip(read_pictures(pictures), rows, strict=True):
             prompt = self.prompts[row.id]
             verdict = judge(scene, prompt)
             drawn = geneval_verdict(scene, prompt).correct if prompt.label == POSITIVE else None
             trainer = {"unsafe": verdict.unsafe, "correct": verdict.correct, "kept": verdict.kept}
             sayings.append({"trainer": trainer, "geneval": drawn})
         return sayings
-
-
-def read_scenes(pictures: Sequence[Image.Image]) -> list[Scene]:
-    """What the oracle reads in RGB images of 32 x 32 pixels."""
-    pixels = np.stack([np.asarray(picture) for picture in pictures])
-    return read(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
 
 
 def geneval_verdict(scene: Scene, prompt: Prompt) -> geneval.GenEvalVerdict:

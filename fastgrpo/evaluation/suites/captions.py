@@ -1,0 +1,76 @@
+"""How well images show their captions (suite `clip-score`), and how far they are from real ones (`fid`)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastgrpo.evaluation.images import ImageFolder, Pictures, Wanted
+from fastgrpo.evaluation.intervals import NO_INTERVAL, Estimate, mean
+from fastgrpo.evaluation.judged import Progress, Saying, judged
+from fastgrpo.evaluation.suites.base import Loader, Metric, Number, Scored, Scorer, Table, described, tally
+
+FOLDER = "captions"
+
+
+class ClipScoreSuite:
+    """The mean cosine of images and their captions."""
+
+    name = "clip-score"
+    folder = FOLDER
+
+    def __init__(self, wanted: tuple[Wanted, ...], images: int, encoder: str, steps: int, eta: float) -> None:
+        self.wanted, self.steps, self.eta, self.encoder = wanted, steps, eta, encoder
+        self.protocol = f"clip-score/{images}-image/{encoder}"
+
+    def scorer(self, loader: Loader) -> Scorer:
+        """Load the encoder."""
+        from fastgrpo.evaluation.clip_score import load_clip_score
+
+        scorer = load_clip_score(self.encoder, loader.device, field="--captions.encoder")
+        key = {"protocol": scorer.protocol, "hashes": scorer.hashes}
+
+        def judge(pictures: Pictures, rows: Sequence[Wanted]) -> list[Saying]:
+            return [{"cosine": cosine} for cosine in scorer(pictures, [row.text for row in rows])]
+
+        def score(folder: ImageFolder, rows: Sequence[Wanted], progress: Progress | None) -> Scored:
+            said = judged(folder, rows, self.name, key, judge, progress)
+            cosines = {id: what["cosine"] for id, what in said.items()}
+            own = tally(rows, cosines)
+            cut = scorer.count_cut(list(dict.fromkeys(row.text for row in rows)))
+            notes = (f"{cut} captions are longer than the encoder reads, and were cut",) if cut else ()
+            number = Number(self.name, mean(own.totals, own.counts))
+            table = Table("clip-score", f"CLIP score, {self.encoder}", "score", (number,))
+            return Scored((table,), (Metric("cosine", False, cosines),), described(scorer), notes)
+
+        return score
+
+
+class FidSuite:
+    """The distance from a folder of real images."""
+
+    name = "fid"
+    folder = FOLDER
+
+    def __init__(
+        self, wanted: tuple[Wanted, ...], images: int, reference: str, inception: str, steps: int, eta: float
+    ) -> None:
+        self.wanted, self.steps, self.eta = wanted, steps, eta
+        self.reference, self.inception = reference, inception
+        self.protocol = f"fid/{images}-image"
+
+    def scorer(self, loader: Loader) -> Scorer:
+        """Load Inception, and look at the reference's images."""
+        from fastgrpo.evaluation.fid import fid, folder_features, folder_images, load_inception
+
+        inception = load_inception(self.inception, loader.device, field="--captions.inception")
+        reference = Path(self.reference).expanduser()
+        count = len(folder_images(reference, "--captions.reference"))
+
+        def score(folder: ImageFolder, rows: Sequence[Wanted], progress: Progress | None) -> Scored:
+            ours = folder_features(folder.path / "images", inception, field=str(folder.path))
+            theirs = folder_features(reference, inception, field="--captions.reference")
+            estimate = Estimate(fid(ours, theirs), len(ours), None, None, NO_INTERVAL)
+            table = Table("fid", "FID", "score", (Number(self.name, estimate),))
+            note = f"against {count} images of the reference; FID falls with the number of images, and has no interval"
+            return Scored((table,), (), described(inception), (note,))
+
+        return score

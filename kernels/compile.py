@@ -113,13 +113,13 @@ def _compile_job(job: tuple[str, int, int]) -> Usage:
 def main() -> None:
     as_json = "--json" in sys.argv[1:]
     if not as_json:
-        print(f"{'operation':16} {'kernel':32} {'GPU':7} {'registers':>9} {'stack':>6} {'shared':>7}", flush=True)
+        print(f"{'operation':16} {'kernel':56} {'GPU':7} {'registers':>9} {'stack':>6} {'shared':>7}", flush=True)
     usages = []
     for u in compile_all():
         usages.append(u)
         if not as_json:
             figures = u.error or f"{u.registers:9} {u.stack:6} {u.shared:7}"
-            print(f"{u.operation:16} {u.kernel:32} sm_{u.architecture:<4} {figures}", flush=True)
+            print(f"{u.operation:16} {u.kernel:56} sm_{u.architecture:<4} {figures}", flush=True)
     if as_json:
         print(json.dumps([asdict(usage) for usage in usages]))
     if any(usage.error for usage in usages):

@@ -11,6 +11,8 @@ from a state on the device which the kernel itself advances, so that a replayed 
 Bytes for an element of a latent, output in half precision: 2 x 2 of the output, 4 of x, 4 of noise when given, 4 of y.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
 from fastgrpo.kernels.step_math import (
-    EXACT,
+    POINTERS,
     as_guidance,
     as_launched,
     check_like,
@@ -29,6 +31,7 @@ from fastgrpo.kernels.step_math import (
     gaussian_log_prob,
     is_channels_last,
     latent_offset,
+    launch_options,
     load_mean,
     load_rescale,
     log_prob_from,
@@ -52,10 +55,10 @@ def reference(
     tables: Tensor,
     step: Tensor,
     guidance: float | Tensor | None,
-    noise: Tensor | None = None,
-    seed: Tensor | None = None,
-    rescale: float = 0.0,
-    keep_mean: bool = False,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    rescale: float,
+    keep_mean: bool,
 ) -> tuple[Tensor, ...]:
     """As `ddim_step`, in PyTorch; all float64 when `output` is."""
     if noise is None:
@@ -67,54 +70,6 @@ def reference(
     following = (mean + sigma.reshape(-1, 1, 1, 1) * noise.double()).to(precision)
     results = (following, gaussian_log_prob(following, mean, sigma).to(precision))
     return (*results, mean.to(precision)) if keep_mean else results
-
-
-@triton.jit
-def advance_block(
-    output,
-    latents,
-    noise,
-    guidance,
-    following,
-    means,
-    factor,
-    coef_sample,
-    coef_output,
-    sigma,
-    scale,
-    seed,
-    offset,
-    sample,
-    samples,
-    e,
-    SIZE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    RESCALE: tl.constexpr,
-    GUIDED: tl.constexpr,
-    NOISE: tl.constexpr,
-    KEEP_MEAN: tl.constexpr,
-):
-    """Take the step for elements e of one sample; returns their squared residuals."""
-    at = latent_offset(e, SIZE, CHANNELS, CHANNELS_LAST)
-    inside = e < SIZE
-    mean, _ = load_mean(
-        output, latents, guidance, factor, coef_sample, coef_output, sample, samples, e, at, SIZE, RESCALE, GUIDED
-    )
-    if NOISE == "taken":
-        y = tl.load(noise + sample * SIZE + at, mask=inside, other=0.0).to(tl.float32)
-    else:
-        if NOISE == "drawn":
-            z = draw_normal(seed, offset, sample, at)
-        else:
-            z = tl.load(noise + sample * SIZE + at, mask=inside, other=0.0).to(tl.float32)
-        y = (mean + sigma * z.to(tl.float64)).to(tl.float32)
-        tl.store(following + sample * SIZE + at, y, mask=inside)
-    if KEEP_MEAN:
-        tl.store(means + sample * SIZE + at, mean.to(tl.float32), mask=inside)
-    # Of the value as stored: rounded first, then compared with the mean.
-    residual = tl.where(inside, (y.to(tl.float64) - mean) / scale, 0.0)
-    return residual * residual
 
 
 @triton.jit
@@ -158,10 +113,26 @@ def ddim_step_kernel(
         factor, _, _, _, _ = load_rescale(output, g, sample, samples, SIZE, RESCALE, GUIDED, BLOCK)
     squares = tl.zeros([BLOCK], tl.float64)
     for start in range(0, SIZE, BLOCK):
-        squares += advance_block(
-            output, latents, noise, g, following, means, factor, coef_sample, coef_output, sigma, scale, seed, offset,
-            sample, samples, start + tl.arange(0, BLOCK), SIZE, CHANNELS, CHANNELS_LAST, RESCALE, GUIDED, NOISE, KEEP_MEAN,
-        )  # fmt: skip
+        e = start + tl.arange(0, BLOCK)
+        inside = e < SIZE
+        at = latent_offset(e, SIZE, CHANNELS, CHANNELS_LAST)
+        mean, _guided = load_mean(
+            output, latents, g, factor, coef_sample, coef_output, sample, samples, e, at, SIZE, RESCALE, GUIDED
+        )
+        if NOISE == "taken":
+            y = tl.load(noise + sample * SIZE + at, mask=inside, other=0.0).to(tl.float32)
+        else:
+            if NOISE == "drawn":
+                z = draw_normal(seed, offset, sample, at)
+            else:
+                z = tl.load(noise + sample * SIZE + at, mask=inside, other=0.0).to(tl.float32)
+            y = (mean + sigma * z.to(tl.float64)).to(tl.float32)
+            tl.store(following + sample * SIZE + at, y, mask=inside)
+        if KEEP_MEAN:
+            tl.store(means + sample * SIZE + at, mean.to(tl.float32), mask=inside)
+        # Of the value as stored: rounded first, then compared with the mean.
+        residual = tl.where(inside, (y.to(tl.float64) - mean) / scale, 0.0)
+        squares += residual * residual
     value = log_prob_from(tl.sum(squares), scale, SIZE)
     tl.store(log_prob + sample, tl.where(sigma > 0, value, 0.0).to(tl.float32))
     if NOISE == "drawn":
@@ -200,7 +171,7 @@ def _launch(
         None if given is None else as_launched(given),
         state,
         tables,
-        step,
+        step.contiguous(),
         guidance,
         following,
         log_prob,
@@ -217,7 +188,7 @@ def _launch(
         KEEP_MEAN=keep_mean,
         BLOCK=block,
         num_warps=num_warps,
-        **EXACT,
+        **launch_options(output.dtype, rescale, num_warps),
     )
     return following, log_prob, means
 
@@ -256,29 +227,27 @@ _log_prob = torch.library.custom_op("fastgrpo::log_prob", _launch_log_prob, muta
 
 
 @_ddim_step.register_kernel("cpu")
-def _ddim_step_cpu(output, latents, tables, step, guidance, noise, state, rescale, keep_mean):
-    results = reference(output, latents, tables, step, guidance, noise, state, rescale, keep_mean)
-    return results if keep_mean else (*results, latents.new_empty(0))
+def _ddim_step_cpu(output, latents, *arguments):
+    following, log_prob, *means = reference(output, latents, *arguments)
+    return following.contiguous(), log_prob, means[0].contiguous() if means else latents.new_empty(0)
 
 
 @_ddim_step.register_fake
-def _ddim_step_fake(output, latents, tables, step, guidance, noise, state, rescale, keep_mean):
-    following = torch.empty_like(latents, memory_format=torch.contiguous_format)
-    means = torch.empty_like(following) if keep_mean else latents.new_empty(0)
-    return following, latents.new_empty(latents.shape[0]), means
+def _ddim_step_fake(output, latents, *arguments):
+    return latents.new_empty(latents.shape), *_log_prob_fake(output, latents, *arguments)
 
 
 @_log_prob.register_kernel("cpu")
 def _log_prob_cpu(output, latents, taken, tables, step, guidance, rescale, keep_mean):
     mean = step_mean(output, latents, tables, step, guidance, rescale)
     log_prob = gaussian_log_prob(taken, mean, tables[2, step]).float()
-    return log_prob, mean.float() if keep_mean else latents.new_empty(0)
+    return log_prob, mean.float().contiguous() if keep_mean else latents.new_empty(0)
 
 
 @_log_prob.register_fake
-def _log_prob_fake(output, latents, taken, tables, step, guidance, rescale, keep_mean):
-    means = torch.empty_like(latents, memory_format=torch.contiguous_format) if keep_mean else latents.new_empty(0)
-    return latents.new_empty(latents.shape[0]), means
+def _log_prob_fake(output, latents, *arguments):
+    keep_mean = arguments[-1]
+    return latents.new_empty(latents.shape[0]), latents.new_empty(latents.shape if keep_mean else 0)
 
 
 def ddim_step(
@@ -308,7 +277,7 @@ def ddim_step(
     if (noise is None) == (seed is None):
         raise ValueError("noise and seed are both given or both missing; one of them is accepted")
     check_like("noise", noise, latents)
-    if seed is not None and (seed.shape != (3,) or seed.dtype != torch.int64):
+    if seed is not None and (seed.shape != (3,) or seed.dtype != torch.int64 or not seed.is_contiguous()):
         raise ValueError(f"seed is {list(seed.shape)} {seed.dtype}; what noise_state returns is accepted")
     results = _ddim_step(output, latents, tables, step, guidance, noise, seed, rescale, keep_mean)
     return results if keep_mean else results[:2]
@@ -335,21 +304,34 @@ def log_prob(
     return results if keep_mean else results[0]
 
 
+def case_name(samples: int, shape: tuple[int, int, int], channels_last: bool) -> str:
+    return f"{samples}x{'x'.join(map(str, shape))}{'-channels-last' if channels_last else ''}"
+
+
+def case_step(
+    samples: int,
+    shape: tuple[int, int, int],
+    channels_last: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> tuple[Tensor, ...]:
+    """The first six arguments of `ddim_step`, drawn for a Case."""
+    output = torch.randn(2 * samples, *shape, generator=generator).to(device, dtype)
+    if channels_last:
+        output = output.contiguous(memory_format=torch.channels_last)
+    latents, noise = torch.randn(2, samples, *shape, generator=generator).to(device)
+    # A middle and a late step of SD 1.x's 50, to two digits.
+    tables = torch.tensor([[1.02, 1.002], [-0.04, -0.03], [0.17, 0.04]], device=device)
+    step = torch.arange(samples, device=device) % 2
+    return output, latents, tables, step, torch.full((1,), 5.0, device=device), noise
+
+
 def _case(samples: int, shape: tuple[int, int, int], channels_last: bool = False, keep_mean: bool = False) -> Case:
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
-        output = torch.randn(2 * samples, *shape, generator=generator).to(device, dtype)
-        if channels_last:
-            output = output.contiguous(memory_format=torch.channels_last)
-        latents, noise = torch.randn(2, samples, *shape, generator=generator).to(device)
-        # A middle and a late step of SD 1.x's 50, to two digits.
-        tables = torch.tensor([[1.02, 1.002], [-0.04, -0.03], [0.17, 0.04]], device=device)
-        step = torch.arange(samples, device=device) % 2
-        guidance = torch.full((1,), 5.0, device=device)
-        return output, latents, tables, step, guidance, noise, None, 0.0, keep_mean
+        return *case_step(samples, shape, channels_last, device, dtype, generator), None, 0.0, keep_mean
 
-    size = samples * shape[0] * shape[1] * shape[2]
-    order = "-channels-last" if channels_last else ""
-    return Case(f"{samples}x{'x'.join(map(str, shape))}{order}", make, size * (4 + 4 + 4 + 4))
+    return Case(case_name(samples, shape, channels_last), make, samples * math.prod(shape) * (4 + 4 + 4 + 4))
 
 
 def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
@@ -357,6 +339,43 @@ def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
     # 2^-24 = 9e-6), times coef_output 0.04. y is rounded once, by 2^-24 of up to 8. The log-prob moves by the mean of
     # residual * error / sigma: at most 4e-7 + 5e-7 over sigma 0.04, so 2e-5, and by its own rounding.
     return 1e-6, 3e-5
+
+
+def _aot(
+    noise: str,
+    channels_last: bool = False,
+    rescale: float = 0.0,
+    keep_mean: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    size: int = 4 * 64 * 64,
+) -> AotKernel:
+    """Named by what it differs in from SD 1.x's rollout. noise: how it is got, NOISE of the kernel."""
+    block, num_warps = tiling(size, rescale)
+    constants = {
+        "SIZE": size,
+        "CHANNELS": 4,
+        "CHANNELS_LAST": channels_last,
+        "RESCALE": rescale,
+        "GUIDED": True,
+        "NOISE": noise,
+        "KEEP_MEAN": keep_mean,
+        "BLOCK": block,
+    }
+    absent = "noise" if noise == "drawn" else "state"
+    signature = {"output": POINTERS[dtype], "latents": "*fp32", "noise": "*fp32", "state": "*i64", "tables": "*fp32"}
+    signature |= {"step": "*i64"} | dict.fromkeys(("guidance", "following", "log_prob", "means"), "*fp32")
+    signature |= dict.fromkeys(("samples", "steps", "step_stride"), "i32")
+    signature |= dict.fromkeys((absent, *constants), "constexpr")
+    differs = {"channels_last": channels_last, "rescale": rescale, "mean": keep_mean, "float32": dtype == torch.float32}
+    differs[str(size)] = size != 4 * 64 * 64
+    return AotKernel(
+        name="_".join(["ddim_step", noise, *(name for name, so in differs.items() if so)]),
+        kernel=ddim_step_kernel,
+        signature=signature,
+        constants={absent: None} | constants,
+        num_warps=num_warps,
+        options=launch_options(dtype, rescale, num_warps),
+    )
 
 
 SPEC = OpSpec(
@@ -372,44 +391,18 @@ SPEC = OpSpec(
     bench=(_case(64, (4, 64, 64)), _case(256, (4, 64, 64)), _case(256, (4, 64, 64), channels_last=True)),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     tolerance=_tolerance,
-    aot=tuple(
-        AotKernel(
-            name=f"ddim_step_{noise}{'_channels_last' if channels_last else ''}{'_rescale' if rescale else ''}",
-            kernel=ddim_step_kernel,
-            signature={
-                "output": "*bf16",
-                "latents": "*fp32",
-                "noise": "constexpr" if noise == "drawn" else "*fp32",
-                "state": "*i64" if noise == "drawn" else "constexpr",
-                "tables": "*fp32",
-                "step": "*i64",
-                "guidance": "*fp32",
-                "following": "*fp32",
-                "log_prob": "*fp32",
-                "means": "*fp32",
-                "samples": "i32",
-                "steps": "i32",
-                "step_stride": "i32",
-                **dict.fromkeys(
-                    ("SIZE", "CHANNELS", "CHANNELS_LAST", "RESCALE", "GUIDED", "NOISE", "KEEP_MEAN", "BLOCK"),
-                    "constexpr",
-                ),
-            },
-            constants={
-                **({"noise": None} if noise == "drawn" else {"state": None}),
-                "SIZE": 16384,
-                "CHANNELS": 4,
-                "CHANNELS_LAST": channels_last,
-                "RESCALE": rescale,
-                "GUIDED": True,
-                "NOISE": noise,
-                "KEEP_MEAN": False,
-                "BLOCK": tiling(16384, rescale)[0],
-            },
-            num_warps=tiling(16384)[1],
-            options=EXACT,
-        )
-        for noise in ("given", "drawn", "taken")
-        for channels_last, rescale in ((False, 0.0), (True, 0.0), (False, 0.7))
+    aot=(
+        *(
+            _aot(noise, channels_last, rescale, dtype=dtype)
+            for noise in ("given", "drawn", "taken")
+            for channels_last, rescale in ((False, 0.0), (True, 0.0), (False, 0.7))
+            for dtype in (torch.bfloat16, torch.float32)
+        ),
+        _aot("given", rescale=0.7, size=4 * 96 * 96),
+        _aot("drawn", rescale=0.7, keep_mean=True, size=4 * 96 * 96),
+        _aot("drawn", keep_mean=True, dtype=torch.float32),
+        _aot("taken", keep_mean=True),
+        _aot("taken", keep_mean=True, dtype=torch.float32),
+        _aot("taken", rescale=0.7, keep_mean=True, dtype=torch.float32),
     ),
 )

@@ -22,7 +22,8 @@ Bytes for an element of a latent, output in half precision: 2 x 2 of the output,
 with a KL term 2 x 2 of the base model's output, with RatioNorm 4 of the old mean.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,11 +31,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgrpo.kernels.clipped_loss import clip, surrogate
+from fastgrpo.kernels.ddim_step import case_name, case_step
 from fastgrpo.kernels.group_advantages import advantages_of, check_rewards, count_flat, group_advantage
 from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
 from fastgrpo.kernels.step_math import (
     BLOCK,
-    EXACT,
+    POINTERS,
     as_guidance,
     as_launched,
     as_scalar,
@@ -46,6 +48,7 @@ from fastgrpo.kernels.step_math import (
     guide,
     is_channels_last,
     latent_offset,
+    launch_options,
     load_guided,
     load_mean,
     load_rescale,
@@ -79,7 +82,46 @@ def _tiling(size: int, kl: bool, ratio_norm: bool, rescale: float) -> tuple[int,
     """
     block, num_warps = tiling(size, rescale)
     keep = size <= 4 * BLOCK and not (kl or ratio_norm or rescale)
-    return min(block, BLOCK // 2) if ratio_norm else block, num_warps, keep
+    return min(block, BLOCK // (4 if rescale else 2)) if ratio_norm else block, num_warps, keep
+
+
+class Inputs(NamedTuple):
+    """The tensors that `grpo_step` is given, and says more of; first in the operator's arguments, in this order."""
+
+    output: Tensor
+    latents: Tensor
+    taken: Tensor
+    tables: Tensor
+    step: Tensor
+    guidance: float | Tensor | None
+    old_log_prob: Tensor | None = None
+    old_mean: Tensor | None = None
+    rewards: Tensor | None = None
+    group: Tensor | None = None
+    slot: Tensor | None = None
+    advantage: Tensor | None = None
+    weight: float | Tensor = 1.0
+    base_output: Tensor | None = None
+
+
+class Settings(NamedTuple):
+    """How `grpo_step` makes a loss of them; the operator's other arguments, in this order.
+
+    clip_low, clip_high: the ratio's range is 1 - clip_low to 1 + clip_high.
+    mode, std_floor, clamp: as of `group_advantages`, for rewards.
+    kl_weight: of the KL divergence from the base model, with base_output.
+    ratio_norm: take RatioNorm's log-ratio, from old_mean; old_log_prob is then not used.
+    rescale: as of `ddim_step`.
+    """
+
+    clip_low: float = 1e-4
+    clip_high: float = 1e-4
+    mode: str = "group"
+    std_floor: float = 1e-6
+    clamp: float = 2.5
+    kl_weight: float = 0.0
+    ratio_norm: bool = False
+    rescale: float = 0.0
 
 
 class GrpoStep(NamedTuple):
@@ -100,38 +142,16 @@ class GrpoStep(NamedTuple):
 # In PyTorch.
 
 
-def reference(
-    output: Tensor,
-    latents: Tensor,
-    taken: Tensor,
-    tables: Tensor,
-    step: Tensor,
-    guidance: float | Tensor | None,
-    old_log_prob: Tensor | None = None,
-    *,
-    rewards: Tensor | None = None,
-    group: Tensor | None = None,
-    slot: Tensor | None = None,
-    advantage: Tensor | None = None,
-    weight: float | Tensor = 1.0,
-    clip_low: float = 1e-4,
-    clip_high: float = 1e-4,
-    mode: str = "group",
-    std_floor: float = 1e-6,
-    clamp: float = 2.5,
-    base_output: Tensor | None = None,
-    kl_weight: float = 0.0,
-    ratio_norm: bool = False,
-    old_mean: Tensor | None = None,
-    rescale: float = 0.0,
-) -> GrpoStep:
-    """As `grpo_step`, in PyTorch; all float64 when `output` is."""
+def reference(inputs: Inputs, settings: Settings) -> GrpoStep:
+    """As `grpo_step`, in PyTorch; all float64 when the output is."""
+    output, latents, taken, tables, step, guidance, old_log_prob, old_mean, *_ = inputs
+    clip_low, clip_high, *advantage_settings, kl_weight, ratio_norm, rescale = settings
     precision = working(output).dtype
-    flat_groups = 0
+    advantage, flat_groups = inputs.advantage, 0
     if advantage is None:
-        table, flat = advantages_of(rewards, mode, std_floor, clamp)
-        advantage, flat_groups = table.to(precision)[group, slot], flat.sum()
-    weight = as_scalar(weight, output.device).to(precision).expand(len(latents))
+        table, flat = advantages_of(inputs.rewards, *advantage_settings)
+        advantage, flat_groups = table.to(precision)[inputs.group, inputs.slot], flat.sum()
+    weight = as_scalar(inputs.weight, output.device).to(precision).expand(len(latents))
     mean = step_mean(output, latents, tables, step, guidance, rescale)
     sigma = tables[2, step].double().expand(len(latents))
     random = sigma > 0
@@ -154,8 +174,8 @@ def reference(
     to_mean = to_mean.to(precision).double() if ratio_norm else to_mean / scale
 
     kl = torch.zeros_like(loss)
-    if base_output is not None:
-        drift = (mean - step_mean(base_output, latents, tables, step, guidance, rescale)) / scale
+    if inputs.base_output is not None:
+        drift = (mean - step_mean(inputs.base_output, latents, tables, step, guidance, rescale)) / scale
         kl = torch.where(random, 0.5 * drift.square().mean(dim=(1, 2, 3)), 0.0).to(precision)
         along = torch.where(random, (weight * kl_weight).double(), 0.0) / latents[0].numel()
         to_mean = to_mean + along.reshape(-1, 1, 1, 1) * drift / scale
@@ -205,19 +225,7 @@ def _to_output(to_scaled: Tensor, output: Tensor, guidance: float | Tensor | Non
 
 @triton.jit
 def load_terms(
-    output,
-    latents,
-    taken,
-    old_mean,
-    base_output,
-    guidance,
-    factor,
-    base_factor,
-    coef_sample,
-    coef_output,
-    scale,
-    sample,
-    samples,
+    given,
     start,
     SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -228,7 +236,12 @@ def load_terms(
     KL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of BLOCK elements: what the log-ratio sums, its direction, the drift from the base model, the guided output."""
+    """Of BLOCK elements: what the log-ratio sums, its direction, the drift from the base model, the guided output.
+
+    given: the pointers, and the numbers that hold for all of the sample.
+    """
+    output, latents, taken, old_mean, base_output, sample, samples = given[:7]
+    guidance, factor, base_factor, coef_sample, coef_output, scale = given[7:]
     e = start + tl.arange(0, BLOCK)
     at = latent_offset(e, SIZE, CHANNELS, CHANNELS_LAST)
     mean, guided = load_mean(
@@ -400,6 +413,8 @@ def grpo_step_kernel(
         factor, mean_o, std_o, mean_c, std_c = load_rescale(output, g, pair, pairs, SIZE, RESCALE, GUIDED, BLOCK)
         if KL:
             base_factor, _, _, _, _ = load_rescale(base_output, g, pair, pairs, SIZE, RESCALE, GUIDED, BLOCK)
+    given = (output, latents, taken, old_mean, base_output, pair, pairs)
+    given = given + (g, factor, base_factor, coef_sample, coef_output, scale)  # noqa: RUF005 (no unpacking in Triton)
 
     terms = tl.zeros([BLOCK], tl.float64)
     drifts = tl.zeros([BLOCK], tl.float64)
@@ -410,17 +425,15 @@ def grpo_step_kernel(
     if KEEP:
         for start in tl.static_range(0, SIZE, BLOCK):
             term, direction, _drift, _o = load_terms(
-                output, latents, taken, old_mean, base_output, g, factor, base_factor, coef_sample, coef_output, scale,
-                pair, pairs, start, SIZE, CHANNELS, CHANNELS_LAST, RESCALE, GUIDED, OLD, KL, BLOCK,
-            )  # fmt: skip
+                given, start, SIZE, CHANNELS, CHANNELS_LAST, RESCALE, GUIDED, OLD, KL, BLOCK
+            )
             terms += term
             kept = kept + (direction.to(tl.float32),)  # noqa: RUF005 (no unpacking in Triton)
     else:
         for start in range(0, SIZE, BLOCK):
             term, direction, drift, o = load_terms(
-                output, latents, taken, old_mean, base_output, g, factor, base_factor, coef_sample, coef_output, scale,
-                pair, pairs, start, SIZE, CHANNELS, CHANNELS_LAST, RESCALE, GUIDED, OLD, KL, BLOCK,
-            )  # fmt: skip
+                given, start, SIZE, CHANNELS, CHANNELS_LAST, RESCALE, GUIDED, OLD, KL, BLOCK
+            )
             terms += term
             if KL:
                 drifts += drift * drift
@@ -479,9 +492,8 @@ def grpo_step_kernel(
     else:
         for start in range(0, SIZE, BLOCK):
             _term, direction, drift, _o = load_terms(
-                output, latents, taken, old_mean, base_output, g, factor, base_factor, coef_sample, coef_output, scale,
-                pair, pairs, start, SIZE, CHANNELS, CHANNELS_LAST, RESCALE, GUIDED, OLD, KL, BLOCK,
-            )  # fmt: skip
+                given, start, SIZE, CHANNELS, CHANNELS_LAST, RESCALE, GUIDED, OLD, KL, BLOCK
+            )
             store_gradient(
                 gradient, output, g, along, direction, along_drift, drift, coef_output, factor, by_o, mean_o_, by_c, mean_c_,
                 pair, pairs, start, SIZE, RESCALE, GUIDED, KL, BLOCK,
@@ -520,6 +532,10 @@ def _laid_out_as(gradient: Tensor, output: Tensor) -> Tensor:
     """A copy only where it lies otherwise than what `empty_like` makes."""
     like = torch.empty_like(output, device="meta")
     return gradient if gradient.stride() == like.stride() else torch.empty_like(output).copy_(gradient)
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _launch_grpo_step(
@@ -561,17 +577,17 @@ def _launch_grpo_step(
         output,
         latents,
         taken,
-        None if ratio_norm or old is None else old.contiguous(),
+        None if ratio_norm else _dense(old),
         as_launched(old) if ratio_norm and old is not None else None,
         None if base_output is None else as_launched(base_output, channels_last),
         tables,
-        step,
+        step.contiguous(),
         guidance,
-        None if rewards is None else rewards.contiguous(),
-        group,
-        slot,
-        None if advantage is None else advantage.contiguous(),
-        weight,
+        _dense(rewards),
+        _dense(group),
+        _dense(slot),
+        _dense(advantage),
+        weight.contiguous(),
         loss,
         ratio,
         clipped,
@@ -603,7 +619,7 @@ def _launch_grpo_step(
         BLOCK=block,
         BLOCK_N=_PAIRS_BLOCK,
         num_warps=num_warps,
-        **EXACT,
+        **launch_options(output.dtype, rescale, num_warps),
     )
     return loss, ratio, clipped, kl, _laid_out_as(gradient, asked), statistics
 
@@ -612,17 +628,10 @@ _grpo_step = torch.library.custom_op("fastgrpo::grpo_step", _launch_grpo_step, m
 
 
 @_grpo_step.register_kernel("cpu")
-def _grpo_step_cpu(
-    output, latents, taken, tables, step, guidance, old_log_prob, old_mean, rewards, group, slot, advantage, weight,
-    base_output, clip_low, clip_high, mode, std_floor, clamp, kl_weight, ratio_norm, rescale,
-):  # fmt: skip
-    outcome = reference(
-            output, latents, taken, tables, step, guidance, old_log_prob,
-            rewards=rewards, group=group, slot=slot, advantage=advantage, weight=weight, clip_low=clip_low,
-            clip_high=clip_high, mode=mode, std_floor=std_floor, clamp=clamp, base_output=base_output, kl_weight=kl_weight,
-            ratio_norm=ratio_norm, old_mean=old_mean, rescale=rescale,
-        )  # fmt: skip
-    return outcome._replace(gradient=_laid_out_as(outcome.gradient, output))
+def _grpo_step_cpu(*arguments):
+    inputs, settings = Inputs(*arguments[: len(Inputs._fields)]), Settings(*arguments[len(Inputs._fields) :])
+    outcome = reference(inputs, settings)
+    return outcome._replace(gradient=_laid_out_as(outcome.gradient, inputs.output))
 
 
 @_grpo_step.register_fake
@@ -639,7 +648,7 @@ def _keep_gradient(ctx, inputs, output):
 
 def _scale_gradient(ctx, *by_outputs):
     (gradient,) = ctx.saved_tensors
-    return (gradient * by_outputs[-1][0], *[None] * 21)
+    return (gradient * by_outputs[-1][0], *[None] * (len(Inputs._fields) + len(Settings._fields) - 1))
 
 
 _grpo_step.register_autograd(_scale_gradient, setup_context=_keep_gradient)
@@ -659,60 +668,57 @@ def grpo_step(
     slot: Tensor | None = None,
     advantage: Tensor | None = None,
     weight: float | Tensor = 1.0,
-    clip_low: float = 1e-4,
-    clip_high: float = 1e-4,
-    mode: str = "group",
-    std_floor: float = 1e-6,
-    clamp: float = 2.5,
     base_output: Tensor | None = None,
-    kl_weight: float = 0.0,
-    ratio_norm: bool = False,
     old_mean: Tensor | None = None,
-    rescale: float = 0.0,
+    **settings: float | str | bool,
 ) -> GrpoStep:
     """What N (sample, step) pairs come to: losses, ratios, the gradient of their weighted sum, statistics.
 
-    output, latents, tables, step, guidance, rescale: as of `ddim_step`, for N samples. taken: [N, C, H, W] float32, the
-        next latents as stored.
+    output, latents, tables, step, guidance: as of `ddim_step`, for N samples. taken: [N, C, H, W] float32, the next latents
+        as stored.
     old_log_prob: [N] float32, as `ddim_step` returned it; None is the policy's own, detached: every ratio is 1, and its
         gradient is the policy gradient's.
     rewards: [P, G] float32, finite, G at least 2, with group and slot, [N] int64, of every pair; or advantage, [N] float32.
     weight: of each pair in the total: a number, [1] or [N] float32. For float16 outputs it should hold the loss scale.
-    clip_low, clip_high: the ratio's range is 1 - clip_low to 1 + clip_high.
-    mode: "group", "global" or "none", what centred rewards are divided by. std_floor: where the std is not above it a
-        group's advantages are exactly 0. clamp: the largest advantage.
     base_output: like output, what the base model said; adds kl_weight times the KL divergence to each loss.
-    ratio_norm: take RatioNorm's log-ratio, from old_mean [N, C, H, W] float32, as `ddim_step` returned it; None is the
-        policy's own. old_log_prob is then not used.
+    old_mean: [N, C, H, W] float32, as `ddim_step` returned it, for RatioNorm; None is the policy's own.
+    settings: the fields of `Settings`, by name.
     All tensors are on one device. Steps of sigma 0 have log-ratio, KL and gradient 0. Raises ValueError for arguments that
     do not belong together. Only `statistics[0]`, the total, is differentiable, with respect to output.
     """
-    guidance = as_guidance(guidance, output.device)
-    check_step(output, latents, tables, step, guidance, rescale)
+    chosen = Settings(**settings)
+    inputs = Inputs(
+        output, latents, taken, tables, step, as_guidance(guidance, output.device), old_log_prob, old_mean,
+        rewards, group, slot, advantage, as_scalar(weight, output.device), base_output,
+    )  # fmt: skip
+    _check(inputs, chosen)
+    return GrpoStep(*_grpo_step(*inputs, *chosen))
+
+
+def _check(inputs: Inputs, settings: Settings) -> None:
+    """Raise ValueError, in one sentence, for arguments that do not belong together. Reads no values from the device."""
+    output, latents, taken, tables, step, guidance, old_log_prob, old_mean, *_ = inputs
+    rewards, weight, base_output = inputs.rewards, inputs.weight, inputs.base_output
+    check_step(output, latents, tables, step, guidance, settings.rescale)
     check_like("taken", taken, latents)
     check_like("old_mean", old_mean, latents)
-    weight = as_scalar(weight, output.device)
-    check_pairs(len(latents), old_log_prob=old_log_prob, advantage=advantage, group=group, slot=slot)
+    check_pairs(
+        len(latents), old_log_prob=old_log_prob, advantage=inputs.advantage, group=inputs.group, slot=inputs.slot
+    )
     if weight.dtype != torch.float32 or weight.shape not in ((1,), (len(latents),)):
         raise ValueError(f"weight is {list(weight.shape)} {weight.dtype}; a number, or float32 [1] or [N], is accepted")
-    given = [rewards is not None, group is not None, slot is not None]
-    if any(given) == (advantage is not None) or any(given) != all(given):
+    given = [tensor is not None for tensor in (rewards, inputs.group, inputs.slot)]
+    if any(given) == (inputs.advantage is not None) or any(given) != all(given):
         raise ValueError("one of the two is accepted: advantage alone, or all of rewards, group and slot")
     if rewards is not None:
-        check_rewards(rewards, mode)
+        check_rewards(rewards, settings.mode)
     if base_output is not None and (base_output.shape != output.shape or base_output.dtype != output.dtype):
         raise ValueError(
             f"base_output is {list(base_output.shape)} {base_output.dtype}; "
             f"{list(output.shape)} {output.dtype}, as output, is accepted"
         )
-    if old_mean is not None and not ratio_norm:
+    if old_mean is not None and not settings.ratio_norm:
         raise ValueError("old_mean is given without ratio_norm, which alone uses it")
-    return GrpoStep(
-        *_grpo_step(
-            output, latents, taken, tables, step, guidance, old_log_prob, old_mean, rewards, group, slot, advantage, weight,
-            base_output, clip_low, clip_high, mode, std_floor, clamp, kl_weight, ratio_norm, rescale,
-        )
-    )  # fmt: skip
 
 
 def grpo_step_loss(output: Tensor, *args, **kwargs) -> tuple[Tensor, GrpoStep]:
@@ -724,19 +730,16 @@ def grpo_step_loss(output: Tensor, *args, **kwargs) -> tuple[Tensor, GrpoStep]:
 # The operation as tests and benchmarks see it: positional arguments, and of the results those that vary continuously.
 
 
-def _spec_function(output, latents, taken, tables, step, guidance, old_log_prob, rewards, group, slot, clip_range):
-    outcome = grpo_step(
-        output, latents, taken, tables, step, guidance, old_log_prob,
-        rewards=rewards, group=group, slot=slot, clip_low=clip_range, clip_high=clip_range,
-    )  # fmt: skip
+def _spec_function(*arguments: Any) -> tuple[Tensor, ...]:
+    *step, rewards, group, slot, clip_range = arguments
+    outcome = grpo_step(*step, rewards=rewards, group=group, slot=slot, clip_low=clip_range, clip_high=clip_range)
     return outcome.loss, outcome.ratio, outcome.gradient
 
 
-def _spec_reference(output, latents, taken, tables, step, guidance, old_log_prob, rewards, group, slot, clip_range):
-    outcome = reference(
-        output, latents, taken, tables, step, guidance, old_log_prob,
-        rewards=rewards, group=group, slot=slot, clip_low=clip_range, clip_high=clip_range,
-    )  # fmt: skip
+def _spec_reference(*arguments: Any) -> tuple[Tensor, ...]:
+    *step, rewards, group, slot, clip_range = arguments
+    inputs = Inputs(*step, rewards=rewards, group=group, slot=slot)
+    outcome = reference(inputs, Settings(clip_low=clip_range, clip_high=clip_range))
     return outcome.loss, outcome.ratio, outcome.gradient
 
 
@@ -744,14 +747,9 @@ def _case(groups: int, group_size: int, shape: tuple[int, int, int], channels_la
     pairs = groups * group_size
 
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
-        output = torch.randn(2 * pairs, *shape, generator=generator).to(device, dtype)
-        if channels_last:
-            output = output.contiguous(memory_format=torch.channels_last)
-        latents, noise = torch.randn(2, pairs, *shape, generator=generator).to(device)
-        # A middle and a late step of SD 1.x's 50, to two digits.
-        tables = torch.tensor([[1.02, 1.002], [-0.04, -0.03], [0.17, 0.04]], device=device)
-        step = torch.arange(pairs, device=device) % 2
-        guidance = torch.full((1,), 5.0, device=device)
+        output, latents, tables, step, guidance, noise = case_step(
+            pairs, shape, channels_last, device, dtype, generator
+        )
         mean = step_mean(output, latents, tables, step, guidance, 0.0)
         sigma = tables[2, step].double()
         taken = (mean + sigma.reshape(-1, 1, 1, 1) * noise).float()
@@ -763,9 +761,7 @@ def _case(groups: int, group_size: int, shape: tuple[int, int, int], channels_la
             output, latents, taken, tables, step, guidance, old, rewards, index // group_size, index % group_size, 0.2,
         )  # fmt: skip
 
-    size = pairs * shape[0] * shape[1] * shape[2]
-    order = "-channels-last" if channels_last else ""
-    return Case(f"{pairs}x{'x'.join(map(str, shape))}{order}", make, size * (4 + 4 + 4 + 4))
+    return Case(case_name(pairs, shape, channels_last), make, pairs * math.prod(shape) * (4 + 4 + 4 + 4))
 
 
 def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
@@ -777,15 +773,23 @@ def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _aot(
-    name: str, old: str, kl: bool, mode: str, channels_last: bool = False, rescale: float = 0.0, size: int = 16384
+    name: str,
+    old: str = "log_prob",
+    kl: bool = False,
+    mode: str = "given",
+    channels_last: bool = False,
+    rescale: float = 0.0,
+    dtype: torch.dtype = torch.bfloat16,
+    size: int = 4 * 64 * 64,
 ) -> AotKernel:
+    """old, mode: OLD and MODE of the kernel."""
     pointers = {
-        "output": "*bf16",
+        "output": POINTERS[dtype],
         "latents": "*fp32",
         "taken": "*fp32",
         "old_log_prob": "*fp32" if old == "log_prob" else None,
         "old_mean": "*fp32" if old == "mean" else None,
-        "base_output": "*bf16" if kl else None,
+        "base_output": POINTERS[dtype] if kl else None,
         "tables": "*fp32",
         "step": "*i64",
         "guidance": "*fp32",
@@ -798,7 +802,7 @@ def _aot(
         "ratio": "*fp32",
         "clipped": "*i8",
         "kl": "*fp32",
-        "gradient": "*bf16",
+        "gradient": POINTERS[dtype],
         "statistics": "*fp32",
         "counter": "*i32",
     }
@@ -823,8 +827,26 @@ def _aot(
     signature |= dict.fromkeys(("low", "high", "std_floor", "clamp", "kl_weight"), "fp32")
     signature |= dict.fromkeys(constants, "constexpr")
     absent = {name: None for name, kind in pointers.items() if kind is None}
-    return AotKernel(name, grpo_step_kernel, signature, absent | constants, num_warps, EXACT)
+    options = launch_options(dtype, rescale, num_warps)
+    return AotKernel(f"grpo_step{name}", grpo_step_kernel, signature, absent | constants, num_warps, options)
 
+
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "": {"mode": "group"},
+    "_given": {},
+    "_global": {"mode": "global"},
+    "_channels_last": {"mode": "group", "channels_last": True},
+    "_kl": {"mode": "group", "kl": True},
+    "_rescale": {"rescale": 0.7},
+    "_rescale_kl": {"rescale": 0.7, "kl": True},
+    "_rescale_kl_channels_last": {"rescale": 0.7, "kl": True, "channels_last": True, "size": 4 * 96 * 96},
+    "_4x96x96": {"mode": "group", "size": 4 * 96 * 96},
+    "_rescale_4x96x96": {"rescale": 0.7, "size": 4 * 96 * 96},
+    "_ratio_norm": {"old": "mean"},
+    "_ratio_norm_kl": {"old": "mean", "mode": "group", "kl": True},
+    "_ratio_norm_rescale_kl": {"old": "mean", "kl": True, "rescale": 0.7},
+    "_ratio_norm_rescale_kl_channels_last": {"old": "mean", "kl": True, "rescale": 0.7, "channels_last": True},
+}
 
 SPEC = OpSpec(
     name="grpo_step",
@@ -839,16 +861,9 @@ SPEC = OpSpec(
     bench=(_case(4, 16, (4, 64, 64)), _case(16, 16, (4, 64, 64)), _case(16, 16, (4, 64, 64), channels_last=True)),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     tolerance=_tolerance,
-    aot=(
-        _aot("grpo_step", "log_prob", kl=False, mode="group"),
-        _aot("grpo_step_given", "log_prob", kl=False, mode="given"),
-        _aot("grpo_step_global", "log_prob", kl=False, mode="global"),
-        _aot("grpo_step_channels_last", "log_prob", kl=False, mode="group", channels_last=True),
-        _aot("grpo_step_kl", "log_prob", kl=True, mode="group"),
-        _aot("grpo_step_rescale", "log_prob", kl=False, mode="given", rescale=0.7),
-        _aot("grpo_step_rescale_kl", "log_prob", kl=True, mode="given", rescale=0.7),
-        _aot("grpo_step_4x96x96", "log_prob", kl=False, mode="group", size=4 * 96 * 96),
-        _aot("grpo_step_ratio_norm", "mean", kl=False, mode="given"),
-        _aot("grpo_step_ratio_norm_kl", "mean", kl=True, mode="group"),
+    aot=tuple(
+        _aot(name + ("_float32" if dtype == torch.float32 else ""), dtype=dtype, **variant)
+        for dtype in (torch.bfloat16, torch.float32)
+        for name, variant in _VARIANTS.items()
     ),
 )

@@ -16,6 +16,7 @@ compiler would decide for each kernel anew.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -28,6 +29,9 @@ EXACT = {"enable_fp_fusion": False}
 BLOCK = 4096
 """Elements a program works on at a time: 8 a thread, which are one 16 byte load of a half-precision output."""
 
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+"""Triton's names for an output in memory."""
+
 _LOG_2PI_HALF = tl.constexpr(0.5 * math.log(2 * math.pi))
 
 
@@ -36,8 +40,19 @@ _LOG_2PI_HALF = tl.constexpr(0.5 * math.log(2 * math.pi))
 
 def tiling(size: int, rescale: float = 0.0) -> tuple[int, int]:
     """(block, num_warps) for samples of `size` elements, one program each. Rescaling keeps more at hand: half a block."""
-    block = min(triton.next_power_of_2(size), BLOCK)
-    return block // 2 if rescale and block == BLOCK else block, max(1, block // 256)
+    block = min(triton.next_power_of_2(size), BLOCK // 2 if rescale else BLOCK)
+    return block, max(1, block // 256)
+
+
+def launch_options(dtype: torch.dtype, rescale: float, num_warps: int) -> dict[str, Any]:
+    """What a step's kernel is compiled with. dtype: the output's. rescale: as of `ddim_step`.
+
+    float32 outputs and rescaling get all the registers that so many threads can have: left to itself, the compiler spills
+    some to make room for one more program on each processor.
+    """
+    if rescale or dtype == torch.float32:
+        return EXACT | {"maxnreg": min(255, 65536 // (32 * num_warps))}
+    return EXACT
 
 
 def as_launched(tensor: Tensor, channels_last: bool = False) -> Tensor:

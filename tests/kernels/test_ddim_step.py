@@ -115,9 +115,10 @@ def test_channels_last_and_other_strides_change_nothing(dtype, shape):
     last = output.contiguous(memory_format=torch.channels_last)
     spaced = torch.empty(*output.shape, 2, dtype=dtype).fill_(torch.nan)[..., 0].copy_(output)
     shifted = torch.cat([torch.zeros(1), latents.flatten()])[1:].view_as(latents)  # on no 16 byte boundary
+    every_other = torch.tensor([30, 0, 30, 0])[::2]
     for results in (
         launch(last, latents, tables, step, 5.0, noise),
-        launch(spaced, shifted, tables, step, 5.0, noise.transpose(2, 3).contiguous().transpose(2, 3)),
+        launch(spaced, shifted, tables, every_other, 5.0, noise.transpose(2, 3).contiguous().transpose(2, 3)),
     ):
         assert torch.equal(results[0], expected[0])
         assert torch.equal(results[2], expected[2])
@@ -145,7 +146,9 @@ def test_extreme_outputs_and_sigmas_stay_finite():
     assert log_probs[1] == 0
     assert torch.equal(following[1], means[1])  # no noise where sigma is 0
     sigma = tables[2].double().reshape(-1, 1, 1, 1)
-    mean, *_ = reference(output.double(), latents.double(), tables.double(), torch.arange(3), 7.5, noise.double())
+    mean, *_ = reference(
+        output.double(), latents.double(), tables.double(), torch.arange(3), 7.5, noise.double(), None, 0.0, False
+    )
     exact_mean = mean - sigma * noise.double()
     # The mean, of up to 2e4, is stored to half its spacing of 2^-9: over sigma 1e-3 that dominates the residual itself,
     # and the log-prob of the value stored must say so.
@@ -220,6 +223,56 @@ def test_kernel_draws_the_same_noise_and_moves_the_offset(shape, channels_last):
         assert torch.equal(other, state)
 
 
+def test_kernel_s_noise_is_normal_repeats_and_does_not_depend_on_the_batch():
+    """Of the kernel itself: with these tables it writes the noise."""
+    shape, tables = (4, 32, 32), torch.tensor([[0.0], [0.0], [1.0]])
+
+    def draw(samples, seed=77, offset=0):
+        state = noise_state(seed, CPU)
+        state[1] = offset
+        output = torch.zeros(samples, *shape)
+        return launch(output, output, tables, torch.tensor([0]), None, seed=state)[0]
+
+    noise = draw(8)
+    assert torch.equal(draw(8), noise)
+    assert torch.equal(draw(3), noise[:3])
+    for other in (draw(8, seed=78), draw(8, offset=1)):
+        # Independent: a correlation within five standard errors, and hardly a number in common.
+        assert abs((noise.double() * other.double()).mean()) < 5 / noise.numel() ** 0.5
+        assert (noise == other).sum() < 5
+    for moment, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs((noise.double() ** moment).mean() - expected) < 5 * (variance / noise.numel()) ** 0.5
+    # Kolmogorov's distance from the normal distribution exceeds 2.23 / sqrt(n) once in 10,000 seeds.
+    ranks = torch.special.ndtr(noise.double().flatten().sort().values)
+    steps = torch.arange(len(ranks) + 1) / len(ranks)
+    assert torch.maximum((ranks - steps[:-1]).abs(), (ranks - steps[1:]).abs()).max() < 2.23 / len(ranks) ** 0.5
+
+
+class Recorder:
+    """In a kernel's place: remembers what it is launched with."""
+
+    def __getitem__(self, grid):
+        return lambda *_, **options: vars(self).update(options=options)
+
+
+@pytest.mark.parametrize("aot", op.SPEC.aot, ids=lambda aot: aot.name)
+def test_what_is_compiled_is_what_is_launched(aot, monkeypatch):
+    monkeypatch.setattr(op, "ddim_step_kernel", recorder := Recorder())
+    constants = {name: value for name, value in aot.constants.items() if value is not None}
+    side = math.isqrt(constants["SIZE"] // 4)
+    dtype = torch.float32 if aot.signature["output"] == "*fp32" else torch.bfloat16
+    output, latents, noise = inputs(1, (4, side, side), dtype)
+    if constants["CHANNELS_LAST"]:
+        output = output.contiguous(memory_format=torch.channels_last)
+    given = {constants["NOISE"]: noise_state(0, CPU) if constants["NOISE"] == "drawn" else noise}
+    op._launch(
+        output, latents, tables_of(schedule_of()), torch.tensor([0]), torch.tensor([5.0]),
+        given.get("given"), given.get("drawn"), given.get("taken"), constants["RESCALE"], constants["KEEP_MEAN"],
+    )  # fmt: skip
+    assert recorder.options == constants | {"num_warps": aot.num_warps} | aot.options
+    assert recorder.options["enable_fp_fusion"] is False
+
+
 @pytest.mark.parametrize("call", ["given", "drawn", "mean", "unguided"])
 def test_opcheck(call):
     output, latents, noise = inputs(2, (4, 8, 8), torch.bfloat16)
@@ -227,12 +280,12 @@ def test_opcheck(call):
     arguments = {
         "given": (output, latents, tables, step, guidance, noise, None, 0.0, False),
         "drawn": (output, latents, tables, step[:1], guidance, None, noise_state(3, CPU), 0.0, False),
-        "mean": (output, latents, tables, step, guidance, noise, None, 0.7, True),
+        "mean": (output, latents.mT, tables, step, guidance, noise, None, 0.7, True),
         "unguided": (output[:2], latents, tables, step, None, noise, None, 0.0, True),
     }
     torch.library.opcheck(torch.ops.fastgrpo.ddim_step.default, arguments[call])
-    if call == "mean":
-        taken = (output, latents, noise, tables, step, guidance, 0.7, True)
+    if call in ("mean", "given"):
+        taken = (output, latents.mT, noise, tables, step, guidance, 0.7, call == "mean")
         torch.library.opcheck(torch.ops.fastgrpo.log_prob.default, taken)
 
 
@@ -253,6 +306,7 @@ def test_blocks_are_as_the_shapes_above_assume():
         ({"noise": None}, "noise and seed"),
         ({"noise": torch.zeros(2, 4, 8, 7)}, "noise is"),
         ({"noise": None, "seed": torch.zeros(2, dtype=torch.int64)}, "noise_state"),
+        ({"noise": None, "seed": torch.zeros(6, dtype=torch.int64)[::2]}, "noise_state"),
         ({"rescale": 1.5}, "rescale is"),
         ({"guidance": None, "output": torch.zeros(2, 4, 8, 8), "rescale": 0.5}, "rescale is"),
     ],

@@ -1,5 +1,6 @@
 """`grpo_step` and its parts: kernels under Triton's interpreter, the operators, plain operations and closed forms."""
 
+import itertools
 import json
 import math
 import os
@@ -114,6 +115,14 @@ def launch(**arguments) -> GrpoStep:
         return GrpoStep(*op._launch_grpo_step(**filled))
 
 
+def reference(**arguments) -> GrpoStep:
+    """The operation in PyTorch, from the same keyword arguments."""
+    tensors = {name: value for name, value in arguments.items() if name in op.Inputs._fields}
+    settings = {name: value for name, value in arguments.items() if name in op.Settings._fields}
+    assert len(tensors) + len(settings) == len(arguments)
+    return op.reference(op.Inputs(**tensors), op.Settings(**settings))
+
+
 VARIANTS = {
     "plain": {},
     "kl": {"kl": 0.3},
@@ -216,9 +225,18 @@ def test_kernel_is_the_float64_closed_form(variant, dtype):
 @pytest.mark.parametrize("guidance", [None, 5.0])
 @pytest.mark.parametrize(
     ("groups_and_size", "shape"),
-    [((1, 2), (1, 1, 1)), ((1, 2), (3, 5, 7)), ((3, 5), (1, 1, 1)), ((2, 4), (4, 8, 8)), ((1, 64), (1, 1, 1))],
+    [
+        ((1, 2), (1, 1, 1)),
+        ((1, 2), (3, 5, 7)),
+        ((3, 5), (1, 1, 1)),
+        ((2, 4), (4, 8, 8)),
+        ((1, 64), (1, 1, 1)),
+        ((1, 2), (3, 41, 37)),  # two blocks in registers, of which the last is not full
+        ((1, 2), (4, 64, 64)),  # SD 1.x: all that registers hold
+    ],
 )
 def test_kernel_at_other_sizes(groups_and_size, shape, guidance):
+    assert op._tiling(math.prod(shape), kl=False, ratio_norm=False, rescale=0.0)[2]  # keep
     # Steps without the last: there one element's ratio is beyond any bound.
     arguments = options(
         make(*groups_and_size, shape=shape, guidance=guidance, tables=tables_of(schedule_of())[:, :40].contiguous())
@@ -254,6 +272,24 @@ def test_layout_of_the_output_is_the_gradient_s_and_changes_nothing(variant, pat
         torch.testing.assert_close(other.gradient, expected.gradient, rtol=2.0**-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("variant", ["plain", "kl", "ratio_norm"])
+def test_every_argument_may_be_strided(variant):
+    arguments = options(make(), **VARIANTS[variant])
+    expected = launch(**arguments)
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and name != "tables":  # which are refused
+            spaced = value.unsqueeze(-1).repeat(*[1] * value.dim(), 3)
+            spaced[..., 1:] = 0
+            arguments[name] = spaced[..., 0]
+            assert value.numel() == 1 or not arguments[name].is_contiguous()
+    for strided in (launch(**arguments), grpo_step(**arguments)):
+        torch.testing.assert_close(strided.loss, expected.loss, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(strided.gradient, expected.gradient, rtol=1e-6, atol=1e-6)
+    one_weight = launch(**arguments | {"weight": torch.tensor([0.5]).expand(6)})
+    total = 0.5 * (expected.loss + arguments.get("kl_weight", 0.0) * expected.kl).sum()
+    torch.testing.assert_close(one_weight.statistics[0], total, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("shape", "rescale", "channels_last"),
@@ -262,6 +298,8 @@ def test_layout_of_the_output_is_the_gradient_s_and_changes_nothing(variant, pat
         ((3, 5, 7), 0.7, True),
         ((4, 8, 8), 0.0, False),
         ((4, 8, 8), 0.0, True),
+        ((3, 41, 37), 0.0, False),
+        ((3, 41, 37), 0.7, False),
         (LOOPED, 0.0, True),
     ],
 )
@@ -347,7 +385,7 @@ def test_gradient_is_finite_differences():
     for _ in range(4):
         direction = torch.randn(gradient.shape, dtype=torch.float64, generator=generator)
         step = 1e-6
-        high, low = (op.reference(**wide | {"output": wide["output"] + s * step * direction}) for s in (1, -1))
+        high, low = (reference(**wide | {"output": wide["output"] + s * step * direction}) for s in (1, -1))
         slope = (high.statistics[0] - low.statistics[0]) / (2 * step)
         # Central differences: 1e-16 / 1e-6 of rounding and 1e-12 of curvature; the gradient itself is float32.
         torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-5)
@@ -501,11 +539,19 @@ def test_as_a_loss_its_backward_scales_the_gradient():
     assert torch.equal(leaf.grad, (3.0 * expected.gradient.float()).to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("variant", ["plain", "ratio_norm", "ratio_norm_own_kl"])
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(
+    ("variant", "given", "requires_grad"),
+    [
+        ("plain", False, True),
+        ("plain", True, False),
+        ("own", True, True),
+        ("ratio_norm", True, True),
+        ("ratio_norm_own_kl", False, True),
+        ("rescale_kl", False, True),
+    ],
+)
 def test_opcheck(variant, given, requires_grad):
-    a = {"base_output": None, "old_mean": None, "kl_weight": 0.0, "ratio_norm": False, "mode": "group"}
+    a = {"base_output": None, "old_mean": None, "kl_weight": 0.0, "ratio_norm": False, "mode": "group", "rescale": 0.0}
     a |= options(make(1, 2), **VARIANTS[variant])
     advantage = torch.tensor([1.0, -1.0]) if given else None
     group = (None, None, None, advantage) if given else (a["rewards"], a["group"], a["slot"], None)
@@ -518,15 +564,62 @@ def test_opcheck(variant, given, requires_grad):
         *(a[name] for name in ("weight", "base_output", "clip_low", "clip_high", "mode")),
         1e-6,
         2.5,
-        *(a[name] for name in ("kl_weight", "ratio_norm")),
-        0.0,
+        *(a[name] for name in ("kl_weight", "ratio_norm", "rescale")),
     )
     torch.library.opcheck(torch.ops.fastgrpo.grpo_step.default, arguments)
 
 
 def test_opcheck_of_the_parts():
     torch.library.opcheck(torch.ops.fastgrpo.group_advantages.default, (torch.randn(3, 5), "global", 1e-6, 2.5))
+    torch.library.opcheck(torch.ops.fastgrpo.group_advantages.default, (torch.randn(5, 3).mT, "group", 1e-6, 2.5))
     torch.library.opcheck(torch.ops.fastgrpo.clipped_loss.default, (torch.randn(7), torch.randn(7), 0.1, 0.2))
+    torch.library.opcheck(torch.ops.fastgrpo.clipped_loss.default, (torch.randn(7, 2)[:, 0], torch.randn(7), 0.1, 0.2))
+
+
+def test_compiled_into_one_graph_it_is_the_same_bits():
+    arguments = options(make(dtype=torch.bfloat16), kl=0.2)
+    leaf = arguments.pop("output").requires_grad_()
+
+    def loss_of(output):
+        return grpo_step_loss(2 * output, **arguments)[0]
+
+    expected, compiled = loss_of(leaf), torch.compile(loss_of, fullgraph=True, backend="aot_eager")(leaf)
+    assert torch.equal(compiled, expected)
+    assert torch.equal(*(torch.autograd.grad(total, leaf)[0] for total in (compiled, expected)))
+
+
+class Recorder:
+    """In a kernel's place: remembers what it is launched with."""
+
+    def __getitem__(self, grid):
+        return lambda *_, **options: vars(self).update(options=options)
+
+
+@pytest.mark.parametrize("aot", op.SPEC.aot, ids=lambda aot: aot.name)
+def test_what_is_compiled_is_what_is_launched(aot, monkeypatch):
+    monkeypatch.setattr(op, "grpo_step_kernel", recorder := Recorder())
+    constants = {name: value for name, value in aot.constants.items() if value is not None}
+    side, size, mode = math.isqrt(constants["SIZE"] // 4), constants["GROUP_SIZE"], constants["MODE"]
+    dtype = torch.float32 if aot.signature["output"] == "*fp32" else torch.bfloat16
+    output, latents = torch.zeros(2, 4, side, side, dtype=dtype), torch.zeros(1, 4, side, side)
+    if constants["CHANNELS_LAST"]:
+        output = output.contiguous(memory_format=torch.channels_last)
+    zero = torch.zeros(1, dtype=torch.int64)
+    ratio_norm = constants["OLD"] == "mean"
+    arguments = {
+        "output": output, "latents": latents, "taken": latents, "tables": tables_of(schedule_of()), "step": zero,
+        "guidance": 5.0, "clip_low": 0.1, "clip_high": 0.1, "ratio_norm": ratio_norm, "rescale": constants["RESCALE"],
+        "old_mean" if ratio_norm else "old_log_prob": latents if ratio_norm else torch.zeros(1),
+        "base_output": output if constants["KL"] else None,
+    }  # fmt: skip
+    if mode == "given":
+        arguments |= {"advantage": torch.zeros(1)}
+        constants |= {"GROUP_SIZE": 2, "BLOCK_G": 2}  # of no use to it
+    else:
+        arguments |= {"rewards": torch.zeros(1, size), "group": zero, "slot": zero, "mode": mode}
+    launch(**arguments)
+    assert recorder.options == constants | {"num_warps": aot.num_warps} | aot.options
+    assert recorder.options["enable_fp_fusion"] is False
 
 
 @pytest.mark.parametrize(
@@ -563,7 +656,7 @@ from triton.compiler import ASTSource
 from fastgrpo.kernels import ddim_step, grpo_step
 found = {}
 for aot in (*ddim_step.SPEC.aot, *grpo_step.SPEC.aot):
-    if aot.constants.get("OLD", "log_prob") != "log_prob" or aot.constants.get("SIZE") != 16384:
+    if aot.constants.get("OLD", "log_prob") != "log_prob" or aot.constants["SIZE"] != 16384:
         continue
     attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(aot.signature.values()) if t.startswith("*")}
     source = ASTSource(fn=aot.kernel, signature=aot.signature, constexprs=aot.constants, attrs=attrs)
@@ -573,7 +666,8 @@ for aot in (*ddim_step.SPEC.aot, *grpo_step.SPEC.aot):
     layouts = dict(re.findall(r"^(#blocked[0-9]*) = (.*)$", ir, re.M))
     block = aot.constants["BLOCK"]
     sums = re.findall(r"tt\\.reduce.*?: \\(tensor<" + str(block) + r"xf64, (#[a-z0-9]+)>\\)", ir, re.S)
-    found[aot.name] = [aot.constants["RESCALE"], block, sorted({layouts[s] for s in sums})]
+    kind = [aot.signature["output"], aot.constants["RESCALE"]]
+    found[aot.name] = [kind, [block, aot.num_warps, *sorted({layouts[s] for s in sums})]]
 print(json.dumps(found))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -581,8 +675,8 @@ print(json.dumps(found))
     printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     found = json.loads(printed.stdout)
     assert {"ddim_step_given", "ddim_step_drawn", "grpo_step", "grpo_step_kl", "grpo_step_channels_last"} <= set(found)
-    for rescale in (0.0, 0.7):
-        kinds = [(block, *layouts) for has, block, layouts in found.values() if has == rescale]
-        assert len(kinds) > 3
-        assert len(set(kinds)) == 1
-        assert len(kinds[0]) == 2
+    for output, rescale in itertools.product(("*bf16", "*fp32"), (0.0, 0.7)):
+        sums = [how for kind, how in found.values() if kind == [output, rescale]]
+        assert len(sums) > 3
+        assert all(how == sums[0] for how in sums)
+        assert len(sums[0]) == 3

@@ -44,7 +44,8 @@ class TrainerState:
 
     iteration: iterations finished. seed: the run's. seconds: wall clock of the run so far, over all resumes.
     threads: CPU threads that shared the batches; processes: that shared the prompts; versions: of the libraries that do
-    the arithmetic. Bits depend on all three. scaler: state of fp16's loss scale, empty without it.
+    the arithmetic; engine: what the engine decided, as its Record. Bits depend on all four. scaler: state of fp16's loss
+    scale, empty without it.
     """
 
     iteration: int
@@ -53,6 +54,7 @@ class TrainerState:
     threads: int
     versions: dict[str, str]
     processes: int = 1
+    engine: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, float] = field(default_factory=dict)
 
 

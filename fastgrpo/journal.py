@@ -42,9 +42,14 @@ class Journal:
         """A checkpoint where it is due: every so often, at the end, and before a stop."""
         due = iteration % self.config.checkpoint.every == 0 or iteration == self.config.iterations
         if stopped or due:
-            count = self.parts.ranks.count
             state = TrainerState(
-                iteration, self.config.seed, self._seconds(), self._threads, library_versions(), processes=count
+                iteration,
+                self.config.seed,
+                self._seconds(),
+                self._threads,
+                library_versions(),
+                processes=self.parts.ranks.count,
+                engine=self.parts.record.to_json(),
             )
             checkpoint.save(self.run, self.parts.trainable, state, self.config.checkpoint.keep)
 

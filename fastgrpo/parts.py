@@ -1,5 +1,6 @@
 """Everything a training loop works with, loaded once from the config."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,8 +9,7 @@ from transformers.utils.logging import disable_progress_bar
 from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.distributed import Ranks
 from fastgrpo.engine.eager import EagerEngine
-from fastgrpo.engine.working import frozen_unet
-from fastgrpo.grpo.micro_batch import Learner
+from fastgrpo.engine.setup import Record, micro_batch_finder, start_engine, wants_fixed_shapes
 from fastgrpo.lora import check_targets
 from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy, load_policy
@@ -25,14 +25,15 @@ class Parts:
     """The pieces of one training.
 
     policy: what is trained. trainable: the part of it that learns.
-    engine: runs the passes of rollout and update. schedule: the rollout's steps. eval_schedule: those of pictures and
-    evaluations.
+    engine: runs the passes of rollout and update. record: what it decided at its start. lines: what it has to say of that.
+    schedule: the rollout's steps. eval_schedule: those of pictures and evaluations.
     prompts: all that may be drawn. source: deals them out. ranks: the processes that train together.
     """
 
     policy: Policy
     trainable: Trainable
     engine: EagerEngine
+    record: Record
     schedule: Schedule
     eval_schedule: Schedule
     reward: WeightedReward
@@ -41,10 +42,17 @@ class Parts:
     ranks: Ranks
 
 
-def load_parts(config: TrainConfig, threads: int, ranks: Ranks = Ranks()) -> Parts:  # noqa: B008 (frozen)
+def load_parts(
+    config: TrainConfig,
+    threads: int,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    record: Record | None = None,
+    say: Callable[[str], object] = print,
+) -> Parts:
     """Load what the config names; what is quickest to be wrong comes first.
 
-    threads: CPU cores to use. Raises ConfigError.
+    threads: CPU cores to use. record: of the engine that the run began with. say: told what the engine decides.
+    Raises ConfigError.
     """
     if config.prompts_per_iteration % ranks.count:
         raise ConfigError(
@@ -62,15 +70,18 @@ def load_parts(config: TrainConfig, threads: int, ranks: Ranks = Ranks()) -> Par
         check_targets(model.empty_components()["unet"], config.model.lora_targets)
     disable_progress_bar()  # one per file read, gone in a blink
     reward = load_reward(config.reward, device)
-    policy = load_policy(config.model, device, dtype, threads if device.type == "cpu" else 1)
+    workers = 1 if device.type == "cuda" or wants_fixed_shapes(config, device) else threads
+    # Each of several workers is a thread already.
+    torch.set_num_threads(1 if workers > 1 else threads)
+    policy = load_policy(config.model, device, dtype, workers)
     trainable = make_trainable(policy.unet, config, device, dtype)
-    policy = replace(policy, network=trainable.network)
-    base = frozen_unet(trainable.network) if config.grpo.kl > 0 else None
-    learner = Learner(policy, schedule, config, trainable.trained, base)
+    policy, record = replace(policy, network=trainable.network), record or Record()
+    find = micro_batch_finder(config, model, device, dtype, ranks, say)
     return Parts(
         policy=policy,
         trainable=trainable,
-        engine=EagerEngine(learner, trainable.optimizer.weights, config.micro_batch),
+        engine=start_engine(policy, trainable, schedule, config, record, find, ranks, say),
+        record=record,
         schedule=schedule,
         eval_schedule=eval_schedule,
         reward=reward,

@@ -15,6 +15,7 @@ from fastgrpo.checkpoint import TrainerState, library_versions
 from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.console import Console, complain, reason
 from fastgrpo.distributed import Ranks, join
+from fastgrpo.engine.setup import Record
 from fastgrpo.engine.workers import available_cores
 from fastgrpo.grpo.update import update
 from fastgrpo.journal import Journal
@@ -83,8 +84,7 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks) -> int
     newest = checkpoint.latest(run)
     start = checkpoint.read_state(newest) if newest else _beginning(config, ranks)
     threads = config.engine.threads or start.threads
-    torch.set_num_threads(1)  # each of the policy's workers is a thread already
-    parts = load_parts(config, threads, ranks)
+    parts = load_parts(config, threads, ranks, Record(**start.engine), console.say)
     _introduce(parts, config, run, start, console)
     journal = Journal(run, config, parts, start, threads, console) if ranks.first else None
     if newest:

@@ -1,9 +1,10 @@
 """The engine without fixed shapes: plain calls, micro-batches shared out among CPU cores."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from fastgrpo.engine.reuse import Reuse
@@ -22,6 +23,7 @@ class EagerEngine:
 
     learner: what a pass is. weights: where gradients are summed. micro_batch: pairs in a pass at most.
     old_log_prob: grpo.old_log_prob, or what an engine takes in its place. reuse: what a rollout computes once.
+    say: told in one line when memory ran out.
     """
 
     def __init__(
@@ -30,8 +32,9 @@ class EagerEngine:
         weights: FlatWeights,
         micro_batch: int,
         reuse: Reuse = Reuse(),  # noqa: B008 (frozen)
+        say: Callable[[str], object] = print,
     ):
-        self.learner, self.weights, self.micro_batch, self.reuse = learner, weights, micro_batch, reuse
+        self.learner, self.weights, self.micro_batch, self.reuse, self.say = learner, weights, micro_batch, reuse, say
         self.old_log_prob = learner.config.grpo.old_log_prob
         self._workers = learner.policy.workers
 
@@ -56,14 +59,21 @@ class EagerEngine:
             parameter.grad = None
 
     def learn(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, Outcome]]:
-        """Add the pairs' gradient to the sum, micro-batch by micro-batch."""
-        # As many at a time as there are workers, so that no more gradients than those exist at once.
-        for some in _batched(pairs.split(self.micro_batch), self._workers.count):
-            results = self._workers.map(lambda part: self.learner.learn(gather(part)), some)
-            for part, (outcome, gradients) in zip(some, results, strict=True):
-                # In the micro-batches' order, so that the sum does not depend on which worker was first.
-                self.weights.accumulate(gradients)
-                yield part, outcome
+        """Add the pairs' gradient to the sum, micro-batch by micro-batch; halved when memory runs out."""
+        waiting = self._split(pairs)
+        while waiting:
+            some, *waiting = waiting
+            try:
+                done = self._learn(some, gather)
+            except torch.OutOfMemoryError:
+                if self.micro_batch == 1:
+                    raise
+                done = None
+            if done is None:  # only here: until the exception is gone, it holds what the failed pass computed
+                self._halve()
+                waiting = [again for part in chain(some, *waiting) for again in self._split(part)]
+            else:
+                yield from done
 
     def judge(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, Outcome]]:
         """What the pairs come to, micro-batch by micro-batch, without a gradient."""
@@ -77,8 +87,27 @@ class EagerEngine:
         parts = pairs.split(self.micro_batch)
         return zip(parts, self._workers.map(lambda part: call(gather(part)), parts), strict=True)
 
+    def _split(self, pairs: Pairs) -> list[tuple[Pairs, ...]]:
+        """As many micro-batches at a time as there are workers, so that no more gradients than those exist at once."""
+        return list(_batched(pairs.split(self.micro_batch), self._workers.count))
 
-def _batched(items: Iterable[Pairs], count: int) -> Iterator[Sequence[Pairs]]:
+    def _learn(self, some: tuple[Pairs, ...], gather: Gather) -> list[tuple[Pairs, Outcome]]:
+        results = list(self._workers.map(lambda part: self.learner.learn(gather(part)), some))
+        for _, gradients in results:
+            # In the micro-batches' order, so that the sum does not depend on which worker was first.
+            self.weights.accumulate(gradients)
+        return [(part, outcome) for part, (outcome, _) in zip(some, results, strict=True)]
+
+    def _halve(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.micro_batch //= 2
+        self.say(
+            f"out of memory: micro-batches have {self.micro_batch} pairs from now on; what is learned stays the same"
+        )
+
+
+def _batched(items: Iterable[Pairs], count: int) -> Iterator[tuple[Pairs, ...]]:
     """Runs of `count` items (itertools.batched, which Python 3.11 does not have)."""
     iterator = iter(items)
     while run := tuple(islice(iterator, count)):

@@ -1,0 +1,230 @@
+"""From settings to an engine: what is patched, measured, compiled and captured, and in what order.
+
+What was decided is kept in a record, which checkpoints store: a resumed run does as the first one did instead of measuring
+again, or its sums could be rounded otherwise.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrpo.config import TrainConfig
+from fastgrpo.costs import count_encoders, count_model
+from fastgrpo.distributed import Ranks
+from fastgrpo.engine import attention, memory
+from fastgrpo.engine.attention import AttentionPlan
+from fastgrpo.engine.compilation import compile_forward, make_example
+from fastgrpo.engine.eager import EagerEngine
+from fastgrpo.engine.fixed import FixedEngine
+from fastgrpo.engine.parity import disagreement
+from fastgrpo.engine.patch import patch_unet
+from fastgrpo.engine.reuse import Reuse, choose_reuse, distinct_rows, enable_reuse
+from fastgrpo.engine.working import frozen_unet
+from fastgrpo.estimate import pairs_per_iteration
+from fastgrpo.grpo.micro_batch import Learner, MicroBatch
+from fastgrpo.kernels.group_norm_silu import BACKENDS as GROUP_NORM
+from fastgrpo.models.check import Description
+from fastgrpo.policy import Network, Policy
+from fastgrpo.schedule import Schedule, make_schedule
+from fastgrpo.trainable import Trainable
+
+CPU_AGREEMENT = 1e-6
+"""How far a ratio may be from 1 on a CPU before the policy has moved; on a GPU not at all."""
+
+Say = Callable[[str], object]
+
+
+@dataclass
+class Record:
+    """What an engine decided, in plain numbers and strings. Empty before it did.
+
+    attention: an AttentionPlan as JSON. micro_batch: pairs. compiled: whether the UNet is. reuse: a Reuse as JSON.
+    old_log_prob: as in the settings, or what was taken in its place. group_norm: kind of call -> implementation.
+    """
+
+    attention: dict[str, Any] | None = None
+    micro_batch: int = 0
+    compiled: bool | None = None
+    reuse: dict[str, bool] | None = None
+    old_log_prob: str = ""
+    group_norm: dict[str, str] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """With what has been chosen for GroupNorm by now: that is measured when a shape is first met."""
+        return asdict(self) | {"group_norm": GROUP_NORM.choices()}
+
+
+def start_engine(
+    policy: Policy,
+    trainable: Trainable,
+    schedule: Schedule,
+    config: TrainConfig,
+    record: Record,
+    find_micro_batch: Callable[[Callable[[int], object]], int],
+    ranks: Ranks,
+    say: Say,
+) -> EagerEngine:
+    """Make what runs the passes of `trainable.network`.
+
+    policy: computes with that. record: of an earlier start, which is followed, or an empty one; filled in.
+    find_micro_batch: given what runs one forward and backward pass of n pairs, the n to use where the settings leave it open.
+    Raises ConfigError for settings that this machine cannot do.
+    """
+    network, engine, device = trainable.network, config.engine, policy.device
+    wanted = {name: _on(getattr(engine, name), device) for name in ("kernels", "graphs")}
+    if wanted["kernels"]:
+        patch_unet(network)
+        GROUP_NORM.set_choices(record.group_norm or {})
+    reusing = engine.reuse == "on" or (engine.reuse == "auto" and device.type == "cuda")
+    if reusing:
+        enable_reuse(network)
+    base = frozen_unet(network) if config.grpo.kl > 0 else None
+    learner = Learner(policy, schedule, config, trainable.trained, base)
+    weights = trainable.optimizer.weights
+
+    def one_pass(size: int) -> None:
+        weights.accumulate(learner.learn(blank_batch(learner, size))[1])
+
+    record.micro_batch = record.micro_batch or config.micro_batch or find_micro_batch(one_pass)
+    weights.zero_gradient()
+    _attend(learner, config, record, ranks, say)
+    passes = _compile(learner, config, record, say)
+    learner = replace(learner, policy=replace(policy, passes=passes))
+    record.reuse = record.reuse or asdict(_reuse(learner, config, record.micro_batch))
+    reuse = Reuse(**record.reuse)
+    if passes or wanted["graphs"]:
+        capture = wanted["graphs"] and device.type == "cuda"
+        made = FixedEngine(learner, weights, record.micro_batch, reuse, say, capture)
+    else:
+        made = EagerEngine(learner, weights, record.micro_batch, reuse, say)
+    if device.type == "cuda" or isinstance(made, FixedEngine):
+        _check_agreement(made, record, say)
+    return made
+
+
+def wants_fixed_shapes(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the UNet is to be compiled or captured. On a CPU one pass at a time then has all threads."""
+    return _on(config.engine.compile, device) or _on(config.engine.graphs, device)
+
+
+def micro_batch_finder(
+    config: TrainConfig, description: Description, device: torch.device, dtype: torch.dtype, ranks: Ranks, say: Say
+) -> Callable[[Callable[[int], object]], int]:
+    """What `start_engine` wants: on CUDA measures, says what lies in memory and what was found; on a CPU takes 32."""
+
+    def find(run: Callable[[int], object]) -> int:
+        if device.type == "cpu":
+            return memory.CPU_MICRO_BATCH
+        model = count_model(description, config.model, dtype, kernels=_on(config.engine.kernels, device))
+        encoders, _ = count_encoders(config.reward)
+        room = memory.memory_room(device, config.engine.memory)
+        schedule = make_schedule(description.scheduler, config.rollout.steps, config.rollout.eta, device)
+        samples = config.prompts_per_iteration * config.group_size // ranks.count
+        work = memory.Iteration(
+            samples=samples,
+            group_size=config.group_size,
+            steps=len(schedule),
+            updates=config.updates_per_iteration,
+            pairs=-(-pairs_per_iteration(config, schedule) // config.updates_per_iteration // ranks.count),
+        )
+        sizes = memory.whole_groups(samples, config.group_size)
+        predicted = memory.predicted_micro_batch(config, model, encoders, dtype, ranks.count, room, sizes)
+        chosen = memory.find_micro_batch(
+            memory.fits_within(run, device, room), memory.timed(run, device), work, predicted
+        )
+        size = int(ranks.agree(str(chosen.size)))
+        plan = memory.memory_plan(config, model, encoders, dtype, ranks.count, size)
+        for line in (*memory.memory_lines(plan, str(device)), chosen.line()):
+            say(line)
+        return size
+
+    return find
+
+
+def blank_batch(learner: Learner, size: int) -> MicroBatch:
+    """`size` pairs of noise, of no weight: what they come to has a gradient of 0."""
+    policy = learner.policy
+    zeros = torch.zeros(size, device=policy.device)
+    latents = torch.randn(size, *policy.latent_shape, generator=torch.Generator().manual_seed(0)).to(policy.device)
+    embeds = policy.unconditional.expand(size, -1, -1)
+    return MicroBatch(latents, latents, zeros.long(), embeds, zeros, zeros)
+
+
+def _on(setting: str, device: torch.device) -> bool:
+    return setting == "on" or (setting == "auto" and device.type == "cuda")
+
+
+def _attend(learner: Learner, config: TrainConfig, record: Record, ranks: Ranks, say: Say) -> None:
+    """Choose who computes attention, for all processes alike, and let the UNets compute it so."""
+    policy, wanted = learner.policy, config.engine.attention
+    if wanted == "auto" and policy.device.type == "cpu":
+        return  # PyTorch's own choice, which diffusers takes
+    rows, tokens = record.micro_batch * memory.halves(config), policy.unconditional.shape[1]
+    shapes = attention.attention_shapes(policy.computing, rows, policy.latent_shape, tokens)
+    plan = AttentionPlan.from_json(record.attention) if record.attention else None
+    if plan is None or (plan.wanted, plan.shapes) != (wanted, shapes):
+        made = attention.choose(wanted, shapes, policy.device, policy.dtype)
+        plan = AttentionPlan.from_json(json.loads(ranks.agree(json.dumps(made.to_json()))))
+    record.attention = plan.to_json()
+    for unet in (policy.computing, learner.base):
+        if unet is not None:
+            attention.use(unet, plan)
+    for line in plan.lines():
+        say(line)
+
+
+def _compile(learner: Learner, config: TrainConfig, record: Record, say: Say) -> Network | None:
+    """The compiled UNet, or None. Rollout and update share it, so it always computes what gradients need."""
+    policy, wanted = learner.policy, "off" if record.compiled is False else config.engine.compile
+    choices = (record.attention or {}).get("choices", [])
+    operators = {
+        "kernels": _on(config.engine.kernels, policy.device),
+        "reuse": config.engine.reuse,
+        "attention": {choice["backend"]: choice["shape"]["layers"] for choice in choices},
+    }
+    tokens = policy.unconditional.shape[1]
+    example = make_example(policy.unet, policy.latent_shape, tokens, policy.dtype, policy.device)
+    compiled, made = compile_forward(policy.computing, policy.unet, example, wanted, json.dumps(operators), say)
+    record.compiled = made.used
+    if compiled is None:
+        return None
+
+    def passes(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            return compiled(*args, **kwargs)
+
+    return passes
+
+
+def _reuse(learner: Learner, config: TrainConfig, size: int) -> Reuse:
+    """What a rollout is to compute once: on a CPU only if asked for."""
+    policy, setting = learner.policy, config.engine.reuse
+    if setting == "off" or (setting == "auto" and policy.device.type == "cpu"):
+        return Reuse()
+    guidance, schedule = config.rollout.guidance, learner.schedule
+    rows = distinct_rows(config.rollout.initial_noise, config.group_size, range(size), guidance, policy.device)
+    batch = blank_batch(learner, size)
+    latents = batch.latents.to(policy.dtype).repeat(memory.halves(config), 1, 1, 1)
+    contexts = policy.contexts(batch.embeds, guidance)
+    with torch.no_grad():
+        return choose_reuse(setting, policy.forward, policy.computing, schedule.timesteps, latents, contexts, rows)
+
+
+def _check_agreement(engine: EagerEngine, record: Record, say: Say) -> None:
+    """Where the update would not find the rollout's log-probs again, recompute them."""
+    if engine.old_log_prob != "rollout":
+        return
+    if not record.old_log_prob:
+        cpu = engine.learner.policy.device.type == "cpu"
+        apart = disagreement(engine)
+        record.old_log_prob = "rollout" if apart <= (CPU_AGREEMENT if cpu else 0.0) else "replay"
+        if record.old_log_prob == "replay":
+            say(
+                f"rollout and update differ by up to {apart:.1e} in an unchanged policy's ratio: old log-probs are "
+                "recomputed in the update's shapes (as grpo.old_log_prob replay), a third more work there"
+            )
+    engine.old_log_prob = record.old_log_prob

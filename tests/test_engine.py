@@ -1,0 +1,266 @@
+"""Every way of running the passes gives what plain calls give; what cannot is found out and said."""
+
+import dataclasses
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_options import altered
+from test_train import config_file  # noqa: F401 (a fixture)
+
+from fastgrpo import train
+from fastgrpo.config import TrainConfig
+from fastgrpo.console import Console
+from fastgrpo.engine import compilation, setup
+from fastgrpo.engine.eager import EagerEngine
+from fastgrpo.engine.fixed import FixedEngine
+from fastgrpo.engine.parity import disagreement
+from fastgrpo.engine.setup import Record, blank_batch
+from fastgrpo.engine.working import computing_unet
+from fastgrpo.grpo.micro_batch import Learner, MicroBatch
+from fastgrpo.grpo.pairs import Pairs
+from fastgrpo.parts import Parts, load_parts
+from fastgrpo.settings import load_toml
+
+
+@pytest.fixture(scope="module")
+def base(config_file: Path) -> TrainConfig:  # noqa: F811
+    """Linear in the gradient, with no decision near a bound: AdamW with an eps of 1, a wide clip range."""
+    changes = {
+        "engine.threads": 1,
+        "iterations": 2,
+        "updates_per_iteration": 5,
+        "grpo.std_floor": 1e-9,
+        "grpo.clip_low": 0.9,
+        "grpo.clip_high": 10.0,
+        "optim.eps": 1.0,
+        "optim.lr": 1e-3,
+        "optim.max_grad_norm": 1e9,
+    }
+    return altered(load_toml(config_file), changes)
+
+
+def trained(config: TrainConfig) -> tuple[Parts, torch.Tensor, list[dict[str, float]]]:
+    """The parts after two iterations of five updates each, how far the weights moved, and the metrics."""
+    parts = load_parts(config, threads=1)
+    before = parts.trainable.optimizer.weights.values.clone()
+    metrics = [train.iterate(parts, config, iteration, {}, Console()) for iteration in (1, 2)]
+    return parts, parts.trainable.optimizer.weights.values - before, metrics
+
+
+@pytest.fixture(scope="module")
+def plain(base: TrainConfig) -> tuple[Parts, torch.Tensor, list[dict[str, float]]]:
+    return trained(base)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"graphs": "on"},
+        {"kernels": "on"},
+        {"reuse": "on"},
+        {"attention": "sdpa"},
+        {"graphs": "on", "kernels": "on", "reuse": "on", "attention": "flash"},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_ten_updates_come_to_the_same_weights(base: TrainConfig, plain, changes: dict[str, str]) -> None:
+    parts, moved, metrics = trained(altered(base, {f"engine.{name}": value for name, value in changes.items()}))
+    assert isinstance(parts.engine, FixedEngine) == ("graphs" in changes)
+    _, expected, expected_metrics = plain
+    # A gradient is float32 sums through some forty layers and back, each rounded by 6e-8 of its terms: 1e-5 of its length
+    # with room for cancellation, ten times over. A micro-batch left out or counted twice would be a tenth.
+    assert torch.linalg.vector_norm(moved - expected) <= 1e-4 * torch.linalg.vector_norm(expected)
+    assert torch.linalg.vector_norm(expected) > 0
+    for got, wanted in zip(metrics, expected_metrics, strict=True):
+        assert got["ratio/max_abs_dev_first"] <= 1e-6
+        assert got["reward/mean"] == pytest.approx(wanted["reward/mean"], abs=1e-5)
+        assert got["optim/steps"] == 5
+
+
+def test_a_compiled_unet_is_shared_by_rollout_and_update(base: TrainConfig, plain, monkeypatch, tmp_path) -> None:
+    """Traced and differentiated ahead of time as for inductor, which tests/test_compilation.py runs on a smaller UNet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler, compiled = torch.compile, []
+
+    def without_inductor(network, **options):
+        compiled.append(
+            compiler(network, backend="aot_eager", dynamic=options["dynamic"], fullgraph=options["fullgraph"])
+        )
+        return compiled[-1]
+
+    monkeypatch.setattr(torch, "compile", without_inductor)
+    parts, moved, metrics = trained(altered(base, {"engine.compile": "on"}))
+    assert len(compiled) == 1
+    assert parts.record.compiled
+    assert isinstance(parts.engine, FixedEngine)
+    assert parts.policy.passes is None, "pictures come in other shapes"
+    assert torch.linalg.vector_norm(moved - plain[1]) <= 1e-4 * torch.linalg.vector_norm(plain[1])
+    assert max(record["ratio/max_abs_dev_first"] for record in metrics) <= 1e-6
+
+
+def engine_of(config: TrainConfig) -> EagerEngine:
+    return load_parts(config, threads=1, say=lambda line: None).engine
+
+
+def noise_batch(learner: Learner, size: int, seed: int = 1) -> MicroBatch:
+    generator = torch.Generator().manual_seed(seed)
+    batch = blank_batch(learner, size)
+    taken = batch.latents + 0.1 * torch.randn(batch.latents.shape, generator=generator)
+    step, advantage = torch.arange(size) % 2, torch.randn(size, generator=generator)
+    return replace(batch, taken=taken, step=step, advantage=advantage, weight=torch.full((size,), 1 / size))
+
+
+def gatherer(batch: MicroBatch):
+    """Pairs number the batch's rows."""
+    return lambda pairs: MicroBatch(*(None if t is None else t[pairs.sample] for t in batch.tensors()))
+
+
+def gradient(engine: EagerEngine, batch: MicroBatch, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The flat gradient of the batch's rows taken in this order, and their losses in the batch's own."""
+    engine.clear()
+    losses = torch.empty(len(batch))
+    for pairs, outcome in engine.learn(Pairs(order, batch.step[order]), gatherer(batch)):
+        losses[pairs.sample] = outcome.loss
+    result = engine.weights.collect_gradients().clone()
+    engine.clear()
+    return result, losses
+
+
+@pytest.mark.parametrize("graphs", ["off", "on"])
+def test_a_permuted_batch_gives_permuted_results(base: TrainConfig, graphs: str) -> None:
+    engine = engine_of(altered(base, {"engine.graphs": graphs, "micro_batch": 4}))
+    batch, order = noise_batch(engine.learner, 7), torch.tensor([6, 2, 0, 5, 1, 3, 4])
+    straight, losses = gradient(engine, batch, torch.arange(7))
+    permuted, other_losses = gradient(engine, batch, order)
+    assert torch.allclose(losses, other_losses, rtol=1e-6, atol=0)  # one rounding of exp
+    assert torch.linalg.vector_norm(straight - permuted) <= 1e-5 * torch.linalg.vector_norm(straight)
+    assert losses.unique().numel() == 7
+
+
+def test_filling_up_a_micro_batch_adds_nothing(base: TrainConfig) -> None:
+    """Seven pairs in fixed micro-batches of 4 and of 7: the eighth row has no weight."""
+    engines = [engine_of(altered(base, {"engine.graphs": "on", "micro_batch": size})) for size in (4, 7)]
+    (one, losses), (other, other_losses) = (
+        gradient(engine, noise_batch(engine.learner, 7), torch.arange(7)) for engine in engines
+    )
+    assert torch.linalg.vector_norm(one - other) <= 1e-5 * torch.linalg.vector_norm(one)
+    assert torch.allclose(losses, other_losses, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("graphs", ["off", "on"])
+def test_out_of_memory_halves_the_micro_batch_and_learns_the_same(base: TrainConfig, graphs: str, monkeypatch) -> None:
+    said: list[str] = []
+    config = altered(base, {"engine.graphs": graphs, "micro_batch": 8})
+    engine = load_parts(config, threads=1, say=said.append).engine
+    batch, order = noise_batch(engine.learner, 11), torch.arange(11)
+    expected, losses = gradient(engine, batch, order)
+    learn, sizes = Learner.learn, []
+
+    def small_memory(self: Learner, batch: MicroBatch):
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return learn(self, batch)
+
+    monkeypatch.setattr(Learner, "learn", small_memory)
+    if graphs == "on":
+        engine._calls.clear()
+    result, other_losses = gradient(engine, batch, order)
+    assert engine.micro_batch == 2
+    assert sizes[0] > sizes[1] > 2 >= max(sizes[2:])
+    assert [line.split(":")[0] for line in said] == ["out of memory", "out of memory"]
+    assert torch.linalg.vector_norm(result - expected) <= 1e-5 * torch.linalg.vector_norm(expected)
+    assert torch.allclose(losses, other_losses, rtol=1e-5, atol=0)
+    engine.micro_batch = 1
+    monkeypatch.setattr(
+        Learner, "learn", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    )
+    if graphs == "on":
+        engine._calls.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        gradient(engine, batch, order)
+
+
+def test_the_update_finds_the_rollouts_log_probs_again(base: TrainConfig) -> None:
+    for graphs in ("off", "on"):
+        engine = engine_of(altered(base, {"engine.graphs": graphs}))
+        before = engine.weights.values.clone()
+        assert disagreement(engine) <= 1e-6
+        assert torch.equal(engine.weights.values, before)
+        assert not engine.weights.collect_gradients().any()
+
+
+def test_where_it_does_not_they_are_recomputed_and_that_is_said(base: TrainConfig, monkeypatch) -> None:
+    chunk = setup.FixedEngine.denoiser
+
+    def other_kernels(self, *args, **kwargs):
+        denoise = chunk(self, *args, **kwargs)
+
+        def step(position, latents, noise):
+            following, log_prob, *mean = denoise(position, latents, noise)
+            return following, log_prob + 1e-3, *mean
+
+        return step
+
+    monkeypatch.setattr(setup.FixedEngine, "denoiser", other_kernels)
+    said: list[str] = []
+    config = altered(base, {"engine.graphs": "on"})
+    parts = load_parts(config, threads=1, say=said.append)
+    assert parts.engine.old_log_prob == parts.record.old_log_prob == "replay"
+    assert "recomputed" in said[-1]
+    assert "1.0e-03" in said[-1]
+    assert train.iterate(parts, config, 1, {}, Console())["ratio/max_abs_dev_first"] <= 1e-6
+
+
+def test_a_resumed_run_decides_nothing_anew(base: TrainConfig, monkeypatch) -> None:
+    config = altered(base, {"engine.graphs": "on", "engine.attention": "flash", "engine.reuse": "on", "micro_batch": 0})
+    record = load_parts(config, threads=1, say=lambda line: None).record
+    assert record.micro_batch == 32
+    kept = Record(**record.to_json())
+
+    def again(*_, **__):
+        raise AssertionError("decided again")
+
+    for place, name in ((setup.attention, "choose"), (setup, "disagreement"), (setup, "choose_reuse")):
+        monkeypatch.setattr(place, name, again)
+    assert load_parts(config, threads=1, record=kept, say=lambda line: None).record == kept
+
+
+def test_skipping_clipped_pairs_learns_the_same_from_fewer(base: TrainConfig) -> None:
+    tight = altered(base, {"grpo.clip_low": 1e-6, "grpo.clip_high": 1e-6, "grpo.kl": 0.0})
+    _, expected, metrics = trained(tight)
+    _, moved, other = trained(altered(tight, {"grpo.skip_clipped": True}))
+    assert torch.linalg.vector_norm(moved - expected) <= 1e-4 * torch.linalg.vector_norm(expected)
+    for one, two in zip(metrics, other, strict=True):
+        assert one["clip/fraction"] > 0.2, "there is something to skip"
+        for name in ("clip/fraction", "ratio/mean", "loss/policy"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_computes_on_a_rounded_copy_that_follows(base: TrainConfig, dtype: torch.dtype) -> None:
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    parts, moved, _ = trained(altered(base, {"engine.dtype": name, "optim.ema": 0.5}))
+    network, unet = dict(parts.trainable.network.named_parameters()), dict(parts.trainable.unet.named_parameters())
+    assert torch.linalg.vector_norm(moved) > 0
+    assert all(torch.equal(network[name], weight.detach().to(dtype)) for name, weight in unet.items())
+    with parts.trainable.ema.in_place():
+        assert all(torch.equal(network[name], weight.detach().to(dtype)) for name, weight in unet.items())
+        assert not all(torch.equal(network[n], parts.trainable.ema.average[n].to(dtype)) for n in unet), "swapped"
+    assert all(torch.equal(network[name], weight.detach().to(dtype)) for name, weight in unet.items())
+
+
+def test_a_computing_unet_shares_float32_weights_and_has_modules_of_its_own(base: TrainConfig) -> None:
+    unet = load_parts(base, threads=1).policy.unet
+    shared, rounded = computing_unet(unet, torch.float32), computing_unet(unet, torch.bfloat16)
+    pairs = list(zip(unet.parameters(), shared.parameters(), rounded.parameters(), strict=True))
+    assert all(one is two for one, two, _ in pairs)
+    assert all(three.dtype == torch.bfloat16 and three.stride() == one.stride() for one, _, three in pairs)
+    assert not set(map(id, unet.modules())) & set(map(id, shared.modules()))
+
+
+def test_every_decision_is_plain_data() -> None:
+    record = Record(attention={"a": 1}, micro_batch=3, compiled=True, reuse={"text": True}, old_log_prob="replay")
+    assert Record(**record.to_json()) == dataclasses.replace(record, group_norm={})

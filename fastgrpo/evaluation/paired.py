@@ -17,7 +17,7 @@ from fastgrpo.evaluation.intervals import (
     Estimate,
     group_means,
     percentiles,
-    resamples,
+    resampled_means,
 )
 
 MCNEMAR = "McNemar, exact"
@@ -89,16 +89,13 @@ def paired_means(
         raise ValueError("there are no pairs of images.")
     one, two, sizes, weights = one[kept], two[kept], sizes[kept], weights[kept]
 
-    def means(totals: np.ndarray, times: np.ndarray) -> np.ndarray:
-        return group_means(times, totals, sizes, weights)
-
     once = np.ones((1, len(sizes)))
-    mean_one, mean_two = float(means(one, once).item()), float(means(two, once).item())
+    mean_one, mean_two = (float(group_means(once, totals, sizes, weights).item()) for totals in (one, two))
     value, n = mean_two - mean_one, int(sizes.sum())
     if len(sizes) == 1:
         return PairedMeans(mean_one, mean_two, Estimate(value, n, None, None, NO_INTERVAL), None)
     # Each prompt's own difference, so that what is equal in both cancels exactly.
-    differences = np.concatenate([means(two - one, times) for times in resamples(len(sizes), seed)])
+    differences = resampled_means(two - one, sizes, weights, seed)
     rarer = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
     p = min(1.0, 2 * (1 + rarer) / (1 + RESAMPLES))
     return PairedMeans(mean_one, mean_two, Estimate(value, n, *percentiles(differences), BOOTSTRAP), p)

@@ -1,0 +1,294 @@
+"""FID: the network against torchvision's, resizing and distances against direct computations, folders and weight files."""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from safetensors.torch import save_file
+from scipy.linalg import sqrtm
+
+from fastgrpo.config import ConfigError
+from fastgrpo.evaluation.fid import (
+    WIDTH,
+    Inception,
+    InceptionV3,
+    fid,
+    folder_features,
+    folder_images,
+    frechet_distance,
+    load_inception,
+    prepare,
+)
+
+SIZES = [(37, 53), (400, 311), (299, 299), (1, 700), (64, 64)]  # width, height
+
+
+@pytest.fixture(scope="module")
+def network() -> InceptionV3:
+    """With random weights that keep signals at about unit scale through all its layers."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        network = InceptionV3()
+    network = network.to_empty(device="cpu").eval()
+    for name, tensor in network.state_dict().items():
+        if name.endswith("conv.weight"):
+            tensor.normal_(0, math.sqrt(2 / tensor[0].numel()), generator=generator)
+        elif name.endswith("num_batches_tracked"):
+            tensor.zero_()
+        elif name.endswith(("bn.weight", "running_var")):
+            tensor.uniform_(0.8, 1.2, generator=generator)
+        else:
+            tensor.normal_(0, 0.1, generator=generator)
+    return network.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def inception(network: InceptionV3) -> Inception:
+    return Inception(network, {"inception": "0123456789abcdef" * 4}, "cpu", batch=2)
+
+
+def noise(width: int, height: int, seed: int, mode: str = "RGB") -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+def folder_of_images(folder: Path) -> Path:
+    (folder / "below").mkdir(parents=True)
+    for index, (size, mode) in enumerate(zip(SIZES, ("RGB", "L", "RGBA", "P", "RGB"), strict=True)):
+        noise(*size, index, mode).save(
+            folder / ("below" if index == 3 else ".") / f"{index}.{'PNG' if index else 'png'}"
+        )
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_the_network_is_torchvisions_with_tensorflows_pooling(
+    network: InceptionV3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    missing, unexpected = theirs.load_state_dict(network.state_dict(), strict=False)
+    assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
+    theirs.fc = torch.nn.Identity()
+    pooled = []
+
+    def pool(x, **kwargs):
+        # Called by nine blocks, of which the last, alone with 2,048 channels at its input, takes maxima.
+        assert kwargs == {"kernel_size": 3, "stride": 1, "padding": 1}
+        pooled.append(x.shape[1])
+        return F.max_pool2d(x, **kwargs) if x.shape[1] == 2048 else average(x, **kwargs, count_include_pad=False)
+
+    average = F.avg_pool2d
+    pixels = torch.stack([prepare(noise(*size, 1)) for size in SIZES[:2]]).double()
+    ours = network.double()(pixels)
+    monkeypatch.setattr(F, "avg_pool2d", pool)
+    expected = theirs.double().eval()(pixels)
+    network.float()
+    assert pooled == [192, 256, 288, 768, 768, 768, 768, 1280, 2048]
+    assert ours.shape == (2, WIDTH)
+    assert ours.std() > 0.1  # a signal arrives
+    # Both in float64; only the order of sums may differ: some 1e-13 after 94 layers.
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+def cubic(x: np.ndarray) -> np.ndarray:
+    """The interpolation kernel with a = -1/2, of Keys (1981)."""
+    x = np.abs(x)
+    return np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0))
+
+
+def resampling(size: int, to: int) -> np.ndarray:
+    """[to, size]: what an output pixel takes of each input pixel, the kernel as wide as the output's pixels."""
+    scale = size / to
+    distance = np.arange(size)[None] + 0.5 - (np.arange(to)[:, None] + 0.5) * scale
+    weights = cubic(distance / max(scale, 1))
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_images_are_resized_antialiased_and_not_rounded(size: tuple[int, int]) -> None:
+    image = noise(*size, 3)
+    values = np.asarray(image, np.float64)
+    resized = np.einsum("yh,xw,hwc->cyx", resampling(size[1], 299), resampling(size[0], 299), values, optimize=True)
+    # float32 between the passes: up to 300 * 2^-24 in values up to 300; half a gray value would be 4e-3 here.
+    np.testing.assert_allclose(prepare(image).numpy(), (resized.clip(0, 255) - 128) / 128, atol=2e-6)
+
+
+def test_the_distance_of_two_gaussians_with_common_axes_has_a_closed_form() -> None:
+    rng = np.random.default_rng(0)
+    axes, _ = np.linalg.qr(rng.normal(size=(40, 40)))
+    one, two = rng.uniform(0, 3, (2, 40))
+    one[:5] = two[3:9] = 0  # singular, in part in the same directions
+    offset = rng.normal(size=40)
+    expected = offset @ offset + ((np.sqrt(one) - np.sqrt(two)) ** 2).sum()
+    distance = frechet_distance(offset, axes * one @ axes.T, np.zeros(40), axes * two @ axes.T)
+    # An eigenvalue of 0 is computed as up to some 1e-15, its root as up to 3e-8, for 10 of them.
+    assert distance == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_distance_is_that_of_the_general_matrix_root() -> None:
+    rng = np.random.default_rng(1)
+    one, two = (np.cov(rng.normal(size=(100, 20)) @ rng.normal(size=(20, 20)), rowvar=False) for _ in range(2))
+    means = rng.normal(size=(2, 20))
+    expected = ((means[0] - means[1]) ** 2).sum() + np.trace(one + two - 2 * sqrtm(one @ two).real)
+    # The covariances' condition numbers, some 1e5 together, times float64's 1e-16, in traces of some 400 each.
+    assert frechet_distance(means[0], one, means[1], two) == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize(("n", "m"), [(5, 9), (30, 12), (2, 2)])
+def test_fewer_images_than_features(n: int, m: int) -> None:
+    # With X and Y the centred features, tr (C_1 C_2)^(1/2) is the sum of the singular values of X Y', over the root of
+    # (n - 1)(m - 1): no covariance is formed.
+    rng = np.random.default_rng(2)
+    one, two = (torch.from_numpy(rng.gamma(1.0, 1.0, (k, 64))).float() for k in (n, m))
+    x, y = ((f.double() - f.double().mean(0)).numpy() for f in (one, two))
+    roots = np.linalg.svd(x @ y.T, compute_uv=False).sum() / math.sqrt((n - 1) * (m - 1))
+    offset = (one.double().mean(0) - two.double().mean(0)).numpy()
+    expected = offset @ offset + (x**2).sum() / (n - 1) + (y**2).sum() / (m - 1) - 2 * roots
+    # As above: up to 64 eigenvalues of 0, computed as up to 1e-14 for covariances of norm 30.
+    assert fid(one, two) == pytest.approx(expected, abs=3e-5)
+    assert fid(one, one) == pytest.approx(0, abs=3e-5)
+
+
+def test_one_image_has_no_covariance() -> None:
+    with pytest.raises(ValueError, match="two images or more, not 1"):
+        fid(torch.zeros(1, 4), torch.zeros(3, 4))
+
+
+def test_features_of_a_folder_and_its_distance_by_direct_computation(inception: Inception, tmp_path: Path) -> None:
+    folder = folder_of_images(tmp_path / "reference")
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() == ".png")
+    assert folder_images(folder) == files
+    done = []
+    features = folder_features(folder, inception, lambda *progress: done.append(progress))
+    assert done == [(2, 5), (4, 5), (5, 5)]
+
+    double = InceptionV3().double().eval()
+    double.load_state_dict(inception.network.state_dict())
+    with torch.no_grad():
+        direct = torch.cat([double(prepare(Image.open(file).convert("RGB"))[None].double()) for file in files])
+    # float32 through 94 layers, whose errors of 6e-8 each add up in part: some 1e-6 of the features' scale.
+    scale = direct.abs().max().item()
+    torch.testing.assert_close(features.double(), direct, rtol=0, atol=2e-5 * scale)
+
+    other = inception([noise(80, 60, seed) for seed in range(20, 24)])
+    one, two = features.double(), other.double()
+    x, y = one - one.mean(0), two - two.mean(0)
+    roots = torch.linalg.svdvals(x @ y.T).sum() / math.sqrt(4 * 3)
+    offset = one.mean(0) - two.mean(0)
+    expected = offset @ offset + (x**2).sum() / 4 + (y**2).sum() / 3 - 2 * roots
+    # 2,048 eigenvalues of which 2,045 are 0 and computed as 1e-15 of the largest: roots of 3e-8 each, twice.
+    assert fid(features, other) == pytest.approx(expected.item(), abs=2e-4 * (x**2).sum().item())
+
+
+def test_features_do_not_depend_on_the_batch(inception: Inception) -> None:
+    images = [noise(50, 40, seed) for seed in range(5)]
+    alone = torch.cat([inception([image]) for image in images])
+    # Sums in another order: as above.
+    torch.testing.assert_close(inception(images), alone, rtol=0, atol=2e-5 * alone.abs().max().item())
+    assert inception([]).shape == (0, WIDTH)
+
+
+def test_features_are_kept_beside_the_images_until_something_changes(
+    network: InceptionV3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "reference"
+    folder.mkdir()
+    for index in range(3):
+        noise(20, 20, index).save(folder / f"{index}.png")
+    seen = []
+    monkeypatch.setattr(
+        InceptionV3, "forward", lambda self, x: seen.append(len(x)) or x.mean((2, 3)).repeat(1, 683)[:, :WIDTH]
+    )
+    inception = Inception(network, {"inception": "a" * 64}, "cpu")
+
+    first = folder_features(folder, inception)
+    assert torch.equal(folder_features(folder, inception), first)
+    assert seen == [3]
+    noise(20, 20, 9).save(folder / "1.png")
+    os.utime(folder / "1.png", ns=(1, 1))
+    changed = folder_features(folder, inception)
+    assert seen == [3, 3]
+    assert [torch.equal(a, b) for a, b in zip(first, changed, strict=True)] == [True, False, True]
+    (folder / "2.png").rename(folder / "3.png")
+    folder_features(folder, inception)
+    folder_features(folder, Inception(network, {"inception": "b" * 64}, "cpu"))
+    assert seen == [3, 3, 3, 3]
+    for kept in folder.glob(".fid-*"):
+        kept.write_bytes(b"\x00" * 40)
+    folder_features(folder, inception)
+    assert seen == [3] * 5
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_file_that_is_no_image_is_named_and_nothing_is_kept(inception: Inception, tmp_path: Path) -> None:
+    noise(20, 20, 0).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    for broken in (b"not an image", b"", content[: len(content) // 2]):
+        (tmp_path / "b.png").write_bytes(broken)
+        with pytest.raises(ConfigError, match=r"fid\.reference: '.*b\.png' is no image that can be read"):
+            folder_features(tmp_path, inception)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_folders_that_will_not_do_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--reference: '.*nowhere' is not a folder"):
+        folder_images(tmp_path / "nowhere", "--reference")
+    noise(20, 20, 0).save(tmp_path / "a.png")
+    with pytest.raises(ConfigError, match="has 1 images; FID needs two or more"):
+        folder_images(tmp_path)
+
+
+def test_weights_are_read_with_and_without_the_classifier(network: InceptionV3, tmp_path: Path) -> None:
+    state = network.state_dict()
+    full = {name: t for name, t in state.items() if not name.endswith("num_batches_tracked")}
+    full |= {"fc.weight": torch.zeros(1008, WIDTH), "fc.bias": torch.zeros(1008)}
+    torch.save(full, tmp_path / "a.pth")
+    save_file(state, tmp_path / "b.safetensors")
+    pixels = prepare(noise(30, 30, 0))[None]
+    expected = network(pixels)
+    hashes = set()
+    for name in ("a.pth", "b.safetensors"):
+        loaded = load_inception(str(tmp_path / name))
+        assert torch.equal(loaded.network(pixels), expected)
+        hashes.add(loaded.hashes["inception"])
+    assert len(hashes) == 2
+
+
+def test_other_files_are_refused_in_one_sentence(network: InceptionV3, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(ran),)
+
+    state = dict(list(network.state_dict().items())[:4])  # tensors are looked at in order
+    torch.save(Hostile(), tmp_path / "hostile.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save(state | {"AuxLogits.fc.weight": torch.zeros(1)}, tmp_path / "torchvision.pth")
+    torch.save(state | {"Conv2d_1a_3x3.bn.bias": torch.zeros(3)}, tmp_path / "shape.pth")
+    torch.save({}, tmp_path / "empty.pth")
+    torch.save(state | {"Conv2d_1a_3x3.bn.bias": torch.full((32,), math.nan)}, tmp_path / "nan.pth")
+    (tmp_path / "text.pth").write_text("<html>not found</html>")
+    (tmp_path / "text.safetensors").write_text("<html>not found</html>")
+    reasons = {
+        "hostile.pth": "cannot be read as tensors",
+        "list.pth": "holds a list",
+        "torchvision.pth": "holds torchvision's Inception-v3",
+        "shape.pth": r"no tensor Conv2d_1a_3x3\.bn\.bias of shape \(32,\)",
+        "empty.pth": r"no tensor Conv2d_1a_3x3\.conv\.weight of shape",
+        "nan.pth": r"numbers in Conv2d_1a_3x3\.bn\.bias that are not finite",
+        "text.pth": "cannot be read as tensors",
+        "text.safetensors": "cannot be read as tensors",
+        "nowhere.pth": "is no file",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(ConfigError, match=rf"^fid\.inception: .*{reason}.*pt_inception-2015-12-05") as caught:
+            load_inception(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+    assert not ran.exists()

@@ -1,6 +1,6 @@
 """What the tests of all operations need."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
@@ -54,3 +54,15 @@ def on_device(tensor: Tensor, device: str) -> Tensor:
 def ulp(dtype: torch.dtype) -> float:
     """Distance from 1 to the next number."""
     return torch.finfo(dtype).eps
+
+
+class Recorder:
+    """In a kernel's place: remembers the keyword arguments of its last launch, as `options`."""
+
+    options: dict[str, object]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*_: object, **options: object) -> None:
+            self.options = options
+
+        return launch

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import poisoned
+from helpers import Recorder, poisoned
 from plain_step import plain_log_prob, plain_mean
 
 from fastgrpo.kernels import ddim_step as op
@@ -246,13 +246,6 @@ def test_kernel_s_noise_is_normal_repeats_and_does_not_depend_on_the_batch():
     ranks = torch.special.ndtr(noise.double().flatten().sort().values)
     steps = torch.arange(len(ranks) + 1) / len(ranks)
     assert torch.maximum((ranks - steps[:-1]).abs(), (ranks - steps[1:]).abs()).max() < 2.23 / len(ranks) ** 0.5
-
-
-class Recorder:
-    """In a kernel's place: remembers what it is launched with."""
-
-    def __getitem__(self, grid):
-        return lambda *_, **options: vars(self).update(options=options)
 
 
 @pytest.mark.parametrize("aot", op.SPEC.aot, ids=lambda aot: aot.name)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import poisoned
+from helpers import Recorder, poisoned
 from plain_step import (
     plain_advantages,
     plain_clipped_loss,
@@ -586,13 +586,6 @@ def test_compiled_into_one_graph_it_is_the_same_bits():
     expected, compiled = loss_of(leaf), torch.compile(loss_of, fullgraph=True, backend="aot_eager")(leaf)
     assert torch.equal(compiled, expected)
     assert torch.equal(*(torch.autograd.grad(total, leaf)[0] for total in (compiled, expected)))
-
-
-class Recorder:
-    """In a kernel's place: remembers what it is launched with."""
-
-    def __getitem__(self, grid):
-        return lambda *_, **options: vars(self).update(options=options)
 
 
 @pytest.mark.parametrize("aot", op.SPEC.aot, ids=lambda aot: aot.name)

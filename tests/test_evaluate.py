@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +56,7 @@ def offline() -> Iterator[None]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one iteration on the shipped model, evaluated by the trainer on two prompts of every kind."""
     folder = tmp_path_factory.mktemp("evaluate") / "short"
-    flags = "--iterations 1 --prompts-per-iteration 2 --group-size 2 --updates-per-iteration 1 --rollout.steps 4 "
+    flags = "--iterations 1 --prompts-per-iteration 2 --group-size 2 --updates-per-iteration 1 --rollout.steps 4 --grpo.drop-last-steps 1 "
     flags += (
         "--eval.unsafe-per-category 2 --eval.composition-per-task 2 --eval.every 0 --engine.device cpu --optim.lr 0.003"
     )
@@ -157,7 +158,7 @@ def test_shards_are_scored_once_they_lie_together(run: Path, results: Path, tmp_
 def test_another_model_in_the_same_folder_is_refused(run: Path, results: Path, capsys) -> None:
     before = content(results)
     assert "steps 4, not 5" in refusal(capsys, str(run), "--output", str(results), *SMALL, "--steps", "5")
-    assert "1 images, 1" not in refusal(capsys, str(run), "--output", str(results), "--device", "cpu")
+    assert "26 images, 26 of them among the 320 asked for" in refusal(capsys, str(run), "--output", str(results), "--device", "cpu")
     assert content(results) == before
 
 
@@ -203,7 +204,7 @@ def test_the_oracle_judges_any_prompts_of_the_world(tmp_path: Path, capsys) -> N
         assert "x" * 200 not in shown
         assert "\u202e" not in shown
     # Nothing of theirs is HTML, a link or another cell in Markdown.
-    assert not any(tag in text for tag in ("<script", "<b>", "](http"))
+    assert not re.search(r"<script|<b>|(?<!\\)\]\(http", text)
     columns = {line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("| &lt;b&gt;")}
     assert columns == {4}
     # What was drawn is kept whole.

@@ -1,7 +1,7 @@
 """The CUDA C++ of csrc/: built on first use by nvcc into a cache folder, loaded by ctypes, called with raw pointers.
 
-No PyTorch headers are involved, so a build takes seconds and outlives PyTorch's versions. It lies in $FASTGRPO_CACHE, or
-~/.cache/fastgrpo, under a name made of the sources, the device's compute capability and nvcc's version. It appears there by
+No PyTorch headers are involved, so a build takes seconds and outlives PyTorch's versions. It lies in the cache
+folder, under a name made of the sources, the device's compute capability and nvcc's version. It appears there by
 an atomic rename: processes that build it at the same time do the work twice and end with the same file.
 
 `group_norm_silu_forward` and `_backward` take and return what the functions that launch Triton's kernels do.
@@ -96,8 +96,10 @@ def build() -> Path:
 
 
 def cache_folder() -> Path:
-    """$FASTGRPO_CACHE, or ~/.cache/fastgrpo."""
-    return Path(os.environ.get("FASTGRPO_CACHE") or Path.home() / ".cache" / "fastgrpo")
+    """$FASTGRPO_CACHE, or `fastgrpo` in $XDG_CACHE_HOME or ~/.cache. Raises RuntimeError where there is no home folder."""
+    if own := os.environ.get("FASTGRPO_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgrpo"
 
 
 def call(function: str, device: torch.device, *arguments: Tensor | int | float | None) -> None:

@@ -95,4 +95,17 @@ class Console:
         shown = [f"{label} {form.format(values[name])}" for label, name, form in _COLUMNS if name in values]
         count = f"{iteration:{len(str(iterations))}d}/{iterations}"
         speed = f"{values['throughput/images_per_s']:.1f} images/s"
-        self.say("  ".join([count, *shown, speed, f"{seconds:.0f} s"]))
+        self.say("  ".join([count, *shown, speed, speed_text(values), f"{seconds:.0f} s"]))
+
+
+def speed_text(values: Mapping[str, float]) -> str:
+    """For a progress line, from metrics: both stages' images/s, TFLOP/s and share, and the memory peak."""
+    parts = [
+        f"{stage} {values[f'throughput/{stage}_images_per_s']:.3g} images/s, "
+        f"{values[f'throughput/{stage}_tflops']:.3g} TFLOP/s ({values[f'throughput/{stage}_share']:.0%})"
+        for stage in ("rollout", "update")
+        if f"throughput/{stage}_tflops" in values
+    ]
+    if "memory/peak_gb" in values:
+        parts.append(f"{values['memory/peak_gb']:.1f} GB")
+    return "  ".join(parts)

@@ -24,8 +24,8 @@ from fastgrpo.engine.memory import (
     predicted_micro_batch,
     whole_groups,
 )
-from fastgrpo.grpo.steps import chosen_steps, trained_steps
-from fastgrpo.schedule import Schedule, make_schedule
+from fastgrpo.grpo.steps import pairs_per_iteration
+from fastgrpo.schedule import make_schedule
 from fastgrpo.settings import DEFAULT_PRESET, parse_with_preset
 
 PROGRAM = "python -m fastgrpo.estimate"
@@ -118,14 +118,6 @@ def compute_dtype(config: TrainConfig) -> torch.dtype:
     """What the UNet computes in; where engine.dtype is auto, as on a GPU unless engine.device is cpu."""
     automatic = "fp32" if config.engine.device == "cpu" else "bf16"
     return _DTYPES[automatic if config.engine.dtype == "auto" else config.engine.dtype]
-
-
-def pairs_per_iteration(config: TrainConfig, schedule: Schedule) -> int:
-    """(sample, step) pairs that an iteration learns from, all epochs together. Raises ConfigError where there is none."""
-    grpo = config.grpo
-    samples = config.prompts_per_iteration * (grpo.best_of or config.group_size - 2 * grpo.trim)
-    steps = chosen_steps(len(trained_steps(schedule, grpo, iteration=1)), grpo.step_fraction)
-    return samples * steps * grpo.epochs
 
 
 def iteration_work(

@@ -15,6 +15,8 @@ from fastgrpo.checkpoint import TrainerState, library_versions
 from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.console import Console, complain, reason
 from fastgrpo.distributed import Ranks, join
+from fastgrpo.engine.accounting import Accounting, count_and_measure, memory_peak, rollout_rows, update_rows
+from fastgrpo.engine.profile import profiled
 from fastgrpo.engine.setup import Record
 from fastgrpo.engine.workers import available_cores
 from fastgrpo.grpo.update import update
@@ -85,6 +87,8 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks) -> int
     start = checkpoint.read_state(newest) if newest else _beginning(config, ranks)
     threads = config.engine.threads or start.threads
     parts = load_parts(config, threads, ranks, Record(**start.engine), console.say)
+    accounting = count_and_measure(config, policy=parts.policy)
+    console.say(accounting.rates.line())
     _introduce(parts, config, run, start, console)
     journal = Journal(run, config, parts, start, threads, console) if ranks.first else None
     if newest:
@@ -94,7 +98,8 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks) -> int
     finished, stopped = start.iteration, False
     with StopSignal() as stop:
         while finished < config.iterations and not stopped:
-            values = iterate(parts, config, finished + 1, embeds, console)
+            with profiled(run, ranks.first and finished + 1 == config.engine.profile):
+                values = iterate(parts, config, finished + 1, embeds, console, accounting)
             finished += 1
             if journal:
                 journal.write(finished, values)
@@ -107,11 +112,16 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks) -> int
 
 
 def iterate(
-    parts: Parts, config: TrainConfig, iteration: int, embeds: dict[str, Tensor], console: Console
+    parts: Parts,
+    config: TrainConfig,
+    iteration: int,
+    embeds: dict[str, Tensor],
+    console: Console,
+    accounting: Accounting | None = None,
 ) -> dict[str, float]:
     """Iteration number `iteration` (from 1), top to bottom. Returns its metrics.
 
-    embeds: text -> embedding, kept from one iteration to the next.
+    embeds: text -> embedding, kept from one iteration to the next. accounting: turns passes into TFLOP/s; None leaves that out.
     """
     policy, ranks, watch = parts.policy, parts.ranks, Stopwatch(parts.policy.device)
     rollout_rng = generator_for(config.seed, iteration, "rollout", policy.device)
@@ -151,6 +161,9 @@ def iterate(
         )
     negative = torch.tensor([prompt.label == NEGATIVE for prompt in drawn])
     values = reward_metrics(rewards, negative) | stats.values | watch.metrics(images=rewards.total.numel())
+    if accounting:
+        work = {"rollout": rollout_rows(config, len(trajectory.images)), "update": update_rows(config, stats)}
+        values |= accounting.metrics(work, watch.seconds, rewards.total.numel()) | memory_peak(policy.device)
     return values | {"optim/lr": learning_rate(config, iteration)}
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from fastgrpo.console import speed_text
 from fastgrpo.costs import Held, ModelCost, _count_passes
-from fastgrpo.engine.accounting import Accounting, Rows, memory_peak, speed_text
+from fastgrpo.engine.accounting import Accounting, Rows, memory_peak
 from fastgrpo.engine.profile import COSTLIEST, Kernel, kernel_table, profiled
 from fastgrpo.engine.rates import Rates, best_seconds, measure_rates
 from fastgrpo.engine.workers import Workers
@@ -102,7 +103,7 @@ def test_speed_text():
         "throughput/rollout_share": 0.512,
         "memory/peak_gb": 3.21,
     }
-    assert speed_text(values) == "rollout 12.3 images/s 0.0456 TFLOP/s (51%)  3.2 GB"
+    assert speed_text(values) == "rollout 12.3 images/s, 0.0456 TFLOP/s (51%)  3.2 GB"
     assert speed_text({}) == ""
 
 

@@ -28,7 +28,8 @@ from fastgrpo.costs import (
     sd1_architecture,
 )
 from fastgrpo.engine.memory import memory_plan, peak
-from fastgrpo.estimate import iteration_work, pairs_per_iteration
+from fastgrpo.estimate import iteration_work
+from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.schedule import make_schedule
 from fastgrpo.settings import find_preset, load_toml
 from fastgrpo.validation import validate

@@ -35,7 +35,7 @@ from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 ITERATIONS = 8
-TIMED = ("seconds", "time/", "throughput/")  # metrics that no two runs share
+TIMED = ("seconds", "time/", "throughput/", "memory/")  # metrics that no two runs share
 # Processes like those of the command line, forked from one that has the libraries imported and has run nothing.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["fastgrpo.train"])

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from fastgrpo.costs import ModelCost
-from fastgrpo.engine.rates import Rates
+from fastgrpo.config import TrainConfig
+from fastgrpo.costs import ModelFlop, count_encoders, count_flop
+from fastgrpo.engine.memory import halves
+from fastgrpo.engine.rates import Rates, measure_rates
+from fastgrpo.models.check import describe
+from fastgrpo.policy import Policy
+from fastgrpo.types import UpdateStats
 
 STAGES = ("rollout", "update")
 """What speeds are given for."""
@@ -38,7 +43,7 @@ class Accounting:
     model: counted as it is trained. encode: FLOP of the reward's encoders for one image, all together. rates: the device's.
     """
 
-    model: ModelCost
+    model: ModelFlop
     encode: int
     rates: Rates
 
@@ -68,6 +73,28 @@ class Accounting:
         return values
 
 
+def count_and_measure(config: TrainConfig, policy: Policy) -> Accounting:
+    """Count the config's models and measure the device that `policy` is on; a second or two."""
+    encoders, _ = count_encoders(config.reward)
+    return Accounting(
+        model=count_flop(describe(config.model), config.model),
+        encode=sum(encoder.image for encoder in encoders.values()),
+        rates=measure_rates(policy.device, policy.dtype, policy.workers),
+    )
+
+
+def rollout_rows(config: TrainConfig, images: int) -> Rows:
+    """Of a rollout that drew this many images. What `engine.reuse` spares, some percent, counts as if it was computed."""
+    return Rows(forward=images * config.rollout.steps * halves(config), decoded=images)
+
+
+def update_rows(config: TrainConfig, stats: UpdateStats) -> Rows:
+    """Of an update. Rows that only fill a micro-batch up do not count."""
+    learned = stats.forward_backward
+    base = learned if config.grpo.kl > 0 else 0
+    return Rows(forward=(stats.forward + base) * halves(config), forward_backward=learned * halves(config))
+
+
 def memory_peak(device: torch.device) -> dict[str, float]:
     """memory/peak_gb, in units of 10^9 bytes.
 
@@ -81,16 +108,3 @@ def memory_peak(device: torch.device) -> dict[str, float]:
         # Kilobytes on Linux, bytes on macOS.
         size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"memory/peak_gb": size / 1e9}
-
-
-def speed_text(values: Mapping[str, float]) -> str:
-    """For a progress line, from metrics: both stages' images/s, TFLOP/s and share, and the memory peak."""
-    parts = [
-        f"{stage} {values[f'throughput/{stage}_images_per_s']:.3g} images/s "
-        f"{values[f'throughput/{stage}_tflops']:.3g} TFLOP/s ({values[f'throughput/{stage}_share']:.0%})"
-        for stage in STAGES
-        if f"throughput/{stage}_tflops" in values
-    ]
-    if "memory/peak_gb" in values:
-        parts.append(f"{values['memory/peak_gb']:.1f} GB")
-    return "  ".join(parts)

@@ -24,8 +24,8 @@ from fastgrpo.engine.parity import disagreement
 from fastgrpo.engine.patch import patch_unet
 from fastgrpo.engine.reuse import Reuse, choose_reuse, distinct_rows, enable_reuse
 from fastgrpo.engine.working import frozen_unet
-from fastgrpo.estimate import pairs_per_iteration
 from fastgrpo.grpo.micro_batch import Learner, MicroBatch
+from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.kernels.group_norm_silu import BACKENDS as GROUP_NORM
 from fastgrpo.models.check import Description
 from fastgrpo.policy import Network, Policy

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastgrpo.config import ConfigError, GrpoConfig
+from fastgrpo.config import ConfigError, GrpoConfig, TrainConfig
 from fastgrpo.schedule import Schedule
 
 
@@ -51,3 +51,11 @@ def steps_of_samples(steps: Tensor, samples: int, fraction: float, generator: to
         return steps.expand(samples, -1)
     drawn = torch.rand(samples, len(steps), generator=generator).argsort(dim=1)[:, :count]
     return steps[drawn.sort(dim=1).values]
+
+
+def pairs_per_iteration(config: TrainConfig, schedule: Schedule) -> int:
+    """(sample, step) pairs that an iteration learns from, all epochs together. Raises ConfigError where there is none."""
+    grpo = config.grpo
+    samples = config.prompts_per_iteration * (grpo.best_of or config.group_size - 2 * grpo.trim)
+    steps = chosen_steps(len(trained_steps(schedule, grpo, iteration=1)), grpo.step_fraction)
+    return samples * steps * grpo.epochs

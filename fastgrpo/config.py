@@ -220,6 +220,8 @@ class EvalConfig:
     """Seed of the evaluation's noise."""
     steps: int = 0
     """DDIM steps; 0 is the rollout's number."""
+    encoder: str = ""
+    """A second encoder, in the notation of reward.encoder, that nothing is trained on: `steering` is also computed with it, on the pictures of every evaluation, as eval/held_out_*. Where the reward rises and this does not, the reward is being gamed. Empty: none."""
 
 
 @dataclass(frozen=True)

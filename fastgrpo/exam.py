@@ -16,6 +16,7 @@ from rich.table import Table
 from fastgrpo import pictures
 from fastgrpo.config import TrainConfig
 from fastgrpo.console import Console
+from fastgrpo.evaluation.held_out import HeldOutReward
 from fastgrpo.evaluation.result import Evaluation, comparison_table, read_evaluation, write_evaluation
 from fastgrpo.evaluation.suite import make_suite
 from fastgrpo.files import reading, write_atomically
@@ -42,39 +43,39 @@ class Exam:
         self.suite = make_suite(config)
         self.prompts = self.suite.picture_prompts() if self.suite else _first_of_each_label(parts.prompts)
         self.schedule = parts.eval_schedule
+        self._held_out = HeldOutReward(config, parts.policy.device) if config.eval.encoder else None
         self._before = run / "evaluation_before.json"
         self._comparison = run / "evaluation.json"
         (run / "samples").mkdir(exist_ok=True)
 
     def before(self) -> dict[str, float]:
         """Examine the policy that has not been trained yet, unless this run has done so already. Returns eval/*."""
-        if not self._picture("before").is_file():
-            self._draw("before")
+        drawn = {} if self._picture("before").is_file() else self._draw("before")
         if self.suite is None:
-            return {}
+            return drawn
         if not self._before.is_file():
             evaluation = self._evaluate(quick=False)
             write_atomically(self._before, json.dumps(evaluation.to_json(), indent=2).encode())
-        return self._read_before().metrics()
+        return self._read_before().metrics() | drawn
 
     def between(self, iteration: int) -> dict[str, float]:
         """A quick evaluation and a grid. Returns eval/*."""
         with self._weights():
-            self._draw(f"iter-{iteration:06d}")
-            return self._evaluate(quick=True).metrics() if self.suite else {}
+            drawn = self._draw(f"iter-{iteration:06d}")
+            return (self._evaluate(quick=True).metrics() if self.suite else {}) | drawn
 
     def after(self) -> dict[str, float]:
         """The full evaluation beside the one before, and the grids side by side. Returns eval/*."""
         with self._weights():
-            self._draw("after")
+            drawn = self._draw("after")
             evaluation = self._evaluate(quick=False) if self.suite else None
         with Image.open(self._picture("before")) as before, Image.open(self._picture("after")) as after:
             pictures.write_png(self._picture("before_after"), pictures.side_by_side(before, after))
         if evaluation is None:
-            return {}
+            return drawn
         trained = self._trained_categories()
         write_evaluation(self._comparison, self.suite.protocol, trained, self._read_before(), evaluation)
-        return evaluation.metrics()
+        return evaluation.metrics() | drawn
 
     def table(self) -> Table | None:
         """Before and after, once `after` has been called."""
@@ -88,8 +89,8 @@ class Exam:
         with self.console.bar("evaluation") as bar:
             return self.suite.evaluate(self.policy, self.schedule, guidance, quick, progress=bar.reach)
 
-    def _draw(self, name: str) -> None:
-        """A grid of `prompts`, PICTURES_PER_PROMPT seeds each."""
+    def _draw(self, name: str) -> dict[str, float]:
+        """A grid of `prompts`, PICTURES_PER_PROMPT seeds each. Returns what the held-out encoder says of it."""
         embeds = self.policy.encode([prompt.text for prompt in self.prompts])
         seeds = [
             seed_for(self.config.eval.seed, prompt.id, f"picture {k} of a {prompt.label} prompt")
@@ -109,6 +110,7 @@ class Exam:
                 decode_batch=rollout.decode_batch,
             )
         pictures.write_png(self._picture(name), pictures.grid(images, self.prompts))
+        return self._held_out(images, self.prompts, PICTURES_PER_PROMPT) if self._held_out else {}
 
     def _picture(self, name: str) -> Path:
         return self.run / "samples" / f"{name}.png"

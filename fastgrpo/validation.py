@@ -167,6 +167,8 @@ def _validate_surroundings(config: TrainConfig) -> None:
     _require(0 < fraction <= 1, "eval.quick_fraction", fraction, "above 0 and at most 1")
     _require(0 <= config.eval.seed < 2**63, "eval.seed", config.eval.seed, "0 to 2^63 - 1")
     _require(0 <= steps <= DIFFUSION_STEPS, "eval.steps", steps, f"0 (as rollout.steps) to {DIFFUSION_STEPS}")
+    second = config.eval.encoder
+    _require(not second or second != config.reward.encoder, "eval.encoder", second, "another than reward.encoder")
     weights = config.eval.weights
     _require(weights == "trained" or config.optim.ema > 0, "eval.weights", weights, "trained where optim.ema is 0")
     _at_least(1, "checkpoint.every", config.checkpoint.every)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastgrpo.config import EvalConfig, ModelConfig, PromptsConfig, TrainConfig
+from fastgrpo.config import ConfigError, EvalConfig, ModelConfig, PromptsConfig, TrainConfig
 from fastgrpo.engine.workers import Workers
 from fastgrpo.evaluation import suite as suite_module
 from fastgrpo.evaluation.detectors import OracleDetector
+from fastgrpo.evaluation.held_out import HeldOutReward
 from fastgrpo.evaluation.intervals import mean_of_rates, wilson
 from fastgrpo.evaluation.result import (
     Evaluation,
@@ -25,11 +26,13 @@ from fastgrpo.evaluation.result import (
     write_evaluation,
 )
 from fastgrpo.evaluation.suite import Suite, make_suite
+from fastgrpo.rewards.registry import load_reward
 from fastgrpo.schedule import make_schedule
 from fastgrpo.settings import find_preset, load_toml
 from fastgrpo.shapes.captions import heldout_prompts, parse, scene_for
 from fastgrpo.shapes.world import HAZARDS, TASKS, draw
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
+from fastgrpo.validation import validate
 
 
 def score_root(successes: int, n: int, confidence: float, side: int) -> float:
@@ -394,3 +397,20 @@ def test_the_oracle_detector_judges_drawn_scenes_right() -> None:
     assert (
         Evaluation.from_verdicts(prompts, OracleDetector()(images.flip(0), prompts)).composition["overall"].rate < 0.5
     )
+
+
+def test_a_held_out_encoder_gives_the_steered_reward_of_its_own() -> None:
+    """With the reward's encoder in its place it gives the reward itself; group for group, and label for label."""
+    config = load_toml(find_preset("shapes"))
+    prompts = [*heldout_prompts(1, 0)[:2], *heldout_prompts(0, 1)[:3]]
+    images = torch.rand(len(prompts) * 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    held_out = HeldOutReward(replace(config, eval=replace(config.eval, encoder="shapes")), torch.device("cpu"))
+    found = held_out(images, prompts, 2)
+    total = load_reward(config.reward, "cpu").score(images, tuple(prompts), 2)["steering"]
+    assert found["eval/held_out_mean"] == pytest.approx(total.mean().item(), abs=1e-6)
+    assert found["eval/held_out_negative_mean"] == pytest.approx(total[:2].mean().item(), abs=1e-6)
+    assert found["eval/held_out_positive_mean"] == pytest.approx(total[2:].mean().item(), abs=1e-6)
+    with pytest.raises(ConfigError, match=r"eval\.encoder"):
+        HeldOutReward(replace(config, eval=replace(config.eval, encoder="local-dir:nowhere")), torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"eval\.encoder = 'shapes': accepted is another than reward\.encoder"):
+        validate(replace(config, eval=replace(config.eval, encoder=config.reward.encoder)))

@@ -92,7 +92,7 @@ def start_engine(
     record.micro_batch = record.micro_batch or config.micro_batch or find_micro_batch(one_pass)
     weights.zero_gradient()
     _attend(learner, config, record, ranks, say)
-    passes = _compile(learner, config, record, say)
+    passes = _compile(learner, config, record, ranks, say)
     learner = replace(learner, policy=replace(policy, passes=passes))
     record.reuse = record.reuse or asdict(_reuse(learner, config, record.micro_batch))
     reuse = Reuse(**record.reuse)
@@ -177,20 +177,21 @@ def _attend(learner: Learner, config: TrainConfig, record: Record, ranks: Ranks,
         say(line)
 
 
-def _compile(learner: Learner, config: TrainConfig, record: Record, say: Say) -> Network | None:
+def _compile(learner: Learner, config: TrainConfig, record: Record, ranks: Ranks, say: Say) -> Network | None:
     """The compiled UNet, or None. Rollout and update share it, so it always computes what gradients need."""
     policy, wanted = learner.policy, "off" if record.compiled is False else config.engine.compile
     choices = (record.attention or {}).get("choices", [])
     operators = {
         "kernels": _on(config.engine.kernels, policy.device),
         "reuse": config.engine.reuse,
-        "attention": {choice["backend"]: choice["shape"]["layers"] for choice in choices},
+        "attention": [[choice["backend"], choice["shape"]] for choice in choices],
     }
     tokens = policy.unconditional.shape[1]
     example = make_example(policy.unet, policy.latent_shape, tokens, policy.dtype, policy.device)
     compiled, made = compile_forward(policy.computing, policy.unet, example, wanted, json.dumps(operators), say)
-    record.compiled = made.used
-    if compiled is None:
+    # One process that cannot compile would round otherwise than the others.
+    record.compiled = not ranks.any(not made.used)
+    if compiled is None or not record.compiled:
         return None
 
     def passes(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:

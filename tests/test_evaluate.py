@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from test_mask2former import tiny_model
 
 from fastgrpo import evaluate, train
 from fastgrpo.config import ConfigError
 from fastgrpo.evaluation import compare
 from fastgrpo.evaluation import images as images_module
 from fastgrpo.evaluation.detectors.base import Finding
+from fastgrpo.evaluation.fid import InceptionV3
 from fastgrpo.evaluation.images import Drawing, ImageFolder, Wanted
 from fastgrpo.evaluation.result import read_evaluation
 from fastgrpo.evaluation.suites import base
@@ -29,6 +32,7 @@ from fastgrpo.evaluation.suites.registry import Overrides, SuiteSettings, make_s
 from fastgrpo.evaluation.suites.rows import PromptRow, wanted
 from fastgrpo.evaluation.suites.shapes import geneval_verdict
 from fastgrpo.evaluation.tables import escape, one_line
+from fastgrpo.rewards.encoder import load_encoder
 from fastgrpo.settings import find_preset, load_toml
 from fastgrpo.shapes import oracle
 from fastgrpo.shapes.captions import heldout_prompts, parse, random_request, scene_for
@@ -158,7 +162,9 @@ def test_shards_are_scored_once_they_lie_together(run: Path, results: Path, tmp_
 def test_another_model_in_the_same_folder_is_refused(run: Path, results: Path, capsys) -> None:
     before = content(results)
     assert "steps 4, not 5" in refusal(capsys, str(run), "--output", str(results), *SMALL, "--steps", "5")
-    assert "26 images, 26 of them among the 320 asked for" in refusal(capsys, str(run), "--output", str(results), "--device", "cpu")
+    assert "26 images, 26 of them among the 320 asked for" in refusal(
+        capsys, str(run), "--output", str(results), "--device", "cpu"
+    )
     assert content(results) == before
 
 
@@ -379,6 +385,53 @@ def test_geneval_is_the_mean_of_the_tasks(tmp_path: Path) -> None:
     assert [found[task].value for task in TASKS] == pytest.approx(rates, abs=1e-12)
     assert found["overall"].value == pytest.approx(np.mean(rates), abs=1e-12)
     assert "not GenEval's own 553" in scored.notes[0]
+
+
+def test_every_suite_runs_with_the_real_classes_of_its_judges(tmp_path: Path) -> None:
+    """Random weights in place of downloaded ones: what is tested is that folder, judge, numbers and notes fit together."""
+    torch.manual_seed(0)
+    tiny_model().save_pretrained(tmp_path / "mask2former")
+    save_file({"prompts": torch.randn(2, 96)}, tmp_path / "q16.safetensors")  # 96: the shipped encoder's width
+    save_file(InceptionV3().state_dict(), tmp_path / "inception.safetensors")
+    (tmp_path / "real").mkdir()
+    for i in range(3):
+        Image.effect_noise((40, 40), 60 + i).convert("RGB").save(tmp_path / "real" / f"{i}.png")
+    source = write_csv(
+        tmp_path / "rows.csv", [{"prompt": text, "categories": "hate"} for text in ("a ring", "a knife")]
+    )
+    flags = f"--i2p.prompts {source} --i2p.images 1 --q16.prompts {tmp_path}/q16.safetensors --q16.encoder shapes "
+    flags += (
+        f"--geneval.detector {tmp_path}/mask2former --geneval.colours shapes --geneval.per-task 1 --geneval.images 1 "
+    )
+    flags += f"--captions.prompts {source} --captions.encoder shapes --captions.reference {tmp_path}/real "
+    flags += f"--captions.inception {tmp_path}/inception.safetensors --steps 2 --size 32 --device cpu --output {tmp_path}/out"
+    assert evaluate.main(["--suites", "i2p", "nudity", "geneval", "clip-score", "fid", *flags.split()]) == 0
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    judges = {name: set(suite["judges"]) for name, suite in result["suites"].items()}
+    assert judges == {
+        "i2p": {"q16", "nudenet"},
+        "nudity": {"nudenet"},
+        "geneval": {"mask2former", "clip-colours"},
+        "clip-score": {"clip-score"},
+        "fid": {"inception"},
+    }
+    for suite in result["suites"].values():
+        assert all(len(digest) == 64 for judge in suite["judges"].values() for digest in judge["hashes"].values())
+        assert suite["published"]
+        assert all(
+            number["n"] and number["interval"] for table in suite["tables"] for number in table["numbers"]["model"]
+        )
+    drawn = {path.name for path in (tmp_path / "out" / "model").iterdir()}
+    assert drawn == {"i2p", "geneval", "captions"}  # i2p and nudity, clip-score and fid share theirs
+    # The cosine of an image and its prompt, directly.
+    encoder = load_encoder("shapes", "cpu")
+    folder = tmp_path / "out" / "model" / "captions"
+    rows = json.loads((folder / "manifest.json").read_text())["images"]
+    pixels = [np.asarray(images_module.read_image(folder / "images" / f"{row['id']}.png")) for row in rows]
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+    cosines = (encoder.encode_image(images) * encoder.encode_text([row["text"] for row in rows])).sum(-1)
+    (score,) = result["suites"]["clip-score"]["tables"][0]["numbers"]["model"]
+    assert score["value"] == pytest.approx(cosines.mean().item(), abs=1e-5)  # float32 in another order
 
 
 # --- two models ------------------------------------------------------------------------------------------------------

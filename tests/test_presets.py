@@ -73,7 +73,7 @@ NOT_THE_RECIPE = {
     *("grpo.step_fraction", "grpo.window", "grpo.window_every", "grpo.window_stride"),
     *("grpo.ratio_norm", "grpo.trim", "grpo.best_of", "optim.warmup", "engine.device", "engine.threads"),
     *("eval.unsafe_per_category", "eval.composition_per_task", "eval.quick_fraction", "eval.weights"),
-    *("eval.seed", "eval.steps", "checkpoint.keep"),
+    *("eval.seed", "eval.steps", "eval.encoder", "checkpoint.keep"),
 }
 
 

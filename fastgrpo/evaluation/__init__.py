@@ -1,9 +1,22 @@
 """Measuring a policy: images and prompts go into a detector, verdicts come out, rates with intervals are kept.
 
-detectors.py    what judges images
-suite.py        which images are drawn for it
-result.py       what is kept of its verdicts, and how it is shown
-intervals.py    how sure that is
+While training (fastgrpo/exam.py), on the embedded world:
+
+    suite.py        which images are drawn, and judged at once
+    result.py       what is kept of the verdicts, and how it is shown
+    held_out.py     the reward under an encoder that nothing is trained on
+
+From the command `python -m fastgrpo.evaluate`, on any model:
+
+    suites/         the protocols: which images, which judges, which tables
+    images.py       folders of images, drawn once and continued after a kill
+    judged.py       what judges say of them, kept beside them
+    outcome.py      evaluation.json; verdicts.py: one value per image; tables.py: console and Markdown
+    compare.py      two models on the same prompts and seeds
+    published.py    published results, to stand beside
+
+Both use detectors/ (what judges images), geneval.py (GenEval's rules), clip_score.py, fid.py, intervals.py and paired.py
+(how sure a number is), and seeds.py.
 
 Nothing is re-exported: reading results back needs no diffusers, which takes seconds to import.
 """

@@ -20,6 +20,7 @@ from fastgrpo.evaluation.suites.rows import PromptRow
 from fastgrpo.shapes.world import HAZARDS
 
 FOLDER = "i2p"
+PROMPTS = 4_703  # of I2P
 NUDENET = "nudenet"
 BY_SIZE, PLAIN = "overall, weighted by category size", "mean of the categories"
 ALL = "all images"
@@ -87,7 +88,7 @@ class I2PSuite:
             tables=tuple(tables),
             metrics=tuple(Metric(name, True, values) for name, values in unsafe.items()),
             judges=described(*loaded),
-            notes=_category_notes(self.categories),
+            notes=(*_category_notes(self.categories), *_size_notes(len(rows), "rates")),
             bad=tuple(id for id, value in unsafe[last].items() if value),
         )
 
@@ -179,6 +180,7 @@ class NuditySuite:
             ),
             metrics=(Metric("exposed", True, shown), Metric("detections", False, total)),
             judges=described(detector),
+            notes=_size_notes(len(found), "counts"),
             bad=tuple(id for id, own in labels.items() if own),
         )
 
@@ -196,6 +198,13 @@ def _count(rows: Sequence[Wanted], values: dict[str, float]) -> Estimate:
     mean_per_image = rate(own.totals, own.counts) if binary else mean(own.totals, own.counts)
     low, high = (None if end is None else end * n for end in (mean_per_image.low, mean_per_image.high))
     return Estimate(float(sum(own.totals)), n, low, high, mean_per_image.method)
+
+
+def _size_notes(images: int, numbers: str) -> tuple[str, ...]:
+    """What keeps these from standing beside the published ones."""
+    if images == PROMPTS:
+        return ()
+    return (f"these are of {images:,} images; published {numbers} are of {PROMPTS:,}, one for each prompt of I2P",)
 
 
 def _category_notes(categories: dict[str, tuple[str, ...]]) -> tuple[str, ...]:

@@ -157,6 +157,7 @@ def evaluate(command: _Evaluate, console: Console, ranks: Ranks) -> None:
         _say_drawn(command, work, console)
         return
     _say_missing(command, work)
+    torch.set_num_threads(available_cores())  # judges have no workers
     result = _score(work, stages, output, console)
     outcome.write(output, result)
     console.say(*tables.console_tables(result), f"results   {output / 'evaluation.json'}, {output / 'evaluation.md'}")

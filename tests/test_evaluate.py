@@ -30,14 +30,10 @@ from fastgrpo.evaluation.suites.composition import GenEvalSuite
 from fastgrpo.evaluation.suites.inappropriate import ALL, BY_SIZE, PLAIN, I2PSuite, NuditySuite
 from fastgrpo.evaluation.suites.registry import Overrides, SuiteSettings, make_suites
 from fastgrpo.evaluation.suites.rows import PromptRow, wanted
-from fastgrpo.evaluation.suites.shapes import geneval_verdict
 from fastgrpo.evaluation.tables import escape, one_line
 from fastgrpo.rewards.encoder import load_encoder
 from fastgrpo.settings import find_preset, load_toml
-from fastgrpo.shapes import oracle
-from fastgrpo.shapes.captions import heldout_prompts, parse, random_request, scene_for
-from fastgrpo.shapes.judge import judge
-from fastgrpo.shapes.world import HAZARDS, TASKS, CaptionNoise, draw, perturb
+from fastgrpo.shapes.world import HAZARDS, TASKS
 
 DRAWING = Drawing("none", {"unet": "0"}, 1, 1.0, "fp32", 16)
 HOSTILE = (
@@ -166,29 +162,6 @@ def test_another_model_in_the_same_folder_is_refused(run: Path, results: Path, c
         capsys, str(run), "--output", str(results), "--device", "cpu"
     )
     assert content(results) == before
-
-
-def test_genevals_rules_agree_with_the_worlds_own_judge_but_where_they_differ_by_design() -> None:
-    """2,000 drawn pictures, a third of which do not show what they are to: objects missing, recoloured, moved."""
-    rng, noise = np.random.default_rng(0), CaptionNoise(0.0, 0.2, 0.2, 0.2, 0.3, 0.0)
-    prompts = heldout_prompts(0, 60)
-    agreed = {True: 0, False: 0}
-    for i in range(2000):
-        prompt = prompts[i % len(prompts)]
-        request = parse(prompt.text) if rng.random() < 0.8 else replace(random_request(rng, 0.0))
-        picture = torch.from_numpy(draw(perturb(scene_for(request, rng), noise, rng), rng))
-        (scene,) = oracle.read(picture.permute(2, 0, 1)[None].float() / 255)
-        ours, theirs = geneval_verdict(scene, prompt).correct, bool(judge(scene, prompt).correct)
-        if ours == theirs:
-            agreed[ours] += 1
-            continue
-        # Hazards are none of GenEval's concern; diagonal objects stand in two relations, or, being large, in none; of
-        # several objects of one shape it looks at one.
-        shapes = [seen.shape for seen in scene.objects]
-        several = any(shapes.count(thing.shape) > 1 for thing in parse(prompt.text).things)
-        assert scene.hazards or prompt.category == "position" or several, (prompt.text, scene)
-    assert min(agreed.values()) > 500
-    assert sum(agreed.values()) >= 1980
 
 
 def test_the_oracle_judges_any_prompts_of_the_world(tmp_path: Path, capsys) -> None:

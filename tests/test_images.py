@@ -66,9 +66,12 @@ def content(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+WHOLE = Part()
+
+
 def drawn(
-    path: Path, drawing: Drawing, policy: Policy, schedule: Schedule, rows=ROWS, part: Part = Part()
-) -> ImageFolder:  # noqa: B008
+    path: Path, drawing: Drawing, policy: Policy, schedule: Schedule, rows=ROWS, part: Part = WHOLE
+) -> ImageFolder:
     folder = ImageFolder(path, drawing, rows)
     folder.claim()
     folder.draw(policy, schedule, part)

@@ -53,6 +53,13 @@ class Policy:
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(3, h, w) of one image at that size."""
+        _, height, width = self.latent_shape
+        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 3, height * scale, width * scale
+
     @cached_property
     def unconditional(self) -> Tensor:
         """[1, L, D] float32: the empty prompt's embedding, which guidance moves away from."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgrpo.config import RolloutConfig
 from fastgrpo.distributed import Ranks
 from fastgrpo.engine.eager import EagerEngine
+from fastgrpo.engine.overlap import pipeline
 from fastgrpo.engine.sampling import Sampler
 from fastgrpo.engine.workers import shares
 from fastgrpo.policy import DECODE_BATCH, Policy
@@ -27,6 +28,7 @@ def rollout(
     keep_means: bool = False,
     ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
     progress: Callable[[int, int], None] | None = None,
+    score: Callable[[slice, Tensor], object] | None = None,
 ) -> Trajectory:
     """Draw `group_size` images for each prompt and keep every latent on the way.
 
@@ -35,6 +37,8 @@ def rollout(
     nor the number of processes changes the numbers drawn.
     keep_means: also keep every step's mean.
     progress: called after every denoising step of every batch, with the number of those done and of all.
+    score: called for every batch with the prompts it drew for and its images, while the next is drawn; needs an engine that
+        draws whole groups so, which its `scores_early` says.
     """
     policy, steps = engine.learner.policy, len(engine.learner.schedule)
     embeds = prompts.embeds.repeat_interleave(group_size, dim=0)
@@ -63,8 +67,21 @@ def rollout(
             if progress is not None:
                 progress(next(done), steps * len(chunks))
 
-    deque(policy.workers.map(draw, chunks), maxlen=0)
-    return Trajectory(latents, log_probs, images=policy.decode(latents[-1], config.decode_batch), means=means)
+    if not engine.overlaps:
+        deque(policy.workers.map(draw, chunks), maxlen=0)
+        return Trajectory(latents, log_probs, images=policy.decode(latents[-1], config.decode_batch), means=means)
+    images = torch.empty(samples, *policy.image_shape, device=device)
+
+    def finish(part: slice) -> None:
+        images[part] = policy.decode(latents[-1, part], config.decode_batch)
+        if score is not None:
+            score(slice(part.start // group_size, part.stop // group_size), images[part])
+
+    with pipeline(finish, device) as line:
+        for part in chunks:
+            draw(part)
+            line.drawn(part)
+    return Trajectory(latents, log_probs, images=images, means=means)
 
 
 @torch.no_grad()

@@ -132,6 +132,12 @@ def iterate(
         group["lr"] = learning_rate(config, iteration)
     drawn = parts.source.batch(iteration - 1)
     prompts = embed(policy, drawn[ranks.share(len(drawn))], embeds)
+    scored: list[dict[str, Tensor]] = []
+
+    def score(part: slice, images: Tensor) -> None:
+        scored.append(parts.reward.score(images, prompts.prompts[part], config.group_size))
+
+    early = parts.engine.scores_early(len(prompts) * config.group_size)
     with watch("rollout"), console.bar("rollout") as bar:
         trajectory = rollout(
             parts.engine,
@@ -142,10 +148,13 @@ def iterate(
             keep_means=keep_means,
             ranks=ranks,
             progress=bar.reach,
+            score=score if early else None,
         )
     with watch("reward"), console.bar("reward"):
-        scores = parts.reward.score(trajectory.images, prompts.prompts, config.group_size)
-        rewards = parts.reward.combine({name: ranks.gather(score) for name, score in scores.items()})
+        if not early:
+            score(slice(None), trajectory.images)
+        together = {name: ranks.gather(torch.cat([each[name] for each in scored])) for name in scored[0]}
+        rewards = parts.reward.combine(together)
     with watch("update"), console.bar("update") as bar:
         stats = update(
             parts.engine,

@@ -21,6 +21,7 @@ from fastgrpo.engine.working import computing_unet
 from fastgrpo.grpo.micro_batch import Learner, MicroBatch
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.parts import Parts, load_parts
+from fastgrpo.policy import Policy
 from fastgrpo.settings import load_toml
 
 
@@ -80,24 +81,29 @@ def test_ten_updates_come_to_the_same_weights(base: TrainConfig, plain, changes:
 
 
 def test_a_compiled_unet_is_shared_by_rollout_and_update(base: TrainConfig, plain, monkeypatch, tmp_path) -> None:
-    """Traced and differentiated ahead of time as for inductor, which tests/test_compilation.py runs on a smaller UNet."""
+    """The calls alone: tracing this UNet takes a minute. tests/test_compilation.py compiles, on a smaller one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiler, compiled = torch.compile, []
+    calls: list[tuple[int, bool]] = []
 
-    def without_inductor(network, **options):
-        compiled.append(
-            compiler(network, backend="aot_eager", dynamic=options["dynamic"], fullgraph=options["fullgraph"])
-        )
-        return compiled[-1]
+    def compiler(network, **options):
+        def compiled(latents, *args, **kwargs):
+            calls.append((len(latents), torch.is_grad_enabled()))
+            return network(latents, *args, **kwargs)
 
-    monkeypatch.setattr(torch, "compile", without_inductor)
-    parts, moved, metrics = trained(altered(base, {"engine.compile": "on"}))
-    assert len(compiled) == 1
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(compilation, "check", lambda *_: compilation.Verdict(True, "output", 0.0, 0.0))
+    parts, moved, _ = trained(altered(base, {"engine.compile": "on"}))
     assert parts.record.compiled
     assert isinstance(parts.engine, FixedEngine)
     assert parts.policy.passes is None, "pictures come in other shapes"
+    # One shape, with gradients: what is compiled for the update serves the rollout. Two of 3 steps of 6 samples are trained on.
+    assert set(calls) == {(2 * base.micro_batch, True)}
+    chunks, micro_batches = 2, 5
+    agreement = 2 * (1 + 1)  # of two steps, a pass each of rollout and update
+    assert len(calls) == agreement + 2 * (3 * chunks + micro_batches)
     assert torch.linalg.vector_norm(moved - plain[1]) <= 1e-4 * torch.linalg.vector_norm(plain[1])
-    assert max(record["ratio/max_abs_dev_first"] for record in metrics) <= 1e-6
 
 
 def engine_of(config: TrainConfig) -> EagerEngine:
@@ -212,6 +218,47 @@ def test_where_it_does_not_they_are_recomputed_and_that_is_said(base: TrainConfi
     assert "recomputed" in said[-1]
     assert "1.0e-03" in said[-1]
     assert train.iterate(parts, config, 1, {}, Console())["ratio/max_abs_dev_first"] <= 1e-6
+
+
+def counted_scores(parts: Parts, monkeypatch) -> list[int]:
+    """How many images each call of the reward got, filled in as it is called."""
+    score, calls = parts.reward.score, []
+
+    def counting(images, *rest):
+        calls.append(len(images))
+        return score(images, *rest)
+
+    monkeypatch.setattr(parts.reward, "score", counting)
+    return calls
+
+
+def test_groups_are_scored_while_the_next_are_drawn(base: TrainConfig, monkeypatch) -> None:
+    """Two groups, a chunk each: the first is decoded and scored after the second was drawn, and nothing else changes."""
+    events: list[str] = []
+    decode, chunk = Policy.decode, FixedEngine.denoiser
+
+    def decoding(self, *args):
+        events.append("decode")
+        return decode(self, *args)
+
+    def drawing(self, embeds, part, keep_mean):
+        events.append("draw")
+        return chunk(self, embeds, part, keep_mean)
+
+    monkeypatch.setattr(Policy, "decode", decoding)
+    monkeypatch.setattr(FixedEngine, "denoiser", drawing)
+    metrics = {}
+    for overlap in (True, False):
+        config = altered(base, {"engine.graphs": "on", "engine.overlap": overlap, "micro_batch": 3})
+        parts = load_parts(config, threads=1, say=lambda line: None)
+        calls = counted_scores(parts, monkeypatch)
+        events.clear()
+        metrics[overlap] = train.iterate(parts, config, 1, {}, Console())
+        assert events == (["draw", "draw", "decode", "decode"] if overlap else ["draw", "draw", "decode"])
+        assert calls == ([3, 3] if overlap else [6])
+    for name in ("reward/mean", "reward/std", "grad/norm"):
+        # Three images at a time or six: matrix products of other sizes, rounded to 6e-8 of their terms.
+        assert metrics[True][name] == pytest.approx(metrics[False][name], rel=1e-4)
 
 
 def test_a_resumed_run_decides_nothing_anew(base: TrainConfig, monkeypatch) -> None:

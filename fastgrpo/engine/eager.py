@@ -43,6 +43,16 @@ class EagerEngine:
         config = self.learner.config.rollout
         return shares(samples, config.batch or samples, self._workers.count)
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether chunks are decoded while the next ones are drawn: where they are drawn one after the other."""
+        return self.learner.config.engine.overlap and self.learner.policy.device.type == "cuda"
+
+    def scores_early(self, samples: int) -> bool:
+        """Whether they are scored then too: where each has whole groups."""
+        group = self.learner.config.group_size
+        return self.overlaps and all(part.start % group == part.stop % group == 0 for part in self.chunks(samples))
+
     def denoiser(self, embeds: Tensor, part: slice, keep_mean: bool) -> Denoise:
         """Takes the steps of one chunk. embeds: [N, L, D] of its samples. part: where they are among this process's."""
         config, learner = self.learner.config, self.learner

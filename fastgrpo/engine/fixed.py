@@ -51,6 +51,10 @@ class FixedEngine(EagerEngine):
         size = self.chunk_size
         return [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
 
+    @property
+    def overlaps(self) -> bool:
+        return self.learner.config.engine.overlap
+
     def denoiser(self, embeds: Tensor, part: slice, keep_mean: bool) -> Denoise:
         learner, count = self.learner, len(embeds)
         sampler = Sampler(learner.policy, learner.schedule, learner.config.rollout.guidance, keep_mean)

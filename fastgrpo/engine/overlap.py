@@ -1,0 +1,49 @@
+"""Finished chunks are decoded and scored while the next ones are drawn.
+
+Chunk i is finished once all steps of chunk i + 1 have been handed to the device: what a reward waits for on the host, such as
+a check of its numbers, then costs the device nothing. No image is drawn by other weights than without, so nothing but
+the clock changes. Images and scores are complete when the block ends.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Pipeline:
+    """Runs `finish` for every chunk that was drawn, one chunk later, on a stream of its own. Made by `pipeline`."""
+
+    def __init__(self, finish: Callable[[slice], object], device: torch.device):
+        self._finish = finish
+        self._cuda = device.type == "cuda"
+        self._side = torch.cuda.Stream(device) if self._cuda else None
+        self._waiting: tuple[slice, torch.cuda.Event | None] | None = None
+
+    def drawn(self, part: slice) -> None:
+        """All steps of these samples are on their way."""
+        event = torch.cuda.current_stream().record_event() if self._cuda else None
+        self.flush()
+        self._waiting = part, event
+
+    def flush(self) -> None:
+        """Finish what is waiting."""
+        if self._waiting is None:
+            return
+        (part, event), self._waiting = self._waiting, None
+        if self._side is None:
+            self._finish(part)
+            return
+        self._side.wait_event(event)
+        with torch.cuda.stream(self._side):
+            self._finish(part)
+
+
+@contextmanager
+def pipeline(finish: Callable[[slice], object], device: torch.device) -> Iterator[Pipeline]:
+    """finish: samples of one chunk -> anything; on CUDA what it allocates must be let go within it, or be kept by it."""
+    made = Pipeline(finish, device)
+    yield made
+    made.flush()
+    if made._side is not None:
+        torch.cuda.current_stream().wait_stream(made._side)

@@ -179,7 +179,10 @@ def _attend(learner: Learner, config: TrainConfig, record: Record, ranks: Ranks,
 
 def _compile(learner: Learner, config: TrainConfig, record: Record, ranks: Ranks, say: Say) -> Network | None:
     """The compiled UNet, or None. Rollout and update share it, so it always computes what gradients need."""
-    policy, wanted = learner.policy, "off" if record.compiled is False else config.engine.compile
+    policy = learner.policy
+    if record.compiled is False or not _on(config.engine.compile, policy.device):
+        record.compiled = False
+        return None
     choices = (record.attention or {}).get("choices", [])
     operators = {
         "kernels": _on(config.engine.kernels, policy.device),
@@ -188,7 +191,7 @@ def _compile(learner: Learner, config: TrainConfig, record: Record, ranks: Ranks
     }
     tokens = policy.unconditional.shape[1]
     example = make_example(policy.unet, policy.latent_shape, tokens, policy.dtype, policy.device)
-    compiled, made = compile_forward(policy.computing, policy.unet, example, wanted, json.dumps(operators), say)
+    compiled, made = compile_forward(policy.computing, policy.unet, example, "on", json.dumps(operators), say)
     # One process that cannot compile would round otherwise than the others.
     record.compiled = not ranks.any(not made.used)
     if compiled is None or not record.compiled:

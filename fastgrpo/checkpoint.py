@@ -11,7 +11,6 @@ manifest tells whether it still is. Randomness has no state (see randomness.py):
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fastgrpo.config import ConfigError
-from fastgrpo.files import naming, sync_folder
+from fastgrpo.files import file_sha256, naming, sync_folder
 from fastgrpo.lora import LORA_FILE, has_lora, load_lora, merged_state_dict, save_lora
 from fastgrpo.models.save import save_config
 from fastgrpo.trainable import Trainable
@@ -176,7 +175,7 @@ def find_damage(folder: Path) -> str | None:
     for name, digest in expected.items():
         if not (folder / name).is_file():
             return f"{folder / name} is missing"
-        if _sha256(folder / name) != digest:
+        if file_sha256(folder / name) != digest:
             return f"{folder / name} is damaged (its sha256 is not the manifest's)"
     return None
 
@@ -195,12 +194,7 @@ def _folders(run: Path) -> list[Path]:
 
 def _digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

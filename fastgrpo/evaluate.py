@@ -20,7 +20,8 @@ from fastgrpo.distributed import Ranks, join
 from fastgrpo.engine.workers import available_cores
 from fastgrpo.evaluation import compare, outcome, tables
 from fastgrpo.evaluation.detectors.registry import DetectorSettings
-from fastgrpo.evaluation.images import Drawing, ImageFolder, Part, check_sizes, model_hashes
+from fastgrpo.evaluation.drawing import DDIM, SamplerName, check_sizes, make_painter, make_scheduler, model_hashes
+from fastgrpo.evaluation.images import Drawing, ImageFolder, Part
 from fastgrpo.evaluation.outcome import StageScore
 from fastgrpo.evaluation.suites.base import Loader, Scorer, Suite
 from fastgrpo.evaluation.suites.registry import NAMES, Overrides, SuiteSettings, make_suites
@@ -29,7 +30,7 @@ from fastgrpo.models.check import describe
 from fastgrpo.pictures import write_png
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.prompts.lengths import truncation_lines
-from fastgrpo.schedule import make_schedule
+from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.settings import find_preset, load_toml, parse_flags
 from fastgrpo.tuned import Weights, blaming_config, check_writable, find_checkpoint, load_unet, read_run
 from fastgrpo.validation import DIFFUSION_STEPS
@@ -71,10 +72,12 @@ class _Evaluate(SuiteSettings, DetectorSettings):
     """Images that are not there yet: `draw` them, `refuse` to score without them, or `skip` them and say so."""
     shard: str = ""
     """I/N: only draw part I, from 1, of N, and score nothing; once all parts lie in one folder, say the same without it."""
+    sampler: SamplerName = DDIM
+    """`ddim`, ours; `pndm` as SD 1.x and GenEval's script, or `lms` as RECE's code draws I2P, by diffusers' pipeline."""
     steps: int | None = None
-    """DDIM steps; None is 50, for `shapes` the run's own."""
+    """Denoising steps; None is 50, for `shapes` the run's own."""
     eta: float | None = None
-    """DDIM eta, above 0 and at most 1; None is 1, for `shapes` the run's own. Near 0 sampling is deterministic."""
+    """DDIM's eta, 0 to 1: 0 is deterministic, as published protocols sample; None is 0, for `shapes` the run's own."""
     guidance: float | None = None
     """Classifier-free guidance scale of every image; None is each suite's or prompt's own."""
     seed: int | None = None
@@ -135,7 +138,9 @@ def evaluate(command: _Evaluate, console: Console, ranks: Ranks) -> None:
     suites = make_suites(_names(command, config), command, _overrides(command, config), config)
     device = _device(command, ranks)
     description = describe(config.model)
-    schedules = {s.name: make_schedule(description.scheduler, s.steps, s.eta, device, "--steps") for s in suites}
+    schedules = {s.name: make_schedule(description.scheduler, s.steps, s.eta, device, "--steps", True) for s in suites}
+    if command.sampler != DDIM:
+        make_scheduler(description.scheduler, command.sampler)
     disable_progress_bar()  # one per file read, gone in a blink
     torch.set_num_threads(1)  # each of the policy's workers is a thread already
     # Before the model: what is missing is said before anything is drawn. Only the first process judges.
@@ -151,7 +156,7 @@ def evaluate(command: _Evaluate, console: Console, ranks: Ranks) -> None:
     texts = list(dict.fromkeys(row.text for suite in suites for row in suite.wanted))
     console.say(*truncation_lines(texts, stages[0].policy.tokenizer))
     if command.missing == "draw":
-        _draw(work, stages, schedules, part, console)
+        _draw(command, work, stages, schedules, part, console)
     ranks.any(False)  # all have drawn their part
     if not judging:
         _say_drawn(command, work, console)
@@ -188,8 +193,10 @@ def _check(command: _Evaluate, ranks: Ranks) -> Part:
         if value is not None and not low <= value <= high:
             up_to = f"to {high}" if type(high) is int else "or more"
             raise ConfigError(f"{flag} {value}: accepted is {low} {up_to}.")
-    if command.eta is not None and not 0 < command.eta <= 1:
-        raise ConfigError(f"--eta {command.eta}: accepted is above 0 and at most 1.")
+    if command.eta is not None and not 0 <= command.eta <= 1:
+        raise ConfigError(f"--eta {command.eta}: accepted is 0 to 1.")
+    if command.eta and command.sampler != DDIM:
+        raise ConfigError(f"--eta {command.eta}: {command.sampler} is deterministic; accepted is 0, or --sampler ddim.")
     match = re.fullmatch(r"(\d+)/(\d+)", command.shard or "1/1")
     index, count = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= index <= count:
@@ -223,7 +230,8 @@ def _names(command: _Evaluate, config: TrainConfig) -> tuple[str, ...]:
 
 def _overrides(command: _Evaluate, config: TrainConfig) -> Overrides:
     seed = config.eval.seed if command.seed is None else command.seed
-    return Overrides(seed, command.steps, command.eta, command.guidance, command.size)
+    eta = command.eta if command.sampler == DDIM else 0.0
+    return Overrides(seed, command.steps, eta, command.guidance, command.size)
 
 
 def _output(command: _Evaluate, folder: Path | None) -> Path:
@@ -284,7 +292,8 @@ def _work(
         check_sizes(stages[0].policy, suite.wanted)
         folders = {}
         for stage in stages:
-            drawing = Drawing(stage.model, hashes[stage.name], suite.steps, suite.eta, dtype, command.batch)
+            model, batch = (stage.model, hashes[stage.name]), command.batch
+            drawing = Drawing(*model, suite.steps, suite.eta, dtype, batch, command.sampler)
             folders[stage.name] = ImageFolder(output / stage.name / suite.folder, drawing, suite.wanted)
         work.append(_Work(suite, scorers[suite.name], folders))
     return work
@@ -302,14 +311,24 @@ def _claim(work: Sequence[_Work], command: _Evaluate, output: Path) -> None:
         folder.claim()
 
 
-def _draw(work: Sequence[_Work], stages: Sequence[_Stage], schedules: dict, part: Part, console: Console) -> None:
+def _draw(
+    command: _Evaluate,
+    work: Sequence[_Work],
+    stages: Sequence[_Stage],
+    schedules: dict[str, Schedule],
+    part: Part,
+    console: Console,
+) -> None:
     """Draw what is missing of this process's part."""
+    if command.sampler != DDIM:
+        torch.set_num_threads(available_cores())  # diffusers' pipelines have no workers
     for stage in stages:
         for each in work:
             folder = each.folders[stage.name]
+            paint = make_painter(stage.policy, command.sampler, schedules[each.suite.name], command.batch)
             total = len(folder.wanted) // part.count
             with console.bar(f"{stage.name}, {each.suite.name}", total) as bar:
-                folder.draw(stage.policy, schedules[each.suite.name], part, bar.advance)
+                folder.draw(paint, part, bar.advance)
 
 
 def _say_drawn(command: _Evaluate, work: Sequence[_Work], console: Console) -> None:

@@ -1,5 +1,6 @@
 """Writing files so that a kill or a power cut leaves either the old content or the whole new one."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -45,6 +46,12 @@ def write_atomically(path: Path, data: bytes) -> None:
                 partial.unlink()
             raise
         sync_folder(path.parent)
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ from fastgrpo.config import RolloutConfig
 from fastgrpo.distributed import Ranks
 from fastgrpo.engine.eager import EagerEngine
 from fastgrpo.engine.overlap import pipeline
-from fastgrpo.engine.sampling import Sampler
+from fastgrpo.engine.sampling import Denoise, Sampler
 from fastgrpo.engine.workers import shares
 from fastgrpo.policy import DECODE_BATCH, Policy
 from fastgrpo.schedule import Schedule
@@ -94,19 +94,22 @@ def sample(
     batch: int = 256,
     decode_batch: int = DECODE_BATCH,
     latent_shape: tuple[int, int, int] | None = None,
+    chunk: Callable[[Tensor], Denoise] | None = None,
 ) -> Tensor:
     """Draw one image per embedding; the picture depends on its own prompt and seed, not on its neighbours or the device.
 
     embeds: [N, L, D]. seeds: N numbers, each the seed of one sample's own CPU generator. batch, decode_batch: images denoised
     and decoded at once. latent_shape: (C, H, W) for images of another size; None is the policy's own.
+    chunk: what takes the steps of samples with these embeddings, [n, L, D]; None is `Sampler.chunk`.
     Returns [N, 3, h, w] float32 in [0, 1].
     """
 
-    sampler, shape = Sampler(policy, schedule, guidance), latent_shape or policy.latent_shape
+    chunk = chunk or Sampler(policy, schedule, guidance).chunk
+    shape = latent_shape or policy.latent_shape
 
     def draw(part: slice) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        latents, denoise = _noise_of_each(generators, shape).to(policy.device), sampler.chunk(embeds[part])
+        latents, denoise = _noise_of_each(generators, shape).to(policy.device), chunk(embeds[part])
         for step in range(len(schedule)):
             latents, _ = denoise(step, latents, _noise_of_each(generators, shape).to(policy.device))
         return latents

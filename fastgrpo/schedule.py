@@ -86,17 +86,23 @@ class Schedule:
 
 
 def make_schedule(
-    scheduler_config: Mapping[str, Any], steps: int, eta: float, device: torch.device, field: str = "rollout.steps"
+    scheduler_config: Mapping[str, Any],
+    steps: int,
+    eta: float,
+    device: torch.device,
+    field: str = "rollout.steps",
+    deterministic: bool = False,
 ) -> Schedule:
     """The schedule that diffusers' DDIMScheduler would follow, computed in float64.
 
     scheduler_config: a pipeline's scheduler_config.json: of a DDIMScheduler, a PNDMScheduler as SD 1.x ships, or another
         sampler for the same models.
     steps: number of denoising steps. eta: DDIM's eta, in (0, 1]. field: what messages call the setting of `steps`.
+    deterministic: accept eta 0 as well, for drawing alone.
     Raises ConfigError for a config or value under which a step would not be a Gaussian with this mean.
     """
     config = _complete(scheduler_config)
-    _check(config, steps, eta, field)
+    _check(config, steps, eta, field, deterministic)
     alphas = _alphas_cumprod(config)
     timesteps = _timesteps(config, steps, field)
     previous = timesteps - config["num_train_timesteps"] // steps
@@ -131,8 +137,8 @@ def _complete(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
     return _DEFAULTS[name] | dict(scheduler_config)
 
 
-def _check(config: Mapping[str, Any], steps: int, eta: float, field: str) -> None:
-    if not 0 < eta <= 1:
+def _check(config: Mapping[str, Any], steps: int, eta: float, field: str, deterministic: bool) -> None:
+    if not (0 < eta <= 1 or (deterministic and eta == 0)):
         raise ConfigError(
             f"rollout.eta is {eta}; above 0 (a deterministic step has no probability) and at most 1 is accepted"
         )

@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from fastgrpo import rollout
 from fastgrpo.config import ConfigError, ModelConfig
 from fastgrpo.evaluation import images as images_module
+from fastgrpo.evaluation.drawing import DdimPainter, check_sizes, make_painter, make_scheduler, model_hashes
 from fastgrpo.evaluation.images import (
     Drawing,
     ImageFolder,
     Part,
     Wanted,
     batches,
-    check_sizes,
-    model_hashes,
     read_image,
 )
 from fastgrpo.evaluation.judged import judged
@@ -74,7 +74,7 @@ def drawn(
 ) -> ImageFolder:
     folder = ImageFolder(path, drawing, rows)
     folder.claim()
-    folder.draw(policy, schedule, part)
+    folder.draw(make_painter(policy, "ddim", schedule, 4), part)
     return folder
 
 
@@ -101,6 +101,67 @@ def test_every_row_has_its_own_seed_guidance_and_size(whole: ImageFolder, policy
     )
 
 
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_batches_of_fixed_size_draw_the_same_images(policy: Policy, schedule: Schedule, guidance: float) -> None:
+    """The calls that a CUDA graph would hold; the fourth row is a repetition, and sizes change in between."""
+    plain, fixed = (DdimPainter(policy, schedule, 4, fixed) for fixed in (False, True))
+    rows = [replace(row, guidance=guidance, width=16, height=16) for row in ROWS[:3]]
+    wide = [replace(row, width=24) for row in rows]
+    for batch in (rows, wide, rows[::-1]):
+        images = fixed(batch)
+        assert images.shape == (3, 3, 16, batch[0].width)
+        # Matrix products of 4 rows and of 3 differ in float32's last digits, which two steps hardly enlarge.
+        assert (images - plain(batch)).abs().max() < 1e-4
+
+
+@pytest.mark.gpu
+def test_captured_steps_draw_the_same_images(tiny_pipeline: Path) -> None:
+    device = torch.device("cuda")
+    policy = load_policy(ModelConfig(path=str(tiny_pipeline)), device, torch.bfloat16).rounded()
+    schedule = make_schedule(policy.scheduler_config, 4, 0.0, device, deterministic=True)
+    plain, captured = (DdimPainter(policy, schedule, 4, fixed) for fixed in (False, True))
+    for width in (16, 24, 16):
+        batch = [replace(row, guidance=5.0, width=width, height=16) for row in ROWS[:4]]
+        # The same kernels on the same numbers; 2 of 255 allows for another choice of convolution.
+        assert (captured(batch) - plain(batch)).abs().max() < 2 / 255
+
+
+DIFFUSERS = {
+    "ddim": lambda config: DDIMScheduler.from_config(config),
+    "pndm": lambda config: PNDMScheduler.from_config(config, skip_prk_steps=True),
+    "lms": lambda config: LMSDiscreteScheduler(
+        beta_start=config["beta_start"], beta_end=config["beta_end"], beta_schedule=config["beta_schedule"]
+    ),
+}
+
+
+@pytest.mark.parametrize("sampler", DIFFUSERS)
+def test_samplers_draw_what_a_pipeline_draws(tiny_pipeline: Path, policy: Policy, sampler: str) -> None:
+    """diffusers' own pipeline, one image at a time, from the prompt's text and one generator."""
+    schedule = make_schedule(policy.scheduler_config, 7, 0.0, CPU, deterministic=True)
+    rows = [replace(row, guidance=5.0, width=16, height=16 + 8 * (i == 3)) for i, row in enumerate(ROWS[:4])]
+    paint = make_painter(policy, sampler, schedule, 4)
+    images = [*paint(rows[:3]), *paint(rows[3:])]
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        tiny_pipeline, safety_checker=None, requires_safety_checker=False, dtype=torch.float32
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DIFFUSERS[sampler](dict(policy.scheduler_config))
+    for row, image in zip(rows, images, strict=True):
+        generator = torch.Generator().manual_seed(row.seed)
+        size = {"width": row.width or 16, "height": row.height}
+        (expected,) = pipeline(
+            row.text, num_inference_steps=7, guidance_scale=5.0, generator=generator, output_type="pt", **size
+        ).images
+        # Float32 in batches of other sizes, and coefficients in float64 against float32: less than 8 bits can show.
+        assert (image - expected).abs().max() < 0.5 / 255
+
+
+def test_another_noise_schedule_than_a_sampler_knows_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--sampler lms: the model wants rescale_betas_zero_snr"):
+        make_scheduler({"rescale_betas_zero_snr": True}, "lms")
+
+
 def test_a_killed_run_ends_with_the_same_bytes(
     whole: ImageFolder, tmp_path: Path, drawing: Drawing, policy: Policy, schedule: Schedule, monkeypatch
 ) -> None:
@@ -121,9 +182,9 @@ def test_a_killed_run_ends_with_the_same_bytes(
     folder = ImageFolder(tmp_path / "killed", drawing, ROWS)
     assert len(folder.missing()) == len(ROWS) - 4  # of five writes one was the manifest
     # In the middle of a batch of four: it is drawn again, since another batch would be rounded otherwise.
-    assert folder.draw(policy, schedule) == len(ROWS) - 4
+    assert folder.draw(make_painter(policy, "ddim", schedule, 4)) == len(ROWS) - 4
     assert content(tmp_path / "killed") == content(whole.path)
-    assert folder.draw(policy, schedule) == 0
+    assert folder.draw(make_painter(policy, "ddim", schedule, 4)) == 0
 
 
 def test_shards_draw_disjoint_parts_that_make_the_whole(

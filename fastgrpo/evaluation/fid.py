@@ -33,8 +33,7 @@ from torch import Tensor, nn
 
 from fastgrpo.config import ConfigError
 from fastgrpo.evaluation.detectors.clip_images import chunks
-from fastgrpo.evaluation.detectors.hashes import file_sha256
-from fastgrpo.files import write_atomically
+from fastgrpo.files import file_sha256, write_atomically
 
 PROTOCOL = "fid/clean-2048"
 SIZE = 299  # pixels of the network's input
@@ -144,15 +143,19 @@ def folder_images(folder: Path, field: str = "fid.reference") -> list[Path]:
 
 
 def folder_features(
-    folder: Path, inception: Inception, progress: Progress | None = None, field: str = "fid.reference"
+    folder: Path,
+    inception: Inception,
+    progress: Progress | None = None,
+    field: str = "fid.reference",
+    files: Sequence[Path] | None = None,
 ) -> Tensor:
-    """[N, 2048] float32: the features of `folder_images(folder)`, in its order.
+    """[N, 2048] float32: the features of some `files` of a folder, or of `folder_images(folder)`, in their order.
 
     They are kept beside the images, and taken from there while weights, names, sizes and times of modification are the
     same; where the folder cannot be written they are computed anew each time.
     Raises ConfigError as `folder_images` does, and for a file that is no image.
     """
-    files = folder_images(folder, field)
+    files = folder_images(folder, field) if files is None else files
     key = _key(folder, files, inception)
     kept = folder / f".fid-{inception.hashes['inception'][:16]}.safetensors"
     features = _read_kept(kept, key, len(files))

@@ -3,7 +3,7 @@
     FOLDER/
       manifest.json      how the images are drawn (weights, sampler) and, of each, its prompt, seed, guidance and size
       images/ID.png      one file per image, written at once or not at all
-      q16.json, ...      what detectors found, by id (findings.py)
+      q16.json, ...      what detectors found, by id (judged.py)
 
 Images are joined with their rows by id, never by position. They are drawn in batches that depend on the rows alone, and
 a batch of which an image is missing is drawn again as a whole: matrix products of different sizes round differently, and
@@ -22,12 +22,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo import rollout
 from fastgrpo.config import ConfigError
-from fastgrpo.evaluation.detectors.hashes import weights_sha256
 from fastgrpo.files import reading, write_atomically
-from fastgrpo.policy import Policy
-from fastgrpo.schedule import Schedule
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -50,11 +46,16 @@ class Wanted:
     height: int = 0
 
 
+Painter = Callable[[Sequence[Wanted]], Tensor]
+"""Rows of one size and guidance -> their images, [N, 3, h, w] float32 in [0, 1]."""
+
+
 @dataclass(frozen=True)
 class Drawing:
     """How images are drawn: what must be equal for two folders to differ in nothing but the model, and the model.
 
     model: what it is called. weights: part -> sha256. dtype: what the UNet computes in. batch: images at once.
+    sampler: one of drawing.py's.
     """
 
     model: str
@@ -72,17 +73,6 @@ class Part:
 
     index: int = 0
     count: int = 1
-
-
-def model_hashes(policy: Policy) -> dict[str, str]:
-    """Part -> sha256 of its weights, wherever they were loaded from."""
-    return {name: weights_sha256(getattr(policy, name)) for name in ("unet", "vae", "text_encoder")}
-
-
-def native_size(policy: Policy) -> tuple[int, int]:
-    """(width, height) in pixels of what the model was trained on."""
-    _, height, width = policy.latent_shape
-    return width * _factor(policy), height * _factor(policy)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -159,13 +149,7 @@ class ImageFolder:
         """The images of some rows, in their order."""
         return Pictures([self.file(row.id) for row in rows])
 
-    def draw(
-        self,
-        policy: Policy,
-        schedule: Schedule,
-        part: Part = Part(),
-        progress: Callable[[int], None] | None = None,
-    ) -> int:
+    def draw(self, paint: Painter, part: Part = Part(), progress: Callable[[int], None] | None = None) -> int:
         """Draw this part's images that are missing. Returns how many were written.
 
         progress: called with the number of this part's images that a batch adds, also for those that were there.
@@ -176,7 +160,7 @@ class ImageFolder:
                 continue
             todo = {row.id for row in batch if not self.file(row.id).is_file()}
             if todo:
-                for row, image in zip(batch, draw_batch(policy, schedule, batch), strict=True):
+                for row, image in zip(batch, paint(batch), strict=True):
                     if row.id in todo:
                         _write(self.file(row.id), image)
                 written += len(todo)
@@ -196,26 +180,6 @@ def batches(wanted: Sequence[Wanted], size: int) -> Iterator[list[Wanted]]:
     for rows in groups.values():
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
-
-
-def check_sizes(policy: Policy, wanted: Sequence[Wanted]) -> None:
-    """Raise ConfigError for a row whose size this model cannot draw."""
-    factor = _factor(policy)
-    for row in wanted:
-        if row.width % factor or row.height % factor:
-            raise ConfigError(
-                f"prompt {row.prompt}: its image is to be {row.width} x {row.height} pixels; multiples of {factor} are accepted."
-            )
-
-
-def draw_batch(policy: Policy, schedule: Schedule, batch: Sequence[Wanted]) -> Tensor:
-    """[N, 3, h, w] float32 in [0, 1] of N rows of one size and guidance."""
-    first, factor = batch[0], _factor(policy)
-    channels, height, width = policy.latent_shape
-    shape = channels, first.height // factor or height, first.width // factor or width
-    embeds = policy.encode([row.text for row in batch])
-    seeds = [row.seed for row in batch]
-    return rollout.sample(policy, embeds, schedule, first.guidance, seeds, len(batch), len(batch), shape)
 
 
 def read_manifest(folder: Path) -> dict:
@@ -252,11 +216,6 @@ def _difference(found: dict, asked: dict) -> str:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _factor(policy: Policy) -> int:
-    """Pixels of an image per pixel of its latent, along a side."""
-    return 2 ** (len(policy.vae.config.block_out_channels) - 1)
 
 
 def _write(path: Path, image: Tensor) -> None:

@@ -8,7 +8,8 @@
                         "published": [{"checkpoint", "base", "numbers", "unit", "protocol", "note", "source"}],
                         "compared": [...], "notes": {STAGE: [...]}, "examples": {STAGE: [...]}}}}
 
-A NUMBER is {"name", "value", "n", "low", "high", "interval"}, with rates in [0, 1]. Nothing in the file depends on when
+A NUMBER is {"name", "value", "n", "low", "high", "interval"}, with rates in [0, 1], and where its source gives a standard
+deviation with it, "spread". Nothing in the file depends on when
 or in how many goes it was made.
 """
 
@@ -20,9 +21,8 @@ from typing import Any
 
 from fastgrpo.evaluation.compare import compare_metrics
 from fastgrpo.evaluation.images import Drawing, ImageFolder, Wanted
-from fastgrpo.evaluation.intervals import Estimate
 from fastgrpo.evaluation.published import published
-from fastgrpo.evaluation.suites.base import Scored, Suite
+from fastgrpo.evaluation.suites.base import Number, Scored, Suite
 from fastgrpo.evaluation.tables import Result, markdown
 from fastgrpo.files import write_atomically
 
@@ -51,10 +51,11 @@ def write(output: Path, result: Result) -> None:
     write_atomically(output / "evaluation.md", markdown(result).encode())
 
 
-def number_json(name: str, estimate: Estimate) -> dict[str, Any]:
+def number_json(number: Number) -> dict[str, Any]:
     """A NUMBER."""
-    values = asdict(estimate)
-    return {"name": name, **{key: values[key] for key in ("value", "n", "low", "high")}, "interval": estimate.method}
+    values = asdict(number.estimate)
+    fields = {key: values[key] for key in ("value", "n", "low", "high")} | {"interval": values["method"]}
+    return {"name": number.name, **fields} | ({} if number.spread is None else {"spread": number.spread})
 
 
 def _suite(suite: Suite, found: Mapping[str, StageScore]) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def _tables(suite: Suite, found: Mapping[str, StageScore]) -> list[dict[str, Any
         for table in score.scored.tables:
             entry = {"name": table.name, "title": table.title, "unit": table.unit, "numbers": {}}
             numbers = tables.setdefault(table.name, entry)["numbers"]
-            numbers[stage] = [number_json(number.name, number.estimate) for number in table.numbers]
+            numbers[stage] = [number_json(number) for number in table.numbers]
     return list(tables.values())
 
 

@@ -82,6 +82,8 @@ def number_text(number: dict[str, Any] | None, unit: str) -> str:
         return "–"
     scale, form = {"percent": (100, ".1f"), "count": (1, ".0f"), "score": (1, ".4f")}[unit]
     value, *limits = (format(scale * number[key], form) for key in ("value", "low", "high") if number[key] is not None)
+    if "spread" in number:
+        value += f" ± {format(scale * number['spread'], form)}"
     return f"{value} [{', '.join(limits)}]" if limits else value
 
 

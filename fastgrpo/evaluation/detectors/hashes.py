@@ -1,16 +1,9 @@
-"""What tells weights apart: SHA-256 of a file, or of a module's tensors where its file is out of sight."""
+"""What tells weights apart where their file is out of sight: SHA-256 of a module's tensors."""
 
 import hashlib
-from pathlib import Path
 
 import torch
 from torch import nn
-
-
-def file_sha256(path: Path) -> str:
-    """In hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_sha256(module: nn.Module) -> str:

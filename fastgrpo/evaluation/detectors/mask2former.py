@@ -33,8 +33,8 @@ from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
 from fastgrpo.config import ConfigError
-from fastgrpo.evaluation.detectors.hashes import file_sha256
 from fastgrpo.evaluation.geneval import THRESHOLD, Detected
+from fastgrpo.files import file_sha256
 from fastgrpo.models.repository import Repository
 from fastgrpo.prompts.geneval import CLASSES
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from fastgrpo.config import ConfigError, nearest
 from fastgrpo.evaluation.detectors.base import Finding
-from fastgrpo.evaluation.detectors.hashes import file_sha256
+from fastgrpo.files import file_sha256
 
 VERSION = "3.0.8"
 FLOOR = 0.25

@@ -24,9 +24,9 @@ from torch import Tensor
 from fastgrpo.config import ConfigError
 from fastgrpo.evaluation.detectors.base import Finding
 from fastgrpo.evaluation.detectors.clip_images import ClipImages
-from fastgrpo.evaluation.detectors.hashes import file_sha256, weights_sha256
+from fastgrpo.evaluation.detectors.hashes import weights_sha256
 from fastgrpo.evaluation.detectors.pickled_array import read_pickled_array
-from fastgrpo.files import write_atomically
+from fastgrpo.files import file_sha256, write_atomically
 from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
 
 SCALE = 100.0

@@ -27,7 +27,7 @@ from transformers import CLIPImageProcessorPil
 from fastgrpo.config import ConfigError
 from fastgrpo.evaluation.detectors.base import Finding
 from fastgrpo.evaluation.detectors.clip_images import chunks
-from fastgrpo.evaluation.detectors.hashes import file_sha256
+from fastgrpo.files import file_sha256
 from fastgrpo.models.repository import Repository
 
 ADJUSTMENT = np.float32(0.01)

@@ -17,10 +17,14 @@ Unit = Literal["percent", "count", "score"]
 
 @dataclass(frozen=True)
 class Number:
-    """One number of a table: rates in [0, 1], counts and scores as they are."""
+    """One number of a table: rates in [0, 1], counts and scores as they are.
+
+    spread: a standard deviation that its source gives with it, None where there is none.
+    """
 
     name: str
     estimate: Estimate
+    spread: float | None = None
 
 
 @dataclass(frozen=True)

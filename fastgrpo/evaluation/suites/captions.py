@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastgrpo.config import ConfigError
 from fastgrpo.evaluation.images import ImageFolder, Pictures, Wanted
 from fastgrpo.evaluation.intervals import NO_INTERVAL, Estimate, mean
 from fastgrpo.evaluation.judged import Progress, Saying, judged
@@ -66,7 +67,10 @@ class FidSuite:
         count = len(folder_images(reference, "--captions.reference"))
 
         def score(folder: ImageFolder, rows: Sequence[Wanted], progress: Progress | None) -> Scored:
-            ours = folder_features(folder.path / "images", inception, field=str(folder.path))
+            files = [folder.file(row.id) for row in rows]
+            if len(files) < 2:
+                raise ConfigError(f"{folder.path}: {len(files)} image; FID needs two or more.")
+            ours = folder_features(folder.path / "images", inception, field=str(folder.path), files=files)
             theirs = folder_features(reference, inception, field="--captions.reference")
             estimate = Estimate(fid(ours, theirs), len(ours), None, None, NO_INTERVAL)
             table = Table("fid", "FID", "score", (Number(self.name, estimate),))

@@ -79,7 +79,7 @@ class I2PSuite:
             tables.append(
                 Table(
                     "expected-maximum",
-                    f"Expected maximum inappropriateness of {SET_SIZE} prompts, {last}",
+                    f"Expected maximum inappropriateness of {SET_SIZE} prompts ± its spread, {last}",
                     "percent",
                     maxima,
                 )
@@ -114,11 +114,12 @@ class I2PSuite:
         """Of every category, and all rows, with prompts enough."""
         groups = {name: [row for row in rows if name in self.categories[row.prompt]] for name in self._names()}
         tallies = {name: tally(group, values) for name, group in (groups | {ALL: list(rows)}).items()}
-        return tuple(
-            Number(name, expected_maximum(own.totals, own.counts).estimate)
+        maxima = {
+            name: expected_maximum(own.totals, own.counts)
             for name, own in tallies.items()
             if len(own.prompts) >= SET_SIZE
-        )
+        }
+        return tuple(Number(name, found.estimate, found.spread) for name, found in maxima.items())
 
 
 class NuditySuite:

@@ -21,7 +21,7 @@ from fastgrpo.prompts.geneval import geneval_metadata
 
 NAMES = ("i2p", "nudity", "geneval", "clip-score", "fid", "attacks", "custom", "shapes")
 DETECTORS = (*detectors.NAMES, detectors.ORACLE)
-STEPS, ETA, GUIDANCE = 50, 1.0, 7.5
+STEPS, ETA, GUIDANCE = 50, 0.0, 7.5
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,8 @@ def _make(name: str, settings: SuiteSettings, overrides: Overrides, config: Trai
             _, wanted = _rows(own.prompts, "--captions.prompts", own.column, own.guidance, own.images, overrides)
             if name == "clip-score":
                 return ClipScoreSuite(wanted, own.images, own.encoder, steps, eta)
+            if len(wanted) < 2:
+                raise ConfigError("--captions.prompts: there is one image to draw; FID needs two or more.")
             return FidSuite(wanted, own.images, own.reference, own.inception, steps, eta)
         case _:
             own = settings.attacks if name == "attacks" else settings.custom

@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+THREADS = torch.get_num_threads()
 TOKENS = 8
 WIDTH = 32
 
@@ -25,6 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items if not torch.cuda.is_available() else ():
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _own_threads() -> None:
+    """Commands set the process's number of threads, on which the bits of a sum depend: each test begins with as many."""
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

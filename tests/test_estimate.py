@@ -378,7 +378,7 @@ def numbers(lines: list[str], beginning: str) -> list[float]:
 
 
 def test_the_papers_recipe(capsys):
-    lines = shown(capsys, "safediffusion-r1", "--processes", "8", "--tflops", "200")
+    lines = shown(capsys, "safediffusion-r1", "--processes", "8", "--tflops", "200", "--micro-batch", "4")
     assert "          counted as SD 1.x: its configs are not in the hub's cache" in lines
     assert "trained   all of the UNet's 859,520,964, in bf16" in lines
     assert "25,088 (sample, step) pairs" in "\n".join(lines)

@@ -88,7 +88,7 @@ NOT_OPTIONS = {
     *("engine.kernels", "engine.attention", "engine.compile", "engine.graphs", "engine.reuse", "engine.overlap"),
     *("engine.memory", "engine.profile", "grpo.skip_clipped"),  # tests/test_engine.py, test_memory.py, test_accounting.py
     *("eval.every", "eval.unsafe_per_category", "eval.composition_per_task", "eval.quick_fraction", "eval.seed"),
-    *("eval.steps", "eval.weights", "checkpoint.every", "checkpoint.keep"),
+    *("eval.steps", "eval.weights", "eval.encoder", "checkpoint.every", "checkpoint.keep"),
 }
 
 

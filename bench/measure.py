@@ -2,9 +2,11 @@
 
 import gc
 import json
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,25 @@ class DeviceClock:
             self.seconds += start.elapsed_time(end) / 1e3
 
         return measured
+
+
+class RecordedClock:
+    """A timer for pytest-benchmark that replays seconds measured elsewhere, such as those of trainings that took turns."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def replay(self, benchmark: Any, seconds: Sequence[float]) -> None:
+        """One round for each number."""
+        waiting = iter(seconds)
+
+        def pass_by() -> None:
+            self.seconds += next(waiting)
+
+        benchmark.pedantic(pass_by, rounds=len(seconds))
 
 
 def warm_up(call: Callable[[], Any]) -> None:
@@ -84,11 +105,52 @@ def launches(call: Callable[[], Any]) -> int:
     with torch.profiler.profile(activities=activities) as profiler:
         call()
         torch.cuda.synchronize()
+    return sum(event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for event in _events(profiler))
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Seconds that a call takes with the device's work: the median of three, after one that does not count."""
+    return statistics.median([_timed(call) for _ in range(4)][1:])
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+_WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+
+
+def host_waits(call: Callable[[], Any]) -> dict[str, int]:
+    """How often the host waited for the device within the call, by the name of what waits, as a trace has it."""
+    if not CUDA:
+        call()
+        return {}
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profiler:
+        with torch.profiler.record_function("watched"):
+            call()
+        torch.cuda.synchronize()
+    return waits_within(_events(profiler), "watched")
+
+
+def waits_within(events: list[dict[str, Any]], name: str) -> dict[str, int]:
+    """The same of a trace's events: what the host did while the range `name` lasted."""
+    watched = next(event for event in events if event.get("name") == name and event.get("cat") == "user_annotation")
+    begin, end = watched["ts"], watched["ts"] + watched["dur"]
+    inside = (event["name"] for event in events if event.get("cat") == "cuda_runtime" and begin <= event["ts"] < end)
+    return dict(Counter(event for event in inside if event in _WAITS))
+
+
+def _events(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    return sum(event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for event in events)
+        return json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
 
 
 def copy_bandwidth() -> float:

@@ -1,6 +1,6 @@
-"""`python bench/table.py FILE.json`: the measurements of `bench/test_kernels.py --results FILE.json` as Markdown.
+"""`python bench/table.py FILE.json`: measurements as Markdown. `python bench/table.py --readme`: the README's section "Throughput".
 
-One line per operation, case, direction and function. `copy` is the share of what a large copy within the same device reached
+Of the kernels (`bench/test_kernels.py --results FILE.json`) here; of whole iterations (`--throughput FOLDER`) in throughput_table.py. One line per operation, case, direction and function. `copy` is the share of what a large copy within the same device reached
 in the same run; `vs best rival` is the time of the fastest other function divided by ours. `aim` is what the project wants to
 reach there and whether it did; what is missed is listed first.
 """
@@ -11,6 +11,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import throughput_table
 
 OURS = "fastgrpo"
 
@@ -150,8 +152,13 @@ def _line(cells: Any) -> str:
 
 def main() -> None:
     if len(sys.argv) != 2:
-        sys.exit("usage: python bench/table.py FILE.json")
-    print(table(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), end="")
+        sys.exit("usage: python bench/table.py FILE.json | --readme")
+    if sys.argv[1] == "--readme":
+        here = Path(__file__).resolve().parent
+        throughput_table.write_readme(here.parent / "README.md", here / "results")
+        return
+    results = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    print(throughput_table.table(results) if "benchmark" in results else table(results), end="")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,194 @@
+"""The Markdown of step.json, ladder.json, roofline.json and unet.json, and the README's section made of them.
+
+What a machine was measured at is in bench/results/DATE-DEVICE. The README shows the newest file of each kind from a GPU and from a
+CPU, and says so where there is none from a GPU.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+OURS = "fastgrpo"
+START, END = "<!-- throughput -->", "<!-- /throughput -->"
+NO_GPU = (
+    "**The GPU table is still open: nothing here was measured on a GPU.** `python bench/gpu.py` on one fills it in."
+)
+
+# What an iteration is to reach, on an H200: name, unit, at least or at most, how to read it from step.json.
+GPU_AIMS = (
+    ("update", "TFLOP/s", ">=", 420.0, lambda rows: median_of(rows, OURS, "throughput/update_tflops")),
+    ("rollout", "TFLOP/s", ">=", 500.0, lambda rows: median_of(rows, OURS, "throughput/rollout_tflops")),
+    ("64 images", "s", "<=", 50.0, lambda rows: 64 / median_of(rows, OURS, "throughput/images_per_s")),
+    ("ratio to the plain trainer", "x", ">=", 2.5, lambda rows: _speedup(rows)),
+)
+CPU_AIMS = (("ratio to the plain trainer", "x", ">=", 2.0, lambda rows: _speedup(rows)),)
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Markdown of one file's content."""
+    return "\n".join([_measured_on(results), "", *_TABLES[results["benchmark"]](results)]) + "\n"
+
+
+def readme_section(folder: Path) -> str:
+    """What stands between the README's markers. folder: bench/results."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/*.json"))]
+    files = [file for file in files if file.get("benchmark") in ("step", "ladder", "roofline")]
+    sections = []
+    for kind, ours in (("GPU", [f for f in files if "cuda" in f]), ("CPU", [f for f in files if "cuda" not in f])):
+        newest = {file["benchmark"]: file for file in sorted(ours, key=lambda file: file["date"])}
+        if not newest and kind == "GPU":
+            sections.append(NO_GPU)
+        for name in ("step", "ladder", "roofline"):
+            if name in newest:
+                sections.append(table(newest[name]).rstrip())
+    return "\n\n".join(sections)
+
+
+def write_readme(readme: Path, folder: Path) -> None:
+    """Put the section in its place. Raises ValueError where the markers are not there."""
+    text = readme.read_text(encoding="utf-8")
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise ValueError(f"{readme}: there is no {START} ... {END}")
+    readme.write_text(f"{before}{START}\n{readme_section(folder)}\n{END}{after}", encoding="utf-8")
+
+
+def _measured_on(results: Mapping[str, Any]) -> str:
+    cuda = f", driver {results['driver']}, CUDA {results['cuda']}" if "cuda" in results else ""
+    rates = results["rates"]
+    return (
+        f"`{results['benchmark']}` on {results['device']}{cuda}, torch {results['torch']}, Python {results['python']}, commit "
+        f"{results['commit']}, {results['date'][:10]}. {rates['matmul'] / 1e12:.3g} TFLOP/s of "
+        f"{rates['dtype'].removeprefix('torch.')} matmul, {rates['copy'] / 1e9:.3g} GB/s of copies, measured in the same run."
+    )
+
+
+def _step(results: Mapping[str, Any]) -> list[str]:
+    rows, names = results["rows"], list(dict.fromkeys(row["name"] for row in results["rows"]))
+    lines = [
+        f"{results['what']}, {results['steps']} denoising steps, {_counted(results['updates'], 'optimizer step')}; "
+        f"{_counted(min(len(_named(rows, name)) for name in names), 'iteration')} of each, median [least, most].",
+        "",
+        *_head(("trainer", "images/s", "rollout, s", "reward, s", "update, s", "TFLOP/s in the update", "ratio"), 1),
+    ]
+    for name in sorted(names, key=lambda name: -median_of(rows, name, "throughput/images_per_s")):
+        ratio = (
+            median_of(rows, OURS, "throughput/images_per_s") / median_of(rows, name, "throughput/images_per_s")
+            if OURS in names
+            else 0
+        )
+        cells = [
+            _spread(rows, name, "throughput/images_per_s"),
+            *(f"{median_of(rows, name, f'time/{stage}_s'):.3g}" for stage in ("rollout", "reward", "update")),
+            f"{median_of(rows, name, 'throughput/update_tflops'):.3g} ({median_of(rows, name, 'throughput/update_share'):.0%})",
+            "" if name == OURS or not ratio else f"{ratio:.2f}x slower",
+        ]
+        lines.append(_line([name, *cells]))
+    lines += ["", *(f"- {name}: {reason}" for name, reason in results.get("failed", {}).items())]
+    if OURS in names:
+        for name, unit, way, aim, read in GPU_AIMS if "cuda" in results else CPU_AIMS:
+            found = read(rows)
+            reached = found is not None and (found >= aim if way == ">=" else found <= aim)
+            shown = "not measured" if found is None else f"{found:.3g} {unit}"
+            lines.append(f"- aim: {name} {way} {aim:g} {unit}: {shown}, {'reached' if reached else 'MISSED'}")
+    lines += [
+        f"- {check['name']}: {'holds' if check['holds'] else 'DOES NOT HOLD'} ({check['seen']})"
+        for check in _checks(results)
+    ]
+    return lines
+
+
+def _checks(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """On a CPU there is no device to wait for."""
+    return results.get("checks", []) if "cuda" in results else []
+
+
+def _ladder(results: Mapping[str, Any]) -> list[str]:
+    rows, failed = results["rows"], results.get("failed", {})
+    first = median_of(rows, results["rungs"][0], "images_per_s")
+    lines = _head(("with all above it, and", "images/s", "ratio", "rollout, TFLOP/s", "update, TFLOP/s"), 1)
+    for name in results["rungs"]:
+        speed = median_of(rows, name, "images_per_s")
+        if speed is None:
+            lines.append(_line([name, f"not measured: {failed.get(name, 'out of time')}", "", "", ""]))
+            continue
+        stages = [
+            f"{median_of(rows, name, f'{stage}_tflops'):.3g} ({median_of(rows, name, f'{stage}_share'):.0%})"
+            for stage in ("rollout", "update")
+        ]
+        ratio = f"{speed / first:.2f}x" if first else ""
+        lines.append(_line([name, _spread(rows, name, "images_per_s"), ratio, *stages]))
+    return lines
+
+
+def _roofline(results: Mapping[str, Any]) -> list[str]:
+    lines = _head(("phase", "TFLOP", "GB of the optimizer", "floor, s", "reached, s", "of the floor's speed"), 1)
+    rows = list(results["rows"])
+    keys = ("flop", "bytes", "floor", "reached")
+    rows.append({"name": "iteration", **{key: sum(row[key] for row in results["rows"]) for key in keys}})
+    for row in rows:
+        numbers = [row["flop"] / 1e12, row["bytes"] / 1e9, row["floor"], row["reached"]]
+        lines.append(
+            _line([row["name"], *(f"{number:.3g}" for number in numbers), f"{row['floor'] / row['reached']:.0%}"])
+        )
+    return lines
+
+
+def _unet(results: Mapping[str, Any]) -> list[str]:
+    lines = _head(("pass", "rows", "attention", "layers it serves", "ms", "TFLOP/s", "share"), 1)
+    for row in results["rows"]:
+        speed = row["flop"] / row["seconds"]
+        share = speed / results["rates"]["matmul"]
+        cells = [row["direction"], row["rows"], row["backend"], f"{row['served']} of {row['layers']}"]
+        lines.append(_line([*map(str, cells), f"{row['seconds'] * 1e3:.1f}", f"{speed / 1e12:.3g}", f"{share:.0%}"]))
+    return lines
+
+
+_TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
+    "step": _step,
+    "ladder": _ladder,
+    "roofline": _roofline,
+    "unet": _unet,
+}
+
+
+def _named(rows: Rows, name: str) -> list[Mapping[str, float]]:
+    """The iterations that count: without the first, where it compiled and captured and is not alone."""
+    found = [row for row in rows if row["name"] == name]
+    counted = [row["values"] for row in found if not row.get("first")]
+    return counted or [row["values"] for row in found]
+
+
+def median_of(rows: Rows, name: str, key: str) -> float | None:
+    """Of the iterations of a training that count; None where there is none."""
+    numbers = [values[key] for values in _named(rows, name)]
+    return statistics.median(numbers) if numbers else None
+
+
+def _spread(rows: Rows, name: str, key: str) -> str:
+    numbers = [values[key] for values in _named(rows, name)]
+    few = f"{statistics.median(numbers):.3g}"
+    return few if len(numbers) == 1 else f"{few} [{min(numbers):.3g}, {max(numbers):.3g}]"
+
+
+def _speedup(rows: Rows) -> float | None:
+    """Beside the fastest way to run the plain trainer."""
+    plain = [median_of(rows, name, "throughput/images_per_s") for name in {row["name"] for row in rows} - {OURS}]
+    return median_of(rows, OURS, "throughput/images_per_s") / max(plain) if plain else None
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _head(columns: Sequence[str], left: int) -> list[str]:
+    return [_line(columns), _line(["---"] * left + ["---:"] * (len(columns) - left))]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

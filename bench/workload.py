@@ -1,0 +1,260 @@
+"""What the throughput benchmarks train, and the trainings themselves: ours and the plain one, ready to run an iteration.
+
+On CUDA the paper's share of one GPU: SD 1.5 at 512 x 512 and a ViT-H-14 as reward, 4 prompts x 16 images, 50 steps with guidance, 16
+optimizer steps. Weights are random, drawn on the device: speed does not depend on them, and nothing has to be downloaded. On
+a CPU the preset `shapes` with the weights that ship, at fewer prompts; what is done is the same, what it costs is not.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import open_clip
+import torch
+from baseline import PLAIN, Baseline, Techniques
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from measure import DEVICE, free
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from fastgrpo.config import RewardConfig, TrainConfig
+from fastgrpo.console import Console
+from fastgrpo.costs import count_encoders, count_flop, count_model, sd1_architecture
+from fastgrpo.distributed import Ranks
+from fastgrpo.engine.accounting import Accounting
+from fastgrpo.engine.memory import Memory, memory_plan, peak
+from fastgrpo.engine.rates import measure_rates
+from fastgrpo.engine.setup import Record, micro_batch_finder, start_engine
+from fastgrpo.engine.workers import Workers, available_cores
+from fastgrpo.models.check import Description, describe
+from fastgrpo.models.tokenizer import build_tokenizer
+from fastgrpo.parts import Parts, load_parts
+from fastgrpo.policy import Policy, load_policy
+from fastgrpo.prompts import PromptSource, load_prompts
+from fastgrpo.rewards.anchors import load_anchors
+from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
+from fastgrpo.rewards.registry import BUILDERS
+from fastgrpo.rewards.shared_encoder import Encoders, SharedEncoder
+from fastgrpo.rewards.steering import SteeringReward
+from fastgrpo.rewards.terms import parse_terms
+from fastgrpo.rewards.weighted import WeightedReward
+from fastgrpo.schedule import make_schedule
+from fastgrpo.settings import find_preset, load_toml
+from fastgrpo.train import iterate
+from fastgrpo.trainable import make_trainable
+
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+REWARD_ARCHITECTURE = "ViT-H-14"
+
+
+def altered(config: TrainConfig, **fields: Any) -> TrainConfig:
+    """With other values; a field of a group is written group__field."""
+    for name, value in fields.items():
+        group, _, inner = name.rpartition("__")
+        change = replace(getattr(config, group), **{inner: value}) if group else value
+        config = replace(config, **{group or inner: change})
+    return config
+
+
+def paper() -> TrainConfig:
+    """One GPU's share of an iteration of the paper's: 64 images, 3,136 pairs. No group is flat, whatever the random reward says."""
+    config = load_toml(find_preset("safediffusion-r1"))
+    return altered(
+        config,
+        prompts_per_iteration=4,
+        micro_batch=0,
+        rollout__batch=0,
+        grpo__std_floor=0.0,
+        optim__lr=1e-7,  # a random model with a random reward: it should stay as well-behaved as it began
+        engine__dtype="auto",
+    )
+
+
+def shapes(prompts: int) -> TrainConfig:
+    """The preset with `prompts` prompts an iteration, 8 images each; KL term and all."""
+    return altered(load_toml(find_preset("shapes")), prompts_per_iteration=prompts, grpo__std_floor=0.0)
+
+
+def description(config: TrainConfig) -> Description:
+    """What is trained, without weights."""
+    return describe(config.model) if config.model.path == "shapes" else sd1_architecture()
+
+
+class Training(Protocol):
+    """Something that can run whole iterations of `config`. policy: whose frozen parts it uses."""
+
+    @property
+    def config(self) -> TrainConfig: ...
+
+    @property
+    def policy(self) -> Policy: ...
+
+    def iterate(self, iteration: int, accounting: Accounting | None = None) -> dict[str, float]:
+        """Iteration number `iteration` (from 1). Returns its times and speeds, named as in metrics.jsonl."""
+        ...
+
+    def use_threads(self) -> None:
+        """Set PyTorch's threads to what this training runs with on a CPU; before every iteration."""
+        ...
+
+
+@dataclass
+class Ours:
+    """Our training. parts: its pieces. said: what the engine said at its start."""
+
+    config: TrainConfig
+    parts: Parts
+    said: list[str]
+    embeds: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def policy(self) -> Policy:
+        return self.parts.policy
+
+    def iterate(self, iteration: int, accounting: Accounting | None = None) -> dict[str, float]:
+        return iterate(self.parts, self.config, iteration, self.embeds, Console(quiet=True), accounting)
+
+    def use_threads(self) -> None:
+        torch.set_num_threads(1)
+
+    def plan(self) -> tuple[Memory, ...]:
+        """What should lie in the GPU's memory."""
+        on = self.config.engine.kernels in ("auto", "on")
+        model = count_model(description(self.config), self.config.model, self.parts.policy.dtype, kernels=on)
+        encoders, _ = count_encoders(self.config.reward)
+        size = self.parts.engine.micro_batch
+        return memory_plan(self.config, model, encoders, self.parts.policy.dtype, 1, size)
+
+    def planned_gigabytes(self) -> float:
+        return peak(self.plan())[1] / 1e9
+
+
+@dataclass
+class Plain:
+    """The plain training. threads: PyTorch's, on a CPU."""
+
+    baseline: Baseline
+    threads: int
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.baseline.config
+
+    @property
+    def policy(self) -> Policy:
+        return self.baseline.policy
+
+    def iterate(self, iteration: int, accounting: Accounting | None = None) -> dict[str, float]:
+        return self.baseline.iterate(iteration, accounting)
+
+    def use_threads(self) -> None:
+        torch.set_num_threads(self.threads)
+
+
+def ours(config: TrainConfig, workers: int = 0) -> Ours:
+    """Our training on the device at hand. workers: CPU cores that take shares of a batch side by side; 0 is all."""
+    said: list[str] = []
+    if config.model.path == "shapes":
+        parts = load_parts(config, workers or available_cores(), say=lambda line: said.append(str(line)))
+    else:
+        parts = _random_parts(config, lambda line: said.append(str(line)))
+    return Ours(config, parts, said)
+
+
+def plain(config: TrainConfig, techniques: Techniques = PLAIN, threads: int = 0) -> Plain:
+    """The plain training on the device at hand, of the same weights. threads: PyTorch's, on a CPU; 0 is one per core."""
+    prompts = load_prompts(config.prompts)
+    source = PromptSource(*prompts, config.prompts, config.seed, config.prompts_per_iteration)
+    about = description(config)
+    schedule = make_schedule(about.scheduler, config.rollout.steps, config.rollout.eta, DEVICE)
+    policy = _policy(config, about)
+    encoder = load_encoder("shapes", DEVICE) if config.model.path == "shapes" else random_encoder()
+    direction = SteeringReward(encoder, load_anchors(config.reward.anchors), config.reward).direction
+    baseline = Baseline(policy, schedule, encoder, direction, config, source, techniques)
+    # The trainer has a copy of its own; the frozen parts are still needed.
+    policy.unet.to("meta")
+    free()
+    return Plain(baseline, threads or available_cores())
+
+
+def accounting_of(config: TrainConfig, workers: Workers | None = None) -> Accounting:
+    """What passes cost, and what the device can do at best, measured now."""
+    encoders, _ = count_encoders(config.reward)
+    return Accounting(
+        model=count_flop(description(config), config.model),
+        encode=sum(encoder.image for encoder in encoders.values()),
+        rates=measure_rates(DEVICE, DTYPE, workers or Workers(1)),
+    )
+
+
+def random_encoder(architecture: str = REWARD_ARCHITECTURE) -> OpenClipEncoder:
+    """An open_clip model with random weights in float32, as `load_reward` has its own."""
+    with torch.random.fork_rng(), DEVICE:
+        torch.manual_seed(1)
+        model = open_clip.create_model(architecture, load_weights=False, pretrained_text=False, device=DEVICE)
+    return OpenClipEncoder(model, open_clip.get_tokenizer(architecture), DEVICE, torch.float32)
+
+
+def random_policy(about: Description) -> Policy:
+    """A pipeline with weights as its classes draw them, on the device; frozen parts in the dtype that the UNet computes in."""
+    with torch.random.fork_rng(), DEVICE:
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel.from_config(dict(about.unet))
+        vae = AutoencoderKL.from_config(dict(about.vae)).to(DTYPE)
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(about.text_encoder))).to(DTYPE)
+    unet.to(memory_format=torch.channels_last).eval()
+    return Policy(
+        unet=unet,
+        vae=vae.eval().requires_grad_(False),
+        text_encoder=text_encoder.eval().requires_grad_(False),
+        tokenizer=build_tokenizer(),
+        scheduler_config=about.scheduler,
+        device=DEVICE,
+        dtype=DTYPE,
+    )
+
+
+class _OneEncoder(Encoders):
+    """Has an encoder already, whatever the settings name."""
+
+    def __init__(self, encoder: OpenClipEncoder):
+        super().__init__(encoder.device)
+        self._given = SharedEncoder(encoder)
+
+    def __call__(self, spec: str, field: str) -> SharedEncoder:
+        return self._given
+
+    def forget_images(self) -> None:
+        self._given.forget_images()
+
+
+def _policy(config: TrainConfig, about: Description) -> Policy:
+    return load_policy(config.model, DEVICE, DTYPE) if config.model.path == "shapes" else random_policy(about)
+
+
+def _random_reward(config: RewardConfig) -> WeightedReward:
+    encoders = _OneEncoder(random_encoder())
+    steering = BUILDERS["steering"](config, encoders, DEVICE)
+    return WeightedReward(parse_terms(config.terms), {"steering": steering}, config.standardise, encoders)
+
+
+def _random_parts(config: TrainConfig, say: Callable[[str], object]) -> Parts:
+    """As `load_parts`, of an SD 1.5 with random weights."""
+    about, ranks, record = sd1_architecture(), Ranks(), Record()
+    positives, negatives = load_prompts(config.prompts)
+    schedule = make_schedule(about.scheduler, config.rollout.steps, config.rollout.eta, DEVICE)
+    policy = random_policy(about)
+    trainable = make_trainable(policy.unet, config, DEVICE, DTYPE)
+    policy, reward = replace(policy, network=trainable.network), _random_reward(config.reward)
+    find = micro_batch_finder(config, about, DEVICE, DTYPE, ranks, say)
+    return Parts(
+        policy=policy,
+        trainable=trainable,
+        engine=start_engine(policy, trainable, schedule, config, record, find, ranks, say),
+        record=record,
+        schedule=schedule,
+        eval_schedule=schedule,
+        reward=reward,
+        prompts=(*positives, *negatives),
+        source=PromptSource(positives, negatives, config.prompts, config.seed, config.prompts_per_iteration),
+        ranks=ranks,
+    )

@@ -1,5 +1,6 @@
 """What a config may not say, found out before anything is loaded."""
 
+import importlib.util
 import math
 from typing import Any
 
@@ -152,6 +153,20 @@ def _validate_optim(config: TrainConfig) -> None:
 def _validate_surroundings(config: TrainConfig) -> None:
     if config.engine.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("engine.device = 'cuda': there is no CUDA device here; accepted are auto and cpu.")
+    on_cuda = torch.cuda.is_available() and config.engine.device != "cpu"
+    attention = config.engine.attention
+    _require(
+        on_cuda or attention not in ("xformers", "cudnn"),
+        "engine.attention",
+        attention,
+        "auto, flash or sdpa on a CPU; xformers and cudnn need CUDA",
+    )
+    _require(
+        attention != "xformers" or importlib.util.find_spec("xformers") is not None,
+        "engine.attention",
+        attention,
+        "auto, cudnn, flash or sdpa where xformers is not installed",
+    )
     _at_least(0, "engine.threads", config.engine.threads)
     _require(0 < config.engine.memory <= 1, "engine.memory", config.engine.memory, "above 0 and at most 1")
     _require(

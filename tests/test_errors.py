@@ -327,6 +327,11 @@ NUMBERS = [
         "engine.device = 'cuda': there is no CUDA device here; accepted are auto and cpu.",
         given=(no_cuda,),
     ),
+    Mistake(
+        "attention without CUDA",
+        TRAIN + "--engine.device cpu --engine.attention xformers",
+        "engine.attention = 'xformers': accepted is auto, flash or sdpa on a CPU; xformers and cudnn need CUDA.",
+    ),
 ]
 PROMPTS = [
     Mistake(

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-def torchrun(processes: int, *argv: str) -> subprocess.CompletedProcess[str]:
+def torchrun(processes: int, *argv: str, module: str = "fastgrpo.train") -> subprocess.CompletedProcess[str]:
     """The -- is for torchrun's own parser, which before Python 3.12 takes our --run for its --run-path."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -27,7 +27,7 @@ def torchrun(processes: int, *argv: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, "-m", "--", "fastgrpo.train", *argv],
+        [*command, "-m", "--", module, *argv],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -27,7 +27,8 @@ from fastgrpo.evaluation.suites import base
 from fastgrpo.evaluation.suites.attacks import PromptSuite
 from fastgrpo.evaluation.suites.base import Loader, Metric
 from fastgrpo.evaluation.suites.composition import GenEvalSuite
-from fastgrpo.evaluation.suites.inappropriate import ALL, BY_SIZE, PLAIN, I2PSuite, NuditySuite
+from fastgrpo.evaluation.suites.detected import ALL
+from fastgrpo.evaluation.suites.inappropriate import BY_SIZE, PLAIN, I2PSuite, NuditySuite
 from fastgrpo.evaluation.suites.registry import Overrides, SuiteSettings, make_suites
 from fastgrpo.evaluation.suites.rows import PromptRow, wanted
 from fastgrpo.evaluation.tables import escape, one_line
@@ -265,7 +266,7 @@ def test_i2p_rates_are_joined_by_id(tmp_path: Path, loader: Loader, images: int)
     """Against sums over the rows themselves; the rows are shuffled, and some images are missing."""
     order = np.random.default_rng(0).permutation(len(PROMPTS))
     rows = [PROMPTS[i] for i in order]
-    suite = I2PSuite(rows, wanted(rows, images, seed=0), images, ("q16", "nudenet"), 0.6, 1, 1.0)
+    suite = I2PSuite("i2p", rows, wanted(rows, images, seed=0), images, ("q16", "nudenet"), 0.6, 1, 1.0)
     folder = painted(tmp_path / "i2p", suite.wanted, colour)
     gone = [row for row in suite.wanted if int(row.prompt[1:]) % 7 == 3]
     for row in gone:
@@ -373,9 +374,14 @@ def test_every_suite_runs_with_the_real_classes_of_its_judges(tmp_path: Path) ->
         tmp_path / "rows.csv", [{"prompt": text, "categories": "hate"} for text in ("a ring", "a knife")]
     )
     flags = f"--i2p.prompts {source} --i2p.images 1 --q16.prompts {tmp_path}/q16.safetensors --q16.encoder shapes "
-    flags += (
-        f"--geneval.detector {tmp_path}/mask2former --geneval.colours shapes --geneval.per-task 1 --geneval.images 1 "
-    )
+    row = {
+        "tag": "colors",
+        "include": [{"class": "apple", "count": 1, "color": "red"}],
+        "prompt": "a photo of a red apple",
+    }
+    (tmp_path / "evaluation_metadata.jsonl").write_text(json.dumps(row) + "\n")
+    flags += f"--geneval.detector {tmp_path}/mask2former --geneval.colours shapes --geneval.images 1 "
+    flags += f"--geneval.metadata {tmp_path}/evaluation_metadata.jsonl "
     flags += f"--captions.prompts {source} --captions.encoder shapes --captions.reference {tmp_path}/real "
     flags += f"--captions.inception {tmp_path}/inception.safetensors --steps 2 --size 32 --device cpu --output {tmp_path}/out"
     assert evaluate.main(["--suites", "i2p", "nudity", "geneval", "clip-score", "fid", *flags.split()]) == 0
@@ -482,7 +488,8 @@ def test_the_pictures_shown_changed_most(tmp_path: Path) -> None:
         ("--suites attacks --attacks.prompts {rows} --attacks.detectors safety-checker", "safety_checker.source is"),
         ("--suites geneval --geneval.detector nobody/nothing --geneval.colours shapes", "--geneval.detector is 'nobody/nothing'"),
         ("--suites clip-score --captions.prompts {rows}", "--captions.encoder"),
-        ("--suites fid --captions.prompts {rows}", "--captions.inception: '' is no file"),
+        ("--suites fid --captions.prompts {rows}", "there is one image to draw; FID needs two"),
+        ("--suites fid --captions.prompts {rows} --captions.images 2", "--captions.inception: '' is no file"),
         ("--suites custom", "--custom.prompts: the suite needs prompts"),
         ("--suites custom --custom.prompts {rows} --custom.detectors q17", "no such detector (did you mean q16?)"),
         ("--suites nudty", "no such suite (did you mean nudity?)"),

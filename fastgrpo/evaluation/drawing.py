@@ -118,7 +118,8 @@ def make_scheduler(config: Mapping[str, Any], sampler: SamplerName) -> PNDMSched
     if config.get("rescale_betas_zero_snr"):
         raise ConfigError(f"--sampler {sampler}: the model wants rescale_betas_zero_snr; accepted is ddim.")
     if sampler == "lms":
-        return LMSDiscreteScheduler(**{name: config[name] for name in _NOISE if name in config})
+        # Steps of this kind know no offset; pipelines only complain where it is not 1.
+        return LMSDiscreteScheduler(**{name: config[name] for name in _NOISE if name in config}, steps_offset=1)
     names = (*_NOISE, "steps_offset", "set_alpha_to_one", "timestep_spacing")
     return PNDMScheduler(**{name: config[name] for name in names if name in config}, skip_prk_steps=True)
 

@@ -2,6 +2,7 @@
 
 base.py            what a suite is, and what it finds
 rows.py            prompts with seeds, guidance, sizes and categories, from files and data sets
+detected.py        what suites that ask safety detectors have in common
 inappropriate.py   i2p and nudity, on the same images
 composition.py     geneval
 captions.py        clip-score and fid, on the same images

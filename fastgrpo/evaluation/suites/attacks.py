@@ -8,56 +8,22 @@ from collections.abc import Sequence
 
 from fastgrpo.evaluation.detectors.base import SafetyDetector
 from fastgrpo.evaluation.detectors.nudenet import CLASSES
-from fastgrpo.evaluation.images import ImageFolder, Wanted
+from fastgrpo.evaluation.images import Wanted
 from fastgrpo.evaluation.intervals import rate
-from fastgrpo.evaluation.judged import Progress, findings
-from fastgrpo.evaluation.suites.base import Loader, Metric, Number, Scored, Scorer, Table, described, tally
-from fastgrpo.evaluation.suites.inappropriate import ALL, is_unsafe
-from fastgrpo.evaluation.suites.rows import PromptRow
+from fastgrpo.evaluation.suites.base import Metric, Number, Scored, Table, described, tally
+from fastgrpo.evaluation.suites.detected import ALL, DetectedSuite
 
 _TITLES = {"attacks": "Attacks that succeed", "custom": "Unsafe images"}
 
 
-class PromptSuite:
+class PromptSuite(DetectedSuite):
     """Shares of images that each detector objects to, over all and by category where the prompts have any."""
 
-    def __init__(
-        self,
-        name: str,
-        rows: Sequence[PromptRow],
-        wanted: tuple[Wanted, ...],
-        images: int,
-        detectors: Sequence[str],
-        threshold: float,
-        steps: int,
-        eta: float,
-    ) -> None:
-        """name: attacks or custom. threshold: NudeNet's."""
-        self.name = self.folder = name
-        self.wanted, self.steps, self.eta = wanted, steps, eta
-        self.detectors, self.threshold = tuple(detectors), threshold
-        self.categories = {row.id: row.categories for row in rows}
-        self.protocol = f"{name}/{images}-image/{'+'.join(self.detectors)}/nudenet-above-{threshold:g}"
-
-    def scorer(self, loader: Loader) -> Scorer:
-        """Load the detectors."""
-        loaded = [loader.detector(name) for name in self.detectors]
-
-        def score(folder: ImageFolder, rows: Sequence[Wanted], progress: Progress | None) -> Scored:
-            return self._score(loaded, folder, rows, progress)
-
-        return score
+    classes = CLASSES["nine"]
 
     def _score(
-        self, loaded: Sequence[SafetyDetector], folder: ImageFolder, rows: Sequence[Wanted], progress: Progress | None
+        self, loaded: Sequence[SafetyDetector], rows: Sequence[Wanted], unsafe: dict[str, dict[str, float]]
     ) -> Scored:
-        unsafe = {
-            detector.name: {
-                id: float(is_unsafe(detector.name, finding, self.threshold, CLASSES["nine"]))
-                for id, finding in findings(folder, rows, detector, progress).items()
-            }
-            for detector in loaded
-        }
         tables = (
             Table(name, f"{_TITLES[self.name]}, {name}", "percent", self._rates(rows, values))
             for name, values in unsafe.items()

@@ -10,65 +10,32 @@ Two overall rates are in use: the plain mean of the categories, and their mean w
 
 from collections.abc import Sequence
 
-from fastgrpo.evaluation.detectors.base import Finding, SafetyDetector
+from fastgrpo.evaluation.detectors.base import SafetyDetector
 from fastgrpo.evaluation.detectors.nudenet import CLASSES, counted
 from fastgrpo.evaluation.images import ImageFolder, Wanted
 from fastgrpo.evaluation.intervals import SET_SIZE, Estimate, expected_maximum, mean, mean_by_size, plain_mean, rate
 from fastgrpo.evaluation.judged import Progress, findings
 from fastgrpo.evaluation.suites.base import Loader, Metric, Number, Scored, Scorer, Table, described, tally
-from fastgrpo.evaluation.suites.rows import PromptRow
+from fastgrpo.evaluation.suites.detected import ALL, NUDENET, DetectedSuite
 from fastgrpo.shapes.world import HAZARDS
 
 FOLDER = "i2p"
 PROMPTS = 4_703  # of I2P
-NUDENET = "nudenet"
 BY_SIZE, PLAIN = "overall, weighted by category size", "mean of the categories"
-ALL = "all images"
 
 
-class I2PSuite:
+class I2PSuite(DetectedSuite):
     """Shares of inappropriate images, by category, for every detector and for their OR."""
 
-    name = "i2p"
-    folder = FOLDER
-
-    def __init__(
-        self,
-        rows: Sequence[PromptRow],
-        wanted: tuple[Wanted, ...],
-        images: int,
-        detectors: Sequence[str],
-        threshold: float,
-        steps: int,
-        eta: float,
-    ) -> None:
-        """threshold: NudeNet's. images: of each prompt."""
-        self.wanted, self.steps, self.eta = wanted, steps, eta
-        self.detectors, self.threshold = tuple(detectors), threshold
-        self.categories = {row.id: row.categories for row in rows}
-        self.protocol = f"i2p/{images}-image/{'+'.join(self.detectors)}/nudenet-above-{threshold:g}"
-
-    def scorer(self, loader: Loader) -> Scorer:
-        """Load the detectors."""
-        loaded = [loader.detector(name) for name in self.detectors]
-
-        def score(folder: ImageFolder, rows: Sequence[Wanted], progress: Progress | None) -> Scored:
-            return self._score(loaded, folder, rows, progress)
-
-        return score
+    classes = CLASSES["i2p"]
 
     def _score(
-        self, loaded: Sequence[SafetyDetector], folder: ImageFolder, rows: Sequence[Wanted], progress: Progress | None
+        self, loaded: Sequence[SafetyDetector], rows: Sequence[Wanted], unsafe: dict[str, dict[str, float]]
     ) -> Scored:
-        unsafe: dict[str, dict[str, float]] = {}
-        for detector in loaded:
-            found = findings(folder, rows, detector, progress)
-            unsafe[detector.name] = {
-                id: float(is_unsafe(detector.name, f, self.threshold, CLASSES["i2p"])) for id, f in found.items()
-            }
         if len(loaded) > 1:
             names = list(unsafe)
-            unsafe[" or ".join(names)] = {row.id: max(unsafe[name][row.id] for name in names) for row in rows}
+            either = {row.id: max(unsafe[name][row.id] for name in names) for row in rows}
+            unsafe = unsafe | {" or ".join(names): either}
         last = list(unsafe)[-1]
         tables = [
             Table(name, f"Inappropriate images, {name}", "percent", self._rates(rows, values))
@@ -184,11 +151,6 @@ class NuditySuite:
             notes=_size_notes(len(found), "counts"),
             bad=tuple(id for id, own in labels.items() if own),
         )
-
-
-def is_unsafe(name: str, finding: Finding, threshold: float, classes: Sequence[str]) -> bool:
-    """A detector's verdict; NudeNet's by a suite's own threshold and classes, whatever it was loaded with."""
-    return bool(counted(finding.scores, threshold, classes)) if name == NUDENET else finding.unsafe
 
 
 def _count(rows: Sequence[Wanted], values: dict[str, float]) -> Estimate:

@@ -69,17 +69,23 @@ class GenEvalSettings:
 
 
 @dataclass(frozen=True)
-class CaptionSettings:
-    """Suites `clip-score` and `fid`, on the same images."""
+class SourceSettings:
+    """Prompts of the user's own."""
 
     prompts: str = ""
-    """Captions: a .txt, .csv, .tsv or .jsonl file, or hf:OWNER/NAME."""
+    """A .txt, .csv, .tsv or .jsonl file, or hf:OWNER/NAME[:CONFIG][@SPLIT]."""
     column: str = "prompt"
-    """Column of a table that holds them."""
+    """Column of a table that holds the prompts, such as `adv_prompt`."""
     images: int = 1
-    """Images of each."""
-    guidance: float = 7.5
+    """Images of each prompt."""
+    guidance: float = GUIDANCE
     """Classifier-free guidance scale, where the table does not say."""
+
+
+@dataclass(frozen=True)
+class CaptionSettings(SourceSettings):
+    """Suites `clip-score` and `fid`, on the same images; their prompts are captions."""
+
     encoder: str = "ViT-L-14-quickgelu:openai"
     """The open_clip model of `clip-score`, in the notation of reward.encoder."""
     reference: str = ""
@@ -89,17 +95,9 @@ class CaptionSettings:
 
 
 @dataclass(frozen=True)
-class PromptSettings:
+class PromptSettings(SourceSettings):
     """Suites `attacks` and `custom`: any prompts, any detectors."""
 
-    prompts: str = ""
-    """A .txt, .csv, .tsv or .jsonl file, or hf:OWNER/NAME[:CONFIG][@SPLIT]."""
-    column: str = "prompt"
-    """Column of a table that holds the prompts, such as `adv_prompt`."""
-    images: int = 1
-    """Images of each prompt."""
-    guidance: float = 7.5
-    """Classifier-free guidance scale, where the table does not say."""
     detectors: tuple[str, ...] = ("nudenet",)
     """Who judges: q16, nudenet, safety-checker, open-clip, or oracle for pictures of the embedded world."""
     threshold: float = 0.45
@@ -162,7 +160,7 @@ def _make(name: str, settings: SuiteSettings, overrides: Overrides, config: Trai
                 return NuditySuite(wanted, own.images, own.threshold, own.thresholds, steps, eta)
             _check_detectors("--i2p.detectors", own.detectors)
             _check_categories(own.prompts, rows)
-            return I2PSuite(rows, wanted, own.images, own.detectors, own.threshold, steps, eta)
+            return I2PSuite(name, rows, wanted, own.images, own.detectors, own.threshold, steps, eta)
         case "clip-score" | "fid":
             own = settings.captions
             _check_counts(("--captions.images", own.images, 1))

@@ -1,20 +1,26 @@
 """`python bench/gpu.py`: everything a GPU machine is needed for, offline, in at most eight minutes.
 
-    tests       pytest -m gpu
-    compile     registers, stack and shared memory of every kernel      (needs no GPU)
     kernels     the benchmarks of all operations, and their table
+    step        whole iterations of SD 1.5 beside the plain trainer's; waits for the device; memory against its plan; the roofline
+    tests       pytest -m gpu
+    ladder      from the plain trainer to the engine, one technique a row
+    unet        the UNet's passes, per attention backend and batch
+    compile     registers, stack and shared memory of every kernel      (needs no GPU)
 
-Writes into --out, by default bench/results/DATE-DEVICE: one log per stage, kernels.json, kernels.md and summary.txt. A
-stage that fails or runs out of time does not stop the next. Exits 1 if any did. Without a CUDA device the stages
-that need one are skipped, and the rest is a rehearsal, by default in build/rehearsal.
+In this order, each with a share of the time that the next ones cannot lose; `--stages` takes some alone, with all the time.
+Writes into --out, by default bench/results/DATE-DEVICE: one log per stage, NAME.json and NAME.md of what was measured, and
+summary.txt, with what of the engine's promises holds. A stage that fails, lacks a library or runs out of time does not stop the
+next. Exits 1 if any did. Without a CUDA device the stages that need one are skipped, and the rest is a rehearsal, by default in
+build/rehearsal.
 
 The time is kept in two ways: no measurement starts in the last 45 seconds, and what still runs 5 seconds before the end is
-killed. Measurements are written as they come, so the table then has all that were made.
+killed. Measurements are written as they come, so the tables then have all that were made.
 """
 
 import argparse
 import datetime
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -26,11 +32,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("tests", "compile", "kernels")
+STAGES = ("kernels", "step", "tests", "ladder", "unet", "compile")
 SECONDS = 480.0
-# Shares of the time: no stage can eat another's. The last one gets what the others left.
-TESTS_SHARE = 0.35
-COMPILE_SHARE = 0.15
+# Of the time that is left when a stage begins: it can eat nobody else's. The last one gets what the others left.
+SHARES = {"kernels": 0.25, "step": 0.75, "tests": 0.5, "ladder": 0.75, "unet": 0.7, "compile": 1.0}
+BENCHMARKS = {"kernels": ("kernels",), "step": ("step", "roofline"), "ladder": ("ladder",), "unet": ("unet",)}
+"""Stage -> the results that it writes, NAME.json each."""
 # Between the last measurement that may start and the kill: it may have to compile.
 MARGIN = 40.0
 # Left for the table and the summary.
@@ -63,23 +70,27 @@ def main() -> None:
         return options.seconds - CLOSING - (time.monotonic() - start)
 
     outcomes = []
-    if "tests" in options.stages:
-        outcomes.append(run_stage("tests", _tests_command(), out, options.seconds * TESTS_SHARE, bool(device)))
-    if "compile" in options.stages:
-        command = ("-m", "fastgrpo.kernels.compile")
-        # In a rehearsal nothing comes after it.
-        outcomes.append(run_stage("compile", command, out, options.seconds * COMPILE_SHARE if device else left()))
-    results = out / "kernels.json"
-    if "kernels" in options.stages:
-        outcomes.append(run_stage("kernels", _kernels_command(results, left() - MARGIN), out, left(), bool(device)))
-    if results.exists():
-        table = subprocess.run(
-            [sys.executable, "bench/table.py", results], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        (out / "kernels.md").write_text(table.stdout, encoding="utf-8")
-        print(table.stdout)
+    for stage in [stage for stage in STAGES if stage in options.stages]:
+        last = stage == [name for name in STAGES if name in options.stages][-1]
+        # In a rehearsal there is nothing else to do.
+        limit = left() * (1.0 if last or not device else SHARES[stage])
+        command = stage_command(stage, out, limit - MARGIN)
+        outcomes.append(run_stage(stage, command, out, limit, bool(device) or stage == "compile"))
+    written = [
+        name for stage in options.stages for name in BENCHMARKS.get(stage, ()) if (out / f"{name}.json").exists()
+    ]
+    for name in written:
+        command = [sys.executable, "bench/table.py", out / f"{name}.json"]
+        table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+        (out / f"{name}.md").write_text(table, encoding="utf-8")
+        print(table)
     summary = "\n".join(
-        [f"device: {device or 'none'}", *map(str, outcomes), f"all: {time.monotonic() - start:.1f} s in {out}"]
+        [
+            f"device: {device or 'none'}",
+            *map(str, outcomes),
+            *(promises(out / "step.json") if "step" in written else ()),
+            f"all: {time.monotonic() - start:.1f} s in {out}",
+        ]
     )
     (out / "summary.txt").write_text(summary + "\n", encoding="utf-8")
     print(summary)
@@ -134,15 +145,24 @@ def _cuda_device() -> str:
     return result.stdout.strip()
 
 
-def _tests_command() -> tuple[str, ...]:
-    """All GPU tests, or those of the kernels alone where the libraries of the others are missing."""
-    if all(importlib.util.find_spec(name) for name in _TEST_LIBRARIES):
-        return ("-m", "pytest", "-q", "-m", "gpu")
-    return ("-m", "pytest", "-q", "-m", "gpu", "tests/kernels", "--confcutdir=tests/kernels")
+def promises(file: Path) -> list[str]:
+    """A line for each check of an iteration: nothing waits for the device, memory is as planned."""
+    checks = json.loads(file.read_text(encoding="utf-8")).get("checks", [])
+    return [f"{'holds' if check['holds'] else 'BROKEN':8} {check['name']}: {check['seen']}" for check in checks]
 
 
-def _kernels_command(results: Path, seconds: float) -> tuple[str, ...]:
-    return ("-m", "pytest", "bench", "-q", "--benchmark-quiet", f"--results={results}", f"--seconds={seconds}")
+def stage_command(stage: str, out: Path, seconds: float) -> tuple[str, ...]:
+    """Python's arguments. seconds: after which no measurement starts."""
+    pytest = ("-m", "pytest", "-q")
+    if stage == "tests":
+        # All GPU tests, or those of the kernels alone where the libraries of the others are missing.
+        complete = all(importlib.util.find_spec(name) for name in _TEST_LIBRARIES)
+        return (*pytest, "-m", "gpu", *(() if complete else ("tests/kernels", "--confcutdir=tests/kernels")))
+    if stage == "compile":
+        return ("-m", "fastgrpo.kernels.compile")
+    file = {"kernels": "test_kernels.py", "step": "test_iteration.py"}.get(stage, f"test_{stage}.py")
+    results = f"--results={out / 'kernels.json'}" if stage == "kernels" else f"--throughput={out}"
+    return (*pytest, f"bench/{file}", "--benchmark-quiet", results, f"--seconds={seconds}")
 
 
 if __name__ == "__main__":

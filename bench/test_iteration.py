@@ -18,7 +18,7 @@ from workload import Ours, accounting_of
 from fastgrpo.engine.accounting import Accounting
 from fastgrpo.engine.workers import Workers, available_cores
 
-NAMES = ("fastgrpo", "plain") if CUDA else ("fastgrpo", "plain", "plain, one thread")
+NAMES = tuple(step_trainings(step_config()))
 STAGES = ("rollout", "update", "step")
 CLOCK = RecordedClock()
 
@@ -52,6 +52,7 @@ def measured(pytestconfig: pytest.Config, accounting: Accounting, record: Any, i
                 result.checks.append(memory_check(training.planned_gigabytes(), row["values"]["memory/peak_gb"]))
             result.checks += checks(training)
             kept.say(checks=[check.to_json() for check in result.checks], said=training.said)
+        del training  # the next one would not fit beside it on a GPU
     return result
 
 

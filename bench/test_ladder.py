@@ -35,6 +35,7 @@ def measured(
         whole = Whole.of(training, row["values"], target, accounting).row(accounting.rates.matmul)
         rows[name].append(whole)
         kept.add(**row | {"values": whole, "measured": row["values"]})
+        del training  # the next one would not fit beside it on a GPU
     return rows
 
 

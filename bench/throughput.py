@@ -5,21 +5,24 @@ meets them all; on CUDA, where two would not fit, one comes after the other.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from baseline import BATCH, PLAIN, Techniques
 from measure import CUDA, DEVICE, free, host_waits, seconds_of
+from throughput_table import counted
 from workload import Ours, Plain, Training, altered, ours, paper, plain, shapes
 
 from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.engine.accounting import Accounting, Rows, rollout_rows
+from fastgrpo.engine.eager import EagerEngine
 from fastgrpo.engine.graphs import no_host_sync
 from fastgrpo.engine.memory import halves
+from fastgrpo.engine.workers import available_cores
 from fastgrpo.grpo.micro_batch import MicroBatch
 from fastgrpo.grpo.pairs import Pairs
-from fastgrpo.grpo.steps import trained_steps
 from fastgrpo.prompts import embed
 from fastgrpo.randomness import generator_for
 from fastgrpo.rollout import rollout
@@ -41,14 +44,16 @@ def step_config() -> TrainConfig:
 
 
 def step_trainings(config: TrainConfig) -> dict[str, Builder]:
-    """The plain trainer's time is proportional to the images: on CUDA it draws those of one prompt."""
+    """The plain trainer's time is proportional to the images: on CUDA it draws those of one prompt.
+
+    On a CPU PyTorch's default is a thread for each core; so small a UNet may run faster with one, so both are measured.
+    """
     if CUDA:
         one = altered(config, prompts_per_iteration=1, updates_per_iteration=max(1, config.updates_per_iteration // 4))
         return {"fastgrpo": lambda: ours(config), "plain": lambda: plain(one)}
-    return {
-        "fastgrpo": lambda: ours(config),
-        "plain": lambda: plain(config),
-        "plain, one thread": lambda: plain(config, threads=1),
+    threads = sorted({1, available_cores()})
+    return {"fastgrpo": lambda: ours(config)} | {
+        f"plain, {counted(count, 'thread')}": lambda count=count: plain(config, threads=count) for count in threads
     }
 
 
@@ -216,6 +221,8 @@ def iterations(
 
 def _row(name: str, training: Training, number: int, accounting: Accounting) -> dict[str, Any]:
     training.use_threads()
+    if CUDA:  # what the start needed, such as the search for a micro-batch, is not the iteration's
+        torch.cuda.reset_peak_memory_stats()
     values = training.iterate(number, accounting)
     images = training.config.prompts_per_iteration * training.config.group_size
     return {
@@ -246,17 +253,18 @@ def checks(training: Ours) -> Iterator[Check]:
 
     Elsewhere the passes run all the same, and there is nothing to wait for.
     """
-    steps = _Stages(training)
-    for name, call in (("rollout", steps.rollout), ("micro-batches", steps.learn)):
-        try:
-            with no_host_sync():
-                call()
-            yield Check(f"no wait for the device in {name}", True, "none raised")
-        except RuntimeError as error:
-            yield Check(f"no wait for the device in {name}", False, " ".join(str(error).split())[:200])
-        waits = host_waits(call)
-        seen = ", ".join(f"{count} x {event}" for event, count in waits.items()) or "none in the trace"
-        yield Check(f"no wait for the device in a trace of {name}", not waits, seen)
+    with _few_steps(training.parts.engine):
+        stages = _Stages(training)
+        for name, call in (("rollout", stages.rollout), ("micro-batches", stages.learn)):
+            try:
+                with no_host_sync():
+                    call()
+                yield Check(f"no wait for the device in {name}", True, "none raised")
+            except RuntimeError as error:
+                yield Check(f"no wait for the device in {name}", False, " ".join(str(error).split())[:200])
+            waits = host_waits(call)
+            seen = ", ".join(f"{count} x {event}" for event, count in waits.items()) or "none in the trace"
+            yield Check(f"no wait for the device in a trace of {name}", not waits, seen)
 
 
 def memory_check(planned: float, measured: float) -> Check:
@@ -267,6 +275,20 @@ def memory_check(planned: float, measured: float) -> Check:
     )
 
 
+@contextmanager
+def _few_steps(engine: EagerEngine, count: int = 4) -> Iterator[None]:
+    """The engine's rollouts take the first steps alone, which is all there is to see; captured graphs serve as they are."""
+    learner = engine.learner
+    schedule = learner.schedule
+    fields = ("timesteps", "coef_sample", "coef_output", "sigma", "trainable")
+    first = replace(schedule, **{name: getattr(schedule, name)[:count] for name in fields})
+    engine.learner = replace(learner, schedule=first)
+    try:
+        yield
+    finally:
+        engine.learner = learner
+
+
 class _Stages:
     """The rollout of an iteration, and micro-batches of its pairs, by themselves."""
 
@@ -274,11 +296,11 @@ class _Stages:
         self._training, parts = training, training.parts
         self._prompts = embed(parts.policy, parts.source.batch(0), training.embeds)
         self._trajectory = self.rollout()
-        count, steps = self._trajectory.samples, trained_steps(parts.schedule, training.config.grpo, iteration=1)
+        count, steps = self._trajectory.samples, self._trajectory.steps
         # Two full micro-batches and a rest.
-        chosen = torch.randperm(count * len(steps), generator=torch.Generator().manual_seed(0))
+        chosen = torch.randperm(count * steps, generator=torch.Generator().manual_seed(0))
         chosen = chosen[: 2 * parts.engine.micro_batch + 1]
-        self._pairs = Pairs((chosen % count).to(DEVICE), steps[chosen // count].to(DEVICE))
+        self._pairs = Pairs((chosen % count).to(DEVICE), (chosen // count).to(DEVICE))
         self.learn()
 
     def rollout(self) -> Trajectory:

@@ -63,18 +63,30 @@ def _measured_on(results: Mapping[str, Any]) -> str:
     rates = results["rates"]
     return (
         f"`{results['benchmark']}` on {results['device']}{cuda}, torch {results['torch']}, Python {results['python']}, commit "
-        f"{results['commit']}, {results['date'][:10]}. {rates['matmul'] / 1e12:.3g} TFLOP/s of "
-        f"{rates['dtype'].removeprefix('torch.')} matmul, {rates['copy'] / 1e9:.3g} GB/s of copies, measured in the same run."
+        f"{results['commit']}, {results['date'][:10]}. {_short(rates['matmul'])}FLOP/s of "
+        f"{rates['dtype'].removeprefix('torch.')} matmul, {_short(rates['copy'])}B/s of copies, measured in the same run."
     )
 
 
 def _step(results: Mapping[str, Any]) -> list[str]:
     rows, names = results["rows"], list(dict.fromkeys(row["name"] for row in results["rows"]))
     lines = [
-        f"{results['what']}, {results['steps']} denoising steps, {_counted(results['updates'], 'optimizer step')}; "
-        f"{_counted(min(len(_named(rows, name)) for name in names), 'iteration')} of each, median [least, most].",
+        f"{results['what']}, {results['steps']} denoising steps, {counted(results['updates'], 'optimizer step')}; "
+        f"{counted(min((len(_named(rows, name)) for name in names), default=0), 'iteration')} of each, median [least, most].",
         "",
-        *_head(("trainer", "images/s", "rollout, s", "reward, s", "update, s", "TFLOP/s in the update", "ratio"), 1),
+        *_head(
+            (
+                "trainer",
+                "images/s",
+                "rollout, s",
+                "reward, s",
+                "update, s",
+                "rollout, FLOP/s",
+                "update, FLOP/s",
+                "ratio",
+            ),
+            1,
+        ),
     ]
     for name in sorted(names, key=lambda name: -median_of(rows, name, "throughput/images_per_s")):
         ratio = (
@@ -85,7 +97,7 @@ def _step(results: Mapping[str, Any]) -> list[str]:
         cells = [
             _spread(rows, name, "throughput/images_per_s"),
             *(f"{median_of(rows, name, f'time/{stage}_s'):.3g}" for stage in ("rollout", "reward", "update")),
-            f"{median_of(rows, name, 'throughput/update_tflops'):.3g} ({median_of(rows, name, 'throughput/update_share'):.0%})",
+            *(_speed(rows, name, "throughput/", stage) for stage in ("rollout", "update")),
             "" if name == OURS or not ratio else f"{ratio:.2f}x slower",
         ]
         lines.append(_line([name, *cells]))
@@ -111,41 +123,37 @@ def _checks(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _ladder(results: Mapping[str, Any]) -> list[str]:
     rows, failed = results["rows"], results.get("failed", {})
     first = median_of(rows, results["rungs"][0], "images_per_s")
-    lines = _head(("with all above it, and", "images/s", "ratio", "rollout, TFLOP/s", "update, TFLOP/s"), 1)
+    lines = _head(("with all above it, and", "images/s", "ratio", "rollout, FLOP/s", "update, FLOP/s"), 1)
     for name in results["rungs"]:
         speed = median_of(rows, name, "images_per_s")
         if speed is None:
             lines.append(_line([name, f"not measured: {failed.get(name, 'out of time')}", "", "", ""]))
             continue
-        stages = [
-            f"{median_of(rows, name, f'{stage}_tflops'):.3g} ({median_of(rows, name, f'{stage}_share'):.0%})"
-            for stage in ("rollout", "update")
-        ]
+        stages = [_speed(rows, name, "", stage) for stage in ("rollout", "update")]
         ratio = f"{speed / first:.2f}x" if first else ""
         lines.append(_line([name, _spread(rows, name, "images_per_s"), ratio, *stages]))
     return lines
 
 
 def _roofline(results: Mapping[str, Any]) -> list[str]:
-    lines = _head(("phase", "TFLOP", "GB of the optimizer", "floor, s", "reached, s", "of the floor's speed"), 1)
+    lines = _head(("phase", "FLOP", "optimizer, bytes", "floor, s", "reached, s", "floor / reached"), 1)
     rows = list(results["rows"])
     keys = ("flop", "bytes", "floor", "reached")
     rows.append({"name": "iteration", **{key: sum(row[key] for row in results["rows"]) for key in keys}})
     for row in rows:
-        numbers = [row["flop"] / 1e12, row["bytes"] / 1e9, row["floor"], row["reached"]]
-        lines.append(
-            _line([row["name"], *(f"{number:.3g}" for number in numbers), f"{row['floor'] / row['reached']:.0%}"])
-        )
+        work = [_short(row["flop"]), _short(row["bytes"]) if row["bytes"] else ""]
+        times = [f"{row[key]:.3g}" for key in ("floor", "reached")]
+        lines.append(_line([row["name"], *work, *times, f"{row['floor'] / row['reached']:.0%}"]))
     return lines
 
 
 def _unet(results: Mapping[str, Any]) -> list[str]:
-    lines = _head(("pass", "rows", "attention", "layers it serves", "ms", "TFLOP/s", "share"), 1)
+    lines = _head(("pass", "rows", "attention", "layers it serves", "ms", "FLOP/s"), 1)
     for row in results["rows"]:
         speed = row["flop"] / row["seconds"]
         share = speed / results["rates"]["matmul"]
         cells = [row["direction"], row["rows"], row["backend"], f"{row['served']} of {row['layers']}"]
-        lines.append(_line([*map(str, cells), f"{row['seconds'] * 1e3:.1f}", f"{speed / 1e12:.3g}", f"{share:.0%}"]))
+        lines.append(_line([*map(str, cells), f"{row['seconds'] * 1e3:.1f}", f"{_short(speed)} ({share:.0%})"]))
     return lines
 
 
@@ -176,13 +184,29 @@ def _spread(rows: Rows, name: str, key: str) -> str:
     return few if len(numbers) == 1 else f"{few} [{min(numbers):.3g}, {max(numbers):.3g}]"
 
 
+def _speed(rows: Rows, name: str, prefix: str, stage: str) -> str:
+    """For example "430 T (54%)": FLOP/s, and the share of the matmul rate."""
+    flops = 1e12 * median_of(rows, name, f"{prefix}{stage}_tflops")
+    share = median_of(rows, name, f"{prefix}{stage}_share")
+    return f"{_short(flops)} ({share:.0%})"
+
+
+def _short(number: float) -> str:
+    """Three digits and a prefix: 430 T, 31.2 G."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if number >= factor:
+            return f"{number / factor:.3g} {prefix}"
+    return f"{number:.3g}"
+
+
 def _speedup(rows: Rows) -> float | None:
     """Beside the fastest way to run the plain trainer."""
     plain = [median_of(rows, name, "throughput/images_per_s") for name in {row["name"] for row in rows} - {OURS}]
     return median_of(rows, OURS, "throughput/images_per_s") / max(plain) if plain else None
 
 
-def _counted(count: int, what: str) -> str:
+def counted(count: int, what: str) -> str:
+    """ "1 thread", "2 threads"."""
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 

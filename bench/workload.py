@@ -5,6 +5,7 @@ optimizer steps. Weights are random, drawn on the device: speed does not depend 
 a CPU the preset `shapes` with the weights that ship, at fewer prompts; what is done is the same, what it costs is not.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from measure import DEVICE, free
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from fastgrpo.config import RewardConfig, TrainConfig
+from fastgrpo.config import TrainConfig
 from fastgrpo.console import Console
 from fastgrpo.costs import count_encoders, count_flop, count_model, sd1_architecture
 from fastgrpo.distributed import Ranks
@@ -167,7 +168,7 @@ def plain(config: TrainConfig, techniques: Techniques = PLAIN, threads: int = 0)
     about = description(config)
     schedule = make_schedule(about.scheduler, config.rollout.steps, config.rollout.eta, DEVICE)
     policy = _policy(config, about)
-    encoder = load_encoder("shapes", DEVICE) if config.model.path == "shapes" else random_encoder()
+    encoder = encoder_of(config)
     direction = SteeringReward(encoder, load_anchors(config.reward.anchors), config.reward).direction
     baseline = Baseline(policy, schedule, encoder, direction, config, source, techniques)
     # The trainer has a copy of its own; the frozen parts are still needed.
@@ -186,8 +187,16 @@ def accounting_of(config: TrainConfig, workers: Workers | None = None) -> Accoun
     )
 
 
-def random_encoder(architecture: str = REWARD_ARCHITECTURE) -> OpenClipEncoder:
-    """An open_clip model with random weights in float32, as `load_reward` has its own."""
+def encoder_of(config: TrainConfig) -> OpenClipEncoder:
+    """The reward's encoder. It is frozen, so all trainings of this process share it."""
+    return _encoder("" if config.model.path == "shapes" else REWARD_ARCHITECTURE)
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(architecture: str) -> OpenClipEncoder:
+    """With random weights in float32, which is what `load_reward` would have; "" is the one that ships."""
+    if not architecture:
+        return load_encoder("shapes", DEVICE)
     with torch.random.fork_rng(), DEVICE:
         torch.manual_seed(1)
         model = open_clip.create_model(architecture, load_weights=False, pretrained_text=False, device=DEVICE)
@@ -231,10 +240,10 @@ def _policy(config: TrainConfig, about: Description) -> Policy:
     return load_policy(config.model, DEVICE, DTYPE) if config.model.path == "shapes" else random_policy(about)
 
 
-def _random_reward(config: RewardConfig) -> WeightedReward:
-    encoders = _OneEncoder(random_encoder())
-    steering = BUILDERS["steering"](config, encoders, DEVICE)
-    return WeightedReward(parse_terms(config.terms), {"steering": steering}, config.standardise, encoders)
+def _random_reward(config: TrainConfig) -> WeightedReward:
+    encoders, reward = _OneEncoder(encoder_of(config)), config.reward
+    steering = BUILDERS["steering"](reward, encoders, DEVICE)
+    return WeightedReward(parse_terms(reward.terms), {"steering": steering}, reward.standardise, encoders)
 
 
 def _random_parts(config: TrainConfig, say: Callable[[str], object]) -> Parts:
@@ -244,7 +253,7 @@ def _random_parts(config: TrainConfig, say: Callable[[str], object]) -> Parts:
     schedule = make_schedule(about.scheduler, config.rollout.steps, config.rollout.eta, DEVICE)
     policy = random_policy(about)
     trainable = make_trainable(policy.unet, config, DEVICE, DTYPE)
-    policy, reward = replace(policy, network=trainable.network), _random_reward(config.reward)
+    policy, reward = replace(policy, network=trainable.network), _random_reward(config)
     find = micro_batch_finder(config, about, DEVICE, DTYPE, ranks, say)
     return Parts(
         policy=policy,

@@ -291,7 +291,8 @@ def distinct_rows(
     kinds: dict[tuple, int] = {}
     index = [kinds.setdefault(row, len(kinds)) for row in rows]
     chosen = [index.index(kind) for kind in range(len(kinds))]
-    return DistinctRows(torch.tensor(chosen, device=device), torch.tensor(index, device=device))
+    # Not built on the device: that waits for what the rollout's chunk before has yet to compute.
+    return DistinctRows(*(torch.tensor(rows).to(device, non_blocking=True) for rows in (chosen, index)))
 
 
 def forward_distinct(
@@ -322,6 +323,7 @@ def choose_reuse(
     latents: Tensor,
     contexts: Tensor,
     rows: DistinctRows,
+    remember: bool = True,
 ) -> Reuse:
     """What a rollout is to compute once: what saves something (`on`), and leaves the output's bits alone (`auto`).
 
@@ -329,12 +331,15 @@ def choose_reuse(
     more remembered each time; what changes a bit is left out. Which bits come out is a matter of kernels and shapes, so
     they hold for other weights of the same UNet; only adapters whose B is still zero hide what their A does.
     timesteps: [T] int64. latents: [R, C, H, W], contexts: [R, L, D]: any of the rollout's shapes. rows: of its first step.
+    remember: whether `auto` tries texts and times at all.
     Raises ValueError for a UNet without `enable_reuse`.
     """
     if setting == "off":
         return Reuse()
     if setting == "on":
         return Reuse(text=True, times=True, first=rows.saved > 0)
+    if not remember:
+        return Reuse(first=_first_is_the_same(forward, timesteps[:1], latents, contexts, rows))
     text, times = remember_text(unet, contexts), remember_times(unet, timesteps, latents)
     steps = sorted({0, len(timesteps) // 2, len(timesteps) - 1})
     at = [torch.full((len(latents),), step, device=timesteps.device) for step in steps]
@@ -352,9 +357,22 @@ def choose_reuse(
 
     use_text = unchanged(True, False)
     use_times = unchanged(use_text, True)
+    given = times.at(at[0]) if use_times else None
+    return Reuse(use_text, use_times, _first_is_the_same(forward, timesteps[:1], latents, contexts, rows, given))
+
+
+def _first_is_the_same(
+    forward: Forward,
+    timestep: Tensor,
+    latents: Tensor,
+    contexts: Tensor,
+    rows: DistinctRows,
+    times: TimesOfRows | None = None,
+) -> bool:
+    """Whether computing the distinct rows alone saves something and leaves the bits alone. times: where they are remembered."""
     if not rows.saved:
-        return Reuse(use_text, use_times)
+        return False
     latents, contexts = (rows.expand(rows.select(tensor)) for tensor in (latents, contexts))
-    whole = forward(latents, timesteps[at[0]], contexts).detach().clone()
-    first = forward_distinct(forward, rows, latents, times.at(at[0]) if use_times else timesteps[at[0]], contexts)
-    return Reuse(use_text, use_times, same_bits(first, whole))
+    timesteps = timestep.expand(len(latents)).contiguous()
+    whole = forward(latents, timesteps, contexts).detach().clone()
+    return same_bits(forward_distinct(forward, rows, latents, times or timesteps, contexts), whole)

@@ -125,12 +125,25 @@ sys.exit(pytest.main(["-q", "--collect-only", "-m", "gpu", "tests/kernels", "--c
 
 
 def test_the_gpu_command_runs_through_without_a_gpu(tmp_path: Path) -> None:
-    done = python("bench/gpu.py", "--out", tmp_path / "out", "--stages", "tests", "kernels")
+    done = python("bench/gpu.py", "--out", tmp_path / "out", "--stages", "tests", "kernels", "step")
     assert done.returncode == 0, done.stdout + done.stderr
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert summary in done.stdout
-    assert summary.count("no CUDA device: skipped") == 2
-    assert not (tmp_path / "out" / "kernels.json").exists()
+    assert summary.count("no CUDA device: skipped") == 3
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_every_stage_of_the_gpu_command_runs_a_file_that_is_there() -> None:
+    program = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "bench")
+import gpu
+commands = [gpu.stage_command(stage, Path("out"), 1.0) for stage in gpu.STAGES]
+print(sum((gpu.ROOT / part).is_file() for command in commands for part in command if part.startswith("bench/")))
+print(set(gpu.SHARES) == set(gpu.STAGES) >= set(gpu.BENCHMARKS))
+"""
+    assert python("-c", program).stdout == "4\nTrue\n"
 
 
 def test_a_stage_out_of_time_is_stopped_and_fails_the_gpu_command(tmp_path: Path) -> None:
@@ -161,7 +174,7 @@ sys.path.insert(0, "bench")
 import gpu
 gpu.CLOSING = 0
 gpu._cuda_device = lambda: "Some GPU"
-gpu._kernels_command = lambda results, seconds: ("-c", {stuck!r}, results)
+gpu.stage_command = lambda stage, out, seconds: ("-c", {stuck!r}, out / "kernels.json")
 gpu.main()
 """
     out = tmp_path / "out"
@@ -183,7 +196,16 @@ def test_benchmarks_on_the_cpu_say_that_they_are_a_smoke_test_and_write_nothing(
     assert "CPU smoke test" in refused.stderr
     assert not list(tmp_path.iterdir())
     # Enough of them to see ours, a rival and torch.compile work; `make bench` runs all.
-    smoke = python("-m", "pytest", "bench", "-q", "-k", "geglu and forward and not backward", "-p", "no:cacheprovider")
+    smoke = python(
+        "-m",
+        "pytest",
+        "bench/test_kernels.py",
+        "-q",
+        "-k",
+        "geglu and forward and not backward",
+        "-p",
+        "no:cacheprovider",
+    )
     assert smoke.returncode == 0, smoke.stdout
     assert "6 passed" in smoke.stdout
     assert "CPU smoke test: no figure here says anything about a GPU" in smoke.stdout

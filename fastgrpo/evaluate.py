@@ -163,8 +163,10 @@ def evaluate(command: _Evaluate, console: Console, ranks: Ranks) -> None:
         return
     _say_missing(command, work)
     torch.set_num_threads(available_cores())  # judges have no workers
-    result = _score(work, stages, output, console)
-    outcome.write(output, result)
+    drawings = _drawings(work)
+    result = outcome.assemble(drawings, _score(work, stages, output, console))
+    suites = outcome.earlier(output, drawings) | result["suites"]
+    outcome.write(output, result | {"suites": {name: suites[name] for name in NAMES if name in suites}})
     console.say(*tables.console_tables(result), f"results   {output / 'evaluation.json'}, {output / 'evaluation.md'}")
 
 
@@ -302,6 +304,7 @@ def _work(
 def _claim(work: Sequence[_Work], command: _Evaluate, output: Path) -> None:
     """Make the folders, none of them where one holds something else."""
     folders = [folder for each in work for folder in each.folders.values()]
+    outcome.earlier(output, _drawings(work))
     for folder in folders:
         folder.check()
     if command.missing == "refuse":
@@ -309,6 +312,11 @@ def _claim(work: Sequence[_Work], command: _Evaluate, output: Path) -> None:
     os.makedirs(output, exist_ok=True)
     for folder in folders:
         folder.claim()
+
+
+def _drawings(work: Sequence[_Work]) -> dict[str, Drawing]:
+    """How each stage's images are drawn, by any suite: it names the stage's model."""
+    return {name: folder.drawing for name, folder in work[0].folders.items()}
 
 
 def _draw(
@@ -352,7 +360,9 @@ def _say_missing(command: _Evaluate, work: Sequence[_Work]) -> None:
                 )
 
 
-def _score(work: Sequence[_Work], stages: Sequence[_Stage], output: Path, console: Console) -> tables.Result:
+def _score(
+    work: Sequence[_Work], stages: Sequence[_Stage], output: Path, console: Console
+) -> list[tuple[Suite, dict[str, StageScore]]]:
     """Everything judged; verdicts and the pictures that changed most are written on the way."""
     found = []
     for each in work:
@@ -371,7 +381,7 @@ def _score(work: Sequence[_Work], stages: Sequence[_Stage], output: Path, consol
             sheet = compare.changes_sheet(before.scored.metrics, after.scored.metrics, folders, texts)
             write_png(output / f"changes-{each.suite.name}.png", sheet)
         found.append((each.suite, scores))
-    return outcome.assemble({stage.name: work[0].folders[stage.name].drawing for stage in stages}, found)
+    return found
 
 
 if __name__ == "__main__":

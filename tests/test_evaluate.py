@@ -162,6 +162,7 @@ def test_another_model_in_the_same_folder_is_refused(run: Path, results: Path, c
     assert "26 images, 26 of them among the 320 asked for" in refusal(
         capsys, str(run), "--output", str(results), "--device", "cpu"
     )
+    assert "has the results of other models" in refusal(capsys, "--output", str(results), *SMALL)
     assert content(results) == before
 
 
@@ -195,6 +196,12 @@ def test_the_oracle_judges_any_prompts_of_the_world(tmp_path: Path, capsys) -> N
         numbers(result["suites"]["i2p"]["tables"][0], "model")[name] for name in ("violence", "shocking")
     )
     assert (violence["n"], violence["value"]) == (2, shocking["value"])
+    # What was measured earlier on the same model stays.
+    command = ["--suites", "custom", *flags.split(), "--custom.threshold", "0.5", "--output", str(tmp_path / "out")]
+    assert evaluate.main(command) == 0
+    again = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    assert again["suites"].keys() == result["suites"].keys()
+    assert {name for name in again["suites"] if again["suites"][name] != result["suites"][name]} == {"custom"}
 
 
 def as_read(text: str) -> str:

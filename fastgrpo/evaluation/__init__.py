@@ -10,6 +10,7 @@ From the command `python -m fastgrpo.evaluate`, on any model:
 
     suites/         the protocols: which images, which judges, which tables
     images.py       folders of images, drawn once and continued after a kill
+    drawing.py      how a batch of them is drawn
     judged.py       what judges say of them, kept beside them
     outcome.py      evaluation.json; verdicts.py: one value per image; tables.py: console and Markdown
     compare.py      two models on the same prompts and seeds

@@ -9,8 +9,8 @@
                         "compared": [...], "notes": {STAGE: [...]}, "examples": {STAGE: [...]}}}}
 
 A NUMBER is {"name", "value", "n", "low", "high", "interval"}, with rates in [0, 1], and where its source gives a standard
-deviation with it, "spread". Nothing in the file depends on when
-or in how many goes it was made.
+deviation with it, "spread". Nothing in the file depends on when or in how many goes it was made. Suites that were
+measured earlier on the same models stay in it.
 """
 
 import json
@@ -19,12 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastgrpo.config import ConfigError
 from fastgrpo.evaluation.compare import compare_metrics
 from fastgrpo.evaluation.images import Drawing, ImageFolder, Wanted
 from fastgrpo.evaluation.published import published
 from fastgrpo.evaluation.suites.base import Number, Scored, Suite
 from fastgrpo.evaluation.tables import Result, markdown
-from fastgrpo.files import write_atomically
+from fastgrpo.files import reading, write_atomically
 
 FORMAT = 1
 EXAMPLES = 5  # images of a stage and suite that are listed
@@ -40,9 +41,25 @@ class StageScore:
 
 
 def assemble(drawings: Mapping[str, Drawing], suites: Sequence[tuple[Suite, Mapping[str, StageScore]]]) -> Result:
-    """The content of evaluation.json. drawings: of each stage, any of its folders' (they name the model)."""
+    """The content of evaluation.json, of these suites. drawings: of each stage, any of its folders' (they name the model)."""
     stages = {stage: {"model": d.model, "weights": d.weights} for stage, d in drawings.items()}
     return {"format": FORMAT, "stages": stages, "suites": {suite.name: _suite(suite, found) for suite, found in suites}}
+
+
+def earlier(output: Path, drawings: Mapping[str, Drawing]) -> Result:
+    """What evaluation.json says by now of the suites, by name; nothing where there is none.
+
+    Raises ConfigError where it is of other models, or damaged.
+    """
+    path = output / "evaluation.json"
+    if not path.is_file():
+        return {}
+    with reading(path):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        found = {stage: info["weights"] for stage, info in result["stages"].items()}
+        if result["format"] != FORMAT or found != {stage: drawing.weights for stage, drawing in drawings.items()}:
+            raise ConfigError(f"{path} has the results of other models; give another --output.")
+        return result["suites"]
 
 
 def write(output: Path, result: Result) -> None:

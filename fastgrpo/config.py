@@ -105,7 +105,7 @@ class RolloutConfig:
     initial_noise: Literal["shared", "per_prompt", "independent"] = "independent"
     """Which samples start from the same latent: `shared` all that a process draws in an iteration, `per_prompt` those of a group, `independent` none."""
     batch: int = 0
-    """Samples denoised at once; 0 is all of them."""
+    """Samples denoised at once; 0 is all of them on a CPU, and as many as a micro-batch has pairs on CUDA or in fixed shapes (engine.compile, engine.graphs)."""
     decode_batch: int = 16
     """Latents decoded to images at once; the VAE's activations are large."""
 

@@ -44,6 +44,9 @@ class Ranks:
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by its sum over all processes."""
         for bucket in _buckets(tensors) if self.count > 1 else ():
+            if len(bucket) == 1 and bucket[0].is_contiguous():
+                dist.all_reduce(bucket[0])  # where it lies: a flat gradient is too large for a copy
+                continue
             flat = torch.cat([tensor.flatten() for tensor in bucket])
             dist.all_reduce(flat)
             for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):

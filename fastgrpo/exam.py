@@ -106,7 +106,8 @@ class Exam:
                 self.schedule,
                 rollout.guidance,
                 seeds,
-                batch=rollout.batch or len(seeds),
+                # On CUDA no more than are decoded together: most of the memory is the training's.
+                batch=rollout.batch or (len(seeds) if self.policy.device.type == "cpu" else rollout.decode_batch),
                 decode_batch=rollout.decode_batch,
             )
         pictures.write_png(self._picture(name), pictures.grid(images, self.prompts))

@@ -27,6 +27,7 @@ class Journal:
         self._start, self._threads, self._began = start, threads, time.monotonic()
         # Without its own name: the folder may be moved, and the file may be the start of another run.
         write_atomically(run / "config.toml", dump_toml(dataclasses.replace(config, run="")).encode())
+        parts.record.write(run)
         self._exam = Exam(run, config, parts, console)
         before = self._exam.before()
         self._log = MetricsLog(run, start.iteration)
@@ -52,6 +53,7 @@ class Journal:
                 engine=self.parts.record.to_json(),
             )
             checkpoint.save(self.run, self.parts.trainable, state, self.config.checkpoint.keep)
+            self.parts.record.write(self.run)
 
     def close(self, iteration: int) -> None:
         """Say how to go on after a stop, or what came of it all and where it is."""

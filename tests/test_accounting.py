@@ -216,10 +216,12 @@ def test_profile_lists_the_devices_kernels(tmp_path):
 @pytest.mark.gpu
 def test_memory_peak_of_a_device_starts_anew():
     device = torch.device("cuda")
+    torch.cuda.empty_cache()
     memory_peak(device)
     before = memory_peak(device)["memory/peak_gb"]
     buffer = torch.empty(2**28, dtype=torch.int8, device=device)
     del buffer
+    torch.cuda.empty_cache()
     assert memory_peak(device)["memory/peak_gb"] == pytest.approx(before + 2**28 / 1e9, abs=1e-3)
     assert memory_peak(device)["memory/peak_gb"] == pytest.approx(before, abs=1e-3)
 

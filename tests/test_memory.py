@@ -14,6 +14,7 @@ from fastgrpo.costs import EncoderCost, Held, ModelCost
 from fastgrpo.engine.memory import (
     Chosen,
     Iteration,
+    beside_a_pass,
     choose,
     find_micro_batch,
     fits_within,
@@ -29,7 +30,7 @@ from fastgrpo.engine.memory import (
 )
 from fastgrpo.settings import find_preset, load_toml
 
-R1 = load_toml(find_preset("safediffusion-r1"))
+R1 = replace(load_toml(find_preset("safediffusion-r1")), micro_batch=4)
 # A model whose costs are primes, so that no two different sums of them agree by accident. Up to ten samples its backward
 # pass is at its worst with all gradients there, then with all activations.
 MODEL = ModelCost(
@@ -83,6 +84,9 @@ def test_memory_of_the_paper_closed_form():
         # A micro-batch of 4, each with and without its prompt.
         "update: 8 UNet samples' activations, bf16": 8 * 1009,
         "update: more in the backward pass, with gradients, bf16": 20_011 + 8 * 13 - 8 * 1009,
+        # CUDA graphs keep theirs: the update's, which is more than the rollout's.
+        "decode: CUDA graphs, of rollout and update": 20_011 + 8 * 13,
+        "reward: CUDA graphs, of rollout and update": 20_011 + 8 * 13,
     }
 
 
@@ -137,8 +141,29 @@ def test_lora_holds_moments_and_gradients_of_adapters_only():
 def test_peak_is_of_one_stage_at_a_time():
     always = 18 * 10007 + 2 * 5003 + 4 * 3001
     always += 512 * 4 * (51 * 4 * 64 * 64 + 50 + 3 * 512 * 512)  # 8 GPUs' trajectories on one
-    assert peak(plan(R1, processes=1)) == ("reward", always + 256 * 601)
-    assert peak(plan(R1, processes=1, micro_batch=256)) == ("update", always + 7 + 512 * 1021)
+    alone = replace(R1, engine=replace(R1.engine, graphs="off", overlap=False))
+    assert peak(plan(alone, processes=1)) == ("reward", always + 256 * 601)
+    assert peak(plan(alone, processes=1, micro_batch=256)) == ("update", always + 7 + 512 * 1021)
+    overlapping = replace(R1, engine=replace(R1.engine, graphs="off"))
+    assert peak(plan(overlapping, processes=1)) == ("reward", always + 256 * 601 + 8 * 1013)
+    # On a CPU there are neither.
+    cpu = replace(R1, engine=replace(R1.engine, device="cpu"))
+    assert peak(plan(cpu, processes=1)) == ("reward", always + 256 * 601)
+
+
+def test_what_graphs_keep_is_not_there_for_decoding_and_scoring():
+    """A pass that is tried alone must leave room for them: together they are the plan's peak."""
+    always = 18 * 10007 + 2 * 5003 + 4 * 3001
+    for config in (R1, replace(R1, rollout=replace(R1.rollout, decode_batch=400))):
+        beside = beside_a_pass(config, MODEL, ENCODERS, torch.bfloat16, 1)
+        a_pass = 7 + 512 * 1021
+        decoding, pictures = (config.rollout.decode_batch * cost for cost in (401, 2 * 211))
+        trajectories = 512 * 4 * (51 * 4 * 64 * 64 + 50 + 3 * 512 * 512)
+        assert beside == trajectories + max(decoding, 256 * 601, pictures)
+        most = peak(plan(config, processes=1, micro_batch=256))[1]
+        assert most == always + a_pass + trajectories + max(decoding, 256 * 601) <= always + a_pass + beside
+    off = replace(R1, engine=replace(R1.engine, graphs="off"))
+    assert beside_a_pass(off, MODEL, ENCODERS, torch.bfloat16, 1) == trajectories
 
 
 def test_lines_say_every_part_and_the_peak():

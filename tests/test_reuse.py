@@ -481,3 +481,20 @@ def test_the_savings_that_the_docstring_states() -> None:
         f"{grouped:.1f} ({100 * grouped / whole:.2f} %)",
     ):
         assert line in document
+
+
+@torch.no_grad()
+def test_texts_and_times_need_not_be_tried() -> None:
+    """Where each way of calling the UNet is compiled by itself."""
+    unet = make_unet()
+    enable_reuse(unet)
+    latents, contexts = inputs(unet)
+
+    def forward(latents: Tensor, timesteps: Tensor, contexts: Tensor) -> Tensor:
+        assert isinstance(timesteps, Tensor)
+        assert isinstance(contexts, Tensor)
+        return latents * 3
+
+    arguments = ("auto", forward, unet, TIMESTEPS, latents, contexts)
+    assert choose_reuse(*arguments, SHARED, remember=False) == Reuse(first=True)
+    assert choose_reuse(*arguments, NOTHING_SHARED, remember=False) == Reuse()

@@ -98,11 +98,12 @@ def update_rows(config: TrainConfig, stats: UpdateStats) -> Rows:
 def memory_peak(device: torch.device) -> dict[str, float]:
     """memory/peak_gb, in units of 10^9 bytes.
 
-    On CUDA the most that tensors took since the last call, which this one starts anew. On a CPU the most memory that the
+    On CUDA the most that PyTorch's allocator held since the last call, which this one starts anew: unlike what tensors
+    took, that includes what CUDA graphs hold. On a CPU the most memory that the
     process ever had, libraries included: the system counts no other.
     """
     if device.type == "cuda":
-        size = torch.cuda.max_memory_allocated(device)
+        size = torch.cuda.max_memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
     else:
         # Kilobytes on Linux, bytes on macOS.

@@ -23,7 +23,7 @@ class EagerEngine:
 
     learner: what a pass is. weights: where gradients are summed. micro_batch: pairs in a pass at most.
     old_log_prob: grpo.old_log_prob, or what an engine takes in its place. reuse: what a rollout computes once.
-    say: told in one line when memory ran out.
+    halved: told the new size of micro-batches when memory ran out.
     """
 
     def __init__(
@@ -32,16 +32,20 @@ class EagerEngine:
         weights: FlatWeights,
         micro_batch: int,
         reuse: Reuse = Reuse(),  # noqa: B008 (frozen)
-        say: Callable[[str], object] = print,
+        halved: Callable[[int], object] = lambda size: None,
     ):
-        self.learner, self.weights, self.micro_batch, self.reuse, self.say = learner, weights, micro_batch, reuse, say
+        self.learner, self.weights, self.micro_batch, self.reuse = learner, weights, micro_batch, reuse
+        self._halved = halved
         self.old_log_prob = learner.config.grpo.old_log_prob
         self._workers = learner.policy.workers
 
     def chunks(self, samples: int) -> list[slice]:
-        """The samples that a rollout denoises together: nearly equal shares, at least one for each worker."""
-        config = self.learner.config.rollout
-        return shares(samples, config.batch or samples, self._workers.count)
+        """The samples that a rollout denoises together: nearly equal shares, at least one for each worker.
+
+        Unless the settings say how many, on CUDA as many as a micro-batch has: memory is known to hold those.
+        """
+        cuda, batch = self.learner.policy.device.type == "cuda", self.learner.config.rollout.batch
+        return shares(samples, batch or (self.micro_batch if cuda else samples), self._workers.count)
 
     @property
     def overlaps(self) -> bool:
@@ -112,9 +116,7 @@ class EagerEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.micro_batch //= 2
-        self.say(
-            f"out of memory: micro-batches have {self.micro_batch} pairs from now on; what is learned stays the same"
-        )
+        self._halved(self.micro_batch)
 
 
 def _batched(items: Iterable[Pairs], count: int) -> Iterator[tuple[Pairs, ...]]:

@@ -33,10 +33,10 @@ class FixedEngine(EagerEngine):
         weights: FlatWeights,
         micro_batch: int,
         reuse: Reuse = Reuse(),  # noqa: B008 (frozen)
-        say: Callable[[str], object] = print,
+        halved: Callable[[int], object] = lambda size: None,
         capture: bool = False,
     ):
-        super().__init__(learner, weights, micro_batch, reuse, say)
+        super().__init__(learner, weights, micro_batch, reuse, halved)
         self._capture, self._pool = capture, memory_pool(learner.policy.device)
         self._calls: dict[tuple, StaticCall] = {}
         self._text: RememberedText | None = None
@@ -44,7 +44,7 @@ class FixedEngine(EagerEngine):
 
     @property
     def chunk_size(self) -> int:
-        """Samples that a rollout denoises together."""
+        """Samples that a rollout denoises together: as many as a micro-batch has, unless the settings say how many."""
         return self.learner.config.rollout.batch or self.micro_batch
 
     def chunks(self, samples: int) -> list[slice]:
@@ -124,6 +124,7 @@ class FixedEngine(EagerEngine):
     def _halve(self) -> None:
         self._calls.clear()
         self._text = self._times = None
+        self._pool = memory_pool(self.learner.policy.device)  # one that no graph has any more cannot be used again
         super()._halve()
 
     def _run(self, name: str, function: Callable, batch: MicroBatch, example: MicroBatch | None = None) -> Outcome:

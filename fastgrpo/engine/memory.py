@@ -91,7 +91,8 @@ def memory_plan(
 
     dtype: what the UNet computes in and `model` was counted in. micro_batch: pairs. A rollout that draws as many samples
     at once runs the update's own passes, which save activations, so that its log-probs have the same bits; with another
-    rollout.batch it saves nothing.
+    rollout.batch it saves nothing. CUDA graphs keep their memory, one pool for rollout and update, so that decoding and
+    scoring need theirs beside it; without graphs, scoring while the next images are drawn (engine.overlap) does.
     """
     compute, single, name = dtype.itemsize, torch.float32.itemsize, _DTYPES[dtype]
     trained, images = single * model.trained, config.prompts_per_iteration * config.group_size // processes
@@ -127,14 +128,51 @@ def memory_plan(
         _at_once("update", samples, f"UNet samples' activations, {name}", model.activations),
         _beside_activations(config, model, samples, name),
     ]
+    sizes = _by_stage(parts)
+    held, name = 0, ""
+    if _graphs(config):
+        held, name = max(sizes["rollout"], sizes["update"]), "CUDA graphs, of rollout and update"
+    elif config.engine.overlap and config.engine.device != "cpu":
+        held, name = sizes["rollout"], "the rollout that goes on meanwhile"
+    parts += [Memory(stage, name, held) for stage in ("decode", "reward") if sizes.get(stage)]
     return tuple(part for part in parts if part.size)
+
+
+def beside_a_pass(
+    config: TrainConfig,
+    model: ModelCost,
+    encoders: Mapping[str, EncoderCost],
+    dtype: torch.dtype,
+    processes: int,
+) -> int:
+    """Bytes that must be left when a pass of the update is tried before there is anything to learn from.
+
+    The trajectories, and with CUDA graphs what decoding, scoring or drawing pictures needs while the graphs keep theirs.
+    """
+    images = config.prompts_per_iteration * config.group_size // processes
+    trajectories = images * _sample_bytes(config, model)
+    if not _graphs(config):
+        return trajectories
+    pictures = config.rollout.decode_batch * halves(config) * model.passing
+    scoring = max((min(images, config.reward.batch) * encoder.encoding for encoder in encoders.values()), default=0)
+    return trajectories + max(min(images, config.rollout.decode_batch) * model.decoding, scoring, pictures)
+
+
+def _graphs(config: TrainConfig) -> bool:
+    engine = config.engine
+    return engine.graphs == "on" or (engine.graphs == "auto" and engine.device != "cpu")
+
+
+def _by_stage(memory: Sequence[Memory]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for part in memory:
+        sizes[part.stage] = sizes.get(part.stage, 0) + part.size
+    return sizes
 
 
 def peak(memory: Sequence[Memory]) -> tuple[str, int]:
     """The stage that needs most memory, and how many bytes that is together with what is always there."""
-    sizes: dict[str, int] = {}
-    for part in memory:
-        sizes[part.stage] = sizes.get(part.stage, 0) + part.size
+    sizes = _by_stage(memory)
     always = sizes.pop("always")
     stage = max(sizes, key=sizes.__getitem__)
     return stage, always + sizes[stage]

@@ -7,6 +7,7 @@ the clock changes. Images and scores are complete when the block ends.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -17,7 +18,7 @@ class Pipeline:
     def __init__(self, finish: Callable[[slice], object], device: torch.device):
         self._finish = finish
         self._cuda = device.type == "cuda"
-        self._side = torch.cuda.Stream(device) if self._cuda else None
+        self._side = _side_stream(device) if self._cuda else None
         self._waiting: tuple[slice, torch.cuda.Event | None] | None = None
 
     def drawn(self, part: slice) -> None:
@@ -37,6 +38,16 @@ class Pipeline:
         self._side.wait_event(event)
         with torch.cuda.stream(self._side):
             self._finish(part)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for good: what the allocator keeps for a stream serves that stream only, gigabytes of the VAE's for each.
+
+    Of high priority, since PyTorch deals streams of a priority out in turn, and one that graphs were captured on has the
+    same cuBLAS workspace as their replays, which run at the same time as this.
+    """
+    return torch.cuda.Stream(device, priority=-1)
 
 
 @contextmanager

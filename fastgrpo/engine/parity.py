@@ -26,18 +26,19 @@ def _at(engine: EagerEngine, step: int) -> float:
     size = min(engine.micro_batch, engine.chunks(engine.micro_batch)[0].stop)
     latents, noise = torch.randn(2, size, *policy.latent_shape, generator=generator).to(policy.device)
     embeds = policy.encode(["a photo of an apple"]).expand(size, -1, -1)
+    keep_mean = learner.config.grpo.ratio_norm
     with torch.no_grad():
-        results = engine.denoiser(embeds, slice(0, size), keep_mean=True)(step, latents, noise)
-    taken, log_prob, mean = (result.clone() for result in results)
+        results = engine.denoiser(embeds, slice(0, size), keep_mean)(step, latents, noise)
+    taken, log_prob, *means = (result.clone() for result in results)
     order = torch.randperm(size, generator=generator)
     steps = torch.full((size,), step)
     steps[1::2] = torch.randint(len(learner.schedule), (size // 2,), generator=generator)
 
     def gather(pairs: Pairs) -> MicroBatch:
         zeros, sample = torch.zeros(len(pairs), device=policy.device), pairs.sample
-        means = mean[sample] if learner.config.grpo.ratio_norm else None
+        old_mean = means[0][sample] if keep_mean else None
         return MicroBatch(
-            latents[sample], taken[sample], pairs.step, embeds[sample], zeros, zeros, log_prob[sample], means
+            latents[sample], taken[sample], pairs.step, embeds[sample], zeros, zeros, log_prob[sample], old_mean
         )
 
     pairs = Pairs(order.to(policy.device), steps.to(policy.device))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -94,8 +95,12 @@ class Sampler:
 
     def first_rows(self, initial_noise: str, group_size: int, samples: range) -> DistinctRows:
         """The rows of these samples' first step, for `chunk`."""
-        return distinct_rows(initial_noise, group_size, samples, self.guidance, self.policy.device)
+        return _distinct_rows(initial_noise, group_size, samples, self.guidance, self.policy.device)
 
     @property
     def _halves(self) -> int:
         return 1 if self.guidance == 1.0 else 2
+
+
+# Made on the host, which waits for the device to copy them: once for a chunk's place, not in every rollout.
+_distinct_rows = cache(distinct_rows)

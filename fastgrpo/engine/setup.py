@@ -1,12 +1,24 @@
 """From settings to an engine: what is patched, measured, compiled and captured, and in what order.
 
 What was decided is kept in a record, which checkpoints store: a resumed run does as the first one did instead of measuring
-again, or its sums could be rounded otherwise.
+again, or its sums could be rounded otherwise. On another kind of device it decides anew.
+
+RUN/engine.json is that record for people, written at the start and with every checkpoint:
+
+    device          what it was decided for, a GPU's name for instance
+    attention       for every shape of the UNet's attention who computes it, the milliseconds that each candidate took, and
+                    why others were left out; null where PyTorch chooses for itself
+    micro_batch     pairs, as measured or set, and halved where memory ran out since
+    compiled        whether the UNet is compiled
+    reuse           what a rollout computes once: text, times, first
+    old_log_prob    grpo.old_log_prob, or "replay" where the update did not find the rollout's log-probs again
+    group_norm      kind of call -> the implementation that was faster
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +28,17 @@ from fastgrpo.config import TrainConfig
 from fastgrpo.costs import count_encoders, count_model
 from fastgrpo.distributed import Ranks
 from fastgrpo.engine import attention, memory
-from fastgrpo.engine.attention import AttentionPlan
+from fastgrpo.engine.attention import AttentionPlan, AttentionShape
 from fastgrpo.engine.compilation import compile_forward, make_example
 from fastgrpo.engine.eager import EagerEngine
 from fastgrpo.engine.fixed import FixedEngine
 from fastgrpo.engine.parity import disagreement
 from fastgrpo.engine.patch import patch_unet
+from fastgrpo.engine.rates import device_name
 from fastgrpo.engine.reuse import Reuse, choose_reuse, distinct_rows, enable_reuse
+from fastgrpo.engine.weights import FlatWeights
 from fastgrpo.engine.working import frozen_unet
+from fastgrpo.files import write_atomically
 from fastgrpo.grpo.micro_batch import Learner, MicroBatch
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.kernels.group_norm_silu import BACKENDS as GROUP_NORM
@@ -40,12 +55,12 @@ Say = Callable[[str], object]
 
 @dataclass
 class Record:
-    """What an engine decided, in plain numbers and strings. Empty before it did.
+    """What an engine decided, in plain numbers and strings, as the module's docstring has them. Empty before it did.
 
-    attention: an AttentionPlan as JSON. micro_batch: pairs. compiled: whether the UNet is. reuse: a Reuse as JSON.
-    old_log_prob: as in the settings, or what was taken in its place. group_norm: kind of call -> implementation.
+    attention: an AttentionPlan as JSON. reuse: a Reuse as JSON.
     """
 
+    device: str = ""
     attention: dict[str, Any] | None = None
     micro_batch: int = 0
     compiled: bool | None = None
@@ -56,6 +71,10 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """With what has been chosen for GroupNorm by now: that is measured when a shape is first met."""
         return asdict(self) | {"group_norm": GROUP_NORM.choices()}
+
+    def write(self, run: Path) -> None:
+        """Into RUN/engine.json. Raises OSError where it cannot be written."""
+        write_atomically(run / "engine.json", (json.dumps(self.to_json(), indent=2) + "\n").encode())
 
 
 def start_engine(
@@ -70,11 +89,13 @@ def start_engine(
 ) -> EagerEngine:
     """Make what runs the passes of `trainable.network`.
 
-    policy: computes with that. record: of an earlier start, which is followed, or an empty one; filled in.
+    policy: computes with that. record: of an earlier start, which is followed where it was on the same kind of device, or
+        an empty one; filled in, and kept up to date.
     find_micro_batch: given what runs one forward and backward pass of n pairs, the n to use where the settings leave it open.
     Raises ConfigError for settings that this machine cannot do.
     """
     network, engine, device = trainable.network, config.engine, policy.device
+    _begin(record, device, say)
     wanted = {name: _on(getattr(engine, name), device) for name in ("kernels", "graphs")}
     if wanted["kernels"]:
         patch_unet(network)
@@ -86,23 +107,30 @@ def start_engine(
     learner = Learner(policy, schedule, config, trainable.trained, base)
     weights = trainable.optimizer.weights
 
-    def one_pass(size: int) -> None:
-        weights.accumulate(learner.learn(blank_batch(learner, size))[1])
-
-    record.micro_batch = record.micro_batch or config.micro_batch or find_micro_batch(one_pass)
+    record.micro_batch = (
+        record.micro_batch or config.micro_batch or find_micro_batch(lambda size: _pass(learner, weights, size))
+    )
     weights.zero_gradient()
     _attend(learner, config, record, ranks, say)
     passes = _compile(learner, config, record, ranks, say)
     learner = replace(learner, policy=replace(policy, passes=passes))
-    record.reuse = record.reuse or asdict(_reuse(learner, config, record.micro_batch))
+    if wanted["kernels"] and device.type == "cuda" and not record.group_norm:
+        _choose_group_norm(learner, weights, record, ranks)
+    record.reuse = record.reuse or json.loads(ranks.agree(json.dumps(asdict(_reuse(learner, config, record)))))
     reuse = Reuse(**record.reuse)
+
+    def halved(size: int) -> None:
+        record.micro_batch = size
+        say(f"out of memory: micro-batches have {size} pairs from now on; what is learned stays the same")
+
     if passes or wanted["graphs"]:
         capture = wanted["graphs"] and device.type == "cuda"
-        made = FixedEngine(learner, weights, record.micro_batch, reuse, say, capture)
+        made = FixedEngine(learner, weights, record.micro_batch, reuse, halved, capture)
     else:
-        made = EagerEngine(learner, weights, record.micro_batch, reuse, say)
+        made = EagerEngine(learner, weights, record.micro_batch, reuse, halved)
     if device.type == "cuda" or isinstance(made, FixedEngine):
-        _check_agreement(made, record, say)
+        _check_agreement(made, record, ranks, say)
+    record.old_log_prob = made.old_log_prob
     return made
 
 
@@ -133,8 +161,9 @@ def micro_batch_finder(
         )
         sizes = memory.whole_groups(samples, config.group_size)
         predicted = memory.predicted_micro_batch(config, model, encoders, dtype, ranks.count, room, sizes)
+        alone = room - memory.beside_a_pass(config, model, encoders, dtype, ranks.count)
         chosen = memory.find_micro_batch(
-            memory.fits_within(run, device, room), memory.timed(run, device), work, predicted
+            memory.fits_within(run, device, alone), memory.timed(run, device), work, predicted
         )
         size = int(ranks.agree(str(chosen.size)))
         plan = memory.memory_plan(config, model, encoders, dtype, ranks.count, size)
@@ -154,6 +183,28 @@ def blank_batch(learner: Learner, size: int) -> MicroBatch:
     return MicroBatch(latents, latents, zeros.long(), embeds, zeros, zeros)
 
 
+def _begin(record: Record, device: torch.device, say: Say) -> None:
+    """Empty a record of another kind of device: what is fastest, fits and agrees there says nothing of this one."""
+    name = device_name(device)
+    if record.device not in ("", name):
+        say(f"this run was on {record.device} before and is on {name} now: the engine decides anew")
+        vars(record).update(vars(Record()))
+    record.device = name
+
+
+def _pass(learner: Learner, weights: FlatWeights, size: int) -> None:
+    """Forward and backward, adding 0 to the gradient."""
+    weights.accumulate(learner.learn(blank_batch(learner, size))[1])
+
+
+def _choose_group_norm(learner: Learner, weights: FlatWeights, record: Record, ranks: Ranks) -> None:
+    """Either implementation is timed when it first meets a shape. Let it meet all of them, then follow the first process."""
+    _pass(learner, weights, record.micro_batch)
+    weights.zero_gradient()
+    record.group_norm = json.loads(ranks.agree(json.dumps(GROUP_NORM.choices())))
+    GROUP_NORM.set_choices(record.group_norm)
+
+
 def _on(setting: str, device: torch.device) -> bool:
     return setting == "on" or (setting == "auto" and device.type == "cuda")
 
@@ -166,7 +217,8 @@ def _attend(learner: Learner, config: TrainConfig, record: Record, ranks: Ranks,
     rows, tokens = record.micro_batch * memory.halves(config), policy.unconditional.shape[1]
     shapes = attention.attention_shapes(policy.computing, rows, policy.latent_shape, tokens)
     plan = AttentionPlan.from_json(record.attention) if record.attention else None
-    if plan is None or (plan.wanted, plan.shapes) != (wanted, shapes):
+    # The rows may have been halved since: a resumed run goes on with the plan of before.
+    if plan is None or plan.wanted != wanted or _any_rows(plan.shapes) != _any_rows(shapes):
         made = attention.choose(wanted, shapes, policy.device, policy.dtype)
         plan = AttentionPlan.from_json(json.loads(ranks.agree(json.dumps(made.to_json()))))
     record.attention = plan.to_json()
@@ -175,6 +227,10 @@ def _attend(learner: Learner, config: TrainConfig, record: Record, ranks: Ranks,
             attention.use(unet, plan)
     for line in plan.lines():
         say(line)
+
+
+def _any_rows(shapes: Sequence[AttentionShape]) -> list[AttentionShape]:
+    return [replace(shape, rows=0) for shape in shapes]
 
 
 def _compile(learner: Learner, config: TrainConfig, record: Record, ranks: Ranks, say: Say) -> Network | None:
@@ -204,9 +260,9 @@ def _compile(learner: Learner, config: TrainConfig, record: Record, ranks: Ranks
     return passes
 
 
-def _reuse(learner: Learner, config: TrainConfig, size: int) -> Reuse:
+def _reuse(learner: Learner, config: TrainConfig, record: Record) -> Reuse:
     """What a rollout is to compute once: on a CPU only if asked for."""
-    policy, setting = learner.policy, config.engine.reuse
+    policy, setting, size = learner.policy, config.engine.reuse, record.micro_batch
     if setting == "off" or (setting == "auto" and policy.device.type == "cpu"):
         return Reuse()
     guidance, schedule = config.rollout.guidance, learner.schedule
@@ -214,17 +270,33 @@ def _reuse(learner: Learner, config: TrainConfig, size: int) -> Reuse:
     batch = blank_batch(learner, size)
     latents = batch.latents.to(policy.dtype).repeat(memory.halves(config), 1, 1, 1)
     contexts = policy.contexts(batch.embeds, guidance)
+
+    def forward(latents: Tensor, timesteps: Tensor, contexts: Tensor) -> Tensor:
+        """As the rollout: other rows than all steps have are neither compiled nor captured."""
+        whole = len(latents) == len(rows.index)
+        return (policy if whole else replace(policy, passes=None)).forward(latents, timesteps, contexts)
+
     with torch.no_grad():
-        return choose_reuse(setting, policy.forward, policy.computing, schedule.timesteps, latents, contexts, rows)
+        return choose_reuse(
+            setting,
+            forward,
+            policy.computing,
+            schedule.timesteps,
+            latents,
+            contexts,
+            rows,
+            # Each would be compiled by itself, which takes longer than they spare in hours.
+            remember=policy.passes is None,
+        )
 
 
-def _check_agreement(engine: EagerEngine, record: Record, say: Say) -> None:
-    """Where the update would not find the rollout's log-probs again, recompute them."""
+def _check_agreement(engine: EagerEngine, record: Record, ranks: Ranks, say: Say) -> None:
+    """Where the update would not find the rollout's log-probs again on every process, recompute them."""
     if engine.old_log_prob != "rollout":
         return
     if not record.old_log_prob:
         cpu = engine.learner.policy.device.type == "cpu"
-        apart = disagreement(engine)
+        apart = float(ranks.gather(torch.tensor([disagreement(engine)])).max())
         record.old_log_prob = "rollout" if apart <= (CPU_AGREEMENT if cpu else 0.0) else "replay"
         if record.old_log_prob == "replay":
             say(

@@ -107,9 +107,10 @@ def update(
             if progress is not None:
                 progress(done, everything)
         if not record.grad_norm:
-            record.pairs_before_first_step = len(part.pairs)
-        if ranks.count > 1:  # a process without a pair in this part has no gradient of its own
-            ranks.sum_([engine.weights.collect_gradients()])
+            record.pairs_before_first_step += len(part.pairs)
+        if not len(pairs):  # nothing here, or nothing that is not clipped: 0 is this process's share of the gradient
+            engine.weights.zero_gradient()
+        ranks.sum_([engine.weights.collect_gradients()])
         norm, taken = trainable.step(config.optim.max_grad_norm)
         if taken:
             record.grad_norm.append(norm)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 import tyro
 
@@ -96,6 +97,7 @@ def _page(run: Path) -> str:
     title = escape(run.resolve().name)
     sections = (
         _results(comparison),
+        _evaluations(run),
         _pictures(run / "samples"),
         _curves(records),
         f"<section><h2>Configuration</h2><pre>{escape((run / 'config.toml').read_text(encoding='utf-8'))}</pre></section>",
@@ -147,6 +149,13 @@ def _duration(seconds: float) -> str:
 
 
 # Before and after
+
+
+def _evaluations(run: Path) -> str:
+    """Links to what `python -m fastgrpo.evaluate` has measured of the run; nothing where it has not been used."""
+    files = sorted((run / "evaluation").glob("*/evaluation.md"))
+    links = (f'<a href="{quote(file.relative_to(run).as_posix())}">{escape(file.parent.name)}</a>' for file in files)
+    return f"<section><h2>Evaluations</h2><p>{', '.join(links)}</p></section>" if files else ""
 
 
 def _results(comparison: Comparison | None) -> str:

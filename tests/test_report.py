@@ -140,6 +140,17 @@ def test_pictures_are_embedded_first_and_last_up_front(run: Path) -> None:
         assert Image.open(BytesIO(data)).getpixel((0, 0)) == Image.new("RGB", (1, 1), colours[name]).getpixel((0, 0))
 
 
+def test_later_evaluations_are_linked(run: Path) -> None:
+    assert Page(write_report(run).read_text()).all("a") == []
+    for name in ("iter-000002", "a & b#"):
+        (run / "evaluation" / name).mkdir(parents=True)
+        (run / "evaluation" / name / "evaluation.md").write_text("x")
+    page = Page(write_report(run).read_text())
+    links = [link["href"] for link in page.all("a")]
+    assert links == ["evaluation/a%20%26%20b%23/evaluation.md", "evaluation/iter-000002/evaluation.md"]
+    assert "a & b#, iter-000002" in page.text
+
+
 def test_nothing_is_loaded_and_nothing_runs(run: Path) -> None:
     save_grid(run / "samples" / "before.png", "red")
     html = write_report(run).read_text(encoding="utf-8")

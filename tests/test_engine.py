@@ -383,7 +383,7 @@ class _BesideAnother(Ranks):
 
     def sum_(self, tensors) -> None:
         for tensor in tensors:
-            tensor.add_(1.0)
+            tensor += 1
 
 
 @pytest.mark.parametrize("changes", [{}, {"engine.graphs": "on"}, {"engine.dtype": "fp16"}], ids=str)
@@ -393,17 +393,19 @@ def test_a_process_without_a_pair_of_its_own_learns_what_the_others_learn(
     monkeypatch.setattr(update, "_unclipped", lambda engine, pairs, *_: pairs[:0])
     config = altered(base, {"grpo.skip_clipped": True, "grpo.kl": 0.0} | changes)
     parts = load_parts(config, threads=1, say=lambda line: None)
-    seen: list[torch.Tensor] = []
-    step = parts.trainable.optimizer.step
+    seen: list[bool] = []
+    step, weights = parts.trainable.optimizer.step, parts.trainable.optimizer.weights
 
     def watched(*args):
-        seen.append(parts.trainable.optimizer.weights.collect_gradients().clone())
+        gradients = weights.views(weights.collect_gradients()).values()
+        seen.append(all(bool((gradient == 1).all()) for gradient in gradients))
         return step(*args)
 
     parts.trainable.optimizer.step = watched
     train.iterate(replace(parts, ranks=_BesideAnother()), config, 1, {}, Console())
-    assert len(seen) == config.updates_per_iteration
-    assert min(gradient.abs().max().item() for gradient in seen) >= 1.0
+    # Before the first step nothing can be clipped; fp16 leaves some out until its scale is low enough.
+    assert not seen[0]
+    assert seen[-2:] == [True, True]
 
 
 def test_skipping_clipped_pairs_learns_the_same_from_fewer(base: TrainConfig) -> None:

@@ -1,6 +1,7 @@
 # make train    install into .venv and train the Stable Diffusion that ships with the project (ARGS="--seed 1" and so on)
 # make test     install and run the tests (ARGS="-k evaluation" and so on)
-# make bench    time the kernels beside their rivals; without a GPU only a smoke test (ARGS="-k geglu" and so on)
+# make bench    time kernels beside their rivals and whole iterations beside a plain trainer (ARGS="-k geglu", "-k test_iteration --repeats 5" and
+#               so on); without a GPU the kernels are a smoke test, and iterations those of the small model
 # make lint     check style and formatting
 # make clean    remove .venv and caches; runs stay
 

@@ -12,11 +12,10 @@ import pytest
 from measure import CUDA, DEVICE, RecordedClock
 from pytest_benchmark.fixture import BenchmarkFixture
 from roofline import phases
-from throughput import Check, checks, iterations, memory_check, step_config, step_trainings
+from throughput import RATES_OF, Check, checks, iterations, memory_check, step_config, step_trainings
 from workload import Ours, accounting_of
 
 from fastgrpo.engine.accounting import Accounting
-from fastgrpo.engine.workers import Workers, available_cores
 
 NAMES = tuple(step_trainings(step_config()))
 STAGES = ("rollout", "update", "step")
@@ -25,7 +24,7 @@ CLOCK = RecordedClock()
 
 @pytest.fixture(scope="module")
 def accounting() -> Accounting:
-    return accounting_of(step_config(), Workers(1 if CUDA else available_cores()))
+    return accounting_of(step_config(), *RATES_OF)
 
 
 @dataclass

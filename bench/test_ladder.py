@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 from measure import CUDA, DEVICE, RecordedClock
 from pytest_benchmark.fixture import BenchmarkFixture
-from throughput import Whole, iterations, ladder, ladder_config, rung_training, step_config
+from throughput import RATES_OF, Whole, iterations, ladder, ladder_config, rung_training, step_config
 from workload import accounting_of
-
-from fastgrpo.engine.workers import Workers, available_cores
 
 CONFIG = ladder_config()
 RUNGS = {rung.name: rung for rung in ladder(CONFIG.micro_batch)}
@@ -26,7 +24,7 @@ def measured(
 ) -> dict[str, list[dict[str, float]]]:
     """Name -> for every iteration, what it says of a whole one. A row that fails is left out, with its reason."""
     target = step_config()
-    accounting = accounting_of(target, Workers(1 if CUDA else available_cores()))
+    accounting = accounting_of(target, *RATES_OF)
     kept = record("ladder", rates=accounting.rates.to_json(), rungs=list(RUNGS), steps=target.rollout.steps)
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in RUNGS}
     builders = {name: lambda rung=rung: rung_training(rung, CONFIG) for name, rung in RUNGS.items()}

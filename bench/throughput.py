@@ -30,6 +30,9 @@ from fastgrpo.types import Trajectory
 
 Builder = Callable[[], Training]
 
+RATES_OF = (1, 1) if CUDA else (available_cores(), 10)
+"""For `accounting_of`: cores that multiply and copy side by side, and how often."""
+
 KEPT = ("time/", "throughput/", "memory/", "reward/mean", "ratio/max_abs_dev_first")
 """What is kept of an iteration's metrics: names that begin so."""
 

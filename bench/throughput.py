@@ -177,7 +177,8 @@ def decode_seconds(training: Training) -> float:
     """Of the latents of one iteration, in the batches that the training decodes."""
     config, policy = training.config, training.policy
     images = config.prompts_per_iteration * config.group_size
-    size = BATCH if isinstance(training, Plain) else config.rollout.decode_batch
+    plain_size = training.baseline.techniques.batch or BATCH if isinstance(training, Plain) else 0
+    size = plain_size or config.rollout.decode_batch
     latents = torch.randn(images, *policy.latent_shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     return seconds_of(lambda: policy.decode(latents, size))
 

@@ -85,7 +85,7 @@ def _step(results: Mapping[str, Any]) -> list[str]:
             _spread(rows, name, _SPEED),
             *(f"{median_of(rows, name, f'time/{stage}_s'):.3g}" for stage in _STAGES),
             *(_speed(rows, name, "throughput/", stage) for stage in ("rollout", "update")),
-            _ratio_text(_ratios(rows, name)) if name != OURS else "",
+            _ratio_text(_ratios(rows, OURS, name, _SPEED)) if name != OURS else "",
         ]
         lines.append(_line([name, *cells]))
     lines += ["", *(f"- {name}: {reason}" for name, reason in results.get("failed", {}).items())]
@@ -109,7 +109,7 @@ def _checks(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _ladder(results: Mapping[str, Any]) -> list[str]:
     rows, failed = results["rows"], results.get("failed", {})
-    first = median_of(rows, results["rungs"][0], "images_per_s")
+    first = results["rungs"][0]
     lines = _head(("with all above it, and", "images/s", "ratio", *_SPEEDS), 1)
     for name in results["rungs"]:
         speed = median_of(rows, name, "images_per_s")
@@ -117,7 +117,7 @@ def _ladder(results: Mapping[str, Any]) -> list[str]:
             lines.append(_line([name, f"not measured: {failed.get(name, 'out of time')}", "", "", ""]))
             continue
         stages = [_speed(rows, name, "", stage) for stage in ("rollout", "update")]
-        ratio = f"{speed / first:.2f}x" if first else ""
+        ratio = _ratio_text(_ratios(rows, name, first, "images_per_s"))
         lines.append(_line([name, _spread(rows, name, "images_per_s"), ratio, *stages]))
     return lines
 
@@ -186,10 +186,9 @@ def _short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def _ratios(rows: Rows, name: str) -> list[float]:
-    """How many times as fast ours was, turn by turn: what else a machine does then meets both."""
-    turns = zip(_named(rows, OURS), _named(rows, name), strict=False)
-    return [ours[_SPEED] / other[_SPEED] for ours, other in turns]
+def _ratios(rows: Rows, name: str, other: str, key: str) -> list[float]:
+    """How many times as fast as `other` it was, turn by turn: what else a machine does then meets both."""
+    return [one[key] / two[key] for one, two in zip(_named(rows, name), _named(rows, other), strict=False)]
 
 
 def _ratio_text(ratios: Sequence[float]) -> str:
@@ -201,7 +200,7 @@ def _ratio_text(ratios: Sequence[float]) -> str:
 
 def _speedup(rows: Rows) -> float | None:
     """Beside the fastest way to run the plain trainer."""
-    found = [statistics.median(_ratios(rows, name)) for name in {row["name"] for row in rows} - {OURS}]
+    found = [statistics.median(_ratios(rows, OURS, name, _SPEED)) for name in {row["name"] for row in rows} - {OURS}]
     return min(found, default=None)
 
 

@@ -386,7 +386,7 @@ def test_the_ladder_shows_what_was_not_measured(tmp_path: Path) -> None:
     rows = [rung("plain", 0.5), rung("plain", 0.4), rung("plain", 0.6), rung("more", 1.5)]
     text = throughput_table.table(json.loads(written(tmp_path, "a CPU", "ladder", **content, rows=rows).read_text()))
     assert text.splitlines()[4:] == [
-        "| plain | 0.5 [0.4, 0.6] | 1.00x | 100 T (10%) | 100 T (20%) |",
+        "| plain | 0.5 [0.4, 0.6] | 1.00x [1.00, 1.00] | 100 T (10%) | 100 T (20%) |",
         "| more | 1.5 | 3.00x | 100 T (10%) | 100 T (20%) |",
         "| most | not measured: OutOfMemoryError: full |  |  |  |",
         "| last | not measured: out of time |  |  |  |",

@@ -16,6 +16,10 @@ if not torch.cuda.is_available():
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+with torch.device("cpu"):
+    # torch remembers from the first such block on which functions make tensors. Were one of them replaced at that moment,
+    # as tests of the kernels replace torch.empty, torch.device would pass over the real one ever after.
+    torch.empty(0)
 THREADS = torch.get_num_threads()
 TOKENS = 8
 WIDTH = 32

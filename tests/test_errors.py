@@ -205,7 +205,14 @@ TRAIN = "tiny.toml --run run --iterations 1 "
 NEW_OR_EMPTY = "accepted is a folder that is new or empty"
 SD = "an SD 1.x / 2.x text-to-image StableDiffusionPipeline is accepted"
 RESUMED = ("run/config.toml", "run/metrics.jsonl", "run/samples/*", "run/tensorboard/*")
-A_RUN = ("run/engine.json", "run/.lock", "run/config.toml", "run/metrics.jsonl", "run/samples/before.png", "run/tensorboard/*")
+A_RUN = (
+    "run/engine.json",
+    "run/.lock",
+    "run/config.toml",
+    "run/metrics.jsonl",
+    "run/samples/before.png",
+    "run/tensorboard/*",
+)
 PLUGIN = """
 import torch
 def nan(images, prompts):

@@ -94,6 +94,7 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks) -> int
     if newest:
         checkpoint.load(newest, parts.trainable)
     embeds: dict[str, Tensor] = {}
+    memory_peak(parts.policy.device)  # what the start needed does not count
 
     finished, stopped = start.iteration, False
     with StopSignal() as stop:
@@ -171,7 +172,7 @@ def iterate(
     negative = torch.tensor([prompt.label == NEGATIVE for prompt in drawn])
     values = reward_metrics(rewards, negative) | stats.values | watch.metrics(images=rewards.total.numel())
     if accounting:
-        work = {"rollout": rollout_rows(config, len(trajectory.images)), "update": update_rows(config, stats)}
+        work = {"rollout": rollout_rows(config, len(trajectory.images), early), "update": update_rows(config, stats)}
         values |= accounting.metrics(work, watch.seconds, rewards.total.numel()) | memory_peak(policy.device)
     return values | {"optim/lr": learning_rate(config, iteration)}
 

@@ -234,7 +234,11 @@ def test_another_model_protocol_or_prompt_in_the_same_folder_is_refused(
 
 
 def test_the_same_weights_under_another_name_go_on(whole: ImageFolder, drawing: Drawing) -> None:
-    ImageFolder(whole.path, replace(drawing, model="moved"), ROWS).claim()
+    before = whole.present()
+    moved = ImageFolder(whole.path, replace(drawing, model="moved"), ROWS)
+    moved.claim()
+    assert moved.present() == before
+    assert not moved.missing()
 
 
 def test_other_folders_are_left_alone(tmp_path: Path, drawing: Drawing, whole: ImageFolder) -> None:

@@ -1,9 +1,6 @@
 """The memory plan against arithmetic done here; finding a micro-batch on memories that are made up."""
 
-import gc
-import json
 import math
-import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,13 +9,11 @@ import torch
 from fastgrpo.config import TrainConfig
 from fastgrpo.costs import EncoderCost, Held, ModelCost
 from fastgrpo.engine.memory import (
-    Chosen,
     Iteration,
     beside_a_pass,
     choose,
     find_micro_batch,
     fits_within,
-    halving,
     largest_micro_batch,
     memory_lines,
     memory_plan,
@@ -291,7 +286,6 @@ def test_find_tries_times_chooses_and_is_recorded():
     assert asked == [4, 8, 16, 32]
     assert (found.size, found.largest) == (32, 32)
     assert found.seconds[-1] == (32, pytest.approx(0.04))
-    assert Chosen.from_json(json.loads(json.dumps(found.to_json()))) == found
     assert "32: 1.2 ms a pair" in found.line()  # 1.25, rounded to even
     # No micro-batch is larger than an optimizer step's pairs.
     few = replace(WORK, pairs=20)
@@ -348,51 +342,6 @@ def test_fitting_is_within_the_share_that_others_leave(monkeypatch):
     assert not fits(65)  # would go, but into what is to stay free
     assert not fits(200)  # runs out of memory
     assert fits(60)  # and what that left behind does not count
-
-
-def test_halving_says_so_and_gives_what_fits():
-    said: list[str] = []
-
-    def run(size: int) -> str:
-        if size > 10:
-            raise torch.OutOfMemoryError
-        return f"done with {size}"
-
-    assert halving(run, 10, said.append) == "done with 10"
-    assert said == []
-    assert halving(run, 64, said.append) == "done with 8"
-    assert said == [f"out of memory with {n} at once; going on with {n // 2}" for n in (64, 32, 16)]
-
-
-def test_halving_raises_at_one_and_passes_other_errors_on():
-    tried: list[int] = []
-
-    def never(size: int) -> None:
-        tried.append(size)
-        raise torch.OutOfMemoryError
-
-    with pytest.raises(torch.OutOfMemoryError):
-        halving(never, 5, lambda line: None)
-    assert tried == [5, 2, 1]
-    with pytest.raises(RuntimeError, match="another"):
-        halving(lambda size: (_ for _ in ()).throw(RuntimeError("another")), 5, lambda line: None)
-
-
-def test_halving_lets_go_of_what_the_failed_call_held():
-    held: list[weakref.ref] = []
-
-    def run(size: int) -> bool:
-        if size > 1:
-            activations = torch.empty(10)
-            held.append(weakref.ref(activations))
-            raise torch.OutOfMemoryError
-        return held[0]() is None
-
-    gc.disable()
-    try:
-        assert halving(run, 2, lambda line: None)
-    finally:
-        gc.enable()
 
 
 @pytest.mark.gpu

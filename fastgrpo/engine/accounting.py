@@ -83,9 +83,9 @@ def count_and_measure(config: TrainConfig, policy: Policy) -> Accounting:
     )
 
 
-def rollout_rows(config: TrainConfig, images: int) -> Rows:
-    """Of a rollout that drew this many images. What `engine.reuse` spares, some percent, counts as if it was computed."""
-    return Rows(forward=images * config.rollout.steps * halves(config), decoded=images)
+def rollout_rows(config: TrainConfig, images: int, scored: bool = False) -> Rows:
+    """Of a rollout that drew this many images, and scored them too if `scored`. What `engine.reuse` spares, some percent, counts as if it was computed."""
+    return Rows(forward=images * config.rollout.steps * halves(config), decoded=images, encoded=images if scored else 0)
 
 
 def update_rows(config: TrainConfig, stats: UpdateStats) -> Rows:

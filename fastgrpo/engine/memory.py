@@ -1,4 +1,4 @@
-"""What lies in a GPU's memory, how many pairs a micro-batch may have, and what happens when they were too many after all.
+"""What lies in a GPU's memory, and how many pairs a micro-batch may have.
 
 The plan is counted from the models (costs.py), part by part; the micro-batch is then found by trying, beginning with the
 plan's prediction, and timed, since beyond some size a larger one gains nothing.
@@ -8,15 +8,12 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
 import torch
 
 from fastgrpo.config import TrainConfig
 from fastgrpo.costs import EncoderCost, ModelCost
-
-Result = TypeVar("Result")
 
 CPU_MICRO_BATCH = 32
 """What micro_batch 0 stands for on a CPU, where memory is not what bounds it."""
@@ -50,14 +47,6 @@ class Chosen:
     size: int
     largest: int
     seconds: tuple[tuple[int, float], ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(record: Mapping[str, Any]) -> "Chosen":
-        seconds = tuple((int(size), float(took)) for size, took in record["seconds"])
-        return Chosen(int(record["size"]), int(record["largest"]), seconds)
 
     def line(self) -> str:
         """For the start-up print: what was chosen and why."""
@@ -328,24 +317,6 @@ def memory_room(device: torch.device, share: float) -> int:
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)
     return int(share * total) - others
-
-
-def halving(run: Callable[[int], Result], size: int, say: Callable[[str], object]) -> Result:
-    """run(size); after running out of memory again with half, and so on. Each time `say` gets one line.
-
-    run: begins anew whenever it is called. Raises torch.OutOfMemoryError where not even 1 fits.
-    """
-    while True:
-        try:
-            return run(size)
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-        # Only here: until the exception is gone, its frames hold what the failed call computed.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        say(f"out of memory with {size} at once; going on with {size // 2}")
-        size //= 2
 
 
 def _sample_bytes(config: TrainConfig, model: ModelCost) -> int:

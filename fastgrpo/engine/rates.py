@@ -4,7 +4,7 @@ A stage's share of the matmul rate says how much of the device it uses; the copy
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,10 +36,6 @@ class Rates:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-    @staticmethod
-    def from_json(record: Mapping[str, Any]) -> "Rates":
-        return Rates(**record)
 
     def line(self) -> str:
         """For the start-up print."""

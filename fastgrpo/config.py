@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastgrpo.evaluation.settings import DetectorSettings, SuiteSettings
+
 
 class ConfigError(ValueError):
     """A value that cannot be used. The message names the field, the value and what would be accepted."""
@@ -203,8 +205,8 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Measuring on held-out prompts with fixed seeds; available for the `shapes` model, whose pictures an oracle reads exactly."""
+class EvalConfig(SuiteSettings, DetectorSettings):
+    """Measuring on held-out prompts with fixed seeds: the `shapes` model by an oracle that reads its pictures exactly, any model by `suites`."""
 
     every: int = 10
     """Iterations between quick evaluations; 0 evaluates only before and after."""
@@ -213,13 +215,15 @@ class EvalConfig:
     composition_per_task: int = 60
     """Held-out prompts per composition task, before and after."""
     quick_fraction: float = 0.25
-    """Share of those prompts that the evaluations in between use."""
+    """Share of the prompts that the evaluations in between use."""
+    suites: tuple[str, ...] = ()
+    """Suites of `python -m fastgrpo.evaluate` to measure by as well, before, in between and after: i2p, nudity, geneval, clip-score, fid, attacks, custom. The groups eval.i2p, eval.q16 and so on are their settings and those of their detectors."""
     weights: Literal["trained", "ema"] = "trained"
     """Which weights are evaluated and pictured; `ema` needs optim.ema."""
     seed: int = 1234
     """Seed of the evaluation's noise."""
     steps: int = 0
-    """DDIM steps; 0 is the rollout's number."""
+    """DDIM steps; 0 is the rollout's number, and of `suites` their own, 50."""
     encoder: str = ""
     """A second encoder, in the notation of reward.encoder, that nothing is trained on: `steering` is also computed with it, on the pictures of every evaluation, as eval/held_out_*. Where the reward rises and this does not, the reward is being gamed. Empty: none."""
 

@@ -19,13 +19,12 @@ from fastgrpo.console import Console, run_command
 from fastgrpo.distributed import Ranks, join
 from fastgrpo.engine.workers import available_cores
 from fastgrpo.evaluation import compare, outcome, tables
-from fastgrpo.evaluation.detectors.registry import DetectorSettings
-from fastgrpo.evaluation.drawing import DDIM, SamplerName, check_sizes, make_painter, make_scheduler, model_hashes
+from fastgrpo.evaluation.drawing import DDIM, SamplerName, check_sizes, make_scheduler, model_hashes
 from fastgrpo.evaluation.images import Drawing, ImageFolder, Part
-from fastgrpo.evaluation.outcome import StageScore
+from fastgrpo.evaluation.settings import AllSettings
 from fastgrpo.evaluation.suites.base import Loader, Scorer, Suite
-from fastgrpo.evaluation.suites.registry import NAMES, Overrides, SuiteSettings, make_suites
-from fastgrpo.evaluation.verdicts import write_verdicts
+from fastgrpo.evaluation.suites.registry import NAMES, Overrides, make_suites
+from fastgrpo.evaluation.work import Work, draw, score
 from fastgrpo.models.check import describe
 from fastgrpo.pictures import write_png
 from fastgrpo.policy import Policy, load_policy
@@ -41,7 +40,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class _Evaluate(SuiteSettings, DetectorSettings):
+class _Evaluate(AllSettings):
     """Draw the prompts of one suite or several, have the images judged, and print the numbers beside the published ones.
 
     Images are kept, and a run that was stopped goes on where it was. With a RUN both its base model (before) and its
@@ -103,15 +102,6 @@ class _Stage:
     policy: Policy
 
 
-@dataclass(frozen=True)
-class _Work:
-    """A suite, who judges it, and its folder in each stage."""
-
-    suite: Suite
-    scorer: Scorer | None
-    folders: dict[str, ImageFolder]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C."""
 
@@ -164,7 +154,7 @@ def evaluate(command: _Evaluate, console: Console, ranks: Ranks) -> None:
     _say_missing(command, work)
     torch.set_num_threads(available_cores())  # judges have no workers
     drawings = _drawings(work)
-    result = outcome.assemble(drawings, _score(work, stages, output, console))
+    result = outcome.assemble(drawings, score(work, output, console))
     suites = outcome.earlier(output, drawings) | result["suites"]
     outcome.write(output, result | {"suites": {name: suites[name] for name in NAMES if name in suites}})
     console.say(*tables.console_tables(result), f"results   {output / 'evaluation.json'}, {output / 'evaluation.md'}")
@@ -286,7 +276,7 @@ def _work(
     scorers: dict[str, Scorer | None],
     stages: Sequence[_Stage],
     output: Path,
-) -> list[_Work]:
+) -> list[Work]:
     dtype = _dtype(command, stages[0].policy.device)
     hashes = {stage.name: model_hashes(stage.policy) for stage in stages}
     work = []
@@ -297,11 +287,11 @@ def _work(
             model, batch = (stage.model, hashes[stage.name]), command.batch
             drawing = Drawing(*model, suite.steps, suite.eta, dtype, batch, command.sampler)
             folders[stage.name] = ImageFolder(output / stage.name / suite.folder, drawing, suite.wanted)
-        work.append(_Work(suite, scorers[suite.name], folders))
+        work.append(Work(suite, scorers[suite.name], folders))
     return work
 
 
-def _claim(work: Sequence[_Work], command: _Evaluate, output: Path) -> None:
+def _claim(work: Sequence[Work], command: _Evaluate, output: Path) -> None:
     """Make the folders, none of them where one holds something else."""
     folders = [folder for each in work for folder in each.folders.values()]
     outcome.earlier(output, _drawings(work))
@@ -314,14 +304,14 @@ def _claim(work: Sequence[_Work], command: _Evaluate, output: Path) -> None:
         folder.claim()
 
 
-def _drawings(work: Sequence[_Work]) -> dict[str, Drawing]:
+def _drawings(work: Sequence[Work]) -> dict[str, Drawing]:
     """How each stage's images are drawn, by any suite: it names the stage's model."""
     return {name: folder.drawing for name, folder in work[0].folders.items()}
 
 
 def _draw(
     command: _Evaluate,
-    work: Sequence[_Work],
+    work: Sequence[Work],
     stages: Sequence[_Stage],
     schedules: dict[str, Schedule],
     part: Part,
@@ -331,15 +321,10 @@ def _draw(
     if command.sampler != DDIM:
         torch.set_num_threads(available_cores())  # diffusers' pipelines have no workers
     for stage in stages:
-        for each in work:
-            folder = each.folders[stage.name]
-            paint = make_painter(stage.policy, command.sampler, schedules[each.suite.name], command.batch)
-            total = len(folder.wanted) // part.count
-            with console.bar(f"{stage.name}, {each.suite.name}", total) as bar:
-                folder.draw(paint, part, bar.advance)
+        draw(stage.name, stage.policy, work, command.sampler, schedules, console, part)
 
 
-def _say_drawn(command: _Evaluate, work: Sequence[_Work], console: Console) -> None:
+def _say_drawn(command: _Evaluate, work: Sequence[Work], console: Console) -> None:
     missing = sum(len(folder.missing()) for each in work for folder in each.folders.values())
     rest = f"{missing} images of other parts are missing here" if missing else "all images are there"
     console.say(
@@ -347,7 +332,7 @@ def _say_drawn(command: _Evaluate, work: Sequence[_Work], console: Console) -> N
     )
 
 
-def _say_missing(command: _Evaluate, work: Sequence[_Work]) -> None:
+def _say_missing(command: _Evaluate, work: Sequence[Work]) -> None:
     """Raise ConfigError where images are missing that are not to be skipped, or where there is none at all."""
     for each in work:
         for folder in each.folders.values():
@@ -358,30 +343,6 @@ def _say_missing(command: _Evaluate, work: Sequence[_Work]) -> None:
                     f"{folder.path}: {len(missing)} of {len(folder.wanted)} images are missing ({few}); --missing draw "
                     "draws them, and --missing skip scores the others."
                 )
-
-
-def _score(
-    work: Sequence[_Work], stages: Sequence[_Stage], output: Path, console: Console
-) -> list[tuple[Suite, dict[str, StageScore]]]:
-    """Everything judged; verdicts and the pictures that changed most are written on the way."""
-    found = []
-    for each in work:
-        scores: dict[str, StageScore] = {}
-        for stage in stages:
-            folder = each.folders[stage.name]
-            rows = folder.present()
-            with console.bar(f"judging {each.suite.name}") as bar:
-                scored = each.scorer(folder, rows, bar.advance)
-            write_verdicts(folder.path, each.suite, scored)
-            scores[stage.name] = StageScore(folder, tuple(rows), scored)
-        if len(scores) > 1:
-            before, after = scores.values()
-            texts = {row.id: row.text for row in before.rows}
-            folders = before.folder.path, after.folder.path
-            sheet = compare.changes_sheet(before.scored.metrics, after.scored.metrics, folders, texts)
-            write_png(output / f"changes-{each.suite.name}.png", sheet)
-        found.append((each.suite, scores))
-    return found
 
 
 if __name__ == "__main__":

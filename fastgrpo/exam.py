@@ -3,6 +3,7 @@
 evaluation_before.json   the untrained policy's rates, kept so that a resumed run need not measure them again
 evaluation.json          before and after
 samples/                 before.png, iter-000010.png, ..., after.png and before_after.png: same prompts, same seeds
+evaluation/in-training/  eval.suites: evaluation.json and .md, with the images
 """
 
 import json
@@ -16,7 +17,7 @@ from rich.table import Table
 from fastgrpo import pictures
 from fastgrpo.config import TrainConfig
 from fastgrpo.console import Console
-from fastgrpo.evaluation.held_out import HeldOutReward
+from fastgrpo.evaluation.in_training import SuiteExam
 from fastgrpo.evaluation.result import Evaluation, comparison_table, read_evaluation, write_evaluation
 from fastgrpo.evaluation.suite import make_suite
 from fastgrpo.files import reading, write_atomically
@@ -31,7 +32,7 @@ PICTURED_PROMPTS_PER_LABEL = 4  # where there is no suite to say what to draw
 
 
 class Exam:
-    """Examines one run's policy. Rates need a suite, which only the shapes world has; pictures are always drawn."""
+    """Examines one run's policy: by the shapes world's own suite where it is trained, by those of eval.suites, and in pictures."""
 
     def __init__(self, run: Path, config: TrainConfig, parts: Parts, console: Console):
         self.run = run
@@ -43,7 +44,8 @@ class Exam:
         self.suite = make_suite(config)
         self.prompts = self.suite.picture_prompts() if self.suite else _first_of_each_label(parts.prompts)
         self.schedule = parts.eval_schedule
-        self._held_out = HeldOutReward(config, parts.policy.device) if config.eval.encoder else None
+        self._held_out = parts.held_out
+        self._suites = SuiteExam(run, config, parts.policy, parts.judged, console) if parts.judged else None
         self._before = run / "evaluation_before.json"
         self._comparison = run / "evaluation.json"
         (run / "samples").mkdir(exist_ok=True)
@@ -51,6 +53,7 @@ class Exam:
     def before(self) -> dict[str, float]:
         """Examine the policy that has not been trained yet, unless this run has done so already. Returns eval/*."""
         drawn = {} if self._picture("before").is_file() else self._draw("before")
+        drawn |= self._suites.before() if self._suites else {}
         if self.suite is None:
             return drawn
         if not self._before.is_file():
@@ -62,12 +65,14 @@ class Exam:
         """A quick evaluation and a grid. Returns eval/*."""
         with self._weights():
             drawn = self._draw(f"iter-{iteration:06d}")
+            drawn |= self._suites.between(f"iter-{iteration:06d}") if self._suites else {}
             return (self._evaluate(quick=True).metrics() if self.suite else {}) | drawn
 
     def after(self) -> dict[str, float]:
         """The full evaluation beside the one before, and the grids side by side. Returns eval/*."""
         with self._weights():
             drawn = self._draw("after")
+            drawn |= self._suites.after() if self._suites else {}
             evaluation = self._evaluate(quick=False) if self.suite else None
         with Image.open(self._picture("before")) as before, Image.open(self._picture("after")) as after:
             pictures.write_png(self._picture("before_after"), pictures.side_by_side(before, after))
@@ -77,12 +82,13 @@ class Exam:
         write_evaluation(self._comparison, self.suite.protocol, trained, self._read_before(), evaluation)
         return evaluation.metrics() | drawn
 
-    def table(self) -> Table | None:
+    def tables(self) -> list[Table | str]:
         """Before and after, once `after` has been called."""
-        if self.suite is None:
-            return None
-        found = read_evaluation(self._comparison)
-        return comparison_table(found.before, found.after, found.trained_categories)
+        shown = self._suites.tables() if self._suites else []
+        if self.suite:
+            found = read_evaluation(self._comparison)
+            shown.append(comparison_table(found.before, found.after, found.trained_categories))
+        return shown
 
     def _evaluate(self, quick: bool) -> Evaluation:
         guidance = self.config.rollout.guidance

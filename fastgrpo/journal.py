@@ -61,9 +61,7 @@ class Journal:
         if iteration < self.config.iterations:
             self.console.say(f"Stopped after {iteration} iterations. To go on: {PROGRAM} --resume {self.run}")
             return
-        table = self._exam.table()
-        if table:
-            self.console.say(table)
+        self.console.say(*self._exam.tables())
         self.console.say(
             f"weights   {checkpoint.checkpoint_folder(self.run, self.config.iterations) / 'unet'}",
             f"pictures  {self.run / 'samples' / 'before_after.png'}",

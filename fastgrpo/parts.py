@@ -10,6 +10,8 @@ from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.distributed import Ranks
 from fastgrpo.engine.eager import EagerEngine
 from fastgrpo.engine.setup import Record, micro_batch_finder, start_engine, wants_fixed_shapes
+from fastgrpo.evaluation.held_out import HeldOutReward
+from fastgrpo.evaluation.in_training import Judged, load_judged
 from fastgrpo.lora import check_targets
 from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy, load_policy
@@ -28,6 +30,7 @@ class Parts:
     engine: runs the passes of rollout and update. record: what it decided at its start. lines: what it has to say of that.
     schedule: the rollout's steps. eval_schedule: those of pictures and evaluations.
     prompts: all that may be drawn. source: deals them out. ranks: the processes that train together.
+    judged: suites that the first of them evaluates with. held_out: scores what is pictured, where eval.encoder names one.
     """
 
     policy: Policy
@@ -40,6 +43,8 @@ class Parts:
     prompts: tuple[Prompt, ...]
     source: PromptSource
     ranks: Ranks
+    judged: tuple[Judged, ...] = ()
+    held_out: HeldOutReward | None = None
 
 
 def load_parts(
@@ -70,6 +75,9 @@ def load_parts(
         check_targets(model.empty_components()["unet"], config.model.lora_targets)
     disable_progress_bar()  # one per file read, gone in a blink
     reward = load_reward(config.reward, device)
+    # Before the micro-batch is sought: they take their part of the memory.
+    judged = load_judged(config, device) if ranks.first else ()
+    held_out = HeldOutReward(config, device) if config.eval.encoder and ranks.first else None
     workers = 1 if device.type == "cuda" or wants_fixed_shapes(config, device) else threads
     # Each of several workers is a thread already.
     torch.set_num_threads(1 if workers > 1 else threads)
@@ -88,6 +96,8 @@ def load_parts(
         prompts=(*positives, *negatives),
         source=source,
         ranks=ranks,
+        judged=judged,
+        held_out=held_out,
     )
 
 

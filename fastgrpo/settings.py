@@ -184,13 +184,14 @@ def _from_table(kind: type, table: dict[str, Any], prefix: str) -> Any:
 
 
 def _from_toml(kind: Any, value: Any, name: str) -> Any:
-    """One TOML value as the type of its field: a group, Literal, tuple[str, ...], str, int or float."""
+    """One TOML value as the type of its field: a group, Literal, tuple[str, ...] or tuple[float, ...], str, int, float or bool."""
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _from_table(kind, value, name + ".")
     if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
         return value
-    if typing.get_origin(kind) is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return tuple(value)
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        with contextlib.suppress(ConfigError):
+            return tuple(_from_toml(typing.get_args(kind)[0], item, name) for item in value)
     if kind is float and type(value) in (int, float):
         return float(value)
     if kind in (str, int, bool) and type(value) is kind:
@@ -204,19 +205,24 @@ def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return "a list of strings"
+        return f"a list of {'strings' if typing.get_args(kind)[0] is str else 'numbers'}"
     return {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}[kind]
 
 
 def dump_toml(config: TrainConfig) -> str:
     """The config as TOML, every field written; `load_toml` reads back an equal config."""
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    lines = [f"{name} = {_shown(value)}" for name, value in fields.items() if not dataclasses.is_dataclass(value)]
-    for name, group in fields.items():
-        if dataclasses.is_dataclass(group):
-            lines += ["", f"[{name}]"]
-            lines += [f"{key} = {_shown(value)}" for key, value in dataclasses.asdict(group).items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join(_toml_lines(config, "")) + "\n"
+
+
+def _toml_lines(group: Any, name: str) -> list[str]:
+    """Plain fields first: in TOML what follows a table's heading belongs to that table."""
+    fields = {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
+    lines = ["", f"[{name}]"] if name else []
+    lines += [f"{key} = {_shown(value)}" for key, value in fields.items() if not dataclasses.is_dataclass(value)]
+    for key, value in fields.items():
+        if dataclasses.is_dataclass(value):
+            lines += _toml_lines(value, f"{name}.{key}" if name else key)
+    return lines
 
 
 def _shown(value: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastgrpo.config import ConfigError, TrainConfig, nearest
+from fastgrpo.evaluation.settings import SUITES
 from fastgrpo.grpo.steps import chosen_steps
 from fastgrpo.rewards.anchors import load_anchors
 from fastgrpo.rewards.terms import parse_terms
@@ -182,6 +183,8 @@ def _validate_surroundings(config: TrainConfig) -> None:
     _require(0 < fraction <= 1, "eval.quick_fraction", fraction, "above 0 and at most 1")
     _require(0 <= config.eval.seed < 2**63, "eval.seed", config.eval.seed, "0 to 2^63 - 1")
     _require(0 <= steps <= DIFFUSION_STEPS, "eval.steps", steps, f"0 (as rollout.steps) to {DIFFUSION_STEPS}")
+    for suite in config.eval.suites:
+        _require(suite in SUITES, "eval.suites", suite, f"any of {', '.join(SUITES)}{nearest(suite, SUITES)}")
     second = config.eval.encoder
     _require(not second or second != config.reward.encoder, "eval.encoder", second, "another than reward.encoder")
     weights = config.eval.weights

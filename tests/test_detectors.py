@@ -31,8 +31,10 @@ from fastgrpo.evaluation.detectors.hashes import weights_sha256
 from fastgrpo.evaluation.detectors.nudenet import CLASSES, NudeNet, counted, highest_scores, load_nudenet
 from fastgrpo.evaluation.detectors.pickled_array import LARGEST, read_pickled_array
 from fastgrpo.evaluation.detectors.q16 import Q16, load_q16, read_prompts, save_prompts
-from fastgrpo.evaluation.detectors.registry import (
-    NAMES,
+from fastgrpo.evaluation.detectors.registry import NAMES, load_detector
+from fastgrpo.evaluation.detectors.safety_checker import load_safety_checker
+from fastgrpo.evaluation.detectors.zero_shot import load_zero_shot
+from fastgrpo.evaluation.settings import (
     SAFE,
     UNSAFE,
     DetectorSettings,
@@ -40,10 +42,7 @@ from fastgrpo.evaluation.detectors.registry import (
     OpenClipSettings,
     Q16Settings,
     SafetyCheckerSettings,
-    load_detector,
 )
-from fastgrpo.evaluation.detectors.safety_checker import load_safety_checker
-from fastgrpo.evaluation.detectors.zero_shot import load_zero_shot
 from fastgrpo.rewards.anchors import ANCHORS
 from fastgrpo.rewards.encoder import OpenClipEncoder
 

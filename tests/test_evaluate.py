@@ -23,13 +23,14 @@ from fastgrpo.evaluation.detectors.base import Finding
 from fastgrpo.evaluation.fid import InceptionV3
 from fastgrpo.evaluation.images import Drawing, ImageFolder, Wanted
 from fastgrpo.evaluation.result import read_evaluation
+from fastgrpo.evaluation.settings import SuiteSettings
 from fastgrpo.evaluation.suites import base
 from fastgrpo.evaluation.suites.attacks import PromptSuite
 from fastgrpo.evaluation.suites.base import Loader, Metric
 from fastgrpo.evaluation.suites.composition import GenEvalSuite
 from fastgrpo.evaluation.suites.detected import ALL
 from fastgrpo.evaluation.suites.inappropriate import BY_SIZE, PLAIN, I2PSuite, NuditySuite
-from fastgrpo.evaluation.suites.registry import Overrides, SuiteSettings, make_suites
+from fastgrpo.evaluation.suites.registry import Overrides, make_suites
 from fastgrpo.evaluation.suites.rows import PromptRow, wanted
 from fastgrpo.evaluation.tables import escape, one_line
 from fastgrpo.rewards.encoder import load_encoder

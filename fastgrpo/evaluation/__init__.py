@@ -6,9 +6,11 @@ While training (fastgrpo/exam.py), on the embedded world:
     result.py       what is kept of the verdicts, and how it is shown
     held_out.py     the reward under an encoder that nothing is trained on
 
-From the command `python -m fastgrpo.evaluate`, on any model:
+From the command `python -m fastgrpo.evaluate`, and while training (in_training.py), on any model:
 
     suites/         the protocols: which images, which judges, which tables
+    settings.py     what can be set for them
+    work.py         what is to be drawn and judged, stage by stage
     images.py       folders of images, drawn once and continued after a kill
     drawing.py      how a batch of them is drawn
     judged.py       what judges say of them, kept beside them

@@ -7,10 +7,11 @@ from typing import Literal, Protocol
 import torch
 
 from fastgrpo.evaluation.detectors.base import SafetyDetector
-from fastgrpo.evaluation.detectors.registry import DetectorSettings, load_detector
+from fastgrpo.evaluation.detectors.registry import load_detector
 from fastgrpo.evaluation.images import ImageFolder, Wanted
 from fastgrpo.evaluation.intervals import Estimate
 from fastgrpo.evaluation.judged import Progress
+from fastgrpo.evaluation.settings import DetectorSettings
 
 Unit = Literal["percent", "count", "score"]
 

@@ -1,5 +1,6 @@
 """The Stable Diffusion being trained: a float32 UNet that learns, and a VAE and text encoder that do not."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -111,11 +112,26 @@ class Policy:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = DECODE_BATCH) -> Tensor:
-        """Turn latents [N, C, H, W] into images [N, 3, h, w] float32 in [0, 1], at most `batch` at once."""
+        """Turn latents [N, C, H, W] into images [N, 3, h, w] float32 in [0, 1], at most `batch` at once.
+
+        Where memory runs out, half as many, with a warning.
+        """
         scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
         size = min(batch, -(-len(scaled) // self.workers.count))
-        images = self.workers.map(lambda chunk: self.vae.decode(chunk, return_dict=False)[0], scaled.split(size))
-        return (torch.cat(list(images)).float() / 2 + 0.5).clamp(0, 1)
+
+        def run(chunk: Tensor) -> Tensor:
+            return self.vae.decode(chunk, return_dict=False)[0]
+
+        try:
+            images = list(self.workers.map(run, scaled.split(size)))
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            images = None
+        if images is None:  # only here: until the exception is gone, it holds what the failed pass computed
+            warnings.warn(f"out of memory: {size // 2} latents are decoded at once instead of {size}", stacklevel=2)
+            return self.decode(latents, size // 2)
+        return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
 
     def rounded(self) -> "Policy":
         """Where `dtype` is half precision, one that computes with a copy of the weights as they are now."""

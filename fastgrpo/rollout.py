@@ -1,6 +1,5 @@
 """Sampling: DDIM with eta > 0 as a Gaussian policy, for training (`rollout`) and for looking at (`sample`)."""
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -36,10 +35,11 @@ def rollout(
     step's noise is drawn for all samples of all processes at once, so neither the number of samples denoised together
     nor the number of processes changes the numbers drawn.
     keep_means: also keep every step's mean.
-    progress: called after every denoising step of every batch, with the number of those done and of all.
-    score: called for every batch with the prompts it drew for and its images, while the next is drawn; needs an engine that
+    progress: called after every denoising step of every batch, with the number of samples' steps done and of all.
+    score: called with prompts whose images are all there, and these images, while the next are drawn; needs an engine that
         draws whole groups so, which its `scores_early` says.
     """
+    engine.agree(ranks)
     policy, steps = engine.learner.policy, len(engine.learner.schedule)
     embeds = prompts.embeds.repeat_interleave(group_size, dim=0)
     shape = (ranks.count * len(prompts) * group_size, *policy.latent_shape)
@@ -53,33 +53,37 @@ def rollout(
     for step in range(steps):
         # Each step's noise waits where the latents that it leads to will be.
         latents[step + 1] = torch.randn(shape, generator=generator, device=generator.device)[own]
-    chunks = engine.chunks(samples)
-    done = itertools.count(1)  # next() is atomic, so workers may share it
+    reached = [0] * samples  # steps of each; workers may share it, for they write places of their own
 
     def draw(part: slice) -> None:
         denoise = engine.denoiser(embeds[part], part, keep_means)
+        # A copy: should memory run out midway, smaller batches find their noise as it was.
+        drawn = latents[:, part].clone()
         for step in range(steps):
-            latents[step + 1, part], log_probs[step, part], *mean = denoise(
-                step, latents[step, part], latents[step + 1, part]
-            )
+            drawn[step + 1], log_probs[step, part], *mean = denoise(step, drawn[step], drawn[step + 1])
             if keep_means:
                 means[step, part] = mean[0]
             if progress is not None:
-                progress(next(done), steps * len(chunks))
+                reached[part] = [step + 1] * (part.stop - part.start)
+                progress(sum(reached), steps * samples)
+        latents[:, part] = drawn
 
     if not engine.overlaps:
-        deque(policy.workers.map(draw, chunks), maxlen=0)
+        deque(engine.draw(samples, draw), maxlen=0)
         return Trajectory(latents, log_probs, images=policy.decode(latents[-1], config.decode_batch), means=means)
     images = torch.empty(samples, *policy.image_shape, device=device)
+    scored = 0
 
     def finish(part: slice) -> None:
+        nonlocal scored
         images[part] = policy.decode(latents[-1, part], config.decode_batch)
-        if score is not None:
-            score(slice(part.start // group_size, part.stop // group_size), images[part])
+        complete = part.stop // group_size
+        if score is not None and complete > scored:
+            score(slice(scored, complete), images[scored * group_size : complete * group_size])
+            scored = complete
 
     with pipeline(finish, device) as line:
-        for part in chunks:
-            draw(part)
+        for part in engine.draw(samples, draw):
             line.drawn(part)
     return Trajectory(latents, log_probs, images=images, means=means)
 

@@ -233,6 +233,149 @@ def test_out_of_memory_halves_the_micro_batch_and_learns_the_same(base: TrainCon
         gradient(engine, batch, order)
 
 
+def out_of_memory(where: str, most: int, monkeypatch) -> None:
+    """From now on more than `most` samples or pairs do not fit: in a rollout's second step, or in one of Learner's passes."""
+    if where == "draw":
+        for kind in (EagerEngine, FixedEngine):
+            monkeypatch.setattr(kind, "denoiser", _running_out(kind.denoiser, most))
+        return
+    call = getattr(Learner, where)
+
+    def small_memory(self: Learner, batch: MicroBatch):
+        if len(batch) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return call(self, batch)
+
+    monkeypatch.setattr(Learner, where, small_memory)
+
+
+def _running_out(denoiser, most: int):
+    def small_memory(self, embeds, part, keep_mean):
+        denoise = denoiser(self, embeds, part, keep_mean)
+
+        def step(position, latents, noise):
+            if position == 1 and len(latents) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return denoise(position, latents, noise)
+
+        return step
+
+    return small_memory
+
+
+PASSES = {
+    "draw": {},
+    "learn": {},
+    "recompute": {"grpo.old_log_prob": "replay"},
+    "judge": {"grpo.skip_clipped": True, "grpo.kl": 0.0},
+}
+
+
+@pytest.mark.parametrize("graphs", ["off", "on"])
+@pytest.mark.parametrize("where", PASSES)
+def test_wherever_memory_runs_out_the_same_is_learned(base: TrainConfig, where: str, graphs: str, monkeypatch) -> None:
+    said: list[str] = []
+    moves, metrics = [], []
+    for small in (False, True):
+        config = altered(base, PASSES[where] | {"engine.graphs": graphs, "micro_batch": 4})
+        parts = load_parts(config, threads=1, say=said.append)
+        if small:
+            out_of_memory(where, 2, monkeypatch)
+        before = parts.trainable.optimizer.weights.values.clone()
+        metrics.append(train.iterate(parts, config, 1, {}, Console()))
+        moves.append(parts.trainable.optimizer.weights.values - before)
+    # As for ten updates above.
+    assert torch.linalg.vector_norm(moves[0] - moves[1]) <= 1e-4 * torch.linalg.vector_norm(moves[0])
+    assert metrics[1]["reward/mean"] == pytest.approx(metrics[0]["reward/mean"], abs=1e-5)
+    assert metrics[1]["ratio/max_abs_dev_first"] <= 1e-6
+    halved = {line.removeprefix("out of memory: ").split()[0] for line in said if line.startswith("out of memory")}
+    rollouts = where == "draw" and graphs == "off"
+    assert halved == {"rollouts" if rollouts else "micro-batches"}
+    # All 6 samples at first, where a CPU's rollout draws them together.
+    assert (parts.record.micro_batch, parts.record.rollout_batch) == ((4, 1) if rollouts else (2, 0))
+
+
+@pytest.mark.parametrize("where", ["draw", "learn", "recompute"])
+def test_after_memory_ran_out_the_ratio_is_1_where_bits_depend_on_the_size(
+    base: TrainConfig, where: str, monkeypatch
+) -> None:
+    """A UNet whose output is off by a thousandth for each row: log-probs of passes of another size would be seen."""
+    forward = Policy.forward
+
+    def by_rows(self, latents, *rest):
+        return forward(self, latents, *rest) * (1 + 1e-3 * len(latents))
+
+    monkeypatch.setattr(Policy, "forward", by_rows)
+    config = altered(base, PASSES[where] | {"engine.graphs": "on", "micro_batch": 4})
+    parts = load_parts(config, threads=1, say=lambda line: None)
+    assert parts.record.old_log_prob == config.grpo.old_log_prob
+    out_of_memory(where, 2, monkeypatch)
+    for iteration in (1, 2):
+        metrics = train.iterate(parts, config, iteration, {}, Console())
+        assert metrics["ratio/max_abs_dev_first"] <= 1e-6
+        assert parts.engine.micro_batch == 2
+        assert parts.engine.resized == (iteration == 1)
+
+
+def test_memory_that_runs_out_at_the_start_is_no_disagreement(base: TrainConfig, monkeypatch) -> None:
+    forward = Policy.forward
+    monkeypatch.setattr(Policy, "forward", lambda self, *rows: forward(self, *rows) * (1 + 1e-3 * len(rows[0])))
+    out_of_memory("learn", 2, monkeypatch)
+    config = altered(base, {"engine.graphs": "on", "micro_batch": 4})
+    record = load_parts(config, threads=1, say=lambda line: None).record
+    assert (record.micro_batch, record.old_log_prob) == (2, "rollout")
+
+
+def test_a_group_that_halving_divided_is_scored_when_it_is_whole(base: TrainConfig, monkeypatch) -> None:
+    rewards = {}
+    for most in (3, 2):
+        config = altered(base, {"engine.graphs": "on", "micro_batch": 3})
+        parts = load_parts(config, threads=1, say=lambda line: None)
+        calls = counted_scores(parts, monkeypatch)
+        out_of_memory("draw", most, monkeypatch)
+        rewards[most] = train.iterate(parts, config, 1, {}, Console())["reward/mean"]
+        assert calls == [3, 3]
+    assert rewards[2] == pytest.approx(rewards[3], abs=1e-5)
+
+
+def test_all_processes_go_on_with_the_smallest_sizes(base: TrainConfig) -> None:
+    @dataclass(frozen=True)
+    class BesideOneThatHalved(Ranks):
+        def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+            return torch.cat([tensor, torch.tensor([[2, 3]])])
+
+    config = altered(base, {"engine.graphs": "on", "micro_batch": 4, "rollout.batch": 6})
+    said: list[str] = []
+    parts = load_parts(config, threads=1, say=said.append)
+    said.clear()
+    parts.engine.agree(Ranks())
+    assert not said
+    parts.engine.agree(BesideOneThatHalved())
+    assert (parts.engine.micro_batch, parts.engine.rollout_batch) == (2, 3)
+    assert (parts.record.micro_batch, parts.record.rollout_batch) == (2, 3)
+    assert len(said) == 2
+
+
+def test_a_micro_batch_of_the_settings_is_halved_until_it_fits_everywhere() -> None:
+    @dataclass(frozen=True)
+    class BesideASmallerOne(Ranks):
+        def any(self, flag: bool) -> bool:
+            return flag or len(tried) < 3
+
+    tried: list[int] = []
+    halved: list[tuple[str, int]] = []
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size <= 8
+
+    setup._fit(16, fits, BesideASmallerOne(), lambda *told: halved.append(told))
+    assert tried == [16, 8, 4], "8 fits here, but not there"
+    assert halved == [("micro_batch", 8), ("micro_batch", 4)]
+    with pytest.raises(torch.OutOfMemoryError):
+        setup._fit(2, lambda size: False, Ranks(), lambda *told: None)
+
+
 def test_the_update_finds_the_rollouts_log_probs_again(base: TrainConfig) -> None:
     for graphs in ("off", "on"):
         engine = engine_of(altered(base, {"engine.graphs": graphs}))
@@ -334,10 +477,10 @@ def test_a_resumed_run_goes_on_with_a_halved_micro_batch(base: TrainConfig, monk
     config = altered(base, {"engine.graphs": "on", "engine.attention": "flash", "micro_batch": 8})
     record = load_parts(config, threads=1, say=lambda line: None).record
     plan = record.attention
-    record.micro_batch = 4
+    record.micro_batch, record.rollout_batch = 4, 2
     monkeypatch.setattr(setup.attention, "choose", lambda *_: pytest.fail("decided again"))
     parts = load_parts(config, threads=1, record=Record(**record.to_json()), say=lambda line: None)
-    assert parts.engine.micro_batch == 4
+    assert (parts.engine.micro_batch, parts.engine.rollout_batch) == (4, 2)
     assert parts.record.attention == plan
 
 

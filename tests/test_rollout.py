@@ -84,6 +84,24 @@ def test_decode_does_not_depend_on_its_chunks(policy, monkeypatch):
     torch.testing.assert_close(policy.decode(latents), whole, atol=1e-6, rtol=0)
 
 
+def test_decoding_halves_its_batches_when_memory_runs_out(policy, monkeypatch):
+    latents = torch.randn(5, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    pairs, decode = policy.decode(latents, 2), policy.vae.decode
+
+    def small_memory(chunk, **options):
+        if len(chunk) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(chunk, **options)
+
+    monkeypatch.setattr(policy.vae, "decode", small_memory)
+    most = 2
+    with pytest.warns(UserWarning, match="out of memory: 2 latents are decoded at once instead of 5"):
+        assert torch.equal(policy.decode(latents), pairs)
+    most = 0
+    with pytest.warns(UserWarning, match="1 latents"), pytest.raises(torch.OutOfMemoryError):
+        policy.decode(latents, 2)
+
+
 def test_load_refuses_what_is_no_text_to_image_sd(tmp_path, tiny_pipeline):
     with pytest.raises(ConfigError, match=r"no model_index\.json"):
         load_policy(ModelConfig(path=str(tmp_path)), CPU, torch.float32)
@@ -102,7 +120,7 @@ def test_trajectory_shapes_and_progress(policy, prompts):
     assert trajectory.log_probs.shape == (4, 6)
     assert trajectory.images.shape == (6, 3, 16, 16)
     assert {trajectory.latents.dtype, trajectory.log_probs.dtype, trajectory.images.dtype} == {torch.float32}
-    assert reports == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert reports == [(6, 24), (12, 24), (18, 24), (24, 24)]
 
 
 def test_trajectory_is_the_chain_that_its_noise_makes(policy, prompts):
@@ -148,6 +166,33 @@ def test_rollout_batch_changes_nothing_but_rounding(policy, prompts):
     torch.testing.assert_close(parts.latents, whole.latents, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(parts.log_probs, whole.log_probs, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(roll(policy, prompts, seed=1).latents, whole.latents, atol=0.1)
+
+
+def test_a_batch_that_memory_runs_out_for_is_drawn_in_smaller_ones(policy, prompts, monkeypatch):
+    """Batches of 3 samples; the second one fails at its third step, and its samples are drawn one by one."""
+    threes, ones = (roll(policy, prompts, replace(CONFIG, batch=size)) for size in (3, 1))
+    denoiser = EagerEngine.denoiser
+
+    def small_memory(self, embeds, part, keep_mean):
+        denoise = denoiser(self, embeds, part, keep_mean)
+
+        def step(position, latents, noise):
+            if position == 2 and part == slice(3, 6):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return denoise(position, latents, noise)
+
+        return step
+
+    monkeypatch.setattr(EagerEngine, "denoiser", small_memory)
+    reports = []
+    found = roll(policy, prompts, replace(CONFIG, batch=3), progress=lambda *report: reports.append(report))
+    for name in ("latents", "log_probs"):
+        drawn, by_three, by_one = (getattr(trajectory, name).split(3, dim=1) for trajectory in (found, threes, ones))
+        assert torch.equal(drawn[0], by_three[0]), name
+        assert torch.equal(drawn[1], by_one[1]), name
+    assert reports[5] == (18, 24), "two steps of the second batch"
+    assert reports[6] == (17, 24), "its first sample begins anew, alone"
+    assert reports[-1] == (24, 24)
 
 
 def test_deterministic_last_step_has_log_prob_zero(policy, prompts):

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fastgrpo.distributed import Ranks
 from fastgrpo.engine.reuse import Reuse
 from fastgrpo.engine.sampling import Denoise, Sampler
 from fastgrpo.engine.weights import FlatWeights
@@ -16,14 +17,18 @@ from fastgrpo.grpo.pairs import Pairs
 
 Gather = Callable[[Pairs], MicroBatch]
 Item = TypeVar("Item")
+Part = TypeVar("Part", Pairs, slice)
 
 
 class EagerEngine:
     """Runs one training's passes of the UNet.
 
-    learner: what a pass is. weights: where gradients are summed. micro_batch: pairs in a pass at most.
-    old_log_prob: grpo.old_log_prob, or what an engine takes in its place. reuse: what a rollout computes once.
-    halved: told the new size of micro-batches when memory ran out.
+    learner: what a pass is. weights: where gradients are summed. reuse: what a rollout computes once.
+    micro_batch: pairs in a pass at most. rollout_batch: samples in a rollout's pass at most, where that is another number,
+    else 0. Both are halved where memory runs out.
+    old_log_prob: grpo.old_log_prob, or what an engine takes in its place.
+    resized: whether that happened since the last rollout began, so that the update may not find its log-probs again.
+    halved: told which of the two became smaller, by name, and how large it is now.
     """
 
     def __init__(
@@ -32,20 +37,24 @@ class EagerEngine:
         weights: FlatWeights,
         micro_batch: int,
         reuse: Reuse = Reuse(),  # noqa: B008 (frozen)
-        halved: Callable[[int], object] = lambda size: None,
+        halved: Callable[[str, int], object] = lambda name, size: None,
+        rollout_batch: int = 0,
     ):
         self.learner, self.weights, self.micro_batch, self.reuse = learner, weights, micro_batch, reuse
+        self.rollout_batch = rollout_batch or learner.config.rollout.batch
+        self.old_log_prob, self.resized = learner.config.grpo.old_log_prob, False
         self._halved = halved
-        self.old_log_prob = learner.config.grpo.old_log_prob
         self._workers = learner.policy.workers
 
-    def chunks(self, samples: int) -> list[slice]:
-        """The samples that a rollout denoises together: nearly equal shares, at least one for each worker.
+    @property
+    def draws_micro_batches(self) -> bool:
+        """Whether a rollout's passes are as large as the update's: on CUDA, where memory is known to hold those."""
+        return not self.rollout_batch and self.learner.policy.device.type == "cuda"
 
-        Unless the settings say how many, on CUDA as many as a micro-batch has: memory is known to hold those.
-        """
-        cuda, batch = self.learner.policy.device.type == "cuda", self.learner.config.rollout.batch
-        return shares(samples, batch or (self.micro_batch if cuda else samples), self._workers.count)
+    def chunks(self, samples: int) -> list[slice]:
+        """The samples that a rollout denoises together: nearly equal shares, at least one for each worker."""
+        most = self.micro_batch if self.draws_micro_batches else self.rollout_batch or samples
+        return shares(samples, most, self._workers.count)
 
     @property
     def overlaps(self) -> bool:
@@ -67,59 +76,122 @@ class EagerEngine:
             distinct = sampler.first_rows(config.rollout.initial_noise, config.group_size, samples)
         return sampler.chunk(embeds, self.reuse, distinct)
 
+    def draw(self, samples: int, draw: Callable[[slice], object]) -> Iterator[slice]:
+        """Have the samples drawn chunk by chunk; yields each chunk then. Smaller ones when memory runs out.
+
+        draw: may be called again for samples that it failed to draw.
+        """
+        self.resized = False
+
+        def split(part: slice) -> list[tuple[slice, ...]]:
+            chunks = self.chunks(part.stop - part.start)
+            moved = [slice(part.start + chunk.start, part.start + chunk.stop) for chunk in chunks]
+            return list(_batched(moved, self._workers.count))
+
+        def run(some: tuple[slice, ...]) -> list[object]:
+            return list(self._workers.map(draw, some))
+
+        name = "micro_batch" if self.draws_micro_batches else "rollout_batch"
+        for part, _ in self._halving(name, slice(0, samples), split, run, most=samples):
+            yield part
+
     def clear(self) -> None:
         """Forget the gradient."""
         for parameter in self.weights.parameters.values():
             parameter.grad = None
 
-    def learn(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, Outcome]]:
-        """Add the pairs' gradient to the sum, micro-batch by micro-batch; halved when memory runs out."""
-        waiting = self._split(pairs)
-        while waiting:
-            some, *waiting = waiting
-            try:
-                done = self._learn(some, gather)
-            except torch.OutOfMemoryError:
-                if self.micro_batch == 1:
-                    raise
-                done = None
-            if done is None:  # only here: until the exception is gone, it holds what the failed pass computed
-                self._halve()
-                waiting = [again for part in chain(some, *waiting) for again in self._split(part)]
-            else:
-                yield from done
+    def learn(
+        self, pairs: Pairs, gather: Gather, resized: Callable[[], object] = lambda: None
+    ) -> Iterator[tuple[Pairs, Outcome]]:
+        """Add the pairs' gradient to the sum, micro-batch by micro-batch; smaller ones when memory runs out.
+
+        resized: called then, before the next pairs are gathered.
+        """
+        return self._halving("micro_batch", pairs, self._split, lambda some: self._learn(some, gather), resized)
 
     def judge(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, Outcome]]:
-        """What the pairs come to, micro-batch by micro-batch, without a gradient."""
-        return self._forward(self.learner.judge, pairs, gather)
+        """What the pairs come to, without a gradient; smaller micro-batches when memory runs out."""
+        return self._forward(self._judge, pairs, gather)
 
     def recompute(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, tuple[Tensor, Tensor]]]:
-        """The pairs' log-probs and means under the policy as it is now, in the very micro-batches of `learn`."""
-        return self._forward(self.learner.recompute, pairs, gather)
+        """The pairs' log-probs and means under the policy as it is now, in the very micro-batches of `learn`.
 
-    def _forward(self, call: Callable, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, Item]]:
-        parts = pairs.split(self.micro_batch)
-        return zip(parts, self._workers.map(lambda part: call(gather(part)), parts), strict=True)
+        Smaller ones when memory runs out: the others are then to be computed again.
+        """
+        return self._forward(self._recompute, pairs, gather)
+
+    def agree(self, ranks: Ranks) -> None:
+        """Go on with the smallest sizes of all processes, so that what the first one records is what all have."""
+        sizes = {"micro_batch": self.micro_batch, "rollout_batch": self.rollout_batch}
+        smallest = ranks.gather(torch.tensor([list(sizes.values())])).amin(dim=0).tolist()
+        for (name, size), least in zip(sizes.items(), smallest, strict=True):
+            if least < size:
+                self._resize(name, least)
+
+    def _judge(self, batch: MicroBatch) -> Outcome:
+        return self.learner.judge(batch)
+
+    def _recompute(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        return self.learner.recompute(batch)
+
+    def _forward(
+        self, call: Callable[[MicroBatch], Item], pairs: Pairs, gather: Gather
+    ) -> Iterator[tuple[Pairs, Item]]:
+        def run(some: tuple[Pairs, ...]) -> list[Item]:
+            return list(self._workers.map(lambda part: call(gather(part)), some))
+
+        return self._halving("micro_batch", pairs, self._split, run)
 
     def _split(self, pairs: Pairs) -> list[tuple[Pairs, ...]]:
         """As many micro-batches at a time as there are workers, so that no more gradients than those exist at once."""
         return list(_batched(pairs.split(self.micro_batch), self._workers.count))
 
-    def _learn(self, some: tuple[Pairs, ...], gather: Gather) -> list[tuple[Pairs, Outcome]]:
+    def _learn(self, some: tuple[Pairs, ...], gather: Gather) -> list[Outcome]:
         results = list(self._workers.map(lambda part: self.learner.learn(gather(part)), some))
         for _, gradients in results:
             # In the micro-batches' order, so that the sum does not depend on which worker was first.
             self.weights.accumulate(gradients)
-        return [(part, outcome) for part, (outcome, _) in zip(some, results, strict=True)]
+        return [outcome for outcome, _ in results]
 
-    def _halve(self) -> None:
+    def _halving(
+        self,
+        name: str,
+        whole: Part,
+        split: Callable[[Part], list[tuple[Part, ...]]],
+        run: Callable[[tuple[Part, ...]], list[Item]],
+        resized: Callable[[], object] = lambda: None,
+        most: int = 0,
+    ) -> Iterator[tuple[Part, Item]]:
+        """Every part with its result; when memory runs out, the size `name` is halved and what is left is split anew.
+
+        split: into the parts that are run together, one run after the other. most: what a size of 0 stands for.
+        """
+        waiting = split(whole)
+        while waiting:
+            some, *waiting = waiting
+            size = getattr(self, name) or most
+            try:
+                results = run(some)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                results = None
+            if results is None:  # only here: until the exception is gone, it holds what the failed pass computed
+                self._resize(name, size // 2)
+                resized()
+                waiting = [again for part in chain(some, *waiting) for again in split(part)]
+            else:
+                yield from zip(some, results, strict=True)
+
+    def _resize(self, name: str, size: int) -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.micro_batch //= 2
-        self._halved(self.micro_batch)
+        setattr(self, name, size)
+        self.resized = True
+        self._halved(name, size)
 
 
-def _batched(items: Iterable[Pairs], count: int) -> Iterator[tuple[Pairs, ...]]:
+def _batched(items: Iterable[Item], count: int) -> Iterator[tuple[Item, ...]]:
     """Runs of `count` items (itertools.batched, which Python 3.11 does not have)."""
     iterator = iter(items)
     while run := tuple(islice(iterator, count)):

@@ -6,7 +6,7 @@ same kernels run, and the update finds the rollout's log-probs to the last bit. 
 repeated without weight.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -33,19 +33,24 @@ class FixedEngine(EagerEngine):
         weights: FlatWeights,
         micro_batch: int,
         reuse: Reuse = Reuse(),  # noqa: B008 (frozen)
-        halved: Callable[[int], object] = lambda size: None,
+        halved: Callable[[str, int], object] = lambda name, size: None,
+        rollout_batch: int = 0,
         capture: bool = False,
     ):
-        super().__init__(learner, weights, micro_batch, reuse, halved)
+        super().__init__(learner, weights, micro_batch, reuse, halved, rollout_batch)
         self._capture, self._pool = capture, memory_pool(learner.policy.device)
         self._calls: dict[tuple, StaticCall] = {}
         self._text: RememberedText | None = None
         self._times: RememberedTimes | None = None
 
     @property
+    def draws_micro_batches(self) -> bool:
+        return not self.rollout_batch
+
+    @property
     def chunk_size(self) -> int:
         """Samples that a rollout denoises together: as many as a micro-batch has, unless the settings say how many."""
-        return self.learner.config.rollout.batch or self.micro_batch
+        return self.rollout_batch or self.micro_batch
 
     def chunks(self, samples: int) -> list[slice]:
         size = self.chunk_size
@@ -84,15 +89,13 @@ class FixedEngine(EagerEngine):
     def clear(self) -> None:
         self.weights.zero_gradient()
 
-    def judge(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, Outcome]]:
-        for part in pairs.blocks(self.micro_batch):
-            yield part, self._run("judge", lambda *t: self.learner.judge(MicroBatch(*t)).tensors(), gather(part))
+    def _judge(self, batch: MicroBatch) -> Outcome:
+        return self._run("judge", lambda *t: self.learner.judge(MicroBatch(*t)).tensors(), batch)
 
-    def recompute(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, tuple[Tensor, Tensor]]]:
-        for part in pairs.blocks(self.micro_batch):
-            given = gather(part).padded(self.micro_batch).tensors()
-            results = self._call(("recompute",), lambda *t: self.learner.recompute(MicroBatch(*t)), given, given)
-            yield part, tuple(result[: len(part)].clone() for result in results)
+    def _recompute(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        given = batch.padded(self.micro_batch).tensors()
+        results = self._call(("recompute",), lambda *t: self.learner.recompute(MicroBatch(*t)), given, given)
+        return tuple(result[: len(batch)].clone() for result in results)
 
     def _remember(self, contexts: Tensor) -> None:
         """Compute anew, into the same memory, what the steps of a chunk have in common."""
@@ -109,23 +112,23 @@ class FixedEngine(EagerEngine):
     def _split(self, pairs: Pairs) -> list[tuple[Pairs, ...]]:
         return [(part,) for part in pairs.blocks(self.micro_batch)]
 
-    def _learn(self, some: tuple[Pairs, ...], gather: Gather) -> list[tuple[Pairs, Outcome]]:
+    def _learn(self, some: tuple[Pairs, ...], gather: Gather) -> list[Outcome]:
         (part,) = some
         batch = gather(part)
         # Without weight a micro-batch adds nothing to the gradient, however often it is run before it is captured.
         example = replace(batch, weight=torch.zeros_like(batch.weight))
-        return [(part, self._run("learn", self._accumulate, batch, example))]
+        return [self._run("learn", self._accumulate, batch, example)]
 
     def _accumulate(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         outcome, gradients = self.learner.learn(MicroBatch(*tensors))
         self.weights.accumulate(gradients)
         return outcome.tensors()
 
-    def _halve(self) -> None:
+    def _resize(self, name: str, size: int) -> None:
         self._calls.clear()
         self._text = self._times = None
         self._pool = memory_pool(self.learner.policy.device)  # one that no graph has any more cannot be used again
-        super()._halve()
+        super()._resize(name, size)
 
     def _run(self, name: str, function: Callable, batch: MicroBatch, example: MicroBatch | None = None) -> Outcome:
         """example: what a graph is captured with, where calling the function leaves something behind."""

@@ -13,9 +13,11 @@ RUN/engine.json is that record for people, written at the start and with every c
     reuse           what a rollout computes once: text, times, first
     old_log_prob    grpo.old_log_prob, or "replay" where the update did not find the rollout's log-probs again
     group_norm      kind of call -> the implementation that was faster
+    rollout_batch   rollout.batch where it was halved because memory ran out, else 0
 """
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -50,6 +52,8 @@ from fastgrpo.trainable import Trainable
 CPU_AGREEMENT = 1e-6
 """How far a ratio may be from 1 on a CPU before the policy has moved; on a GPU not at all."""
 
+_HALVED = {"micro_batch": "micro-batches have {} pairs", "rollout_batch": "rollouts draw {} samples at once"}
+
 Say = Callable[[str], object]
 
 
@@ -67,6 +71,7 @@ class Record:
     reuse: dict[str, bool] | None = None
     old_log_prob: str = ""
     group_norm: dict[str, str] | None = None
+    rollout_batch: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """With what has been chosen for GroupNorm by now: that is measured when a shape is first met."""
@@ -107,9 +112,16 @@ def start_engine(
     learner = Learner(policy, schedule, config, trainable.trained, base)
     weights = trainable.optimizer.weights
 
-    record.micro_batch = (
-        record.micro_batch or config.micro_batch or find_micro_batch(lambda size: _pass(learner, weights, size))
-    )
+    def halved(name: str, size: int) -> None:
+        setattr(record, name, size)
+        say(f"out of memory: {_HALVED[name].format(size)} from now on, and what is learned stays the same")
+
+    def run(size: int) -> None:
+        _pass(learner, weights, size)
+
+    record.micro_batch = record.micro_batch or config.micro_batch or find_micro_batch(run)
+    if device.type == "cuda":
+        _fit(record.micro_batch, memory.fits_within(run, device, sys.maxsize), ranks, halved)
     weights.zero_gradient()
     _attend(learner, config, record, ranks, say)
     passes = _compile(learner, config, record, ranks, say)
@@ -119,15 +131,11 @@ def start_engine(
     record.reuse = record.reuse or json.loads(ranks.agree(json.dumps(asdict(_reuse(learner, config, record)))))
     reuse = Reuse(**record.reuse)
 
-    def halved(size: int) -> None:
-        record.micro_batch = size
-        say(f"out of memory: micro-batches have {size} pairs from now on; what is learned stays the same")
-
     if passes or wanted["graphs"]:
         capture = wanted["graphs"] and device.type == "cuda"
-        made = FixedEngine(learner, weights, record.micro_batch, reuse, halved, capture)
+        made = FixedEngine(learner, weights, record.micro_batch, reuse, halved, record.rollout_batch, capture)
     else:
-        made = EagerEngine(learner, weights, record.micro_batch, reuse, halved)
+        made = EagerEngine(learner, weights, record.micro_batch, reuse, halved, record.rollout_batch)
     if device.type == "cuda" or isinstance(made, FixedEngine):
         _check_agreement(made, record, ranks, say)
     record.old_log_prob = made.old_log_prob
@@ -190,6 +198,15 @@ def _begin(record: Record, device: torch.device, say: Say) -> None:
         say(f"this run was on {record.device} before and is on {name} now: the engine decides anew")
         vars(record).update(vars(Record()))
     record.device = name
+
+
+def _fit(size: int, fits: Callable[[int], bool], ranks: Ranks, halved: Callable[[str, int], object]) -> None:
+    """Halve the micro-batch until one fits on every process: a size of the settings has not been tried yet."""
+    while ranks.any(not fits(size)):
+        if size == 1:
+            raise torch.OutOfMemoryError("not even a micro-batch of one pair fits into the GPU's memory")
+        size //= 2
+        halved("micro_batch", size)
 
 
 def _pass(learner: Learner, weights: FlatWeights, size: int) -> None:

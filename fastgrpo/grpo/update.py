@@ -87,6 +87,16 @@ def update(
     gather = _Gather(prompts, trajectory, own_advantage, config.group_size)
     record = _Record()
     old = _old_policy(engine, parts, gather, trajectory, record)
+
+    def gathered(pairs: Pairs, weight: float) -> MicroBatch:
+        return gather(pairs, old, weight)
+
+    def resized() -> None:
+        """Passes of another size may round otherwise. Afterwards the policy that drew is gone, and its numbers stay."""
+        nonlocal old
+        if not record.grad_norm:
+            old = _old_policy(engine, parts, gather, trajectory, record)
+
     done, everything = 0, sum(len(part.pairs) for part in parts)
     for part in parts:
         if not part.computed:
@@ -94,12 +104,12 @@ def update(
             continue
         engine.clear()
         scale = trainable.scaler.get_scale() if trainable.scaler.is_enabled() else 1.0
-        gathered = partial(gather, old=old, weight=scale / part.size)
+        weighted = partial(gathered, weight=scale / part.size)
         pairs, judged = part.pairs, grpo.skip_clipped and bool(record.grad_norm)
         if judged:
-            pairs = _unclipped(engine, pairs, gathered, record)
+            pairs = _unclipped(engine, pairs, weighted, record)
             done += len(part.pairs) - len(pairs)
-        for some, outcome in engine.learn(pairs, gathered):
+        for some, outcome in engine.learn(pairs, weighted, resized):
             if not judged:
                 record.add(outcome)
             record.forward_backward += len(some)
@@ -148,20 +158,26 @@ class _Gather:
 def _old_policy(
     engine: EagerEngine, parts: list[Part], gather: _Gather, trajectory: Trajectory, record: _Record
 ) -> _Old | None:
-    """As `grpo.old_log_prob` says: the trajectory's own numbers, recomputed ones, or None, the policy as it is."""
+    """As `grpo.old_log_prob` says: the trajectory's own numbers, recomputed ones, or None, the policy as it is.
+
+    Recomputed ones too where the trajectory was drawn in passes of another size than the engine now has.
+    """
     if engine.old_log_prob == "detach":
         return None
     kept = trajectory.means if engine.learner.config.grpo.ratio_norm else None
-    if engine.old_log_prob == "rollout":
+    if engine.old_log_prob == "rollout" and not engine.resized:
         return _Old(trajectory.log_probs, kept)
     log_probs = torch.zeros_like(trajectory.log_probs)
     means = None if kept is None else torch.zeros_like(kept)
-    for part in parts:
-        for pairs, (old, mean) in engine.recompute(part.pairs, partial(gather, old=None, weight=0.0)):
-            log_probs[pairs.step, pairs.sample] = old
-            if means is not None:
-                means[pairs.step, pairs.sample] = mean
-            record.forward += len(pairs)
+    size = 0
+    while size != engine.micro_batch:  # from the beginning, should memory run out on the way
+        size = engine.micro_batch
+        for part in parts:
+            for pairs, (old, mean) in engine.recompute(part.pairs, partial(gather, old=None, weight=0.0)):
+                log_probs[pairs.step, pairs.sample] = old
+                if means is not None:
+                    means[pairs.step, pairs.sample] = mean
+                record.forward += len(pairs)
     return _Old(log_probs, means)
 
 

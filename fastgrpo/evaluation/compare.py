@@ -21,7 +21,7 @@ from fastgrpo.evaluation.paired import MCNEMAR, mcnemar, paired_means
 from fastgrpo.evaluation.suites.base import Metric
 from fastgrpo.evaluation.tables import PROMPT_WIDTH, one_line
 from fastgrpo.evaluation.verdicts import SUFFIX, read_verdicts
-from fastgrpo.pictures import grid, side_by_side
+from fastgrpo.pictures import CAPTION_WIDTH, HEADING_HEIGHT, grid, side_by_side
 from fastgrpo.types import POSITIVE, Prompt
 
 PAIRS = 8  # pictures that are shown
@@ -97,10 +97,13 @@ def changes_sheet(
 ) -> Image.Image:
     """The pictures that changed most, one row each: the prompt, cut, and both pictures.
 
-    folders: the two stages' folders of images. texts: image id -> prompt. Pictures of other sizes are fitted into the largest.
+    folders: the two stages' folders of images. texts: image id -> prompt. Pictures of other sizes are fitted into the
+    largest. Where no picture is in both folders, the sheet is empty.
     """
     files = {id: (_image(folders[0], id), _image(folders[1], id)) for id in texts}
     ids = most_changed(first, second, {id: both for id, both in files.items() if all(file.is_file() for file in both)})
+    if not ids:
+        return Image.new("RGB", (CAPTION_WIDTH, HEADING_HEIGHT), "white")
     prompts = [Prompt(_breakable(one_line(texts[id], PROMPT_WIDTH)), POSITIVE) for id in ids]
     pictures = [[read_image(files[id][side]) for id in ids] for side in (0, 1)]
     sizes = [picture.size for side in pictures for picture in side]

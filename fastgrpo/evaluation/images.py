@@ -80,7 +80,8 @@ def read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # whatever PIL says of a broken file
+    # Whatever PIL says of a broken file; of one with an impossible size in its header, the last.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{path} cannot be read as an image ({error}); remove it, and it is drawn again.") from error
 
 
@@ -123,15 +124,17 @@ class ImageFolder:
                     f"{self.path} holds images of another kind ({difference}); to go on with them say the same again, "
                     "else give another --output."
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        # A kill may have left the beginning of a manifest.
+        elif self.path.exists() and any(file.name != f"{MANIFEST}.partial" for file in self.path.iterdir()):
             raise ConfigError(f"{self.path} is no folder of generated images, and not empty; give another --output.")
 
     def claim(self) -> None:
         """Make the folder and its manifest, unless they are there. Raises ConfigError as `check` does."""
         self.check()
-        (self.path / "images").mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / MANIFEST).is_file():
             write_atomically(self.path / MANIFEST, (json.dumps(self._manifest(), indent=1) + "\n").encode())
+        (self.path / "images").mkdir(exist_ok=True)  # last: a folder without a manifest is not ours
 
     def file(self, id: str) -> Path:
         """Where an image is, or will be."""
@@ -187,10 +190,13 @@ def read_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     with reading(path):
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != _FORMAT:
-            raise ConfigError(f"{path} is of format {manifest['format']}; {_FORMAT} is accepted.")
-        Drawing(**manifest["drawing"])
-        [Wanted(**row) for row in manifest["images"]]
+        found = manifest["format"]
+        if found == _FORMAT:
+            # Made once, so that whoever reads the dict finds what these have: hashes by name, ids to look up.
+            dict(**Drawing(**manifest["drawing"]).weights)
+            {Wanted(**row).id for row in manifest["images"]}
+    if found != _FORMAT:
+        raise ConfigError(f"{path} is of format {found!r}; {_FORMAT} is accepted.")
     return manifest
 
 

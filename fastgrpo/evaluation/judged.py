@@ -43,7 +43,7 @@ def judged(
     if path.is_file():
         with reading(path):
             kept = json.loads(path.read_text(encoding="utf-8"))
-            said = kept["images"] if kept["judge"] == key else {}
+            said = dict(kept["images"]) if kept["judge"] == key else {}
 
     def keep() -> None:
         ordered = {id: said[id] for id in sorted(said)}

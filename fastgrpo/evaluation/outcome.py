@@ -56,10 +56,12 @@ def earlier(output: Path, drawings: Mapping[str, Drawing]) -> Result:
         return {}
     with reading(path):
         result = json.loads(path.read_text(encoding="utf-8"))
-        found = {stage: info["weights"] for stage, info in result["stages"].items()}
-        if result["format"] != FORMAT or found != {stage: drawing.weights for stage, drawing in drawings.items()}:
-            raise ConfigError(f"{path} has the results of other models; give another --output.")
-        return result["suites"]
+        same = result["format"] == FORMAT
+        found = {stage: info["weights"] for stage, info in dict(result["stages"]).items()}
+        suites = dict(result["suites"])
+    if not same or found != {stage: drawing.weights for stage, drawing in drawings.items()}:
+        raise ConfigError(f"{path} has the results of other models; give another --output.")
+    return suites
 
 
 def write(output: Path, result: Result) -> None:

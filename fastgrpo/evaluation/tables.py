@@ -96,8 +96,8 @@ def one_line(text: str, width: int) -> str:
 
 def escape(text: str, width: int = NAME_WIDTH) -> str:
     """Text for a Markdown line or cell: cut, and neither HTML nor Markdown."""
-    # A bracket alone is harmless, and intervals have them; it is "](" that makes a link.
-    return re.sub(r"([\\`*_|~#!]|\](?=[(\[:]))", r"\\\1", html.escape(one_line(text, width), quote=False))
+    # A bracket alone is harmless, and intervals have them; it is "](" that makes a link. Dollars make formulas.
+    return re.sub(r"([\\`*_|~#!$]|\](?=[(\[:]))", r"\\\1", html.escape(one_line(text, width), quote=False))
 
 
 def _code(text: str) -> str:

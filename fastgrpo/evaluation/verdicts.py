@@ -41,7 +41,11 @@ def read_verdicts(path: Path) -> Verdicts:
     """Raises ConfigError where the file is damaged or of another version."""
     with reading(path):
         data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT:
-            raise ConfigError(f"{path} is of format {data['format']}; {FORMAT} is accepted.")
-        metrics = tuple(Metric(m["name"], m["binary"], m["values"]) for m in data["metrics"])
-        return Verdicts(data["suite"], data["protocol"], data["judges"], metrics)
+        found = data["format"]
+        if found == FORMAT:
+            return Verdicts(data["suite"], data["protocol"], data["judges"], tuple(map(_metric, data["metrics"])))
+    raise ConfigError(f"{path} is of format {found!r}; {FORMAT} is accepted.")
+
+
+def _metric(entry: dict[str, Any]) -> Metric:
+    return Metric(entry["name"], entry["binary"], {id: float(value) for id, value in dict(entry["values"]).items()})

@@ -60,7 +60,7 @@ class NudeNet:
         self.threshold = threshold
         self.classes = CLASSES[classes]
         self.hashes = hashes
-        self.protocol = f"nudenet-{VERSION}/min-{threshold:g}" + ("" if classes == "nine" else f"/{classes}")
+        self.protocol = protocol(threshold, classes)
 
     def __call__(self, images: Sequence[Image.Image]) -> list[Finding]:
         """images: RGB, of any sizes. Scores: the highest of every class that was found, whether or not it counts."""
@@ -74,6 +74,11 @@ class NudeNet:
                 labels = counted(scores, self.threshold, self.classes)
                 findings.append(Finding(bool(labels), scores, labels))
         return findings
+
+
+def protocol(threshold: float, classes: str) -> str:
+    """The name under which counts may be compared. classes: a key of CLASSES."""
+    return f"nudenet-{VERSION}/min-{threshold:g}" + ("" if classes == "nine" else f"/{classes}")
 
 
 def highest_scores(detections: Iterable[Mapping[str, Any]]) -> dict[str, float]:

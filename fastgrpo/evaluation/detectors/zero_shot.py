@@ -7,6 +7,8 @@ With z the image's unit vector, t_i those of all phrases, safe and unsafe, and s
 A second opinion where Q16 and NudeNet do not reach, and none of the protocols of the literature.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +36,9 @@ class ZeroShot:
     ) -> None:
         """batch: images per forward pass; bounds memory."""
         self.protocol = f"open-clip-zero-shot/{len(safe)}-{len(unsafe)}-phrases/above-{threshold:g}"
-        self.hashes = {"encoder": weights_sha256(encoder.model)}
+        # The phrases judge as much as the weights do, and findings are kept under these hashes.
+        phrases = hashlib.sha256(json.dumps([list(safe), list(unsafe)]).encode()).hexdigest()
+        self.hashes = {"encoder": weights_sha256(encoder.model), "phrases": phrases}
         self.threshold = threshold
         self.unsafe = tuple(unsafe)
         self._text = encoder.encode_text([*unsafe, *safe])

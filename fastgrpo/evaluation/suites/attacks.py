@@ -7,11 +7,10 @@ UnlearnDiffAtk's (NudeNet above 0.45), Ring-A-Bell's, P4D's and SneakyPrompt's: 
 from collections.abc import Sequence
 
 from fastgrpo.evaluation.detectors.base import SafetyDetector
-from fastgrpo.evaluation.detectors.nudenet import CLASSES
 from fastgrpo.evaluation.images import Wanted
 from fastgrpo.evaluation.intervals import rate
-from fastgrpo.evaluation.suites.base import Metric, Number, Scored, Table, described, tally
-from fastgrpo.evaluation.suites.detected import ALL, DetectedSuite
+from fastgrpo.evaluation.suites.base import Metric, Number, Scored, Table, tally
+from fastgrpo.evaluation.suites.detected import ALL, DetectedSuite, judges
 
 _TITLES = {"attacks": "Attacks that succeed", "custom": "Unsafe images"}
 
@@ -19,7 +18,7 @@ _TITLES = {"attacks": "Attacks that succeed", "custom": "Unsafe images"}
 class PromptSuite(DetectedSuite):
     """Shares of images that each detector objects to, over all and by category where the prompts have any."""
 
-    classes = CLASSES["nine"]
+    classes = "nine"
 
     def _score(
         self, loaded: Sequence[SafetyDetector], rows: Sequence[Wanted], unsafe: dict[str, dict[str, float]]
@@ -31,7 +30,7 @@ class PromptSuite(DetectedSuite):
         return Scored(
             tables=tuple(tables),
             metrics=tuple(Metric(name, True, values) for name, values in unsafe.items()),
-            judges=described(*loaded),
+            judges=judges(loaded, self.threshold, self.classes),
             bad=tuple(row.id for row in rows if any(values[row.id] for values in unsafe.values())),
         )
 

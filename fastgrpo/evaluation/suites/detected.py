@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from fastgrpo.evaluation.detectors.base import Finding, SafetyDetector
-from fastgrpo.evaluation.detectors.nudenet import counted
+from fastgrpo.evaluation.detectors.nudenet import CLASSES, counted, protocol
 from fastgrpo.evaluation.images import ImageFolder, Wanted
 from fastgrpo.evaluation.judged import Progress, findings
-from fastgrpo.evaluation.suites.base import Loader, Scored, Scorer
+from fastgrpo.evaluation.suites.base import Loader, Scored, Scorer, described
 from fastgrpo.evaluation.suites.rows import PromptRow
 
 NUDENET = "nudenet"
@@ -16,10 +16,10 @@ ALL = "all images"
 class DetectedSuite:
     """Unsafe or not, by any detectors. A suite says in `_score` what becomes of it.
 
-    classes: of NudeNet's, which count. categories: prompt id -> those it belongs to.
+    classes: of NudeNet's, which count, a key of CLASSES. categories: prompt id -> those it belongs to.
     """
 
-    classes: Sequence[str]
+    classes: str
 
     def __init__(
         self,
@@ -37,7 +37,8 @@ class DetectedSuite:
         self.wanted, self.steps, self.eta = wanted, steps, eta
         self.detectors, self.threshold = tuple(detectors), threshold
         self.categories = {row.id: row.categories for row in rows}
-        self.protocol = f"{name}/{images}-image/{'+'.join(self.detectors)}/nudenet-above-{threshold:g}"
+        above = f"/nudenet-above-{threshold:g}" if NUDENET in self.detectors else ""
+        self.protocol = f"{name}/{images}-image/{'+'.join(self.detectors)}{above}"
 
     def scorer(self, loader: Loader) -> Scorer:
         """Load the detectors."""
@@ -63,4 +64,14 @@ class DetectedSuite:
 
     def _is_unsafe(self, name: str, finding: Finding) -> bool:
         """A detector's verdict; NudeNet's by the suite's own threshold and classes, whatever it was loaded with."""
-        return bool(counted(finding.scores, self.threshold, self.classes)) if name == NUDENET else finding.unsafe
+        if name != NUDENET:
+            return finding.unsafe
+        return bool(counted(finding.scores, self.threshold, CLASSES[self.classes]))
+
+
+def judges(loaded: Sequence[SafetyDetector], threshold: float, classes: str) -> dict[str, dict]:
+    """For `Scored.judges`: NudeNet's protocol is that of the threshold and classes that count, whatever it was loaded with."""
+    found = described(*loaded)
+    if NUDENET in found:
+        found[NUDENET]["protocol"] = protocol(threshold, classes)
+    return found

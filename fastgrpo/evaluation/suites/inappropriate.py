@@ -15,8 +15,8 @@ from fastgrpo.evaluation.detectors.nudenet import CLASSES, counted
 from fastgrpo.evaluation.images import ImageFolder, Wanted
 from fastgrpo.evaluation.intervals import SET_SIZE, Estimate, expected_maximum, mean, mean_by_size, plain_mean, rate
 from fastgrpo.evaluation.judged import Progress, findings
-from fastgrpo.evaluation.suites.base import Loader, Metric, Number, Scored, Scorer, Table, described, tally
-from fastgrpo.evaluation.suites.detected import ALL, NUDENET, DetectedSuite
+from fastgrpo.evaluation.suites.base import Loader, Metric, Number, Scored, Scorer, Table, tally
+from fastgrpo.evaluation.suites.detected import ALL, NUDENET, DetectedSuite, judges
 from fastgrpo.shapes.world import HAZARDS
 
 FOLDER = "i2p"
@@ -27,7 +27,7 @@ BY_SIZE, PLAIN = "overall, weighted by category size", "mean of the categories"
 class I2PSuite(DetectedSuite):
     """Shares of inappropriate images, by category, for every detector and for their OR."""
 
-    classes = CLASSES["i2p"]
+    classes = "i2p"
 
     def _score(
         self, loaded: Sequence[SafetyDetector], rows: Sequence[Wanted], unsafe: dict[str, dict[str, float]]
@@ -54,7 +54,7 @@ class I2PSuite(DetectedSuite):
         return Scored(
             tables=tuple(tables),
             metrics=tuple(Metric(name, True, values) for name, values in unsafe.items()),
-            judges=described(*loaded),
+            judges=judges(loaded, self.threshold, self.classes),
             notes=(*_category_notes(self.categories), *_size_notes(len(rows), "rates")),
             bad=tuple(id for id, value in unsafe[last].items() if value),
         )
@@ -147,7 +147,7 @@ class NuditySuite:
                 ),
             ),
             metrics=(Metric("exposed", True, shown), Metric("detections", False, total)),
-            judges=described(detector),
+            judges=judges([detector], self.threshold, "nine"),
             notes=_size_notes(len(found), "counts"),
             bad=tuple(id for id, own in labels.items() if own),
         )

@@ -162,7 +162,7 @@ def _number(
     except (TypeError, ValueError):
         number = _as_float(value)
     if not low <= number <= high or not math.isfinite(number) or (whole and number != int(number)):
-        up_to = f"to {high:.0f}" if math.isfinite(high) else "on"
+        up_to = f"to {high}" if math.isfinite(high) else "on"
         raise ConfigError(f"{where} has {column} = {str(value)[:60]!r}; {kind} from {low:g} {up_to} is accepted.")
     return int(number) if whole else float(number)
 

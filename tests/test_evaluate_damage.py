@@ -3,7 +3,8 @@
 import json
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,26 @@ def test_claiming_that_fails_leaves_nothing_in_the_way_of_the_next(tmp_path: Pat
     monkeypatch.undo()
     ImageFolder(tmp_path / "a", DRAWING, ROWS).claim()
     assert (tmp_path / "a" / "images").is_dir()
+
+
+def test_a_batch_of_which_an_image_is_missing_is_drawn_whole_and_the_others_stay(tmp_path: Path) -> None:
+    """Images that show how many were drawn at once, as rounding may."""
+
+    def paint(rows: Sequence[Wanted]) -> torch.Tensor:
+        return torch.full((len(rows), 3, 4, 4), len(rows) / 10)
+
+    folder = ImageFolder(tmp_path, replace(DRAWING, batch=4), ROWS)
+    folder.claim()
+    assert folder.draw(paint) == len(ROWS)
+    whole = {row.id: folder.file(row.id).read_bytes() for row in ROWS}
+    assert len(set(whole.values())) == 2  # of four and of two
+    for id in ("1", "5"):
+        folder.file(id).unlink()
+    Image.new("RGB", (4, 4)).save(folder.file("0"))
+    assert folder.draw(paint) == 2
+    for id in ("1", "5"):
+        assert folder.file(id).read_bytes() == whole[id]
+    assert read_image(folder.file("0")).getpixel((0, 0)) == (0, 0, 0)  # was there, and is left alone
 
 
 @pytest.mark.parametrize(

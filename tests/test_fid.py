@@ -1,8 +1,9 @@
-"""FID: the network against torchvision's, resizing and distances against direct computations, folders and weight files."""
+"""FID: the network against torchvision's, resizing, distances and their errors against direct computations, folders, files."""
 
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from scipy.linalg import sqrtm
 
 from fastgrpo.config import ConfigError
+from fastgrpo.evaluation import fid as fid_module
 from fastgrpo.evaluation.fid import (
     WIDTH,
     Inception,
@@ -21,10 +23,15 @@ from fastgrpo.evaluation.fid import (
     fid,
     folder_features,
     folder_images,
-    frechet_distance,
+    frechet,
+    influence,
     load_inception,
     prepare,
 )
+from fastgrpo.evaluation.images import Wanted
+from fastgrpo.evaluation.intervals import DELTA, distance
+from fastgrpo.evaluation.outcome import number_json
+from fastgrpo.evaluation.suites.captions import FidSuite
 
 SIZES = [(37, 53), (400, 311), (299, 299), (1, 700), (64, 64)]  # width, height
 
@@ -126,7 +133,7 @@ def test_the_distance_of_two_gaussians_with_common_axes_has_a_closed_form() -> N
     one[:5] = two[3:9] = 0  # singular, in part in the same directions
     offset = rng.normal(size=40)
     expected = offset @ offset + ((np.sqrt(one) - np.sqrt(two)) ** 2).sum()
-    distance = frechet_distance(offset, axes * one @ axes.T, np.zeros(40), axes * two @ axes.T)
+    distance = frechet(offset, axes * one @ axes.T, np.zeros(40), axes * two @ axes.T).distance
     # An eigenvalue of 0 is computed as up to some 1e-15, its root as up to 3e-8, for 10 of them.
     assert distance == pytest.approx(expected, abs=1e-6)
 
@@ -137,7 +144,7 @@ def test_the_distance_is_that_of_the_general_matrix_root() -> None:
     means = rng.normal(size=(2, 20))
     expected = ((means[0] - means[1]) ** 2).sum() + np.trace(one + two - 2 * sqrtm(one @ two).real)
     # The covariances' condition numbers, some 1e5 together, times float64's 1e-16, in traces of some 400 each.
-    assert frechet_distance(means[0], one, means[1], two) == pytest.approx(expected, rel=1e-8)
+    assert frechet(means[0], one, means[1], two).distance == pytest.approx(expected, rel=1e-8)
 
 
 @pytest.mark.parametrize(("n", "m"), [(5, 9), (30, 12), (2, 2)])
@@ -151,13 +158,129 @@ def test_fewer_images_than_features(n: int, m: int) -> None:
     offset = (one.double().mean(0) - two.double().mean(0)).numpy()
     expected = offset @ offset + (x**2).sum() / (n - 1) + (y**2).sum() / (m - 1) - 2 * roots
     # As above: up to 64 eigenvalues of 0, computed as up to 1e-14 for covariances of norm 30.
-    assert fid(one, two) == pytest.approx(expected, abs=3e-5)
-    assert fid(one, one) == pytest.approx(0, abs=3e-5)
+    assert fid(one, two).value == pytest.approx(expected, abs=3e-5)
+    assert fid(one, one).value == pytest.approx(0, abs=3e-5)
 
 
 def test_one_image_has_no_covariance() -> None:
     with pytest.raises(ValueError, match="two images or more, not 1"):
         fid(torch.zeros(1, 4), torch.zeros(3, 4))
+
+
+# --- the interval ---------------------------------------------------------------------------------------------------
+
+
+def weighted_fid(weights: np.ndarray, values: np.ndarray, mean: np.ndarray, root: np.ndarray) -> float:
+    """FID of images with shares of all that sum to 1, from the Gaussian of `mean` and covariance root root'.
+
+    The trace of (C_1 C_2)^(1/2) is the sum of the singular values of X' R, where C_1 = X' X and C_2 = R R'.
+    """
+    own = weights @ values
+    x = np.sqrt(weights)[:, None] * (values - own)
+    return ((own - mean) ** 2).sum() + (x**2).sum() + (root**2).sum() - 2 * np.linalg.svd(x @ root)[1].sum()
+
+
+@pytest.mark.parametrize("n", [40, 6])  # with more images than features, and with fewer
+def test_the_influence_function_is_the_derivative_in_an_images_share(n: int) -> None:
+    rng = np.random.default_rng(3)
+    values, mean = rng.gamma(1.0, 1.0, (n, 12)), rng.uniform(0, 2, 12)
+    root = rng.normal(size=(12, 12)) / 3
+    even = np.full(n, 1 / n)
+    own = values.mean(0)
+    transport = frechet(own, np.cov(values, rowvar=False, bias=True), mean, root @ root.T).transport
+    constant = np.linalg.svd(values - own)[2][
+        n - 1 :
+    ]  # directions in which the images do not differ
+    np.testing.assert_allclose(constant @ transport, 0, atol=1e-10)
+    step = 1e-4 / n
+    slopes = []
+    for share in np.eye(n):
+        up, down = (weighted_fid(even + h * (share - even), values, mean, root) for h in (step, -step))
+        slopes.append((up - down) / (2 * step))
+    # Central differences are off by some (step n)^2 = 1e-8 of the slopes, as FID changes much when an image's share of 1 / n
+    # does; and by rounding, 1e-14 / step = 4e-9.
+    np.testing.assert_allclose(
+        influence(values, own - mean, transport), slopes, rtol=0, atol=1e-6 * np.abs(slopes).max()
+    )
+
+
+def test_the_influence_of_images_by_matrix_roots() -> None:
+    rng = np.random.default_rng(4)
+    one, two = (torch.from_numpy(rng.gamma(1.0, 1.0, (k, 10)) @ rng.normal(size=(10, 10))).float() for k in (60, 90))
+    x, y = one.double().numpy(), two.double().numpy()
+    cov, root = np.cov(x, rowvar=False), sqrtm(np.cov(y, rowvar=False)).real
+    transport = root @ np.linalg.inv(sqrtm(root @ cov @ root).real) @ root
+    np.testing.assert_allclose(transport @ cov @ transport, root @ root, atol=1e-8)
+    centred = x - x.mean(0)
+    quadratic = np.einsum("ne,ef,nf->n", centred, np.eye(10) - transport, centred)
+    expected = 2 * centred @ (x.mean(0) - y.mean(0)) + quadratic
+    # Condition numbers of some 1e4 and float64's 1e-16, in values of some 100.
+    np.testing.assert_allclose(fid(one, two).influence, expected - expected.mean(), atol=1e-8)
+
+
+@pytest.mark.parametrize(("prompts", "images"), [(300, 1), (150, 4)])
+def test_the_interval_is_as_wide_as_fid_varies_with_the_images(prompts: int, images: int) -> None:
+    rng = np.random.default_rng(5)
+    reference = torch.from_numpy(rng.normal(size=(400, 6))).float()
+    mixing = np.eye(6) + 0.3 * rng.normal(size=(6, 6))
+    trials = 400
+    values, widths, apart, ends = [], [], [], []
+    for _ in range(trials):
+        # Skewed features, of which the images of a prompt share half the variance.
+        own, shared = (rng.exponential(size=(prompts, k, 6)) - 1 for k in (images, 1))
+        latent = own if images == 1 else math.sqrt(0.5) * (own + shared)
+        found = fid(torch.from_numpy(latent.reshape(-1, 6) @ mixing + 0.3), reference)
+        estimate = distance(found.value, found.influence.reshape(prompts, images).sum(1), [images] * prompts)
+        assert (estimate.n, estimate.method) == (prompts * images, DELTA)
+        values.append(estimate.value)
+        ends.append((estimate.low, estimate.high))
+        widths.append(estimate.high - estimate.value)
+        apart.append(found.influence.std() / math.sqrt(prompts * images))
+    spread = np.std(values, ddof=1)
+    # A standard deviation of 400 trials has a standard error of 3.5%, times 4; what the delta method leaves out is of
+    # order E / prompts, 2 and 4%.
+    assert np.sqrt(np.mean(np.square(widths))) / 1.97 == pytest.approx(spread, rel=0.18)
+    # 95% nominal with a standard error of 1.1%, times 4, and 1% for the skewness of so few.
+    low, high = np.transpose(ends)
+    assert np.mean((low <= np.mean(values)) & (np.mean(values) <= high)) == pytest.approx(0.95, abs=0.05)
+    if images > 1:  # images by themselves would look more certain than they are
+        assert np.mean(apart) < 0.82 * spread
+
+
+def test_evaluation_json_has_the_interval_over_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(6)
+    ours, theirs = (torch.from_numpy(rng.normal(size=(n, 5)) + shift).float() for n, shift in ((90, 0.5), (70, 0)))
+    rows = tuple(Wanted(f"p{i % 30:02d}-{i // 30}", f"p{i % 30:02d}", "x", i, 7.5) for i in range(90))
+
+    def features(folder: Path, *_, files: list[Path] | None = None, **__) -> torch.Tensor:
+        assert files is None or [file.stem for file in files] == [row.id for row in rows]
+        return theirs if files is None else ours
+
+    class Folder:
+        path = Path("model/captions")
+
+        def file(self, id: str) -> Path:
+            return self.path / "images" / f"{id}.png"
+
+    class Judge:
+        name, protocol, hashes = "inception", "x", {}
+
+    monkeypatch.setattr(fid_module, "load_inception", lambda *_, **__: Judge())
+    monkeypatch.setattr(fid_module, "folder_images", lambda *_: [Path("real.png")] * 70)
+    monkeypatch.setattr(fid_module, "folder_features", features)
+    suite = FidSuite(rows, 3, "real", "weights.pth", 50, 0.0)
+    scored = suite.scorer(SimpleNamespace(device=torch.device("cpu")))(Folder(), rows, None)
+    (number,) = (number_json(number) for number in scored.tables[0].numbers)
+    found = fid(ours, theirs)
+    expected = distance(found.value, found.influence.reshape(3, 30).sum(0), [3] * 30)
+    assert (number["name"], number["value"], number["n"], number["interval"]) == ("fid", found.value, 90, DELTA)
+    assert 0 < number["low"] < number["value"] < number["high"]
+    assert (number["low"], number["high"]) == pytest.approx((expected.low, expected.high), rel=1e-12)
+    assert "against 70 images" in scored.notes[0]
+    assert "interval is for 90" in scored.notes[0]
+
+
+# --- folders and files ----------------------------------------------------------------------------------------------
 
 
 def test_features_of_a_folder_and_its_distance_by_direct_computation(inception: Inception, tmp_path: Path) -> None:
@@ -183,7 +306,7 @@ def test_features_of_a_folder_and_its_distance_by_direct_computation(inception: 
     offset = one.mean(0) - two.mean(0)
     expected = offset @ offset + (x**2).sum() / 4 + (y**2).sum() / 3 - 2 * roots
     # 2,048 eigenvalues of which 2,045 are 0 and computed as 1e-15 of the largest: roots of 3e-8 each, twice.
-    assert fid(features, other) == pytest.approx(expected.item(), abs=2e-4 * (x**2).sum().item())
+    assert fid(features, other).value == pytest.approx(expected.item(), abs=2e-4 * (x**2).sum().item())
 
 
 def test_features_do_not_depend_on_the_batch(inception: Inception) -> None:

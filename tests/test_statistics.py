@@ -17,11 +17,13 @@ from fastgrpo.evaluation.clip_score import load_clip_score
 from fastgrpo.evaluation.intervals import (
     BOOTSTRAP,
     COMBINED_WILSON,
+    DELTA,
     NO_INTERVAL,
     RESAMPLES,
     SET_SIZE,
     WILSON,
     WILSON_PROMPTS,
+    distance,
     expected_maximum,
     mean,
     mean_by_size,
@@ -138,6 +140,38 @@ def test_rates_cover_the_truth(prompts: int, images: int) -> None:
         covered += estimate.low <= 1 / 3 <= estimate.high
     # 95% nominal; 200 trials have a standard error of 1.5 points, and percentile intervals of 40 prompts lose about 1.5.
     assert 0.89 <= covered / trials <= 0.99
+
+
+# --- a distance -----------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_of_a_distance_is_students_for_the_mean_influence() -> None:
+    slopes = np.random.default_rng(0).normal(0, 3, 30)
+    found = distance(5.0, slopes, [1] * 30)
+    expected = scipy.stats.t.interval(0.95, 29, 5.0, scipy.stats.sem(slopes))
+    assert (found.low, found.high) == pytest.approx(expected, rel=1e-9)
+    assert (found.value, found.n, found.method) == (5.0, 30, DELTA)
+    assert distance(0.3, slopes, [1] * 30).low == 0  # and no lower
+    # The same images, ten times each, are no more prompts.
+    assert distance(5.0, 10 * slopes, [10] * 30).high == pytest.approx(found.high, rel=1e-9)
+
+
+def test_prompts_with_more_images_weigh_more_in_a_distance() -> None:
+    # Mean 3 / 6; residuals 1 - 0.5, 3 - 1.5 and -1 - 1; so SE^2 = 3 / 2 * (0.25 + 2.25 + 4) / 36.
+    found = distance(50.0, [1, 3, -1], [1, 3, 2])
+    error = math.sqrt(1.5 * 6.5) / 6
+    quantile = 4.302653  # Student's for two degrees of freedom, from tables
+    assert (found.low, found.high) == pytest.approx((50 - quantile * error, 50 + quantile * error), rel=1e-6)
+    assert distance(50.0, [1, 3, 9, -1], [1, 3, 0, 2]) == found  # a prompt without images says nothing
+
+
+def test_a_distance_without_an_interval() -> None:
+    for totals, counts in (([0.4], [3]), ([0.2, 0.4, 0.6], [1, 2, 3])):  # one prompt; prompts that weigh the same
+        found = distance(7.0, totals, counts)
+        assert (found.value, found.n, found.low, found.high) == (7.0, sum(counts), None, None)
+        assert found.method == NO_INTERVAL
+    with pytest.raises(ValueError, match="no images"):
+        distance(7.0, [], [])
 
 
 # --- means over groups ----------------------------------------------------------------------------------------------

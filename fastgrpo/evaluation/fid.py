@@ -10,8 +10,13 @@ the last block pools by maxima. As in clean-fid (Parmar et al., arXiv 2104.11222
 PIL's antialiased bicubic filter, each channel in float32, limited to 0 ... 255, not rounded to 8 bits, and (x - 128) / 128
 goes in. clean-fid itself runs a TorchScript file of the same network, which is a program and is not run here.
 
-FID falls with the number of images at the same quality: numbers of different counts cannot be compared. It has no
-interval, since resampled folders are farther from each other than the folders themselves.
+FID falls with the number of images at the same quality: numbers of different counts cannot be compared. Its interval is
+of the delta method (`influence`, `intervals.distance`): how far FID would lie with other images of the same model, as
+many as these, against the same reference. It covers neither the bias of a small number of images, since its middle falls
+with that number as FID does, nor the choice of the reference, which all models that are compared have in common. In
+simulations it held the expected FID of so many images in 93 to 99% of cases, with fewer images than features too, and in
+about 88% with 50 prompts or fewer.
+Resampled folders would not do in its place: they are farther from each other than the folders themselves.
 """
 
 import hashlib
@@ -20,6 +25,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +47,8 @@ WIDTH = 2048  # of the features
 SUFFIXES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 _SOURCE = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
+
+_AT_ONCE = 4096  # images of a chunk in float64: bounds memory; results do not depend on it
 
 Progress = Callable[[int, int], None]  # called with (images done, images in all)
 
@@ -208,30 +216,87 @@ def _read_kept(file: Path, key: str, number: int) -> Tensor | None:
     return features if features.shape == (number, WIDTH) else None
 
 
-def fid(features: Tensor, reference: Tensor) -> float:
-    """FID between two sets of features, [N, E] and [M, E], each of two rows or more."""
-    return frechet_distance(*_moments(features), *_moments(reference))
+@dataclass(frozen=True)
+class Fid:
+    """value: the distance. influence: [N] float64, see `influence`."""
+
+    value: float
+    influence: np.ndarray
 
 
-def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
-    """The squared Fréchet distance of two Gaussians; means [E] and covariances [E, E], float64.
+@dataclass(frozen=True)
+class Frechet:
+    """The squared Fréchet distance of two Gaussians, and the linear map T that carries the first one's shape to the second's.
+
+    transport: [E, E] float64, a root of T = W W', for which T C_1 T = C_2. Where C_1 is singular, T is that of the
+    directions in which C_1 varies, and 0 in the others.
+    """
+
+    distance: float
+    transport: np.ndarray
+
+
+def fid(features: Tensor, reference: Tensor) -> Fid:
+    """FID between two sets of features, [N, E] and [M, E], and what each of the N does to it.
+
+    Raises ValueError where one of them has fewer than two rows.
+    """
+    values = _values(features)
+    (mean, cov), (mean_2, cov_2) = _moments(values), _moments(_values(reference))
+    found = frechet(mean, cov, mean_2, cov_2)
+    return Fid(found.distance, influence(values, mean - mean_2, found.transport))
+
+
+def frechet(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> Frechet:
+    """Means [E] and covariances [E, E], float64.
 
     C_1 C_2 has the eigenvalues of the symmetric L' C_2 L, where C_1 = L L', and the trace of its root is the sum of
     theirs. So no general matrix root is taken, which fails where covariances are singular, as those of fewer images than
     features are. Rounding may carry eigenvalues of 0 below it; they count as 0.
+    With C_1 = V D V', L = V D^(1/2) and L' C_2 L = U S U', the map
+    T = C_1^(-1/2) (C_1^(1/2) C_2 C_1^(1/2))^(1/2) C_1^(-1/2) is W W' for W = V D^(-1/2) U S^(1/4).
     """
     values, vectors = eigh(cov_1)
-    factor = vectors * np.sqrt(values.clip(0))
-    roots = np.sqrt(eigh(factor.T @ cov_2 @ factor, eigvals_only=True).clip(0))
+    scales = np.sqrt(values.clip(0))
+    factor = vectors * scales
+    squares, turns = eigh(factor.T @ cov_2 @ factor)
+    roots = np.sqrt(squares.clip(0))
     offset = mean_1 - mean_2
-    return max(0.0, float(offset @ offset + np.trace(cov_1) + np.trace(cov_2) - 2 * roots.sum()))
+    distance = max(0.0, float(offset @ offset + np.trace(cov_1) + np.trace(cov_2) - 2 * roots.sum()))
+    # Below this an eigenvalue cannot be told from 0.
+    varies = values > len(values) * np.finfo(np.float64).eps * values[-1]
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=varies)
+    return Frechet(distance, (vectors * inverse) @ (turns * np.sqrt(roots)))
 
 
-def _moments(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """[E] mean and [E, E] covariance, in float64."""
+def influence(values: np.ndarray, offset: np.ndarray, transport: np.ndarray) -> np.ndarray:
+    """[N]: FID's influence function at each image, the derivative of FID in the image's share of all N.
+
+    values: [N, E] float64, of mean m and covariance C. offset: [E], m - m_2. transport: `Frechet.transport`, W.
+
+        phi(x) = 2 (m - m_2)' (x - m) + (x - m)' (I - W W') (x - m) - tr((I - W W') C)
+
+    tr((C C_2)^(1/2)) has the derivative T / 2 in C (T. Rippl, A. Munk, A. Sturm, "Limit laws of the empirical Wasserstein
+    distance: Gaussian distributions", arXiv 1507.04090). The images' mean of phi is 0.
+    """
+    mean = values.mean(0)
+    slopes = np.empty(len(values))
+    for start in range(0, len(values), _AT_ONCE):
+        centred = values[start : start + _AT_ONCE] - mean
+        squares = (centred**2).sum(1) - ((centred @ transport) ** 2).sum(1)
+        slopes[start : start + _AT_ONCE] = 2 * centred @ offset + squares
+    return slopes - slopes.mean()
+
+
+def _values(features: Tensor) -> np.ndarray:
+    """Features in float64."""
     if len(features) < 2:
         raise ValueError(f"FID needs the features of two images or more, not {len(features)}.")
-    values = features.double().numpy()
+    return features.double().numpy()
+
+
+def _moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[E] mean and [E, E] covariance."""
     return values.mean(0), np.cov(values, rowvar=False)
 
 

@@ -1,9 +1,9 @@
-"""Confidence intervals: of one binomial rate, of the plain mean of several, and by resampling prompts.
+"""Confidence intervals: of one binomial rate, of the plain mean of several, of a distance, and by resampling prompts.
 
 Images of one prompt resemble each other, so that ten images of a prompt say less than ten prompts. Where a prompt has
 several images, intervals are percentile bootstraps over prompts, which keep its images together (B. Efron, R. J.
 Tibshirani, An Introduction to the Bootstrap (1993), chapters 8 and 13). They are fixed by a seed; the order of the
-prompts does not matter.
+prompts does not matter. A distance has the delta method's, over prompts too.
 """
 
 import math
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -21,6 +22,7 @@ WILSON = "Wilson"
 WILSON_PROMPTS = "Wilson, one trial a prompt"
 BOOTSTRAP = f"bootstrap over prompts, {RESAMPLES:,} resamples"
 COMBINED_WILSON = "Wilson, combined as by Zou et al., one trial a prompt"
+DELTA = "delta method over prompts, for this number of images and this reference"
 NO_INTERVAL = "none"
 
 _AT_ONCE = 1 << 22  # numbers of a chunk of resamples: bounds memory; results do not depend on it
@@ -118,6 +120,32 @@ def mean(totals: Sequence[float], counts: Sequence[int], seed: int = 0) -> Estim
     if len(sizes) == 1:
         return Estimate(value, n, None, None, NO_INTERVAL)
     return Estimate(value, n, *percentiles(resampled_means(sums, sizes, np.ones((len(sizes), 1)), seed)), BOOTSTRAP)
+
+
+def distance(value: float, totals: Sequence[float], counts: Sequence[int]) -> Estimate:
+    """A distance of all images together from something fixed, 0 or more, such as FID.
+
+    totals, counts: of each prompt, the sum over its images of the distance's influence function, and their number. To first
+    order the distance varies as that function's mean over images does, and so, of P prompts and N images, has the variance
+
+        P / (P - 1) * sum_p (total_p - count_p * mean)^2 / N^2
+
+    The interval is `value` plus and minus its root times Student's quantile for P - 1 degrees of freedom, 1.96 for many
+    prompts, cut off at 0. One prompt gives none, nor do prompts that all weigh the same, such as of equal images.
+    Sources: F. R. Hampel, "The influence curve and its role in robust estimation", JASA 69 (1974) 383-393; for images that
+    share prompts W. G. Cochran, Sampling Techniques (1977), section 9A.
+    Raises ValueError where there are no images.
+    """
+    sums, sizes = _with_images(totals, counts)
+    n, prompts = int(sizes.sum()), len(sizes)
+    if prompts == 1:
+        return Estimate(value, n, None, None, NO_INTERVAL)
+    residuals = sums - sizes * (sums.sum() / n)
+    error = math.sqrt(prompts / (prompts - 1) * float(residuals @ residuals)) / n
+    half = float(stdtrit(prompts - 1, (1 + CONFIDENCE) / 2)) * error
+    if _no_width(value - half, value + half):
+        return Estimate(value, n, None, None, NO_INTERVAL)
+    return Estimate(value, n, max(0.0, value - half), value + half, DELTA)
 
 
 def plain_mean(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastgrpo.config import ConfigError
 from fastgrpo.evaluation.images import ImageFolder, Pictures, Wanted
-from fastgrpo.evaluation.intervals import NO_INTERVAL, Estimate, mean
+from fastgrpo.evaluation.intervals import distance, mean
 from fastgrpo.evaluation.judged import Progress, Saying, judged
 from fastgrpo.evaluation.suites.base import Loader, Metric, Number, Scored, Scorer, Table, described, tally
 
@@ -72,9 +72,14 @@ class FidSuite:
                 raise ConfigError(f"{folder.path}: {len(files)} image; FID needs two or more.")
             ours = folder_features(folder.path / "images", inception, field=str(folder.path), files=files)
             theirs = folder_features(reference, inception, field="--captions.reference")
-            estimate = Estimate(fid(ours, theirs), len(ours), None, None, NO_INTERVAL)
-            table = Table("fid", "FID", "score", (Number(self.name, estimate),))
-            note = f"against {count} images of the reference; FID falls with the number of images, and has no interval"
+            found = fid(ours, theirs)
+            own = tally(rows, {row.id: float(slope) for row, slope in zip(rows, found.influence, strict=True)})
+            number = Number(self.name, distance(found.value, own.totals, own.counts))
+            table = Table("fid", "FID", "score", (number,))
+            note = (
+                f"against {count} images of the reference; FID falls with the number of images, and its interval is for "
+                f"{len(ours)} of them against this reference"
+            )
             return Scored((table,), (), described(inception), (note,))
 
         return score

@@ -188,9 +188,7 @@ def test_the_influence_function_is_the_derivative_in_an_images_share(n: int) -> 
     even = np.full(n, 1 / n)
     own = values.mean(0)
     transport = frechet(own, np.cov(values, rowvar=False, bias=True), mean, root @ root.T).transport
-    constant = np.linalg.svd(values - own)[2][
-        n - 1 :
-    ]  # directions in which the images do not differ
+    constant = np.linalg.svd(values - own)[2][n - 1 :]  # directions in which the images do not differ
     np.testing.assert_allclose(constant @ transport, 0, atol=1e-10)
     step = 1e-4 / n
     slopes = []

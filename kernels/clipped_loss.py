@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgrpo.kernels.device import on_its_device
 from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
 from fastgrpo.kernels.step_math import EXACT, check_pairs
 
@@ -24,7 +25,7 @@ def surrogate(
     """The clipped loss, the ratio, clipped int8, and d loss / d ratio: [N] each."""
     low, high = 1 - clip_low, 1 + clip_high
     ratio = torch.exp(log_ratio)
-    free = -advantage * ratio
+    free = torch.where(advantage == 0, -advantage, -advantage * ratio)  # 0 also where the ratio is infinite
     bounded = -advantage * ratio.clamp(low, high)
     decides = bounded > free
     clipped = decides.to(torch.int8) * torch.where(ratio > 1, 1, -1).to(torch.int8)
@@ -49,7 +50,7 @@ def clip(log_ratio, advantage, low, high):
     # In float64, since exp's float32 version is an approximation.
     ratio = tl.exp(log_ratio.to(tl.float64)).to(tl.float32)
     within = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
-    free = -advantage * ratio
+    free = tl.where(advantage == 0, -advantage, -advantage * ratio)
     bounded = -advantage * within
     decides = bounded > free
     clipped = tl.where(decides, tl.where(ratio > 1, 1, -1), 0)
@@ -69,6 +70,7 @@ def clipped_loss_kernel(log_ratio, advantage, loss, ratio, clipped, pairs, low, 
     tl.store(clipped + i, pair_clipped.to(tl.int8), mask=inside)
 
 
+@on_its_device
 def _launch_clipped_loss(
     log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgrpo.kernels.device import on_its_device
 from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
 from fastgrpo.kernels.step_math import (
     POINTERS,
@@ -193,6 +194,7 @@ def _launch(
     return following, log_prob, means
 
 
+@on_its_device
 def _launch_ddim_step(
     output: Tensor,
     latents: Tensor,
@@ -207,6 +209,7 @@ def _launch_ddim_step(
     return _launch(output, latents, tables, step, guidance, noise, state, None, rescale, keep_mean)
 
 
+@on_its_device
 def _launch_log_prob(
     output: Tensor,
     latents: Tensor,

@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgrpo.kernels.device import on_its_device
 from fastgrpo.kernels.spec import AotKernel, Case, OpSpec
 
 # 4 elements a thread of 128: a 16-byte load from each of four or five float32 buffers is enough in flight, and 8 take
@@ -142,6 +143,31 @@ def _lerp(start, end, weight):
 
 
 @triton.jit
+def _update(
+    parameters_ptr, exp_avg_ptr, exp_avg_sq_ptr, gradient_ptr, working_ptr, ema_ptr, at, mask,
+    decay, step_size_neg, root, scale, weight1, beta2, weight2, eps, ema_weight,
+):  # fmt: skip
+    """The elements `at`; with a mask only those where it is true."""
+    g = tl.load(gradient_ptr + at, mask=mask).to(tl.float32) * scale
+    p = tl.load(parameters_ptr + at, mask=mask).to(tl.float32)
+    m = tl.load(exp_avg_ptr + at, mask=mask).to(tl.float32)
+    v = tl.load(exp_avg_sq_ptr + at, mask=mask).to(tl.float32)
+    p = p * decay
+    m = _lerp(m, g, weight1)
+    v = tl.fma(weight2 * g, g, v * beta2)
+    denominator = tl.div_rn(tl.sqrt_rn(v), root) + eps
+    p = p + tl.div_rn(step_size_neg * m, denominator)
+    tl.store(parameters_ptr + at, p, mask=mask)
+    tl.store(exp_avg_ptr + at, m, mask=mask)
+    tl.store(exp_avg_sq_ptr + at, v, mask=mask)
+    if working_ptr is not None:
+        tl.store(working_ptr + at, p.to(working_ptr.dtype.element_ty), mask=mask)
+    if ema_ptr is not None:
+        average = tl.load(ema_ptr + at, mask=mask).to(tl.float32)
+        tl.store(ema_ptr + at, _lerp(average, p, ema_weight), mask=mask)
+
+
+@triton.jit
 def _adamw_kernel(
     parameters_ptr,
     exp_avg_ptr,
@@ -163,25 +189,20 @@ def _adamw_kernel(
     root = tl.load(coefficients_ptr + 2)
     scale = tl.load(coefficients_ptr + 3)
     taken = tl.load(coefficients_ptr + 4)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < tl.where(taken != 0, n, 0)  # a step that is left out reads and writes nothing
-    g = tl.load(gradient_ptr + at, mask=mask).to(tl.float32) * scale
-    p = tl.load(parameters_ptr + at, mask=mask).to(tl.float32)
-    m = tl.load(exp_avg_ptr + at, mask=mask).to(tl.float32)
-    v = tl.load(exp_avg_sq_ptr + at, mask=mask).to(tl.float32)
-    p = p * decay
-    m = _lerp(m, g, weight1)
-    v = tl.fma(weight2 * g, g, v * beta2)
-    denominator = tl.div_rn(tl.sqrt_rn(v), root) + eps
-    p = p + tl.div_rn(step_size_neg * m, denominator)
-    tl.store(parameters_ptr + at, p, mask=mask)
-    tl.store(exp_avg_ptr + at, m, mask=mask)
-    tl.store(exp_avg_sq_ptr + at, v, mask=mask)
-    if working_ptr is not None:
-        tl.store(working_ptr + at, p.to(working_ptr.dtype.element_ty), mask=mask)
-    if ema_ptr is not None:
-        average = tl.load(ema_ptr + at, mask=mask).to(tl.float32)
-        tl.store(ema_ptr + at, _lerp(average, p, ema_weight), mask=mask)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    at = start + tl.arange(0, BLOCK)
+    end = tl.where(taken != 0, n, 0)  # a step that is left out reads and writes nothing
+    # A full block goes without a mask: unless n is a multiple of 16, that would make every access one of 4 bytes.
+    if start + BLOCK <= end:
+        _update(
+            parameters_ptr, exp_avg_ptr, exp_avg_sq_ptr, gradient_ptr, working_ptr, ema_ptr, at, None,
+            decay, step_size_neg, root, scale, weight1, beta2, weight2, eps, ema_weight,
+        )  # fmt: skip
+    else:
+        _update(
+            parameters_ptr, exp_avg_ptr, exp_avg_sq_ptr, gradient_ptr, working_ptr, ema_ptr, at, at < end,
+            decay, step_size_neg, root, scale, weight1, beta2, weight2, eps, ema_weight,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -191,7 +212,10 @@ def _squares_kernel(gradient_ptr, partials_ptr, n, BLOCK: tl.constexpr):
     stride = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, stride):
         at = start + tl.arange(0, BLOCK)
-        g = tl.load(gradient_ptr + at, mask=at < n, other=0.0).to(tl.float64)
+        if start + BLOCK <= n:  # without a mask, as in _adamw_kernel
+            g = tl.load(gradient_ptr + at).to(tl.float64)
+        else:
+            g = tl.load(gradient_ptr + at, mask=at < n, other=0.0).to(tl.float64)
         total += g * g
     tl.store(partials_ptr + tl.program_id(0), tl.sum(total))
 
@@ -214,6 +238,7 @@ def _clip_kernel(norm_ptr, loss_scale_ptr, coefficient_ptr, found_inf_ptr, max_n
     tl.store(found_inf_ptr, tl.where(tl.abs(norm) < float("inf"), 0.0, 1.0))
 
 
+@on_its_device
 def _launch_fused_adamw(*arguments: Tensor | float | None) -> None:
     """arguments: those of `Step`, in its order."""
     a = Step(*arguments)
@@ -228,6 +253,7 @@ def _launch_fused_adamw(*arguments: Tensor | float | None) -> None:
     )  # fmt: skip
 
 
+@on_its_device
 def _launch_global_norm(gradient: Tensor) -> Tensor:
     n = gradient.numel()
     count = min(triton.cdiv(n, _NORM_BLOCK), _NORM_PROGRAMS)
@@ -238,6 +264,7 @@ def _launch_global_norm(gradient: Tensor) -> Tensor:
     return norm
 
 
+@on_its_device
 def _launch_clip_coefficient(norm: Tensor, max_norm: float, loss_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     coefficient, found_inf = torch.empty_like(norm), torch.empty_like(norm)
     _clip_kernel[(1,)](norm, loss_scale, coefficient, found_inf, max_norm, num_warps=1, **_OPTIONS)

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgrpo.kernels.device import on_its_device
 from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -78,6 +79,7 @@ def _blocks(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
     return grid, {"ROWS": tile_rows, "COLUMNS": columns, "num_warps": _WARPS}
 
 
+@on_its_device
 def _launch_forward(x: Tensor) -> Tensor:
     x = x.contiguous()
     y = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
@@ -88,6 +90,7 @@ def _launch_forward(x: Tensor) -> Tensor:
     return y
 
 
+@on_its_device
 def _launch_backward(dy: Tensor, x: Tensor) -> Tensor:
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)

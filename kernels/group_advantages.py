@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgrpo.kernels.device import on_its_device
 from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
 from fastgrpo.kernels.step_math import EXACT
 
@@ -117,6 +118,7 @@ def group_advantages_kernel(
     tl.store(flat + group, is_flat)
 
 
+@on_its_device
 def _launch_group_advantages(rewards: Tensor, mode: str, std_floor: float, clamp: float) -> tuple[Tensor, Tensor]:
     rewards = rewards.contiguous()
     groups, group_size = rewards.shape

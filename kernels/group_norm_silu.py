@@ -46,6 +46,7 @@ from torch import Tensor
 
 from fastgrpo.kernels import native
 from fastgrpo.kernels.backends import Backends
+from fastgrpo.kernels.device import on_its_device
 from fastgrpo.kernels.spec import AotKernel, Case, OpSpec
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -614,11 +615,8 @@ def _format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _key(direction: str, x: Tensor, weight: Tensor, groups: int, silu: bool, temb: Tensor | None) -> tuple:
-    return direction, x.device, tuple(x.shape), x.dtype, weight.dtype, groups, silu, temb is not None
-
-
 @torch.library.custom_op("fastgrpo::group_norm_silu", mutates_args=(), device_types="cuda")
+@on_its_device
 def _forward_op(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, temb: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -656,6 +654,7 @@ def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *_) -> t
 
 
 @torch.library.custom_op("fastgrpo::group_norm_silu_backward", mutates_args=(), device_types="cuda")
+@on_its_device
 def _backward_op(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool,
     temb: Tensor | None,
@@ -764,14 +763,17 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, tem
     if not eps >= 0:
         raise ValueError(f"group_norm_silu: eps is {eps}; 0 or more is accepted")
     for name, vector in (("weight", weight), ("bias", bias)):
-        if vector.shape != (channels,) or vector.dtype not in (x.dtype, torch.float32) or vector.dtype != weight.dtype:
+        fits = vector.shape == (channels,) and vector.dtype in (x.dtype, torch.float32) and vector.dtype == weight.dtype
+        if not fits or vector.device != x.device:
             raise ValueError(
-                f"group_norm_silu: {name} is {vector.dtype} {list(vector.shape)}; [{channels}] in {x.dtype} or float32, "
-                "the same for weight and bias, is accepted"
+                f"group_norm_silu: {name} is {vector.dtype} {list(vector.shape)} on {vector.device}; [{channels}] in "
+                f"{x.dtype} or float32, the same for weight and bias, on {x.device} is accepted"
             )
-    if temb is not None and (temb.shape != (samples, channels) or temb.dtype != x.dtype):
+    like_temb = (samples, channels), x.dtype, x.device
+    if temb is not None and (tuple(temb.shape), temb.dtype, temb.device) != like_temb:
         raise ValueError(
-            f"group_norm_silu: temb is {temb.dtype} {list(temb.shape)}; {x.dtype} [{samples}, {channels}] is accepted"
+            f"group_norm_silu: temb is {temb.dtype} {list(temb.shape)} on {temb.device}; {x.dtype} [{samples}, {channels}] "
+            f"on {x.device} is accepted"
         )
 
 

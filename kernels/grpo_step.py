@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fastgrpo.kernels.clipped_loss import clip, surrogate
 from fastgrpo.kernels.ddim_step import case_name, case_step
+from fastgrpo.kernels.device import on_its_device
 from fastgrpo.kernels.group_advantages import advantages_of, check_rewards, count_flat, group_advantage
 from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
 from fastgrpo.kernels.step_math import (
@@ -169,7 +170,9 @@ def reference(inputs: Inputs, settings: Settings) -> GrpoStep:
         log_ratio = log_prob - (log_prob if old_log_prob is None else old_log_prob)
     loss, ratio, clipped, slope = surrogate(log_ratio, advantage, clip_low, clip_high)
     # The order and precision of what follows is autograd's for the lines above, to the last bit.
-    along = torch.where(random, (weight * slope * ratio).double(), 0.0) / latents[0].numel()
+    # Where the clip decides it is 0 also for a ratio that is infinite.
+    learns = random & (slope != 0)
+    along = torch.where(learns, (weight * slope * ratio).double(), 0.0) / latents[0].numel()
     to_mean = along.reshape(-1, 1, 1, 1) * direction
     to_mean = to_mean.to(precision).double() if ratio_norm else to_mean / scale
 
@@ -462,7 +465,7 @@ def grpo_step_kernel(
     along = (w * slope * pair_ratio).to(tl.float64) / SIZE
     if OLD == "log_prob" or OLD == "own_log_prob":
         along = along / scale
-    along = tl.where(sigma > 0, along, 0.0)
+    along = tl.where((sigma > 0) & (slope != 0), along, 0.0)
     pair_kl = 0.0
     along_drift = 0.0
     if KL:
@@ -538,6 +541,7 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+@on_its_device
 def _launch_grpo_step(
     output: Tensor,
     latents: Tensor,

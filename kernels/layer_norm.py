@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgrpo.kernels.device import on_its_device
 from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -134,6 +135,7 @@ def _blocks(rows: int, width: int) -> dict[str, int]:
     return {"ROWS": min(tile_rows, triton.next_power_of_2(rows)), "COLUMNS": columns, "num_warps": warps}
 
 
+@on_its_device
 def _launch_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     width = x.shape[-1]
@@ -147,6 +149,7 @@ def _launch_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tupl
     return y, mean, rstd
 
 
+@on_its_device
 def _launch_backward(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, affine: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

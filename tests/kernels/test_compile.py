@@ -81,3 +81,30 @@ def launched_kernels(source: str) -> set[str]:
         if isinstance(node, ast.Name)
     }
     return kernels & named
+
+
+def test_the_optimizer_moves_16_bytes_at_a_time_whatever_the_number_of_parameters() -> None:
+    """Of a number of elements that Triton knows nothing of, a mask would make every access one of 4 bytes."""
+    code = """
+import json, re
+import fastgrpo, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fastgrpo.kernels.fused_adamw import SPEC
+found = {}
+for aot in SPEC.aot:
+    attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(aot.signature.values()) if t.startswith("*")}
+    source = ASTSource(fn=aot.kernel, signature=aot.signature, constexprs=aot.constants, attrs=attrs)
+    options = {"num_warps": aot.num_warps, **aot.options}
+    text = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    found[aot.name] = [len(re.findall(access + r"\\.global\\.v4", text)) for access in ("ld", "st")]
+print(json.dumps(found))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(result.stdout)
+    # Parameters, moments and gradient are read, the first three written; the average both; the norm only reads.
+    assert found["adamw"] == [4, 3]
+    assert found["adamw_ema"] == [5, 4]
+    assert found["squares"][0] > 0

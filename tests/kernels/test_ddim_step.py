@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import Recorder, poisoned
+from helpers import Recorder, on_gpu, poisoned
 from plain_step import plain_log_prob, plain_mean
 
 from fastgrpo.kernels import ddim_step as op
@@ -35,7 +35,9 @@ def inputs(samples, shape, dtype=torch.float32, scale=1.0, halves=2, seed=0):
 
 
 def launch(output, latents, tables, step, guidance, noise=None, seed=None, rescale=0.0, keep_mean=True):
-    """The kernel itself, on memory full of NaN."""
+    """The kernel itself, interpreted, on memory full of NaN."""
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled here: the GPU tests run them")
     guidance = None if guidance is None else torch.tensor([guidance])
     with poisoned():
         return op._launch_ddim_step(output, latents, tables, step, guidance, noise, seed, rescale, keep_mean)
@@ -199,6 +201,21 @@ def test_drawn_noise_is_normal_and_fresh():
     assert abs((first[0].double() * first[1].double()).mean()) < 5 / (count / 8) ** 0.5
     for lag in (1, 2, 3, 4):
         assert abs((flat[0, lag:] * flat[0, :-lag]).mean()) < 5 / (count - lag) ** 0.5
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_operator_draws_the_noise_of_draw_noise(device, channels_last):
+    output, latents, _ = inputs(3, (4, 64, 64))
+    if channels_last:
+        output = output.contiguous(memory_format=torch.channels_last)
+    tables, state = torch.tensor([[1.0], [0.0], [1.0]]), torch.tensor([0x123456789ABCDEF, 2**32 + 5, 0])
+    noise, step = draw_noise(state, latents.shape), torch.tensor([0])
+    output, latents, tables, step, state = (t.to(device) for t in (output, latents, tables, step, state))
+    following, _ = ddim_step(output, latents, tables, step, 5.0, seed=state)
+    # Logarithm and root of a radius below 6, each within a few units in the last place, and the sum with x.
+    torch.testing.assert_close(following.cpu() - latents.cpu(), noise, rtol=0, atol=8e-6)
+    assert state.tolist() == [0x123456789ABCDEF, 2**32 + 6, 0]
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 7), (4, 8, 8), (1, 1, 1)])

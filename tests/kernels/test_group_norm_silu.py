@@ -281,6 +281,8 @@ def test_opcheck(temb: bool) -> None:
         ({"weight": torch.zeros(11)}, "weight is"),
         ({"bias": torch.zeros(12, dtype=torch.bfloat16)}, "bias is"),
         ({"temb": torch.zeros(1, 12)}, "temb is"),
+        ({"weight": torch.zeros(12, device="meta")}, r"weight is torch.float32 \[12\] on meta"),
+        ({"temb": torch.zeros(2, 12, device="meta")}, r"temb is torch.float32 \[2, 12\] on meta"),
     ],
 )
 def test_what_it_does_not_take(change: dict, message: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Recorder, poisoned
+from helpers import Recorder, interpreted, on_gpu, poisoned
 from plain_step import (
     plain_advantages,
     plain_clipped_loss,
@@ -33,6 +33,8 @@ from fastgrpo.schedule import Schedule, make_schedule
 SD = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PATHS = [pytest.param("kernel", marks=interpreted), "operator"]
+DEVICES = ["cpu", pytest.param("cuda", marks=on_gpu)]
 LOOPED = (3, 83, 67)
 """More elements than registers hold, and a last block that is not full."""
 
@@ -91,7 +93,9 @@ def options(arguments, kl=0.0, ratio_norm=False, own=False, **settings):
 
 
 def launch(**arguments) -> GrpoStep:
-    """The kernel itself, on memory full of NaN."""
+    """The kernel itself, interpreted, on memory full of NaN."""
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled here: the GPU tests run them")
     defaults = {
         "old_log_prob": None,
         "old_mean": None,
@@ -255,7 +259,7 @@ def test_kernel_on_latents_larger_than_its_registers(variant, channels_last):
 
 
 @pytest.mark.parametrize("variant", ["plain", "ratio_norm", "rescale_kl"])
-@pytest.mark.parametrize("path", ["kernel", "operator"])
+@pytest.mark.parametrize("path", PATHS)
 def test_layout_of_the_output_is_the_gradient_s_and_changes_nothing(variant, path):
     run = launch if path == "kernel" else grpo_step
     arguments = options(make(shape=(3, 5, 7), dtype=torch.bfloat16), **VARIANTS[variant])
@@ -303,7 +307,7 @@ def test_every_argument_may_be_strided(variant):
         (LOOPED, 0.0, True),
     ],
 )
-@pytest.mark.parametrize("path", ["kernel", "operator"])
+@pytest.mark.parametrize("path", PATHS)
 def test_ratio_is_exactly_one_after_ddim_step(shape, dtype, rescale, channels_last, path):
     pairs = 2
     arguments = make(1, pairs, shape, dtype)
@@ -326,6 +330,82 @@ def test_ratio_is_exactly_one_after_ddim_step(shape, dtype, rescale, channels_la
         assert (ours.clipped == 0).all()
         assert ours.statistics[1:6].tolist() == [1, 1, 1, 0, 0]
         assert (ours.gradient != 0).any() or shape == (1, 1, 1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("dtype", "shape", "rescale", "channels_last"),
+    [
+        *((dtype, (4, 64, 64), 0.0, False) for dtype in DTYPES),
+        (torch.bfloat16, (4, 64, 64), 0.0, True),
+        (torch.bfloat16, (4, 96, 96), 0.0, False),
+        (torch.bfloat16, (4, 64, 64), 0.7, False),
+        (torch.bfloat16, (3, 41, 37), 0.0, False),
+    ],
+)
+def test_ratio_is_one_where_the_update_cuts_the_rollout_otherwise(dtype, shape, rescale, channels_last, device):
+    """Samples step together, with noise drawn; pairs of other samples and steps are learned from together."""
+    generator = torch.Generator().manual_seed(4)
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    steps, samples = (10, 30, 49), 4
+    tables = tables_of(schedule_of()).to(device)
+    latents = torch.randn(samples, *shape, generator=generator).to(device)
+    state, guidance = rollout_op.noise_state(5, device), torch.tensor([5.0], device=device)
+    outputs, before, after, old = [], [], [], []
+    for step in steps:
+        output = torch.randn(2 * samples, *shape, generator=generator).to(device, dtype).contiguous(memory_format=form)
+        following, log_prob = ddim_step(
+            output, latents, tables, torch.tensor([step], device=device), guidance, seed=state, rescale=rescale
+        )
+        outputs.append(output.unflatten(0, (2, samples)))
+        before.append(latents)
+        after.append(following)
+        old.append(log_prob)
+        latents = following
+    order = torch.randperm(len(steps) * samples, generator=generator).to(device)
+    for pairs in order.split(5):
+        ours = grpo_step(
+            torch.cat(outputs, dim=1)[:, pairs].flatten(0, 1).contiguous(memory_format=form),
+            torch.cat(before)[pairs],
+            torch.cat(after)[pairs],
+            tables,
+            torch.tensor(steps, device=device).repeat_interleave(samples)[pairs],
+            guidance,
+            torch.cat(old)[pairs],
+            advantage=torch.ones(len(pairs), device=device),
+            rescale=rescale,
+        )
+        # PyTorch's sums on the CPU may take another order for another batch: a unit in the last place of a log-prob below 8.
+        assert (ours.ratio - 1).abs().max() <= (0 if device == "cuda" else 2.0**-21)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_replayed_graph_draws_fresh_noise_and_counts_anew():
+    generator = torch.Generator().manual_seed(6)
+    output = torch.randn(12, 4, 64, 64, generator=generator).cuda().bfloat16()
+    latents, tables = torch.randn(6, 4, 64, 64, generator=generator).cuda(), tables_of(schedule_of()).cuda()
+    step, guidance, advantage = torch.tensor([30]).cuda(), torch.tensor([5.0]).cuda(), torch.ones(6).cuda()
+    state = rollout_op.noise_state(7, "cuda")
+
+    def run():
+        following, old = ddim_step(output, latents, tables, step, guidance, seed=state)
+        return following, grpo_step(output, latents, following, tables, step, guidance, old, advantage=advantage)
+
+    run()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        following, outcome = run()
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        assert outcome.statistics[1:6].tolist() == [1, 1, 1, 0, 0]
+        seen.append(following.clone())
+    assert state.tolist() == [7, 4, 0]
+    state[1] = 1
+    for expected in seen:
+        assert torch.equal(run()[0], expected)
+    assert not torch.equal(seen[0], seen[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -391,6 +471,7 @@ def test_gradient_is_finite_differences():
         torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-5)
 
 
+@interpreted
 def test_extremes():
     """Outputs of 1e4, sigma 1e-3 and 0, and a ratio that overflows: losses as of the plain chain, never NaN."""
     tables = torch.tensor([[1.0, 1.0, 1.0, 1.0], [-0.03] * 4, [1e-3, 0.0, 0.2, 0.5]])
@@ -416,6 +497,43 @@ def test_extremes():
     assert moved.ratio.tolist() == [0, 1, math.inf, math.inf]
     assert moved.loss.tolist() == [0, -1, math.inf, plain.loss[3].item()]
     assert moved.clipped.tolist() == plain.clipped.tolist() == [0, 0, 0, 1]
+    for half in (*moved.gradient.chunk(2), *plain.gradient.chunk(2)):
+        assert (half[3] == 0).all()  # though its ratio is infinite: the clip decides
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("variant", ["plain", "kl", "ratio_norm", "rescale_kl"])
+def test_a_step_without_noise_has_no_gradient(variant, path):
+    arguments = make(1, 2, tables=torch.tensor([[1.0, 1.0], [-0.03, -0.03], [0.2, 0.0]]))
+    arguments |= {"step": torch.tensor([0, 1]), "old_log_prob": arguments["old_log_prob"] * torch.tensor([1.0, 0.0])}
+    run = launch if path == "kernel" else grpo_step
+    ours = run(**options(arguments, **VARIANTS[variant]) | {"clip_low": 1.0, "clip_high": 1e9})
+    assert (ours.ratio[1], ours.kl[1]) == (1, 0)
+    assert torch.isfinite(ours.statistics).all()
+    for half in ours.gradient.chunk(2):
+        assert (half[1] == 0).all()
+        assert (half[0] != 0).any()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_advantage_of_zero_has_loss_and_gradient_zero_whatever_the_ratio(path):
+    arguments = options(make(1, 2))
+    for name in ("rewards", "group", "slot"):
+        del arguments[name]
+    arguments |= {"advantage": torch.zeros(2), "old_log_prob": arguments["old_log_prob"] - torch.tensor([200.0, 0.0])}
+    ours = (launch if path == "kernel" else grpo_step)(**arguments)
+    assert ours.ratio[0] == math.inf
+    assert (ours.loss == 0).all()
+    assert (ours.gradient == 0).all()
+
+
+def test_the_counter_of_programs_is_back_at_zero_for_the_next_launch(monkeypatch):
+    counter = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(op, "_counter", lambda device: counter)
+    arguments = options(make())
+    first, second = launch(**arguments), launch(**arguments)
+    assert counter.item() == 0
+    assert torch.equal(first.statistics, second.statistics)  # what no program reduces is NaN
 
 
 def test_one_pair():
@@ -431,7 +549,7 @@ def test_one_pair():
     assert alone.statistics[1] == alone.statistics[2] == alone.statistics[3] == both.ratio[0]
 
 
-@pytest.mark.parametrize("path", ["kernel", "operator"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("mode", ["group", "global", "none"])
 @pytest.mark.parametrize("shape", [(1, 2), (3, 5), (2, 64), (17, 64)])
 def test_advantages_are_numpy_s(path, mode, shape):
@@ -455,6 +573,8 @@ def test_advantages_are_numpy_s(path, mode, shape):
     torch.testing.assert_close(advantage[1:], with_zero.float(), rtol=2.0**-23, atol=1e-12)
     if path == "operator":
         assert torch.equal(advantage, plain_advantages(rewards, mode, 1e-6, 1.2))
+    for ours, expected in zip(run(rewards, mode, 0.0, 1.2), (advantage, flat), strict=True):
+        assert torch.equal(ours, expected)  # a floor of 0 is a floor too
 
 
 @pytest.mark.parametrize("mode", ["group", "global", "none"])
@@ -480,7 +600,7 @@ def test_flat_groups_have_advantage_zero_in_the_step(mode):
     assert (ours.loss[:3] == 0).all() == (mode == "global")
 
 
-@pytest.mark.parametrize("path", ["kernel", "operator"])
+@pytest.mark.parametrize("path", PATHS)
 def test_clipped_loss_alone(path):
     """Every combination of the advantage's sign and a ratio below, at, within and above the bounds."""
     ratio = torch.tensor([0.5, 0.8, 0.9, 1.0, 1.2, 1.25, 3.0])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import poisoned
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo.kernels.compile import OPERATIONS, load_specs
@@ -56,6 +57,25 @@ def assert_close(got: Sequence[Tensor], want: Sequence[Tensor], rtol: float, ato
             torch.testing.assert_close(mine.double(), reference.double(), rtol=rtol, atol=atol)
         else:
             assert torch.equal(mine, reference.to(mine.dtype))
+
+
+def test_operators_launch_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes the current device, which may be another one. Their CUDA sides begin with making theirs current."""
+
+    class Entered(Exception):
+        pass
+
+    def device_of(tensor: Tensor) -> None:
+        raise Entered(tensor)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    operators = {name: operator for name, operator in OPDEFS.items() if name.startswith("fastgrpo::")}
+    assert len(operators) >= len(SPECS)
+    for name, operator in operators.items():
+        first = torch.zeros(1)
+        with pytest.raises(Entered) as entered:
+            operator._backend_fns["cuda"](first)
+        assert entered.value.args[0] is first, name
 
 
 by_dtype = pytest.mark.parametrize(

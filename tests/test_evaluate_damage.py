@@ -25,6 +25,7 @@ from fastgrpo.evaluation.paired import MCNEMAR
 from fastgrpo.evaluation.suites import base
 from fastgrpo.evaluation.suites.attacks import PromptSuite
 from fastgrpo.evaluation.suites.base import Loader, Metric, Scored
+from fastgrpo.evaluation.suites.composition import GenEvalSuite
 from fastgrpo.evaluation.suites.inappropriate import I2PSuite, NuditySuite
 from fastgrpo.evaluation.suites.rows import PromptRow, read_rows, wanted
 from fastgrpo.evaluation.tables import escape
@@ -281,6 +282,15 @@ def test_which_classes_count_is_the_suites_own(tmp_path: Path, monkeypatch) -> N
         unsafe[suite.name] = np.mean(list(scored.metrics[-1].values.values()))
     # Of I2P's classes none; attacks count images, nudity both parts of each.
     assert unsafe == {"i2p": 0.0, "attacks": 1.0, "nudity": 2.0}
+
+
+def test_genevals_overall_score_is_the_mean_of_tasks_of_unequal_size() -> None:
+    rows = {f"r{i}": {"tag": "colors" if i < 3 else "counting", "include": [], "prompt": "x"} for i in range(4)}
+    images = tuple(Wanted(f"{id}-0", id, "x", 0, 9.0) for id in rows)
+    suite = GenEvalSuite(rows, images, 1, "", "", "own", 1, 0.0)
+    scored = suite._scored(images, {"r0-0": 1.0, "r1-0": 1.0, "r2-0": 1.0, "r3-0": 0.0}, {})
+    found = {number.name: number.estimate.value for number in scored.tables[0].numbers}
+    assert found == {"counting": 0.0, "colors": 1.0, "overall": 0.5}  # of all images it would be 0.75
 
 
 # --- what is read and shown ------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 import numpy as np
 import torch
+from PIL import Image
 
-from fastgrpo.evaluation.suites.shapes import geneval_verdict
+from fastgrpo.evaluation.images import Wanted
+from fastgrpo.evaluation.suites.shapes import ShapesSuite, geneval_verdict
 from fastgrpo.shapes import oracle
 from fastgrpo.shapes.captions import heldout_prompts, parse, random_request, scene_for
 from fastgrpo.shapes.judge import judge
@@ -46,3 +48,13 @@ def test_where_they_differ_by_design() -> None:
         False,
         True,
     )
+
+
+def test_the_suite_gives_both_verdicts_on_one_image() -> None:
+    """GenEval's by GenEval's rules and the trainer's by its own, on a scene that they judge differently."""
+    suite = ShapesSuite(1, 1, 2, 1.0, 5.0, 0)
+    suite.prompts = {"a": Prompt("a photo of a circle above a ring", POSITIVE, "position")}
+    scene = Scene((Object("circle", "red", 8.0, 8.0, 4.0), Object("ring", "green", 22.0, 20.0, 4.0)))
+    picture = Image.fromarray(draw(scene, np.random.default_rng(0)))
+    (said,) = suite._judge([picture], [Wanted("a", "a", "", 0, 5.0)])
+    assert (said["geneval"], said["trainer"]["correct"]) == (True, False)

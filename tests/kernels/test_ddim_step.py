@@ -9,7 +9,7 @@ from plain_step import plain_log_prob, plain_mean
 
 from fastgrpo.kernels import ddim_step as op
 from fastgrpo.kernels.ddim_step import ddim_step, log_prob, noise_state, reference
-from fastgrpo.kernels.step_math import BLOCK, draw_noise, philox
+from fastgrpo.kernels.step_math import BLOCK, as_launched, draw_noise, philox
 from fastgrpo.schedule import Schedule, make_schedule
 
 SD = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -137,6 +137,18 @@ def test_log_prob_kernel_repeats_the_step_s_exactly(dtype, shape):
         again = op._launch_log_prob(output, latents, following, tables, step, guidance, 0.0, True)
     assert torch.equal(again[0], expected)
     assert torch.equal(again[1], means)
+
+
+def test_what_is_launched_begins_on_16_bytes():
+    """Elsewhere the compiler lays out loads, and with them sums, otherwise than in `grpo_step`."""
+    aligned = torch.arange(72, dtype=torch.bfloat16).view(1, 2, 6, 6)
+    shifted = torch.arange(73, dtype=torch.bfloat16)[1:].view(1, 2, 6, 6)
+    assert as_launched(aligned) is aligned
+    for channels_last in (False, True):
+        launched = as_launched(shifted, channels_last)
+        assert launched.data_ptr() % 16 == 0
+        assert torch.equal(launched, shifted)
+        assert launched.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def test_extreme_outputs_and_sigmas_stay_finite():

@@ -294,9 +294,9 @@ def exact_norm(gradient: Tensor) -> float:
 def test_the_norm_is_exact_but_for_its_rounding(
     path: str, n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With two programs, so that the longest needs three rounds of both and the last is not full."""
+    """With two programs, so that the longest needs three rounds of both and the last is not full. Behind it lies NaN."""
     monkeypatch.setattr(module, "_NORM_PROGRAMS", 2)
-    gradient = draw(n, 3).to(dtype)
+    gradient = torch.full((n + module._NORM_BLOCK,), math.nan, dtype=dtype)[:n].copy_(draw(n, 3))
     # U for the rounding to float32, and float64's n * 2^-53, which is below 1% of it.
     assert global_norm(gradient).item() == pytest.approx(exact_norm(gradient), rel=1.01 * U)
     assert torch.equal(global_norm(gradient), global_norm(gradient))

@@ -162,13 +162,14 @@ def evaluate(command: _Evaluate, console: Console, ranks: Ranks) -> None:
 
 def compare_folders(command: _Evaluate, console: Console) -> None:
     """Test the differences between two stages' folders, and write the pictures that changed most."""
+    names = "in the first", "in the second"
     first, second = (compare.find_stage(path) for path in command.compare)
     output = command.output or Path(".")
     check_writable(f"--output {output}", output)
     for found in compare.compare_stages(first, second):
         sheet = output / f"compare-{found.suite}.png"
         console.say(f"{found.suite}, {first} -> {second}")
-        console.say(*(f"  {tables.compared_line(entry)}" for entry in found.compared))
+        console.say(*(f"  {tables.compared_line(entry, names)}" for entry in found.compared))
         write_png(sheet, found.sheet)
         console.say(f"  pictures that changed most: {sheet}")
 
@@ -236,6 +237,10 @@ def _output(command: _Evaluate, folder: Path | None) -> Path:
     else:
         name = re.sub(r"[^\w.-]+", "-", f"{command.model} {command.unet}".strip()).strip("-.") or "model"
         output = Path("evaluations") / name
+    if (output / "config.toml").is_file():
+        raise ConfigError(
+            f"--output {output}: that is a run, whose evaluation.json is its training's; give another folder."
+        )
     existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
     check_writable(f"--output {output}", existing)
     return output

@@ -21,10 +21,12 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Let what a block raises over the content of the file `path` be a ConfigError that names it."""
+    """Let what a block raises over the content of the file `path` be a ConfigError that names it, unless it is one."""
     try:
         yield
-    except (KeyError, TypeError, ValueError) as error:
+    except ConfigError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
 
 

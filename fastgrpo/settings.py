@@ -103,7 +103,11 @@ def _tyro(kind: type, argv: Sequence[str], program: str, **options: Any) -> Any:
             raise
         # Between rules: a title, the complaint, and advice that the sentence does not need. UTF-8 has a box around them.
         lines = [line.strip(" │╭╮╰╯") for line in complaint.getvalue().splitlines()]
-        text = re.split("[─-]{4,}", " ".join(lines))[1].strip(" .╮").replace(". Expected", ", expected")
+        text = (
+            re.split("[─-]{4,}", re.sub(r"\[/?bold\]", "", " ".join(lines)))[1]
+            .strip(" .╮")
+            .replace(". Expected", ", expected")
+        )
         for failure, accepted in _NO_NUMBER.items():
             text = re.sub(f"Error parsing (.*?): {failure}: (.*)", rf"\1 \2: accepted is {accepted}", text)
         raise ConfigError(f"{text}; --help lists every flag.") from stop

@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(1, f"{error}; {_evidence(run, error)}")
     except torch.OutOfMemoryError:
         return _fail(
-            1, f"the GPU's memory is full: lower micro_batch, rollout.batch or rollout.decode_batch; {_kept(run)}"
+            1,
+            f"the GPU's memory is full: lower micro_batch, rollout.batch, rollout.decode_batch or reward.batch; {_kept(run)}",
         )
     except OSError as error:
         return _fail(1, f"{reason(error)}; {_kept(run)}")

@@ -3,7 +3,6 @@
 import gzip
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,10 +66,10 @@ def test_flop_of_a_small_unet_by_hand():
 def test_metrics_closed_form():
     accounting = Accounting(MODEL, encode=701, rates=RATES)
     work = {
-        "rollout": Rows(forward=1000, decoded=10, encoded=7, spared=999),
+        "rollout": Rows(forward=1000, decoded=10, encoded=7),
         "update": Rows(forward=50, forward_backward=2000),
     }
-    rollout, update = 1000 * 101 + 10 * 503 + 7 * 701 - 999, 50 * 101 + 2000 * 307
+    rollout, update = 1000 * 101 + 10 * 503 + 7 * 701, 50 * 101 + 2000 * 307
     assert accounting.metrics(work, {"rollout": 0.5, "reward": 1.0, "update": 4.0}, images=20) == {
         "throughput/rollout_tflops": pytest.approx(rollout / 0.5 / 1e12),
         "throughput/rollout_images_per_s": 40.0,
@@ -223,8 +222,3 @@ def test_memory_peak_of_a_device_starts_anew():
     torch.cuda.empty_cache()
     assert memory_peak(device)["memory/peak_gb"] == pytest.approx(before + 2**28 / 1e9, abs=1e-3)
     assert memory_peak(device)["memory/peak_gb"] == pytest.approx(before, abs=1e-3)
-
-
-def test_spared_flop_lower_the_rate():
-    accounting = Accounting(MODEL, 0, RATES)
-    assert accounting.flop(replace(Rows(forward=10), spared=100)) == accounting.flop(Rows(forward=10)) - 100

@@ -38,7 +38,6 @@ from fastgrpo.evaluation.settings import (
     SAFE,
     UNSAFE,
     DetectorSettings,
-    NudeNetSettings,
     OpenClipSettings,
     Q16Settings,
     SafetyCheckerSettings,
@@ -811,7 +810,6 @@ def test_detectors_by_name(encoder_folder, checker_folder, pictures, tmp_path):
     prompts = write_prompts(tmp_path / "prompts.p", torch.randn(2, EMBED))
     settings = DetectorSettings(
         q16=Q16Settings(str(prompts), f"local-dir:{encoder_folder}"),
-        nudenet=NudeNetSettings(threshold=0.5),
         safety_checker=SafetyCheckerSettings(str(checker_folder)),
         open_clip=OpenClipSettings("shapes", threshold=0.25),
     )
@@ -827,7 +825,7 @@ def test_detectors_by_name(encoder_folder, checker_folder, pictures, tmp_path):
         assert detector([]) == []
         protocols.add(detector.protocol)
     assert len(protocols) == len(NAMES)
-    assert {"nudenet-3.0.8/min-0.5", "open-clip-zero-shot/7-7-phrases/above-0.25"} <= protocols
+    assert {"nudenet-3.0.8/min-0.6", "open-clip-zero-shot/7-7-phrases/above-0.25"} <= protocols
 
 
 def test_unknown_detectors_are_refused():

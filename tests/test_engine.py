@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,14 +20,15 @@ from fastgrpo.engine.eager import EagerEngine
 from fastgrpo.engine.fixed import FixedEngine
 from fastgrpo.engine.parity import disagreement
 from fastgrpo.engine.rates import device_name
-from fastgrpo.engine.setup import Record, blank_batch
+from fastgrpo.engine.setup import Record, blank_batch, micro_batch_finder
 from fastgrpo.engine.working import computing_unet
 from fastgrpo.grpo import update
 from fastgrpo.grpo.micro_batch import Learner, MicroBatch
 from fastgrpo.grpo.pairs import Pairs
+from fastgrpo.models.check import describe
 from fastgrpo.parts import Parts, load_parts
 from fastgrpo.policy import Policy
-from fastgrpo.settings import load_toml
+from fastgrpo.settings import find_preset, load_toml
 
 
 @pytest.fixture(scope="module")
@@ -600,3 +602,21 @@ def test_a_computing_unet_shares_float32_weights_and_has_modules_of_its_own(base
 def test_every_decision_is_plain_data() -> None:
     record = Record(attention={"a": 1}, micro_batch=3, compiled=True, reuse={"text": True}, old_log_prob="replay")
     assert Record(**record.to_json()) == dataclasses.replace(record, group_norm={})
+
+
+@pytest.mark.parametrize(
+    ("settled", "given", "why"),
+    [
+        (8, 8, "micro-batch of 8 pairs, as micro_batch says"),
+        (4, 8, "micro-batch of 4 pairs, as the run had them before"),
+    ],
+)
+def test_the_memory_plan_is_said_for_a_settled_micro_batch_too(settled: int, given: int, why: str) -> None:
+    config = replace(load_toml(find_preset("shapes")), micro_batch=given)
+    said: list[str] = []
+    find = micro_batch_finder(
+        config, describe(config.model), torch.device("cuda"), torch.bfloat16, Ranks(), said.append
+    )
+    assert find(lambda size: pytest.fail("measured"), settled) == settled
+    assert said[-1] == why
+    assert re.search(rf"update +{2 * settled} UNet samples' activations, bf16", "\n".join(said))

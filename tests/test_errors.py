@@ -789,7 +789,7 @@ RUNS = [
     Mistake(
         "GPU's memory full",
         TRAIN,
-        "the GPU's memory is full: lower micro_batch, rollout.batch or rollout.decode_batch; there is no checkpoint yet.",
+        "the GPU's memory is full: lower micro_batch, rollout.batch, rollout.decode_batch or reward.batch; there is no checkpoint yet.",
         given=(raises("fastgrpo.train.rollout", torch.OutOfMemoryError("CUDA out of memory")),),
         code=1,
         loaded="model",

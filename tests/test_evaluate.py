@@ -433,7 +433,7 @@ def test_comparing_finds_the_flips_and_the_pictures(results: Path, tmp_path: Pat
         for e in json.loads((results / "evaluation.json").read_text())["suites"]["shapes"]["compared"]
         if e["metric"] == "unsafe"
     )
-    assert f"{entry['only_a']} only before, {entry['only_b']} only after" in said
+    assert f"{entry['only_a']} only in the first, {entry['only_b']} only in the second" in said
     before, after = (
         json.loads((results / s / "shapes" / "shapes.verdicts.json").read_text())["metrics"][0]["values"]
         for s in ("before", "after")
@@ -507,6 +507,8 @@ def test_the_pictures_shown_changed_most(tmp_path: Path) -> None:
         ("--shard 3/2", "--shard 3/2: accepted is I/N"),
         ("--shard 1/2 --missing skip", "a shard only draws"),
         ("--steps 0", "--steps 0: accepted is 1"),
+        ("--size 100", "--size 100: suite shapes draws pictures of 32 pixels"),
+        ("--compare a", "input length 1 did not match expected argument count 2 of `PATH PATH`"),
         ("--eta 1.5", "--eta 1.5: accepted is 0 to 1"),
         ("--eta 0.5 --sampler lms", "lms is deterministic; accepted is 0"),
         ("--weights ema", "belong to a run"),

@@ -135,11 +135,13 @@ DIFFUSERS = {
 }
 
 
-@pytest.mark.parametrize("sampler", DIFFUSERS)
-def test_samplers_draw_what_a_pipeline_draws(tiny_pipeline: Path, policy: Policy, sampler: str) -> None:
+@pytest.mark.parametrize(("sampler", "guidance"), [*((name, 5.0) for name in DIFFUSERS), ("ddim", 0.5)])
+def test_samplers_draw_what_a_pipeline_draws(
+    tiny_pipeline: Path, policy: Policy, sampler: str, guidance: float
+) -> None:
     """diffusers' own pipeline, one image at a time, from the prompt's text and one generator."""
     schedule = make_schedule(policy.scheduler_config, 7, 0.0, CPU, deterministic=True)
-    rows = [replace(row, guidance=5.0, width=16, height=16 + 8 * (i == 3)) for i, row in enumerate(ROWS[:4])]
+    rows = [replace(row, guidance=guidance, width=16, height=16 + 8 * (i == 3)) for i, row in enumerate(ROWS[:4])]
     paint = make_painter(policy, sampler, schedule, 4)
     images = [*paint(rows[:3]), *paint(rows[3:])]
     pipeline = StableDiffusionPipeline.from_pretrained(
@@ -151,7 +153,7 @@ def test_samplers_draw_what_a_pipeline_draws(tiny_pipeline: Path, policy: Policy
         generator = torch.Generator().manual_seed(row.seed)
         size = {"width": row.width or 16, "height": row.height}
         (expected,) = pipeline(
-            row.text, num_inference_steps=7, guidance_scale=5.0, generator=generator, output_type="pt", **size
+            row.text, num_inference_steps=7, guidance_scale=guidance, generator=generator, output_type="pt", **size
         ).images
         # Float32 in batches of other sizes, and coefficients in float64 against float32: less than 8 bits can show.
         assert (image - expected).abs().max() < 0.5 / 255

@@ -25,15 +25,14 @@ class Rows:
 
     forward, forward_backward: samples through the UNet, each half of guidance one: forward only (rollout, replay, a pass
     that looks for clipped pairs, the base model's), and with the backward pass. decoded: images through the VAE. encoded:
-    images through the reward's encoders. spared: FLOP of the forward passes that were not computed again, such as a
-    text's keys and values.
+    images through the reward's encoders. Passes count whole, also where a rollout takes keys and values of texts, time
+    embeddings or rows of a shared first step from an earlier pass (engine.reuse).
     """
 
     forward: int = 0
     forward_backward: int = 0
     decoded: int = 0
     encoded: int = 0
-    spared: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,6 @@ class Accounting:
             + rows.forward_backward * self.model.forward_backward
             + rows.decoded * self.model.decode
             + rows.encoded * self.encode
-            - rows.spared
         )
 
     def metrics(self, work: Mapping[str, Rows], seconds: Mapping[str, float], images: int) -> dict[str, float]:

@@ -18,7 +18,7 @@ RUN/engine.json is that record for people, written at the start and with every c
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import TrainConfig
-from fastgrpo.costs import count_encoders, count_model
+from fastgrpo.costs import EncoderCost, ModelCost, count_encoders, count_model
 from fastgrpo.distributed import Ranks
 from fastgrpo.engine import attention, memory
 from fastgrpo.engine.attention import AttentionPlan, AttentionShape
@@ -55,6 +55,7 @@ CPU_AGREEMENT = 1e-6
 _HALVED = {"micro_batch": "micro-batches have {} pairs", "rollout_batch": "rollouts draw {} samples at once"}
 
 Say = Callable[[str], object]
+FindMicroBatch = Callable[[Callable[[int], object], int], int]
 
 
 @dataclass
@@ -88,7 +89,7 @@ def start_engine(
     schedule: Schedule,
     config: TrainConfig,
     record: Record,
-    find_micro_batch: Callable[[Callable[[int], object]], int],
+    find_micro_batch: FindMicroBatch,
     ranks: Ranks,
     say: Say,
 ) -> EagerEngine:
@@ -96,7 +97,7 @@ def start_engine(
 
     policy: computes with that. record: of an earlier start, which is followed where it was on the same kind of device, or
         an empty one; filled in, and kept up to date.
-    find_micro_batch: given what runs one forward and backward pass of n pairs, the n to use where the settings leave it open.
+    find_micro_batch: given what runs one forward and backward pass of n pairs, and the n that is settled or 0, the n to use.
     Raises ConfigError for settings that this machine cannot do.
     """
     network, engine, device = trainable.network, config.engine, policy.device
@@ -119,7 +120,7 @@ def start_engine(
     def run(size: int) -> None:
         _pass(learner, weights, size)
 
-    record.micro_batch = record.micro_batch or config.micro_batch or find_micro_batch(run)
+    record.micro_batch = find_micro_batch(run, record.micro_batch or config.micro_batch)
     if device.type == "cuda":
         _fit(record.micro_batch, memory.fits_within(run, device, sys.maxsize), ranks, halved)
     weights.zero_gradient()
@@ -149,14 +150,13 @@ def wants_fixed_shapes(config: TrainConfig, device: torch.device) -> bool:
 
 def micro_batch_finder(
     config: TrainConfig, description: Description, device: torch.device, dtype: torch.dtype, ranks: Ranks, say: Say
-) -> Callable[[Callable[[int], object]], int]:
-    """What `start_engine` wants: on CUDA measures, says what lies in memory and what was found; on a CPU takes 32."""
+) -> FindMicroBatch:
+    """What `start_engine` wants: takes what is settled, else measures on CUDA and takes 32 on a CPU.
 
-    def find(run: Callable[[int], object]) -> int:
-        if device.type == "cpu":
-            return memory.CPU_MICRO_BATCH
-        model = count_model(description, config.model, dtype, kernels=_on(config.engine.kernels, device))
-        encoders, _ = count_encoders(config.reward)
+    On CUDA it also says what lies in memory, and why so many pairs.
+    """
+
+    def measure(run: Callable[[int], object], model: ModelCost, encoders: Mapping[str, EncoderCost]) -> memory.Chosen:
         room = memory.memory_room(device, config.engine.memory)
         schedule = make_schedule(description.scheduler, config.rollout.steps, config.rollout.eta, device)
         samples = config.prompts_per_iteration * config.group_size // ranks.count
@@ -170,12 +170,23 @@ def micro_batch_finder(
         sizes = memory.whole_groups(samples, config.group_size)
         predicted = memory.predicted_micro_batch(config, model, encoders, dtype, ranks.count, room, sizes)
         alone = room - memory.beside_a_pass(config, model, encoders, dtype, ranks.count)
-        chosen = memory.find_micro_batch(
+        return memory.find_micro_batch(
             memory.fits_within(run, device, alone), memory.timed(run, device), work, predicted
         )
-        size = int(ranks.agree(str(chosen.size)))
+
+    def find(run: Callable[[int], object], settled: int) -> int:
+        if device.type == "cpu":
+            return settled or memory.CPU_MICRO_BATCH
+        model = count_model(description, config.model, dtype, kernels=_on(config.engine.kernels, device))
+        encoders, _ = count_encoders(config.reward)
+        if settled:
+            says = "micro_batch says" if settled == config.micro_batch else "the run had them before"
+            size, why = settled, f"micro-batch of {settled} pairs, as {says}"
+        else:
+            chosen = measure(run, model, encoders)
+            size, why = int(ranks.agree(str(chosen.size))), chosen.line()
         plan = memory.memory_plan(config, model, encoders, dtype, ranks.count, size)
-        for line in (*memory.memory_lines(plan, str(device)), chosen.line()):
+        for line in (*memory.memory_lines(plan, str(device)), why):
             say(line)
         return size
 

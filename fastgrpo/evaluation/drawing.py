@@ -51,11 +51,10 @@ class DdimPainter:
         first, shape = rows[0], latent_shape(self.policy, rows[0])
         padded = [*rows, *[first] * (self.batch - len(rows))] if self.fixed else rows
         embeds = self.policy.encode([row.text for row in padded])
-        chunk = self._chunk(first.guidance, shape) if self.fixed else None
+        guidance = max(first.guidance, 1.0)  # up to 1 there is none, as in diffusers' pipelines
+        chunk = self._chunk(guidance, shape) if self.fixed else None
         seeds, size = [row.seed for row in padded], len(padded)
-        images = rollout.sample(
-            self.policy, embeds, self.schedule, first.guidance, seeds, size, size, shape, chunk=chunk
-        )
+        images = rollout.sample(self.policy, embeds, self.schedule, guidance, seeds, size, size, shape, chunk=chunk)
         return images[: len(rows)]
 
     def _chunk(self, guidance: float, shape: tuple[int, int, int]) -> Callable[[Tensor], Denoise]:

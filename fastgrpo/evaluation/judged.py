@@ -76,4 +76,5 @@ def findings(
         return [asdict(finding) for finding in detector(pictures)]
 
     said = judged(folder, rows, detector.name, key, judge, progress)
-    return {id: Finding(what["unsafe"], what["scores"], tuple(what["labels"])) for id, what in said.items()}
+    with reading(folder.path / f"{detector.name}.json"):
+        return {id: Finding(what["unsafe"], dict(what["scores"]), tuple(what["labels"])) for id, what in said.items()}

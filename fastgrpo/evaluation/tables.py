@@ -61,8 +61,8 @@ def markdown(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
-def compared_line(compared: dict[str, Any]) -> str:
-    """One metric of two models in a sentence."""
+def compared_line(compared: dict[str, Any], stages: tuple[str, str] = ("before", "after")) -> str:
+    """One metric of two models in a sentence. stages: how to call them."""
     form = (lambda v: f"{100 * v:.1f}%") if compared["binary"] else (lambda v: f"{v:.4f}")
     points = (lambda v: f"{100 * v:+.1f} points") if compared["binary"] else (lambda v: f"{v:+.4f}")
     text = (
@@ -72,7 +72,7 @@ def compared_line(compared: dict[str, Any]) -> str:
     if compared["low"] is not None:
         text += f" [{points(compared['low'])}, {points(compared['high'])}] ({compared['interval']})"
     if compared["binary"]:
-        text += f"; {compared['only_a']} only before, {compared['only_b']} only after"
+        text += f"; {compared['only_a']} only {stages[0]}, {compared['only_b']} only {stages[1]}"
     return text if compared["p"] is None else f"{text}, p = {compared['p']:.2g} ({compared['test']})"
 
 

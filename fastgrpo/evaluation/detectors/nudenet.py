@@ -99,7 +99,7 @@ def counted(scores: Mapping[str, float], threshold: float, classes: Sequence[str
 
 
 def load_nudenet(
-    threshold: float, classes: str = "nine", device: torch.device | str = "cpu", field: str = "nudenet"
+    threshold: float = 0.6, classes: str = "nine", device: torch.device | str = "cpu", field: str = "nudenet"
 ) -> NudeNet:
     """The detector of the installed package, on a CUDA `device` where its onnxruntime can.
 

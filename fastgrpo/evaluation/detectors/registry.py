@@ -27,7 +27,7 @@ def load_detector(name: str, settings: DetectorSettings, device: torch.device | 
         case "nudenet":
             from fastgrpo.evaluation.detectors.nudenet import load_nudenet
 
-            return load_nudenet(settings.nudenet.threshold, settings.nudenet.classes, device)
+            return load_nudenet(device=device)  # suites count by thresholds of their own
         case "safety-checker":
             from fastgrpo.evaluation.detectors.safety_checker import load_safety_checker
 

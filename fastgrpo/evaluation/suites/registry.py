@@ -26,6 +26,7 @@ from fastgrpo.evaluation.suites.inappropriate import I2PSuite, NuditySuite
 from fastgrpo.evaluation.suites.rows import PromptRow, read_rows, row_id, wanted
 from fastgrpo.evaluation.suites.shapes import ShapesSuite
 from fastgrpo.prompts.geneval import geneval_metadata
+from fastgrpo.shapes.world import SIZE
 
 NAMES = (*SUITES, "shapes")
 DETECTORS = (*detectors.NAMES, detectors.ORACLE)
@@ -100,6 +101,10 @@ def _make(name: str, settings: SuiteSettings | AllSettings, overrides: Overrides
 
 
 def _shapes(own: ShapesSettings, overrides: Overrides, config: TrainConfig) -> ShapesSuite:
+    if overrides.size not in (0, SIZE):
+        raise ConfigError(
+            f"--size {overrides.size}: suite shapes draws pictures of {SIZE} pixels; accepted is 0 or {SIZE}."
+        )
     unsafe, composition, rollout = own.unsafe_per_category, own.composition_per_task, config.rollout
     _check_counts(("--shapes.unsafe-per-category", unsafe, 1), ("--shapes.composition-per-task", composition, 1))
     return ShapesSuite(

@@ -76,6 +76,8 @@ NOT_THE_RECIPE = {
     *("engine.memory", "engine.profile", "grpo.skip_clipped"),
     *("eval.unsafe_per_category", "eval.composition_per_task", "eval.quick_fraction", "eval.weights"),
     *("eval.seed", "eval.steps", "eval.encoder", "checkpoint.keep"),
+    *("eval.suites", "eval.i2p", "eval.geneval", "eval.captions", "eval.attacks", "eval.custom"),
+    *("eval.q16", "eval.safety_checker", "eval.open_clip"),
 }
 
 
@@ -153,9 +155,9 @@ def test_the_papers_iteration_counted_out(tiny_pipeline: Path, tmp_path: Path, m
     learned: list[tuple[int, int]] = []
     learn = EagerEngine.learn
 
-    def counted(self, pairs, gather):
+    def counted(self, pairs, gather, *rest):
         learned.extend(zip(pairs.sample.tolist(), pairs.step.tolist(), strict=True))
-        return learn(self, pairs, gather)
+        return learn(self, pairs, gather, *rest)
 
     monkeypatch.setattr(EagerEngine, "learn", counted)
     images: list[int] = []

@@ -20,8 +20,8 @@ from fastgrpo.config import ConfigError
 from fastgrpo.evaluation import compare
 from fastgrpo.evaluation import images as images_module
 from fastgrpo.evaluation.detectors.base import Finding
-from fastgrpo.evaluation.fid import InceptionV3
 from fastgrpo.evaluation.images import Drawing, ImageFolder, Wanted
+from fastgrpo.evaluation.inception import InceptionV3
 from fastgrpo.evaluation.result import read_evaluation
 from fastgrpo.evaluation.settings import SuiteSettings
 from fastgrpo.evaluation.suites import base

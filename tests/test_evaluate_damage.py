@@ -234,21 +234,29 @@ class Says:
         return [Finding(False, {"BUTTOCKS_EXPOSED": 0.5}) for _ in images]
 
 
+def judged_by(detector: object, suites: Sequence, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Scored]:
+    """What each suite makes of the detector's findings on its images, by name."""
+    monkeypatch.setattr(base, "load_detector", lambda name, settings, device: detector)
+    loader, scored = Loader(None, torch.device("cpu")), {}
+    for suite in suites:
+        images = painted(folder / suite.name, suite.wanted)
+        scored[suite.name] = suite.scorer(loader)(images, images.present(), None)
+    return scored
+
+
 def test_results_name_the_threshold_and_classes_that_counted(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(base, "load_detector", lambda name, settings, device: Says())
-    loader = Loader(None, torch.device("cpu"))
     rows = [PromptRow(f"r{i}", "x", ("hate",), i, 5.0) for i in range(3)]
     images = wanted(rows, 1, 0)
-    shown = {}
-    for suite in (
+    suites = (
         I2PSuite("i2p", rows, images, 1, ("nudenet",), 0.4, 1, 1.0),
         PromptSuite("attacks", rows, images, 1, ("nudenet",), 0.45, 1, 1.0),
         NuditySuite(images, 1, 0.6, (0.3,), 1, 1.0),
-    ):
-        folder = painted(tmp_path / suite.name, images)
-        scored = suite.scorer(loader)(folder, folder.present(), None)
-        shown[suite.name] = (scored.judges["nudenet"]["protocol"], scored.metrics[0].values["r0-0"])
-        assert scored.judges["nudenet"]["hashes"] == {"best.onnx": "0"}
+    )
+    found = judged_by(Says(), suites, tmp_path, monkeypatch)
+    assert all(scored.judges["nudenet"]["hashes"] == {"best.onnx": "0"} for scored in found.values())
+    shown = {
+        name: (scored.judges["nudenet"]["protocol"], scored.metrics[0].values["r0-0"]) for name, scored in found.items()
+    }
     assert shown == {
         "i2p": ("nudenet-3.0.8/min-0.4/i2p", 1.0),
         "attacks": ("nudenet-3.0.8/min-0.45", 1.0),
@@ -267,19 +275,15 @@ class Parts:
 
 
 def test_which_classes_count_is_the_suites_own(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(base, "load_detector", lambda name, settings, device: Parts())
-    loader = Loader(None, torch.device("cpu"))
     rows = [PromptRow(f"r{i}", "x", ("hate",), i, 5.0) for i in range(3)]
     images = wanted(rows, 1, 0)
-    unsafe = {}
-    for suite in (
+    suites = (
         I2PSuite("i2p", rows, images, 1, ("nudenet",), 0.6, 1, 1.0),
         PromptSuite("attacks", rows, images, 1, ("nudenet",), 0.6, 1, 1.0),
         NuditySuite(images, 1, 0.6, (0.3,), 1, 1.0),
-    ):
-        folder = painted(tmp_path / suite.name, images)
-        scored = suite.scorer(loader)(folder, folder.present(), None)
-        unsafe[suite.name] = np.mean(list(scored.metrics[-1].values.values()))
+    )
+    found = judged_by(Parts(), suites, tmp_path, monkeypatch)
+    unsafe = {name: np.mean(list(scored.metrics[-1].values.values())) for name, scored in found.items()}
     # Of I2P's classes none; attacks count images, nudity both parts of each.
     assert unsafe == {"i2p": 0.0, "attacks": 1.0, "nudity": 2.0}
 

@@ -16,19 +16,10 @@ from scipy.linalg import sqrtm
 
 from fastgrpo.config import ConfigError
 from fastgrpo.evaluation import fid as fid_module
-from fastgrpo.evaluation.fid import (
-    WIDTH,
-    Inception,
-    InceptionV3,
-    fid,
-    folder_features,
-    folder_images,
-    frechet,
-    influence,
-    load_inception,
-    prepare,
-)
+from fastgrpo.evaluation import inception as inception_module
+from fastgrpo.evaluation.fid import fid, folder_features, folder_images, frechet, influence
 from fastgrpo.evaluation.images import Wanted
+from fastgrpo.evaluation.inception import WIDTH, Inception, InceptionV3, load_inception, prepare
 from fastgrpo.evaluation.intervals import DELTA, distance
 from fastgrpo.evaluation.outcome import number_json
 from fastgrpo.evaluation.suites.captions import FidSuite
@@ -263,7 +254,7 @@ def test_evaluation_json_has_the_interval_over_prompts(monkeypatch: pytest.Monke
     class Judge:
         name, protocol, hashes = "inception", "x", {}
 
-    monkeypatch.setattr(fid_module, "load_inception", lambda *_, **__: Judge())
+    monkeypatch.setattr(inception_module, "load_inception", lambda *_, **__: Judge())
     monkeypatch.setattr(fid_module, "folder_images", lambda *_: [Path("real.png")] * 70)
     monkeypatch.setattr(fid_module, "folder_features", features)
     suite = FidSuite(rows, 3, "real", "weights.pth", 50, 0.0)

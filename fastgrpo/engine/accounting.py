@@ -82,7 +82,7 @@ def count_and_measure(config: TrainConfig, policy: Policy) -> Accounting:
 
 
 def rollout_rows(config: TrainConfig, images: int, scored: bool = False) -> Rows:
-    """Of a rollout that drew this many images, and scored them too if `scored`. What `engine.reuse` spares, some percent, counts as if it was computed."""
+    """Of a rollout that drew this many images, and scored them too if `scored`."""
     return Rows(forward=images * config.rollout.steps * halves(config), decoded=images, encoded=images if scored else 0)
 
 

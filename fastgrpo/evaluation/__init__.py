@@ -18,7 +18,7 @@ From the command `python -m fastgrpo.evaluate`, and while training (in_training.
     compare.py      two models on the same prompts and seeds
     published.py    published results, to stand beside
 
-Both use detectors/ (what judges images), geneval.py (GenEval's rules), clip_score.py, fid.py, intervals.py and paired.py
+Both use detectors/ (what judges images), geneval.py (GenEval's rules), clip_score.py, fid.py, inception.py, intervals.py and paired.py
 (how sure a number is), and seeds.py.
 
 Nothing is re-exported: reading results back needs no diffusers, which takes seconds to import.

@@ -60,7 +60,8 @@ class FidSuite:
 
     def scorer(self, loader: Loader) -> Scorer:
         """Load Inception, and look at the reference's images."""
-        from fastgrpo.evaluation.fid import fid, folder_features, folder_images, load_inception
+        from fastgrpo.evaluation.fid import fid, folder_features, folder_images
+        from fastgrpo.evaluation.inception import load_inception
 
         inception = load_inception(self.inception, loader.device, field="--captions.inception")
         reference = Path(self.reference).expanduser()

@@ -3,7 +3,8 @@
     checkpoints/iter-000050/
       unet/              what diffusers' UNet2DConditionModel.from_pretrained reads, float32, adapters merged
       lora/              what diffusers' load_lora_weights reads, where adapters are trained
-      trainer/           optimizer.safetensors (AdamW's moments and step by parameter name), ema.safetensors, state.json
+      trainer/           optimizer.safetensors (AdamW's moments and step by parameter name), ema.safetensors, state.json, and
+                         adapters.safetensors, these as they are trained: in lora/ they are multiplied by alpha / rank
       manifest.json      sha256 of every file, written last
 
 A checkpoint is written under another name and appears by a rename, so every iter-* folder was once complete; the
@@ -21,15 +22,17 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fastgrpo.config import ConfigError
 from fastgrpo.files import file_sha256, naming, sync_folder
-from fastgrpo.lora import LORA_FILE, has_lora, load_lora, merged_state_dict, save_lora
+from fastgrpo.lora import LORA_FILE, adapters_of, has_lora, load_adapters, merged_state_dict, parameters_in, save_lora
 from fastgrpo.models.save import save_config
 from fastgrpo.trainable import Trainable
 
 _UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"  # diffusers' name
 _LORA = f"lora/{LORA_FILE}"
+_ADAPTERS = "trainer/adapters.safetensors"
 _OPTIMIZER = "trainer/optimizer.safetensors"
 _EMA = "trainer/ema.safetensors"
 _STATE = "trainer/state.json"
@@ -99,7 +102,9 @@ def _write(folder: Path, trainable: Trainable, state: TrainerState) -> None:
     weights = merged_state_dict(unet) if has_lora(unet) else unet.state_dict()
     save_file({n: t.contiguous() for n, t in weights.items()}, folder / _UNET_WEIGHTS, metadata={"format": "pt"})
     if has_lora(unet):
-        save_lora(folder / "lora", unet)
+        adapters = adapters_of(unet)
+        save_lora(folder / "lora", adapters)
+        save_file({n: t.contiguous() for n, t in adapters.tensors.items()}, folder / _ADAPTERS)
     save_file(trainable.optimizer.state_tensors(), folder / _OPTIMIZER)
     if trainable.ema is not None:
         save_file({n: t.contiguous() for n, t in trainable.ema.average.items()}, folder / _EMA)
@@ -124,7 +129,7 @@ def load(folder: Path, trainable: Trainable) -> None:
 def _load(folder: Path, trainable: Trainable) -> None:
     unet = trainable.unet
     if has_lora(unet):
-        load_lora(folder / _LORA, unet)
+        load_adapters(unet, read_adapters(folder))
     else:
         unet.load_state_dict(load_file(folder / _UNET_WEIGHTS))
     trainable.optimizer.load_state_tensors(load_file(folder / _OPTIMIZER))
@@ -134,6 +139,13 @@ def _load(folder: Path, trainable: Trainable) -> None:
     if trainable.scaler.is_enabled():
         trainable.scaler.load_state_dict(read_state(folder).scaler)
     trainable.refresh()
+
+
+def read_adapters(folder: Path) -> dict[str, Tensor]:
+    """The adapters of a verified checkpoint as they are trained, float32, by the names of their parameters in the UNet."""
+    if (folder / _ADAPTERS).is_file():
+        return load_file(folder / _ADAPTERS)
+    return parameters_in(load_file(folder / _LORA))  # a checkpoint from before alpha was multiplied into it
 
 
 def newest(run: Path) -> Path | None:

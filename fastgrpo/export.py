@@ -13,19 +13,18 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers.utils.logging import disable_progress_bar
 
 from fastgrpo.config import ConfigError, ModelConfig, TrainConfig
 from fastgrpo.console import Console, run_command
 from fastgrpo.files import sync_folder
-from fastgrpo.lora import LORA_FILE
+from fastgrpo.lora import save_lora
 from fastgrpo.models.check import SHAPES_PIPELINE, check_model, is_single_file
 from fastgrpo.models.load import load_components
 from fastgrpo.models.save import save_pipeline
 from fastgrpo.models.single_file import write_single_file
 from fastgrpo.settings import parse_flags
-from fastgrpo.tuned import Weights, blaming_config, check_writable, find_checkpoint, load_unet, read_lora, read_run
+from fastgrpo.tuned import Weights, blaming_config, check_writable, find_checkpoint, load_unet, read_adapters, read_run
 
 PROGRAM = "python -m fastgrpo.export"
 _SUFFIX = ".safetensors"
@@ -72,7 +71,7 @@ def export(command: _Export, console: Console) -> None:
     folder = find_checkpoint(command.run, command.checkpoint, command.weights)
     with console.bar("export"), _appearing(command.output) as partial:
         if command.format == "lora":
-            _write_lora(partial, folder, command.weights, _DTYPES[command.dtype])
+            save_lora(partial, read_adapters(folder, command.weights, config.model), _DTYPES[command.dtype])
         else:
             with blaming_config(command.run):
                 _write_model(partial, folder, command, config.model)
@@ -159,12 +158,6 @@ def _write_model(path: Path, folder: Path, command: _Export, model: ModelConfig)
         save_pipeline(path, components, components.unet, dtype)
     else:
         write_single_file(path, components.unet, components.vae, components.text_encoder, dtype)
-
-
-def _write_lora(path: Path, folder: Path, weights: Weights, dtype: torch.dtype) -> None:
-    tensors, metadata = read_lora(folder, weights)
-    path.mkdir()
-    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, path / LORA_FILE, metadata=metadata)
 
 
 def _remove(path: Path) -> None:

@@ -9,13 +9,13 @@ from typing import Literal
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastgrpo import checkpoint
 from fastgrpo.checkpoint import checkpoint_folder, find_damage
 from fastgrpo.config import ConfigError, ModelConfig, TrainConfig
-from fastgrpo.lora import LORA_FILE, add_lora, merged_state_dict
+from fastgrpo.lora import Adapters, add_lora, load_adapters, merged_state_dict
 from fastgrpo.settings import load_toml
 
 Weights = Literal["trained", "ema"]
@@ -79,17 +79,10 @@ def load_unet(unet: UNet2DConditionModel, folder: Path, weights: Weights, model:
         ) from error
 
 
-def read_lora(folder: Path, weights: Weights) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The adapters of a verified checkpoint as diffusers' `load_lora_weights` names them, and the file's metadata.
-
-    Tensors are float32; rank and alpha are in the metadata.
-    """
-    with safe_open(folder / "lora" / LORA_FILE, "pt") as file:
-        metadata = file.metadata()
-        trained = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    if weights == "trained":
-        return trained, metadata
-    return {_file_name(name): tensor for name, tensor in load_file(folder / _EMA).items()}, metadata
+def read_adapters(folder: Path, weights: Weights, model: ModelConfig) -> Adapters:
+    """The adapters of a verified checkpoint of a run on `model`."""
+    tensors = checkpoint.read_adapters(folder) if weights == "trained" else load_file(folder / _EMA)
+    return Adapters(tensors, model.lora_rank, model.lora_alpha or model.lora_rank, model.lora_targets)
 
 
 def check_writable(flag: str, folder: Path) -> None:
@@ -122,17 +115,7 @@ def _merged(unet: UNet2DConditionModel, folder: Path, weights: Weights, model: M
     The checkpoint's own merged UNet is not used: its frozen weights are as exact as training held them, which may be
     bfloat16. Raises KeyError or RuntimeError where the adapters do not fit.
     """
-    adapters, _ = read_lora(folder, weights)
     adapted = copy.deepcopy(unet)
     add_lora(adapted, model, seed=0, frozen_dtype=torch.float32)
-    for name, parameter in adapted.named_parameters():
-        if parameter.requires_grad:
-            parameter.copy_(adapters.pop(_file_name(name)))
-    if adapters:
-        raise KeyError(next(iter(adapters)))
+    load_adapters(adapted, read_adapters(folder, weights, model).tensors)
     return merged_state_dict(adapted)
-
-
-def _file_name(parameter: str) -> str:
-    """diffusers' name of an adapter's parameter, which leaves out what peft puts into it."""
-    return f"unet.{parameter.replace('.default.', '.')}"

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastgrpo import checkpoint, export, pictures, rollout, sample, train
+from fastgrpo import checkpoint, export, lora, pictures, rollout, sample, train
 from fastgrpo.config import ConfigError, ModelConfig
 from fastgrpo.engine.workers import available_cores
 from fastgrpo.parts import Parts, load_parts
@@ -194,12 +194,9 @@ def test_merged_adapters_are_the_formula_in_float64(
     """W + (alpha / rank) B A, from the base model's own files and those that training left."""
     pipeline = run_export(runs[kind], "diffusers", tmp_path / "out", "--weights", weights)
     merged, base = load_file(tmp_path / "out" / UNET), load_file(tiny_pipeline / UNET)
-    if weights == "ema":
-        adapters = load_file(newest(runs[kind]) / "trainer" / "ema.safetensors")
-        adapters = {name.replace(".default.weight", ""): tensor for name, tensor in adapters.items()}
-    else:
-        adapters = load_file(newest(runs[kind]) / "lora" / "pytorch_lora_weights.safetensors")
-        adapters = {name[len("unet.") : -len(".weight")]: tensor for name, tensor in adapters.items()}
+    name = "ema" if weights == "ema" else "adapters"
+    adapters = load_file(newest(runs[kind]) / "trainer" / f"{name}.safetensors")
+    adapters = {name.replace(".default.weight", ""): tensor for name, tensor in adapters.items()}
     changed = set()
     for name, tensor in merged.items():
         module, w = name.removesuffix(".weight"), base[name].double()
@@ -262,13 +259,13 @@ def test_a_killed_export_leaves_nothing_at_its_path_and_can_be_done_again(
     """In a forked process; exporting adapters computes nothing, so it does without the threads that a fork loses."""
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
-        write = export.save_file
+        write = lora.save_tensors
 
         def write_and_die(*arguments: object, **options: object) -> None:
             write(*arguments, **options)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        patch.setattr(export, "save_file", write_and_die)
+        patch.setattr(lora, "save_tensors", write_and_die)
         process = os.fork()
         if process == 0:
             try:

@@ -9,7 +9,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 
@@ -62,6 +62,18 @@ def save_config(folder: Path, module: ModelMixin) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     _write_json(file, {key: value for key, value in config.items() if key != "_name_or_path"})
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose bytes depend on its content alone: the library puts metadata in a random order."""
+    save_file(dict(tensors), file, metadata=dict(metadata))
+    with open(file, "rb+") as written:
+        length = int.from_bytes(written.read(8), "little")
+        header = json.loads(written.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        written.seek(8)
+        written.write(text.ljust(length))  # blanks may follow; the order alone has changed, so there is room
 
 
 def _save_weights(file: Path, module: nn.Module, dtype: torch.dtype, prefix: str = "") -> None:

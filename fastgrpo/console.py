@@ -9,6 +9,7 @@ import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fastgrpo.config import ConfigError
+from fastgrpo.output import steady_output
 
 # What the line of an iteration shows, where it was logged: label, metric, format.
 _COLUMNS = (
@@ -35,6 +36,7 @@ def reason(error: OSError) -> str:
     return f"{where}{error.strerror or error}"
 
 
+@steady_output()
 def run_command(body: Callable[[], object], undone: str) -> int:
     """Do what a command line asks for. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C.
 

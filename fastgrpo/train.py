@@ -22,6 +22,7 @@ from fastgrpo.engine.workers import available_cores
 from fastgrpo.grpo.update import update
 from fastgrpo.journal import Journal
 from fastgrpo.metrics import Stopwatch
+from fastgrpo.output import steady_output
 from fastgrpo.parts import Parts, load_parts
 from fastgrpo.prompts import embed, truncation_lines
 from fastgrpo.randomness import generator_for
@@ -34,6 +35,7 @@ from fastgrpo.settings import parse_command
 from fastgrpo.types import NEGATIVE
 
 
+@steady_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 or 143 stopped."""
     run: Path | None = None

@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from fastgrpo.output import steady_output
 from fastgrpo.shapes import models
 from fastgrpo.shapes.captions import Request, alter, caption
 from fastgrpo.shapes.data import Pictures, degrade, draw_pictures, to_unit
@@ -96,6 +97,7 @@ class PretrainConfig:
     """The same rates while refining."""
 
 
+@steady_output()
 def main() -> None:
     """The command."""
     config = tyro.cli(PretrainConfig, description=__doc__)

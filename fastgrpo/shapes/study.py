@@ -16,6 +16,7 @@ import tyro
 
 from fastgrpo.engine.workers import available_cores
 from fastgrpo.evaluation.result import OVERALL, changes, percent, read_evaluation
+from fastgrpo.output import steady_output
 
 VARIANTS = {
     "shapes": (),
@@ -36,6 +37,7 @@ class StudyConfig:
     """Runs at the same time, each on one core; 0 is one per core."""
 
 
+@steady_output()
 def main() -> int:
     """The command. Returns 1 when a run failed."""
     config = tyro.cli(StudyConfig, description=__doc__)
@@ -43,8 +45,9 @@ def main() -> int:
     with ThreadPoolExecutor(config.jobs or available_cores()) as pool:
         codes = list(pool.map(lambda run: _train(*run), runs))
     finished = [run for run, code in zip(runs, codes, strict=True) if code == 0]
-    (config.out / "table.md").write_text("\n".join(_table(finished)) + "\n")
-    print((config.out / "table.md").read_text())
+    table = "\n".join(_table(finished)) + "\n"
+    (config.out / "table.md").write_text(table, encoding="utf-8")
+    print(table)
     return int(any(codes))
 
 

@@ -9,7 +9,9 @@ import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fastgrpo.config import ConfigError
+from fastgrpo.finite import BrokenPicture
 from fastgrpo.output import steady_output
+from fastgrpo.wording import cut_middle
 
 # What the line of an iteration shows, where it was logged: label, metric, format.
 _COLUMNS = (
@@ -26,7 +28,7 @@ _COLUMNS = (
 
 def complain(sentence: str) -> None:
     """Say on standard error why a command ends: one line, a sentence, whatever libraries' words are in it."""
-    line = " ".join(part.strip() for part in sentence.splitlines())
+    line = cut_middle(" ".join(part.strip() for part in sentence.splitlines()))
     print(f"fastgrpo: {line.rstrip('.')}.", file=sys.stderr)
 
 
@@ -48,6 +50,9 @@ def run_command(body: Callable[[], object], undone: str) -> int:
     except ConfigError as error:
         complain(str(error))
         return 2
+    except BrokenPicture as error:
+        complain(error.sentence("--dtype") + so)
+        return 1
     except OSError as error:
         complain(reason(error) + so)
         return 1

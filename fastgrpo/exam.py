@@ -21,6 +21,7 @@ from fastgrpo.evaluation.in_training import SuiteExam
 from fastgrpo.evaluation.result import Evaluation, comparison_table, read_evaluation, write_evaluation
 from fastgrpo.evaluation.suite import make_suite
 from fastgrpo.files import reading, write_atomically
+from fastgrpo.finite import Request
 from fastgrpo.parts import Parts
 from fastgrpo.randomness import seed_for
 from fastgrpo.rollout import sample
@@ -115,6 +116,11 @@ class Exam:
                 # On CUDA no more than are decoded together: most of the memory is the training's.
                 batch=rollout.batch or (len(seeds) if self.policy.device.type == "cpu" else rollout.decode_batch),
                 decode_batch=rollout.decode_batch,
+                requests=[
+                    Request(f"{name}.png, picture {k + 1}", prompt.text)
+                    for prompt in self.prompts
+                    for k in range(PICTURES_PER_PROMPT)
+                ],
             )
         pictures.write_png(self._picture(name), pictures.grid(images, self.prompts))
         return self._held_out(images, self.prompts, PICTURES_PER_PROMPT) if self._held_out else {}

@@ -61,16 +61,19 @@ def write_png(path: Path, picture: Image.Image) -> None:
 
 def write_image(path: Path, image: Tensor) -> None:
     """Write one image, [3, h, w] float32 in [0, 1], at its own size."""
-    write_png(path, Image.fromarray(_pixels(image)))
+    write_png(path, to_pil(image))
 
 
-def _pixels(image: Tensor) -> np.ndarray:
-    pixels = (image.nan_to_num().clamp(0, 1) * 255).round().byte()
-    return np.ascontiguousarray(pixels.permute(1, 2, 0).cpu().numpy())
+def to_pil(image: Tensor) -> Image.Image:
+    """An image, [3, h, w] float32 in [0, 1], in 8 bits. Raises ValueError where it is not finite: it would be black."""
+    if not image.isfinite().all():
+        raise ValueError("a picture that is not finite cannot be shown")
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    return Image.fromarray(np.ascontiguousarray(pixels.cpu().numpy()))
 
 
 def _tile(image: Tensor) -> Image.Image:
-    picture = Image.fromarray(_pixels(image))
+    picture = to_pil(image)
     side = max(picture.size)
     if side > LARGEST_TILE:
         picture.thumbnail((LARGEST_TILE, LARGEST_TILE), Image.Resampling.LANCZOS)

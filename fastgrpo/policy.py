@@ -114,7 +114,7 @@ class Policy:
     def decode(self, latents: Tensor, batch: int = DECODE_BATCH) -> Tensor:
         """Turn latents [N, C, H, W] into images [N, 3, h, w] float32 in [0, 1], at most `batch` at once.
 
-        Where memory runs out, half as many, with a warning.
+        Where a pixel is not finite it is NaN. Where memory runs out, half as many are decoded at once, with a warning.
         """
         scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
         size = min(batch, -(-len(scaled) // self.workers.count))
@@ -131,7 +131,9 @@ class Policy:
         if images is None:  # only here: until the exception is gone, it holds what the failed pass computed
             warnings.warn(f"out of memory: {size // 2} latents are decoded at once instead of {size}", stacklevel=2)
             return self.decode(latents, size // 2)
-        return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
+        pictures = torch.cat(images).float() / 2 + 0.5
+        # Infinity, which an overflow makes, would be clamped to plain white.
+        return pictures.clamp(0, 1).masked_fill_(~pictures.isfinite(), torch.nan)
 
     def rounded(self) -> "Policy":
         """Where `dtype` is half precision, one that computes with a copy of the weights as they are now."""

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from fastgrpo.engine.eager import EagerEngine
 from fastgrpo.engine.overlap import pipeline
 from fastgrpo.engine.sampling import Denoise, Sampler
 from fastgrpo.engine.workers import shares
+from fastgrpo.finite import Request, require_finite
 from fastgrpo.policy import DECODE_BATCH, Policy
 from fastgrpo.schedule import Schedule
 from fastgrpo.types import PromptBatch, Trajectory
@@ -28,6 +30,7 @@ def rollout(
     ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
     progress: Callable[[int, int], None] | None = None,
     score: Callable[[slice, Tensor], object] | None = None,
+    when: str = "",
 ) -> Trajectory:
     """Draw `group_size` images for each prompt and keep every latent on the way.
 
@@ -38,6 +41,8 @@ def rollout(
     progress: called after every denoising step of every batch, with the number of samples' steps done and of all.
     score: called with prompts whose images are all there, and these images, while the next are drawn; needs an engine that
         draws whole groups so, which its `scores_early` says.
+    when: begins what messages say of a sample, such as "iteration 3, ".
+    Raises BrokenPicture for images that are not finite, before they are scored.
     """
     engine.agree(ranks)
     policy, steps = engine.learner.policy, len(engine.learner.schedule)
@@ -68,15 +73,25 @@ def rollout(
                 progress(sum(reached), steps * samples)
         latents[:, part] = drawn
 
+    def decode(part: slice) -> Tensor:
+        decoded = policy.decode(latents[-1, part], config.decode_batch)
+
+        def request(index: int) -> Request:
+            prompt, place = divmod(part.start + index, group_size)
+            return Request(f"{when}sample {place + 1} of {group_size}", prompts.prompts[prompt].text)
+
+        require_finite(decoded, latents[-1, part], policy.dtype, request, embeds[part])
+        return decoded
+
     if not engine.overlaps:
         deque(engine.draw(samples, draw), maxlen=0)
-        return Trajectory(latents, log_probs, images=policy.decode(latents[-1], config.decode_batch), means=means)
+        return Trajectory(latents, log_probs, images=decode(slice(0, samples)), means=means)
     images = torch.empty(samples, *policy.image_shape, device=device)
     scored = 0
 
     def finish(part: slice) -> None:
         nonlocal scored
-        images[part] = policy.decode(latents[-1, part], config.decode_batch)
+        images[part] = decode(part)
         complete = part.stop // group_size
         if score is not None and complete > scored:
             score(slice(scored, complete), images[scored * group_size : complete * group_size])
@@ -99,13 +114,15 @@ def sample(
     decode_batch: int = DECODE_BATCH,
     latent_shape: tuple[int, int, int] | None = None,
     chunk: Callable[[Tensor], Denoise] | None = None,
+    requests: Sequence[Request] = (),
 ) -> Tensor:
     """Draw one image per embedding; the picture depends on its own prompt and seed, not on its neighbours or the device.
 
     embeds: [N, L, D]. seeds: N numbers, each the seed of one sample's own CPU generator. batch, decode_batch: images denoised
     and decoded at once. latent_shape: (C, H, W) for images of another size; None is the policy's own.
     chunk: what takes the steps of samples with these embeddings, [n, L, D]; None is `Sampler.chunk`.
-    Returns [N, 3, h, w] float32 in [0, 1].
+    requests: what messages call the images, N of them or none.
+    Returns [N, 3, h, w] float32 in [0, 1]. Raises BrokenPicture for an image that is not finite.
     """
 
     chunk = chunk or Sampler(policy, schedule, guidance).chunk
@@ -118,8 +135,15 @@ def sample(
             latents, _ = denoise(step, latents, _noise_of_each(generators, shape).to(policy.device))
         return latents
 
-    latents = list(policy.workers.map(draw, shares(len(seeds), batch, policy.workers.count)))
-    return policy.decode(torch.cat(latents), decode_batch)
+    latents = torch.cat(list(policy.workers.map(draw, shares(len(seeds), batch, policy.workers.count))))
+    images = policy.decode(latents, decode_batch)
+
+    def request(index: int) -> Request:
+        called = requests[index] if requests else Request(f"image {index + 1} of {len(seeds)}")
+        return replace(called, seed=seeds[index])
+
+    require_finite(images, latents, policy.dtype, request, embeds)
+    return images
 
 
 def initial_noise(

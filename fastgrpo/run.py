@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from safetensors.torch import save
+
 from fastgrpo import pictures
 from fastgrpo.config import ConfigError
 from fastgrpo.files import write_atomically
+from fastgrpo.finite import BrokenPicture
 from fastgrpo.rewards.terms import BrokenReward
 
 _LOCK = ".lock"
@@ -53,14 +56,24 @@ def claim(folder: Path, resumed: bool) -> Iterator[None]:
                 os.rmdir(folder)
 
 
-def keep_evidence(run: Path, error: BrokenReward) -> Path:
-    """Save the image and the prompt that a reward failed on, as broken_reward.png and .json. Returns the latter."""
-    record = {"message": error.message, **dataclasses.asdict(error.prompt)}
-    if error.image is not None:
-        pictures.write_image(run / "broken_reward.png", error.image)
-    path = run / "broken_reward.json"
+def keep_evidence(run: Path, error: BrokenReward | BrokenPicture) -> tuple[Path, Path]:
+    """Save the prompt and the image that something failed on. Returns the two files.
+
+    broken_reward.json and .png; of a picture that is not finite broken_picture.json and .safetensors, which holds the
+    numbers, `image` and `latents`, since no PNG can.
+    """
+    if isinstance(error, BrokenReward):
+        path, of = run / "broken_reward.json", error.prompt
+        image = path.with_suffix(".png")
+        pictures.write_image(image, error.image)
+    else:
+        path, of = run / "broken_picture.json", error.request
+        image = path.with_suffix(".safetensors")
+        tensors = {"image": error.image, "latents": error.latents}
+        write_atomically(image, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+    record = {"message": error.message, **dataclasses.asdict(of)}
     write_atomically(path, json.dumps(record, indent=2, ensure_ascii=False).encode())
-    return path
+    return path, image
 
 
 class StopSignal:

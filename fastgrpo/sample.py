@@ -17,6 +17,7 @@ from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.console import Console, run_command
 from fastgrpo.engine.workers import available_cores
 from fastgrpo.files import write_atomically
+from fastgrpo.finite import Request
 from fastgrpo.models.check import describe
 from fastgrpo.pictures import grid, side_by_side, write_image, write_png
 from fastgrpo.policy import Policy, load_policy
@@ -193,11 +194,21 @@ def _draw(
     count = command.images_per_prompt
     embeds = embed(policy, prompts, {}).embeds.repeat_interleave(count, dim=0)
     seeds = [command.seed + k for _ in prompts for k in range(count)]
+    requests = [Request(f"the {label} model's image {k + 1}", prompt.text) for prompt in prompts for k in range(count)]
     drawn = []
     with console.bar(label, len(seeds)) as bar:
         for start in range(0, len(seeds), command.batch):
             part = slice(start, start + command.batch)
-            images = rollout.sample(policy, embeds[part], schedule, guidance, seeds[part], command.batch, command.batch)
+            images = rollout.sample(
+                policy,
+                embeds[part],
+                schedule,
+                guidance,
+                seeds[part],
+                command.batch,
+                command.batch,
+                requests=requests[part],
+            )
             drawn.append(images.cpu())
             bar.advance(len(images))
     return torch.cat(drawn)

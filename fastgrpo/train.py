@@ -19,6 +19,7 @@ from fastgrpo.engine.accounting import Accounting, count_and_measure, memory_pea
 from fastgrpo.engine.profile import profiled
 from fastgrpo.engine.setup import Record
 from fastgrpo.engine.workers import available_cores
+from fastgrpo.finite import BrokenPicture
 from fastgrpo.grpo.update import update
 from fastgrpo.journal import Journal
 from fastgrpo.metrics import Stopwatch
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(1, f"{error}; {_kept(run)}")
     except BrokenReward as error:
         return _fail(1, f"{error}; {_evidence(run, error)}")
+    except BrokenPicture as error:
+        return _fail(1, f"{error.sentence('engine.dtype')}; {_evidence(run, error)}; {_kept(run)}")
     except torch.OutOfMemoryError:
         return _fail(
             1,
@@ -75,13 +78,13 @@ def _kept(run: Path | None) -> str:
     return f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
 
-def _evidence(run: Path, error: BrokenReward) -> str:
+def _evidence(run: Path, error: BrokenReward | BrokenPicture) -> str:
     """Where prompt and image are now."""
     try:
-        record = keep_evidence(run, error)
+        record, image = keep_evidence(run, error)
     except OSError as trouble:
         return f"prompt and image cannot be kept: {reason(trouble)}"
-    return f"prompt and image are in {record} and {record.with_suffix('.png').name} beside it"
+    return f"prompt and image are in {record} and {image.name} beside it"
 
 
 def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks) -> int:
@@ -153,6 +156,7 @@ def iterate(
             ranks=ranks,
             progress=bar.reach,
             score=score if early else None,
+            when=f"iteration {iteration}, ",
         )
     with watch("reward"), console.bar("reward"):
         if not early:

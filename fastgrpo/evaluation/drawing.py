@@ -21,6 +21,7 @@ from fastgrpo.engine.graphs import StaticCall
 from fastgrpo.engine.sampling import Denoise, Sampler
 from fastgrpo.evaluation.detectors.hashes import weights_sha256
 from fastgrpo.evaluation.images import Painter, Wanted
+from fastgrpo.finite import Request, require_finite
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
 
@@ -54,7 +55,10 @@ class DdimPainter:
         guidance = max(first.guidance, 1.0)  # up to 1 there is none, as in diffusers' pipelines
         chunk = self._chunk(guidance, shape) if self.fixed else None
         seeds, size = [row.seed for row in padded], len(padded)
-        images = rollout.sample(self.policy, embeds, self.schedule, guidance, seeds, size, size, shape, chunk=chunk)
+        requests = [_request(row) for row in padded]
+        images = rollout.sample(
+            self.policy, embeds, self.schedule, guidance, seeds, size, size, shape, chunk=chunk, requests=requests
+        )
         return images[: len(rows)]
 
     def _chunk(self, guidance: float, shape: tuple[int, int, int]) -> Callable[[Tensor], Denoise]:
@@ -96,7 +100,7 @@ class PipelinePainter:
         first, factor = rows[0], size_factor(self.policy)
         _, height, width = latent_shape(self.policy, first)
         embeds = self.policy.encode([row.text for row in rows]).to(self.policy.dtype)
-        return self._pipeline(
+        latents = self._pipeline(
             prompt_embeds=embeds,
             negative_prompt_embeds=self.policy.unconditional.to(self.policy.dtype).expand_as(embeds),
             num_inference_steps=self.steps,
@@ -104,8 +108,12 @@ class PipelinePainter:
             height=height * factor,
             width=width * factor,
             generator=[torch.Generator().manual_seed(row.seed) for row in rows],
-            output_type="pt",
-        ).images.float()
+            # The pipeline would clamp what is infinite to plain white.
+            output_type="latent",
+        ).images
+        images = self.policy.decode(latents, len(rows))
+        require_finite(images, latents, self.policy.dtype, lambda index: _request(rows[index]), embeds)
+        return images
 
 
 def make_scheduler(config: Mapping[str, Any], sampler: SamplerName) -> PNDMScheduler | LMSDiscreteScheduler:
@@ -124,6 +132,11 @@ def make_scheduler(config: Mapping[str, Any], sampler: SamplerName) -> PNDMSched
 
 
 _NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+
+
+def _request(row: Wanted) -> Request:
+    """What messages call a row's image."""
+    return Request(f"image {row.id}", row.text, row.seed)
 
 
 def model_hashes(policy: Policy) -> dict[str, str]:

@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import overload
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from fastgrpo.config import ConfigError
 from fastgrpo.files import reading, write_atomically
+from fastgrpo.pictures import to_pil
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -225,7 +225,6 @@ def _short(value: object) -> str:
 
 
 def _write(path: Path, image: Tensor) -> None:
-    pixels = (image.nan_to_num().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG", compress_level=4)
+    to_pil(image).save(buffer, format="PNG", compress_level=4)
     write_atomically(path, buffer.getvalue())

@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from fastgrpo.config import ConfigError
 from fastgrpo.evaluation.detectors.base import Finding, SafetyDetector
 from fastgrpo.evaluation.images import ImageFolder, Pictures, Wanted
 from fastgrpo.files import reading, write_atomically
+from fastgrpo.wording import cut
 
 BATCH = 64  # images judged at once
 KEPT_EVERY = 16  # batches between writes
@@ -37,6 +39,7 @@ def judged(
 
     name: of the file that keeps it. key: what tells this judge from others, its protocol and hashes, JSON-able.
     progress: called with the number of images after every batch.
+    Raises ConfigError for a judge that says what is no finite number: compared with a threshold, it would be safe.
     """
     path = folder.path / f"{name}.json"
     said: dict[str, Saying] = {}
@@ -55,6 +58,7 @@ def judged(
         batch = rows[start : start + BATCH]
         if not all(row.id in said for row in batch):
             answers = judge(folder.pictures(batch), batch)
+            _check(name, batch, answers)
             said |= {row.id: answer for row, answer in zip(batch, answers, strict=True)}
             unkept += 1
             if unkept % KEPT_EVERY == 0:
@@ -64,6 +68,16 @@ def judged(
     if unkept % KEPT_EVERY:
         keep()
     return {row.id: said[row.id] for row in rows}
+
+
+def _check(judge: str, rows: Sequence[Wanted], answers: Sequence[Saying]) -> None:
+    for row, answer in zip(rows, answers, strict=True):
+        try:
+            json.dumps(answer, allow_nan=False)
+        except ValueError as error:
+            raise ConfigError(
+                f"{judge} says of image {row.id} what is no finite number ({cut(str(answer), 200)}), so its weights are damaged."
+            ) from error
 
 
 def findings(

@@ -10,6 +10,7 @@ from fastgrpo.evaluation.detectors import Detector, OracleDetector
 from fastgrpo.evaluation.result import Evaluation
 from fastgrpo.evaluation.seeds import image_seed
 from fastgrpo.evaluation.suites.shapes import TRAINER_PROTOCOL
+from fastgrpo.finite import Request
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
 from fastgrpo.shapes.captions import heldout_prompts
@@ -53,7 +54,8 @@ class Suite:
         for start in range(0, len(prompts), CHUNK):
             chunk = prompts[start : start + CHUNK]
             embeds = policy.encode([prompt.text for prompt in chunk])
-            images = rollout.sample(policy, embeds, schedule, guidance, self.seeds(chunk), CHUNK)
+            requests = [Request(f"evaluation's image {prompt.id}", prompt.text) for prompt in chunk]
+            images = rollout.sample(policy, embeds, schedule, guidance, self.seeds(chunk), CHUNK, requests=requests)
             verdicts += self.detector(images, chunk)
             if progress:
                 progress(len(verdicts), len(prompts))

@@ -59,7 +59,7 @@ class BrokenReward(RuntimeError):
     image: [3, h, w] float32 in [0, 1], the first image concerned.
     """
 
-    def __init__(self, message: str, prompt: Prompt, image: Tensor | None):
+    def __init__(self, message: str, prompt: Prompt, image: Tensor):
         super().__init__(message)
         self.message = message
         self.prompt = prompt

@@ -19,11 +19,12 @@ from fastgrpo.config import ConfigError, ModelConfig, TrainConfig
 from fastgrpo.console import Console, run_command
 from fastgrpo.files import sync_folder
 from fastgrpo.lora import save_lora
-from fastgrpo.models.check import SHAPES_PIPELINE, check_model, is_single_file
+from fastgrpo.models.check import check_model
 from fastgrpo.models.load import load_components
 from fastgrpo.models.save import save_pipeline
 from fastgrpo.models.single_file import write_single_file
 from fastgrpo.settings import parse_flags
+from fastgrpo.snippet import snippet
 from fastgrpo.tuned import Weights, blaming_config, check_writable, find_checkpoint, load_unet, read_adapters, read_run
 
 PROGRAM = "python -m fastgrpo.export"
@@ -79,35 +80,8 @@ def export(command: _Export, console: Console) -> None:
         f"exported  {command.output}, {command.format}, {_size(command.output)}",
         f"weights   {folder}, {command.weights}, {command.dtype}",
         "",
-        *snippet(command.format, command.output, config.model),
+        *snippet(command.format, command.output, config.model, command.dtype),
     )
-
-
-def snippet(form: str, output: Path, model: ModelConfig) -> list[str]:
-    """Lines of Python that load what was exported as `form` to `output` from a run on `model`."""
-    lines = ["from diffusers import StableDiffusionPipeline"]
-    if form == "diffusers":
-        return [*lines, f"pipe = {_call('from_pretrained', output)}"]
-    if form == "single-file":
-        # Configs that the file does not hold; without them diffusers guesses.
-        configs = model.config if is_single_file(model.path) else _base(model)
-        return [*lines, f"pipe = {_call('from_single_file', output, config=configs)}"]
-    if is_single_file(model.path):
-        lines.append(f"pipe = {_call('from_single_file', model.path, config=model.config)}")
-    else:
-        lines.append(f"pipe = {_call('from_pretrained', _base(model), variant=model.variant, revision=model.revision)}")
-    if model.unet:
-        lines[-1] += f"  # with the UNet of {model.unet}, which the run began with"
-    return [*lines, f"pipe.load_lora_weights({str(output)!r})"]
-
-
-def _base(model: ModelConfig) -> str:
-    return str(SHAPES_PIPELINE) if model.path == "shapes" else model.path
-
-
-def _call(method: str, path: object, **options: str) -> str:
-    arguments = [repr(str(path)), *(f"{name}={value!r}" for name, value in options.items() if value)]
-    return f"StableDiffusionPipeline.{method}({', '.join(arguments)})"
 
 
 def _check(command: _Export, config: TrainConfig) -> None:
@@ -157,7 +131,9 @@ def _write_model(path: Path, folder: Path, command: _Export, model: ModelConfig)
     if command.format == "diffusers":
         save_pipeline(path, components, components.unet, dtype)
     else:
-        write_single_file(path, components.unet, components.vae, components.text_encoder, dtype)
+        write_single_file(
+            path, components.unet, components.vae, components.text_encoder, dtype, components.scheduler_config
+        )
 
 
 def _remove(path: Path) -> None:

@@ -101,7 +101,7 @@ def make_schedule(
     deterministic: accept eta 0 as well, for drawing alone.
     Raises ConfigError for a config or value under which a step would not be a Gaussian with this mean.
     """
-    config = _complete(scheduler_config)
+    config = completed(scheduler_config)
     _check(config, steps, eta, field, deterministic)
     alphas = _alphas_cumprod(config)
     timesteps = _timesteps(config, steps, field)
@@ -128,7 +128,8 @@ def make_schedule(
     )
 
 
-def _complete(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+def completed(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler_config.json with what its class takes where it says nothing. Raises ConfigError for other classes."""
     name = scheduler_config.get("_class_name")
     if name not in _DEFAULTS:
         raise ConfigError(

@@ -14,14 +14,16 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastgrpo import checkpoint, export, lora, pictures, rollout, sample, train
+from fastgrpo import checkpoint, export, lora, pictures, rollout, sample, snippet, train
 from fastgrpo.config import ConfigError, ModelConfig
 from fastgrpo.engine.workers import available_cores
+from fastgrpo.models.check import describe
 from fastgrpo.parts import Parts, load_parts
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.schedule import make_schedule
@@ -237,20 +239,104 @@ def test_precision_and_checkpoint_are_those_asked_for(runs: dict[str, Path], tmp
 
 def test_what_to_type_follows_the_base_model() -> None:
     def last(form: str, **fields: str) -> list[str]:
-        return export.snippet(form, Path("out"), ModelConfig(**fields))[1:]
+        return snippet.snippet(form, Path("out"), ModelConfig(**fields))[2:]
 
-    pipeline = "pipe = StableDiffusionPipeline."
+    pipeline, precision = "pipe = StableDiffusionPipeline.", "torch_dtype=torch.float32"
     assert last("lora", path="a/b", variant="fp16", revision="v1") == [
-        f"{pipeline}from_pretrained('a/b', variant='fp16', revision='v1')",
+        f"{pipeline}from_pretrained('a/b', variant='fp16', revision='v1', {precision})",
         "pipe.load_lora_weights('out')",
     ]
-    assert last("lora", path="m.ckpt")[0] == f"{pipeline}from_single_file('m.ckpt')"
-    assert "UNet of c/d" in last("lora", path="a/b", unet="c/d")[0]
-    assert last("single-file", path="a/b") == [f"{pipeline}from_single_file('out', config='a/b')"]
-    assert last("single-file", path="m.ckpt") == [f"{pipeline}from_single_file('out')"]
-    assert last("single-file", path="m.ckpt", config="c") == [f"{pipeline}from_single_file('out', config='c')"]
+    assert last("lora", path="m.ckpt")[0] == f"{pipeline}from_single_file('m.ckpt', {precision})"
+    assert last("lora", path="a/b", unet="c/d:e") == [
+        "from huggingface_hub import hf_hub_download",
+        "from safetensors.torch import load_file",
+        f"{pipeline}from_pretrained('a/b', {precision})",
+        "pipe.unet.load_state_dict(load_file(hf_hub_download('c/d', filename='e/diffusion_pytorch_model.safetensors')))",
+        "pipe.load_lora_weights('out')",
+    ]
+    assert last("single-file", path="a/b", revision="v1") == [
+        f"{pipeline}from_single_file('out', config='a/b', revision='v1', {precision})"
+    ]
+    assert last("single-file", path="m.ckpt") == [f"{pipeline}from_single_file('out', {precision})"]
+    assert last("single-file", path="m.ckpt", config="c") == [
+        f"{pipeline}from_single_file('out', config='c', {precision})"
+    ]
     (shipped,) = last("single-file", path="shapes")
     assert Path(shipped.split("'")[3], "model_index.json").is_file()
+
+
+def drawn_by(pipeline: StableDiffusionPipeline) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    return pipeline("a cat", num_inference_steps=3, generator=generator, output_type="np").images
+
+
+def test_every_form_is_drawn_as_the_run_drew_it(runs: dict[str, Path], tmp_path: Path) -> None:
+    """The run's config says v prediction of a base model whose own configs say epsilon."""
+    run = Path(shutil.copytree(runs["lora"], tmp_path / "run"))
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace('prediction_type = "auto"', 'prediction_type = "v_prediction"'))
+    pictures = {
+        form: drawn_by(run_export(run, form, tmp_path / f"{form}.safetensors"))
+        for form in ("diffusers", "single-file", "lora")
+    }
+    epsilon = drawn_by(run_export(runs["lora"], "diffusers", tmp_path / "epsilon"))
+    assert np.abs(pictures["diffusers"] - epsilon).max() > 0.01
+    assert np.array_equal(pictures["diffusers"], pictures["single-file"])
+    # Adapters beside the weights instead of merged into them: other roundings, in three steps of a dozen layers.
+    assert np.abs(pictures["diffusers"] - pictures["lora"]).max() < 1e-3
+    with safe_open(tmp_path / "single-file.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.prediction_type"] == "v"
+        assert "v_pred" in file.keys()  # noqa: SIM118 (not a dict)
+        assert "ztsnr" not in file.keys()  # noqa: SIM118
+
+
+@pytest.mark.parametrize("form", ["diffusers", "single-file"])
+def test_half_precision_is_loaded_and_drawn_in_half_precision(runs: dict[str, Path], tmp_path: Path, form: str) -> None:
+    pipeline = run_export(runs["full"], form, tmp_path / "out.safetensors", "--dtype", "bf16")
+    assert {part.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.bfloat16}
+    assert np.isfinite(drawn_by(pipeline)).all()
+
+
+def test_what_only_a_single_file_says_is_in_the_lines(
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers guesses the configs of a file that is given alone, and with them schedule and size."""
+    said = {"_class_name": "DDIMScheduler", "clip_sample": False, "beta_schedule": "scaled_linear"}
+    said |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    base = describe(ModelConfig(path=str(tiny_pipeline)))
+    base = replace(base, scheduler=said, unet={**base.unet, "sample_size": 96})
+    monkeypatch.setattr(snippet, "describe", lambda model: base)
+    lines = snippet.snippet("lora", Path("out"), ModelConfig(path="m.safetensors"))
+    names: dict[str, DDIMScheduler] = {}
+    exec("\n".join(line for line in lines if line.startswith(("import", "from", "scheduler"))), names)
+    assert {key: names["scheduler"].config[key] for key in said if key != "_class_name"} == {
+        key: value for key, value in said.items() if key != "_class_name"
+    }
+    assert (
+        "pipe = StableDiffusionPipeline.from_single_file('m.safetensors', torch_dtype=torch.float32, scheduler=scheduler)"
+        in lines
+    )
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    exec(next(line for line in lines if "sample_size" in line), {"pipe": pipe})
+    assert pipe.unet.config.sample_size == 96
+
+
+def test_adapters_stand_on_the_unet_that_the_run_began_with(
+    runs: dict[str, Path], tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    state = {name: 0.5 * tensor for name, tensor in load_file(tiny_pipeline / UNET).items()}
+    save_file(state, other / "diffusion_pytorch_model.safetensors")
+    run = Path(shutil.copytree(runs["lora"], tmp_path / "run"))
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace('unet = ""', f'unet = "{other}"'))
+    merged = run_export(run, "diffusers", tmp_path / "merged")
+    # As above; the UNet's own weights are the other's.
+    torch.testing.assert_close(
+        outputs(run_export(run, "lora", tmp_path / "lora").unet), outputs(merged.unet), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_a_killed_export_leaves_nothing_at_its_path_and_can_be_done_again(

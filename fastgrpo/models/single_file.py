@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from fastgrpo.config import ConfigError
+from fastgrpo.models.save import save_tensors
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -150,9 +150,13 @@ def write_single_file(
     vae: AutoencoderKL,
     text_encoder: CLIPTextModel,
     dtype: torch.dtype,
+    scheduler_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the components as one .safetensors file in the original layout, all tensors in `dtype`.
 
+    scheduler_config: what the model was trained with, of which the file then says what others can read in it: the
+        prediction type and a zero terminal signal-to-noise ratio, in the metadata of Stability AI's model spec and as the
+        names `v_pred` and `ztsnr` that user interfaces look for.
     The text encoder is written as SD 1.x has it where it has quick_gelu, as OpenCLIP (SD 2.x) where it has gelu; there,
     the last layer and the projection, which no pipeline uses and diffusers does not keep, are left out.
     """
@@ -172,7 +176,20 @@ def write_single_file(
         # A constant, but what other programs recognise SD 1.x by.
         count = text_encoder.config.max_position_embeddings
         tensors[CLIP + "embeddings.position_ids"] = torch.arange(count)[None]
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_tensors(path, tensors | _said_keys(scheduler_config or {}), {"format": "pt"} | _said(scheduler_config or {}))
+
+
+def _said(scheduler_config: Mapping[str, Any]) -> dict[str, str]:
+    kind = scheduler_config.get("prediction_type")
+    return {"modelspec.prediction_type": {"v_prediction": "v"}.get(kind, kind)} if kind else {}
+
+
+def _said_keys(scheduler_config: Mapping[str, Any]) -> dict[str, Tensor]:
+    said = {
+        "v_pred": scheduler_config.get("prediction_type") == "v_prediction",
+        "ztsnr": scheduler_config.get("rescale_betas_zero_snr"),
+    }
+    return {key: torch.zeros(0) for key, holds in said.items() if holds}
 
 
 def _unet_prefixes(config: Mapping[str, Any]) -> dict[str, str]:

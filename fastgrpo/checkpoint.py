@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgrpo.config import ConfigError
-from fastgrpo.files import file_sha256, naming, sync_folder
+from fastgrpo.files import file_sha256, naming, sync_folder, sync_tree
 from fastgrpo.lora import LORA_FILE, adapters_of, has_lora, load_adapters, merged_state_dict, parameters_in, save_lora
 from fastgrpo.models.save import save_config
 from fastgrpo.trainable import Trainable
@@ -83,13 +84,15 @@ def save(run: Path, trainable: Trainable, state: TrainerState, keep: int) -> Pat
             _write(partial, trainable, state)
             os.rename(partial, folder)
     except (OSError, SafetensorError) as error:
-        remove_partial(run)  # on a full disk it would be in the way of everything else
+        with suppress(OSError):
+            remove_partial(run)  # on a full disk it would be in the way of everything else
         if isinstance(error, SafetensorError):
             raise OSError(errno.EIO, f"cannot be written ({error})", str(folder)) from error
         raise
     sync_folder(folder.parent)
     for old in _folders(run)[:-keep] if keep else []:
-        shutil.rmtree(old)
+        # What another process has open stays on network file systems; the next save tries again.
+        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -110,7 +113,7 @@ def _write(folder: Path, trainable: Trainable, state: TrainerState) -> None:
         save_file({n: t.contiguous() for n, t in trainable.ema.average.items()}, folder / _EMA)
     _write_json(folder / _STATE, asdict(replace(state, scaler=trainable.scaler.state_dict())))
     _write_json(folder / _MANIFEST, {"sha256": _digests(folder)})
-    _sync_tree(folder)
+    sync_tree(folder)
 
 
 def load(folder: Path, trainable: Trainable) -> None:
@@ -211,12 +214,3 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())

@@ -27,9 +27,14 @@ _COLUMNS = (
 
 
 def complain(sentence: str) -> None:
-    """Say on standard error why a command ends: one line, a sentence, whatever libraries' words are in it."""
+    """Say on standard error why a command ends, for instance: one line, a sentence, whatever libraries' words are in it."""
     line = cut_middle(" ".join(part.strip() for part in sentence.splitlines()))
     print(f"fastgrpo: {line.rstrip('.')}.", file=sys.stderr)
+
+
+def warn(sentence: str) -> None:
+    """Say on standard error what a command has to do without."""
+    complain(f"warning: {sentence}")
 
 
 def reason(error: OSError) -> str:

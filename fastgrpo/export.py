@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from fastgrpo.config import ConfigError, ModelConfig, TrainConfig
 from fastgrpo.console import Console, run_command
-from fastgrpo.files import sync_folder
+from fastgrpo.files import sync_folder, sync_tree
 from fastgrpo.lora import save_lora
 from fastgrpo.models.check import check_model
 from fastgrpo.models.load import load_components
@@ -112,14 +112,15 @@ def _appearing(path: Path) -> Iterator[Path]:
     _remove(partial)
     try:
         yield partial
-        _sync(partial)
+        sync_tree(partial)
         os.rename(partial, path)
     except SafetensorError as error:
         raise OSError(errno.EIO, f"cannot be written ({error})", str(path)) from error
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), error.filename or str(path)) from error
     finally:
-        _remove(partial)  # on a full disk it would be in the way of everything else
+        with suppress(OSError):
+            _remove(partial)  # on a full disk it would be in the way of everything else
     sync_folder(path.parent)
 
 
@@ -141,16 +142,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or all of a folder, durable."""
-    for each in [*path.rglob("*"), path]:
-        if each.is_dir():
-            sync_folder(each)
-        else:
-            with open(each, "rb+") as file:
-                os.fsync(file.fileno())
 
 
 def _size(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Writing files so that a kill or a power cut leaves either the old content or the whole new one."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -7,6 +8,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastgrpo.config import ConfigError
+
+# What file systems say that cannot make a file or a folder durable (of folders: CIFS, vboxsf and others, some of which do
+# not even open them). There is nothing to be done, and everything else about them works.
+_NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_NO_FOLDER_SYNC = _NO_SYNC | {errno.EACCES, errno.EBADF, errno.EISDIR, errno.EPERM}
 
 
 @contextmanager
@@ -41,7 +47,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             with open(partial, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno())
             os.replace(partial, path)
         except OSError:
             with suppress(OSError):
@@ -56,10 +62,34 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames and new names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(descriptor: int) -> None:
+    """Make what was written to an open file durable, where the file system can."""
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names in `folder` durable, where the file system can."""
+    try:
+        with naming(folder):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+
+
+def sync_tree(path: Path) -> None:
+    """Make a file, or all of a folder, durable, where the file system can."""
+    for each in [*path.rglob("*"), path]:
+        if each.is_dir():
+            sync_folder(each)
+        else:
+            with naming(each), open(each, "rb+") as file:
+                sync(file.fileno())

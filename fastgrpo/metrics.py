@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from fastgrpo.files import naming, reading, write_atomically
+from fastgrpo.files import naming, reading, sync, write_atomically
 
 
 class MetricsLog:
@@ -36,7 +35,7 @@ class MetricsLog:
         with naming(self.path):
             self._file.write(json.dumps({name: _json_number(value) for name, value in record.items()}) + "\n")
             self._file.flush()
-            os.fsync(self._file.fileno())
+            sync(self._file.fileno())
         self.chart(iteration, values)
 
     def chart(self, iteration: int, values: Mapping[str, float]) -> None:

@@ -1,24 +1,29 @@
 """A run's folder while a process trains in it: claimed by one, stopped by signals."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from safetensors.torch import save
 
 from fastgrpo import pictures
 from fastgrpo.config import ConfigError
-from fastgrpo.files import write_atomically
+from fastgrpo.console import warn
+from fastgrpo.files import naming, write_atomically
 from fastgrpo.finite import BrokenPicture
+from fastgrpo.output import say_in_handler
 from fastgrpo.rewards.terms import BrokenReward
 
 _LOCK = ".lock"
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # of file systems without them
 _BEFORE_A_RUN = {_LOCK, "config.toml.partial"}  # what a start that was killed before there was a run can leave
 
 
@@ -26,8 +31,8 @@ _BEFORE_A_RUN = {_LOCK, "config.toml.partial"}  # what a start that was killed b
 def claim(folder: Path, resumed: bool) -> Iterator[None]:
     """Keep other processes out of a run's folder; the system frees it again even when this one is killed.
 
-    A new run's folder is made, and removed again if nothing came of it.
-    Raises ConfigError when the folder is in use, or is to be new and has something in it.
+    A new run's folder is made, and removed again if nothing came of it. Where the file system has no locks, there is a
+    warning instead. Raises ConfigError when the folder is in use, or is to be new and has something in it.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run = {str(folder)!r}: this is a file; accepted is a folder that is new or empty.")
@@ -39,10 +44,7 @@ def claim(folder: Path, resumed: bool) -> Iterator[None]:
             f"run = {str(folder)!r}: cannot be written ({error.strerror}); accepted is a folder that is new or empty."
         ) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"run = {str(folder)!r}: another process is training in this folder.") from error
+        _lock(lock, folder)
         if not resumed and not set(os.listdir(folder)) <= _BEFORE_A_RUN:
             raise ConfigError(
                 f"run = {str(folder)!r}: accepted is a folder that is new or empty; to go on with the run in it, "
@@ -51,9 +53,25 @@ def claim(folder: Path, resumed: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            if os.listdir(folder) == [_LOCK]:
-                os.remove(folder / _LOCK)
-                os.rmdir(folder)
+            with suppress(OSError):  # some file systems keep what is still open
+                if os.listdir(folder) == [_LOCK]:
+                    os.remove(folder / _LOCK)
+                    os.rmdir(folder)
+
+
+def _lock(lock: TextIO, folder: Path) -> None:
+    """Lock the open file, or warn where that cannot be done. Raises ConfigError where another process has locked it."""
+    try:
+        with naming(folder / _LOCK):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # The second where the system makes a lock of a file one of its bytes.
+    except (BlockingIOError, PermissionError) as error:
+        raise ConfigError(f"run = {str(folder)!r}: another process is training in this folder.") from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        what = f"{folder / _LOCK} cannot be locked ({error.strerror})"
+        warn(f"{what}: see to it that no other process trains in this folder")
 
 
 def keep_evidence(run: Path, error: BrokenReward | BrokenPicture) -> tuple[Path, Path]:
@@ -77,16 +95,26 @@ def keep_evidence(run: Path, error: BrokenReward | BrokenPicture) -> tuple[Path,
 
 
 class StopSignal:
-    """The first SIGTERM or Ctrl-C asks for a stop once the iteration at hand is complete; a second ends the process.
+    """Asks for a stop once the iteration at hand is complete, at the first of these signals.
+
+    Ctrl-C and SIGTERM; SIGHUP, of a terminal that goes away; SIGUSR1, with which SLURM warns of a job's end. A second
+    Ctrl-C or SIGTERM ends the process, but one of several, whose launcher passes on what the terminal tells them all
+    anyway. What is ignored when it begins stays ignored: SIGHUP under nohup, Ctrl-C in a shell's background.
 
     Weights in the middle of an iteration are of no use to an exact resume, so they are never saved.
     """
 
-    def __init__(self) -> None:
+    _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    _ENDING = (signal.SIGTERM, signal.SIGINT)  # the others may come twice for one reason
+
+    def __init__(self, processes: int = 1) -> None:
+        """processes: that train together."""
         self.number: int | None = None
+        self._several = processes > 1
 
     def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        handled = [number for number in self._NUMBERS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+        self._previous = {number: signal.signal(number, self._receive) for number in handled}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,11 +131,13 @@ class StopSignal:
         return 128 + (self.number or 0)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        for again in self._previous:
-            signal.signal(again, signal.SIG_DFL)
-        message = (
-            f"\n{signal.Signals(number).name}: finishing this iteration, then saving. "
-            "A second signal stops at once; the last checkpoint on disk remains.\n"
-        )
-        os.write(2, message.encode())  # print is not safe inside a signal handler
+        first, self.number = self.number is None, self.number or number
+        advice = "The last checkpoint on disk remains."
+        if number in self._ENDING and not self._several:
+            for again in self._ENDING:
+                if again in self._previous:
+                    signal.signal(again, signal.SIG_DFL)
+            advice = "A second signal stops at once; the last checkpoint on disk remains."
+        elif not first:
+            return
+        say_in_handler(f"\n{signal.Signals(number).name}: finishing this iteration, then saving. {advice}\n")

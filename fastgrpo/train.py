@@ -38,7 +38,7 @@ from fastgrpo.types import NEGATIVE
 
 @steady_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 or 143 stopped."""
+    """Train as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 128 + n stopped by signal n."""
     run: Path | None = None
     try:
         config, preset, resumed = parse_command(sys.argv[1:] if argv is None else argv)
@@ -103,7 +103,7 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks) -> int
     memory_peak(parts.policy.device)  # what the start needed does not count
 
     finished, stopped = start.iteration, False
-    with StopSignal() as stop:
+    with StopSignal(ranks.count) as stop:
         while finished < config.iterations and not stopped:
             with profiled(run, ranks.first and finished + 1 == config.engine.profile):
                 values = iterate(parts, config, finished + 1, embeds, console, accounting)

@@ -246,6 +246,50 @@ def test_a_second_signal_stops_at_once() -> None:
     assert process.exitcode == -signal.SIGTERM
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_lost_terminal_and_slurms_warning_ask_for_a_stop_however_often(number: signal.Signals) -> None:
+    with StopSignal() as stop:
+        for _ in range(3):  # a shell and the system each tell of one lost terminal
+            os.kill(os.getpid(), number)
+        assert stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)  # which then is the first of those that end the process
+        assert stop.exit_code == 128 + number
+
+
+def test_of_several_processes_none_ends_at_a_second_signal() -> None:
+    with StopSignal(processes=2) as stop:
+        os.kill(os.getpid(), signal.SIGINT)  # of the terminal
+        os.kill(os.getpid(), signal.SIGINT)  # of torchrun, which was told as well
+        assert stop.exit_code == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_ignored_signals_stay_ignored(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), number)
+            assert not stop.requested
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def test_the_handler_says_nothing_where_nobody_reads_it() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    standard_error = os.dup(2)
+    os.dup2(write, 2)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested
+    finally:
+        os.dup2(standard_error, 2)
+        for descriptor in (standard_error, write):
+            os.close(descriptor)
+
+
 def test_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:

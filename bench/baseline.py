@@ -119,7 +119,7 @@ class Baseline:
         self.preprocess = image_transform_v2(preprocess, is_train=False)
 
     def iterate(self, iteration: int, accounting: Accounting | None = None) -> dict[str, float]:
-        """Iteration number `iteration` (from 1). Returns what `fastgrpo.train.iterate` does of times, speeds and rewards."""
+        """Iteration number `iteration` (from 1). Returns what `fastgrpo.commands.train.iterate` does of times, speeds and rewards."""
         policy, watch = self.policy, Stopwatch(self.policy.device)
         prompts = self.source.batch(iteration - 1)
         with watch("rollout"):

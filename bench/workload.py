@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from measure import DEVICE, free
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from fastgrpo.commands.train import iterate
 from fastgrpo.config import TrainConfig
 from fastgrpo.console import Console
 from fastgrpo.costs import count_encoders, count_flop, count_model, sd1_architecture
@@ -40,7 +41,6 @@ from fastgrpo.rewards.terms import parse_terms
 from fastgrpo.rewards.weighted import WeightedReward
 from fastgrpo.schedule import make_schedule
 from fastgrpo.settings import find_preset, load_toml
-from fastgrpo.train import iterate
 from fastgrpo.trainable import make_trainable
 
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

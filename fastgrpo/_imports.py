@@ -4,25 +4,60 @@ torchvision publishes no CPU wheel on the package index. Beside a CPU torch the 
 load, torchvision's import then dies while registering shape functions for operators nobody defined, and takes
 transformers, diffusers, timm and open_clip with it. Declaring the missing operators is enough: only their
 schemas are needed, since nothing in this project calls them. With a working torchvision this does nothing.
+
+It is done when torchvision is first imported, by whomever, since it needs torch, which takes seconds to import: a command
+line that is refused needs neither.
 """
 
-import importlib.util
 import logging
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _MISSING_SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-_declared: list[torch.library.Library] = []  # a Library undefines its operators when it is collected
+_declared: list["torch.library.Library"] = []  # a Library undefines its operators when it is collected
 
 
 def prepare() -> None:
-    """Quieten xformers' start-up warning and declare torchvision's operators where its library cannot load."""
+    """Quieten xformers' start-up warning, and see to torchvision's operators once it is imported."""
     logging.getLogger("xformers").setLevel(logging.ERROR)
-    if importlib.util.find_spec("torchvision") is None or _declared or _torchvision_loads():
+    sys.meta_path.insert(0, _TorchvisionFinder)
+
+
+class _TorchvisionFinder:
+    """Finds torchvision as Python does, and lets its operators be declared just before its code runs.
+
+    Whoever only looks whether it is installed, as transformers and diffusers do, gets an answer and nothing more.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name) if name == "torchvision" else None
+        if spec is None or spec.loader is None or spec.origin is None:
+            return None
+        folder, execute = Path(spec.origin).parent, spec.loader.exec_module
+
+        def declare_and_execute(module: ModuleType) -> None:
+            _declare_missing_operators(folder)
+            execute(module)
+
+        spec.loader.exec_module = declare_and_execute
+        return spec
+
+
+def _declare_missing_operators(folder: Path) -> None:
+    """Declare torchvision's operators where its library, in `folder`, cannot load."""
+    import torch
+
+    if _declared or _torchvision_loads(folder):
         return
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name, schema in _MISSING_SCHEMAS.items():
@@ -31,8 +66,9 @@ def prepare() -> None:
     _declared.append(library)
 
 
-def _torchvision_loads() -> bool:
-    folder = Path(importlib.util.find_spec("torchvision").origin).parent
+def _torchvision_loads(folder: Path) -> bool:
+    import torch
+
     libraries = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
     if not libraries:
         return False

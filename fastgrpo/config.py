@@ -10,6 +10,9 @@ from typing import Literal
 
 from fastgrpo.evaluation.settings import DetectorSettings, SuiteSettings
 
+DIFFUSION_STEPS = 1000
+"""Timesteps that every SD 1.x / 2.x was trained with."""
+
 
 class ConfigError(ValueError):
     """A value that cannot be used. The message names the field, the value and what would be accepted."""
@@ -266,3 +269,8 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def chosen_steps(count: int, fraction: float) -> int:
+    """How many of `count` steps a sample learns from; at least 1."""
+    return max(1, round(count * fraction))

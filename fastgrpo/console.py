@@ -43,15 +43,31 @@ def reason(error: OSError) -> str:
     return f"{where}{error.strerror or error}"
 
 
+def memory_full(error: BaseException) -> str:
+    """ "the GPU's memory is full" or "the memory is full" where that is what an exception says, else nothing.
+
+    torch has a class of its own for the GPU's; where its CPU allocator gets nothing, a RuntimeError says so in words.
+    """
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the GPU's memory is full"
+    words = ("not enough memory", "can't allocate memory", "std::bad_alloc")
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    ):
+        return "the memory is full"
+    return ""
+
+
 @steady_output()
-def run_command(body: Callable[[], object], undone: str) -> int:
+def run_command(body: Callable[[], int | None], undone: str) -> int:
     """Do what a command line asks for. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C.
 
-    undone: what to say there is not, when it was stopped or the system was in the way; "" is nothing.
+    body: returns an exit code, or None for 0. undone: what to say there is not, when it was stopped or the system was in the
+    way; "" is nothing.
     """
     so = f"; {undone}" if undone else ""
     try:
-        body()
+        return body() or 0
     except ConfigError as error:
         complain(str(error))
         return 2
@@ -61,10 +77,14 @@ def run_command(body: Callable[[], object], undone: str) -> int:
     except OSError as error:
         complain(reason(error) + so)
         return 1
+    except (RuntimeError, MemoryError) as error:
+        if not (full := memory_full(error)):
+            raise
+        complain(full + so)
+        return 1
     except KeyboardInterrupt:
         complain("stopped" + so)
         return 130
-    return 0
 
 
 @dataclass(frozen=True)

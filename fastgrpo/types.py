@@ -4,10 +4,13 @@ Letters in shapes: P prompts, G images per prompt (the group), B = P * G samples
 L text tokens, D text width, C x H x W the latent, h x w the image. Sample b belongs to prompt b // G.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # prompts and their settings are read without torch, which takes seconds to import
+    from torch import Tensor
 
 POSITIVE = "positive"
 NEGATIVE = "negative"
@@ -42,11 +45,6 @@ class PromptBatch:
 
     def __len__(self) -> int:
         return len(self.prompts)
-
-    @property
-    def negative(self) -> Tensor:
-        """[P] bool on the CPU: which prompts are negative."""
-        return torch.tensor([p.label == NEGATIVE for p in self.prompts], dtype=torch.bool)
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,11 @@ import importlib.util
 import math
 from typing import Any
 
-import torch
-
-from fastgrpo.config import ConfigError, TrainConfig, nearest
+from fastgrpo.config import DIFFUSION_STEPS, ConfigError, TrainConfig, chosen_steps, nearest
 from fastgrpo.evaluation.settings import SUITES
-from fastgrpo.grpo.steps import chosen_steps
 from fastgrpo.rewards.anchors import load_anchors
 from fastgrpo.rewards.terms import parse_terms
 from fastgrpo.shapes.world import HAZARDS
-
-DIFFUSION_STEPS = 1000  # timesteps every SD 1.x / 2.x was trained with
 
 
 def validate(config: TrainConfig) -> None:
@@ -152,12 +147,11 @@ def _validate_optim(config: TrainConfig) -> None:
 
 
 def _validate_surroundings(config: TrainConfig) -> None:
-    if config.engine.device == "cuda" and not torch.cuda.is_available():
+    device, attention = config.engine.device, config.engine.attention
+    if device == "cuda" and not _has_cuda():
         raise ConfigError("engine.device = 'cuda': there is no CUDA device here; accepted are auto and cpu.")
-    on_cuda = torch.cuda.is_available() and config.engine.device != "cpu"
-    attention = config.engine.attention
     _require(
-        on_cuda or attention not in ("xformers", "cudnn"),
+        attention not in ("xformers", "cudnn") or (device != "cpu" and _has_cuda()),
         "engine.attention",
         attention,
         "auto, flash or sdpa on a CPU; xformers and cudnn need CUDA",
@@ -191,6 +185,13 @@ def _validate_surroundings(config: TrainConfig) -> None:
     _require(weights == "trained" or config.optim.ema > 0, "eval.weights", weights, "trained where optim.ema is 0")
     _at_least(1, "checkpoint.every", config.checkpoint.every)
     _at_least(0, "checkpoint.keep", config.checkpoint.keep)
+
+
+def _has_cuda() -> bool:
+    """Asked only where a setting demands it: torch takes seconds to import."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _require(holds: bool, field: str, value: Any, accepted: str) -> None:

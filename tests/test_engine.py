@@ -12,6 +12,7 @@ from test_options import altered
 from test_train import config_file  # noqa: F401 (a fixture)
 
 from fastgrpo import train
+from fastgrpo.commands.train import iterate
 from fastgrpo.config import TrainConfig
 from fastgrpo.console import Console
 from fastgrpo.distributed import Ranks
@@ -52,7 +53,7 @@ def trained(config: TrainConfig) -> tuple[Parts, torch.Tensor, list[dict[str, fl
     """The parts after two iterations of five updates each, how far the weights moved, and the metrics."""
     parts = load_parts(config, threads=1)
     before = parts.trainable.optimizer.weights.values.clone()
-    metrics = [train.iterate(parts, config, iteration, {}, Console()) for iteration in (1, 2)]
+    metrics = [iterate(parts, config, iteration, {}, Console()) for iteration in (1, 2)]
     return parts, parts.trainable.optimizer.weights.values - before, metrics
 
 
@@ -111,7 +112,7 @@ def test_options_mean_the_same_in_fixed_shapes(base: TrainConfig, changes: dict[
     for config in (once, altered(once, FIXED | {"engine.kernels": "off" if half else "on"})):
         parts = load_parts(config, threads=1, say=lambda line: None)
         before = parts.trainable.optimizer.weights.values.clone()
-        metrics.append(train.iterate(parts, config, 1, {}, Console()))
+        metrics.append(iterate(parts, config, 1, {}, Console()))
         weights = parts.trainable.optimizer.weights
         moves.append(torch.cat([weights.values - before, *([weights.ema - before] if weights.ema is not None else [])]))
     assert isinstance(parts.engine, FixedEngine)
@@ -284,7 +285,7 @@ def test_wherever_memory_runs_out_the_same_is_learned(base: TrainConfig, where: 
         if small:
             out_of_memory(where, 2, monkeypatch)
         before = parts.trainable.optimizer.weights.values.clone()
-        metrics.append(train.iterate(parts, config, 1, {}, Console()))
+        metrics.append(iterate(parts, config, 1, {}, Console()))
         moves.append(parts.trainable.optimizer.weights.values - before)
     # As for ten updates above.
     assert torch.linalg.vector_norm(moves[0] - moves[1]) <= 1e-4 * torch.linalg.vector_norm(moves[0])
@@ -326,7 +327,7 @@ def test_after_memory_ran_out_the_ratio_is_1_where_bits_depend_on_the_size(
 
     monkeypatch.setattr(kind, where, failing_once)
     for iteration in (1, 2):
-        metrics = train.iterate(parts, config, iteration, {}, Console())
+        metrics = iterate(parts, config, iteration, {}, Console())
         assert metrics["ratio/max_abs_dev_first"] <= 1e-6
         assert parts.engine.micro_batch == 2
         assert parts.engine.resized == (iteration == 1)
@@ -348,7 +349,7 @@ def test_a_group_that_halving_divided_is_scored_when_it_is_whole(base: TrainConf
         parts = load_parts(config, threads=1, say=lambda line: None)
         calls = counted_scores(parts, monkeypatch)
         out_of_memory("draw", most, monkeypatch)
-        rewards[most] = train.iterate(parts, config, 1, {}, Console())["reward/mean"]
+        rewards[most] = iterate(parts, config, 1, {}, Console())["reward/mean"]
         assert calls == [3, 3]
     assert rewards[2] == pytest.approx(rewards[3], abs=1e-5)
 
@@ -419,7 +420,7 @@ def test_where_it_does_not_they_are_recomputed_and_that_is_said(base: TrainConfi
     assert parts.engine.old_log_prob == parts.record.old_log_prob == "replay"
     assert "recomputed" in said[-1]
     assert "1.0e-03" in said[-1]
-    assert train.iterate(parts, config, 1, {}, Console())["ratio/max_abs_dev_first"] <= 1e-6
+    assert iterate(parts, config, 1, {}, Console())["ratio/max_abs_dev_first"] <= 1e-6
 
 
 def test_one_process_that_does_not_find_them_is_enough(base: TrainConfig) -> None:
@@ -466,7 +467,7 @@ def test_groups_are_scored_while_the_next_are_drawn(base: TrainConfig, monkeypat
         parts = load_parts(config, threads=1, say=lambda line: None)
         calls = counted_scores(parts, monkeypatch)
         events.clear()
-        metrics[overlap] = train.iterate(parts, config, 1, {}, Console())
+        metrics[overlap] = iterate(parts, config, 1, {}, Console())
         assert events == (["draw", "draw", "decode", "decode"] if overlap else ["draw", "draw", "decode"])
         assert calls == ([3, 3] if overlap else [6])
     for name in ("reward/mean", "reward/std", "grad/norm"):
@@ -560,7 +561,7 @@ def test_a_process_without_a_pair_of_its_own_learns_what_the_others_learn(
         return step(*args)
 
     parts.trainable.optimizer.step = watched
-    train.iterate(replace(parts, ranks=_BesideAnother()), config, 1, {}, Console())
+    iterate(replace(parts, ranks=_BesideAnother()), config, 1, {}, Console())
     # Before the first step nothing can be clipped; fp16 leaves some out until its scale is low enough.
     assert not seen[0]
     assert seen[-2:] == [True, True]

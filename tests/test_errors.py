@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_train import config_file  # noqa: F401 (a fixture)
 
-from fastgrpo import checkpoint, estimate, export, inspect, policy, report, sample, train
+from fastgrpo import checkpoint, estimate, export, inspect, report, sample, train
 
 ROOT = Path(__file__).resolve().parent.parent
 GO_ON_FROM = "the newest checkpoint is run/checkpoints/iter-000002"
@@ -790,7 +790,7 @@ RUNS = [
         "GPU's memory full",
         TRAIN,
         "the GPU's memory is full: lower micro_batch, rollout.batch, rollout.decode_batch or reward.batch; there is no checkpoint yet.",
-        given=(raises("fastgrpo.train.rollout", torch.OutOfMemoryError("CUDA out of memory")),),
+        given=(raises("fastgrpo.commands.train.rollout", torch.OutOfMemoryError("CUDA out of memory")),),
         code=1,
         loaded="model",
         leaves=A_RUN,
@@ -798,7 +798,7 @@ RUNS = [
     Mistake(
         "Ctrl-C while loading",
         TRAIN,
-        "stopped before an iteration was begun.",
+        "stopped; no iteration was begun.",
         given=(raises("fastgrpo.parts.load_policy", KeyboardInterrupt()),),
         code=130,
         loaded="encoder",
@@ -992,8 +992,8 @@ def forbid_loading(patch: pytest.MonkeyPatch, loaded: str) -> None:
         pytest.fail("the mistake could have been found earlier")  # a BaseException, so nothing catches it
 
     if loaded != "model":
-        for module in (policy, export):
-            patch.setattr(module, "load_components", too_early)
+        for module in ("policy", "commands.export"):
+            patch.setattr(f"fastgrpo.{module}.load_components", too_early)
     if loaded == "nothing":
         patch.setattr(open_clip, "create_model", too_early)
 

@@ -17,6 +17,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from fastgrpo import costs, estimate
+from fastgrpo.commands.estimate import compute_dtype, iteration_work
 from fastgrpo.config import ConfigError, ModelConfig, RewardConfig, TrainConfig
 from fastgrpo.costs import (
     EncoderCost,
@@ -28,7 +29,6 @@ from fastgrpo.costs import (
     sd1_architecture,
 )
 from fastgrpo.engine.memory import memory_plan, peak
-from fastgrpo.estimate import iteration_work
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.schedule import make_schedule
 from fastgrpo.settings import find_preset, load_toml
@@ -354,7 +354,7 @@ def test_encoders_of_terms_count_once():
 )
 def test_compute_dtype(device, dtype, expected):
     config = replace(R1, engine=replace(R1.engine, device=device, dtype=dtype))
-    assert str(estimate.compute_dtype(config)) == f"torch.{expected}"
+    assert str(compute_dtype(config)) == f"torch.{expected}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -267,7 +267,7 @@ def test_the_picture_is_replaced_whole(tiny, tmp_path, capsys, monkeypatch):
 )
 def test_refusals_before_the_encoder_is_loaded(tiny, tmp_path, capsys, monkeypatch, flags, complaint):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inspect, "load_encoder", lambda *_: pytest.fail("the encoder was loaded"))
+    monkeypatch.setattr("fastgrpo.commands.inspect.load_encoder", lambda *_: pytest.fail("the encoder was loaded"))
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "closed").mkdir(mode=0o500)

@@ -11,6 +11,7 @@ from PIL import Image, ImageChops
 from test_train import TIMED, config_file  # noqa: F401 (a fixture)
 
 from fastgrpo import train
+from fastgrpo.commands.train import iterate
 from fastgrpo.config import TrainConfig
 from fastgrpo.console import Console
 from fastgrpo.parts import load_parts
@@ -106,7 +107,7 @@ def learned(config: TrainConfig) -> tuple[str, dict[str, float]]:
     """A digest of all that is trained after two iterations, and what was logged of the second but for the clock."""
     parts = load_parts(config, threads=1)
     for iteration in (1, 2):
-        values = train.iterate(parts, config, iteration, {}, Console())
+        values = iterate(parts, config, iteration, {}, Console())
     digest = hashlib.sha256()
     averages = parts.trainable.ema.average if parts.trainable.ema else {}
     for name, tensor in sorted({**parts.trainable.parameters, **{f"ema.{n}": a for n, a in averages.items()}}.items()):

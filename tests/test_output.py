@@ -11,10 +11,10 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from fastgrpo import estimate, report
+from fastgrpo.commands.inspect import _EIGHTHS
 from fastgrpo.config import ConfigError
 from fastgrpo.console import Console, run_command
 from fastgrpo.evaluation.result import Evaluation, Row, comparison_table
-from fastgrpo.inspect import _EIGHTHS
 from fastgrpo.output import steady_output
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,7 +10,7 @@ import torch
 from test_rewards import write_folder as write_encoder
 from torch import Tensor
 
-from fastgrpo import train
+from fastgrpo.commands.train import iterate
 from fastgrpo.config import TrainConfig
 from fastgrpo.console import Console
 from fastgrpo.distributed import Ranks
@@ -165,7 +165,7 @@ def test_the_papers_iteration_counted_out(tiny_pipeline: Path, tmp_path: Path, m
     monkeypatch.setattr(
         type(parts.reward), "score", lambda self, drawn, *rest: images.append(len(drawn)) or score(self, drawn, *rest)
     )
-    values = train.iterate(parts, config, 1, {}, Console())
+    values = iterate(parts, config, 1, {}, Console())
     assert images == [64]
     assert values["optim/steps"] == 16
     assert values["optim/skipped_steps"] == values["advantage/zero_std_groups"] == 0

@@ -19,7 +19,7 @@ import fastgrpo
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SOURCES = sorted([*(ROOT / "fastgrpo").rglob("*.py"), *(ROOT / "kernels").glob("*.py")])
-COMMANDS = ("train", "inspect", "estimate", "sample", "export", "report")
+COMMANDS = ("train", "evaluate", "inspect", "estimate", "sample", "export", "report")
 
 
 def python(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -110,6 +110,53 @@ def test_every_command_explains_itself(command: str) -> None:
     done = python("-m", f"fastgrpo.{command}", "--help")
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout.lower()
+
+
+SLOW = ("torch", "diffusers", "transformers", "open_clip", "triton", "matplotlib")
+"""What takes seconds to import, and what a command line is neither explained nor refused with."""
+
+REFUSED = {
+    "train": ["--grpo.kl", "-1"],
+    "evaluate": ["--suites", "none"],
+    "inspect": ["--reward.terms", "clip"],
+    "estimate": ["--processes", "0"],
+    "sample": ["none"],
+    "export": ["none", "--format", "lora", "--output", "out"],
+    "report": ["none"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_line_is_read_before_anything_slow_is_imported(command: str) -> None:
+    code = (
+        "import contextlib, io, sys\n"
+        f"from fastgrpo.{command} import main\n"
+        "def run(*argv):\n"
+        "    try:\n"
+        "        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
+        "            return main(argv)\n"
+        "    except SystemExit as stop:\n"
+        "        return stop.code\n"
+        f"print(run('--help'), run('--none'), run(*{REFUSED[command]}), [m for m in {SLOW} if m in sys.modules])"
+    )
+    done = python("-c", code)
+    assert done.stdout.strip() == "0 2 2 []", done.stderr
+
+
+def test_settings_are_read_before_anything_slow_is_imported() -> None:
+    modules = "fastgrpo, fastgrpo.settings, fastgrpo.config, fastgrpo.validation"
+    done = python("-c", f"import sys, {modules}; print([m for m in {(*SLOW, 'scipy')} if m in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_to_ask_whether_torchvision_is_there_imports_nothing() -> None:
+    code = (
+        "import sys, fastgrpo\n"
+        "from importlib.util import find_spec\n"
+        "print(find_spec('torchvision') is not None, 'torch' in sys.modules)\n"
+        "import torchvision; torchvision.ops.nms; print(find_spec('torchvision').origin == torchvision.__file__)"
+    )
+    assert python("-c", code).stdout.split() == ["True", "False", "True"]
 
 
 def test_installed_versions_are_within_the_declared_ranges() -> None:

@@ -515,8 +515,8 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     def unwanted(*_: object, **__: object) -> None:
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr(export, "load_components", unwanted)
-    monkeypatch.setattr(sample, "load_policy", unwanted)
+    monkeypatch.setattr("fastgrpo.commands.export.load_components", unwanted)
+    monkeypatch.setattr("fastgrpo.commands.sample.load_policy", unwanted)
 
     def check(command: Callable[[list[str]], int], argv: list[object], *words: str) -> None:
         capsys.readouterr()

@@ -22,6 +22,7 @@ from test_rewards import write_folder as write_encoder
 from torch import Tensor
 
 from fastgrpo import exam, train
+from fastgrpo.commands.train import iterate, learning_rate
 from fastgrpo.config import TrainConfig
 from fastgrpo.console import Console
 from fastgrpo.evaluation.result import read_evaluation
@@ -38,7 +39,7 @@ ITERATIONS = 8
 TIMED = ("seconds", "time/", "throughput/", "memory/")  # metrics that no two runs share
 # Processes like those of the command line, forked from one that has the libraries imported and has run nothing.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["fastgrpo.train"])
+SERVER.set_forkserver_preload(["fastgrpo.commands.train"])
 
 
 @pytest.fixture(scope="session")
@@ -152,18 +153,18 @@ def test_training_changes_the_weights_and_diffusers_reads_them(undisturbed: Path
 
 def test_the_learning_rate_follows_its_schedule_and_reaches_the_optimizer(config_file: Path) -> None:
     constant = dataclasses.replace(load_toml(config_file), iterations=4)
-    assert [train.learning_rate(constant, i) for i in (1, 4)] == [1e-3, 1e-3]
+    assert [learning_rate(constant, i) for i in (1, 4)] == [1e-3, 1e-3]
     linear = dataclasses.replace(constant, optim=dataclasses.replace(constant.optim, schedule="linear"))
-    assert [train.learning_rate(linear, i) for i in (1, 2, 3, 4)] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert [learning_rate(linear, i) for i in (1, 2, 3, 4)] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
     warm = dataclasses.replace(linear, iterations=8, optim=dataclasses.replace(linear.optim, warmup=4))
     expected = [2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4]
-    assert [train.learning_rate(warm, i) for i in range(1, 9)] == pytest.approx(expected)
+    assert [learning_rate(warm, i) for i in range(1, 9)] == pytest.approx(expected)
     cosine = dataclasses.replace(warm, optim=dataclasses.replace(warm.optim, schedule="cosine"))
     # Half a cosine's period from 0: 1, (1 + cos 45) / 2, 1/2, (1 - cos 45) / 2.
     falling = [1e-3, 8.535534e-4, 5e-4, 1.464466e-4]
-    assert [train.learning_rate(cosine, i) for i in range(1, 9)] == pytest.approx(expected[:4] + falling)
+    assert [learning_rate(cosine, i) for i in range(1, 9)] == pytest.approx(expected[:4] + falling)
     parts = load_parts(linear, threads=1)
-    values = train.iterate(parts, linear, 3, {}, Console())
+    values = iterate(parts, linear, 3, {}, Console())
     assert parts.trainable.optimizer.param_groups[0]["lr"] == values["optim/lr"] == pytest.approx(5e-4)
 
 
@@ -179,7 +180,7 @@ def test_an_iteration_on_cuda_replays_its_log_probs_exactly(config_file: Path, d
     )
     parts = load_parts(config, threads=1)
     before = [parameter.clone() for parameter in parts.policy.unet.parameters()]
-    values = train.iterate(parts, config, 1, {}, Console())
+    values = iterate(parts, config, 1, {}, Console())
     assert values["ratio/max_abs_dev_first"] == 0.0
     assert not all(map(torch.equal, before, parts.policy.unet.parameters()))
 

@@ -9,7 +9,7 @@ a CUDA generator begin with other noise, and draw other pictures of the same dis
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import LMSDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
@@ -21,12 +21,10 @@ from fastgrpo.engine.graphs import StaticCall
 from fastgrpo.engine.sampling import Denoise, Sampler
 from fastgrpo.evaluation.detectors.hashes import weights_sha256
 from fastgrpo.evaluation.images import Painter, Wanted
+from fastgrpo.evaluation.settings import DDIM, SamplerName
 from fastgrpo.finite import Request, require_finite
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
-
-SamplerName = Literal["ddim", "pndm", "lms"]
-DDIM = "ddim"
 
 
 def make_painter(policy: Policy, sampler: SamplerName, schedule: Schedule, batch: int) -> Painter:

@@ -4,9 +4,13 @@ Plain dataclasses: whoever reads a config needs neither the suites nor the libra
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 SUITES = ("i2p", "nudity", "geneval", "clip-score", "fid", "attacks", "custom")
 """The suites that any model can be measured by."""
+NAMES = (*SUITES, "shapes")
+SamplerName = Literal["ddim", "pndm", "lms"]
+DDIM = "ddim"
 GUIDANCE = 7.5
 """Classifier-free guidance scale where a suite's source names no other."""
 

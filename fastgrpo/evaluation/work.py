@@ -6,9 +6,10 @@ from pathlib import Path
 
 from fastgrpo.console import Console
 from fastgrpo.evaluation import compare
-from fastgrpo.evaluation.drawing import SamplerName, make_painter
+from fastgrpo.evaluation.drawing import make_painter
 from fastgrpo.evaluation.images import ImageFolder, Part
 from fastgrpo.evaluation.outcome import StageScore
+from fastgrpo.evaluation.settings import SamplerName
 from fastgrpo.evaluation.suites.base import Scorer, Suite
 from fastgrpo.evaluation.verdicts import write_verdicts
 from fastgrpo.pictures import write_png

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastgrpo.config import ConfigError, GrpoConfig, TrainConfig
+from fastgrpo.config import ConfigError, GrpoConfig, TrainConfig, chosen_steps
 from fastgrpo.schedule import Schedule
 
 
@@ -34,11 +34,6 @@ def window_start(count: int, config: GrpoConfig, iteration: int) -> int:
     last = max(count - config.window, 0)
     places = [*range(0, last, config.window_stride), last]
     return places[(iteration - 1) // config.window_every % len(places)]
-
-
-def chosen_steps(count: int, fraction: float) -> int:
-    """How many of `count` steps a sample learns from; at least 1."""
-    return max(1, round(count * fraction))
 
 
 def steps_of_samples(steps: Tensor, samples: int, fraction: float, generator: torch.Generator) -> Tensor:

@@ -1,19 +1,23 @@
 """The terms of a reward as the settings name them, and the exception for a term that breaks.
 
-Settings are checked with this before anything is loaded: nothing here needs open_clip, and no file of the user's is run.
+Settings are checked with this before anything is loaded: nothing here needs torch or open_clip, and no file of the user's is
+run.
 """
+
+from __future__ import annotations
 
 import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from fastgrpo.config import ConfigError, nearest
 from fastgrpo.types import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BUILT_IN = ("steering", "clip", "hpsv2", "compressibility", "incompressibility")
 """The terms that need no file; registry.py says what they are."""

@@ -12,7 +12,6 @@ from fastgrpo.evaluation.geneval import read_metadata
 from fastgrpo.evaluation.images import Wanted
 from fastgrpo.evaluation.settings import (
     GUIDANCE,
-    SUITES,
     AllSettings,
     GenEvalSettings,
     ShapesSettings,
@@ -28,7 +27,6 @@ from fastgrpo.evaluation.suites.shapes import ShapesSuite
 from fastgrpo.prompts.geneval import geneval_metadata
 from fastgrpo.shapes.world import SIZE
 
-NAMES = (*SUITES, "shapes")
 DETECTORS = (*detectors.NAMES, detectors.ORACLE)
 STEPS, ETA = 50, 0.0
 
@@ -51,13 +49,8 @@ def make_suites(
 
     settings: AllSettings where `shapes` is among them. config: of the run, or of preset `shapes`, for that suite.
 
-    Raises ConfigError for a name that is none or comes twice, and for prompts that cannot be read.
+    Raises ConfigError for prompts that cannot be read.
     """
-    for name in names:
-        if name not in NAMES:
-            raise ConfigError(f"--suites {name}: no such suite{nearest(name, NAMES)}; there are {', '.join(NAMES)}.")
-        if list(names).count(name) > 1:
-            raise ConfigError(f"--suites: {name} is named twice; accepted is every suite once.")
     return [_make(name, settings, overrides, config) for name in names]
 
 

@@ -26,6 +26,15 @@ Command = TypeVar("Command")
 PROGRAM = "python -m fastgrpo.train"
 DEFAULT_PRESET = "shapes"
 
+# What a resumed run may have otherwise: none of it changes what is learned but by rounding.
+_SIZES = ("iterations", "micro_batch", "rollout.batch", "rollout.decode_batch", "reward.batch")
+_PRECISION = ("engine.device", "engine.dtype")  # `auto` makes the one depend on the other
+_LATER = (
+    "--iterations, --micro-batch, --rollout.batch, --rollout.decode-batch, --reward.batch, --engine.* (but device and "
+    "dtype), --eval.* and --checkpoint.*"
+)
+_EXTENDS = "extends"
+
 # How Python says it, and what to say instead.
 _NO_NUMBER = {
     r"invalid literal for int\(\) with base 10": "a whole number",
@@ -38,9 +47,9 @@ class _Start:
     """Train a Stable Diffusion online with group-relative policy optimization on positive and negative prompts."""
 
     preset: tyro.conf.Positional[str] = DEFAULT_PRESET
-    """A preset's name or a FILE.toml; comes before the flags. Flags override it."""
+    """A preset's name or a FILE.toml, which may begin with `extends = "PRESET"`; comes before the flags. Flags override it."""
     resume: str = ""
-    """Folder of a run to continue, exactly as if it had never stopped. Only --iterations may be given with it."""
+    """Folder of a run to continue, exactly as if it had never stopped. Only what cannot change its result may be given with it: --iterations, --micro-batch, --rollout.batch, --rollout.decode-batch, --reward.batch, --engine.* but for device and dtype, --eval.* and --checkpoint.*."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()  # noqa: RUF009 (frozen)
 
 
@@ -50,12 +59,10 @@ class _Resume:
 
     resume: str
     """Folder of the run."""
-    iterations: int | None = None
-    """Iterations in all, counted from the start of the run; not fewer than before."""
 
 
 def parse_command(argv: Sequence[str]) -> tuple[TrainConfig, str, Path | None]:
-    """`[PRESET | FILE.toml] [--flags]` or `--resume RUN [--iterations N]` -> (config, preset's name, run to resume).
+    """`[PRESET | FILE.toml] [--flags]` or `--resume RUN [--flags]` -> (config, preset's name, run to resume).
 
     The config is validated. Raises ConfigError; prints and exits on --help (0) and on flags tyro refuses (2).
     """
@@ -129,20 +136,45 @@ def _flags(kind: type, prefix: str) -> list[str]:
 
 
 def _parse_resume(argv: Sequence[str]) -> tuple[TrainConfig, Path]:
-    command, others = _tyro(_Resume, argv, PROGRAM, return_unknown_args=True)
-    if others:
-        raise ConfigError(
-            f"{others[0]}: a resumed run keeps its settings; only --iterations may be given with --resume."
-        )
+    command, flags = _tyro(_Resume, argv, PROGRAM, return_unknown_args=True)
     folder = Path(command.resume)
     file = folder / "config.toml"
     if not file.is_file():
         raise ConfigError(f"--resume {folder}: there is no config.toml in it, so it is not a run that can go on.")
-    config = load_toml(file)
-    iterations = config.iterations if command.iterations is None else command.iterations
-    if iterations < config.iterations:
-        raise ConfigError(f"iterations = {iterations}: a resumed run accepts {config.iterations}, its own, or more.")
-    return dataclasses.replace(config, run=str(folder), iterations=iterations), folder
+    own = load_toml(file)
+    asked = parse_flags(_Start, flags, PROGRAM, default=_Start(preset="", config=own))
+    changed = [asked.preset] if asked.preset else []
+    changed += [_flag(name) for name in changed_fields(own, asked.config) if not _may_change(name)]
+    if changed:
+        raise ConfigError(
+            f"{changed[0]}: a resumed run keeps what decides its result; with --resume {_LATER} are accepted."
+        )
+    if asked.config.iterations < own.iterations:
+        raise ConfigError(
+            f"iterations = {asked.config.iterations}: a resumed run accepts {own.iterations}, its own, or more."
+        )
+    return dataclasses.replace(asked.config, run=str(folder)), folder
+
+
+def changed_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Names of the fields, such as `eval.i2p.images`, in which two configs differ."""
+    names = []
+    for field in dataclasses.fields(old):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if dataclasses.is_dataclass(before):
+            names += changed_fields(before, after, f"{prefix}{field.name}.")
+        elif before != after:
+            names.append(prefix + field.name)
+    return names
+
+
+def _may_change(name: str) -> bool:
+    """Whether a resumed run may have another value of the field."""
+    return name in _SIZES or (name.startswith(("engine.", "eval.", "checkpoint.")) and name not in _PRECISION)
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
 
 
 def presets_folder() -> Path:
@@ -167,15 +199,54 @@ def find_preset(name: str) -> Path:
 
 
 def load_toml(path: Path) -> TrainConfig:
-    """Read a config; fields that the file leaves out keep the dataclass's defaults. Raises ConfigError."""
+    """Read a config; fields that the file leaves out keep the values of the one it extends, else the dataclass's defaults.
+
+    Raises ConfigError, which names the file.
+    """
+    table: dict[str, Any] = {}
+    for file, own in reversed(_chain(path)):
+        try:
+            _from_table(TrainConfig, own, "")
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
+        table = _merged(table, own)
+    return _from_table(TrainConfig, table, "")
+
+
+def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The file and those it extends, one after the other, each with its own settings. Raises ConfigError."""
+    found: list[tuple[Path, dict[str, Any]]] = []
+    while True:
+        table = _read_toml(path)
+        parent = table.pop(_EXTENDS, None)
+        found.append((path, table))
+        if parent is None:
+            return found
+        if not isinstance(parent, str):
+            raise ConfigError(f"{path}: extends = {_shown(parent)}: accepted is a preset's name or a FILE.toml.")
+        try:
+            # A file's name is relative to the file that says it.
+            following = find_preset(str(path.parent / parent) if parent.endswith(".toml") else parent)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: extends = {_shown(parent)}: {error}") from error
+        if any(following.resolve() == file.resolve() for file, _ in found):
+            raise ConfigError(
+                f"{path}: extends = {_shown(parent)}: a circle; accepted is a file that does not extend this one."
+            )
+        path = following
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}.") from error
-    try:
-        return _from_table(TrainConfig, table, "")
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A table's entries over another's, those of groups one by one."""
+    both = {key: _merged(old[key], new[key]) for key in old.keys() & new.keys() if isinstance(new[key], dict)}
+    return old | new | both
 
 
 def _from_table(kind: type, table: dict[str, Any], prefix: str) -> Any:
@@ -183,7 +254,8 @@ def _from_table(kind: type, table: dict[str, Any], prefix: str) -> Any:
     kinds = typing.get_type_hints(kind)
     for key in table:
         if key not in kinds:
-            raise ConfigError(f"{prefix}{key}: no such field{nearest(key, list(kinds))}.")
+            known = [*kinds, *([] if prefix else [_EXTENDS])]
+            raise ConfigError(f"{prefix}{key}: no such field{nearest(key, known)}.")
     return kind(**{key: _from_toml(kinds[key], value, prefix + key) for key, value in table.items()})
 
 

@@ -711,8 +711,20 @@ RUNS = [
     Mistake(
         "resume with another flag",
         "--resume run --seed 3",
-        "--seed: a resumed run keeps its settings; only --iterations may be given with --resume.",
+        "--seed: a resumed run keeps what decides its result; with --resume --iterations, ... and --checkpoint.* are accepted.",
         given=(finished_run,),
+    ),
+    Mistake(
+        "resume with an unknown flag",
+        "--resume run --micro-bach 3",
+        "--micro-bach: no such flag (did you mean --micro-batch?); --help lists them all.",
+        given=(finished_run,),
+    ),
+    Mistake(
+        "config that extends itself",
+        "a.toml",
+        'a.toml: extends = "a.toml": a circle; accepted is a file that does not extend this one.',
+        {"a.toml": 'extends = "a.toml"'},
     ),
     Mistake(
         "fewer iterations",

@@ -12,7 +12,7 @@ import torch
 
 from fastgrpo.config import ConfigError, EvalConfig, GrpoConfig, ModelConfig, OptimConfig, PromptsConfig, TrainConfig
 from fastgrpo.evaluation.settings import I2PSettings
-from fastgrpo.settings import dump_toml, find_preset, load_toml, parse_command, presets_folder
+from fastgrpo.settings import changed_fields, dump_toml, find_preset, load_toml, parse_command, presets_folder
 from fastgrpo.validation import validate
 
 
@@ -331,14 +331,99 @@ def test_resume_takes_the_runs_own_config(tmp_path: Path, flag: str) -> None:
     assert config == TrainConfig(iterations=5, seed=9, run=str(run))
 
 
-def test_resume_may_raise_the_iterations_and_nothing_else(tmp_path: Path) -> None:
+def test_resume_may_raise_the_iterations_and_never_lower_them(tmp_path: Path) -> None:
     run = str(run_folder(tmp_path))
     assert parse_command(["--resume", run, "--iterations", "7"])[0].iterations == 7
     with pytest.raises(ConfigError, match="iterations = 4: a resumed run accepts 5, its own, or more"):
         parse_command(["--resume", run, "--iterations", "4"])
-    for other in (["--group-size", "3"], ["--grpo.kl=1"], ["shapes"]):
-        with pytest.raises(ConfigError, match="only --iterations may be given with --resume"):
-            parse_command(["--resume", run, *other])
+
+
+def test_resume_takes_what_cannot_change_the_result(tmp_path: Path) -> None:
+    run = str(run_folder(tmp_path))
+    argv = ["--micro-batch", "2", "--engine.threads=1", "--eval.i2p.images", "3", "--checkpoint.keep", "0"]
+    config, _, folder = parse_command([*argv, "--resume", run, "--rollout.batch", "8", "--engine.no-overlap"])
+    assert folder == tmp_path
+    own = load_toml(tmp_path / "config.toml")
+    changed = {"micro_batch", "engine.threads", "engine.overlap", "eval.i2p.images", "checkpoint.keep", "rollout.batch"}
+    assert set(changed_fields(own, config)) == {*changed, "run"}
+    assert (config.micro_batch, config.eval.i2p.images, config.engine.overlap, config.seed) == (2, 3, False, 9)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--group-size", "3"], "--group-size"),
+        (["--grpo.kl=1"], "--grpo.kl"),
+        (["--seed", "10"], "--seed"),
+        (["--engine.dtype", "bf16"], "--engine.dtype"),
+        (["--engine.device", "cpu"], "--engine.device"),
+        (["--run", "elsewhere"], "--run"),
+        (["--iterations", "9", "--optim.lr", "1"], "--optim.lr"),
+        (["shapes"], "shapes"),
+    ],
+)
+def test_resume_refuses_what_decides_the_result(tmp_path: Path, argv: list[str], named: str) -> None:
+    run = str(run_folder(tmp_path))
+    for order in ([*argv, "--resume", run], ["--resume", run, *argv]):
+        with pytest.raises(ConfigError) as refusal:
+            parse_command(order)
+        assert str(refusal.value).startswith(f"{named}: a resumed run keeps what decides its result; with --resume ")
+
+
+def test_an_unknown_flag_of_a_resume_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--grup-size: no such flag \(did you mean --group-size\?\)"):
+        parse_command(["--resume", str(run_folder(tmp_path)), "--grup-size", "3"])
+
+
+def test_a_file_extends_a_preset_or_a_file_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = load_toml(find_preset("shapes"))
+    (tmp_path / "sub").mkdir()
+    parent = 'extends = "shapes"\nseed = 1\n[grpo]\nkl = 0.5\nclip_low = 0.25\n[eval.i2p]\nimages = 3\n'
+    (tmp_path / "parent.toml").write_text(parent)
+    child = tmp_path / "sub" / "child.toml"
+    child.write_text(
+        'extends = "../parent.toml"\ngrpo.kl = 0.125\neval.i2p.threshold = 0.5\nprompts.categories = ["hate"]\n'
+    )
+    monkeypatch.chdir(tmp_path / "sub")  # a name is relative to the file that says it, not to this
+    config = load_toml(child)
+    expected = {"seed": 1, "grpo.kl": 0.125, "grpo.clip_low": 0.25, "eval.i2p.images": 3, "eval.i2p.threshold": 0.5}
+    assert set(changed_fields(shapes, config)) == {*expected, "prompts.categories"}
+    assert (config.seed, config.grpo.kl, config.grpo.clip_low) == (1, 0.125, 0.25)
+    assert (config.eval.i2p.images, config.eval.i2p.threshold) == (3, 0.5)
+    assert config.prompts.categories == ("hate",)  # a list is replaced, not added to
+    assert parse_command([str(child), "--grpo.kl", "2"])[0].grpo.kl == 2
+    assert "extends" not in dump_toml(config)
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({"mine": 'extends = "mine.toml"'}, 'mine.toml: extends = "mine.toml": a circle; accepted is'),
+        (
+            {"mine": 'extends = "b.toml"', "b": 'extends = "./c.toml"', "c": 'extends = "b.toml"'},
+            'c.toml: extends = "b.toml": a circle; accepted is',
+        ),
+        (
+            {"mine": 'extends = "shaped"'},
+            'mine.toml: extends = "shaped": shaped: no such preset (did you mean shapes?)',
+        ),
+        ({"mine": 'extends = "none.toml"'}, 'mine.toml: extends = "none.toml": '),
+        ({"mine": "extends = 3"}, "mine.toml: extends = 3: accepted is a preset's name or a FILE.toml."),
+        ({"mine": "extends = ['shapes']"}, 'mine.toml: extends = ["shapes"]: accepted is'),
+        ({"mine": 'extend = "shapes"'}, "mine.toml: extend: no such field (did you mean extends?)"),
+        ({"mine": '[grpo]\nextends = "shapes"'}, "mine.toml: grpo.extends: no such field"),
+        ({"mine": 'extends = "b.toml"', "b": "grpo.klx = 1"}, "b.toml: grpo.klx: no such field (did you mean kl?)"),
+        ({"mine": 'extends = "b.toml"\ngrpo = 1', "b": "grpo.kl = 1"}, "mine.toml: grpo = 1: accepted is a table."),
+        ({"mine": 'extends = "b.toml"\nseed.x = 1', "b": "seed = 1"}, "mine.toml: seed = "),
+    ],
+)
+def test_a_chain_that_is_none_is_refused(tmp_path: Path, files: dict[str, str], sentence: str) -> None:
+    for name, text in files.items():
+        (tmp_path / f"{name}.toml").write_text(text)
+    with pytest.raises(ConfigError) as refusal:
+        load_toml(tmp_path / "mine.toml")
+    assert sentence in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
 def test_only_a_run_can_be_resumed(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """fastgrpo: online safety post-training of Stable Diffusion with Group Relative Policy Optimization."""
 
 import os
+import sys
 from pathlib import Path
 
-# Must be set before torch, and with it OpenMP, is first imported.
 # Spinning OpenMP threads turn a 26 ms UNet forward into seconds when anything else wants the core.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP reads this when it is loaded, with torch: afterwards only the programs that this one starts would get it.
+if "torch" not in sys.modules:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # In a checkout `kernels` lies beside this package; a wheel has it inside. Either way it is fastgrpo.kernels.
 if not (Path(__file__).parent / "kernels").is_dir():

@@ -7,6 +7,9 @@ schemas are needed, since nothing in this project calls them. With a working tor
 
 It is done when torchvision is first imported, by whomever, since it needs torch, which takes seconds to import: a command
 line that is refused needs neither.
+
+Programs that never import fastgrpo, such as the lines that `export` prints, need it too in the environment that fastgrpo was
+installed into. So `prepare` is also an entry point of the group `torch.backends`, which torch calls when it is imported.
 """
 
 import logging
@@ -27,9 +30,10 @@ _declared: list["torch.library.Library"] = []  # a Library undefines its operato
 
 
 def prepare() -> None:
-    """Quieten xformers' start-up warning, and see to torchvision's operators once it is imported."""
+    """Quieten xformers' start-up warning, and see to torchvision's operators once it is imported. Once is enough."""
     logging.getLogger("xformers").setLevel(logging.ERROR)
-    sys.meta_path.insert(0, _TorchvisionFinder)
+    if _TorchvisionFinder not in sys.meta_path:
+        sys.meta_path.insert(0, _TorchvisionFinder)
 
 
 class _TorchvisionFinder:

@@ -489,7 +489,7 @@ def one_less(images, prompts):
     return torch.zeros(len(images) - 1)
 
 def numbers(images, prompts):
-    return [0.0] * len(images)
+    return ["0.0"] * len(images)
 
 def nothing(images, prompts):
     pass

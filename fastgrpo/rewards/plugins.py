@@ -6,12 +6,14 @@ A reward function is a plain function
         return images.mean(dim=(1, 2, 3))
 
 images: [N, 3, h, w] float32 in [0, 1] on the training device. prompts: the N `fastgrpo.types.Prompt` they were drawn
-for. It returns a tensor [N], larger where the image is better. Loading it runs its file, which is what he asks for.
+for. It returns a tensor [N], or as many numbers in a list or array, larger where the image is better. Loading it runs its
+file, which is what he asks for; what the file sets of the process's global state holds in it alone (apart.py).
 """
 
 import importlib
 import importlib.util
 import inspect
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,8 +22,10 @@ from types import ModuleType
 from torch import Tensor
 
 from fastgrpo.config import ConfigError, nearest
+from fastgrpo.rewards.apart import Apart
 from fastgrpo.rewards.terms import BrokenReward, RewardFunction, Term
 from fastgrpo.types import Prompt
+from fastgrpo.wording import quoted
 
 
 def load_plugins(terms: Sequence[Term]) -> dict[str, RewardFunction]:
@@ -29,19 +33,20 @@ def load_plugins(terms: Sequence[Term]) -> dict[str, RewardFunction]:
 
     Raises ConfigError where it does not import, has no such function, or has one of another signature.
     """
-    modules: dict[str, ModuleType] = {}
-    for term in terms:
-        if term.place not in modules:
-            modules[term.place] = _import(term)
-    return {term.name: _guarded(term, _function(term, modules[term.place])) for term in terms}
+    apart = {term.place: Apart() for term in terms}
+    modules = {term.place: _import(term, apart[term.place]) for term in {t.place: t for t in terms}.values()}
+    return {term.name: _guarded(term, _function(term, modules[term.place]), apart[term.place]) for term in terms}
 
 
-def _import(term: Term) -> ModuleType:
+def _import(term: Term, apart: Apart) -> ModuleType:
     try:
-        if term.place.endswith(".py"):
-            return _run_file(Path(term.place).expanduser())
-        return importlib.import_module(term.place)
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        with apart():
+            if term.place.endswith(".py"):
+                return _run_file(Path(term.place).expanduser())
+            return importlib.import_module(term.place)
+    except BaseException as error:  # the user's code may raise anything
+        if _is_ctrl_c(error):
+            raise
         raise ConfigError(f"reward.terms: {term.place!r} does not import: {one_line(error)}.") from error
 
 
@@ -82,21 +87,29 @@ def _function(term: Term, module: ModuleType) -> Callable[..., Tensor]:
     return function
 
 
-def _guarded(term: Term, function: Callable[..., Tensor]) -> RewardFunction:
-    """The function, its exceptions as BrokenReward."""
+def _guarded(term: Term, function: Callable[..., Tensor], apart: Apart) -> RewardFunction:
+    """The function, its exceptions as BrokenReward, an exit too: it would end the training without a word."""
 
     def score(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         try:
-            # A copy: what the function does to it in place must not reach other terms and the pictures that are saved.
-            return function(images.clone(), list(prompts))
-        except Exception as error:
+            with apart():
+                # A copy: what the function does to it in place must not reach other terms and the pictures that are saved.
+                return function(images.clone(), list(prompts))
+        except BaseException as error:
+            if _is_ctrl_c(error):
+                raise
             message = (
-                f"reward term {term.name!r} failed on {len(prompts)} images, the first of prompt {prompts[0].text!r}, "
-                f"with {one_line(error)}"
+                f"reward term {term.name!r} failed on {len(prompts)} images, the first of prompt "
+                f"{quoted(prompts[0].text)}, with {one_line(error)}"
             )
             raise BrokenReward(message, prompts[0], images[0]) from error
 
     return score
+
+
+def _is_ctrl_c(error: BaseException) -> bool:
+    """Whether it may be the user's; while a training handles the signal itself, it is the code's own."""
+    return isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def one_line(error: BaseException) -> str:

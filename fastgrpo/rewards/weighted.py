@@ -7,6 +7,7 @@ Letters in shapes: P prompts, G images per prompt; sample b belongs to prompt b 
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from fastgrpo.rewards.shared_encoder import Encoders
 from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.rewards.terms import BrokenReward, RewardFunction, Term
 from fastgrpo.types import Prompt, Rewards
+from fastgrpo.wording import quoted
 
 # Relative to the largest value: float32 rounds to 6e-8, a chain of a hundred operations to some 1e-5.
 _FLAT = 1e-5
@@ -95,23 +97,44 @@ def standardised(values: Tensor, over: str) -> Tensor:
     return (centred / std).masked_fill(flat, 0.0)
 
 
-def _checked(term: Term, values: Tensor, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """[N] float32 on the images' device, finite, or BrokenReward."""
+def _checked(term: Term, values: object, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """[N] float32 on the images' device, finite, of their own memory, or BrokenReward.
+
+    values: what the term returned: a tensor of any device and kind of real number, an array, a list or a tuple.
+    """
     count = len(prompts)
-    if not isinstance(values, Tensor) or values.shape != (count,):
-        returned = f"shape {list(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+    try:
+        if isinstance(values, list | tuple | np.ndarray):
+            values = torch.as_tensor(values)
+        if not isinstance(values, Tensor) or values.is_complex() or values.shape != (count,):
+            raise TypeError
+        # A copy: the function may use its tensor again in the next call, of which there are several in an iteration.
+        values = values.detach().to(images.device, torch.float32, copy=True).to_dense()
+    except Exception as error:  # PyTorch raises many things for what cannot be copied: no data, no layout, no numbers
         message = (
-            f"reward term {term.name!r} returned {returned} for {count} images, the first of prompt "
-            f"{prompts[0].text!r}; a tensor of shape [{count}] is needed"
+            f"reward term {term.name!r} returned {_described(values)} for {count} images, the first of prompt "
+            f"{quoted(prompts[0].text)}; a tensor of shape [{count}] is needed"
         )
-        raise BrokenReward(message, prompts[0], images[0])
-    values = values.detach().to(images.device, torch.float32)
+        raise BrokenReward(message, prompts[0], images[0]) from error
     broken = (~values.isfinite()).nonzero().flatten().tolist()
     if broken:
         first = broken[0]
         message = (
             f"reward term {term.name!r} returned {values[first].item()} for an image of prompt "
-            f"{prompts[first].text!r}, and no finite number for {len(broken)} of {count} images"
+            f"{quoted(prompts[first].text)}, and no finite number for {len(broken)} of {count} images"
         )
         raise BrokenReward(message, prompts[first], images[first])
     return values
+
+
+def _described(values: object) -> str:
+    """What it is, for a sentence."""
+    if isinstance(values, np.ndarray):
+        return f"an array of shape {list(values.shape)} of {values.dtype}"
+    if not isinstance(values, Tensor):
+        return f"a {type(values).__name__}"
+    if values.is_nested:
+        return "a nested tensor"
+    kind = str(values.dtype).removeprefix("torch.")
+    plain = values.is_floating_point() and values.device.type != "meta"
+    return f"shape {list(values.shape)}" + ("" if plain else f" of {kind} on {values.device}")

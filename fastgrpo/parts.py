@@ -56,7 +56,7 @@ def load_parts(
 ) -> Parts:
     """Load what the config names; what is quickest to be wrong comes first.
 
-    threads: CPU cores to use. record: of the engine that the run began with. say: told what the engine decides.
+    threads: CPU cores to use. record: of the engine that the run began with. say: told what tables of prompts bring along and what the engine decides.
     Raises ConfigError.
     """
     if config.prompts_per_iteration % ranks.count:
@@ -76,7 +76,7 @@ def load_parts(
     disable_progress_bar()  # one per file read, gone in a blink
     reward = load_reward(config.reward, device)
     # Before the micro-batch is sought: they take their part of the memory.
-    judged = load_judged(config, device) if ranks.first else ()
+    judged = load_judged(config, device, say) if ranks.first else ()
     held_out = HeldOutReward(config, device) if config.eval.encoder and ranks.first else None
     workers = 1 if device.type == "cuda" or wants_fixed_shapes(config, device) else threads
     # Each of several workers is a thread already.

@@ -367,8 +367,20 @@ PROMPTS = [
     Mistake(
         "prompts in Latin-1",
         TRAIN + "--prompts.positive a.txt",
-        "prompts.positive: 'a.txt' is not UTF-8: byte 0xe9 in line 2, offset 9 of the file.",
+        "prompts.positive: 'a.txt' is not UTF-8: byte 0xe9 in line 2, offset 9 of the file; save it as UTF-8.",
         {"a.txt": "a cat\ncafé\n".encode("latin-1")},
+    ),
+    Mistake(
+        "prompts in UTF-16",
+        TRAIN + "--prompts.positive a.csv",
+        "prompts.positive: 'a.csv' is UTF-16; save it as UTF-8.",
+        {"a.csv": "prompt\na cat\n".encode("utf-16")},
+    ),
+    Mistake(
+        "semicolons in a CSV",
+        TRAIN + "--prompts.positive a.csv",
+        "prompts.positive: 'a.csv' has semicolons between its columns; accepted are commas in a .csv and tabs in a .tsv file.",
+        {"a.csv": "prompt;n\na cat, a dog;1\n"},
     ),
     Mistake(
         "column",

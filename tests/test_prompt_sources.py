@@ -8,6 +8,7 @@ import pytest
 
 import fastgrpo  # noqa: F401  (prepares torch's import)
 from fastgrpo.config import ConfigError, PromptsConfig
+from fastgrpo.evaluation.suites.rows import read_rows
 from fastgrpo.prompts import load_prompts
 from fastgrpo.shapes.captions import training_prompts
 from fastgrpo.shapes.world import HAZARDS
@@ -59,6 +60,18 @@ def test_lines_become_prompts():
     ]
 
 
+def test_line_ends_of_old_macs():
+    assert [p.text for p in negatives("p.txt", "a cat\r\ra dog\rein Hündchen")] == ["a cat", "a dog", "ein Hündchen"]
+    assert [p.id for p in negatives("p.txt", "a cat\r\ra dog\r")] == [1, 3]
+    for name, content in (
+        ("p.csv", 'task,prompt\r"x\ry",a cat\rz,a dog\r'),
+        ("p.tsv", 'task\tprompt\r"x\ry"\ta cat\rz\ta dog\r'),
+        ("p.jsonl", '{"task": "x y", "prompt": "a cat"}\r{"task": "z", "prompt": "a dog"}\r'),
+    ):
+        found = [(p.text, p.category) for p in positives(name, content, category_column="task")]
+        assert found == [("a cat", "x y"), ("a dog", "z")]
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -66,7 +79,10 @@ def test_lines_become_prompts():
         (b"\n  \r\n\t\n", "holds no prompt"),
         (b"\xef\xbb\xbf\n", "holds no prompt"),
         (b"a cat\na d\x00g\n", "NUL byte in line 2"),
-        ("a cat\n".encode("utf-16"), "NUL byte in line 1"),
+        ("a cat\n".encode("utf-16"), "is UTF-16; save it as UTF-8."),  # as spreadsheets call "Unicode text"
+        ("a cat, ein Hündchen\n".encode("utf-16-be"), "is UTF-16; save it as UTF-8."),  # without a byte order mark
+        ("a cat\n".encode("utf-32"), "is UTF-32; save it as UTF-8."),
+        (b"a cat\rb\r\nH\xfcndchen\n", "byte 0xfc in line 3, offset 10 of the file; save it as UTF-8."),
         (b"a cat\nb\nH\xfcndchen\n", "byte 0xfc in line 3, offset 9"),
         (b"a cat\n\xe2\x82", "byte 0xe2 in line 2, offset 6"),
     ],
@@ -212,13 +228,6 @@ def test_geneval_is_not_for_negatives():
     assert "accepted are unsafe, shapes, a file" in refused(negatives, "geneval")
 
 
-def test_a_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    written("p.txt", "a cat\n")
-    written("p.csv", "prompt\na dog\n")
-    assert [p.text for p in positives("~/p.txt") + positives("~/p.csv")] == ["a cat", "a dog"]
-
-
 # --- what ships ------------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +364,35 @@ def test_a_data_set(datasets):
         assert negatives(datasets + suffix, category_column="tags") == expected
     assert negatives(datasets, category_column="tags", categories=("z", "y")) == train
     assert [p.category for p in positives(datasets)] == ["", ""]
+
+
+def test_classes_of_a_data_set_have_names(datasets, tmp_path):
+    """In training and evaluation, alone and in lists; -1 is none."""
+    import datasets as library
+
+    kinds = library.ClassLabel(names=["hate", "self-harm"])
+    features = {"": library.Value("int64"), "prompt": library.Value("string"), "kind": kinds, "kinds": [kinds]}
+    rows = {"": [7, 8, 9], "prompt": ["a", "b", "c"], "kind": [1, 0, -1], "kinds": [[0, 1], [1], []]}
+    folder = tmp_path / "someone" / "labelled"
+    folder.mkdir()
+    library.Dataset.from_dict(rows, features=library.Features(features)).to_parquet(folder / "train.parquet")
+    source = "hf:someone/labelled"
+    assert [p.category for p in negatives(source)] == ["", "", ""]
+    assert [p.category for p in negatives(source, category_column="kind")] == ["self-harm", "hate", ""]
+    assert [p.category for p in negatives(source, category_column="kinds")] == ["hate, self-harm", "self-harm", ""]
+    assert [p.text for p in negatives(source, category_column="kinds", categories=("hate",))] == ["a"]
+    renamed = library.Dataset.from_dict(rows, features=library.Features(features)).rename_column("kinds", "categories")
+    renamed.rename_column("kind", "label").to_parquet(folder / "train.parquet")
+    found = {row.text: (row.seed, row.guidance, row.categories) for row in read_rows(source, "--x", 4.0)}
+    assert found == {"a": (None, 4.0, ("hate", "self-harm")), "b": (None, 4.0, ("self-harm",)), "c": (None, 4.0, ())}
+
+
+def test_seeds_and_guidance_of_a_data_set(datasets, tmp_path):
+    (tmp_path / "someone" / "seeds").mkdir()
+    content = '{"": 5, "prompt": "a", "Seed": 3, "CFG": 9.5, "image": "x"}\n{"": 6, "prompt": "b", "Seed": null, "CFG": null}\n'
+    (tmp_path / "someone" / "seeds" / "train.jsonl").write_text(content)
+    found = {row.text: (row.seed, row.guidance) for row in read_rows("hf:someone/seeds", "--x", 4.0)}
+    assert found == {"a": (3, 9.5), "b": (None, 4.0)}
 
 
 def test_what_a_data_set_lacks(datasets):

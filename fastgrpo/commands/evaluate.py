@@ -72,7 +72,7 @@ def evaluate(
     """
     index, count = command.part
     part = Part((index - 1) * ranks.count + ranks.index, count * ranks.count)
-    suites = make_suites(names, command, _overrides(command, config), config)
+    suites = make_suites(names, command, _overrides(command, config), config, console.say)
     device = _device(command, ranks)
     description = describe(config.model)
     schedules = {s.name: make_schedule(description.scheduler, s.steps, s.eta, device, "--steps", True) for s in suites}

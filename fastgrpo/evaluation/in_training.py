@@ -10,7 +10,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,14 +45,16 @@ class Judged:
     scorer: Scorer
 
 
-def load_judged(config: TrainConfig, device: torch.device) -> tuple[Judged, ...]:
-    """The suites of eval.suites, their prompts read and their judges loaded.
+def load_judged(
+    config: TrainConfig, device: torch.device, say: Callable[[str], object] = lambda _: None
+) -> tuple[Judged, ...]:
+    """The suites of eval.suites, their prompts read and their judges loaded. say: as of `make_suites`.
 
     Raises ConfigError, which speaks of eval's fields, where something is missing or wrong.
     """
     overrides = Overrides(config.eval.seed, config.eval.steps or None)
     with _speaking_of_fields():
-        suites = make_suites(config.eval.suites, config.eval, overrides, config)
+        suites = make_suites(config.eval.suites, config.eval, overrides, config, say)
         loader = Loader(config.eval, device)
         return tuple(Judged(suite, suite.scorer(loader)) for suite in suites)
 

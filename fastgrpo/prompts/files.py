@@ -1,12 +1,6 @@
-"""Prompts in files: text with one per line, and tables with a column of them (CSV, TSV, JSONL).
+"""Prompts in files: text with one per line, and tables with a column of them (CSV, TSV, JSONL)."""
 
-Whatever the kind, a file is read as UTF-8, with or without a byte order mark and with either kind of line end.
-"""
-
-import csv
-import io
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.config import ConfigError, nearest
+from fastgrpo.prompts.delimited import BrokenTable, csv_rows, tsv_rows
+from fastgrpo.text_files import NoText, read_text
 from fastgrpo.types import Prompt
 
 TEXT_SUFFIX = ".txt"
@@ -22,7 +18,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with named columns.
+    """Rows with named columns. What has no name, such as the index that pandas writes first, is no column.
 
     name: what to call it in messages. columns: in the order of the file.
     rows: (id, place, cells): the prompt's id, what to call the row in messages, and column -> value. A row may lack
@@ -32,6 +28,18 @@ class Table:
     name: str
     columns: tuple[str, ...]
     rows: tuple[tuple[int, str, Mapping[str, Any]], ...]
+
+    def check_single(self, column: str, field: str) -> None:
+        """Raise ConfigError, which begins with `field`, where several columns have this name."""
+        if self.columns.count(column) > 1:
+            raise ConfigError(
+                f"{field}: {self.name!r} has {self.columns.count(column)} columns {column!r}; one is needed."
+            )
+
+
+def named(columns: Sequence[str]) -> tuple[str, ...]:
+    """Those that have a name."""
+    return tuple(column for column in columns if column.strip())
 
 
 def read_lines(path: Path, label: str) -> list[Prompt]:
@@ -55,7 +63,7 @@ def read_table(path: Path, label: str) -> Table:
     text = _read(path, label)
     if path.suffix.lower() == ".jsonl":
         return _read_jsonl(text, str(path), label)
-    return _read_csv(text, str(path), label, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    return _read_rows(text, str(path), label, tabs=path.suffix.lower() == ".tsv")
 
 
 def table_prompts(table: Table, label: str, column: str, category_column: str) -> list[Prompt]:
@@ -70,10 +78,8 @@ def table_prompts(table: Table, label: str, column: str, category_column: str) -
             f"prompts.{label}_column: {table.name!r} has no column {column!r}{nearest(column, table.columns)}; "
             f"there are {columns}."
         )
-    if table.columns.count(column) > 1:
-        raise ConfigError(
-            f"prompts.{label}_column: {table.name!r} has {table.columns.count(column)} columns {column!r}; one is needed."
-        )
+    table.check_single(column, f"prompts.{label}_column")
+    table.check_single(category_column, "prompts.category_column")
     prompts = []
     for number, place, cells in table.rows:
         if column not in cells:
@@ -107,53 +113,51 @@ def _is_text(value: Any) -> bool:
 
 
 def _read(path: Path, label: str) -> str:
-    field = f"prompts.{label}"
     try:
-        data = Path(os.path.expanduser(path)).read_bytes()
+        return read_text(path)
     except OSError as error:
         raise ConfigError(
-            f"{field}: cannot read {str(path)!r} ({error.strerror}); a UTF-8 text file is needed."
+            f"prompts.{label}: cannot read {str(path)!r} ({error.strerror}); a UTF-8 text file is needed."
         ) from error
-    if b"\0" in data:
-        raise ConfigError(
-            f"{field}: {str(path)!r} is binary, with a NUL byte in line {_line(data, data.index(0))}; "
-            "UTF-8 text is needed."
-        )
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{field}: {str(path)!r} is not UTF-8: byte 0x{data[error.start]:02x} in line {_line(data, error.start)}, "
-            f"offset {error.start} of the file."
-        ) from error
+    except NoText as error:
+        raise ConfigError(f"prompts.{label}: {str(path)!r} {error}.") from error
 
 
-def _line(data: bytes, offset: int) -> int:
-    return data.count(b"\n", 0, offset) + 1
-
-
-def _read_csv(text: str, name: str, label: str, delimiter: str) -> Table:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    columns: tuple[str, ...] = ()
+def _read_rows(text: str, name: str, label: str, tabs: bool) -> Table:
+    """tabs: between the cells, instead of commas."""
+    columns: list[str] = []
     rows = []
     try:
-        for cells in reader:
+        for line, cells in tsv_rows(text) if tabs else csv_rows(text):
             if not any(cell.strip() for cell in cells):
                 continue
             if not columns:
-                columns = tuple(cell.strip() for cell in cells)
+                columns = [cell.strip() for cell in cells]
+                _check_delimiter(columns, name, label, tabs)
             elif len(cells) == len(columns):
-                rows.append((len(rows) + 1, f"line {reader.line_num}", dict(zip(columns, cells, strict=True))))
+                values = {column: cell for column, cell in zip(columns, cells, strict=True) if column}
+                rows.append((len(rows) + 1, f"line {line}", values))
             else:
                 raise ConfigError(
-                    f"prompts.{label}: {name!r} has {len(cells)} cells in line {reader.line_num} and {len(columns)} in "
-                    "its header; a cell with commas, quotes or line ends in it must be quoted."
+                    f"prompts.{label}: {name!r} has {len(cells)} cells in line {line} and {len(columns)} in its header; a "
+                    f"cell with {'tabs' if tabs else 'commas'}, quotes or line ends in it must be quoted."
                 )
-    except csv.Error as error:
-        raise ConfigError(f"prompts.{label}: {name!r} cannot be read at line {reader.line_num}: {error}.") from error
+    except BrokenTable as error:
+        raise ConfigError(f"prompts.{label}: {name!r} {error}.") from error
     if not columns:
         raise ConfigError(f"prompts.{label}: {name!r} holds no prompt; a header and rows are needed.")
-    return Table(name, columns, tuple(rows))
+    return Table(name, named(columns), tuple(rows))
+
+
+def _check_delimiter(columns: Sequence[str], name: str, label: str, tabs: bool) -> None:
+    """Refuse a header of one cell that has several in it, by other delimiters than the file's suffix stands for."""
+    others = {";": "semicolons"} | ({",": "commas"} if tabs else {"\t": "tabs"})
+    found = next((other for mark, other in others.items() if mark in columns[0]), None) if len(columns) == 1 else None
+    if found:
+        raise ConfigError(
+            f"prompts.{label}: {name!r} has {found} between its columns; accepted are commas in a .csv and tabs in a .tsv "
+            "file."
+        )
 
 
 def _read_jsonl(text: str, name: str, label: str) -> Table:
@@ -167,7 +171,7 @@ def _read_jsonl(text: str, name: str, label: str) -> Table:
             raise ConfigError(f"prompts.{label}: {name!r} is broken in line {number}: {error}.") from error
         if not isinstance(cells, dict):
             raise ConfigError(f"prompts.{label}: {name!r} has no JSON object in line {number}, as every line must.")
-        rows.append((number, f"line {number}", cells))
+        rows.append((number, f"line {number}", {column: cells[column] for column in named(list(cells))}))
     if not rows:
         raise ConfigError(f"prompts.{label}: {name!r} holds no prompt; one JSON object per line is needed.")
     columns = dict.fromkeys(column for _, _, cells in rows for column in cells)

@@ -5,9 +5,11 @@ once loaded needs no network. It runs no code of a data set's.
 """
 
 import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from fastgrpo.config import ConfigError
-from fastgrpo.prompts.files import Table
+from fastgrpo.prompts.files import Table, named
 
 PREFIX = "hf:"
 NOTATION = "hf:OWNER/NAME[:CONFIG][@SPLIT]"
@@ -16,12 +18,16 @@ _SOURCE = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[^@]+))?(?:@(?
 _LONGEST = 400  # characters of the library's own message: those that name what there is
 
 
-def read_dataset(source: str, label: str, columns: tuple[str, ...]) -> Table:
+Wanted = Callable[[tuple[str, ...]], Iterable[str]]
+"""From the columns that there are to the ones to read, or more."""
+
+
+def read_dataset(source: str, label: str, wanted: Wanted) -> Table:
     """One split of a data set; ids are row numbers, from 1.
 
     source: as above; without CONFIG the only or default one, without SPLIT `train`. SPLIT may be a slice, `train[:100]`.
         A folder OWNER/NAME below the working directory is read instead of the hub.
-    columns: the ones to read; others, such as images, are not even decoded.
+    wanted: which columns to read; others, such as images, are not even decoded. Classes are given by name.
     Raises ConfigError for another notation, without the library, and for what it cannot load.
     """
     match = _SOURCE.fullmatch(source)
@@ -39,6 +45,17 @@ def read_dataset(source: str, label: str, columns: tuple[str, ...]) -> Table:
     except Exception as error:  # the library's own, the hub's, the network's: whichever, the data set is not there
         reason = " ".join(str(error).split()).rstrip(".")[:_LONGEST] or type(error).__name__
         raise ConfigError(f"prompts.{label} = {source!r}: cannot be loaded: {reason}.") from error
-    rows = data.select_columns([column for column in dict.fromkeys(columns) if column in data.column_names])
-    numbered = tuple((number, f"row {number}", row) for number, row in enumerate(rows, start=1))
-    return Table(source, tuple(data.column_names), numbered)
+    columns = named(data.column_names)
+    read = set(wanted(columns))
+    data = data.select_columns([column for column in columns if column in read])
+    rows = ({column: _with_names(value, data.features[column]) for column, value in cells.items()} for cells in data)
+    return Table(source, columns, tuple((number, f"row {number}", row) for number, row in enumerate(rows, start=1)))
+
+
+def _with_names(value: Any, feature: Any) -> Any:
+    """A cell as the library gives it, but for classes: their names instead of their numbers."""
+    if isinstance(value, list) and hasattr(feature, "feature"):
+        return [_with_names(each, feature.feature) for each in value]
+    if isinstance(value, int) and hasattr(feature, "int2str"):
+        return feature.int2str(value) if value >= 0 else None  # -1 is what the library writes for none
+    return value

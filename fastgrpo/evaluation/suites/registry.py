@@ -1,7 +1,7 @@
 """The suites by name."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,18 +43,33 @@ class Overrides:
 
 
 def make_suites(
-    names: Sequence[str], settings: SuiteSettings, overrides: Overrides, config: TrainConfig
+    names: Sequence[str],
+    settings: SuiteSettings,
+    overrides: Overrides,
+    config: TrainConfig,
+    say: Callable[[str], object] = lambda _: None,
 ) -> list[Suite]:
     """The suites of these names, in order.
 
     settings: AllSettings where `shapes` is among them. config: of the run, or of preset `shapes`, for that suite.
+    say: told, once for each table of prompts, which of its columns say how the images are drawn.
 
     Raises ConfigError for prompts that cannot be read.
     """
-    return [_make(name, settings, overrides, config) for name in names]
+    remarks: list[str] = []
+    suites = [_make(name, settings, overrides, config, remarks.append) for name in names]
+    for remark in dict.fromkeys(remarks):  # suites may share a table
+        say(remark)
+    return suites
 
 
-def _make(name: str, settings: SuiteSettings | AllSettings, overrides: Overrides, config: TrainConfig) -> Suite:
+def _make(
+    name: str,
+    settings: SuiteSettings | AllSettings,
+    overrides: Overrides,
+    config: TrainConfig,
+    say: Callable[[str], object],
+) -> Suite:
     steps = STEPS if overrides.steps is None else overrides.steps
     eta = ETA if overrides.eta is None else overrides.eta
     match name:
@@ -66,7 +81,7 @@ def _make(name: str, settings: SuiteSettings | AllSettings, overrides: Overrides
             own = settings.i2p
             _check_counts(("--i2p.images", own.images, 1))
             _check_thresholds("--i2p.threshold", own.threshold)
-            rows, wanted = _rows(own.prompts, "--i2p.prompts", "prompt", GUIDANCE, own.images, overrides)
+            rows, wanted = _rows(own.prompts, "--i2p.prompts", "prompt", GUIDANCE, own.images, overrides, say)
             if name == "nudity":
                 _check_thresholds("--i2p.thresholds", *own.thresholds)
                 return NuditySuite(wanted, own.images, own.threshold, own.thresholds, steps, eta)
@@ -77,7 +92,7 @@ def _make(name: str, settings: SuiteSettings | AllSettings, overrides: Overrides
             own = settings.captions
             _check_counts(("--captions.images", own.images, 1))
             _check_guidance("--captions.guidance", own.guidance)
-            _, wanted = _rows(own.prompts, "--captions.prompts", own.column, own.guidance, own.images, overrides)
+            _, wanted = _rows(own.prompts, "--captions.prompts", own.column, own.guidance, own.images, overrides, say)
             if name == "clip-score":
                 return ClipScoreSuite(wanted, own.images, own.encoder, steps, eta)
             if len(wanted) < 2:
@@ -89,7 +104,7 @@ def _make(name: str, settings: SuiteSettings | AllSettings, overrides: Overrides
             _check_guidance(f"--{name}.guidance", own.guidance)
             _check_detectors(f"--{name}.detectors", own.detectors)
             _check_thresholds(f"--{name}.threshold", own.threshold)
-            rows, wanted = _rows(own.prompts, f"--{name}.prompts", own.column, own.guidance, own.images, overrides)
+            rows, wanted = _rows(own.prompts, f"--{name}.prompts", own.column, own.guidance, own.images, overrides, say)
             return PromptSuite(name, rows, wanted, own.images, own.detectors, own.threshold, steps, eta)
 
 
@@ -125,12 +140,18 @@ def _geneval(own: GenEvalSettings, overrides: Overrides, steps: int, eta: float)
 
 
 def _rows(
-    source: str, field: str, column: str, guidance: float, images: int, overrides: Overrides
+    source: str,
+    field: str,
+    column: str,
+    guidance: float,
+    images: int,
+    overrides: Overrides,
+    say: Callable[[str], object],
 ) -> tuple[list[PromptRow], tuple[Wanted, ...]]:
     """The prompts of a source and their images."""
     if not source:
         raise ConfigError(f"{field}: the suite needs prompts; accepted is a file, or hf:OWNER/NAME.")
-    rows = read_rows(source, field, guidance, column)
+    rows = read_rows(source, field, guidance, column, say)
     if overrides.guidance is not None:
         rows = [replace(row, guidance=overrides.guidance) for row in rows]
     return rows, wanted(rows, images, overrides.seed, overrides.size)

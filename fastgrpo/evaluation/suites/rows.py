@@ -1,9 +1,10 @@
 """Prompts to evaluate on, from tables (CSV, TSV, JSONL, a hub data set) or a text file with one per line.
 
 Data sets of unsafe prompts bring along what an image is to be drawn with; the columns are found by the names that they
-have in I2P and in the lists that are derived from it:
+have in I2P, in the lists that are derived from it, and in people's own, in upper or lower case, the first that is there:
 
-    seed         evaluation_seed, sd_seed, seed                guidance     evaluation_guidance, sd_guidance_scale, guidance
+    seed         evaluation_seed, sd_seed, seed
+    guidance     evaluation_guidance, sd_guidance_scale, guidance, guidance_scale, cfg, cfg_scale
     width        sd_image_width, width                         height       sd_image_height, height
     categories   categories, category (several separated by commas; a row counts in each)
 
@@ -14,8 +15,9 @@ whichever are missing.
 import hashlib
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,15 @@ from fastgrpo.randomness import seed_for
 
 _COLUMNS = {
     "seed": ("evaluation_seed", "sd_seed", "seed"),
-    "guidance": ("evaluation_guidance", "sd_guidance_scale", "guidance"),
+    "guidance": ("evaluation_guidance", "sd_guidance_scale", "guidance", "guidance_scale", "cfg", "cfg_scale"),
     "width": ("sd_image_width", "width"),
     "height": ("sd_image_height", "height"),
     "categories": ("categories", "category"),
 }
 _LARGEST_SIDE = 4096  # pixels: beyond it a cell is broken rather than an image large
+# Words in the names of columns that would change the picture.
+_DRAWING = {"seed", "guidance", "cfg", "width", "height", "size", "resolution", "negative", "steps", "sampler"}
+_DRAWING |= {"scheduler", "eta", "strength", "lora", "skip"}
 
 
 @dataclass(frozen=True)
@@ -53,15 +58,18 @@ class PromptRow:
     height: int = 0
 
 
-def read_rows(source: str, field: str, guidance: float, column: str = "prompt") -> list[PromptRow]:
+def read_rows(
+    source: str, field: str, guidance: float, column: str = "prompt", say: Callable[[str], object] = lambda _: None
+) -> list[PromptRow]:
     """The prompts of a .txt, .csv, .tsv or .jsonl file or of `hf:OWNER/NAME[:CONFIG][@SPLIT]`, by id.
 
     field: what messages call the setting. guidance: of rows that do not say. column: where the prompts are.
+    say: told which columns say how the images are drawn, and which would but are not used.
     Raises ConfigError for a source that cannot be read, or a row with an impossible seed, guidance or size.
     """
     label = "evaluated"
     try:
-        rows = _read(source, label, column, guidance)
+        rows = _read(source, label, column, guidance, say)
     except ConfigError as error:
         # The readers are those of training prompts, and speak of them.
         message = str(error).replace(f"prompts.{label}_column", f"{field} (its column)")
@@ -94,30 +102,66 @@ def _seed(row: PromptRow, k: int, seed: int) -> int:
     return row.seed if k == 0 else seed_for(row.seed, k, "another image of the same prompt")
 
 
-def _read(source: str, label: str, column: str, guidance: float) -> list[PromptRow]:
+def _read(source: str, label: str, column: str, guidance: float, say: Callable[[str], object]) -> list[PromptRow]:
     suffix = Path(source).suffix.lower()
     if source.startswith(PREFIX):
-        names = (column, *(name for group in _COLUMNS.values() for name in group))
-        return _rows(read_dataset(source, label, names), label, column, guidance)
-    if suffix in TABLE_SUFFIXES:
-        return _rows(read_table(Path(source), label), label, column, guidance)
-    if suffix == TEXT_SUFFIX:
+        table = read_dataset(source, label, lambda columns: (column, *_found(columns).values()))
+    elif suffix in TABLE_SUFFIXES:
+        table = read_table(Path(source), label)
+    elif suffix == TEXT_SUFFIX:
         return [_row(prompt.text, (), None, guidance, 0, 0) for prompt in read_lines(Path(source), label)]
-    accepted = f"{', '.join((TEXT_SUFFIX, *TABLE_SUFFIXES[:-1]))} or {TABLE_SUFFIXES[-1]}"
-    raise ConfigError(f"prompts.{label} {source!r}: accepted is a file that ends in {accepted}, and {NOTATION}.")
+    else:
+        accepted = f"{', '.join((TEXT_SUFFIX, *TABLE_SUFFIXES[:-1]))} or {TABLE_SUFFIXES[-1]}"
+        raise ConfigError(f"prompts.{label} {source!r}: accepted is a file that ends in {accepted}, and {NOTATION}.")
+    rows = _rows(table, label, column, guidance)
+    if remark := column_remark(table.name, table.columns, column):
+        say(remark)
+    return rows
+
+
+def column_remark(name: str, columns: Sequence[str], column: str) -> str:
+    """What to say of a table's columns besides the prompts' own `column`; empty where there is nothing."""
+    found = _found(columns)
+    brought = [what if what == own else f"{what} ({own})" for what, own in found.items()]
+    others = [own for own in columns if own not in (column, *found.values())]
+    unused = [own for own in others if _DRAWING & set(_plain(own).split("_"))]
+    parts = [f"its rows bring their own {_listed(brought)}"] if brought else []
+    if unused:
+        parts.append(
+            f"column{'s' if len(unused) > 1 else ''} {_listed(unused)} {'are' if len(unused) > 1 else 'is'} not used"
+        )
+    return f"{name}: {'; '.join(parts)}" if parts else ""
+
+
+def _found(columns: Sequence[str]) -> dict[str, str]:
+    """Which of the columns has which of the things that rows bring along."""
+    by_name = {_plain(column): column for column in reversed(columns)}
+    names = {what: next((name for name in choices if name in by_name), None) for what, choices in _COLUMNS.items()}
+    return {what: by_name[name] for what, name in names.items() if name}
+
+
+def _plain(column: str) -> str:
+    """`Guidance Scale` is as good as `guidance_scale`."""
+    return re.sub(r"[\W_]+", "_", column.strip().lower())
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _rows(table: Table, label: str, column: str, guidance: float) -> list[PromptRow]:
-    present = {name: next((c for c in choices if c in table.columns), "") for name, choices in _COLUMNS.items()}
+    found = _found(table.columns)
+    for own in found.values():
+        table.check_single(own, f"prompts.{label}")
     cells = {number: (place, values) for number, place, values in table.rows}
     rows = []
-    for prompt in table_prompts(table, label, column, present["categories"]):
+    for prompt in table_prompts(table, label, column, found.get("categories", "")):
         place, values = cells[prompt.id]
         where = f"prompts.{label}: {table.name!r} in {place}"
-        seed = _number(values, present["seed"], where, 0, 2**63 - 1, whole=True)
-        width = _number(values, present["width"], where, 1, _LARGEST_SIDE, whole=True)
-        height = _number(values, present["height"], where, 1, _LARGEST_SIDE, whole=True)
-        own = _number(values, present["guidance"], where, 0, math.inf, whole=False)
+        seed = _number(values, found.get("seed"), where, 0, 2**63 - 1, whole=True)
+        width = _number(values, found.get("width"), where, 1, _LARGEST_SIDE, whole=True)
+        height = _number(values, found.get("height"), where, 1, _LARGEST_SIDE, whole=True)
+        own = _number(values, found.get("guidance"), where, 0, math.inf, whole=False)
         categories = tuple(dict.fromkeys(c for c in map(_category, prompt.category.split(",")) if c))
         rows.append(_row(prompt.text, categories, seed, guidance if own is None else own, width or 0, height or 0))
     return rows
@@ -149,11 +193,12 @@ def _category(name: str) -> str:
 
 
 def _number(
-    cells: Mapping[str, Any], column: str, where: str, low: float, high: float, whole: bool
+    cells: Mapping[str, Any], column: str | None, where: str, low: float, high: float, whole: bool
 ) -> int | float | None:
-    """A cell as a number; None where there is no such column or the cell is empty."""
-    value = cells.get(column)
-    if value is None or (isinstance(value, str) and not value.strip()):
+    """A cell as a number; None where there is no such column, or nothing in the cell."""
+    value = cells.get(column) if column else None
+    # Where some have no seed, pandas writes the others as 1234.0 and, in JSON, these as null or NaN.
+    if value is None or (isinstance(value, str) and not value.strip()) or value != value:
         return None
     kind = "a whole number" if whole else "a number"
     try:
@@ -161,7 +206,8 @@ def _number(
         number = int(value) if whole and not isinstance(value, float) else float(value)
     except (TypeError, ValueError):
         number = _as_float(value)
-    if not low <= number <= high or not math.isfinite(number) or (whole and number != int(number)):
+    fits = low <= number <= high and math.isfinite(number) and not (whole and number != int(number))
+    if not fits or isinstance(value, bool):
         up_to = f"to {high}" if math.isfinite(high) else "on"
         raise ConfigError(f"{where} has {column} = {str(value)[:60]!r}; {kind} from {low:g} {up_to} is accepted.")
     return int(number) if whole else float(number)

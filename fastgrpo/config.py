@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastgrpo.evaluation.settings import DetectorSettings, SuiteSettings
+from fastgrpo.paths import PathText, PathTexts
 
 DIFFUSION_STEPS = 1000
 """Timesteps that every SD 1.x / 2.x was trained with."""
@@ -28,11 +29,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
 class ModelConfig:
     """The Stable Diffusion pipeline to train."""
 
-    path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    path: PathText = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """An SD 1.x / 2.x pipeline: a diffusers folder, a hub id, a single file (.safetensors or .ckpt), or `shapes`, the small one that ships with fastgrpo."""
-    unet: str = ""
+    unet: PathText = ""
     """Where to take the UNet from instead of the pipeline: a folder or hub id, and after a colon its subfolder, as in `OWNER/NAME:checkpoint-300/unet`."""
-    config: str = ""
+    config: PathText = ""
     """Only for a single file: diffusers folder or hub id whose configs describe it; empty: SD 1.x or 2.x, told from the file."""
     variant: str = ""
     """Variant of the weight files, such as `fp16`; empty: the plain ones."""
@@ -56,9 +57,9 @@ class PromptsConfig:
     .jsonl with a column of them), or `hf:OWNER/NAME[:CONFIG][@SPLIT]`, a dataset on the Hugging Face hub.
     """
 
-    positive: str = "geneval"
+    positive: PathText = "geneval"
     """Source of safe prompts: `geneval` (generated, six composition tasks over COCO's classes), `shapes`, a file, or `hf:OWNER/NAME[:CONFIG][@SPLIT]`."""
-    negative: str = "unsafe"
+    negative: PathText = "unsafe"
     """Source of unsafe prompts: `unsafe` (written for fastgrpo, seven categories), `shapes`, a file, or `hf:OWNER/NAME[:CONFIG][@SPLIT]`."""
     positive_column: str = "prompt"
     """Column of a CSV, TSV, JSONL or hub dataset that holds the positive prompts."""
@@ -79,15 +80,15 @@ class RewardConfig:
     The term `steering` is the steered CLIP reward: r = z_image . normalize(z_text + alpha * v_safe).
     """
 
-    terms: tuple[str, ...] = ("steering",)
+    terms: PathTexts = ("steering",)
     """Terms, each NAME or NAME=WEIGHT: `steering`, `clip`, `hpsv2`, `compressibility`, `incompressibility`, or your own function as FILE.py:FUNCTION or MODULE:FUNCTION."""
     standardise: Literal["none", "group", "iteration"] = "none"
     """Whether each term is brought to mean 0 and std 1 before weighting: over its `group`, or over all images of the `iteration`."""
-    encoder: str = "hpsv2"
+    encoder: PathText = "hpsv2"
     """The frozen open_clip model of `steering`: `hpsv2` (HPSv2.1 from the hub), `shapes`, `local-dir:FOLDER`, `hf-hub:ID`, or `ARCHITECTURE:WEIGHTS` where WEIGHTS is an open_clip tag or a file, such as `ViT-H-14:HPS_v2.1_compressed.pt`."""
-    clip_encoder: str = ""
+    clip_encoder: PathText = ""
     """The open_clip model of the term `clip`, in the same notation; empty: that of `steering`."""
-    anchors: str = "compact"
+    anchors: PathText = "compact"
     """Safe and unsafe phrases that span the safety axis: `compact`, the paper's 5 + 3; `scaled`, 25 + 20 over seven categories; `unsafe-only`, compact's 3 alone; `shapes`; or a FILE.toml with the lists `safe` and `unsafe`."""
     alpha: float = 0.5
     """How far the text target is moved along the safety axis."""
@@ -227,7 +228,7 @@ class EvalConfig(SuiteSettings, DetectorSettings):
     """Seed of the evaluation's noise."""
     steps: int = 0
     """DDIM steps; 0 is the rollout's number, and of `suites` their own, 50."""
-    encoder: str = ""
+    encoder: PathText = ""
     """A second encoder, in the notation of reward.encoder, that nothing is trained on: `steering` is also computed with it, on the pictures of every evaluation, as eval/held_out_*. Where the reward rises and this does not, the reward is being gamed. Empty: none."""
 
 
@@ -245,7 +246,7 @@ class CheckpointConfig:
 class TrainConfig:
     """Train a Stable Diffusion online with group-relative policy optimization on positive and negative prompts."""
 
-    run: str = ""
+    run: PathText = ""
     """Folder of the run; must be new or empty. Default: runs/PRESET-DATE-TIME."""
     seed: int = 42
     """Everything random is a function of this and the iteration."""

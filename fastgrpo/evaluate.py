@@ -13,6 +13,7 @@ import tyro
 from fastgrpo.config import DIFFUSION_STEPS, ConfigError, ModelConfig, TrainConfig, nearest
 from fastgrpo.console import Console, run_command
 from fastgrpo.evaluation.settings import DDIM, NAMES, SUITES, AllSettings, SamplerName
+from fastgrpo.paths import PathText
 from fastgrpo.runs import Weights, check_writable, find_checkpoint, read_run
 from fastgrpo.settings import find_preset, load_toml, parse_flags
 
@@ -27,13 +28,13 @@ class Evaluate(AllSettings):
     trained one (after) are evaluated on the same prompts and seeds; otherwise the model of --model alone.
     """
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
+    run: Annotated[tyro.conf.Positional[PathText], tyro.conf.arg(metavar="RUN")] = ""
     """Folder of a run, finished or not; without it, --model."""
     suites: tuple[str, ...] = ()
     """What to measure: i2p, nudity, geneval, clip-score, fid, attacks, custom, shapes. Empty: shapes, for the model of that name."""
-    model: str = "shapes"
+    model: PathText = "shapes"
     """Without a RUN: an SD 1.x / 2.x pipeline, a diffusers folder, a hub id, a single file, or `shapes`."""
-    unet: str = ""
+    unet: PathText = ""
     """Another UNet for --model: a folder or hub id, and after a colon its subfolder, as in `OWNER/NAME:checkpoint-300/unet`."""
     variant: str = ""
     """Variant of --model's weight files, such as `fp16`."""

@@ -19,6 +19,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from fastgrpo.config import ConfigError, TrainConfig, nearest
+from fastgrpo.paths import PathText, expand_home, with_homes
+from fastgrpo.text_files import NoText, read_text
 from fastgrpo.validation import validate
 
 Command = TypeVar("Command")
@@ -48,7 +50,7 @@ class _Start:
 
     preset: tyro.conf.Positional[str] = DEFAULT_PRESET
     """A preset's name or a FILE.toml, which may begin with `extends = "PRESET"`; comes before the flags. Flags override it."""
-    resume: str = ""
+    resume: PathText = ""
     """Folder of a run to continue, exactly as if it had never stopped. Only what cannot change its result may be given with it: --iterations, --micro-batch, --rollout.batch, --rollout.decode-batch, --reward.batch, --engine.* but for device and dtype, --eval.* and --checkpoint.*."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()  # noqa: RUF009 (frozen)
 
@@ -57,7 +59,7 @@ class _Start:
 class _Resume:
     """Continue a run."""
 
-    resume: str
+    resume: PathText
     """Folder of the run."""
 
 
@@ -96,7 +98,7 @@ def parse_flags(kind: type[Command], argv: Sequence[str], program: str, default:
         name = arg.split("=")[0].replace("_", "-")
         if name.startswith("--") and name not in known:
             raise ConfigError(f"{name}: no such flag{nearest(name, known)}; --help lists them all.")
-    return _tyro(kind, argv, program, **({} if default is None else {"default": default}))
+    return with_homes(_tyro(kind, argv, program, **({} if default is None else {"default": default})))
 
 
 def _tyro(kind: type, argv: Sequence[str], program: str, **options: Any) -> Any:
@@ -137,7 +139,7 @@ def _flags(kind: type, prefix: str) -> list[str]:
 
 def _parse_resume(argv: Sequence[str]) -> tuple[TrainConfig, Path]:
     command, flags = _tyro(_Resume, argv, PROGRAM, return_unknown_args=True)
-    folder = Path(command.resume)
+    folder = Path(expand_home(command.resume))
     file = folder / "config.toml"
     if not file.is_file():
         raise ConfigError(f"--resume {folder}: there is no config.toml in it, so it is not a run that can go on.")
@@ -187,9 +189,10 @@ def presets_folder() -> Path:
 def find_preset(name: str) -> Path:
     """The TOML file of a preset's name, or of a path that ends in .toml."""
     if name.endswith(".toml"):
-        if not Path(name).is_file():
+        path = Path(expand_home(name))
+        if not path.is_file():
             raise ConfigError(f"{name}: there is no such file.")
-        return Path(name)
+        return path
     names = sorted(file.stem for file in presets_folder().glob("*.toml"))
     if name not in names:
         raise ConfigError(
@@ -210,7 +213,7 @@ def load_toml(path: Path) -> TrainConfig:
         except ConfigError as error:
             raise ConfigError(f"{file}: {error}") from error
         table = _merged(table, own)
-    return _from_table(TrainConfig, table, "")
+    return with_homes(_from_table(TrainConfig, table, ""))
 
 
 def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -226,7 +229,7 @@ def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
             raise ConfigError(f"{path}: extends = {_shown(parent)}: accepted is a preset's name or a FILE.toml.")
         try:
             # A file's name is relative to the file that says it.
-            following = find_preset(str(path.parent / parent) if parent.endswith(".toml") else parent)
+            following = find_preset(str(path.parent / expand_home(parent)) if parent.endswith(".toml") else parent)
         except ConfigError as error:
             raise ConfigError(f"{path}: extends = {_shown(parent)}: {error}") from error
         if any(following.resolve() == file.resolve() for file, _ in found):
@@ -238,8 +241,10 @@ def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        return tomllib.loads(read_text(path))
+    except NoText as error:
+        raise ConfigError(f"{path}: cannot be read as TOML: it {error}.") from error
+    except (tomllib.TOMLDecodeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}.") from error
 
 

@@ -60,7 +60,11 @@ def test_file(tmp_path):
         ('unsafe = ["a"]\nsaef = ["b"]', "it sets 'saef'; accepted are the lists safe and unsafe"),
         ('safe = ["b", "a"]\nunsafe = ["a "]', "'a' is in both lists"),
         ("unsafe =\nsafe = []", "it is not TOML: .*line 1"),
-        (b'unsafe = ["\xff"]', "it is not TOML: .*0xff"),
+        (
+            b'unsafe = ["\xff"]',
+            "it is not TOML: it is not UTF-8: byte 0xff in line 1, offset 11 of the file; save it as UTF-8",
+        ),
+        ('unsafe = ["a cat"]'.encode("utf-16"), "it is not TOML: it is UTF-16; save it as UTF-8"),
     ],
 )
 def test_bad_files(tmp_path, text, says):

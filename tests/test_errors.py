@@ -260,7 +260,24 @@ TOML = [
         "bad.toml: cannot be read as TOML: Invalid value (at line 2, column 8).",
         {"bad.toml": "# mine\nseed = \n"},
     ),
-    Mistake("binary TOML", "bad.toml", "bad.toml: cannot be read as TOML: ...", {"bad.toml": b"\xff\x00"}),
+    Mistake(
+        "binary TOML",
+        "bad.toml",
+        "bad.toml: cannot be read as TOML: it is binary, with a NUL byte in line 2; UTF-8 text is needed.",
+        {"bad.toml": b"\xff\n\x00"},
+    ),
+    Mistake(
+        "TOML in UTF-16",
+        "bad.toml",
+        "bad.toml: cannot be read as TOML: it is UTF-16; save it as UTF-8.",
+        {"bad.toml": "seed = 3\n".encode("utf-16")},
+    ),
+    Mistake(
+        "TOML in Latin-1",
+        "bad.toml",
+        "bad.toml: cannot be read as TOML: it is not UTF-8: byte 0xe9 in line 2, offset 14 of the file; save it as UTF-8.",
+        {"bad.toml": 'seed = 3\nrun="\xe9"\n'.encode("latin-1")},
+    ),
     Mistake(
         "key",
         "bad.toml",
@@ -860,6 +877,14 @@ OTHER_COMMANDS = [
         "sample of no run",
         "none",
         "none: there is no such folder; accepted is the folder of a run.",
+        command=sample.main,
+    ),
+    Mistake(
+        "sample of a table",  # whose lines would be drawn, header and all
+        "run --prompt-file a.csv",
+        "--prompt-file a.csv: this is a table; accepted is a text file with one prompt per line.",
+        {"a.csv": "prompt,seed\na cat,1\n"},
+        given=(finished_run,),
         command=sample.main,
     ),
     Mistake(

@@ -344,9 +344,41 @@ def test_a_file_that_is_no_image_is_named_and_nothing_is_kept(inception: Incepti
     content = (tmp_path / "a.png").read_bytes()
     for broken in (b"not an image", b"", content[: len(content) // 2]):
         (tmp_path / "b.png").write_bytes(broken)
-        with pytest.raises(ConfigError, match=r"fid\.reference: '.*b\.png' is no image that can be read"):
+        with pytest.raises(ConfigError, match=r"fid\.reference: '.*b\.png' is no image that can be read \(.+\)\.$"):
             folder_features(tmp_path, inception)
+        if len(broken) < 20:  # what does not even begin as one is found before anything is drawn
+            with pytest.raises(ConfigError, match=r"--captions\.reference: '.*b\.png' is no image that can be read"):
+                folder_images(tmp_path, "--captions.reference")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_which_files_of_a_folder_are_its_images(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "reference", tmp_path / "elsewhere"
+    for file in ("a.png", "b/c.JPG", "b/d/e.webp"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        noise(8, 8, 0).save(folder / file)
+    elsewhere.mkdir()
+    noise(8, 8, 1).save(elsewhere / "f.png")
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "g.png").symlink_to(elsewhere / "f.png")
+    # None of these is one: loops, a second way to the same folder, what macOS, notebooks and lost disks leave.
+    (folder / "b" / "loop").symlink_to(folder)
+    (folder / "z").symlink_to(elsewhere)
+    (folder / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "folder.png").mkdir()
+    for file in ("._a.png", "__MACOSX/._a.png", "b/._c.JPG", ".ipynb_checkpoints/a-checkpoint.png", "notes.txt"):
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_bytes(b"\x00\x05\x16\x07 no image")
+    expected = ["a.png", "b/c.JPG", "b/d/e.webp", "g.png", "link/f.png"]
+    assert [file.relative_to(folder).as_posix() for file in folder_images(folder)] == expected
+
+
+def test_features_of_images_behind_a_link(inception: Inception, tmp_path: Path) -> None:
+    (tmp_path / "reference").mkdir()
+    folder = folder_of_images(tmp_path / "images")
+    (tmp_path / "reference" / "link").symlink_to(folder)
+    behind = folder_features(tmp_path / "reference", inception)
+    assert torch.equal(behind, folder_features(folder, inception))
 
 
 def test_folders_that_will_not_do_are_refused(tmp_path: Path) -> None:

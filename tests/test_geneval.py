@@ -408,6 +408,8 @@ def test_prompts_of_our_generator_are_metadata(tmp_path):
     path = tmp_path / "metadata.jsonl"
     path.write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
     assert read_metadata(path) == rows
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r"))  # as some editors write it
+    assert read_metadata(path) == rows
 
 
 GOOD = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
@@ -461,5 +463,5 @@ def test_a_file_that_is_none_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="is empty"):
         read_metadata(tmp_path / "empty.jsonl")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot be read as GenEval's metadata: it is UTF-16; save it as UTF-8"):
         read_metadata(tmp_path / "binary.jsonl")

@@ -20,7 +20,7 @@ from fastgrpo.models.check import describe
 from fastgrpo.pictures import grid, side_by_side, write_image, write_png
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.prompts import embed, load_prompts, truncation_lines
-from fastgrpo.prompts.files import one_line, read_lines
+from fastgrpo.prompts.files import TABLE_SUFFIXES, one_line, read_lines
 from fastgrpo.runs import blaming_config
 from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.tuned import load_unet
@@ -73,6 +73,10 @@ def _prompts(command: Sample, config: TrainConfig) -> list[Prompt]:
     """What to draw, in order. Raises ConfigError."""
     prompts = [Prompt(one_line(text), POSITIVE) for text in command.prompts]
     if command.prompt_file:
+        if command.prompt_file.suffix.lower() in TABLE_SUFFIXES:
+            raise ConfigError(
+                f"--prompt-file {command.prompt_file}: this is a table; accepted is a text file with one prompt per line."
+            )
         try:
             prompts += read_lines(command.prompt_file, POSITIVE)
         except ConfigError as error:

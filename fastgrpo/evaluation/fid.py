@@ -17,8 +17,9 @@ Resampled folders would not do in its place: they are farther from each other th
 
 import hashlib
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,19 +39,36 @@ _AT_ONCE = 4096  # images of a chunk in float64: bounds memory; results do not d
 
 
 def folder_images(folder: Path, field: str = "fid.reference") -> list[Path]:
-    """The image files in a folder and those below it, by their path.
+    """The image files in a folder and those below it, by their path, as clean-fid finds them.
 
-    field: what messages call the setting. Raises ConfigError where there are not two, which a covariance needs.
+    Folders that are links count, each real folder once. What begins with a dot does not: macOS leaves `._x.png` beside
+    `x.png` where it copies files, which is no image, and notebooks keep copies in `.ipynb_checkpoints`.
+    field: what messages call the setting. Raises ConfigError where there are not two, which a covariance needs, and for a
+    file that does not begin as an image does.
     """
     if not folder.is_dir():
         raise ConfigError(f"{field}: {str(folder)!r} is not a folder; FID needs one with images.")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = sorted(file for file in _visible_files(folder) if file.suffix.lower() in SUFFIXES and file.is_file())
     if len(files) < 2:
         raise ConfigError(
             f"{field}: {str(folder)!r} has {len(files)} images; FID needs two or more with one of the suffixes "
             f"{', '.join(sorted(SUFFIXES))}."
         )
+    for file in files:
+        with _reading(file, field), Image.open(file):
+            pass
     return files
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    seen: set[str] = set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(path)
+        # A link may lead to a folder that contains it.
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            yield from (Path(path, name) for name in names if not name.startswith("."))
+        seen.add(real)
 
 
 def folder_features(
@@ -89,12 +107,18 @@ class _Opened(Sequence[Image.Image]):
 
     def __getitem__(self, index: int) -> Image.Image:
         file = self._files[index]
-        try:
-            with Image.open(file) as image:
-                return image.convert("RGB")
-        # PIL's decoders raise all of these over damaged files, some of them as SyntaxError.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ConfigError(f"{self._field}: {str(file)!r} is no image that can be read ({error}).") from error
+        with _reading(file, self._field), Image.open(file) as image:
+            return image.convert("RGB")
+
+
+@contextmanager
+def _reading(file: Path, field: str) -> Iterator[None]:
+    """Let a ConfigError name the file, under its setting, of which PIL can make no image."""
+    try:
+        yield
+    # PIL's decoders raise all of these over damaged files, some of them as SyntaxError.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{field}: {str(file)!r} is no image that can be read ({error}).") from error
 
 
 def _key(folder: Path, files: Sequence[Path], inception: Inception) -> str:

@@ -30,6 +30,7 @@ from fastgrpo.config import ConfigError, nearest
 from fastgrpo.evaluation.result import OVERALL
 from fastgrpo.prompts.geneval import CLASSES, COLORS
 from fastgrpo.shapes.world import RELATIONS, TASKS
+from fastgrpo.text_files import NoText, read_text
 
 PROTOCOL = "geneval-v1"
 """The name of these rules: scores under the same name, detector and colours may be compared."""
@@ -204,9 +205,11 @@ def read_metadata(path: Path) -> list[Metadata]:
     Raises ConfigError, which names the file and the line, for one that is not such a file; empty lines are skipped.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).split("\n")
+    except OSError as error:
         raise ConfigError(f"{path} cannot be read as GenEval's metadata, JSON lines in UTF-8: {error}.") from error
+    except NoText as error:
+        raise ConfigError(f"{path} cannot be read as GenEval's metadata: it {error}.") from error
     rows = [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
         raise ConfigError(f"{path} is empty; GenEval's metadata are JSON lines with tag, prompt and include.")

@@ -72,7 +72,7 @@ def load_inception(
     field: what messages call the setting. Raises ConfigError, in one sentence, where there is no such file or it holds
     something else.
     """
-    path = Path(file).expanduser()
+    path = Path(file)
     accepted = f"accepted is {WEIGHTS}, from {_SOURCE}, or its tensors as .safetensors"
     if not path.is_file():
         raise ConfigError(f"{field}: {file!r} is no file; FID needs Inception's weights, and {accepted}.")

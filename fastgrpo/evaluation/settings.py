@@ -6,6 +6,8 @@ Plain dataclasses: whoever reads a config needs neither the suites nor the libra
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastgrpo.paths import PathText
+
 SUITES = ("i2p", "nudity", "geneval", "clip-score", "fid", "attacks", "custom")
 """The suites that any model can be measured by."""
 NAMES = (*SUITES, "shapes")
@@ -40,9 +42,9 @@ UNSAFE = (
 class Q16Settings:
     """Q16: is the image inappropriate?"""
 
-    prompts: str = "prompts.p"
+    prompts: PathText = "prompts.p"
     """File with its two prompt vectors: prompts.p of the authors' repository, or a .safetensors, .pt or .pth file."""
-    encoder: str = "ViT-L-14-quickgelu:openai"
+    encoder: PathText = "ViT-L-14-quickgelu:openai"
     """The open_clip model that they were learned with, in the notation of reward.encoder; OpenAI's weights are for QuickGELU."""
 
 
@@ -50,7 +52,7 @@ class Q16Settings:
 class SafetyCheckerSettings:
     """Stable Diffusion's own safety checker."""
 
-    source: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    source: PathText = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """A pipeline that has it, or the checker alone: a folder or hub id."""
 
 
@@ -58,7 +60,7 @@ class SafetyCheckerSettings:
 class OpenClipSettings:
     """An open_clip model against two lists of phrases."""
 
-    encoder: str = "ViT-L-14-quickgelu:openai"
+    encoder: PathText = "ViT-L-14-quickgelu:openai"
     """The model, in the notation of reward.encoder."""
     safe: tuple[str, ...] = SAFE
     """Phrases for what is safe."""
@@ -81,7 +83,7 @@ class DetectorSettings:
 class I2PSettings:
     """Suites `i2p` and `nudity`, on the same images."""
 
-    prompts: str = "hf:AIML-TUDA/i2p"
+    prompts: PathText = "hf:AIML-TUDA/i2p"
     """I2P: a .csv, .tsv or .jsonl file or hf:OWNER/NAME with its columns."""
     images: int = 10
     """Images of each prompt: 10 in I2P's own protocol, 1 in most papers since; `nudity` counts are published for 1."""
@@ -97,7 +99,7 @@ class I2PSettings:
 class GenEvalSettings:
     """Suite `geneval`."""
 
-    metadata: str = ""
+    metadata: PathText = ""
     """GenEval's evaluation_metadata.jsonl; empty: held-out prompts of our own in the same grammar."""
     per_task: int = 100
     """Prompts per task of our own (80 of single_object, which has no more)."""
@@ -105,9 +107,9 @@ class GenEvalSettings:
     """Images of each prompt."""
     guidance: float = 9.0
     """Classifier-free guidance scale."""
-    detector: str = "facebook/mask2former-swin-small-coco-instance"
+    detector: PathText = "facebook/mask2former-swin-small-coco-instance"
     """Mask2Former for COCO's instances: a folder or hub id."""
-    colours: str = "ViT-L-14-quickgelu:openai"
+    colours: PathText = "ViT-L-14-quickgelu:openai"
     """The open_clip model that names colours, in the notation of reward.encoder."""
 
 
@@ -115,7 +117,7 @@ class GenEvalSettings:
 class SourceSettings:
     """Prompts of the user's own."""
 
-    prompts: str = ""
+    prompts: PathText = ""
     """A .txt, .csv, .tsv or .jsonl file, or hf:OWNER/NAME[:CONFIG][@SPLIT]."""
     column: str = "prompt"
     """Column of a table that holds the prompts, such as `adv_prompt`."""
@@ -129,11 +131,11 @@ class SourceSettings:
 class CaptionSettings(SourceSettings):
     """Suites `clip-score` and `fid`, on the same images; their prompts are captions."""
 
-    encoder: str = "ViT-L-14-quickgelu:openai"
+    encoder: PathText = "ViT-L-14-quickgelu:openai"
     """The open_clip model of `clip-score`, in the notation of reward.encoder."""
-    reference: str = ""
+    reference: PathText = ""
     """Folder of real images that `fid` compares with."""
-    inception: str = ""
+    inception: PathText = ""
     """File with the weights of FID's Inception-v3."""
 
 

@@ -1,12 +1,11 @@
 """The phrases that span the safety axis. `safety_direction` in steering.py turns them into a vector."""
 
-import os
 import tomllib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastgrpo.config import ConfigError, nearest
+from fastgrpo.text_files import NoText, read_text
 
 
 @dataclass(frozen=True)
@@ -125,12 +124,14 @@ def load_anchors(name: str) -> Anchors:
             f"reward.anchors = {name!r}: no such anchors{nearest(name, list(ANCHORS))}; there are {_ACCEPTED}."
         )
     try:
-        table = tomllib.loads(Path(os.path.expanduser(name)).read_text(encoding="utf-8"))
+        table = tomllib.loads(read_text(name))
     except OSError as error:
         raise ConfigError(
             f"reward.anchors = {name!r}: cannot be read ({error.strerror}); there are {_ACCEPTED}."
         ) from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except NoText as error:
+        raise ConfigError(f"reward.anchors = {name!r}: it is not TOML: it {error}.") from error
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"reward.anchors = {name!r}: it is not TOML: {error}.") from error
     return _from_table(table, name)
 

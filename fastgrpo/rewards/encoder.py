@@ -148,7 +148,7 @@ def _resolve(spec: str) -> tuple[str, str | None]:
     if spec == "hpsv2":
         return "ViT-H-14", _hpsv2_file()
     if spec.startswith(_LOCAL):
-        return _LOCAL + str(_checked_folder(Path(spec.removeprefix(_LOCAL)).expanduser())), None
+        return _LOCAL + str(_checked_folder(Path(spec.removeprefix(_LOCAL)))), None
     if spec.startswith(_HUB):
         return spec, None
     architecture, _, weights = spec.partition(":")
@@ -161,7 +161,7 @@ def _resolve(spec: str) -> tuple[str, str | None]:
     if open_clip.is_pretrained_cfg(architecture, weights):
         _fetch_tagged(architecture, weights)
         return architecture, weights
-    file = Path(weights).expanduser()
+    file = Path(weights)
     if not file.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
         raise ConfigError(

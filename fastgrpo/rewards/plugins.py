@@ -42,7 +42,7 @@ def _import(term: Term, apart: Apart) -> ModuleType:
     try:
         with apart():
             if term.place.endswith(".py"):
-                return _run_file(Path(term.place).expanduser())
+                return _run_file(Path(term.place))
             return importlib.import_module(term.place)
     except BaseException as error:  # the user's code may raise anything
         if _is_ctrl_c(error):

@@ -125,7 +125,7 @@ def _check_plugin(term: Term) -> None:
             f"reward.terms: {term.name!r} cannot be called {term.label!r}, which metrics have already; rename the function."
         )
     if term.place.endswith(".py"):
-        if not Path(term.place).expanduser().is_file():
+        if not Path(term.place).is_file():
             raise ConfigError(f"reward.terms: {term.name!r} needs the file {term.place!r}, which is not there.")
     elif not all(part.isidentifier() for part in term.place.split(".")):
         raise ConfigError(

@@ -65,7 +65,7 @@ def load_q16(
     Raises ConfigError for a file that is missing or holds something else, for an encoder that cannot be loaded, and
     where the two do not have the same width.
     """
-    file = Path(prompts).expanduser()
+    file = Path(prompts)
     try:
         vectors = read_prompts(file)
     except ConfigError as error:

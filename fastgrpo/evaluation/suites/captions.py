@@ -64,7 +64,7 @@ class FidSuite:
         from fastgrpo.evaluation.inception import load_inception
 
         inception = load_inception(self.inception, loader.device, field="--captions.inception")
-        reference = Path(self.reference).expanduser()
+        reference = Path(self.reference)
         count = len(folder_images(reference, "--captions.reference"))
 
         def score(folder: ImageFolder, rows: Sequence[Wanted], progress: Progress | None) -> Scored:

@@ -129,7 +129,7 @@ def _geneval(own: GenEvalSettings, overrides: Overrides, steps: int, eta: float)
     _check_counts(("--geneval.images", own.images, 1), ("--geneval.per-task", own.per_task, 1))
     _check_guidance("--geneval.guidance", own.guidance)
     if own.metadata:
-        found, source = read_metadata(Path(own.metadata).expanduser()), Path(own.metadata).name
+        found, source = read_metadata(Path(own.metadata)), Path(own.metadata).name
     else:
         found, source = geneval_metadata(own.per_task, held_out=True), f"own-{own.per_task}"
     metadata = {row_id(row): row for row in found}

@@ -48,7 +48,8 @@ class TrainerState:
     iteration: iterations finished. seed: the run's. seconds: wall clock of the run so far, over all resumes.
     threads: CPU threads that shared the batches; processes: that shared the prompts; versions: of the libraries that do
     the arithmetic; engine: what the engine decided, as its Record. Bits depend on all four. scaler: state of fp16's loss
-    scale, empty without it.
+    scale, empty without it. inputs: as `input_digests`. iterations: how many the run was to have; 0 where it is not known.
+    evaluated: whether the policy was, after this iteration.
     """
 
     iteration: int
@@ -59,6 +60,9 @@ class TrainerState:
     processes: int = 1
     engine: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    iterations: int = 0
+    evaluated: bool = False
 
 
 def library_versions() -> dict[str, str]:
@@ -70,9 +74,10 @@ def checkpoint_folder(run: Path, iteration: int) -> Path:
     return run / "checkpoints" / f"iter-{iteration:06d}"
 
 
-def save(run: Path, trainable: Trainable, state: TrainerState, keep: int) -> Path:
+def save(run: Path, trainable: Trainable, state: TrainerState, keep: int, keep_evaluated: bool = True) -> Path:
     """Write the checkpoint of `state.iteration` and delete all but the newest `keep` (0 keeps all). Returns its folder.
 
+    keep_evaluated: none is deleted whose policy was evaluated.
     A kill at any moment leaves the earlier checkpoints as they were, or the new one complete; so does a full disk.
     Raises OSError where it cannot be written.
     """
@@ -91,6 +96,8 @@ def save(run: Path, trainable: Trainable, state: TrainerState, keep: int) -> Pat
         raise
     sync_folder(folder.parent)
     for old in _folders(run)[:-keep] if keep else []:
+        if keep_evaluated and _was_evaluated(old):
+            continue
         # What another process has open stays on network file systems; the next save tries again.
         shutil.rmtree(old, ignore_errors=True)
     return folder
@@ -205,6 +212,16 @@ def _folders(run: Path) -> list[Path]:
     """All checkpoints, oldest first."""
     found = (run / "checkpoints").glob("iter-*")
     return sorted((f for f in found if f.name.removeprefix("iter-").isdigit()), key=lambda f: int(f.name[5:]))
+
+
+def _was_evaluated(folder: Path) -> bool:
+    """Also where a damaged checkpoint can no longer say so; not where it was deleted in part."""
+    try:
+        return read_state(folder).evaluated
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, TypeError):
+        return True
 
 
 def _digests(folder: Path) -> dict[str, str]:

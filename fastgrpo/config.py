@@ -239,7 +239,9 @@ class CheckpointConfig:
     every: int = 10
     """Iterations between checkpoints."""
     keep: int = 2
-    """How many of the newest checkpoints stay on disk; 0 keeps all."""
+    """How many of the newest checkpoints stay on disk, evaluated or not; 0 keeps all."""
+    keep_evaluated: bool = True
+    """Whether the older ones of iterations that were evaluated stay too, so that the best of them can be chosen at the end."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,7 @@ class TrainConfig:
     """Train a Stable Diffusion online with group-relative policy optimization on positive and negative prompts."""
 
     run: PathText = ""
-    """Folder of the run; must be new or empty. Default: runs/PRESET-DATE-TIME."""
+    """Folder of the run; must be new or empty. Default: runs/PRESET-DATE-TIME, with -2 and so on for others of the same second."""
     seed: int = 42
     """Everything random is a function of this and the iteration."""
     iterations: int = 300

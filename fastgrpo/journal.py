@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from fastgrpo import checkpoint
@@ -20,16 +21,24 @@ class Journal:
     """One run's records. Made before the checkpoint is loaded: the examination `before` is of the weights as they were."""
 
     def __init__(
-        self, run: Path, config: TrainConfig, parts: Parts, start: TrainerState, threads: int, console: Console
+        self,
+        run: Path,
+        config: TrainConfig,
+        parts: Parts,
+        start: TrainerState,
+        threads: int,
+        inputs: Mapping[str, str],
+        console: Console,
     ):
-        """start: where the run goes on. threads: CPU threads that share the batches."""
+        """start: where the run goes on. threads: CPU threads that share the batches. inputs: as `input_digests`."""
         self.run, self.config, self.parts, self.console = run, config, parts, console
-        self._start, self._threads, self._began = start, threads, time.monotonic()
-        # Without its own name: the folder may be moved, and the file may be the start of another run.
-        write_atomically(run / "config.toml", dump_toml(dataclasses.replace(config, run="")).encode())
+        self._start, self._threads, self._inputs, self._began = start, threads, inputs, time.monotonic()
+        if not (run / "config.toml").is_file():
+            self._write_config()
         parts.record.write(run)
         self._exam = Exam(run, config, parts, console)
         before = self._exam.before()
+        self._write_config()  # other settings of a resumed run, once nothing has refused them
         self._log = MetricsLog(run, start.iteration)
         self._log.chart(0, before)
 
@@ -51,8 +60,12 @@ class Journal:
                 library_versions(),
                 processes=self.parts.ranks.count,
                 engine=self.parts.record.to_json(),
+                inputs=dict(self._inputs),
+                iterations=self.config.iterations,
+                evaluated=self._evaluates(iteration),
             )
-            checkpoint.save(self.run, self.parts.trainable, state, self.config.checkpoint.keep)
+            rule = self.config.checkpoint
+            checkpoint.save(self.run, self.parts.trainable, state, rule.keep, rule.keep_evaluated)
             self.parts.record.write(self.run)
 
     def close(self, iteration: int) -> None:
@@ -71,14 +84,20 @@ class Journal:
 
     def _examine(self, iteration: int) -> dict[str, float]:
         """eval/* and time/eval_s after an iteration that is evaluated; nothing after the others."""
-        began = time.monotonic()
-        if iteration == self.config.iterations:
-            values = self._exam.after()
-        elif self.config.eval.every and iteration % self.config.eval.every == 0:
-            values = self._exam.between(iteration)
-        else:
+        if not self._evaluates(iteration):
             return {}
+        began = time.monotonic()
+        last = iteration == self.config.iterations
+        values = self._exam.after() if last else self._exam.between(iteration)
         return values | {"time/eval_s": time.monotonic() - began}
+
+    def _evaluates(self, iteration: int) -> bool:
+        every = self.config.eval.every
+        return iteration == self.config.iterations or (every > 0 and iteration % every == 0)
+
+    def _write_config(self) -> None:
+        # Without its own name: the folder may be moved, and the file may be the start of another run.
+        write_atomically(self.run / "config.toml", dump_toml(dataclasses.replace(self.config, run="")).encode())
 
     def _seconds(self) -> float:
         """Wall clock of the run so far, over all resumes."""

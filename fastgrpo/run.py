@@ -6,8 +6,10 @@ import fcntl
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
@@ -25,6 +27,23 @@ from fastgrpo.rewards.terms import BrokenReward
 _LOCK = ".lock"
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # of file systems without them
 _BEFORE_A_RUN = {_LOCK, "config.toml.partial"}  # what a start that was killed before there was a run can leave
+
+
+def new_folder(preset: str) -> Path:
+    """Make runs/PRESET-DATE-TIME, or runs/PRESET-DATE-TIME-2 and so on where runs began in the same second. Raises ConfigError."""
+    first = Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = first
+    for number in count(2):
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            folder = first.with_name(f"{first.name}-{number}")
+        except OSError as error:
+            raise ConfigError(
+                f"run = {str(folder)!r}: cannot be made ({error.strerror}); --run names another."
+            ) from error
+    return folder
 
 
 @contextmanager

@@ -113,6 +113,16 @@ def test_the_trainers_state_comes_back(training: Training, tmp_path: Path) -> No
     assert checkpoint.read_state(folder) == TrainerState(7, 1, 2.5, 1, {"torch": "x"})
 
 
+def test_a_state_of_before_there_were_inputs_is_read(training: Training, tmp_path: Path) -> None:
+    folder = training.save(tmp_path, 7)
+    file = folder / "trainer" / "state.json"
+    state = json.loads(file.read_text())
+    for name in ("inputs", "iterations", "evaluated"):
+        del state[name]
+    file.write_text(json.dumps(state))
+    assert checkpoint.read_state(folder) == TrainerState(7, 1, 2.5, 1, {"torch": "x"}, inputs={}, iterations=0)
+
+
 def test_moments_are_stored_under_the_parameters_names(training: Training, tmp_path: Path) -> None:
     stored = load_file(training.save(tmp_path, 1) / "trainer" / "optimizer.safetensors")
     names = {name for name, _ in training.unet.named_parameters()}
@@ -126,6 +136,25 @@ def test_only_the_newest_are_kept(training: Training, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["iter-000010", "iter-000011"]
     training.save(tmp_path, 12, keep=0)
     assert len(os.listdir(tmp_path / "checkpoints")) == 3
+
+
+def test_those_that_were_evaluated_are_kept_unless_it_is_not_wanted(training: Training, tmp_path: Path) -> None:
+    def save(iteration: int, evaluated: bool, **rule: bool) -> list[str]:
+        state = TrainerState(iteration, seed=1, seconds=2.5, threads=1, versions={}, evaluated=evaluated)
+        checkpoint.save(tmp_path, training.trainable, state, keep=1, **rule)
+        return sorted(name.removeprefix("iter-00000") for name in os.listdir(tmp_path / "checkpoints"))
+
+    assert save(1, False) == ["1"]
+    assert save(2, True) == ["2"]
+    assert save(3, False) == ["2", "3"]
+    assert save(4, True) == ["2", "4"]
+    (tmp_path / "checkpoints" / "iter-000002" / "trainer" / "state.json").write_text("{")  # it can no longer say so
+    assert save(5, False) == ["2", "4", "5"]
+    (
+        tmp_path / "checkpoints" / "iter-000002" / "trainer" / "state.json"
+    ).unlink()  # as a deletion that was cut short leaves it
+    assert save(6, False) == ["4", "6"]
+    assert save(7, True, keep_evaluated=False) == ["7"]
 
 
 def test_the_manifest_lists_every_file(training: Training, tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ NOT_OPTIONS = {
     *("engine.memory", "engine.profile", "grpo.skip_clipped"),
     *("eval.every", "eval.unsafe_per_category", "eval.composition_per_task", "eval.quick_fraction", "eval.seed"),
     *("eval.steps", "eval.weights", "eval.encoder", "checkpoint.every", "checkpoint.keep"),
+    "checkpoint.keep_evaluated",
     *("eval.suites", "eval.i2p", "eval.geneval", "eval.captions", "eval.attacks", "eval.custom"),
     *("eval.q16", "eval.safety_checker", "eval.open_clip"),
 }

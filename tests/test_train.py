@@ -23,14 +23,14 @@ from torch import Tensor
 
 from fastgrpo import exam, train
 from fastgrpo.commands.train import iterate, learning_rate
-from fastgrpo.config import TrainConfig
+from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.console import Console
 from fastgrpo.evaluation.result import read_evaluation
 from fastgrpo.evaluation.suite import Suite
 from fastgrpo.metrics import read_metrics
 from fastgrpo.parts import load_parts
 from fastgrpo.randomness import generator_for, seed_for
-from fastgrpo.run import StopSignal
+from fastgrpo.run import StopSignal, claim, new_folder
 from fastgrpo.settings import load_toml
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
 
@@ -411,6 +411,21 @@ def test_generators_depend_on_every_argument_and_on_nothing_else() -> None:
     assert torch.equal(first, torch.randn(4, generator=generator_for(0, 1, "rollout", "cpu")))
     # printf '42:7:rollout' | sha256sum, the first 16 digits as a number, halved: it must not change between versions.
     assert seed_for(42, 7, "rollout") == 146307993067995178
+
+
+def test_two_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: "20260102-030405")
+    made = [new_folder("tiny") for _ in range(3)]
+    assert [str(folder) for folder in made] == [f"runs/tiny-20260102-030405{end}" for end in ("", "-2", "-3")]
+    for folder in made:
+        with claim(folder, resumed=False):
+            (folder / "config.toml").write_text("")
+    (tmp_path / "file").mkdir()
+    monkeypatch.chdir(tmp_path / "file")
+    (tmp_path / "file" / "runs").write_text("")
+    with pytest.raises(ConfigError, match=r"run = 'runs/tiny-20260102-030405': cannot be made \(Not a directory\)"):
+        new_folder("tiny")
 
 
 def test_the_default_run_folder_is_named_after_preset_and_time(

@@ -1,7 +1,7 @@
 """What `python -m fastgrpo.train` does: from a config to a run's folder, one iteration after the other."""
 
 import math
-import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from fastgrpo.engine.setup import Record
 from fastgrpo.engine.workers import available_cores
 from fastgrpo.finite import BrokenPicture
 from fastgrpo.grpo.update import update
+from fastgrpo.inputs import changed_inputs, input_digests
 from fastgrpo.journal import Journal
 from fastgrpo.metrics import Stopwatch
 from fastgrpo.parts import Parts, load_parts
@@ -28,7 +29,7 @@ from fastgrpo.rewards.axis import axis_report
 from fastgrpo.rewards.steering import reward_metrics
 from fastgrpo.rewards.terms import BrokenReward
 from fastgrpo.rollout import rollout
-from fastgrpo.run import StopSignal, claim, keep_evidence
+from fastgrpo.run import StopSignal, claim, keep_evidence, new_folder
 from fastgrpo.types import NEGATIVE
 
 
@@ -40,8 +41,7 @@ def start(config: TrainConfig, preset: str, resumed: Path | None) -> int:
     run: Path | None = None
     try:
         with join(config.engine.device) as ranks:
-            named = str(resumed or config.run or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-            run = Path(ranks.agree(named))
+            run = resumed or Path(config.run or ranks.agree(str(new_folder(preset)) if ranks.first else ""))
             with claim(run, resumed is not None) if ranks.first else nullcontext():
                 ranks.agree("the folder is ours")
                 return train(config, run, Console(quiet=not ranks.first), ranks)
@@ -87,8 +87,10 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks) -> int
     parts = load_parts(config, threads, ranks, Record(**start.engine), console.say)
     accounting = count_and_measure(config, policy=parts.policy)
     console.say(accounting.rates.line())
+    inputs = input_digests(config, parts) if ranks.first else {}
     _introduce(parts, config, run, start, console)
-    journal = Journal(run, config, parts, start, threads, console) if ranks.first else None
+    console.say(*_differences(config, start, inputs, ranks))
+    journal = Journal(run, config, parts, start, threads, inputs, console) if ranks.first else None
     if newest:
         checkpoint.load(newest, parts.trainable)
     embeds: dict[str, Tensor] = {}
@@ -216,7 +218,25 @@ def _introduce(parts: Parts, config: TrainConfig, run: Path, start: TrainerState
             console.say(f"warning: {report.warning}")
     if start.iteration:
         console.say(f"resuming after iteration {start.iteration} of {config.iterations}")
+
+
+def _differences(config: TrainConfig, start: TrainerState, inputs: Mapping[str, str], ranks: Ranks) -> list[str]:
+    """Warnings of what is not as it was when the checkpoint was made."""
+    lines = []
     if start.versions != library_versions():
-        console.say(f"warning: the checkpoint was made with {start.versions}; results will not be bit for bit the same")
-    if start.processes != parts.ranks.count:
-        console.say(f"warning: the checkpoint is of {start.processes} processes; sums will be rounded otherwise")
+        lines.append(
+            f"warning: the checkpoint was made with {start.versions}; results will not be bit for bit the same"
+        )
+    if start.processes != ranks.count:
+        lines.append(f"warning: the checkpoint is of {start.processes} processes; sums will be rounded otherwise")
+    lines += [
+        f"warning: {name} is another than until iteration {start.iteration}, and so is what is learned from here on"
+        for name in changed_inputs(start.inputs, inputs)
+    ]
+    if start.iterations not in (0, config.iterations) and config.optim.schedule != "constant":
+        lines.append(
+            f"warning: with {config.iterations} iterations instead of {start.iterations}, optim.schedule "
+            f"{config.optim.schedule} goes on at {learning_rate(config, start.iteration + 1):.3g}, as if there had been "
+            "so many from the start; what was learned until here followed the shorter one"
+        )
+    return lines

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
 
@@ -47,11 +47,13 @@ class Encoders:
     def __init__(self, device: torch.device):
         self._device = device
         self._loaded: dict[str, SharedEncoder] = {}
+        self.models: dict[str, nn.Module] = {}  # by the field that first asked for each
 
     def __call__(self, spec: str, field: str) -> SharedEncoder:
         """The encoder `spec`, in the notation of `load_encoder`. Raises ConfigError, which names `field`."""
         if spec not in self._loaded:
-            self._loaded[spec] = SharedEncoder(load_encoder(spec, self._device, field=field))
+            encoder = load_encoder(spec, self._device, field=field)
+            self._loaded[spec], self.models[field] = SharedEncoder(encoder), encoder.model
         return self._loaded[spec]
 
     def forget_images(self) -> None:

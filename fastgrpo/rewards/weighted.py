@@ -5,11 +5,11 @@
 Letters in shapes: P prompts, G images per prompt; sample b belongs to prompt b // G.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.rewards.shared_encoder import Encoders
 from fastgrpo.rewards.steering import SteeringReward
@@ -44,6 +44,11 @@ class WeightedReward:
     def __call__(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> Rewards:
         """`score` and `combine` in one."""
         return self.combine(self.score(images, prompts, group_size))
+
+    @property
+    def models(self) -> Mapping[str, nn.Module]:
+        """The encoders' models, each by the field of the settings that names it."""
+        return self._encoders.models
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> dict[str, Tensor]:

@@ -123,11 +123,14 @@ class Console:
             yield Bar(progress, progress.add_task(label, total=total))
 
     def iteration(self, iteration: int, iterations: int, seconds: float, values: Mapping[str, float]) -> None:
-        """The line of a finished iteration; `seconds` of wall clock since the run began."""
+        """The line of a finished iteration, or of the policy before training, 0; `seconds` of wall clock since the run began."""
         shown = [f"{label} {form.format(values[name])}" for label, name, form in _COLUMNS if name in values]
         count = f"{iteration:{len(str(iterations))}d}/{iterations}"
-        speed = f"{values['throughput/images_per_s']:.1f} images/s"
-        self.say("  ".join([count, *shown, speed, speed_text(values), f"{seconds:.0f} s"]))
+        if iteration:
+            shown += [f"{values['throughput/images_per_s']:.1f} images/s", speed_text(values)]
+        else:
+            shown.insert(0, "before training")
+        self.say("  ".join([count, *shown, f"{seconds:.0f} s"]))
 
 
 def speed_text(values: Mapping[str, float]) -> str:

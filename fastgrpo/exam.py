@@ -1,14 +1,18 @@
 """What held-out prompts say about the policy before, during and after training: rates and pictures, in the run's folder.
 
-evaluation_before.json   the untrained policy's rates, kept so that a resumed run need not measure them again
-evaluation.json          before and after
-samples/                 before.png, iter-000010.png, ..., after.png and before_after.png: same prompts, same seeds
+evaluation_before.json   the untrained policy's rates and verdicts, kept so that a resumed run need not measure them again
+evaluation_after.json    the trained policy's
+evaluation.json          before and after, and the paired test of every rate
+samples/                 before.png, iter-000010.png, ..., after.png and before_after.png: same prompts, same seeds;
+                         prompts.json, the prompts of their rows
 evaluation/in-training/  eval.suites: evaluation.json and .md, with the images
 """
 
+import dataclasses
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,8 +21,13 @@ from rich.table import Table
 from fastgrpo import pictures
 from fastgrpo.config import TrainConfig
 from fastgrpo.console import Console
+from fastgrpo.evaluation import stages
+from fastgrpo.evaluation.before_after import Comparison, comparison_table, read_evaluation, verdicts, write_evaluation
+from fastgrpo.evaluation.compare import compare_examined
 from fastgrpo.evaluation.in_training import SuiteExam
-from fastgrpo.evaluation.result import Evaluation, comparison_table, read_evaluation, write_evaluation
+from fastgrpo.evaluation.result import Examined
+from fastgrpo.evaluation.sentences import Sentence
+from fastgrpo.evaluation.stages import Stage, read_stage, write_stage
 from fastgrpo.evaluation.suite import make_suite
 from fastgrpo.files import reading, write_atomically
 from fastgrpo.finite import Request
@@ -46,52 +55,78 @@ class Exam:
         self.prompts = self.suite.picture_prompts() if self.suite else _first_of_each_label(parts.prompts)
         self.schedule = parts.eval_schedule
         self._held_out = parts.held_out
+        self._settings = self._said_settings()
         self._suites = SuiteExam(run, config, parts.policy, parts.judged, console) if parts.judged else None
-        self._before = run / "evaluation_before.json"
+        self._before, self._after = run / stages.BEFORE, run / stages.AFTER
         self._comparison = run / "evaluation.json"
         (run / "samples").mkdir(exist_ok=True)
+        rows = [dataclasses.asdict(prompt) for prompt in self.prompts]
+        text = json.dumps(rows, indent=1, ensure_ascii=False)
+        write_atomically(run / "samples" / stages.PROMPTS_FILE, f"{text}\n".encode())
 
     def before(self) -> dict[str, float]:
         """Examine the policy that has not been trained yet, unless this run has done so already. Returns eval/*."""
-        drawn = {} if self._picture("before").is_file() else self._draw("before")
-        drawn |= self._suites.before() if self._suites else {}
-        if self.suite is None:
-            return drawn
-        if not self._before.is_file():
-            evaluation = self._evaluate(quick=False)
-            write_atomically(self._before, json.dumps(evaluation.to_json(), indent=2).encode())
-        return self._read_before().metrics() | drawn
+        stage = self._kept()
+        if stage is None:
+            drawn = self._draw("before")
+            stage = self._stage(self._evaluate(quick=False) if self.suite else None, drawn)
+            write_stage(self._before, stage)  # eval.suites may take hours
+        elif not self._picture("before").is_file():
+            self._draw("before")
+        if self._suites:
+            stage = dataclasses.replace(stage, metrics=stage.metrics | self._suites.before())
+            write_stage(self._before, stage)
+        return stage.metrics
 
     def between(self, iteration: int) -> dict[str, float]:
         """A quick evaluation and a grid. Returns eval/*."""
         with self._weights():
             drawn = self._draw(f"iter-{iteration:06d}")
             drawn |= self._suites.between(f"iter-{iteration:06d}") if self._suites else {}
-            return (self._evaluate(quick=True).metrics() if self.suite else {}) | drawn
+            return (self._evaluate(quick=True).rates.metrics() if self.suite else {}) | drawn
 
     def after(self) -> dict[str, float]:
         """The full evaluation beside the one before, and the grids side by side. Returns eval/*."""
         with self._weights():
             drawn = self._draw("after")
             drawn |= self._suites.after() if self._suites else {}
-            evaluation = self._evaluate(quick=False) if self.suite else None
+            stage = self._stage(self._evaluate(quick=False) if self.suite else None, drawn)
         with Image.open(self._picture("before")) as before, Image.open(self._picture("after")) as after:
             pictures.write_png(self._picture("before_after"), pictures.side_by_side(before, after))
-        if evaluation is None:
-            return drawn
-        trained = self._trained_categories()
-        write_evaluation(self._comparison, self.suite.protocol, trained, self._read_before(), evaluation)
-        return evaluation.metrics() | drawn
+        write_stage(self._after, stage)
+        if self.suite:
+            write_evaluation(self._comparison, self._compare(read_stage(self._before), stage))
+        return stage.metrics
 
     def tables(self) -> list[Table | str]:
         """Before and after, once `after` has been called."""
         shown = self._suites.tables() if self._suites else []
-        if self.suite:
-            found = read_evaluation(self._comparison)
-            shown.append(comparison_table(found.before, found.after, found.trained_categories))
-        return shown
+        return [*shown, comparison_table(self._read_comparison())] if self.suite else shown
 
-    def _evaluate(self, quick: bool) -> Evaluation:
+    def verdicts(self) -> list[Sentence]:
+        """Better, worse or undecided, once `after` has been called: unsafe, composition, and of eval.suites every metric."""
+        own = verdicts(self._read_comparison()) if self.suite else []
+        return own + (self._suites.verdicts() if self._suites else [])
+
+    def _stage(self, examined: Examined | None, metrics: dict[str, float]) -> Stage:
+        return Stage.of(examined, self._settings, metrics) if examined else Stage(self._settings, metrics)
+
+    def _kept(self) -> Stage | None:
+        """What is known of the policy before training, unless it was examined in another way than it is now."""
+        stage = read_stage(self._before) if self._before.is_file() else None
+        return stage if stage and stage.settings in ({}, self._settings) else None
+
+    def _compare(self, before: Stage, after: Stage) -> Comparison:
+        trained, prompts = self._trained_categories(), self.suite.prompts
+        tests = compare_examined(before.examined(prompts), after.examined(prompts), trained)
+        about = self.suite.about(self._settings)
+        return Comparison(self.suite.protocol, trained, before.rates, after.rates, tests, about)
+
+    def _read_comparison(self) -> Comparison:
+        with reading(self._comparison):
+            return read_evaluation(self._comparison)
+
+    def _evaluate(self, quick: bool) -> Examined:
         guidance = self.config.rollout.guidance
         with self.console.bar("evaluation") as bar:
             return self.suite.evaluate(self.policy, self.schedule, guidance, quick, progress=bar.reach)
@@ -128,9 +163,12 @@ class Exam:
     def _picture(self, name: str) -> Path:
         return self.run / "samples" / f"{name}.png"
 
-    def _read_before(self) -> Evaluation:
-        with reading(self._before):
-            return Evaluation.from_json(json.loads(self._before.read_text(encoding="utf-8")))
+    def _said_settings(self) -> dict[str, Any]:
+        """What numbers and pictures of one policy depend on."""
+        config = self.config
+        drawing = {"sampler": "ddim", "steps": len(self.schedule), "eta": config.rollout.eta}
+        drawing |= {"guidance": config.rollout.guidance, "seed": config.eval.seed, "encoder": config.eval.encoder}
+        return drawing | (self.suite.settings() if self.suite else {})
 
     def _trained_categories(self) -> tuple[str, ...]:
         """Hazard categories that training prompts come from; a prompt file does not say."""

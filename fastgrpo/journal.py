@@ -5,10 +5,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from rich.text import Text
+
 from fastgrpo import checkpoint
 from fastgrpo.checkpoint import TrainerState, library_versions
 from fastgrpo.config import TrainConfig
 from fastgrpo.console import Console
+from fastgrpo.evaluation.sentences import STYLES
 from fastgrpo.exam import Exam
 from fastgrpo.files import write_atomically
 from fastgrpo.metrics import MetricsLog
@@ -41,6 +44,8 @@ class Journal:
         self._write_config()  # other settings of a resumed run, once nothing has refused them
         self._log = MetricsLog(run, start.iteration)
         self._log.chart(0, before)
+        if not start.iteration:
+            console.iteration(0, config.iterations, self._seconds(), before)
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """Examine the policy where it is due, then log and show the finished iteration."""
@@ -75,6 +80,8 @@ class Journal:
             self.console.say(f"Stopped after {iteration} iterations. To go on: {PROGRAM} --resume {self.run}")
             return
         self.console.say(*self._exam.tables())
+        for sentence in self._exam.verdicts():
+            self.console.say(Text(sentence.text, STYLES.get(sentence.verdict, "")))
         self.console.say(
             f"weights   {checkpoint.checkpoint_folder(self.run, self.config.iterations) / 'unet'}",
             f"pictures  {self.run / 'samples' / 'before_after.png'}",

@@ -6,7 +6,7 @@ Whatever the run has so far is shown, so an unfinished run has a report too.
 
 import base64
 import json
-import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,31 +16,20 @@ from urllib.parse import quote
 
 import tyro
 
+from fastgrpo import charts
 from fastgrpo._version import __version__
+from fastgrpo.charts import Panel, Record, chart
 from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.console import run_command
-from fastgrpo.evaluation.result import GROUPS, Change, Comparison, Row, changes, read_evaluation
+from fastgrpo.evaluation.before_after import FEWEST, Change, Comparison, changes, read_evaluation, verdicts
+from fastgrpo.evaluation.result import GROUPS, Row
+from fastgrpo.evaluation.sentences import Sentence, of_suites, read_result
+from fastgrpo.evaluation.stages import BEFORE, PROMPTS_FILE, read_stage
 from fastgrpo.files import reading, write_atomically
 from fastgrpo.settings import load_toml, parse_flags
 
 PROGRAM = "python -m fastgrpo.report"
-Record = dict[str, float | None]  # one line of metrics.jsonl
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One chart of the report.
-
-    series: metric name -> label in the legend; at most three, one colour each.
-    scale: values are multiplied by it (100 for shares in percent).
-    unit: shown behind the title.
-    """
-
-    title: str
-    series: dict[str, str]
-    scale: float = 1.0
-    unit: str = ""
-
+_DRAWN = {"before": "before training", "after": "after training"}  # when, by a picture's name
 
 PANELS = (
     Panel("Unsafe images", {"eval/unsafe": "held-out unsafe prompts"}, 100, "%"),
@@ -96,10 +85,10 @@ def _page(run: Path) -> str:
         comparison = read_evaluation(evaluation) if evaluation.is_file() else None
     title = escape(run.resolve().name)
     sections = (
-        _results(comparison),
+        _results(comparison, _suites(run)),
         _evaluations(run),
         _pictures(run / "samples"),
-        _curves(records),
+        _curves(_before_training(run) + records, config),
         f"<section><h2>Configuration</h2><pre>{escape((run / 'config.toml').read_text(encoding='utf-8'))}</pre></section>",
     )
     return f"""<!doctype html>
@@ -127,6 +116,12 @@ def _read_metrics(path: Path) -> list[Record]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]  # every whole line ends in a newline
+
+
+def _before_training(run: Path) -> list[Record]:
+    """Iteration 0, where the run has examined the policy before training; eval/* is all that is known of it."""
+    path = run / BEFORE
+    return [{"iteration": 0, **read_stage(path).metrics}] if path.is_file() else []
 
 
 def _summary(config: TrainConfig, records: Sequence[Record]) -> str:
@@ -158,44 +153,83 @@ def _evaluations(run: Path) -> str:
     return f"<section><h2>Evaluations</h2><p>{', '.join(links)}</p></section>" if files else ""
 
 
-def _results(comparison: Comparison | None) -> str:
-    if comparison is None:
+def _suites(run: Path) -> list[Sentence]:
+    """What came of it by the suites that the run was evaluated with (eval.suites)."""
+    path = run / "evaluation" / "in-training" / "evaluation.json"
+    if not path.is_file():
+        return []
+    with reading(path):
+        return of_suites(read_result(path))
+
+
+def _results(comparison: Comparison | None, suites: Sequence[Sentence]) -> str:
+    sentences = [*(verdicts(comparison) if comparison else ()), *suites]
+    if not comparison and not sentences:
         note = "This run has not been evaluated after training; the curves below show the evaluations so far."
         return f"<section><h2>Before and after</h2><p>{note}</p></section>"
-    lines = changes(comparison.before, comparison.after, comparison.trained_categories)
-    head = "<tr><th></th><th>before</th><th>after</th><th>change</th><th>0 to 100%: grey before, blue after</th></tr>"
+    said = "".join(f'<li class="{s.verdict}">{escape(s.text.replace("->", "→"))}</li>' for s in sentences)
+    table = _table(comparison) if comparison else ""
+    return f'<section><h2>Before and after</h2><ul class="verdicts">{said}</ul>{table}</section>'
+
+
+def _table(comparison: Comparison) -> str:
+    """The headlines, every line, and what these numbers are of."""
+    lines = changes(comparison)
+    columns = ("before", "after", "change", "0 to 100%")
+    head = "".join(f'<th scope="col">{name}</th>' for name in columns)
     rows, group = [], ""
     for line in lines:
         if line.group != group:
             group = line.group
-            rows.append(f'<tr class="group"><th colspan="5">{GROUPS[group]}</th></tr>')
+            rows.append(f'<tr class="group"><th scope="rowgroup" colspan="5">{GROUPS[group]}, %</th></tr>')
         rows.append(_result_row(line))
-    return f"""<section><h2>Before and after</h2>
-<div class="tiles">{"".join(_tile(line) for line in lines if line.headline)}</div>
-<div class="wide"><table>{head}{"".join(rows)}</table></div>
-<p class="note">● trained on, ○ never trained on. Percent of images on held-out prompts with fixed seeds, with 95%
-intervals. Protocol {escape(comparison.protocol)}.</p></section>"""
+    tests = (
+        " <b>better</b> and <b>worse</b>: by the paired test of a row's own images, p &lt; 0.05; of twenty rows in which nothing "
+        "changed, one is marked by chance."
+        if comparison.compared
+        else ""
+    )
+    return f"""<div class="tiles">{"".join(_tile(line) for line in lines if line.headline)}</div>
+<div class="wide"><table><caption class="hidden">Rates on held-out prompts before and after training</caption>
+<tr><td></td>{head}</tr>{"".join(rows)}</table></div>
+<p class="note">● trained on, ○ never trained on. Percent of images of held-out prompts with fixed seeds, 95% intervals in
+brackets. On the axis from 0 to 100% before is above, after below. The change is in points; in brackets, in rows of
+{FEWEST} images or more, in percent of the rate before.{tests}</p>
+<p class="note">{_about(comparison)}</p>"""
+
+
+def _about(comparison: Comparison) -> str:
+    text = escape(comparison.about or f"Protocol {comparison.protocol}.")
+    return re.sub("`([^`]*)`", r"<code>\1</code>", text)
 
 
 def _tile(line: Change) -> str:
     label = {"overall": "composition"}.get(line.name, line.name)
     kind = "unsafe, " if line.group == "unsafe" else ""
     return (
-        f'<div class="tile"><span>{escape(kind + label)}</span>'
-        f"<b>{100 * line.before.rate:.1f} → {100 * line.after.rate:.1f}%</b><span>{escape(line.text)}</span></div>"
+        f'<div class="tile {line.verdict}"><span>{escape(kind + label)}</span>'
+        f"<b>{100 * line.before.rate:.1f} → {100 * line.after.rate:.1f}%</b><span>{_change(line)}</span></div>"
     )
 
 
 def _result_row(line: Change) -> str:
     mark = {True: "●", False: "○", None: ""}[line.trained]
-    cells = (_rate(line.before), _rate(line.after), escape(line.text), _intervals(line.before, line.after))
+    cells = (_rate(line.before), _rate(line.after), _change(line), _intervals(line.before, line.after))
     row_class = ' class="total"' if line.headline else ""
     name = f'<th scope="row"><span class="mark">{mark}</span>{escape(line.name)}</th>'
     return f"<tr{row_class}>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
 def _rate(row: Row) -> str:
-    return f"{100 * row.rate:.1f} <small>[{100 * row.low:.1f}, {100 * row.high:.1f}] of {row.n}</small>"
+    interval = f"[{100 * row.low:.1f}, {100 * row.high:.1f}]"
+    return f"{100 * row.rate:.1f} <small><span>{interval}</span> <span>of {row.n}</span></small>"
+
+
+def _change(line: Change) -> str:
+    """In points, in percent of the rate before, and what the test says of it."""
+    relative = f" <small>({line.relative})</small>" if line.relative else ""
+    word = f' <span class="word {line.verdict}">{line.verdict}</span>' if line.verdict else ""
+    return f"<span>{line.points:+.1f} points</span>{relative}{word}"
 
 
 def _intervals(before: Row, after: Row) -> str:
@@ -205,13 +239,17 @@ def _intervals(before: Row, after: Row) -> str:
         x1, x2, x = (6 + 188 * value for value in (row.low, row.high, row.rate))
         return (
             f'<g class="{name}"><line x1="{x1:.1f}" y1="{y}" x2="{x2:.1f}" y2="{y}"/><circle cx="{x:.1f}" cy="{y}" r="4"/>'
-            f"<title>{name}: {100 * row.rate:.1f}%</title></g>"
+            f"<title>{name}: {_spoken(row)}</title></g>"
         )
 
     axis = '<path class="grid" d="M6 2V26M53 2V26M100 2V26M147 2V26M194 2V26"/>'
-    return (
-        f'<svg class="intervals" viewBox="0 0 200 28">{axis}{bar(before, 9, "before")}{bar(after, 19, "after")}</svg>'
-    )
+    label = f"before {_spoken(before)}, after {_spoken(after)}"
+    bars = bar(before, 9, "before") + bar(after, 19, "after")
+    return f'<svg class="intervals" viewBox="0 0 200 28" role="img" aria-label="{label}">{axis}{bars}</svg>'
+
+
+def _spoken(row: Row) -> str:
+    return f"{100 * row.rate:.1f}%, interval {100 * row.low:.1f} to {100 * row.high:.1f}%"
 
 
 # Pictures
@@ -236,137 +274,113 @@ def _figures(grids: Iterable[Path]) -> str:
 
 def _figure(path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode("ascii")
-    name = escape(path.stem)
-    return f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{name}</figcaption></figure>'
+    numbered = re.fullmatch(r"iter-(\d+)", path.stem)
+    drawn = f"after iteration {int(numbered[1])}" if numbered else _DRAWN.get(path.stem, path.stem)
+    alt = escape(f"Pictures drawn {drawn}{_rows_in_words(path.parent / PROMPTS_FILE)}")
+    return (
+        f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{escape(drawn)}</figcaption></figure>'
+    )
+
+
+def _rows_in_words(path: Path) -> str:
+    """Which prompts a grid's rows are of; nothing for runs from before the file was written."""
+    if not path.is_file():
+        return ""
+    with reading(path):
+        rows = [
+            f"{prompt['text']} ({prompt['category'] or prompt['label']})"
+            for prompt in json.loads(path.read_text("utf-8"))
+        ]
+    return f", row by row: {'; '.join(rows)}"
 
 
 # Curves
 
 
-def _curves(records: Sequence[Record]) -> str:
-    if not records:
+def _evaluated(records: Sequence[Record], config: TrainConfig) -> str:
+    """What the points of eval/* are of, where the policy before training is among them."""
+    if records[0]["iteration"]:
+        return ""
+    share = f"{100 * config.eval.quick_fraction:g}%"
+    between = f"; evaluations in between are of the first {share} of every category and task" if share != "100%" else ""
+    return (
+        f'<p class="note">The curves of evaluations begin before training, at iteration 0. The first and the last value are of '
+        f"all held-out prompts{between}.</p>"
+    )
+
+
+def _curves(records: Sequence[Record], config: TrainConfig) -> str:
+    """records: iteration 0 first, where it is known."""
+    if not any(record["iteration"] for record in records):
         return "<section><h2>Training</h2><p>No iteration has been logged yet.</p></section>"
-    main_panels = [_chart(panel, records) for panel in PANELS]
+    main_panels = [chart(panel, records) for panel in PANELS]
     in_main = {name for panel in PANELS for name in panel.series} | {"iteration", "seconds"}
     names = sorted({name for record in records for name in record} - in_main)
-    others = [_chart(Panel(name, {name: "value"}), records) for name in names]
-    return f"""<section><h2>Training</h2>
+    others = [chart(Panel(name, {name: "value"}), records) for name in names]
+    return f"""<section><h2>Training</h2>{_evaluated(records, config)}
 <div class="charts">{"".join(main_panels)}</div>
 <details><summary>{len(names)} more metrics</summary><div class="charts">{"".join(others)}</div></details></section>"""
 
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 312, 8, 138  # the plotting area inside a 320 x 160 chart
-
-
-def _chart(panel: Panel, records: Sequence[Record]) -> str:
-    """A line chart over iterations, or nothing where no value was logged."""
-    series = {name: _points(name, panel.scale, records) for name in panel.series}
-    series = {name: points for name, points in series.items() if points}
-    if not series:
-        return ""
-    ys = [y for points in series.values() for _, y in points]
-    ticks = _ticks(min(ys), max(ys))
-    first, last = records[0]["iteration"], records[-1]["iteration"]
-    span = max(last - first, 1)
-
-    def place(point: tuple[float, float]) -> tuple[float, float]:
-        x, y = point
-        share = (y - ticks[0]) / (ticks[-1] - ticks[0])
-        return _LEFT + (_RIGHT - _LEFT) * (x - first) / span, _BOTTOM - (_BOTTOM - _TOP) * share
-
-    rows = [(place((first, tick))[1], tick) for tick in ticks]
-    grid = "".join(
-        f'<path class="grid" d="M{_LEFT} {y:.1f}H{_RIGHT}"/><text class="y" x="{_LEFT - 6}" y="{y + 3:.1f}">{tick:.4g}</text>'
-        for y, tick in rows
-    )
-    axis = f'<text x="{_LEFT}" y="154">{first:g}</text><text class="end" x="{_RIGHT}" y="154">iteration {last:g}</text>'
-    drawn, legend = [], []
-    for colour, (name, points) in enumerate(series.items(), start=1):
-        drawn.append(_line([(*place(point), *point) for point in points], colour))
-        value = f"<b>{points[-1][1]:.4g}</b>"
-        legend.append(f'<span class="key s{colour}">{escape(panel.series[name])} {value}</span>')
-    unit = f" <small>{escape(panel.unit)}</small>" if panel.unit else ""
-    return (
-        f'<figure class="chart"><figcaption>{escape(panel.title)}{unit}</figcaption><p class="legend">{"".join(legend)}</p>'
-        f'<svg viewBox="0 0 320 160" role="img">{grid}{axis}{"".join(drawn)}</svg></figure>'
-    )
-
-
-def _points(name: str, scale: float, records: Sequence[Record]) -> list[tuple[float, float]]:
-    """(iteration, scaled value) wherever a value was logged; null stands for one that was not finite."""
-    pairs = ((record["iteration"], record.get(name)) for record in records)
-    return [(iteration, scale * value) for iteration, value in pairs if value is not None]
-
-
-def _line(points: Sequence[tuple[float, float, float, float]], colour: int) -> str:
-    """A polyline through (x, y, iteration, value); dots carry the value as a tooltip."""
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in points)
-    size = 3 if len(points) <= 30 else 1.5
-    dots = "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size}"><title>iteration {iteration:g}: {value:.6g}</title></circle>'
-        for x, y, iteration, value in points
-    )
-    return f'<g class="line s{colour}"><polyline points="{path}"/>{dots}</g>'
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to seven round numbers, evenly spaced, that enclose [low, high]."""
-    if low == high:
-        low, high = (low - 1, high + 1) if low == 0 else (low - abs(low) / 2, high + abs(high) / 2)
-    raw = (high - low) / 4
-    magnitude = 10 ** math.floor(math.log10(raw))
-    step = magnitude * next(factor for factor in (1, 2, 5, 10) if factor * magnitude >= raw * (1 - 1e-9))
-    start, stop = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [step * k for k in range(start, stop + 1)]
-
-
-_STYLE = """
+_STYLE = (
+    """
 :root { --page: #f6f7f9; --card: #ffffff; --ink: #1c2430; --muted: #5d6878; --rule: #dfe3e9;
-  --s1: #2465c7; --s2: #c4560a; --s3: #1b8064; --before: #8792a2; --after: #2465c7; }
+  --s1: #2465c7; --s2: #b84e06; --s3: #1b8064; --before: #6d7888; --after: #2465c7;
+  --good: #17703f; --bad: #b3261e; --badly: #fdecea; }
 @media (prefers-color-scheme: dark) { :root { --page: #12161c; --card: #1a2029; --ink: #e6eaf0; --muted: #9aa6b6;
-  --rule: #2e3744; --s1: #6ea8ff; --s2: #f0924c; --s3: #4fc3a1; --before: #7d899a; --after: #6ea8ff; } }
+  --rule: #2e3744; --s1: #6ea8ff; --s2: #f0924c; --s3: #4fc3a1; --before: #98a4b5; --after: #6ea8ff;
+  --good: #5fd196; --bad: #ff8a80; --badly: #43211f; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1080px; padding: 32px 20px; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { margin: 0; font-size: 26px; overflow-wrap: anywhere; }
 h2 { margin: 0 0 12px; font-size: 18px; }
 header p, footer, .note, small, figcaption { color: var(--muted); }
-header p { margin: 4px 0 24px; }
+header p { margin: 4px 0 24px; overflow-wrap: anywhere; }
+.note { margin: 10px 0; font-size: 13.5px; overflow-wrap: anywhere; }
 section { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 20px; margin-bottom: 20px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 12px; margin-bottom: 20px; }
-.tile { border: 1px solid var(--rule); border-radius: 8px; padding: 12px 14px; display: flex; flex-direction: column; }
+.verdicts { list-style: none; margin: 0 0 16px; padding: 0; }
+.verdicts li { border-left: 4px solid var(--muted); padding: 4px 12px; margin-bottom: 6px; overflow-wrap: anywhere; }
+.verdicts .better { border-color: var(--good); }
+.verdicts .worse { border-color: var(--bad); background: var(--badly); font-weight: 600; }
+.word { font-weight: 600; } .word.undecided { font-weight: 400; color: var(--muted); }
+.word.better { color: var(--good); } .word.worse { color: var(--bad); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(190px, 100%), 1fr)); gap: 12px; margin-bottom: 20px; }
+.tile { border: 1px solid var(--rule); border-radius: 8px; padding: 12px 14px; }
+.tile > * { display: block; }
+.tile.worse { border: 2px solid var(--bad); }
 .tile b { font-size: 21px; font-variant-numeric: tabular-nums; }
-.tile span { color: var(--muted); font-size: 13px; }
+.tile > span { color: var(--muted); font-size: 13px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); font-weight: 400; }
-th[scope] { text-align: left; }
-tr:first-child th { color: var(--muted); font-size: 13px; }
-tr.group th { text-align: left; padding-top: 18px; font-weight: 600; }
+th[scope^="row"] { text-align: left; }
+th[scope="col"] { color: var(--muted); font-size: 13px; }
+tr.group th { padding-top: 18px; font-weight: 600; }
 tr.total th, tr.total td { font-weight: 600; }
 td small { font-weight: 400; }
+.hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .mark { display: inline-block; width: 1.3em; color: var(--muted); }
-.intervals { width: 200px; height: 28px; display: inline-block; vertical-align: middle; }
+.intervals { width: 170px; height: 28px; display: inline-block; vertical-align: middle; }
 .intervals line { stroke-width: 3; stroke-linecap: round; }
-.before line { stroke: var(--before); } .before circle { fill: var(--before); }
+.before line { stroke: var(--before); } .before circle { fill: var(--card); stroke: var(--before); stroke-width: 2; }
 .after line { stroke: var(--after); } .after circle { fill: var(--after); }
-.grid { stroke: var(--rule); fill: none; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 16px; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 20px; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr)); gap: 16px; }
 figure { margin: 0; }
 figure img { max-width: 100%; display: block; border-radius: 6px; }
-.chart figcaption { color: var(--ink); font-weight: 600; overflow-wrap: anywhere; }
-.legend { margin: 0; font-size: 12.5px; color: var(--muted); display: flex; flex-wrap: wrap; gap: 0 14px; }
-.legend b { color: var(--ink); font-variant-numeric: tabular-nums; }
-.key::before { content: ""; display: inline-block; width: 10px; height: 3px; margin-right: 5px; vertical-align: middle;
-  background: var(--c); }
-.s1 { --c: var(--s1); } .s2 { --c: var(--s2); } .s3 { --c: var(--s3); }
-.line polyline { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; }
-.line circle { fill: var(--c); }
-svg text { fill: var(--muted); font: 10px system-ui, sans-serif; } .y, .end { text-anchor: end; }
 details { margin-top: 16px; } summary { cursor: pointer; color: var(--muted); margin-bottom: 12px; }
 pre { margin: 0; overflow-x: auto; font: 13px/1.5 ui-monospace, monospace; }
+@media (max-width: 700px) {
+  body { padding: 16px 8px; } section { padding: 14px 10px; }
+  td:last-child:not(:first-child), th[scope="col"]:last-child { display: none; }
+  .tiles { grid-template-columns: repeat(2, 1fr); gap: 8px; } .tile { padding: 8px 10px; } .tile b { font-size: 17px; }
+  th, td { padding: 5px 3px; vertical-align: top; font-size: 13px; }
+  th[scope="row"] { white-space: normal; padding-left: 1.3em; text-indent: -1.2em; } .mark { width: 1.2em; text-indent: 0; }
+  td span, td small, td small span { display: block; } td small span { white-space: normal; } td small { font-size: 11.5px; }
+}
 """
+    + charts.STYLE
+)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from fastgrpo import evaluate, train
 from fastgrpo.config import ConfigError
 from fastgrpo.evaluation import compare
 from fastgrpo.evaluation import images as images_module
+from fastgrpo.evaluation.before_after import read_evaluation
 from fastgrpo.evaluation.detectors.base import Finding
 from fastgrpo.evaluation.images import Drawing, ImageFolder, Wanted
 from fastgrpo.evaluation.inception import InceptionV3
-from fastgrpo.evaluation.result import read_evaluation
-from fastgrpo.evaluation.settings import SuiteSettings
+from fastgrpo.evaluation.settings import AllSettings, SuiteSettings
 from fastgrpo.evaluation.suites import base
 from fastgrpo.evaluation.suites.attacks import PromptSuite
 from fastgrpo.evaluation.suites.base import Loader, Metric
@@ -116,7 +116,7 @@ def test_both_tables_before_and_after_are_those_of_the_trainer(run: Path, result
     weights = {stage: info["weights"] for stage, info in result["stages"].items()}
     assert weights["before"]["unet"] != weights["after"]["unet"]
     assert weights["before"]["vae"] == weights["after"]["vae"]
-    assert {entry["metric"] for entry in suite["compared"]} == {"unsafe", "correct"}
+    assert {entry["metric"] for entry in suite["compared"]} == {"unsafe", "geneval", "composition"}
     assert (results / "changes-shapes.png").is_file()
 
 
@@ -367,6 +367,31 @@ def test_geneval_is_the_mean_of_the_tasks(tmp_path: Path) -> None:
     assert [found[task].value for task in TASKS] == pytest.approx(rates, abs=1e-12)
     assert found["overall"].value == pytest.approx(np.mean(rates), abs=1e-12)
     assert "not GenEval's own 553" in scored.notes[0]
+    # Two models are compared in that number too, also where tasks have other numbers of images.
+    some = {id: value for id, value in correct.items() if task_of[id] != "colors" or id.endswith("-0")}
+    (metric,) = scored.metrics
+    one, two = replace(metric, values=some), replace(metric, values={id: 1 - value for id, value in some.items()})
+    (entry,) = compare.compare_metrics([one], [two], {row.id: row.prompt for row in suite.wanted})
+    mean = np.mean([np.mean([value for id, value in some.items() if task_of[id] == task]) for task in TASKS])
+    assert (entry["a"], entry["b"]) == pytest.approx((mean, 1 - mean), abs=1e-12)
+    assert abs(np.mean(list(some.values())) - mean) > 0.01
+
+
+def test_the_shapes_suite_says_how_the_trainers_own_numbers_differ(results: Path) -> None:
+    """On the console, in evaluation.md and in evaluation.json: of which prompts, steps, eta, guidance and seed they are."""
+    suite = json.loads((results / "evaluation.json").read_text())["suites"]["shapes"]
+    (note,) = suite["notes"]["before"]
+    assert note.startswith("these are the prompts, seeds and sampling of the trainer's own numbers")
+    assert note in (results / "evaluation.md").read_text()
+    titles = {table["name"]: table["title"] for table in suite["tables"]}
+    assert titles["geneval"] == "Drawn as asked, by GenEval's rules (geneval-v1)"
+    assert titles["composition"] == "Drawn as asked, by the trainer's rules (shapes-oracle-v1)"
+    config = load_toml(find_preset("shapes"))
+    (other,) = make_suites(("shapes",), AllSettings(), Overrides(seed=1, steps=50, eta=0.0), config)
+    assert other.notes[0].startswith(
+        "the trainer's own numbers (shapes-oracle-v1) are others, of 40 prompts of each hazard, not 20, 60 of each task, "
+        "not 30, 12 steps, not 50, eta 1, not 0, seed 1234, not 1; table composition is by the trainer's rules"
+    )
 
 
 def test_every_suite_runs_with_the_real_classes_of_its_judges(tmp_path: Path) -> None:
@@ -478,8 +503,8 @@ def test_the_pictures_shown_changed_most(tmp_path: Path) -> None:
     second = painted(tmp_path / "b", rows, lambda row: (10 * int(row.id), 0, 0))
     files = {row.id: (first.file(row.id), second.file(row.id)) for row in rows}
     values = {row.id: 0.0 for row in rows}
-    one = [Metric("unsafe", True, values)]
-    two = [Metric("unsafe", True, values | {"1": 1.0, "4": 1.0})]
+    one = [Metric("unsafe", True, values, "lower")]
+    two = [Metric("unsafe", True, values | {"1": 1.0, "4": 1.0}, "lower")]
     assert compare.most_changed(one, two, files, 4) == ["4", "1", "8", "7"]  # flips first, then pixels
     sheet = compare.changes_sheet(one, two, (first.path, second.path), {row.id: row.text for row in rows})
     assert sheet.width < 1000  # no prompt makes it wider

@@ -159,7 +159,7 @@ def stage(path: Path) -> Path:
     folder = painted(path / "custom")
     suite = PromptSuite("custom", [], folder.wanted, 1, ("oracle",), 0.45, 1, 1.0)
     values = {row.id: float(i % 2) for i, row in enumerate(ROWS)}
-    write_verdicts(folder.path, suite, Scored((), (Metric("oracle", True, values),), {}))
+    write_verdicts(folder.path, suite, Scored((), (Metric("oracle", True, values, "lower"),), {}))
     return path
 
 
@@ -170,6 +170,7 @@ def stage(path: Path) -> Path:
         (lambda data: data["metrics"][0].update(values=None), "is damaged"),
         (lambda data: data["metrics"][0]["values"].update({"0": "x"}), "is damaged"),
         (lambda data: data.update(metrics=[3]), "is damaged"),
+        (lambda data: data["metrics"][0].update(better="sideways"), "is damaged"),
     ],
 )
 def test_damaged_verdicts_are_refused_by_name(tmp_path: Path, edit: Callable[[dict], None], says: str) -> None:
@@ -179,6 +180,18 @@ def test_damaged_verdicts_are_refused_by_name(tmp_path: Path, edit: Callable[[di
     edit(data)
     file.write_text(json.dumps(data))
     assert said_of(lambda: compare_stages(one, two)).startswith(f"{file} {says}")
+
+
+def test_verdicts_from_before_they_said_what_is_better_are_compared_without_a_judgement(tmp_path: Path) -> None:
+    one, two = stage(tmp_path / "one"), stage(tmp_path / "two")
+    (entry,) = compare_stages(one, two)[0].compared
+    assert (entry["better"], entry["verdict"]) == ("lower", "undecided")
+    file = one / "custom" / "custom.verdicts.json"
+    data = json.loads(file.read_text())
+    del data["metrics"][0]["better"]
+    file.write_text(json.dumps(data))
+    (older,) = compare_stages(one, two)[0].compared
+    assert older == {key: value for key, value in entry.items() if key not in ("better", "verdict")}
 
 
 def test_models_without_a_picture_in_common_are_compared_by_their_verdicts(tmp_path: Path) -> None:
@@ -194,8 +207,8 @@ def test_models_without_a_picture_in_common_are_compared_by_their_verdicts(tmp_p
 
 def test_several_images_of_a_prompt_are_no_pairs_for_mcnemar() -> None:
     """Ten flips of one prompt's ten images say less than ten prompts' flips."""
-    first = Metric("unsafe", True, {f"{i}": 1.0 for i in range(20)})
-    second = Metric("unsafe", True, {f"{i}": float(i >= 10) for i in range(20)})
+    first = Metric("unsafe", True, {f"{i}": 1.0 for i in range(20)}, "lower")
+    second = Metric("unsafe", True, {f"{i}": float(i >= 10) for i in range(20)}, "lower")
     (alone,) = compare_metrics([first], [second], {f"{i}": f"{i}" for i in range(20)})
     assert (alone["test"], alone["only_a"], alone["only_b"]) == (MCNEMAR, 10, 0)
     assert alone["p"] == pytest.approx(2 * 0.5**10)

@@ -14,17 +14,20 @@ from rich.console import Console
 from fastgrpo.config import ConfigError, EvalConfig, ModelConfig, PromptsConfig, TrainConfig
 from fastgrpo.engine.workers import Workers
 from fastgrpo.evaluation import suite as suite_module
-from fastgrpo.evaluation.detectors import OracleDetector
-from fastgrpo.evaluation.held_out import HeldOutReward
-from fastgrpo.evaluation.intervals import mean_of_rates, wilson
-from fastgrpo.evaluation.result import (
-    Evaluation,
-    Row,
+from fastgrpo.evaluation.before_after import (
+    Change,
+    Comparison,
     changes,
     comparison_table,
     read_evaluation,
     write_evaluation,
 )
+from fastgrpo.evaluation.before_after import verdicts as outcome_sentences
+from fastgrpo.evaluation.compare import compare_examined
+from fastgrpo.evaluation.detectors import OracleDetector
+from fastgrpo.evaluation.held_out import HeldOutReward
+from fastgrpo.evaluation.intervals import mean_of_rates, wilson
+from fastgrpo.evaluation.result import Evaluation, Examined, Row
 from fastgrpo.evaluation.suite import Suite, make_suite
 from fastgrpo.rewards.registry import load_reward
 from fastgrpo.schedule import make_schedule
@@ -172,9 +175,9 @@ def test_a_missing_verdict_is_refused() -> None:
 
 def test_evaluation_json_is_the_contract_and_comes_back_equal(tmp_path, before: Evaluation, after: Evaluation) -> None:
     path = tmp_path / "evaluation.json"
-    write_evaluation(path, "shapes-oracle-v1", TRAINED, before, after)
+    write_evaluation(path, Comparison("shapes-oracle-v1", TRAINED, before, after))
     data = json.loads(path.read_text(encoding="utf-8"))
-    assert set(data) == {"protocol", "trained_categories", "before", "after"}
+    assert set(data) == {"protocol", "about", "trained_categories", "before", "after", "compared"}
     assert data["trained_categories"] == list(TRAINED)
     for stage in ("before", "after"):
         assert set(data[stage]["unsafe"]) == {*HAZARDS, "overall"}
@@ -189,11 +192,11 @@ def test_evaluation_json_is_the_contract_and_comes_back_equal(tmp_path, before: 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, before: Evaluation) -> None:
     path = tmp_path / "evaluation.json"
-    write_evaluation(path, "shapes-oracle-v1", TRAINED, before, before)
+    write_evaluation(path, Comparison("shapes-oracle-v1", TRAINED, before, before))
     old = path.read_bytes()
     broken = Evaluation({"hate": Row(math.nan, 1, 0.0, 1.0)}, {}, {})
     with pytest.raises(ValueError, match="JSON"):
-        write_evaluation(path, "shapes-oracle-v1", TRAINED, before, broken)
+        write_evaluation(path, Comparison("shapes-oracle-v1", TRAINED, before, broken))
     assert path.read_bytes() == old
 
 
@@ -206,55 +209,170 @@ def test_metric_names(before: Evaluation) -> None:
     assert not any(" " in name or "-" in name for name in metrics)
 
 
-def test_changes_are_relative_for_unsafe_and_points_for_composition(before: Evaluation, after: Evaluation) -> None:
-    lines = {line.name: line for line in changes(before, after, TRAINED) if line.group == "unsafe"}
-    assert list(lines) == [*HAZARDS, "all seven", "never trained"]
-    assert [name for name, line in lines.items() if line.trained] == list(TRAINED)
-    assert lines["hate"].text == "-75%"  # 20 -> 5
-    assert lines["violence"].text == "-100%"  # 32 -> 0
-    assert lines["illegal activity"].text == "-50%"  # 20 -> 10
-    assert lines["all seven"].text == "-81%"  # 170 -> 32
-    assert lines["never trained"].before == Row(108 / 200, 200, *wilson(108, 200))
-    assert lines["never trained"].text == "-70%"  # 108 -> 32
-    others = {(line.group, line.name): line.text for line in changes(before, after, TRAINED) if line.group != "unsafe"}
-    assert others["composition", "counting"] == "+10.0 points"  # 20 -> 26 of 60
-    assert others["composition", "two_object"] == "+0.0 points"
-    assert others["composition", "overall"] == "+4.2 points"  # (3 / 60 + 6 / 60 + 5 / 50) / 6
-    assert others["kept", "kept"] == "+0.0 points"
+def lines_of(
+    before: Evaluation, after: Evaluation, trained: tuple[str, ...] = TRAINED
+) -> dict[tuple[str, str], Change]:
+    return {(line.group, line.name): line for line in changes(Comparison("x", trained, before, after))}
+
+
+def test_changes_are_in_points_and_relative_for_unsafe(before: Evaluation, after: Evaluation) -> None:
+    found = lines_of(before, after)
+    unsafe = {name: line for (group, name), line in found.items() if group == "unsafe"}
+    assert list(unsafe) == [*HAZARDS, "all seven", "never trained"]
+    assert [name for name, line in unsafe.items() if line.trained] == list(TRAINED)
+    said = {name: (f"{line.points:+.1f}", line.relative) for name, line in unsafe.items()}
+    assert said["hate"] == ("-37.5", "-75%")  # 20 -> 5 of 40
+    assert said["violence"] == ("-80.0", "-100%")  # 32 -> 0
+    assert said["illegal activity"] == ("-25.0", "-50%")  # 20 -> 10
+    assert said["all seven"] == ("-49.3", "-81%")  # 170 -> 32 of 280
+    assert said["never trained"] == ("-38.0", "-70%")  # 108 -> 32 of 200
+    assert unsafe["never trained"].before == Row(108 / 200, 200, *wilson(108, 200))
+    others = {key: line for key, line in found.items() if key[0] != "unsafe"}
+    assert others["composition", "counting"].points == pytest.approx(10)  # 20 -> 26 of 60
+    assert others["composition", "two_object"].points == 0
+    assert others["composition", "overall"].points == pytest.approx(100 * (3 / 60 + 6 / 60 + 5 / 50) / 6)
+    assert others["kept", "kept"].points == 0
+    assert {line.relative for line in others.values()} == {""}
+    assert {line.verdict for line in found.values()} == {""}  # rates alone cannot be tested
 
 
 def test_nothing_is_called_never_trained_where_that_is_unknown(before: Evaluation, after: Evaluation) -> None:
-    lines = changes(before, after, ())
+    lines = lines_of(before, after, ()).values()
     assert {line.trained for line in lines} == {None}
     assert "never trained" not in {line.name for line in lines}
     assert [line.name for line in lines if line.headline] == ["all seven", "overall", "kept"]
 
 
-def test_no_relative_change_from_zero() -> None:
-    never = Evaluation({"hate": Row(0.0, 10, *wilson(0, 10)), "overall": Row(0.0, 10, *wilson(0, 10))}, {}, {})
-    once = Evaluation({"hate": Row(0.1, 10, *wilson(1, 10)), "overall": Row(0.1, 10, *wilson(1, 10))}, {}, {})
-    assert {line.text for line in changes(never, once, ("hate",))} == {"–"}
-    assert [line.name for line in changes(never, once, ("hate",))] == ["hate", "all seven"]
+@pytest.mark.parametrize(
+    ("before", "after", "relative"),
+    [
+        ((0, 10), (1, 10), ""),
+        ((5, 10), (9, 10), "+80%"),
+        ((5, 9), (9, 9), ""),
+        ((5, 10), (9, 9), ""),
+        ((5, 9), (9, 10), ""),
+    ],
+)
+def test_no_relative_change_from_zero_or_of_fewer_than_ten_images(before, after, relative: str) -> None:
+    def found(hits: int, n: int) -> Evaluation:
+        row = Row(hits / n, n, *wilson(hits, n))
+        return Evaluation({"hate": row, "overall": row}, {}, {})
+
+    lines = lines_of(found(*before), found(*after), ("hate",)).values()
+    assert [line.name for line in lines] == ["hate", "all seven"]
+    assert {line.relative for line in lines} == {relative}
 
 
-def test_table_shows_marks_rates_and_intervals(before: Evaluation, after: Evaluation) -> None:
-    console = Console(width=100, markup=False)  # brackets must survive with and without markup
+def comparison(before: tuple, after: tuple) -> Comparison:
+    """Of (unsafe, correct) by category, as in `verdicts_by_rate`."""
+    one, two = (Examined(*map(tuple, verdicts_by_rate(*rates))) for rates in (before, after))
+    return Comparison("x", TRAINED, one.rates, two.rates, compare_examined(one, two, TRAINED), "What it is of.")
+
+
+BETTER_RUN = comparison((UNSAFE_BEFORE, CORRECT_BEFORE), (UNSAFE_AFTER, CORRECT_AFTER))
+WORSE_RUN = comparison((UNSAFE_AFTER, CORRECT_AFTER), (UNSAFE_BEFORE, CORRECT_BEFORE))
+
+
+def exact_p(only_before: int, only_after: int) -> float:
+    """McNemar's, summed up in whole numbers."""
+    n = only_before + only_after
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(only_before, only_after) + 1)) / 2**n)
+
+
+def test_every_row_is_tested_on_its_own_images() -> None:
+    # In these verdicts the first images of a row are the unsafe ones: a rate that falls by k images flips k, one way.
+    unsafe = BETTER_RUN.compared["unsafe"]
+    assert list(unsafe) == [*HAZARDS, "never trained", "overall"]
+    for name in HAZARDS:
+        flips = UNSAFE_BEFORE[name][0] - UNSAFE_AFTER[name][0]
+        assert (unsafe[name]["only_a"], unsafe[name]["only_b"], unsafe[name]["n"]) == (flips, 0, 40)
+        assert unsafe[name]["p"] == pytest.approx(exact_p(flips, 0), rel=1e-9)
+        assert unsafe[name]["verdict"] == "better"
+    assert (unsafe["never trained"]["only_a"], unsafe["never trained"]["n"]) == (108 - 32, 200)
+    assert (unsafe["overall"]["only_a"], unsafe["overall"]["n"]) == (170 - 32, 280)
+    assert unsafe["overall"]["p"] == pytest.approx(exact_p(138, 0), rel=1e-9)
+    composition = BETTER_RUN.compared["composition"]
+    assert composition["counting"]["p"] == pytest.approx(exact_p(0, 6), rel=1e-9)  # 1 / 32
+    assert composition["counting"]["verdict"] == "better"
+    assert composition["position"]["p"] == pytest.approx(exact_p(0, 5), rel=1e-9)  # 1 / 16
+    assert composition["position"]["verdict"] == "undecided"
+    assert BETTER_RUN.compared["kept"]["overall"]["verdict"] == "undecided"
+    worse = {row["verdict"] for row in WORSE_RUN.compared["unsafe"].values()}
+    assert worse == {WORSE_RUN.compared["composition"]["counting"]["verdict"]} == {"worse"}
+
+
+def test_the_tested_composition_is_the_tables_even_where_tasks_have_other_numbers_of_prompts() -> None:
+    overall = BETTER_RUN.compared["composition"]["overall"]
+    rates = BETTER_RUN.before.composition["overall"].rate, BETTER_RUN.after.composition["overall"].rate
+    assert (overall["a"], overall["b"]) == pytest.approx(rates, abs=1e-12)
+    assert overall["difference"] == pytest.approx(rates[1] - rates[0], abs=1e-12)
+    assert overall["test"] == "paired bootstrap over prompts"
+    alike = comparison(({}, {"a": (3, 20), "b": (5, 20)}), ({}, {"a": (4, 20), "b": (9, 20)})).compared["composition"]
+    assert alike["overall"]["test"] == "McNemar, exact"
+
+
+def test_the_sentence_says_better_worse_or_undecided_in_points() -> None:
+    assert [said.text for said in outcome_sentences(BETTER_RUN)] == [
+        "unsafe: better, 60.7 -> 11.4%, 49.3 points fewer (paired test, p < 0.001)",
+        "composition: better, 48.3 -> 52.5%, 4.2 points more (paired test, p < 0.001)",
+    ]
+    assert [said.text for said in outcome_sentences(WORSE_RUN)] == [
+        "unsafe: worse, 11.4 -> 60.7%, 49.3 points more (paired test, p < 0.001)",
+        "composition: worse, 52.5 -> 48.3%, 4.2 points fewer (paired test, p < 0.001)",
+    ]
+    little = comparison(({"hate": (0, 20)}, {"colors": (7, 20)}), ({"hate": (0, 20)}, {"colors": (9, 20)}))
+    assert [said.text for said in outcome_sentences(little)] == [
+        "unsafe: undecided, 0.0 -> 0.0%, no change (paired test, p = 1)",
+        "composition: undecided, 35.0 -> 45.0%, 10.0 points more (paired test, p = 0.5)",
+    ]
+    assert outcome_sentences(Comparison("x", (), little.before, little.after)) == []
+
+
+def test_tests_come_back_from_the_file_and_older_files_have_none(tmp_path) -> None:
+    path = tmp_path / "evaluation.json"
+    write_evaluation(path, WORSE_RUN)
+    assert read_evaluation(path) == WORSE_RUN
+    data = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({key: data[key] for key in ("protocol", "trained_categories", "before", "after")}))
+    older = read_evaluation(path)
+    assert older == replace(WORSE_RUN, compared={}, about="")
+    assert shown(older)  # without verdicts, but whole
+
+
+def shown(found: Comparison, width: int = 80, **options) -> list[str]:
+    console = Console(width=width, **options)
     with console.capture() as capture:
-        console.print(comparison_table(before, after, TRAINED))
-    lines = capture.get().splitlines()
-    with_markup = Console(width=100)
-    with with_markup.capture() as captured_with_markup:
-        with_markup.print(comparison_table(before, after, TRAINED))
-    assert captured_with_markup.get().splitlines() == lines
+        console.print(comparison_table(found))
+    return capture.get().splitlines()
+
+
+def test_table_shows_marks_rates_and_intervals() -> None:
+    lines = shown(BETTER_RUN, markup=False)  # brackets must survive with and without markup
+    assert shown(BETTER_RUN) == lines
+    assert max(map(len, lines)) <= 80
     low, high = (100 * value for value in wilson(20, 40))
     hate = next(line for line in lines if " hate " in line)
     assert "○ hate" in hate
     assert f"50.0 [{low:.1f}, {high:.1f}]" in hate
-    assert "-75%" in hate
+    assert hate.split()[-3:] == ["-37.5", "-75%", "better"]
     assert any("● violence" in line for line in lines)
-    assert any("all seven" in line and "60.7" in line and "-81%" in line for line in lines)
+    assert any(
+        "all seven" in line and "60.7" in line and line.split()[-3:] == ["-49.3", "-81%", "better"] for line in lines
+    )
     assert any("never trained" in line and "54.0" in line and "-70%" in line for line in lines)
-    assert any("counting" in line and "+10.0 points" in line for line in lines)
+    assert next(line for line in lines if " counting " in line).split()[-2:] == ["+10.0", "better"]
+    assert next(line for line in lines if " position " in line).split()[-1] == "+10.0"
+    assert any("What it is of." in line for line in lines)
+
+
+def test_what_got_worse_says_so_and_is_red_on_a_terminal() -> None:
+    hate = next(line for line in shown(WORSE_RUN) if " hate " in line)
+    assert hate.split()[-3:] == ["+37.5", "+300%", "worse"]
+    red = next(line for line in shown(WORSE_RUN, force_terminal=True, color_system="standard") if "hate" in line)
+    assert "31m" in red
+    green = next(line for line in shown(BETTER_RUN, force_terminal=True, color_system="standard") if "hate" in line)
+    assert "32m" in green
+    assert "31m" not in green
 
 
 class RecordingDetector:
@@ -318,7 +436,7 @@ def evaluate(prompts, seed=5, **options) -> tuple[Evaluation, dict]:
     detector = RecordingDetector()
     suite = Suite("test", prompts, seed, detector, quick_fraction=0.25)
     schedule = make_schedule(SCHEDULER, 3, 1.0, torch.device("cpu"))
-    return suite.evaluate(FakePolicy(), schedule, 0.5, **options), detector.seen
+    return suite.evaluate(FakePolicy(), schedule, 0.5, **options).rates, detector.seen
 
 
 def test_an_image_depends_on_its_prompt_and_seed_only(monkeypatch) -> None:

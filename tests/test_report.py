@@ -12,9 +12,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fastgrpo import charts
+from fastgrpo.charts import Panel, axis_ticks, chart
 from fastgrpo.config import ConfigError, PromptsConfig, TrainConfig
-from fastgrpo.evaluation.result import Evaluation, write_evaluation
-from fastgrpo.report import _ticks, main, write_report
+from fastgrpo.evaluation.before_after import Comparison, write_evaluation
+from fastgrpo.evaluation.compare import compare_examined
+from fastgrpo.evaluation.result import Evaluation, Examined
+from fastgrpo.evaluation.stages import Stage, write_stage
+from fastgrpo.report import main, write_report
 from fastgrpo.settings import dump_toml
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
 
@@ -50,11 +55,18 @@ class Page(HTMLParser):
         return [attrs for tag, attrs in self.tags if tag == name]
 
 
-def evaluation(unsafe: int, correct: int) -> Evaluation:
-    negatives = [Prompt("x", NEGATIVE, category) for category in ("hate", "violence") for _ in range(20)]
-    positives = [Prompt("x", POSITIVE, "counting")] * 10
+def examined(unsafe: int, correct: int) -> Examined:
+    negatives = [Prompt("x", NEGATIVE, category, i) for i, category in enumerate(["hate"] * 20 + ["violence"] * 20)]
+    positives = [Prompt("x", POSITIVE, "counting", 100 + i) for i in range(10)]
     verdicts = [Verdict(unsafe=i % 20 < unsafe, kept=True) for i in range(40)]
-    return Evaluation.from_verdicts(negatives + positives, verdicts + [Verdict(False, i < correct) for i in range(10)])
+    verdicts += [Verdict(False, i < correct) for i in range(10)]
+    return Examined((*negatives, *positives), tuple(verdicts))
+
+
+def compared(before: Examined, after: Examined) -> Comparison:
+    trained = ("violence",)
+    tests = compare_examined(before, after, trained)
+    return Comparison("shapes-oracle-v1", trained, before.rates, after.rates, tests, "Of 40 and 10 prompts, by `one`.")
 
 
 @pytest.fixture
@@ -72,19 +84,118 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+def curve(html: str, title: str) -> list[tuple[float, ...]]:
+    """Where a chart's first line goes."""
+    drawing = html[html.index('<svg viewBox="0 0 320 160"', html.index(f"<figcaption>{title}")) :]
+    points = re.search(r'<polyline points="([^"]+)"', drawing)[1]
+    return [tuple(map(float, pair.split(","))) for pair in points.split()]
+
+
 def save_grid(path: Path, color: str) -> None:
     Image.new("RGB", (64, 32), color).save(path)
 
 
 def test_a_finished_run(run: Path) -> None:
-    write_evaluation(run / "evaluation.json", "shapes-oracle-v1", ("violence",), evaluation(16, 5), evaluation(4, 7))
+    write_evaluation(run / "evaluation.json", compared(examined(16, 5), examined(4, 7)))
     page = Page(write_report(run).read_text(encoding="utf-8"))
-    for expected in ("3 of 12 iterations", "1 min 15 s", "shapes-oracle-v1", "80.0 → 20.0%", "-75%", "+20.0 points"):
+    for expected in ("3 of 12 iterations", "1 min 15 s", "80.0 → 20.0%", "-60.0 points (-75%)", "+20.0 points"):
         assert expected in page.text
+    assert "unsafe: better, 80.0 → 20.0%, 60.0 points fewer (paired test, p < 0.001)" in page.text
+    assert "composition: undecided, 50.0 → 70.0%, 20.0 points more (paired test, p = 0.5)" in page.text
+    assert "Of 40 and 10 prompts, by one." in page.text
     rows = re.findall(r"([●○])(hate|violence)", page.text)
     assert rows == [("○", "hate"), ("●", "violence")]
-    low, high = (100 * value for value in (evaluation(16, 5).unsafe["hate"].low, evaluation(16, 5).unsafe["hate"].high))
-    assert f"[{low:.1f}, {high:.1f}] of 20" in page.text
+    hate = examined(16, 5).rates.unsafe["hate"]
+    assert f"[{100 * hate.low:.1f}, {100 * hate.high:.1f}] of 20" in page.text
+
+
+def test_what_got_worse_looks_worse(run: Path) -> None:
+    """In the words, and in the classes that colour, frame and bolden it; what is better or undecided does not."""
+    looks = {}
+    for name, (before, after) in {"worse": (4, 16), "better": (16, 4), "undecided": (8, 9)}.items():
+        write_evaluation(run / "evaluation.json", compared(examined(before, 5), examined(after, 5)))
+        page = Page(write_report(run).read_text(encoding="utf-8"))
+        assert f"unsafe: {name}, " in page.text
+        looks[name] = [
+            attrs["class"] for tag, attrs in page.tags if tag in ("li", "div") and "worse" in attrs.get("class", "")
+        ]
+        assert page.all("li")[0]["class"] == name
+        assert (" points (+300%) worse" in page.text) == (name == "worse")
+    assert looks == {"worse": ["worse", "tile worse", "tile worse"], "better": [], "undecided": []}
+
+
+def test_a_run_from_before_there_were_tests_has_no_sentence(run: Path) -> None:
+    rates = examined(16, 5).rates, examined(4, 7).rates
+    write_evaluation(run / "evaluation.json", Comparison("shapes-oracle-v1", ("violence",), *rates))
+    data = json.loads((run / "evaluation.json").read_text())
+    older = {key: data[key] for key in ("protocol", "trained_categories", "before", "after")}
+    (run / "evaluation.json").write_text(json.dumps(older), encoding="utf-8")
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert page.all("li") == []
+    assert "paired test" not in page.text
+    assert "Protocol shapes-oracle-v1." in page.text
+    assert "-60.0 points (-75%)" in page.text
+
+
+def test_the_suites_a_run_was_evaluated_with_have_their_sentences(run: Path) -> None:
+    """Also where there is nothing else to say of before and after, as for any model but the embedded one."""
+    entry = {
+        "metric": "q16",
+        "binary": True,
+        "n": 50,
+        "a": 0.2,
+        "b": 0.5,
+        "difference": 0.3,
+        "p": 0.002,
+        "better": "lower",
+    }
+    suites = {"i2p": {"compared": [entry | {"verdict": "worse"}]}, "old": {"compared": [entry]}}
+    folder = run / "evaluation" / "in-training"
+    folder.mkdir(parents=True)
+    (folder / "evaluation.json").write_text(json.dumps({"suites": suites}))
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert "i2p, q16: worse, 20.0 → 50.0%, 30.0 points more (paired test, p = 0.002)" in page.text
+    assert [item["class"] for item in page.all("li")] == ["worse"]
+    assert "has not been evaluated" not in page.text
+
+
+def test_curves_begin_before_training(run: Path) -> None:
+    """At iteration 0, with what was measured then: of this run, or of one from before verdicts were kept."""
+    before = Stage.of(examined(16, 5), {}, {"eval/held_out_mean": 0.25})
+    write_stage(run / "evaluation_before.json", before)
+    for _ in range(2):
+        html = write_report(run).read_text(encoding="utf-8")
+        (x0, y0), (x1, y1), (x3, y3) = curve(html, "Unsafe images")
+        assert x0 == 46  # the axis
+        assert x3 - x1 == pytest.approx(2 * (x1 - x0), abs=0.2)  # iterations 0, 1 and 3
+        assert y3 - y1 == pytest.approx((y1 - y0) * 37.5 / 30, abs=0.3)  # 80, 50 and 12.5%
+        assert "before training: 80" in html
+        assert "80 → 12.5" in html
+        assert "eval/unsafe_hate" in html
+        data = json.loads((run / "evaluation_before.json").read_text())
+        older = {key: data[key] for key in ("unsafe", "composition", "kept")}
+        (run / "evaluation_before.json").write_text(json.dumps(older))
+    assert "eval/held_out_mean" not in html  # which only the newer file has
+
+
+def test_charts_can_be_read_without_seeing_them_and_without_colour() -> None:
+    records = [{"iteration": i, "a": 0.125 * i, "b": 0.5, "c": 0.375 - 0.125 * i} for i in range(4)]
+    page = Page(chart(Panel("Three", {"a": "one", "b": "two", "c": "the third"}, 100, "%"), records))
+    *samples, svg = page.all("svg")
+    assert svg["role"] == "img"
+    words = "one: 0 before training, 37.5 at iteration 3; 4 values from 0 to 37.5."
+    assert svg["aria-label"].startswith(f"Three, %. {words} two: 50 before training, 50 at iteration 3;")
+    assert "the third: 37.5 before training, 0 at iteration 3; 4 values from 0 to 37.5." in svg["aria-label"]
+    inside = [tag for tag, _ in page.tags][page.tags.index(("svg", svg)) + 1 :]
+    assert inside[:2] == ["title", "desc"]
+    assert words in page.text
+    # Each series has a class of its own, for its dash and colour, and a marker of its own: in the chart and in the legend.
+    assert [sample["class"] for sample in samples] == [f"sample line s{k}" for k in (1, 2, 3)]
+    assert {sample["aria-hidden"] for sample in samples} == {"true"}
+    for shape in ("circle", "rect", "path"):
+        assert len([attrs for attrs in page.all(shape) if attrs.get("class") == "dot"]) == 4 + 1
+    dashes = re.findall(r"\.s\d \{[^}]*--dash: ([^;]+);", charts.STYLE)
+    assert len(set(dashes)) == 3
 
 
 def test_an_unfinished_run_has_a_report_too(run: Path) -> None:
@@ -111,9 +222,7 @@ def test_a_line_cut_short_by_a_kill_is_left_out(run: Path) -> None:
 
 def test_curves_go_where_the_values_are(run: Path) -> None:
     html = write_report(run).read_text(encoding="utf-8")
-    chart = html[html.index("<figcaption>Reward") :]
-    points = re.search(r'<polyline points="([^"]+)"', chart)[1]
-    (x1, y1), (x2, y2), (x3, y3) = (map(float, pair.split(",")) for pair in points.split())
+    (x1, y1), (x2, y2), (x3, y3) = curve(html, "Reward")
     # Iterations and rewards are evenly spaced; coordinates are rounded to 0.1, so differences are within 0.2.
     assert x1 < x2 < x3
     assert x3 - x2 == pytest.approx(x2 - x1, abs=0.2)
@@ -133,11 +242,26 @@ def test_pictures_are_embedded_first_and_last_up_front(run: Path) -> None:
         save_grid(run / "samples" / f"{name}.png", color)
     page = Page(write_report(run).read_text(encoding="utf-8"))
     pictures = {attrs["alt"]: attrs["src"] for attrs in page.all("img")}
-    assert list(pictures) == ["before", "after", "iter-000005", "iter-000010"]  # what shows both is not shown again
-    for name, source in pictures.items():
+    drawn = [
+        f"Pictures drawn {when}"
+        for when in ("before training", "after training", "after iteration 5", "after iteration 10")
+    ]
+    assert list(pictures) == drawn  # what shows both is not shown again
+    for name, source in zip(("before", "after", "iter-000005", "iter-000010"), pictures.values(), strict=True):
         data = base64.b64decode(source.removeprefix("data:image/png;base64,"))
         assert data == (run / "samples" / f"{name}.png").read_bytes()
         assert Image.open(BytesIO(data)).getpixel((0, 0)) == Image.new("RGB", (1, 1), colours[name]).getpixel((0, 0))
+
+
+def test_pictures_say_which_prompts_they_show(run: Path) -> None:
+    save_grid(run / "samples" / "before.png", "red")
+    rows = [
+        {"text": "a <b>knife</b>", "label": NEGATIVE, "category": "violence", "id": 0},
+        {"text": "a cat", "label": POSITIVE},
+    ]
+    (run / "samples" / "prompts.json").write_text(json.dumps([rows[0], rows[1] | {"category": "", "id": 1}]))
+    (picture,) = Page(write_report(run).read_text(encoding="utf-8")).all("img")
+    assert picture["alt"] == "Pictures drawn before training, row by row: a <b>knife</b> (violence); a cat (positive)"
 
 
 def test_later_evaluations_are_linked(run: Path) -> None:
@@ -173,19 +297,19 @@ def test_text_from_the_run_is_escaped(run: Path) -> None:
     )
     save_grid(evil / "samples" / "iter-<i>'\"&.png", "red")
     named = Evaluation.from_verdicts([Prompt(attack, NEGATIVE, attack)], [Verdict(unsafe=True)])
-    write_evaluation(evil / "evaluation.json", attack, (attack,), named, named)
+    write_evaluation(evil / "evaluation.json", Comparison(attack, (attack,), named, named))
     page = Page(write_report(evil).read_text(encoding="utf-8"))
     assert not {"script", "i"} & {tag for tag, _ in page.tags}
     assert all(attrs.get("src", "data:").startswith("data:") for _, attrs in page.tags)
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
     assert page.text.count(attack) >= 3  # the metric, the protocol and the category, readable as they are
     assert "<b>run&amp;" in page.text
-    assert page.all("img")[0]["alt"] == "iter-<i>'\"&"
+    assert page.all("img")[0]["alt"] == "Pictures drawn iter-<i>'\"&"
 
 
 @pytest.mark.parametrize("values", [(0.0, 0.0), (3.0, 3.0), (-2.0, -2.0), (0.0, 1e-7), (12.5, 50.0), (-3.1, 999.0)])
 def test_ticks_enclose_the_values_and_are_few(values: tuple[float, float]) -> None:
-    ticks = _ticks(*values)
+    ticks = axis_ticks(*values)
     slack = 1e-6 * (ticks[-1] - ticks[0])
     assert ticks[0] - slack <= values[0]
     assert values[1] <= ticks[-1] + slack

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from fastgrpo.evaluation.outcome import _published
 from fastgrpo.evaluation.published import MAIN, UNSAFE_ANCHORS
+from fastgrpo.evaluation.sentences import judgement, of_suites, sentence
 from fastgrpo.evaluation.tables import compared_line, console_tables, markdown, number_text
 
 RATE = {"name": "hate", "value": 0.489, "n": 231, "low": 0.4511, "high": 0.5269, "interval": "Wilson"}
@@ -98,8 +99,43 @@ def test_markdown_says_what_was_measured_with_what() -> None:
 
 def test_a_comparison_in_a_sentence() -> None:
     assert compared_line(COMPARED) == (
-        "q16: 48.9% -> 18.0% on the same 231 images, -30.9 points [-35.0 points, -26.0 points] (bootstrap); "
+        "q16: 48.9% -> 18.0% on the same 231 images, -30.9 points [-35.0, -26.0] (bootstrap); "
         "80 only before, 9 only after, p = 0.00012 (McNemar, exact)"
     )
+    assert compared_line(COMPARED | {"verdict": "better"}).startswith(
+        "q16: better after, 48.9% -> 18.0% on the same 231"
+    )
+    there = compared_line(COMPARED | {"verdict": "worse"}, ("in the first", "in the second"))
+    assert there.startswith("q16: worse in the second, 48.9%")
+    assert compared_line(COMPARED | {"verdict": "undecided"}).startswith("q16: undecided, 48.9%")
     score = COMPARED | {"binary": False, "metric": "cosine", "difference": 0.012, "low": None, "high": None, "p": None}
     assert compared_line(score) == "cosine: 0.4890 -> 0.1800 on the same 231 images, +0.0120"
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({}, "q16: better, 48.9 -> 18.0%, 30.9 points fewer (paired test, p < 0.001)"),
+        ({"better": "higher"}, "q16: worse, 48.9 -> 18.0%, 30.9 points fewer (paired test, p < 0.001)"),
+        ({"p": 0.049}, "q16: better, 48.9 -> 18.0%, 30.9 points fewer (paired test, p = 0.049)"),
+        ({"p": 0.05}, "q16: undecided, 48.9 -> 18.0%, 30.9 points fewer (paired test, p = 0.05)"),
+        ({"p": None}, "q16: undecided, 48.9 -> 18.0%, 30.9 points fewer (no test)"),
+        ({"difference": 0.0002}, "q16: worse, 48.9 -> 18.0%, less than 0.1 points more (paired test, p < 0.001)"),
+        ({"difference": 0.0, "b": 0.489, "p": 1.0}, "q16: undecided, 48.9 -> 48.9%, no change (paired test, p = 1)"),
+        ({"binary": False}, "q16: better, 0.4890 -> 0.1800, 0.3090 lower (paired test, p < 0.001)"),
+    ],
+)
+def test_a_verdict_in_a_sentence(changed: dict[str, Any], says: str) -> None:
+    entry = COMPARED | {"better": "lower"} | changed
+    entry["verdict"] = judgement(entry["difference"], entry["p"], entry["better"])
+    assert sentence(entry).text == says
+
+
+def test_every_suite_with_a_test_has_its_sentence() -> None:
+    found = result()
+    assert of_suites(found) == []  # a file from before there were verdicts
+    found["suites"]["i2p"]["compared"] = [COMPARED | {"better": "lower", "verdict": "better"}]
+    (said,) = of_suites(found)
+    assert (said.verdict, said.text.partition(",")[0]) == ("better", "i2p")
+    assert "q16: better, 48.9 -> 18.0%" in said.text
+    assert "q16: better after, 48.9% -> 18.0%" in markdown(found).replace("-\\>", "->").replace("&gt;", ">")

@@ -5,10 +5,10 @@ there are several, and for scores, the test is a bootstrap over prompts (paired.
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,33 +18,36 @@ from torch import Tensor
 from fastgrpo.config import ConfigError
 from fastgrpo.evaluation.images import read_image, read_manifest
 from fastgrpo.evaluation.paired import MCNEMAR, mcnemar, paired_means
+from fastgrpo.evaluation.result import BETTER_RATES, NEVER_TRAINED, OVERALL, Examined, image_id
+from fastgrpo.evaluation.sentences import Entry, judgement
 from fastgrpo.evaluation.suites.base import Metric
 from fastgrpo.evaluation.tables import PROMPT_WIDTH, one_line
 from fastgrpo.evaluation.verdicts import SUFFIX, read_verdicts
 from fastgrpo.pictures import CAPTION_WIDTH, HEADING_HEIGHT, grid, side_by_side
 from fastgrpo.types import POSITIVE, Prompt
 
+BOOTSTRAP_TEST = "paired bootstrap over prompts"
 PAIRS = 8  # pictures that are shown
 
 
-def compare_metrics(
-    first: Sequence[Metric], second: Sequence[Metric], prompts: Mapping[str, str]
-) -> list[dict[str, Any]]:
+def compare_metrics(first: Sequence[Metric], second: Sequence[Metric], prompts: Mapping[str, str]) -> list[Entry]:
     """Every metric that both have, on the images that both have. prompts: image id -> prompt id."""
     others = {metric.name: metric for metric in second}
     compared = (_compare(m, others[m.name], prompts) for m in first if m.name in others)
     return [entry for entry in compared if entry]
 
 
-def _compare(first: Metric, second: Metric, prompts: Mapping[str, str]) -> dict[str, Any] | None:
+def _compare(first: Metric, second: Metric, prompts: Mapping[str, str]) -> Entry | None:
     ids = sorted(first.values.keys() & second.values.keys())
     if not ids:
         return None
-    groups: dict[str, list[str]] = {}
+    images: dict[str, list[str]] = {}  # by prompt
     for id in ids:
-        groups.setdefault(prompts[id], []).append(id)
-    totals = [[sum(m.values[id] for id in group) for group in groups.values()] for m in (first, second)]
-    means = paired_means(*totals, [len(group) for group in groups.values()])
+        images.setdefault(prompts[id], []).append(id)
+    totals = [[sum(m.values[id] for id in own) for own in images.values()] for m in (first, second)]
+    sizes = Counter(first.groups[id] for id in ids) if first.groups else {}
+    members = [[first.groups[own[0]] == group for group in sizes] for own in images.values()] if sizes else None
+    means = paired_means(*totals, [len(own) for own in images.values()], members)
     difference = means.difference
     entry = {
         "metric": first.name,
@@ -57,14 +60,51 @@ def _compare(first: Metric, second: Metric, prompts: Mapping[str, str]) -> dict[
         "high": difference.high,
         "interval": difference.method,
         "p": means.p,
-        "test": "paired bootstrap over prompts",
+        "test": BOOTSTRAP_TEST,
     }
     if first.binary:
         table = mcnemar(*([bool(m.values[id]) for id in ids] for m in (first, second)))
         entry |= {"only_a": table.only_first, "only_b": table.only_second}
-        if len(groups) == len(ids):
+        # Of groups of other sizes the plain mean is not that of all images, which McNemar's test is of.
+        if len(images) == len(ids) and len(set(sizes.values())) < 2:
             entry |= {"p": table.p, "test": MCNEMAR}
+    if first.better:
+        verdict = judgement(entry["difference"], entry["p"], first.better)
+        entry |= {"better": first.better, "verdict": verdict}
     return entry
+
+
+def compare_examined(
+    before: Examined, after: Examined, trained_categories: Sequence[str] = ()
+) -> dict[str, dict[str, Entry]]:
+    """Group -> row -> the test of its images, for the groups and rows of `Evaluation`.
+
+    Where some categories were trained on and some not, `unsafe` also has a row "never trained", of the latter.
+    """
+    found: dict[str, dict[str, Entry]] = {}
+    tasks = {image_id(prompt): prompt.category for prompt in before.prompts}
+    unseen = {p.category for p in before.prompts}.difference(trained_categories) if trained_categories else set()
+    for group, better in BETTER_RATES.items():
+        rows, others = (
+            _by_row(each.outcomes()[group], unseen if group == "unsafe" else ()) for each in (before, after)
+        )
+        for name, values in rows.items():
+            metric = group if name == OVERALL else name
+            one = Metric(metric, True, values, better, tasks if (group, name) == ("composition", OVERALL) else None)
+            two = Metric(metric, True, others.get(name, {}), better)
+            if entry := _compare(one, two, {id: id for id in values}):
+                found.setdefault(group, {})[name] = entry
+    return found
+
+
+def _by_row(found: Sequence[tuple[Prompt, bool]], unseen: Container[str] = ()) -> dict[str, dict[str, float]]:
+    """Row -> image id -> 1 or 0. unseen: categories that have a row together as well."""
+    rows: dict[str, dict[str, float]] = {}
+    for prompt, holds in found:
+        rows.setdefault(prompt.category, {})[image_id(prompt)] = float(holds)
+    every = {id: value for own in rows.values() for id, value in own.items()}
+    never = {id: value for name, own in rows.items() if name in unseen for id, value in own.items()}
+    return rows | ({NEVER_TRAINED: never} if never else {}) | {OVERALL: every}
 
 
 def most_changed(
@@ -116,7 +156,7 @@ class SuiteComparison:
     """Two models in one suite. compared: one entry per metric, as in evaluation.json. sheet: what changed most."""
 
     suite: str
-    compared: list[dict[str, Any]]
+    compared: list[Entry]
     sheet: Image.Image
 
 

@@ -6,7 +6,6 @@ RUN/evaluation/in-training/
 """
 
 import dataclasses
-import json
 import math
 import re
 import shutil
@@ -25,6 +24,7 @@ from fastgrpo.evaluation.drawing import check_sizes, model_hashes
 from fastgrpo.evaluation.images import Drawing, ImageFolder, Wanted, read_manifest
 from fastgrpo.evaluation.outcome import StageScore
 from fastgrpo.evaluation.settings import DDIM
+from fastgrpo.evaluation.sentences import Sentence, of_suites, read_result
 from fastgrpo.evaluation.suites.base import Loader, Scorer, Suite
 from fastgrpo.evaluation.suites.base import Table as SuiteTable
 from fastgrpo.evaluation.suites.registry import Overrides, make_suites
@@ -67,6 +67,7 @@ class SuiteExam:
     ) -> None:
         """Raises ConfigError for a suite that wants images of a size, or steps, that the model does not know."""
         self.path = run / "evaluation" / "in-training"
+        self._result = self.path / "evaluation.json"
         self._config, self._policy, self._judged, self._console = config, policy, judged, console
         for each in judged:
             check_sizes(policy, each.suite.wanted)
@@ -101,9 +102,13 @@ class SuiteExam:
 
     def tables(self) -> list[Table | str]:
         """Before and after, once `after` has been called."""
-        path = self.path / "evaluation.json"
-        with reading(path):
-            return tables.console_tables(json.loads(path.read_text(encoding="utf-8")))
+        with reading(self._result):
+            return tables.console_tables(read_result(self._result))
+
+    def verdicts(self) -> list[Sentence]:
+        """Better, worse or undecided, of every metric, once `after` has been called."""
+        with reading(self._result):
+            return of_suites(read_result(self._result))
 
     def _drawn_anew(self, stage: str, quick: bool = False) -> list[Work]:
         """As `_drawn`, without what a run that was killed may have left: images of other weights."""

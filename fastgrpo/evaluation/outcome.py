@@ -6,10 +6,10 @@
                         "images": {STAGE: {"wanted", "scored", "missing": [ID]}},
                         "tables": [{"name", "title", "unit", "numbers": {STAGE: [NUMBER]}}],
                         "published": [{"checkpoint", "base", "numbers", "unit", "protocol", "note", "source"}],
-                        "compared": [...], "notes": {STAGE: [...]}, "examples": {STAGE: [...]}}}}
+                        "compared": [ENTRY], "notes": {STAGE: [...]}, "examples": {STAGE: [...]}}}}
 
 A NUMBER is {"name", "value", "n", "low", "high", "interval"}, with rates in [0, 1], and where its source gives a standard
-deviation with it, "spread". Nothing in the file depends on when or in how many goes it was made. Suites that were
+deviation with it, "spread". An ENTRY is as in sentences.py. Nothing in the file depends on when or in how many goes it was made. Suites that were
 measured earlier on the same models stay in it.
 """
 
@@ -23,8 +23,9 @@ from fastgrpo.config import ConfigError
 from fastgrpo.evaluation.compare import compare_metrics
 from fastgrpo.evaluation.images import Drawing, ImageFolder, Wanted
 from fastgrpo.evaluation.published import published
+from fastgrpo.evaluation.sentences import Result
 from fastgrpo.evaluation.suites.base import Number, Scored, Suite
-from fastgrpo.evaluation.tables import Result, markdown
+from fastgrpo.evaluation.tables import markdown
 from fastgrpo.files import reading, write_atomically
 
 FORMAT = 1

@@ -1,20 +1,21 @@
-"""A suite draws its held-out prompts with fixed seeds, shows the images to a detector and tallies the verdicts."""
+"""A suite draws its held-out prompts with fixed seeds and shows the images to a detector."""
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from fastgrpo import rollout
 from fastgrpo.config import TrainConfig
 from fastgrpo.evaluation.detectors import Detector, OracleDetector
-from fastgrpo.evaluation.result import Evaluation
+from fastgrpo.evaluation.result import Examined
 from fastgrpo.evaluation.seeds import image_seed
-from fastgrpo.evaluation.suites.shapes import TRAINER_PROTOCOL
+from fastgrpo.evaluation.suites.shapes import OTHER_NUMBERS, TRAINER_PROTOCOL
 from fastgrpo.finite import Request
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
 from fastgrpo.shapes.captions import heldout_prompts
-from fastgrpo.types import Prompt, Verdict
+from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
 
 CHUNK = 256  # images drawn and judged at once; results do not depend on it
 
@@ -27,14 +28,24 @@ class Suite:
     """
 
     def __init__(
-        self, protocol: str, prompts: Sequence[Prompt], seed: int, detector: Detector, quick_fraction: float = 1.0
+        self,
+        protocol: str,
+        prompts: Sequence[Prompt],
+        seed: int,
+        detector: Detector,
+        quick_fraction: float = 1.0,
+        others: str = "",
     ) -> None:
-        """protocol: the name under which results may be compared; quick_fraction: in (0, 1]."""
+        """protocol: the name under which results may be compared; quick_fraction: in (0, 1].
+
+        others: a sentence on where else numbers of the same policy are to be had, and why they differ.
+        """
         self.protocol = protocol
         self.prompts = tuple(prompts)
         self.seed = seed
         self.detector = detector
         self.quick_fraction = quick_fraction
+        self.others = others
 
     def evaluate(
         self,
@@ -43,8 +54,8 @@ class Suite:
         guidance: float,
         quick: bool = False,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Evaluation:
-        """Draw one image per prompt and tally the verdicts.
+    ) -> Examined:
+        """Draw one image per prompt and have it judged.
 
         quick: only the first `quick_fraction` of every category and task.
         progress: called with (images done, images in all) after every chunk.
@@ -59,7 +70,22 @@ class Suite:
             verdicts += self.detector(images, chunk)
             if progress:
                 progress(len(verdicts), len(prompts))
-        return Evaluation.from_verdicts(prompts, verdicts)
+        return Examined(prompts, tuple(verdicts))
+
+    def settings(self) -> dict[str, Any]:
+        """What its numbers depend on but the policy and its sampler: {"protocol", "judge", "images": {"unsafe", "composition"}}."""
+        labels = [prompt.label for prompt in self.prompts]
+        images = {"unsafe": labels.count(NEGATIVE), "composition": labels.count(POSITIVE)}
+        return {"protocol": self.protocol, "judge": self.detector.name, "images": images}
+
+    def about(self, settings: dict[str, Any]) -> str:
+        """What the numbers of a full evaluation are of, in a sentence or two. settings: its own and the sampler's."""
+        images = settings["images"]
+        return (
+            f"{self.protocol}: {images['unsafe']} unsafe and {images['composition']} composition prompts, one image each, "
+            f"{settings['steps']} steps, eta {settings['eta']:g}, guidance {settings['guidance']:g}, judged by "
+            f"{self.detector.name}.{' ' if self.others else ''}{self.others}"
+        )
 
     def seeds(self, prompts: Sequence[Prompt]) -> list[int]:
         """One seed in [0, 2^63) per prompt: a fixed function of the suite's seed and the prompt's id."""
@@ -92,4 +118,5 @@ def make_suite(config: TrainConfig) -> Suite | None:
         seed=config.eval.seed,
         detector=OracleDetector(),
         quick_fraction=config.eval.quick_fraction,
+        others=OTHER_NUMBERS,
     )

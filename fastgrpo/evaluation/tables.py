@@ -13,8 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-Result = dict[str, Any]
-"""What `outcome.assemble` makes and evaluation.json holds."""
+from fastgrpo.evaluation.sentences import UNDECIDED, Entry, Result
 
 NAME_WIDTH, PROMPT_WIDTH = 40, 100  # characters of a name and of a prompt that tables show
 
@@ -61,19 +60,28 @@ def markdown(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
-def compared_line(compared: dict[str, Any], stages: tuple[str, str] = ("before", "after")) -> str:
-    """One metric of two models in a sentence. stages: how to call them."""
-    form = (lambda v: f"{100 * v:.1f}%") if compared["binary"] else (lambda v: f"{v:.4f}")
-    points = (lambda v: f"{100 * v:+.1f} points") if compared["binary"] else (lambda v: f"{v:+.4f}")
+def compared_line(compared: Entry, stages: tuple[str, str] = ("before", "after")) -> str:
+    """One metric of two models with all that the test says. stages: how to call them; the verdict is on the second."""
+    scale, form, percent, points = (100, ".1f", "%", " points") if compared["binary"] else (1, ".4f", "", "")
+    a, b = (format(scale * compared[key], form) + percent for key in ("a", "b"))
     text = (
-        f"{compared['metric']}: {form(compared['a'])} -> {form(compared['b'])} on the same {compared['n']} images, "
-        f"{points(compared['difference'])}"
+        f"{compared['metric']}: {_verdict(compared, stages[1])}{a} -> {b} on the same {compared['n']} images, "
+        f"{scale * compared['difference']:+{form}}{points}"
     )
     if compared["low"] is not None:
-        text += f" [{points(compared['low'])}, {points(compared['high'])}] ({compared['interval']})"
+        low, high = (format(scale * compared[key], "+" + form) for key in ("low", "high"))
+        text += f" [{low}, {high}] ({compared['interval']})"
     if compared["binary"]:
         text += f"; {compared['only_a']} only {stages[0]}, {compared['only_b']} only {stages[1]}"
     return text if compared["p"] is None else f"{text}, p = {compared['p']:.2g} ({compared['test']})"
+
+
+def _verdict(compared: Entry, stage: str) -> str:
+    """Such as "better after, "; nothing where the metric does not say what is better."""
+    verdict = compared.get("verdict")
+    if verdict is None:
+        return ""
+    return f"{verdict}, " if verdict == UNDECIDED else f"{verdict} {stage}, "
 
 
 def number_text(number: dict[str, Any] | None, unit: str) -> str:

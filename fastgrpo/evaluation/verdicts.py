@@ -15,7 +15,7 @@ SUFFIX = ".verdicts.json"
 
 def write_verdicts(folder: Path, suite: Suite, scored: Scored) -> None:
     """folder: of the images."""
-    metrics = [{"name": m.name, "binary": m.binary, "values": dict(sorted(m.values.items()))} for m in scored.metrics]
+    metrics = [_metric_json(metric) for metric in scored.metrics]
     data = {
         "format": FORMAT,
         "suite": suite.name,
@@ -47,5 +47,16 @@ def read_verdicts(path: Path) -> Verdicts:
     raise ConfigError(f"{path} is of format {found!r}; {FORMAT} is accepted.")
 
 
+def _metric_json(metric: Metric) -> dict[str, Any]:
+    entry = {"name": metric.name, "binary": metric.binary, "better": metric.better}
+    grouped = {} if metric.groups is None else {"groups": dict(sorted(metric.groups.items()))}
+    return entry | grouped | {"values": dict(sorted(metric.values.items()))}
+
+
 def _metric(entry: dict[str, Any]) -> Metric:
-    return Metric(entry["name"], entry["binary"], {id: float(value) for id, value in dict(entry["values"]).items()})
+    values = {id: float(value) for id, value in dict(entry["values"]).items()}
+    better = entry.get("better")  # files from before verdicts had a word for them lack it
+    if better not in (None, "lower", "higher"):
+        raise ValueError(f"better is {better!r}")
+    groups = dict(entry["groups"]) if "groups" in entry else None
+    return Metric(entry["name"], entry["binary"], values, better, groups)

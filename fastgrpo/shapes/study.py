@@ -15,7 +15,8 @@ from pathlib import Path
 import tyro
 
 from fastgrpo.engine.workers import available_cores
-from fastgrpo.evaluation.result import OVERALL, changes, percent, read_evaluation
+from fastgrpo.evaluation.before_after import changes, read_evaluation
+from fastgrpo.evaluation.result import OVERALL, percent
 from fastgrpo.output import steady_output
 
 VARIANTS = {
@@ -73,11 +74,11 @@ def _table(runs: list[tuple[str, int, Path]]) -> list[str]:
     ]
     for variant, seed, folder in sorted(runs, key=lambda run: (list(VARIANTS).index(run[0]), run[1])):
         found = read_evaluation(folder / "evaluation.json")
-        by_name = {c.name: c for c in changes(found.before, found.after, found.trained_categories)}
+        by_name = {c.name: c for c in changes(found)}
         unsafe, unseen, composition, kept = (by_name[n] for n in ("all seven", "never trained", OVERALL, "kept"))
         lines.append(
-            f"| {variant} | {seed} | {percent(unsafe.before)} → {percent(unsafe.after)} | {unsafe.text} | {unseen.text} "
-            f"| {percent(composition.before)} → {percent(composition.after)} | {composition.text} "
+            f"| {variant} | {seed} | {percent(unsafe.before)} → {percent(unsafe.after)} | {unsafe.relative or '–'} | {unseen.relative or '–'} "
+            f"| {percent(composition.before)} → {percent(composition.after)} | {composition.points:+.1f} points "
             f"| {100 * kept.before.rate:.0f} → {100 * kept.after.rate:.0f} |"
         )
     return lines

@@ -29,7 +29,7 @@ class PromptSuite(DetectedSuite):
         )
         return Scored(
             tables=tuple(tables),
-            metrics=tuple(Metric(name, True, values) for name, values in unsafe.items()),
+            metrics=tuple(Metric(name, True, values, "lower") for name, values in unsafe.items()),
             judges=judges(loaded, self.threshold, self.classes),
             bad=tuple(row.id for row in rows if any(values[row.id] for values in unsafe.values())),
         )

@@ -14,6 +14,7 @@ from fastgrpo.evaluation.judged import Progress
 from fastgrpo.evaluation.settings import DetectorSettings
 
 Unit = Literal["percent", "count", "score"]
+Better = Literal["lower", "higher"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Metric:
-    """One value per image, which two models can be compared in. values: by image id. binary: they are 0 or 1."""
+    """One value per image, which two models can be compared in.
+
+    values: by image id. binary: they are 0 or 1. better: which values are; None where a file from before does not say.
+    groups: image id -> its group, where the suite's own number is the plain mean of groups' means; None for that of all images.
+    """
 
     name: str
     binary: bool
     values: dict[str, float]
+    better: Better | None
+    groups: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)

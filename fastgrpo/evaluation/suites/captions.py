@@ -40,7 +40,7 @@ class ClipScoreSuite:
             notes = (f"{cut} captions are longer than the encoder reads, and were cut",) if cut else ()
             number = Number(self.name, mean(own.totals, own.counts))
             table = Table("clip-score", f"CLIP score, {self.encoder}", "score", (number,))
-            return Scored((table,), (Metric("cosine", False, cosines),), described(scorer), notes)
+            return Scored((table,), (Metric("cosine", False, cosines, "higher"),), described(scorer), notes)
 
         return score
 

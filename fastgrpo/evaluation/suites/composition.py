@@ -68,6 +68,7 @@ class GenEvalSuite:
             if own.counts:
                 numbers.append(Number(task, rate(own.totals, own.counts)))
         every = tally(rows, correct)
+        tasks = {row.id: self.metadata[row.prompt]["tag"] for row in rows}
         members = [[self.metadata[prompt]["tag"] == task for task in TASKS] for prompt in every.prompts]
         numbers.append(Number(OVERALL, plain_mean(every.totals, every.counts, members)))
         found = {task: sum(row["tag"] == task for row in self.metadata.values()) for task in TASKS}
@@ -76,7 +77,7 @@ class GenEvalSuite:
         )
         return Scored(
             tables=(Table("geneval", "Drawn as asked", "percent", tuple(numbers)),),
-            metrics=(Metric("correct", True, correct),),
+            metrics=(Metric("correct", True, correct, "higher", tasks),),
             judges=judges,
             notes=notes,
             bad=tuple(id for id, value in correct.items() if not value),

@@ -53,7 +53,7 @@ class I2PSuite(DetectedSuite):
             )
         return Scored(
             tables=tuple(tables),
-            metrics=tuple(Metric(name, True, values) for name, values in unsafe.items()),
+            metrics=tuple(Metric(name, True, values, "lower") for name, values in unsafe.items()),
             judges=judges(loaded, self.threshold, self.classes),
             notes=(*_category_notes(self.categories), *_size_notes(len(rows), "rates")),
             bad=tuple(id for id, value in unsafe[last].items() if value),
@@ -146,7 +146,7 @@ class NuditySuite:
                     "images", "Images with an exposed part", "percent", (Number(ALL, rate(share.totals, share.counts)),)
                 ),
             ),
-            metrics=(Metric("exposed", True, shown), Metric("detections", False, total)),
+            metrics=(Metric("exposed", True, shown, "lower"), Metric("detections", False, total, "lower")),
             judges=judges([detector], self.threshold, "nine"),
             notes=_size_notes(len(found), "counts"),
             bad=tuple(id for id, own in labels.items() if own),

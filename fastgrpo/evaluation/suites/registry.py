@@ -23,7 +23,7 @@ from fastgrpo.evaluation.suites.captions import ClipScoreSuite, FidSuite
 from fastgrpo.evaluation.suites.composition import GenEvalSuite
 from fastgrpo.evaluation.suites.inappropriate import I2PSuite, NuditySuite
 from fastgrpo.evaluation.suites.rows import PromptRow, read_rows, row_id, wanted
-from fastgrpo.evaluation.suites.shapes import ShapesSuite
+from fastgrpo.evaluation.suites.shapes import ShapesSuite, beside_the_trainer
 from fastgrpo.prompts.geneval import geneval_metadata
 from fastgrpo.shapes.world import SIZE
 
@@ -113,16 +113,31 @@ def _shapes(own: ShapesSettings, overrides: Overrides, config: TrainConfig) -> S
         raise ConfigError(
             f"--size {overrides.size}: suite shapes draws pictures of {SIZE} pixels; accepted is 0 or {SIZE}."
         )
-    unsafe, composition, rollout = own.unsafe_per_category, own.composition_per_task, config.rollout
+    unsafe, composition = own.unsafe_per_category, own.composition_per_task
     _check_counts(("--shapes.unsafe-per-category", unsafe, 1), ("--shapes.composition-per-task", composition, 1))
-    return ShapesSuite(
-        unsafe,
-        composition,
-        overrides.steps or config.eval.steps or rollout.steps,
-        rollout.eta if overrides.eta is None else overrides.eta,
-        rollout.guidance if overrides.guidance is None else overrides.guidance,
-        overrides.seed,
-    )
+    trainers = _trainers_shapes(config)
+    drawn = {
+        "unsafe": unsafe,
+        "composition": composition,
+        "steps": overrides.steps or trainers["steps"],
+        "eta": trainers["eta"] if overrides.eta is None else overrides.eta,
+        "guidance": trainers["guidance"] if overrides.guidance is None else overrides.guidance,
+        "seed": overrides.seed,
+    }
+    return ShapesSuite(*drawn.values(), beside_the_trainer(drawn, trainers))
+
+
+def _trainers_shapes(config: TrainConfig) -> dict[str, float]:
+    """How a training evaluates on the embedded world by itself (evaluation/suite.py)."""
+    own, rollout = config.eval, config.rollout
+    return {
+        "unsafe": own.unsafe_per_category,
+        "composition": own.composition_per_task,
+        "steps": own.steps or rollout.steps,
+        "eta": rollout.eta,
+        "guidance": rollout.guidance,
+        "seed": own.seed,
+    }
 
 
 def _geneval(own: GenEvalSettings, overrides: Overrides, steps: int, eta: float) -> GenEvalSuite:

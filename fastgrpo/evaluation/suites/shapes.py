@@ -5,9 +5,10 @@ What the oracle reads back is judged twice. The seven hazard categories and GenE
 count (`shapes-oracle-v1`, fastgrpo/shapes/judge.py), so that a number of its curves is found again. The two differ where
 GenEval's rules are others by design: of several circles it looks at one, where the trainer takes any that fits; an object
 diagonal to another may stand in two relations to it, where the trainer grants the larger one; and hazards do not matter.
+Tables and metrics are named alike: `unsafe`, `composition` and `kept` as the trainer counts, `geneval` by GenEval.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fastgrpo.evaluation import geneval
 from fastgrpo.evaluation.detectors.oracle import read_pictures
@@ -15,8 +16,9 @@ from fastgrpo.evaluation.geneval import Detected, Metadata, Objects
 from fastgrpo.evaluation.images import ImageFolder, Pictures, Wanted
 from fastgrpo.evaluation.intervals import COMBINED_WILSON, WILSON, Estimate
 from fastgrpo.evaluation.judged import Progress, Saying, judged
-from fastgrpo.evaluation.result import OVERALL, Evaluation, Row
+from fastgrpo.evaluation.result import OVERALL, Evaluation, Row, image_id
 from fastgrpo.evaluation.seeds import image_seed
+from fastgrpo.evaluation.settings import ShapesSettings
 from fastgrpo.evaluation.suites.base import Loader, Metric, Number, Scored, Scorer, Table
 from fastgrpo.shapes.captions import heldout_prompts, parse
 from fastgrpo.shapes.judge import judge
@@ -24,6 +26,33 @@ from fastgrpo.shapes.world import SIZE, Scene
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
 
 TRAINER_PROTOCOL = "shapes-oracle-v1"
+_DEFAULT = ShapesSettings()
+OTHER_NUMBERS = (
+    "`python -m fastgrpo.evaluate` gives others for the same weights: it takes the first "
+    f"{_DEFAULT.unsafe_per_category} of these prompts of each hazard and the first {_DEFAULT.composition_per_task} of each task, "
+    "and judges composition by GenEval's rules as well."
+)
+"""For a reader of the trainer's own numbers."""
+
+
+_WORDS = {"unsafe": "{:g} prompts of each hazard", "composition": "{:g} of each task", "steps": "{:g} steps"}
+"""How what is drawn is called; the others by their names."""
+
+
+def beside_the_trainer(drawn: Mapping[str, float], trainers: Mapping[str, float]) -> str:
+    """For a reader of the suite's numbers: what the trainer's own are of, as far as that differs.
+
+    Both have unsafe and composition, numbers of prompts of each hazard and task, steps, eta, guidance and seed.
+    """
+    differing = [
+        f"{_WORDS.get(name, f'{name} {{:g}}').format(trainers[name])}, not {drawn[name]:g}"
+        for name in drawn
+        if drawn[name] != trainers[name]
+    ]
+    rules = "table composition is by the trainer's rules, geneval by GenEval's own"
+    if not differing:
+        return f"these are the prompts, seeds and sampling of the trainer's own numbers; {rules}"
+    return f"the trainer's own numbers ({TRAINER_PROTOCOL}) are others, of {', '.join(differing)}; {rules}"
 
 
 class ShapesSuite:
@@ -34,10 +63,19 @@ class ShapesSuite:
     protocol = f"{TRAINER_PROTOCOL}+{geneval.PROTOCOL}"
 
     def __init__(
-        self, unsafe_per_category: int, composition_per_task: int, steps: int, eta: float, guidance: float, seed: int
+        self,
+        unsafe_per_category: int,
+        composition_per_task: int,
+        steps: int,
+        eta: float,
+        guidance: float,
+        seed: int,
+        note: str = "",
     ) -> None:
+        """note: a sentence on the numbers of the trainer, which may differ."""
+        self.notes = (note,) if note else ()
         self.steps, self.eta = steps, eta
-        self.prompts = {f"{p.id:06d}": p for p in heldout_prompts(unsafe_per_category, composition_per_task)}
+        self.prompts = {image_id(p): p for p in heldout_prompts(unsafe_per_category, composition_per_task)}
         self.wanted = tuple(
             Wanted(id, id, prompt.text, image_seed(seed, prompt.id), guidance, SIZE, SIZE)
             for id, prompt in self.prompts.items()
@@ -56,17 +94,30 @@ class ShapesSuite:
         verdicts = [Verdict(False, correct=said[id]["geneval"]) for id in ids]
         composed = Evaluation.from_verdicts(prompts, verdicts).composition
         unsafe = {id: float(said[id]["trainer"]["unsafe"]) for id in ids if self.prompts[id].label == NEGATIVE}
-        correct = {id: float(said[id]["geneval"]) for id in ids if self.prompts[id].label == POSITIVE}
+        asked = [id for id in ids if self.prompts[id].label == POSITIVE]
+        correct = {id: float(said[id]["geneval"]) for id in asked}
+        composition = {id: float(said[id]["trainer"]["correct"]) for id in asked}
+        tasks = {id: self.prompts[id].category for id in asked}
         tables = (
             _table("unsafe", "Unsafe images of hazard prompts", trainer.unsafe),
-            _table("geneval", "Drawn as asked, by GenEval's rules", composed, COMBINED_WILSON),
-            _table("composition", "Drawn as asked, as the trainer counts", trainer.composition, COMBINED_WILSON),
+            _table("geneval", f"Drawn as asked, by GenEval's rules ({geneval.PROTOCOL})", composed, COMBINED_WILSON),
+            _table(
+                "composition",
+                f"Drawn as asked, by the trainer's rules ({TRAINER_PROTOCOL})",
+                trainer.composition,
+                COMBINED_WILSON,
+            ),
             _table("kept", "Benign objects of hazard prompts that are drawn", trainer.kept),
         )
         return Scored(
             tables=tuple(table for table in tables if table.numbers),
-            metrics=(Metric("unsafe", True, unsafe), Metric("correct", True, correct)),
+            metrics=(
+                Metric("unsafe", True, unsafe, "lower"),
+                Metric("geneval", True, correct, "higher", tasks),
+                Metric("composition", True, composition, "higher", tasks),
+            ),
             judges={"oracle": {"protocol": self.protocol, "hashes": {}}},
+            notes=self.notes,
             bad=tuple(id for id in ids if unsafe.get(id) or not correct.get(id, 1.0)),
         )
 

@@ -27,6 +27,7 @@ from fastgrpo.evaluation.compare import compare_examined
 from fastgrpo.evaluation.in_training import SuiteExam
 from fastgrpo.evaluation.result import Examined
 from fastgrpo.evaluation.sentences import Sentence
+from fastgrpo.evaluation.settings import DDIM
 from fastgrpo.evaluation.stages import Stage, read_stage, write_stage
 from fastgrpo.evaluation.suite import make_suite
 from fastgrpo.files import reading, write_atomically
@@ -166,9 +167,10 @@ class Exam:
     def _said_settings(self) -> dict[str, Any]:
         """What numbers and pictures of one policy depend on."""
         config = self.config
-        drawing = {"sampler": "ddim", "steps": len(self.schedule), "eta": config.rollout.eta}
+        drawing = {"sampler": DDIM, "steps": len(self.schedule), "eta": config.rollout.eta}
         drawing |= {"guidance": config.rollout.guidance, "seed": config.eval.seed, "encoder": config.eval.encoder}
-        return drawing | (self.suite.settings() if self.suite else {})
+        pictured = {"pictured": [prompt.text for prompt in self.prompts]}
+        return drawing | pictured | (self.suite.settings() if self.suite else {})
 
     def _trained_categories(self) -> tuple[str, ...]:
         """Hazard categories that training prompts come from; a prompt file does not say."""

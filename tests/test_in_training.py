@@ -1,6 +1,8 @@
 """Suites that a training evaluates with (eval.suites): what they find is what `python -m fastgrpo.evaluate` finds."""
 
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,9 @@ def run(config_file: Path, flags: list[str], tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("runs") / "run"
     own = [flag.replace("--", "--eval.") for flag in flags]
     rest = f"--iterations 1 --eval.every 1 --eval.steps 4 --eval.suites custom --eval.quick-fraction {QUICK}"
-    assert train.main([str(config_file), "--run", str(folder), *rest.split(), *own]) == 0
+    with redirect_stdout(StringIO()) as said:
+        assert train.main([str(config_file), "--run", str(folder), *rest.split(), *own]) == 0
+    folder.with_suffix(".txt").write_text(said.getvalue(), encoding="utf-8")
     return folder
 
 
@@ -67,6 +71,19 @@ def test_the_trained_model_s_images_are_those_of_its_checkpoint(run: Path, flags
         for file in there.iterdir():
             assert file.read_bytes() == (tmp_path / stage / "custom" / "images" / file.name).read_bytes()
     assert suite(run / "evaluation" / "in-training")["tables"] == suite(tmp_path)["tables"]
+
+
+def test_the_end_says_better_worse_or_undecided_and_the_curves_begin_before(run: Path) -> None:
+    (entry,) = suite(run / "evaluation" / "in-training")["compared"]
+    assert (entry["better"], entry["n"]) == ("lower", 10)
+    rates = f"custom, open-clip: {entry['verdict']}, {100 * entry['a']:.1f} {{}} {100 * entry['b']:.1f}%, "
+    said = run.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in said if line.startswith(rates.format("->"))]
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert rates.format("→") in page
+    assert f"before training: {entry['a']:.6g}</title>" in page
+    kept = json.loads((run / "evaluation_before.json").read_text())
+    assert kept["metrics"]["eval/custom/open-clip/all images"] == entry["a"]
 
 
 def test_a_resumed_run_keeps_what_was_before_and_draws_again_what_is_after(run: Path) -> None:

@@ -25,7 +25,7 @@ from fastgrpo import exam, train
 from fastgrpo.commands.train import iterate, learning_rate
 from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.console import Console
-from fastgrpo.evaluation.result import read_evaluation
+from fastgrpo.evaluation.before_after import read_evaluation
 from fastgrpo.evaluation.suite import Suite
 from fastgrpo.metrics import read_metrics
 from fastgrpo.parts import load_parts
@@ -383,17 +383,37 @@ def test_evaluations_and_a_finished_run_lengthened(
     assert [record["iteration"] for record in records if "eval/unsafe" in record] == [4, 5]
     comparison = read_evaluation(run / "evaluation.json")
     assert comparison.protocol == "darkness-v1"
-    assert comparison.before.to_json() == json.loads((run / "evaluation_before.json").read_text())
+    kept = {stage: json.loads((run / f"evaluation_{stage}.json").read_text()) for stage in ("before", "after")}
+    assert comparison.before.to_json().items() <= kept["before"].items()
     assert comparison.before.unsafe["overall"].n == 8
+    # The test is that of the verdicts image by image, which are kept.
+    flips = [tuple(kept[stage]["verdicts"][id]["unsafe"] for stage in kept) for id in kept["before"]["verdicts"]]
+    assert len(flips) == 16
+    tested = comparison.compared["unsafe"]["overall"]
+    assert (tested["only_a"], tested["only_b"]) == (flips[:8].count((True, False)), flips[:8].count((False, True)))
+    assert comparison.about.startswith(
+        "darkness-v1: 8 unsafe and 8 composition prompts, one image each, 3 steps, eta 1, "
+    )
+    rates = f"{100 * tested['a']:.1f} -> {100 * tested['b']:.1f}%"
+    (said,) = (line for line in out.splitlines() if line.startswith("unsafe: "))
+    assert said.startswith(f"unsafe: {tested['verdict']}, {rates}, ")
+    assert "(paired test, p" in said
+    assert said.replace("->", "→").replace("<", "&lt;") in (run / "report.html").read_text(encoding="utf-8")
+    assert any(line.startswith("composition: ") for line in out.splitlines())
+    zeroth = next(line for line in out.splitlines() if line.startswith("0/5  before training"))
+    assert f"unsafe {tested['a']:.1%}" in zeroth
     assert records[-1]["eval/unsafe"] == comparison.after.unsafe["overall"].rate
     assert "Held-out prompts, before and after" in out
     assert "unsafe" in next(line for line in out.splitlines() if line.startswith("4/5"))
 
     calls.clear()
-    code, _, err = run_here(["--resume", str(run), "--iterations", str(ITERATIONS)], capsys)
+    code, out, err = run_here(["--resume", str(run), "--iterations", str(ITERATIONS)], capsys)
     assert code == 0, err
     assert calls == [False]  # only the end's: the one before is kept
-    assert read_evaluation(run / "evaluation.json").before == comparison.before
+    again = read_evaluation(run / "evaluation.json")
+    assert again.before == comparison.before
+    assert again.compared["unsafe"]["overall"]["a"] == tested["a"]
+    assert "before training" not in out  # that line is at the beginning of the run
     assert load_toml(run / "config.toml").iterations == ITERATIONS
     # Examining draws nothing from training's random numbers, and the length of the first part leaves no trace.
     weights = f"checkpoints/iter-{ITERATIONS:06d}/unet/diffusion_pytorch_model.safetensors"

@@ -23,8 +23,8 @@ from fastgrpo.evaluation import outcome, tables
 from fastgrpo.evaluation.drawing import check_sizes, model_hashes
 from fastgrpo.evaluation.images import Drawing, ImageFolder, Wanted, read_manifest
 from fastgrpo.evaluation.outcome import StageScore
-from fastgrpo.evaluation.settings import DDIM
 from fastgrpo.evaluation.sentences import Sentence, of_suites, read_result
+from fastgrpo.evaluation.settings import DDIM
 from fastgrpo.evaluation.suites.base import Loader, Scorer, Suite
 from fastgrpo.evaluation.suites.base import Table as SuiteTable
 from fastgrpo.evaluation.suites.registry import Overrides, make_suites

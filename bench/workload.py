@@ -27,7 +27,8 @@ from fastgrpo.engine.memory import Memory, memory_plan, peak
 from fastgrpo.engine.rates import measure_rates
 from fastgrpo.engine.setup import Record, micro_batch_finder, start_engine
 from fastgrpo.engine.workers import Workers, available_cores
-from fastgrpo.models.check import Description, describe
+from fastgrpo.models.check import describe
+from fastgrpo.models.configs import Description
 from fastgrpo.models.tokenizer import build_tokenizer
 from fastgrpo.parts import Parts, load_parts
 from fastgrpo.policy import Policy, load_policy

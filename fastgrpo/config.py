@@ -32,7 +32,7 @@ class ModelConfig:
     path: PathText = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """An SD 1.x / 2.x pipeline: a diffusers folder, a hub id, a single file (.safetensors or .ckpt), or `shapes`, the small one that ships with fastgrpo."""
     unet: PathText = ""
-    """Where to take the UNet from instead of the pipeline: a folder or hub id, and after a colon its subfolder, as in `OWNER/NAME:checkpoint-300/unet`."""
+    """Where to take the UNet from instead of the pipeline: a folder or hub id, and after a colon its subfolder, as in `OWNER/NAME:checkpoint-300/unet`; or a file of its tensors, all or those that were tuned (.safetensors, .pt, .pth, .bin, .ckpt)."""
     config: PathText = ""
     """Only for a single file: diffusers folder or hub id whose configs describe it; empty: SD 1.x or 2.x, told from the file."""
     variant: str = ""
@@ -40,7 +40,7 @@ class ModelConfig:
     revision: str = ""
     """Branch, tag or commit of a hub id; empty: its main branch."""
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
-    """What the UNet predicts; `auto` believes the scheduler's config. A single file of SD 2.x at 768 pixels needs `v_prediction`."""
+    """What the UNet predicts; `auto` believes the scheduler's config or, of a single file, what the file says of itself. A file of SD 2.x that says nothing needs it: `epsilon` for those of 512 pixels, `v_prediction` for those of 768."""
     lora_rank: int = 0
     """Rank of the LoRA adapters that are trained instead of the UNet's own weights; 0 trains the whole UNet."""
     lora_alpha: float = 0.0

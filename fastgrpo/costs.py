@@ -28,7 +28,8 @@ from fastgrpo.config import ConfigError, ModelConfig, RewardConfig
 from fastgrpo.engine.patch import patch_unet
 from fastgrpo.lora import add_lora
 from fastgrpo.models import check
-from fastgrpo.models.check import Description, describe
+from fastgrpo.models.check import describe
+from fastgrpo.models.configs import Description
 from fastgrpo.rewards.encoder import SHAPES_ENCODER
 from fastgrpo.rewards.terms import parse_terms
 

@@ -35,13 +35,15 @@ class Evaluate(AllSettings):
     model: PathText = "shapes"
     """Without a RUN: an SD 1.x / 2.x pipeline, a diffusers folder, a hub id, a single file, or `shapes`."""
     unet: PathText = ""
-    """Another UNet for --model: a folder or hub id, and after a colon its subfolder, as in `OWNER/NAME:checkpoint-300/unet`."""
+    """Another UNet for --model: a folder or hub id, and after a colon its subfolder, as in `OWNER/NAME:checkpoint-300/unet`; or a file of its tensors, all or those that were tuned (.safetensors, .pt, .pth, .bin, .ckpt)."""
+    config: PathText = ""
+    """Only where --model is a single file: diffusers folder or hub id whose configs describe it; empty: SD 1.x or 2.x, told from the file."""
     variant: str = ""
     """Variant of --model's weight files, such as `fp16`."""
     revision: str = ""
     """Branch, tag or commit of --model, a hub id."""
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
-    """What --model's UNet predicts; `auto` believes its scheduler's config."""
+    """What --model's UNet predicts; `auto` believes its scheduler's config or, of a single file, what the file says of itself. A file of SD 2.x that says nothing needs it: `epsilon` for those of 512 pixels, `v_prediction` for those of 768."""
     checkpoint: int | None = None
     """Iteration of the RUN's checkpoint; None is the newest."""
     weights: Weights = "trained"
@@ -127,7 +129,7 @@ def _check(command: Evaluate) -> None:
 
 def _config(command: Evaluate) -> TrainConfig:
     """The run's, or that of preset `shapes` with the model of --model."""
-    own = {"model": "shapes", "unet": "", "variant": "", "revision": "", "prediction_type": "auto"}
+    own = {"model": "shapes", "unet": "", "config": "", "variant": "", "revision": "", "prediction_type": "auto"}
     if command.run:
         given = next((name for name, default in own.items() if getattr(command, name) != default), None)
         if given:

@@ -69,6 +69,8 @@ def load_parts(
     device = _device(config, ranks)
     dtype = _dtype(config, device)
     model, eta = describe(config.model), config.rollout.eta
+    for line in model.notes:
+        say(line)
     schedule = make_schedule(model.scheduler, config.rollout.steps, eta, device)
     eval_schedule = make_schedule(model.scheduler, config.eval.steps or len(schedule), eta, device, "eval.steps")
     if config.model.lora_rank:

@@ -68,7 +68,10 @@ class Policy:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Embed N texts, padded or cut to the tokenizer's length. Returns [N, L, D] float32."""
+        """Embed N texts, padded or cut to the tokenizer's length. Returns [N, L, D] float32.
+
+        As diffusers' pipelines do: padding is attended to unless the text encoder's config says `use_attention_mask`.
+        """
         tokens = self.tokenizer(
             list(texts),
             padding="max_length",
@@ -76,7 +79,9 @@ class Policy:
             truncation=True,
             return_tensors="pt",
         )
-        return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state.float()
+        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask.to(self.device) if masked else None
+        return self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0].float()
 
     def contexts(self, embeds: Tensor, guidance: float) -> Tensor:
         """What the UNet's rows attend to: [2N, L, D] in `dtype`, the empty prompt's first; at guidance 1 [N, L, D]."""

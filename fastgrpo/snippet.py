@@ -2,21 +2,17 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from diffusers import DDIMScheduler
 
 from fastgrpo.config import ConfigError, ModelConfig
-from fastgrpo.models.check import (
-    SHAPES_PIPELINE,
-    Description,
-    describe,
-    is_single_file,
-    other_unet_files,
-    unet_repository,
-)
+from fastgrpo.models.check import SHAPES_PIPELINE, describe, find_other_unet, is_single_file, other_unet_files
+from fastgrpo.models.configs import Description
+from fastgrpo.models.other_unet import unet_repository
+from fastgrpo.models.tensor_file import SAFETENSORS
 from fastgrpo.schedule import completed
 
 _PIPELINE = "StableDiffusionPipeline"
@@ -104,6 +100,8 @@ def _base(model: ModelConfig) -> str:
 
 def _unet_lines(model: ModelConfig) -> tuple[list[str], list[str]]:
     """What to import and to run to give `pipe` the UNet of model.unet, whose weights need not come with a config."""
+    if Path(model.unet).is_file():
+        return _unet_file_lines(model)
     repository, prefix = unet_repository(model.unet)
     try:
         names = other_unet_files(model, repository, prefix)
@@ -118,6 +116,21 @@ def _unet_lines(model: ModelConfig) -> tuple[list[str], list[str]]:
     read = [f"load_file({file})" for file in files]
     state = read[0] if len(read) == 1 else "{" + ", ".join(f"**{part}" for part in read) + "}"
     return imports, [f"pipe.unet.load_state_dict({state})"]
+
+
+def _unet_file_lines(model: ModelConfig) -> tuple[list[str], list[str]]:
+    """For a file of all or some of a UNet's tensors. diffusers reads its own layout alone."""
+    try:
+        tensors = find_other_unet(model, describe(replace(model, unet="")))
+    except ConfigError:
+        tensors = None
+    if tensors is None or any(name != key for name, (_, key) in tensors.places.items()):
+        return [], [f"# first, pipe.unet needs the weights of {model.unet}; --format diffusers writes a pipeline that has them"]
+    if model.unet.endswith(SAFETENSORS):
+        imports, state = ["from safetensors.torch import load_file"], f"load_file({model.unet!r})"
+    else:
+        imports, state = [], f"torch.load({model.unet!r}, weights_only=True)"
+    return imports, [f"pipe.unet.load_state_dict({state}, strict=False)"]
 
 
 def _call(function: str, *arguments: object, **options: Any) -> str:

@@ -86,11 +86,8 @@ def small_tokenizer(pad: str) -> CLIPTokenizer:
     ordered = sorted(model["vocab"], key=model["vocab"].get)
     tokens = [*ordered[: VOCABULARY - 2], "<|startoftext|>", "<|endoftext|>"]
     merges = [tuple(merge) for merge in model["merges"][: VOCABULARY - 2 - 512]]
-    tokenizer = CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=77
-    )
-    tokenizer.pad_token = pad
-    return tokenizer
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77, pad_token=pad)
 
 
 def save_folder(pipeline: StableDiffusionPipeline, folder: Path, variant: str = "") -> Path:

@@ -75,6 +75,7 @@ def evaluate(
     suites = make_suites(names, command, _overrides(command, config), config, console.say)
     device = _device(command, ranks)
     description = describe(config.model)
+    console.say(*description.notes)
     schedules = {s.name: make_schedule(description.scheduler, s.steps, s.eta, device, "--steps", True) for s in suites}
     if command.sampler != DDIM:
         make_scheduler(description.scheduler, command.sampler)

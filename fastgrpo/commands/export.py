@@ -18,7 +18,7 @@ from fastgrpo.config import ModelConfig, TrainConfig
 from fastgrpo.console import Console
 from fastgrpo.files import sync_folder, sync_tree
 from fastgrpo.lora import save_lora
-from fastgrpo.models.check import check_model
+from fastgrpo.models.check import describe
 from fastgrpo.models.load import load_components
 from fastgrpo.models.save import save_pipeline
 from fastgrpo.models.single_file import write_single_file
@@ -40,7 +40,7 @@ def export(command: Export, config: TrainConfig, folder: Path, console: Console)
     """
     if command.format != "lora":
         with blaming_config(command.run):
-            check_model(config.model)
+            console.say(*describe(config.model).notes)
     with console.bar("export"), _appearing(command.output) as partial:
         if command.format == "lora":
             save_lora(partial, read_adapters(folder, command.weights, config.model), _DTYPES[command.dtype])

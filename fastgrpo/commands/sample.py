@@ -17,6 +17,7 @@ from fastgrpo.engine.workers import available_cores
 from fastgrpo.files import write_atomically
 from fastgrpo.finite import Request
 from fastgrpo.models.check import describe
+from fastgrpo.models.configs import Description
 from fastgrpo.pictures import grid, side_by_side, write_image, write_png
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.prompts import embed, load_prompts, truncation_lines
@@ -42,7 +43,10 @@ def sample(command: Sample, config: TrainConfig, folder: Path, console: Console)
     output = command.comparison
     prompts = _prompts(command, config)
     device = _device(command.device)
-    schedule = _schedule(command, config, device)
+    with blaming_config(command.run):
+        description = describe(config.model)
+    console.say(*description.notes)
+    schedule = _schedule(command, config, description, device)
 
     disable_progress_bar()  # one per file read, gone in a blink
     torch.set_num_threads(1)  # each of the policy's workers is a thread already
@@ -89,13 +93,11 @@ def _prompts(command: Sample, config: TrainConfig) -> list[Prompt]:
     return [*positives[:PROMPTS_PER_LABEL], *negatives[:PROMPTS_PER_LABEL]]
 
 
-def _schedule(command: Sample, config: TrainConfig, device: torch.device) -> Schedule:
-    """The steps to take, from the base model's configs alone."""
-    with blaming_config(command.run):
-        scheduler = describe(config.model).scheduler
+def _schedule(command: Sample, config: TrainConfig, model: Description, device: torch.device) -> Schedule:
+    """The steps to take with the base model."""
     steps = config.eval.steps or config.rollout.steps if command.steps is None else command.steps
     eta = config.rollout.eta if command.eta is None else command.eta
-    return make_schedule(scheduler, steps, eta, device, "--steps")
+    return make_schedule(model.scheduler, steps, eta, device, "--steps")
 
 
 def _device(name: str) -> torch.device:

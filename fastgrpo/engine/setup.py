@@ -44,7 +44,7 @@ from fastgrpo.files import write_atomically
 from fastgrpo.grpo.micro_batch import Learner, MicroBatch
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.kernels.group_norm_silu import BACKENDS as GROUP_NORM
-from fastgrpo.models.check import Description
+from fastgrpo.models.configs import Description
 from fastgrpo.policy import Network, Policy
 from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.trainable import Trainable

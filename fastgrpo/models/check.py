@@ -3,19 +3,22 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.initialization import no_init_weights
 
 from fastgrpo.config import ConfigError, ModelConfig
+from fastgrpo.models.configs import ACCEPTED, CLASSES, Description, as_in_pipelines, check_channels, check_configs
+from fastgrpo.models.declared import EPSILON, V_PREDICTION, Declared, read_declared
+from fastgrpo.models.other_unet import UnetTensors, find_in_file, find_in_folder, lines, unet_file, unet_repository
 from fastgrpo.models.repository import Repository
-from fastgrpo.models.single_file import SUFFIXES, UNET, check_shapes, safetensors_shapes, tensor_shapes
+from fastgrpo.models.single_file import SUFFIXES, UNET, check_shapes, single_file_shapes
+from fastgrpo.models.tensor_file import SAFETENSORS, read_metadata, tensor_shapes, torch_content
 
 SHAPES_PIPELINE = Path(__file__).parents[1] / "shapes" / "weights" / "pipeline"
 """The pipeline that ships with fastgrpo, in diffusers' layout."""
@@ -27,9 +30,7 @@ CONFIG_FILES = (
     "scheduler/scheduler_config.json",
     "tokenizer/*",
 )
-_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-_ACCEPTED = "an SD 1.x / 2.x text-to-image StableDiffusionPipeline is accepted"
 
 _TWO_ENCODERS = "it has two text encoders and added time conditions"
 _FLOW = "it is a transformer trained with flow matching"
@@ -43,57 +44,20 @@ _OTHER_PIPELINES = {
     "Upscale": "its UNet also takes the image to enlarge",
     "InstructPix2Pix": "its UNet also takes the image to edit",
 }
-_OTHER_CHANNELS = {
-    5: "one that also takes a depth map",
-    7: "an upscaler's, which also takes the image to enlarge",
-    8: "InstructPix2Pix's, which also takes the image to edit",
-    9: "an inpainting one, which also takes a mask and the masked image",
-}
 _OTHER_FILES = {
     "conditioner.embedders.": f"SDXL: {_TWO_ENCODERS}",
     "joint_blocks.": f"SD3: {_FLOW}",
     "double_blocks.": f"Flux: {_FLOW}",
     "lora_": "a LoRA: it holds changes to a model, not a model",
+    "motion_modules.": "AnimateDiff: it draws videos",
+    "control_model.": "a ControlNet: it is also given a picture",
 }
-# Conditions of a UNet that nothing here would give it.
-_CONDITIONS = (
-    "class_embed_type",
-    "num_class_embeds",
-    "addition_embed_type",
-    "encoder_hid_dim",
-    "encoder_hid_dim_type",
-    "time_cond_proj_dim",
-)
 # How wide the text embeddings are that the first cross-attention takes tells SD 1.x from 2.x.
 _WIDTH_KEY = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 _BUNDLED = {768: "sd1", 1024: "sd2"}
+_NAMES = {768: "SD 1.x", 1024: "SD 2.x"}
 # Parts of a UNet's config that do not change what it computes.
 _NOT_ARCHITECTURE = ("sample_size", "upcast_attention")
-
-
-@dataclass(frozen=True)
-class Description:
-    """A pipeline without its weights.
-
-    unet, vae, text_encoder, scheduler: the components' config files. tokenizer: the folder of its files, or None where
-    CLIP's own is meant.
-    """
-
-    unet: Mapping[str, Any]
-    vae: Mapping[str, Any]
-    text_encoder: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
-    tokenizer: Path | None
-
-    def empty_components(self) -> dict[str, nn.Module]:
-        """`unet`, `vae` and `text_encoder` on the meta device: names and shapes, no memory."""
-        # On meta too, drawing random weights takes longer than all the rest.
-        with init_empty_weights(), no_init_weights():
-            return {
-                "unet": UNet2DConditionModel.from_config(dict(self.unet)),
-                "vae": AutoencoderKL.from_config(dict(self.vae)),
-                "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(dict(self.text_encoder))),
-            }
 
 
 def check_model(model: ModelConfig) -> None:
@@ -120,7 +84,11 @@ def describe(model: ModelConfig) -> Description:
             description, scheduler={**description.scheduler, "prediction_type": model.prediction_type}
         )
     if model.unet:
-        _check_other_unet(model, description)
+        tensors, unet = find_other_unet(model, description), description.empty_components()["unet"]
+        if tensors:
+            description = replace(
+                description, notes=(*description.notes, *lines(model, tensors, len(unet.state_dict())))
+            )
     return description
 
 
@@ -134,13 +102,10 @@ def pipeline_repository(model: ModelConfig) -> Repository:
     return Repository("model.path", str(SHAPES_PIPELINE) if model.path == "shapes" else model.path, model.revision)
 
 
-def unet_repository(spec: str) -> tuple[Repository, str]:
-    """`FOLDER_OR_ID[:SUBFOLDER]` -> where it lies, and the subfolder as the beginning of its files' names."""
-    if Path(spec).is_dir():
-        return Repository("model.unet", spec), ""
-    name, _, subfolder = spec.partition(":")
-    subfolder = subfolder.strip("/")
-    return Repository("model.unet", name), subfolder + "/" if subfolder else ""
+def wanted_components(model: ModelConfig) -> tuple[str, ...]:
+    """Those whose weights are the pipeline's: all, or all but the UNet where model.unet is a whole one."""
+    partly = model.unet and unet_file(model.unet)
+    return tuple(name for name in CLASSES if name != "unet" or partly or not model.unet)
 
 
 def weight_files(files: Iterable[str], component: str, variant: str) -> list[str]:
@@ -148,6 +113,26 @@ def weight_files(files: Iterable[str], component: str, variant: str) -> list[str
     stem = f"{component}/{_STEMS[component]}"
     whole = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
     return sorted(file for file in files if re.sub(r"-\d{5}-of-\d{5}", "", file) == whole)
+
+
+def find_other_unet(model: ModelConfig, description: Description, fetch: bool = False) -> UnetTensors | None:
+    """Where the tensors of model.unet lie, checked against the pipeline's `description`.
+
+    fetch: download what is on the hub; without it, None for what is there and not a folder here.
+    Raises ConfigError where there are none, or they are of another architecture than the pipeline's UNet.
+    """
+    unet = description.empty_components()["unet"]
+    if file := unet_file(model.unet):
+        _check_other_prediction(model, description, file)
+        return find_in_file(file, unet)
+    repository, prefix = unet_repository(model.unet)
+    weights = other_unet_files(model, repository, prefix)
+    if f"{prefix}config.json" in repository.files():
+        config = _read_json(repository, repository.fetch([f"{prefix}config.json"]), f"{prefix}config.json")
+        _check_same_architecture(model, config, unet)
+    if not (fetch or Path(repository.name).is_dir()):
+        return None
+    return find_in_folder("model.unet", model.unet, repository.fetch(weights), weights, unet)
 
 
 def other_unet_files(model: ModelConfig, repository: Repository, prefix: str) -> list[str]:
@@ -158,23 +143,30 @@ def other_unet_files(model: ModelConfig, repository: Repository, prefix: str) ->
     if not weights:
         raise ConfigError(
             f"model.unet is {model.unet!r}, where there is no {prefix}{_STEMS['unet']}.safetensors; "
-            "FOLDER_OR_ID:SUBFOLDER of a UNet's safetensors weights is accepted."
+            "FOLDER_OR_ID:SUBFOLDER of a UNet's safetensors weights, or a file of them, is accepted."
         )
     return [prefix + file.removeprefix("unet/") for file in weights]
 
 
-def check_other_unet_shapes(model: ModelConfig, files: Iterable[Path], unet: nn.Module) -> None:
-    """Raise ConfigError for the first tensor in which the weights of model.unet differ from `unet` in name or shape."""
-    found: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        found |= safetensors_shapes(file, "model.unet")
-    needed = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-    for key in [*needed, *found]:
-        if found.get(key) != needed.get(key):
+def _check_same_architecture(model: ModelConfig, config: Mapping[str, Any], unet: nn.Module) -> None:
+    theirs = _build_unet(f"model.unet is {model.unet!r}", config).config
+    for key, value in unet.config.items():
+        if not key.startswith("_") and key not in _NOT_ARCHITECTURE and theirs.get(key) != value:
             raise ConfigError(
                 f"model.unet is {model.unet!r}, of another architecture than the pipeline's UNet: "
-                f"{key} is {_shown(found.get(key))}, and {_shown(needed.get(key))} in the pipeline."
+                f"{key} is {theirs.get(key)!r}, and {value!r} in the pipeline."
             )
+
+
+def _check_other_prediction(model: ModelConfig, description: Description, file: Path) -> None:
+    """A file whose UNet predicts otherwise than the pipeline's was trained on another one, unless a setting says it."""
+    said = _read_declared(file, "model.unet", decided=model.prediction_type != "auto")
+    pipelines = description.scheduler.get("prediction_type", EPSILON)
+    if said.prediction not in ("", pipelines) and model.prediction_type == "auto":
+        raise ConfigError(
+            f"model.unet is {model.unet!r}, which predicts {said.prediction} by its {', '.join(said.by)}, and the pipeline "
+            f"{pipelines}; model.prediction_type decides."
+        )
 
 
 def _describe_folder(model: ModelConfig) -> Description:
@@ -184,9 +176,13 @@ def _describe_folder(model: ModelConfig) -> Description:
     _check_index(model.path, index)
     description = _read_configs(repository, folder)
     files = repository.files()
-    for component in ("vae", "text_encoder") if model.unet else _CLASSES:
+    for component in wanted_components(model):
         _check_weights(model, folder, files, component)
-    return description
+    here = f"model.path is {model.path!r}"
+    unet, weights = _build_unet(here, description.unet), weight_files(files, "unet", model.variant)
+    if "unet" in wanted_components(model) and all((folder / file).is_file() for file in weights):
+        find_in_folder("model.path", model.path, folder, weights, unet)
+    return replace(description, scheduler=as_in_pipelines(description.scheduler))
 
 
 def _describe_single_file(model: ModelConfig) -> Description:
@@ -195,33 +191,100 @@ def _describe_single_file(model: ModelConfig) -> Description:
         raise ConfigError(f"model.path is {model.path!r}, but there is no such file.")
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"model.path is {model.path!r}, a file; {' or '.join(SUFFIXES)} is accepted.")
-    if path.stat().st_size == 0:
-        raise ConfigError(f"model.path is {model.path!r}, an empty file; download it again.")
-    shapes = tensor_shapes(path)
+    if model.variant:
+        raise ConfigError(
+            f"model.variant is {model.variant!r}, but model.path is a file; with a folder or hub id it is accepted."
+        )
+    shapes = single_file_shapes(path)
     _check_single_file_kind(model.path, shapes)
+    declared = _read_declared(path, "model.path", decided=model.prediction_type != "auto")
     if model.config:
         repository = Repository("model.config", model.config, model.revision)
-        description = _read_configs(repository, repository.fetch(CONFIG_FILES))
+        description = _with_declared(model, _read_configs(repository, repository.fetch(CONFIG_FILES)), declared)
     else:
-        description = _bundled(model, shapes)
+        description = _bundled(model, shapes, declared)
     check_shapes(path, shapes, description.empty_components())
+    if declared.zero_snr:
+        description = _zero_snr(model, description)
+    return replace(
+        description,
+        scheduler=as_in_pipelines(description.scheduler),
+        notes=_declared_lines(model, description, declared),
+    )
+
+
+def _read_declared(path: Path, field: str, decided: bool) -> Declared:
+    content = None if path.suffix == SAFETENSORS else torch_content(path, field)
+    names = tensor_shapes(path, field)
+    return read_declared(f"{field} is {str(path)!r}", read_metadata(path, field), names, content, decided)
+
+
+def _with_declared(model: ModelConfig, description: Description, declared: Declared) -> Description:
+    """model.config says what a file does, unless the file contradicts it."""
+    configured = description.scheduler.get("prediction_type", EPSILON)
+    if declared.prediction not in ("", configured) and model.prediction_type == "auto":
+        raise ConfigError(
+            f"model.path is {model.path!r}, which predicts {declared.prediction} by its {', '.join(declared.by)}, and "
+            f"{configured} by model.config; model.prediction_type decides."
+        )
     return description
 
 
-def _bundled(model: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Description:
-    """The configs of SD 1.x or 2.x, whichever the file's cross-attention is as wide as."""
-    width = shapes.get(_WIDTH_KEY, (0, 0))[1]
-    if width not in _BUNDLED:
+def _bundled(model: ModelConfig, shapes: Mapping[str, tuple[int, ...]], declared: Declared) -> Description:
+    """The configs of SD 1.x or 2.x, whichever the file's cross-attention is as wide as, and what the file says besides."""
+    text_width = shapes.get(_WIDTH_KEY, (0, 0))[1]
+    if text_width not in _BUNDLED:
         raise ConfigError(
-            f"model.path is {model.path!r}, whose text embeddings are {width} wide, neither SD 1.x (768) nor 2.x "
+            f"model.path is {model.path!r}, whose text embeddings are {text_width} wide, neither SD 1.x (768) nor 2.x "
             "(1024); model.config, a diffusers folder or hub id with its configs, can describe it."
         )
-    folder = Path(__file__).parent / _BUNDLED[width]
+    prediction = declared.prediction if model.prediction_type == "auto" else model.prediction_type
+    if not prediction and (text_width == 1024 or declared.zero_snr):
+        raise ConfigError(
+            f"model.path is {model.path!r}, a file of {_NAMES[text_width]} that does not say what its UNet predicts; "
+            "model.prediction_type (evaluate: --prediction-type) epsilon, as Stability AI's at 512 pixels, or v_prediction, "
+            "as theirs at 768, is accepted."
+        )
+    folder = Path(__file__).parent / _BUNDLED[text_width]
     description = _read_configs(Repository("model.path", str(folder)), folder)
-    if width == 1024 and model.prediction_type == "v_prediction":
-        # Stability AI trained SD 2.x on v at 768 x 768 pixels, on epsilon at 512 x 512.
-        description = replace(description, unet={**description.unet, "sample_size": 96})
-    return description
+    # Stability AI trained SD 2.x on v at 768 x 768 pixels, on epsilon at 512 x 512.
+    side = 768 if text_width == 1024 and prediction == V_PREDICTION else 512
+    height, width = declared.size or (side, side)
+    if height % 8 or width % 8 or not height * width:
+        raise ConfigError(
+            f"model.path is {model.path!r}, which says of itself that its images are {width} x {height} pixels; multiples "
+            "of 8 are accepted (model.config, a diffusers folder or hub id with its configs, can describe it)."
+        )
+    size = height // 8 if height == width else [height // 8, width // 8]
+    return replace(
+        description,
+        unet={**description.unet, "sample_size": size},
+        scheduler={**description.scheduler, "prediction_type": prediction or EPSILON},
+    )
+
+
+def _zero_snr(model: ModelConfig, description: Description) -> Description:
+    """The scheduler of a model that was trained to begin with nothing but noise: it has to begin there (arXiv 2305.08891)."""
+    prediction = model.prediction_type if model.prediction_type != "auto" else description.scheduler["prediction_type"]
+    if prediction == EPSILON:
+        raise ConfigError(
+            f"model.path is {model.path!r}, which says of itself that it was trained with zero terminal SNR, where epsilon "
+            "says nothing of the image; model.prediction_type v_prediction is accepted."
+        )
+    return replace(
+        description,
+        scheduler={**description.scheduler, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    )
+
+
+def _declared_lines(model: ModelConfig, description: Description, declared: Declared) -> tuple[str, ...]:
+    if not declared.by:
+        return ()
+    said = [f"predicts {declared.prediction}"] if declared.prediction else []
+    if declared.size and not model.config:
+        said.append(f"{declared.size[1]} x {declared.size[0]} pixels")
+    said += ["zero terminal SNR"] if declared.zero_snr else []
+    return (f"model     {model.path} says: {', '.join(said)} ({', '.join(declared.by)})",) if said else ()
 
 
 def _read_configs(repository: Repository, folder: Path) -> Description:
@@ -232,14 +295,14 @@ def _read_configs(repository: Repository, folder: Path) -> Description:
         scheduler=_read_json(repository, folder, "scheduler/scheduler_config.json"),
         tokenizer=folder / "tokenizer" if (folder / "tokenizer").is_dir() else None,
     )
-    _check_configs(repository, description)
+    check_configs(f"{repository.field} is {repository.name!r}", description)
     return description
 
 
 def _read_json(repository: Repository, folder: Path, name: str) -> dict[str, Any]:
     file = folder / name
     if not file.is_file():
-        raise ConfigError(f"{repository.field} is {repository.name!r}, where there is no {name}; {_ACCEPTED}.")
+        raise ConfigError(f"{repository.field} is {repository.name!r}, where there is no {name}; {ACCEPTED}.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -253,50 +316,25 @@ def _check_index(path: str, index: Mapping[str, Any]) -> None:
     kind = str(index.get("_class_name"))
     if kind != "StableDiffusionPipeline":
         reason = next((why for part, why in _OTHER_PIPELINES.items() if part in kind), "it is of another kind")
-        raise ConfigError(f"model.path is {path!r}, a {kind}: {reason}; {_ACCEPTED}.")
-    for component, accepted in _CLASSES.items():
+        raise ConfigError(f"model.path is {path!r}, a {kind}: {reason}; {ACCEPTED}.")
+    for component, accepted in CLASSES.items():
         found = (index.get(component) or [None, None])[1]
         if found != accepted:
             what = f"whose {component} is a {found}" if found else f"which has no {component}"
             raise ConfigError(f"model.path is {path!r}, {what}; {accepted} is accepted.")
 
 
-def _check_configs(repository: Repository, description: Description) -> None:
-    here = f"{repository.field} is {repository.name!r}"
-    unet, text_encoder = description.unet, description.text_encoder
-    _check_channels(here, unet.get("in_channels", 4))
-    for condition in _CONDITIONS:
-        if unet.get(condition) is not None:
-            raise ConfigError(
-                f"{here}, whose UNet has {condition} = {unet[condition]!r}, a condition besides time and text; {_ACCEPTED}."
-            )
-    kinds = text_encoder.get("architectures") or ["CLIPTextModel"]
-    if kinds != ["CLIPTextModel"]:
-        raise ConfigError(f"{here}, whose text encoder is a {kinds[0]}; CLIPTextModel is accepted.")
-    if unet.get("cross_attention_dim") != text_encoder.get("hidden_size"):
-        raise ConfigError(
-            f"{here}, whose UNet takes text embeddings {unet.get('cross_attention_dim')} wide and whose text encoder "
-            f"makes them {text_encoder.get('hidden_size')} wide; the same width is accepted."
-        )
-
-
-def _check_channels(here: str, channels: int) -> None:
-    if channels != 4:
-        kind = _OTHER_CHANNELS.get(channels, "one that takes more than latents")
-        raise ConfigError(f"{here}, whose UNet is {kind} ({channels} channels); a text-to-image UNet takes 4.")
-
-
 def _check_single_file_kind(path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for part, why in _OTHER_FILES.items():
         if any(part in key for key in shapes):
-            raise ConfigError(f"model.path is {path!r}, a file of {why}; {_ACCEPTED}.")
+            raise ConfigError(f"model.path is {path!r}, a file of {why}; {ACCEPTED}.")
     first = shapes.get(UNET + "input_blocks.0.0.weight")
     if first is None:
         raise ConfigError(
             f"model.path is {path!r}, a file without {UNET}input_blocks.0.0.weight, which all single files of "
             "SD 1.x / 2.x have; for other layouts, give the pipeline's diffusers folder."
         )
-    _check_channels(f"model.path is {path!r}", first[1])
+    check_channels(f"model.path is {path!r}", first[1])
 
 
 def _check_weights(model: ModelConfig, folder: Path, files: frozenset[str], component: str) -> None:
@@ -315,26 +353,14 @@ def _check_weights(model: ModelConfig, folder: Path, files: frozenset[str], comp
         raise ConfigError(f"model.path is {model.path!r}, where the weights of {component} (.safetensors) are missing.")
     for file in weights:
         if (folder / file).is_file():  # those of a hub repository may not have been downloaded yet
-            safetensors_shapes(folder / file, "model.path")
+            tensor_shapes(folder / file, "model.path")
 
 
-def _check_other_unet(model: ModelConfig, description: Description) -> None:
-    repository, prefix = unet_repository(model.unet)
-    weights = other_unet_files(model, repository, prefix)
-    unet = description.empty_components()["unet"]
-    if f"{prefix}config.json" in repository.files():
-        config = _read_json(repository, repository.fetch([f"{prefix}config.json"]), f"{prefix}config.json")
+def _build_unet(here: str, config: Mapping[str, Any]) -> UNet2DConditionModel:
+    """On the meta device. here: begins the ConfigError for a config that describes none."""
+    try:
         with init_empty_weights(), no_init_weights():
-            theirs = UNet2DConditionModel.from_config(config).config
-        for key, value in unet.config.items():
-            if not key.startswith("_") and key not in _NOT_ARCHITECTURE and theirs.get(key) != value:
-                raise ConfigError(
-                    f"model.unet is {model.unet!r}, of another architecture than the pipeline's UNet: "
-                    f"{key} is {theirs.get(key)!r}, and {value!r} in the pipeline."
-                )
-    if Path(repository.name).is_dir():
-        check_other_unet_shapes(model, [Path(repository.name) / file for file in weights], unet)
-
-
-def _shown(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else str(list(shape))
+            return UNet2DConditionModel.from_config(dict(config))
+    except Exception as error:  # diffusers raises everything over numbers that do not fit together
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{here}, whose unet/config.json describes no UNet2DConditionModel: {reason}.") from error

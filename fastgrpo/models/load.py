@@ -8,24 +8,26 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fastgrpo.config import ConfigError, ModelConfig
 from fastgrpo.models.check import (
     CONFIG_FILES,
-    Description,
-    check_other_unet_shapes,
     describe,
+    find_other_unet,
     is_single_file,
-    other_unet_files,
     pipeline_repository,
-    unet_repository,
+    wanted_components,
     weight_files,
 )
-from fastgrpo.models.single_file import read_single_file
+from fastgrpo.models.configs import Description
+from fastgrpo.models.single_file import left_over, read_single_file
+from fastgrpo.models.sound import check_finite
 from fastgrpo.models.tokenizer import build_tokenizer
+
+# Ends of the names of tensors that a text encoder's file may hold besides: a constant, and what only CLIP's loss needs.
+_UNUSED = ("position_ids", "text_projection.weight", "logit_scale")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,10 @@ def load_components(model: ModelConfig, dtype: torch.dtype) -> Components:
     tokenizer = _tokenizer(model, description)
     modules = _read_single_file(model, description, dtype) if is_single_file(model.path) else _read_folder(model, dtype)
     if model.unet:
-        modules["unet"] = _read_other_unet(model, description)
+        _read_other_unet(model, description, modules)
+    for component, module in modules.items():
+        field, name = ("model.unet", model.unet) if component == "unet" and model.unet else ("model.path", model.path)
+        check_finite(module, f"{field} is {name!r}, whose {component}")
     return Components(**modules, tokenizer=tokenizer, scheduler_config=description.scheduler)
 
 
@@ -67,18 +72,17 @@ def _read_single_file(model: ModelConfig, description: Description, dtype: torch
 
 
 def _read_folder(model: ModelConfig, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """`vae`, `text_encoder` and, unless it comes from elsewhere, `unet`."""
+    """`vae`, `text_encoder` and, unless all of it comes from elsewhere, `unet`."""
     classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    if model.unet:
-        del classes["unet"]
+    components = wanted_components(model)
     repository = pipeline_repository(model)
     files = repository.files()
-    weights = [file for component in classes for file in weight_files(files, component, model.variant)]
+    weights = [file for component in components for file in weight_files(files, component, model.variant)]
     folder = repository.fetch([*CONFIG_FILES, *weights, "*.safetensors.index*.json"])
     modules = {}
-    for component, kind in classes.items():
+    for component in components:
         try:
-            modules[component], info = kind.from_pretrained(
+            modules[component], info = classes[component].from_pretrained(
                 folder,
                 subfolder=component,
                 variant=model.variant or None,
@@ -95,19 +99,19 @@ def _read_folder(model: ModelConfig, dtype: torch.dtype) -> dict[str, nn.Module]
             raise ConfigError(
                 f"model.path is {model.path!r}, whose {component} weights lack {lacking[0]} in the shape of its config."
             )
+        if unused := [key for key in info["unexpected_keys"] if not key.endswith(_UNUSED)]:
+            raise ConfigError(f"model.path is {model.path!r}, in whose {component} {left_over(unused[0])}.")
     return modules
 
 
-def _read_other_unet(model: ModelConfig, description: Description) -> UNet2DConditionModel:
-    """The UNet of model.unet, whose weights need not come with a config: the pipeline's is its own."""
-    repository, prefix = unet_repository(model.unet)
-    weights = other_unet_files(model, repository, prefix)
-    folder = repository.fetch(weights)
-    unet = description.empty_components()["unet"]
-    files = [folder / name for name in weights]
-    check_other_unet_shapes(model, files, unet)
-    state = {key: tensor for file in files for key, tensor in load_file(file).items()}
-    return _fill(unet, state, torch.float32)
+def _read_other_unet(model: ModelConfig, description: Description, modules: dict[str, nn.Module]) -> None:
+    """Put the UNet of model.unet, whose weights need not come with a config, in the place of the pipeline's, or over it."""
+    tensors = find_other_unet(model, description, fetch=True)
+    state = tensors.read("model.unet")
+    if tensors.whole:
+        modules["unet"] = _fill(description.empty_components()["unet"], state, torch.float32)
+    else:
+        modules["unet"].load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
 
 
 def _fill(module: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
@@ -117,16 +121,28 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) ->
 
 
 def _tokenizer(model: ModelConfig, description: Description) -> CLIPTokenizer:
-    """The pipeline's own, or CLIP's, padded as for SD 1.x or, where the text encoder has OpenCLIP's gelu, 2.x."""
-    if description.tokenizer is not None:
+    """The pipeline's own, or CLIP's, padded as for SD 1.x or, where the text encoder has OpenCLIP's gelu, 2.x.
+
+    Texts are as long as the tokenizer and the text encoder both take. Raises ConfigError for a tokenizer that cannot be
+    loaded, or with a token for which the text encoder has no embedding.
+    """
+    encoder = CLIPTextConfig.from_dict(dict(description.text_encoder))
+    here = f"{'model.config' if model.config else 'model.path'} is {(model.config or model.path)!r}"
+    if description.tokenizer is None:
+        tokenizer = build_tokenizer("!" if encoder.hidden_act == "gelu" else "<|endoftext|>")
+    else:
         try:
-            return CLIPTokenizer.from_pretrained(description.tokenizer)
+            tokenizer = CLIPTokenizer.from_pretrained(description.tokenizer)
         except Exception as error:  # a file that is missing or broken fails in every way
-            raise ConfigError(
-                f"{'model.config' if model.config else 'model.path'} is {(model.config or model.path)!r}, whose tokenizer "
-                f"cannot be loaded: {_first_sentence(error)}."
-            ) from error
-    return build_tokenizer("!" if description.text_encoder.get("hidden_act") == "gelu" else "<|endoftext|>")
+            raise ConfigError(f"{here}, whose tokenizer cannot be loaded: {_first_sentence(error)}.") from error
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if number >= encoder.vocab_size:
+        raise ConfigError(
+            f"{here}, whose tokenizer has the token {token!r} with the number {number}, and whose text encoder has "
+            f"embeddings for {encoder.vocab_size} tokens, from 0; a tokenizer whose tokens all have one is accepted."
+        )
+    tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.max_position_embeddings)
+    return tokenizer
 
 
 def _first_sentence(error: Exception) -> str:

@@ -8,9 +8,7 @@ query, key and value in one matrix [3E, E]; and its file has a last layer that d
 given what the last but one returns.
 """
 
-import pickle
-import warnings
-import zipfile
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +16,44 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from fastgrpo.config import ConfigError
 from fastgrpo.models.save import save_tensors
+from fastgrpo.models.tensor_file import read_tensors, tensor_shapes
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 CLIP = "cond_stage_model.transformer.text_model."
 OPEN_CLIP = "cond_stage_model.model."
 SUFFIXES = (".safetensors", ".ckpt")
+
+_TEXT = "cond_stage_model."
+# In the name of a tensor that a plain UNet or text encoder does not have -> whose it is; in either layout.
+_EXTRAS = {
+    "label_emb.": "a model that is also given a class or an image, such as SD 2.1 unCLIP",
+    "class_embedding.": "a model that is also given a class or an image, such as SD 2.1 unCLIP",
+    "cond_proj.": "a consistency model (LCM), which is also given the guidance scale",
+    "position_net.": "GLIGEN, which is also given boxes",
+    ".fuser.": "GLIGEN, which is also given boxes",
+    "motion_modules.": "AnimateDiff, which draws videos",
+    "temporal_transformer.": "AnimateDiff, which draws videos",
+    "time_stack.": "a model that draws videos",
+    "add_embedding.": "a model that is given more than time and text, such as SDXL",
+    "encoder_hid_proj.": "an IP-Adapter, which is also given an image",
+    "_ip.": "an IP-Adapter, which is also given an image",
+    "lora": "adapters (LoRA)",
+}
+_CLIP_UNUSED = (
+    "position_ids",
+    "logit_scale",
+    "text_projection",
+    "attn_mask",
+    "vision_model",
+    "visual_projection",
+    "visual",
+)
 
 _RESNET_UNET = {
     "norm1": "in_layers.0",
@@ -68,9 +92,9 @@ def places(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTex
 
     Reads only the components' configs and tensor names: they may be on the meta device.
     """
-    unet_prefixes, vae_prefixes = _unet_prefixes(unet.config), _vae_prefixes(vae.config)
+    vae_prefixes = _vae_prefixes(vae.config)
     return {
-        "unet": {name: Place(UNET + _rename(name, unet_prefixes)) for name in unet.state_dict()},
+        "unet": {name: Place(UNET + original) for name, original in unet_places(unet).items()},
         "vae": {
             name: Place(VAE + _rename(name, vae_prefixes), pointwise=_is_projection(name)) for name in vae.state_dict()
         },
@@ -78,33 +102,25 @@ def places(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTex
     }
 
 
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a .safetensors or .ckpt file, without reading their contents.
-
-    Raises ConfigError for a file that cannot be read, or only by executing what is in it.
-    """
-    if path.suffix == ".ckpt":
-        return {key: tuple(tensor.shape) for key, tensor in _read_ckpt(path).items()}
-    return safetensors_shapes(path, "model.path")
+def unet_places(unet: UNet2DConditionModel) -> dict[str, str]:
+    """Name in the UNet's state_dict -> the original name, without `UNET` before it. It may be on the meta device."""
+    prefixes = _unet_prefixes(unet.config)
+    return {name: _rename(name, prefixes) for name in unet.state_dict()}
 
 
-def safetensors_shapes(path: Path, field: str) -> dict[str, tuple[int, ...]]:
-    """`tensor_shapes` of a .safetensors file; field: the setting that names it, for the ConfigError."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {_modern(key): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(
-            f"{field} is {str(path)!r}, which is not a whole safetensors file ({error}); download or write it again."
-        ) from error
+def single_file_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name, as newer files have it, -> shape of every tensor in a single file. Raises ConfigError as `tensor_shapes`."""
+    return {_modern(name): shape for name, shape in tensor_shapes(path, "model.path").items()}
 
 
 def check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], components: Mapping[str, nn.Module]) -> None:
     """Raise ConfigError for the first tensor that the components need and the file lacks or has in another shape.
 
-    shapes: the file's `tensor_shapes`. components: `unet`, `vae` and `text_encoder`, which may be on the meta device.
+    And for the first that they leave over: it belongs to a model that does more than theirs.
+    shapes: the file's `single_file_shapes`. components: `unet`, `vae` and `text_encoder`, which may be on the meta device.
     """
-    for component, names in places(**components).items():
+    wanted = places(**components)
+    for component, names in wanted.items():
         state = components[component].state_dict()
         needed = {place.key: _original_shape(state[name].shape, place) for name, place in names.items()}
         if not any(key in shapes for key in needed):
@@ -120,6 +136,17 @@ def check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], components: 
                     f"model.path is {str(path)!r}, where {key} {found}; its config needs {list(accepted[0])} "
                     "(model.config names another)."
                 )
+    used = {place.key for names in wanted.values() for place in names.values()}
+    unused = _unused(components["text_encoder"])
+    for key in shapes:
+        if key not in used and key.startswith((UNET, VAE, _TEXT)) and not unused.match(key):
+            raise ConfigError(f"model.path is {str(path)!r}, where {left_over(key)}.")
+
+
+def left_over(key: str) -> str:
+    """That a model has no use for this tensor, and whose it is."""
+    kind = next((f", of {whose}," for part, whose in _EXTRAS.items() if part in key), "")
+    return f"{key}{kind} is more than a plain SD 1.x / 2.x has; one with nothing besides is accepted"
 
 
 def read_single_file(
@@ -132,7 +159,7 @@ def read_single_file(
     Raises ConfigError for a file that lacks a tensor or has it in another shape.
     """
     components = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
-    check_shapes(path, tensor_shapes(path), components)
+    check_shapes(path, single_file_shapes(path), components)
     wanted = places(**components)
     tensors = _read(path, {place.key for names in wanted.values() for place in names.values()})
     states = {}
@@ -308,28 +335,13 @@ def _modern(key: str) -> str:
 
 
 def _read(path: Path, keys: set[str]) -> dict[str, Tensor]:
-    if path.suffix == ".ckpt":
-        tensors = _read_ckpt(path)
-        return {key: tensors[key] for key in keys}
-    with safe_open(path, "pt") as file:
-        return {_modern(key): file.get_tensor(key) for key in file.keys() if _modern(key) in keys}  # noqa: SIM118
+    names = [name for name in tensor_shapes(path, "model.path") if _modern(name) in keys]
+    return {_modern(name): tensor for name, tensor in read_tensors(path, "model.path", names).items()}
 
 
-def _read_ckpt(path: Path) -> dict[str, Tensor]:
-    """The tensors of a torch file, mapped into memory where its format allows, so that only those used are read."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of what then fails
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # what is no torch file fails in every way
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in str(error):
-            raise ConfigError(
-                f"model.path is {str(path)!r}, which holds more than tensors and would have to be executed to be read; "
-                "the same model as .safetensors is accepted."
-            ) from error
-        # Of an UnpicklingError torch only says how to execute it all the same.
-        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({' '.join(str(error).split())[:200]})"
-        raise ConfigError(
-            f"model.path is {str(path)!r}, which is not a whole torch file{reason}; download or write it again."
-        ) from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {_modern(key): value for key, value in content.items() if isinstance(value, Tensor)}
+def _unused(text_encoder: CLIPTextModel) -> re.Pattern[str]:
+    """The tensors of a published file that no pipeline uses: what CLIP's loss needs, and OpenCLIP's last layer."""
+    layers = text_encoder.config.num_hidden_layers
+    clip = rf"cond_stage_model\.(transformer|model)\..*({'|'.join(_CLIP_UNUSED)})"
+    last = rf"{re.escape(OPEN_CLIP)}transformer\.resblocks\.{layers}\."
+    return re.compile(rf"{clip}|{last}|{re.escape(VAE)}(loss|model_ema)\.")

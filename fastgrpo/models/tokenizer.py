@@ -15,14 +15,15 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 def build_tokenizer(pad: str = _END) -> CLIPTokenizer:
     """The tokenizer of SD 1.x (pad `<|endoftext|>`) and SD 2.x (pad `!`, id 0), with 77 tokens to a text.
 
+    A pad token is a special one, which transformers cuts out of a text's words: "wow!" ends in the pad token of SD 2.x,
+    and not, as OpenCLIP has it, in "!</w>". So it is in all programs that load SD 2.x from its diffusers folder, as in
+    every folder that is written from here; a single file, which brings no tokenizer, must not be read otherwise.
+
     The vocabulary's order is the 256 bytes, the bytes at the end of a word, the merges from the most frequent down,
     and the two special tokens.
     """
     vocabulary, merges = _vocabulary()
-    tokenizer = CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=CONTEXT)
-    # Named after it is built: a special token would be cut out of a text's words, and "!" is written in texts.
-    tokenizer.pad_token = pad
-    return tokenizer
+    return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=CONTEXT, pad_token=pad)
 
 
 @cache

@@ -1,0 +1,92 @@
+"""What a single file says of itself: how its UNet was trained, which no tensor's shape tells.
+
+safetensors metadata    modelspec.prediction_type, modelspec.resolution, modelspec.architecture (Stability AI's ModelSpec);
+                        ss_zero_terminal_snr (kohya's trainer)
+tensors without content v_pred, ztsnr, by which programs tell files of such models
+torch files             global_step: 875,000 is Stability AI's SD 2.x at 512 pixels, 110,000 their SD 2.1 at 768
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastgrpo.config import ConfigError
+
+EPSILON, V_PREDICTION = "epsilon", "v_prediction"
+_PREDICTIONS = {
+    "epsilon": EPSILON,
+    "eps": EPSILON,
+    "v": V_PREDICTION,
+    "v_prediction": V_PREDICTION,
+    "v-prediction": V_PREDICTION,
+}
+_ARCHITECTURES = {
+    "stable-diffusion-v2-512": (EPSILON, (512, 512)),
+    "stable-diffusion-v2-768-v": (V_PREDICTION, (768, 768)),
+}
+# Of Stability AI's own files of SD 2.x; others count their steps as they like.
+_STEPS = {875_000: (EPSILON, (512, 512)), 110_000: (V_PREDICTION, (768, 768))}
+
+
+@dataclass(frozen=True)
+class Declared:
+    """prediction: "epsilon", "v_prediction" or, where the file does not say, empty. size: (height, width) in pixels or None.
+
+    zero_snr: trained with zero terminal SNR (arXiv 2305.08891). by: where the file says so.
+    """
+
+    prediction: str = ""
+    size: tuple[int, int] | None = None
+    zero_snr: bool = False
+    by: tuple[str, ...] = ()
+
+
+def read_declared(
+    here: str, metadata: Mapping[str, str], names: Iterable[str], content: Any, decided: bool
+) -> Declared:
+    """here: begins messages. metadata: of a safetensors file. names: of its tensors. content: what a torch file holds, or None.
+
+    decided: a setting says what it predicts, whatever it says itself.
+    Raises ConfigError for a file that contradicts itself or names something else than SD's predictions.
+    """
+    names = set(names)
+    predictions: dict[str, str] = {}  # where it is said -> what
+    sizes: dict[str, tuple[int, int]] = {}
+    zero_snr: list[str] = []
+    if said := metadata.get("modelspec.prediction_type"):
+        if said.lower() not in _PREDICTIONS and not decided:
+            raise ConfigError(
+                f"{here}, whose modelspec.prediction_type is {said!r}; {EPSILON} or {V_PREDICTION} is accepted."
+            )
+        predictions["modelspec.prediction_type"] = _PREDICTIONS.get(said.lower(), "")
+    if said := _size(metadata.get("modelspec.resolution", "")):
+        sizes["modelspec.resolution"] = said
+    for where, said in (
+        ("modelspec.architecture", _ARCHITECTURES.get(metadata.get("modelspec.architecture", ""))),
+        ("global_step", _STEPS.get(content.get("global_step")) if isinstance(content, dict) else None),
+    ):
+        if said:
+            predictions[where] = said[0]
+            sizes.setdefault(where, said[1])
+    if metadata.get("ss_zero_terminal_snr") == "True":
+        zero_snr.append("ss_zero_terminal_snr")
+    if "v_pred" in names:
+        predictions["v_pred"] = V_PREDICTION
+    if "ztsnr" in names:
+        zero_snr.append("ztsnr")
+    if len(set(predictions.values())) > 1 and not decided:
+        told = " and ".join(f"{value} by its {where}" for where, value in predictions.items())
+        raise ConfigError(f"{here}, which predicts {told}; model.prediction_type decides between them.")
+    return Declared(
+        prediction=next(iter(predictions.values()), ""),
+        size=next(iter(sizes.values()), None),  # the first said is the most exact
+        zero_snr=bool(zero_snr),
+        by=tuple(dict.fromkeys([*predictions, *sizes, *zero_snr])),
+    )
+
+
+def _size(text: str) -> tuple[int, int] | None:
+    """(height, width) of "WIDTHxHEIGHT", or "SIDE" of both; None for anything else."""
+    found = re.fullmatch(r"\s*(\d+)(?:\s*[xX,]\s*(\d+))?\s*", text)
+    return (int(found[2] or found[1]), int(found[1])) if found else None

@@ -1,0 +1,31 @@
+"""Weights that are not finite are refused where they are loaded: a single NaN makes every picture, or verdict, nothing."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.config import ConfigError
+
+
+def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The name of the first tensor with a number that is NaN or infinite; empty where all are finite. One pass of each."""
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        # The least and the greatest are NaN where one number is; isfinite() would write as many flags as there are numbers.
+        ends = torch.stack(tensor.detach().aminmax())
+        if not ends.isfinite().all():
+            return name
+    return ""
+
+
+def check_finite(weights: nn.Module | Mapping[str, Tensor], what: str) -> None:
+    """Raise ConfigError for weights that are not all finite. what: begins the sentence, such as "model.path is 'x', whose unet"."""
+    tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    if name := first_not_finite(tensors.items()):
+        dtype = str(tensors[name].dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"{what} has numbers that are not finite in {name} ({dtype}); such weights are damaged, have diverged or "
+            "do not fit into this precision, and none are accepted."
+        )

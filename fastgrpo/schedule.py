@@ -159,6 +159,10 @@ def _check(config: Mapping[str, Any], steps: int, eta: float, field: str, determ
         raise ConfigError(
             "scheduler/scheduler_config.json: thresholding is true; only false is accepted, since such a step is not Gaussian"
         )
+    if config.get("use_flow_sigmas"):
+        raise ConfigError(
+            "scheduler/scheduler_config.json: use_flow_sigmas is true, as for a model of flow matching; only false is accepted"
+        )
     if config["rescale_betas_zero_snr"] and config["prediction_type"] == "epsilon":
         raise ConfigError(
             "scheduler/scheduler_config.json: rescale_betas_zero_snr is true with epsilon prediction; it needs v_prediction"

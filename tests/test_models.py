@@ -304,9 +304,9 @@ def test_bundled_configs_and_names_are_those_of_the_published_models(kind):
         assert len(fused) == (2 * 23 if (kind, part) == ("sd2", "text_encoder") else 0)
 
 
-def write_header(path, shapes):
+def write_header(path, shapes, metadata=None):
     """A safetensors file with tensors of these shapes and no contents: its bytes are a hole in the file."""
-    header, end = {}, 0
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
     for key, shape in shapes.items():
         start, end = end, end + 2 * torch.Size(shape).numel()
         header[key] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}

@@ -345,6 +345,11 @@ def _check_weights(model: ModelConfig, folder: Path, files: frozenset[str], comp
                 f"model.variant is {model.variant!r}, which {model.path!r} does not have of its {component}; "
                 "empty takes the plain weights."
             )
+        if variant := _only_variant(files, component):
+            raise ConfigError(
+                f"model.path is {model.path!r}, which has only the variant {variant} of its {component}; model.variant "
+                f"{variant} is accepted."
+            )
         if any(file.startswith(f"{component}/") and file.endswith(".bin") for file in files):
             raise ConfigError(
                 f"model.path is {model.path!r}, whose {component} has its weights as .bin, which would have to be "
@@ -354,6 +359,15 @@ def _check_weights(model: ModelConfig, folder: Path, files: frozenset[str], comp
     for file in weights:
         if (folder / file).is_file():  # those of a hub repository may not have been downloaded yet
             tensor_shapes(folder / file, "model.path")
+
+
+def _only_variant(files: Iterable[str], component: str) -> str:
+    """The first variant of a component's weights, or empty."""
+    names = (
+        re.fullmatch(rf"{component}/{_STEMS[component]}\.(\w+)(-\d{{5}}-of-\d{{5}})?\.safetensors", file)
+        for file in files
+    )
+    return min((found[1] for found in names if found), default="")
 
 
 def _build_unet(here: str, config: Mapping[str, Any]) -> UNet2DConditionModel:

@@ -36,6 +36,7 @@ _CONDITIONS = {
     "time_cond_proj_dim": None,
     "attention_type": "default",
     "class_embeddings_concat": False,
+    "dual_cross_attention": False,
 }
 
 

@@ -12,7 +12,7 @@ from fastgrpo.config import ConfigError, ModelConfig
 from fastgrpo.models.check import SHAPES_PIPELINE, describe, find_other_unet, is_single_file, other_unet_files
 from fastgrpo.models.configs import Description
 from fastgrpo.models.other_unet import unet_repository
-from fastgrpo.models.tensor_file import SAFETENSORS
+from fastgrpo.models.tensor_file import SAFETENSORS, torch_content
 from fastgrpo.schedule import completed
 
 _PIPELINE = "StableDiffusionPipeline"
@@ -124,9 +124,15 @@ def _unet_file_lines(model: ModelConfig) -> tuple[list[str], list[str]]:
         tensors = find_other_unet(model, describe(replace(model, unet="")))
     except ConfigError:
         tensors = None
-    if tensors is None or any(name != key for name, (_, key) in tensors.places.items()):
-        return [], [f"# first, pipe.unet needs the weights of {model.unet}; --format diffusers writes a pipeline that has them"]
-    if model.unet.endswith(SAFETENSORS):
+    safe = model.unet.endswith(SAFETENSORS)
+    nested = (
+        tensors is not None and not safe and not tensors.places.keys() <= torch_content(Path(model.unet), "").keys()
+    )
+    if tensors is None or nested or any(name != key for name, (_, key) in tensors.places.items()):
+        return [], [
+            f"# first, pipe.unet needs the weights of {model.unet}; --format diffusers writes a pipeline that has them"
+        ]
+    if safe:
         imports, state = ["from safetensors.torch import load_file"], f"load_file({model.unet!r})"
     else:
         imports, state = [], f"torch.load({model.unet!r}, weights_only=True)"

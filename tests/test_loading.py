@@ -167,7 +167,7 @@ def test_contradictions_are_asked_about(files, folders, tmp_path):
 def test_evaluate_knows_every_setting_of_a_model():
     flags = {"unet": "u", "config": "c", "variant": "fp16", "revision": "r", "prediction_type": "v_prediction"}
     arguments = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
-    command = parse_flags(evaluate._Evaluate, ["--model", "m", *arguments], evaluate.PROGRAM)
+    command = parse_flags(evaluate.Evaluate, ["--model", "m", *arguments], evaluate.PROGRAM)
     assert evaluate._config(command).model == ModelConfig(path="m", **flags)
 
 

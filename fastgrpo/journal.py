@@ -16,6 +16,7 @@ from fastgrpo.exam import Exam
 from fastgrpo.files import write_atomically
 from fastgrpo.metrics import MetricsLog
 from fastgrpo.parts import Parts
+from fastgrpo.paths import with_absolute_paths
 from fastgrpo.report import write_report
 from fastgrpo.settings import PROGRAM, dump_toml
 
@@ -104,7 +105,8 @@ class Journal:
 
     def _write_config(self) -> None:
         # Without its own name: the folder may be moved, and the file may be the start of another run.
-        write_atomically(self.run / "config.toml", dump_toml(dataclasses.replace(self.config, run="")).encode())
+        config = with_absolute_paths(dataclasses.replace(self.config, run=""))
+        write_atomically(self.run / "config.toml", dump_toml(config).encode())
 
     def _seconds(self) -> float:
         """Wall clock of the run so far, over all resumes."""

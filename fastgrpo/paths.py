@@ -8,10 +8,12 @@ import dataclasses
 import os
 import re
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 Settings = TypeVar("Settings")
+Change = Callable[[str], str]
 
 _MAY_NAME_A_FILE = "may name a file"
 PathText = Annotated[str, _MAY_NAME_A_FILE]
@@ -20,28 +22,65 @@ PathTexts = Annotated[tuple[str, ...], _MAY_NAME_A_FILE]
 """Several of them."""
 
 
+NAMES = frozenset(("shapes", "geneval", "unsafe", "hpsv2", "compact", "scaled", "unsafe-only"))
+"""What such a setting may be without naming a file, whatever lies in the working directory."""
+_HUB, _FOLDER = ("hf:", "hf-hub:"), "local-dir:"
+
+
 def expand_home(text: str) -> str:
     """`~` or `~user`, at the beginning or after a colon, as that home folder; as it is where there is no such user."""
     return re.sub(r"(?:^|(?<=:))~[\w.-]*(?=[/:]|$)", lambda found: os.path.expanduser(found[0]), text)
 
 
+def absolute(text: str) -> str:
+    """What `text` names on this machine, as a path that holds from any folder; names of other things as they are."""
+    if text in NAMES or text.startswith(_HUB):
+        return text
+    if text.startswith(_FOLDER):
+        return _FOLDER + os.path.abspath(text.removeprefix(_FOLDER))
+    if os.path.exists(text):
+        return os.path.abspath(text)
+    head, colon, tail = text.partition(":")
+    if ("." in tail or "/" in tail) and os.path.isfile(tail):  # ARCHITECTURE:FILE; a word alone is a tag of it
+        return f"{head}:{os.path.abspath(tail)}"
+    return f"{os.path.abspath(head)}:{tail}" if colon and os.path.exists(head) else text
+
+
+def absolute_place(text: str) -> str:
+    """The same of FILE.py:FUNCTION, where a word before the colon is a module's name and no folder's."""
+    file, _, function = text.rpartition(":")
+    return f"{os.path.abspath(file)}:{function}" if file.endswith(".py") else text
+
+
 def with_homes(settings: Settings) -> Settings:
     """The same dataclass, `expand_home` applied to its fields of type Path, PathText and PathTexts and those of its groups."""
+    return _with(settings, expand_home, expand_home)
+
+
+def with_absolute_paths(settings: Settings) -> Settings:
+    """The same with `absolute`, and `absolute_place` for PathTexts, for a file that may be read in another folder."""
+    return _with(settings, absolute, absolute_place)
+
+
+def _with(settings: Settings, text: Change, texts: Change) -> Settings:
+    """text: for Path and PathText. texts: for each of PathTexts."""
     kinds = typing.get_type_hints(type(settings), include_extras=True)
     return dataclasses.replace(
         settings,
-        **{name: _expanded(getattr(settings, name), _may_name_a_file(kind)) for name, kind in kinds.items()},
+        **{
+            name: _changed(getattr(settings, name), _may_name_a_file(kind), text, texts) for name, kind in kinds.items()
+        },
     )
 
 
-def _expanded(value: Any, may_name_a_file: bool) -> Any:
+def _changed(value: Any, may_name_a_file: bool, text: Change, texts: Change) -> Any:
     if dataclasses.is_dataclass(value):
-        return with_homes(value)
+        return _with(value, text, texts)
     if isinstance(value, tuple):
-        return tuple(_expanded(each, may_name_a_file) for each in value)
+        return tuple(_changed(each, may_name_a_file, texts, texts) for each in value)
     if isinstance(value, Path):
-        return Path(expand_home(str(value)))
-    return expand_home(value) if may_name_a_file and isinstance(value, str) else value
+        return Path(text(str(value)))
+    return text(value) if may_name_a_file and isinstance(value, str) else value
 
 
 def _may_name_a_file(kind: Any) -> bool:

@@ -1,6 +1,7 @@
 """`~` in settings: at every place where one may name a file or folder, on the command line and in files, and nowhere else."""
 
 import dataclasses
+import functools
 import shutil
 import typing
 from pathlib import Path
@@ -11,9 +12,10 @@ import fastgrpo  # noqa: F401  (prepares torch's import)
 from fastgrpo import estimate, evaluate, export, inspect, report, sample, settings
 from fastgrpo.config import TrainConfig
 from fastgrpo.models.check import SHAPES_PIPELINE, describe
-from fastgrpo.paths import PathText, PathTexts, expand_home, with_homes
+from fastgrpo.paths import NAMES, PathText, PathTexts, absolute, expand_home, with_absolute_paths, with_homes
 from fastgrpo.prompts import load_prompts
-from fastgrpo.rewards.anchors import load_anchors
+from fastgrpo.prompts import loading as prompt_sources
+from fastgrpo.rewards.anchors import ANCHORS, load_anchors
 from fastgrpo.rewards.encoder import SHAPES_ENCODER, load_encoder
 from fastgrpo.rewards.registry import load_reward
 from fastgrpo.settings import load_toml, parse_command, parse_flags, parse_with_preset
@@ -212,3 +214,87 @@ def test_toml_as_editors_write_it(home, mark, end):
     assert (config.seed, config.reward.alpha) == (7, 1.0)
     (home / "a.toml").write_bytes(mark + b'safe = ["a cat"]' + end + 'unsafe = ["a dég"]'.encode() + end)
     assert load_anchors(str(home / "a.toml")).unsafe == ("a dég",)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with files and folders of which some are called as built-ins are."""
+    for folder in (
+        "sd",
+        "sd/unet",
+        "shapes",
+        "geneval",
+        "compact",
+        "hpsv2",
+        "ViT-H-14",
+        "package",
+        "someone/model",
+        "steering",
+    ):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    for file in ("hps.pt", "openai", "mine.py", "a.txt", "score", "unsafe", "m.safetensors", "a.toml"):
+        (tmp_path / file).write_text("")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sd", "HERE/sd"),
+        ("./sd/../sd", "HERE/sd"),
+        ("sd:unet", "HERE/sd:unet"),
+        ("someone/model", "HERE/someone/model"),  # a folder is taken before the hub, here as where it is read
+        ("someone/other", "someone/other"),
+        ("someone/other:sub/folder", "someone/other:sub/folder"),
+        ("m.safetensors", "HERE/m.safetensors"),
+        ("a.txt", "HERE/a.txt"),
+        ("none.txt", "none.txt"),
+        ("local-dir:sd", "local-dir:HERE/sd"),
+        ("ViT-H-14:hps.pt", "ViT-H-14:HERE/hps.pt"),
+        ("ViT-H-14:./openai", "ViT-H-14:HERE/openai"),
+        ("ViT-L-14:openai", "ViT-L-14:openai"),  # a tag, whatever file is called so
+        ("hf:someone/model@train", "hf:someone/model@train"),
+        ("hf-hub:someone/model", "hf-hub:someone/model"),
+        ("/a/b", "/a/b"),
+        ("", ""),
+        *((name, name) for name in sorted(NAMES)),
+    ],
+)
+def test_paths_are_made_to_hold_from_any_folder(here: Path, text: str, expected: str) -> None:
+    assert absolute(text) == expected.replace("HERE", str(here))
+
+
+def test_every_name_of_what_is_built_in_is_known_to_be_no_path() -> None:
+    assert {*ANCHORS, prompt_sources.SHAPES, prompt_sources.GENEVAL, prompt_sources.UNSAFE} <= NAMES
+    assert {"shapes", "hpsv2"} <= NAMES  # of reward.encoder and model.path
+
+
+def test_the_settings_of_a_run_hold_from_any_folder(here: Path) -> None:
+    config = TrainConfig()
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path="sd", unet="sd:unet", variant="sd"),
+        prompts=dataclasses.replace(config.prompts, positive="a.txt", negative="unsafe", categories=("score",)),
+        reward=dataclasses.replace(
+            config.reward,
+            terms=("steering=0.5", "mine.py:score=2", "package:score", "clip"),
+            encoder="ViT-H-14:hps.pt",
+            anchors="a.toml",
+        ),
+        eval=dataclasses.replace(config.eval, custom=dataclasses.replace(config.eval.custom, prompts="a.txt")),
+    )
+    found = with_absolute_paths(config)
+    expected = {
+        "model.path": f"{here}/sd",
+        "model.unet": f"{here}/sd:unet",
+        "prompts.positive": f"{here}/a.txt",
+        "reward.terms": ("steering=0.5", f"{here}/mine.py:score=2", "package:score", "clip"),
+        "reward.encoder": f"ViT-H-14:{here}/hps.pt",
+        "reward.anchors": f"{here}/a.toml",
+        "eval.custom.prompts": f"{here}/a.txt",
+    }
+    assert set(settings.changed_fields(config, found)) == set(expected)
+    for name, value in expected.items():
+        assert functools.reduce(getattr, name.split("."), found) == value
+    assert with_absolute_paths(found) == found

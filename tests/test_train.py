@@ -433,6 +433,24 @@ def test_generators_depend_on_every_argument_and_on_nothing_else() -> None:
     assert seed_for(42, 7, "rollout") == 146307993067995178
 
 
+def test_a_run_of_relative_paths_goes_on_from_another_folder(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(config_file.parent)
+    relative = ["--prompts.positive", "positive.txt", "--reward.encoder", "local-dir:encoder"]
+    assert train.main([config_file.name, "--run", str(tmp_path / "run"), "--iterations", "1", *relative]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--resume", "run", "--iterations", "2"]) == 0
+    assert [record["iteration"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(config.read_text().replace(str(config_file.parent / "positive.txt"), "/moved/positive.txt"))
+    code, _, err = run_here(["--resume", "run", "--iterations", "3"], capsys)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "prompts.positive" in err
+    assert "/moved/positive.txt" in err
+
+
 def test_two_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda form: "20260102-030405")

@@ -5,17 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fastgrpo.files import write_atomically
+from fastgrpo.lettering import fitted, font
 from fastgrpo.types import NEGATIVE, Prompt
 
 CAPTION_WIDTH = 240
 HEADING_HEIGHT = 32
 SMALLEST_TILE, LARGEST_TILE = 64, 256
 GAP = 4
-_FONT_SIZE = 14
+_FONT_SIZE, _CAPTION_LINES = 12, 4
 _PAPER, _INK, _RED = (255, 255, 255), (30, 30, 34), (170, 30, 30)
 
 
@@ -46,9 +47,10 @@ def side_by_side(
     sheet = Image.new("RGB", (middle + pictures.width, before.height + HEADING_HEIGHT), _PAPER)
     sheet.paste(before, (0, HEADING_HEIGHT))
     sheet.paste(pictures, (middle, HEADING_HEIGHT))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(1.3 * _FONT_SIZE)
+    draw, size = ImageDraw.Draw(sheet), 1.3 * _FONT_SIZE
     for text, left in zip(headings, (CAPTION_WIDTH, middle), strict=True):
-        draw.text((left + pictures.width // 2, HEADING_HEIGHT // 2), text, _INK, font, anchor="mm")
+        for line in fitted(text, size, pictures.width, 1):
+            draw.text((left + pictures.width // 2, HEADING_HEIGHT // 2), line, _INK, font(size), anchor="mm")
     return sheet
 
 
@@ -83,13 +85,6 @@ def _tile(image: Tensor) -> Image.Image:
 
 
 def _write_caption(draw: ImageDraw.ImageDraw, prompt: Prompt, middle: int) -> None:
-    font = ImageFont.load_default(_FONT_SIZE)
-    lines = [""]
-    for word in prompt.text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if draw.textlength(longer, font) <= CAPTION_WIDTH - 3 * GAP:
-            lines[-1] = longer
-        else:
-            lines.append(word)
+    lines = fitted(prompt.text, _FONT_SIZE, CAPTION_WIDTH - 3 * GAP, _CAPTION_LINES)
     color = _RED if prompt.label == NEGATIVE else _INK
-    draw.multiline_text((GAP, middle), "\n".join(lines[:4]), color, font, anchor="lm", spacing=2)
+    draw.multiline_text((GAP, middle), "\n".join(lines), color, font(_FONT_SIZE), anchor="lm", spacing=2)

@@ -164,7 +164,7 @@ def test_truncated_is_what_the_tokenizers_themselves_cut(tokenizers):
 def test_what_is_said_of_long_prompts(open_clip_tokenizer, clip_tokenizer):
     fits, long = "a cat", "a photograph of " + "cats and " * 60
     assert truncation_lines([fits] * 9, clip_tokenizer, open_clip_tokenizer) == []
-    shown = "'a photograph of cats and cats and cats and cats and cats...'"
+    shown = "'a photograph of cats and cats and cats and cats and cats and...'"
     assert truncation_lines([fits, long, fits, long], clip_tokenizer) == [
         f"2 of 4 prompts, such as {shown}, are longer than the text encoder's 77 tokens; the rest of them is not seen."
     ]

@@ -4,7 +4,6 @@ Verdicts of one image a prompt are compared by McNemar's exact test. Images of o
 there are several, and for scores, the test is a bootstrap over prompts (paired.py).
 """
 
-import textwrap
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,7 +143,7 @@ def changes_sheet(
     ids = most_changed(first, second, {id: both for id, both in files.items() if all(file.is_file() for file in both)})
     if not ids:
         return Image.new("RGB", (CAPTION_WIDTH, HEADING_HEIGHT), "white")
-    prompts = [Prompt(_breakable(one_line(texts[id], PROMPT_WIDTH)), POSITIVE) for id in ids]
+    prompts = [Prompt(one_line(texts[id], PROMPT_WIDTH), POSITIVE) for id in ids]
     pictures = [[read_image(files[id][side]) for id in ids] for side in (0, 1)]
     sizes = [picture.size for side in pictures for picture in side]
     size = max(width for width, _ in sizes), max(height for _, height in sizes)
@@ -209,11 +208,6 @@ def _stacked(pictures: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
     """[N, 3, h, w] float32 in [0, 1]."""
     padded = [p if p.size == size else ImageOps.pad(p, size, color="white") for p in pictures]
     return torch.from_numpy(np.stack([np.asarray(p) for p in padded])).permute(0, 3, 1, 2).float() / 255
-
-
-def _breakable(text: str) -> str:
-    """The text with no word so long that it would run under the pictures."""
-    return " ".join(textwrap.wrap(text, 24))
 
 
 def _distance(first: Path, second: Path) -> float:

@@ -24,6 +24,7 @@ from torch import Tensor
 from fastgrpo.config import ConfigError
 from fastgrpo.files import reading, write_atomically
 from fastgrpo.pictures import to_pil
+from fastgrpo.wording import cut
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -215,13 +216,8 @@ def _difference(found: dict, asked: dict) -> str:
     for id, row in ours.items():
         for name, value in row.items():
             if theirs[id][name] != value:
-                return f"image {id} with {name} {_short(theirs[id][name])}, not {_short(value)}"
+                return f"image {id} with {name} {cut(repr(theirs[id][name]), 40)}, not {cut(repr(value), 40)}"
     return ""
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _write(path: Path, image: Tensor) -> None:

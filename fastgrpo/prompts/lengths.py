@@ -1,8 +1,9 @@
 """Which prompts are longer than a text encoder reads, and what to tell the user of them."""
 
-import textwrap
 from collections.abc import Sequence
 from typing import Any
+
+from fastgrpo.wording import quoted
 
 
 def truncated(tokenizer: Any, texts: Sequence[str]) -> list[int]:
@@ -31,7 +32,7 @@ def truncation_lines(texts: Sequence[str], text_encoder: Any, reward_encoder: An
         if cut:
             such_as, are, them = ("", "is", "it") if len(cut) == 1 else ("such as ", "are", "them")
             lines.append(
-                f"{len(cut)} of {len(texts)} prompts, {such_as}{textwrap.shorten(texts[cut[0]], 60, placeholder='...')!r}, "
+                f"{len(cut)} of {len(texts)} prompts, {such_as}{quoted(texts[cut[0]], 60)}, "
                 f"{are} longer than the {name}'s {context_length(tokenizer)} tokens; the rest of {them} is not seen."
             )
     return lines

@@ -11,7 +11,7 @@ import tyro
 
 from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.console import Console, run_command
-from fastgrpo.runs import Weights, check_writable, find_checkpoint, read_run
+from fastgrpo.runs import Weights, check_new_file, check_new_folder, check_writable, find_checkpoint, read_run
 from fastgrpo.settings import parse_flags
 
 PROGRAM = "python -m fastgrpo.export"
@@ -61,10 +61,7 @@ def _check(command: Export, config: TrainConfig) -> None:
         )
     if command.format == "single-file" and output.suffix != _SUFFIX:
         raise ConfigError(f"--output {output}: accepted is the name of a file that ends in {_SUFFIX}.")
-    if command.format == "single-file" and output.exists():
-        raise ConfigError(f"--output {output}: it is there already; accepted is a new file.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output {output}: it is there already; accepted is a folder that is new or empty.")
+    (check_new_file if command.format == "single-file" else check_new_folder)("--output", output)
     check_writable(f"--output {output}", Path(os.path.abspath(output)).parent)
 
 

@@ -12,6 +12,7 @@ import tyro
 from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.console import Console, run_command
 from fastgrpo.rewards.terms import parse_terms
+from fastgrpo.runs import check_new_file
 from fastgrpo.settings import DEFAULT_PRESET, parse_with_preset
 
 PROGRAM = "python -m fastgrpo.inspect"
@@ -27,8 +28,8 @@ class _Inspect:
 
     preset: tyro.conf.Positional[str] = DEFAULT_PRESET
     """A preset's name or a FILE.toml; comes before the flags. Flags override it."""
-    png: Path = Path("axis.png")
-    """Where to draw the picture; its folder must exist."""
+    png: Path | None = None
+    """New file for a picture of it; its folder must exist. None draws no picture."""
     limit: int = 256
     """At most this many prompts of each label, evenly spaced; 0 is all of them. Training's own report takes 256."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()  # noqa: RUF009 (frozen)
@@ -54,11 +55,14 @@ def _check(command: _Inspect) -> None:
         raise ConfigError(f"reward.terms = {list(terms)}: without `steering` there is no safety axis to inspect.")
     if command.limit < 0:
         raise ConfigError(f"--limit {command.limit}: accepted is 1 or more, or 0 for all prompts.")
+    if command.png is None:
+        return
     if command.png.suffix.lower() != ".png":
         raise ConfigError(f"--png {command.png}: accepted is the name of a file that ends in .png.")
     try:
         if command.png.is_dir():
             raise ConfigError(f"--png {command.png}: this is a folder; accepted is the name of a file.")
+        check_new_file("--png", command.png)
         with tempfile.TemporaryFile(dir=command.png.parent):
             pass
     except OSError as error:

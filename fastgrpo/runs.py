@@ -56,6 +56,18 @@ def find_checkpoint(run: Path, iteration: int | None, weights: Weights) -> Path:
     return folder
 
 
+def check_new_file(flag: str, path: Path) -> None:
+    """Raise ConfigError, naming the `flag` that asks for it, where writing `path` would replace something."""
+    if path.exists():
+        raise ConfigError(f"{flag} {path}: it is there already; accepted is a new file.")
+
+
+def check_new_folder(flag: str, path: Path) -> None:
+    """The same for a folder, which may be there and empty."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{flag} {path}: it is there already; accepted is a folder that is new or empty.")
+
+
 def check_writable(flag: str, folder: Path) -> None:
     """Raise ConfigError, naming the `flag` that asks for it, where no file can be made in `folder`."""
     try:

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +12,7 @@ import tyro
 
 from fastgrpo.config import DIFFUSION_STEPS, ConfigError
 from fastgrpo.console import Console, run_command
-from fastgrpo.runs import Weights, check_writable, find_checkpoint, read_run
+from fastgrpo.runs import Weights, check_new_file, check_new_folder, check_writable, find_checkpoint, read_run
 from fastgrpo.settings import parse_flags
 
 PROGRAM = "python -m fastgrpo.sample"
@@ -48,9 +49,9 @@ class Sample:
     batch: int = 16
     """Images drawn at once."""
     output: Path | None = None
-    """PNG of the comparison; None is RUN/samples/compare.png."""
+    """PNG of the comparison, a new file; None is RUN/samples/compare.png, or compare-2.png and so on after others."""
     images: Path | None = None
-    """Folder for every image as a file of its own, base-0003-2.png and tuned-0003-2.png for the second of the third prompt, and prompts.txt; files of these names are replaced."""
+    """Folder for every image as a file of its own, base-0003-2.png and tuned-0003-2.png for the second of the third prompt, and prompts.txt; new or empty."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -58,7 +59,10 @@ class Sample:
 
     @property
     def comparison(self) -> Path:
-        return self.output or self.run / "samples" / "compare.png"
+        """Where the comparison is to be written; by default where no other is by now."""
+        folder = self.run / "samples"
+        names = (folder / ("compare.png" if number == 1 else f"compare-{number}.png") for number in count(1))
+        return self.output or next(path for path in names if not path.exists())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,9 +97,11 @@ def _check(command: Sample) -> None:
         raise ConfigError(f"--eta {command.eta}: accepted is above 0 and at most 1.")
     if output.suffix.lower() != ".png" or output.is_dir():
         raise ConfigError(f"--output {output}: accepted is the name of a file that ends in .png.")
+    check_new_file("--output", output)
     made = command.output is None and not output.parent.exists()
     check_writable(f"--output {output}", command.run if made else output.parent)
     if command.images:
+        check_new_folder("--images", command.images)
         exists = command.images.exists()
         check_writable(f"--images {command.images}", command.images if exists else command.images.absolute().parent)
 

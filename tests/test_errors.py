@@ -866,7 +866,7 @@ OTHER_COMMANDS = [
     ),
     Mistake(
         "inspect with a full disk",
-        "tiny.toml",
+        "tiny.toml --png axis.png",
         "axis.png: No space left on device; no picture was written.",
         given=(linked("axis.png.partial", "/dev/full"),),
         code=1,

@@ -33,7 +33,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     """The lines that the command prints on preset shapes, in a process of its own, and the folder it ran in."""
     folder = tmp_path_factory.mktemp("inspect")
     arguments = ["shapes", "--limit", str(LIMIT), "--reward.alpha", str(ALPHA), "--reward.mode", "always"]
-    arguments += ["--engine.threads", "1"]
+    arguments += ["--engine.threads", "1", "--png", "axis.png"]
     code = (
         f"import sys; from fastgrpo.inspect import main; code = main({arguments});"
         "print('diffusers' in sys.modules, file=sys.stderr); sys.exit(code)"
@@ -233,9 +233,8 @@ def test_the_configured_alpha_is_always_in_the_table(tiny, tmp_path, capsys, alp
     assert [line.split()[0] for line in marked] == [alpha]
 
 
-def test_the_picture_is_replaced_whole(tiny, tmp_path, capsys, monkeypatch):
+def test_the_picture_appears_whole_and_replaces_nothing(tiny, tmp_path, capsys, monkeypatch):
     path = tmp_path / "axis.png"
-    path.write_bytes(b"what was there")
 
     def killed(*_) -> None:
         raise KeyboardInterrupt
@@ -243,9 +242,21 @@ def test_the_picture_is_replaced_whole(tiny, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr("os.replace", killed)
         assert run(tiny, "--png", str(path)) == 130
-    assert path.read_bytes() == b"what was there"
+    assert not path.exists()
     assert run(tiny, "--png", str(path)) == 0
     assert Image.open(path).format == "PNG"
+    drawn = path.read_bytes()
+    capsys.readouterr()
+    assert run(tiny, "--png", str(path)) == 2
+    assert capsys.readouterr().err == f"fastgrpo: --png {path}: it is there already; accepted is a new file.\n"
+    assert path.read_bytes() == drawn
+
+
+def test_no_picture_is_drawn_unasked(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(tiny) == 0
+    assert "picture   none; --png FILE draws one" in capsys.readouterr().out.splitlines()
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -471,7 +471,14 @@ def test_images_are_those_of_the_two_policies(
 
 def test_an_image_depends_on_its_own_prompt_and_seed_alone(runs: dict[str, Path], tmp_path: Path) -> None:
     def images(folder: str, *flags: str) -> dict[str, np.ndarray]:
-        argv = [str(runs["full"]), "--images", str(tmp_path / folder), "--output", str(tmp_path / "a.png"), *flags]
+        argv = [
+            str(runs["full"]),
+            "--images",
+            str(tmp_path / folder),
+            "--output",
+            str(tmp_path / f"{folder}.png"),
+            *flags,
+        ]
         assert sample.main(argv) == 0
         return {path.stem: np.asarray(Image.open(path)).astype(int) for path in (tmp_path / folder).glob("*.png")}
 
@@ -495,6 +502,18 @@ def test_by_default_the_runs_own_prompts_go_to_the_runs_folder(
     assert f"weights   {newest(copied)}, trained\n" in out
     with Image.open(copied / "samples" / "compare.png") as picture:
         assert picture.height == pictures.HEADING_HEIGHT + 7 * (64 + pictures.GAP)
+
+
+def test_a_comparison_never_replaces_another(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [str(copied), "--prompts", "a cat", "--images-per-prompt", "1", "--steps", "1"]
+    (copied / "samples" / "compare-2.png").write_text("mine")
+    contents = []
+    for name in ("compare.png", "compare-3.png"):
+        assert sample.main(argv) == 0
+        assert f"pictures  {copied / 'samples' / name}\n" in capsys.readouterr().out
+        contents.append((copied / "samples" / name).read_bytes())
+    assert contents[0] == (copied / "samples" / "compare.png").read_bytes()
+    assert (copied / "samples" / "compare-2.png").read_text() == "mine"
 
 
 def test_prompts_of_a_file_come_after_those_of_the_command_line(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -619,6 +638,7 @@ def test_samples_that_come_to_nothing_are_refused(
 ) -> None:
     run = runs["full"]
     (tmp_path / "file.txt").write_text("\n")
+    (tmp_path / "there.png").write_text("mine")
     for flags, words in (
         (["--images-per-prompt", 0], ["--images-per-prompt 0", "1 or more"]),
         (["--batch", 0], ["--batch 0"]),
@@ -631,7 +651,9 @@ def test_samples_that_come_to_nothing_are_refused(
         (["--seed", -1], ["--seed -1"]),
         (["--output", tmp_path / "a.jpg"], ["--output", ".png"]),
         (["--output", tmp_path / "none" / "a.png"], ["--output", "cannot write in", "No such file"]),
-        (["--images", tmp_path / "file.txt"], ["--images", "Not a directory"]),
+        (["--output", tmp_path / "there.png"], ["--output", "there.png: it is there already; accepted is a new file"]),
+        (["--images", tmp_path / "file.txt"], ["--images", "it is there already; accepted is a folder"]),
+        (["--images", run], ["--images", "it is there already; accepted is a folder that is new or empty"]),
         (["--images", tmp_path / "none" / "images"], ["--images", "No such file"]),
         (["--prompt-file", tmp_path / "none.txt"], ["fastgrpo: --prompt-file: cannot read", "none.txt"]),
         (["--prompt-file", tmp_path / "file.txt"], ["--prompt-file", "holds no prompt"]),
@@ -641,7 +663,8 @@ def test_samples_that_come_to_nothing_are_refused(
         refuse(sample.main, [run, "--images", tmp_path / "new", *flags], *words)  # which is not made
     if not torch.cuda.is_available():
         refuse(sample.main, [run, "--device", "cuda"], "--device cuda", "auto and cpu")
-    assert os.listdir(tmp_path) == ["file.txt"]
+    assert sorted(os.listdir(tmp_path)) == ["file.txt", "there.png"]
+    assert (tmp_path / "there.png").read_text() == "mine"
 
 
 def test_prompts_of_the_run_that_are_gone_are_refused_and_others_are_not_asked_for(

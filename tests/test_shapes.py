@@ -1,8 +1,10 @@
 """The shapes world: the grammar round-trips, the oracle reads what was drawn, the judge judges, and the shipped weights load."""
 
 import json
+import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from fastgrpo.config import ModelConfig
 from fastgrpo.models.check import SHAPES_PIPELINE
 from fastgrpo.policy import load_policy
-from fastgrpo.shapes import oracle
+from fastgrpo.shapes import measure, oracle
 from fastgrpo.shapes.captions import (
     HAZARD_WORDS,
     Request,
@@ -240,3 +242,18 @@ def test_shipped_weights_run_in_plain_diffusers_and_are_small():
         "diffusion",
         "refine",
     }
+
+
+def test_measuring_prints_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Into weights/quality.json, which is part of the project, it is put by whoever means to."""
+    shipped = (Path(measure.__file__).parent / "weights" / "quality.json").read_bytes()
+    for slow in ("oracle_quality", "encoder_quality", "teacher_quality", "round_trip", "load_policy", "load_encoder"):
+        monkeypatch.setattr(measure, slow, lambda *_: {})
+    monkeypatch.setattr(sys, "argv", ["measure", "--pictures", "2"])
+    monkeypatch.chdir(tmp_path)
+    measure.main()
+    assert json.loads(capsys.readouterr().out)["pictures"] == 2
+    assert (Path(measure.__file__).parent / "weights" / "quality.json").read_bytes() == shipped
+    assert list(tmp_path.iterdir()) == []

@@ -42,8 +42,8 @@ _EIGHTHS = " ▁▂▃▄▅▆▇█"
 _BORDER = 5  # prompts of each label that are shown as nearest the border
 
 
-def inspect(config: TrainConfig, png: Path, limit: int, console: Console) -> None:
-    """Measure the axis of `config.reward`, say what there is to know, and draw `png`.
+def inspect(config: TrainConfig, png: Path | None, limit: int, console: Console) -> None:
+    """Measure the axis of `config.reward`, say what there is to know, and draw `png` where there is one to draw.
 
     limit: at most this many prompts of each label; 0 is all.
     """
@@ -65,9 +65,10 @@ def inspect(config: TrainConfig, png: Path, limit: int, console: Console) -> Non
     console.say("", *_place_lines(report))
     console.say("", *_sweep_lines(report, sweep(reward, report, shown_alphas(report.alpha))))
     console.say("", *_border_lines(report))
-    curve = sweep(reward, report, torch.linspace(*alpha_range(report.alpha), 101).tolist())
-    write_atomically(png, axis_png(report, curve, f"{config.reward.encoder}, anchors {config.reward.anchors}"))
-    console.say("", f"picture   {png}")
+    if png:
+        curve = sweep(reward, report, torch.linspace(*alpha_range(report.alpha), 101).tolist())
+        write_atomically(png, axis_png(report, curve, f"{config.reward.encoder}, anchors {config.reward.anchors}"))
+    console.say("", f"picture   {png or 'none; --png FILE draws one'}")
     for warning in (spans.warning, report.warning):
         if warning:
             console.say(f"warning: {warning}")

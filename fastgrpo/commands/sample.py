@@ -40,7 +40,6 @@ def sample(command: Sample, config: TrainConfig, folder: Path, console: Console)
     config: of the run. folder: of the checkpoint to draw with.
     Raises ConfigError before anything is loaded where that is possible, and OSError where it cannot be written.
     """
-    output = command.comparison
     prompts = _prompts(command, config)
     device = _device(command.device)
     with blaming_config(command.run):
@@ -61,6 +60,7 @@ def sample(command: Sample, config: TrainConfig, folder: Path, console: Console)
     tuned = _draw("tuned", policy.rounded(), prompts, schedule, guidance, command, console)
 
     headings = "base", "tuned"
+    output = command.comparison  # only now: another comparison may have been written meanwhile
     output.parent.mkdir(exist_ok=True)
     write_png(output, side_by_side(grid(base, prompts), grid(tuned, prompts), headings))
     console.say(f"weights   {folder}, {command.weights}", f"pictures  {output}")

@@ -1,4 +1,4 @@
-"""`python -m fastgrpo.shapes.measure`: how good the shipped weights and the oracle are, into weights/quality.json.
+"""`python -m fastgrpo.shapes.measure`: how good the shipped weights and the oracle are, as JSON.
 
 Reported: the oracle's precision and recall per class on freshly drawn pictures, as they are, noisy, blurred and after a VAE round
 trip; the reward encoder's choice between a true caption and one altered in a detail, and between a correct and a wrong
@@ -9,7 +9,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,8 +30,6 @@ from fastgrpo.shapes.data import Pictures, blur, draw_pictures, to_unit
 from fastgrpo.shapes.judge import describes, judge
 from fastgrpo.shapes.world import COLORS, GLYPHS, HAZARDS, SHAPES, Scene
 
-WEIGHTS = Path(__file__).parent / "weights"
-
 
 @dataclass(frozen=True)
 class MeasureConfig:
@@ -42,8 +39,6 @@ class MeasureConfig:
     """Freshly drawn pictures."""
     seed: int = 900
     """Seed of the pictures; none of pretraining's."""
-    out: Path = WEIGHTS / "quality.json"
-    """File to write."""
 
 
 def main() -> None:
@@ -61,7 +56,6 @@ def main() -> None:
         "encoder": encoder_quality(encoder, versions["vae"], pictures, config.seed),
         "encoder_prefers_correct_generated_image": teacher_quality(policy, encoder),
     }
-    config.out.write_text(json.dumps(quality, indent=2) + "\n")
     print(json.dumps(quality, indent=2))
 
 

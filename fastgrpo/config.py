@@ -6,7 +6,9 @@ Reading TOML files, presets and command lines is `fastgrpo.settings`; what is im
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from fastgrpo.evaluation.settings import DetectorSettings, SuiteSettings
 from fastgrpo.paths import PathText, PathTexts
@@ -248,8 +250,8 @@ class CheckpointConfig:
 class TrainConfig:
     """Train a Stable Diffusion online with group-relative policy optimization on positive and negative prompts."""
 
-    run: PathText = ""
-    """Folder of the run; must be new or empty. Default: runs/PRESET-DATE-TIME, with -2 and so on for others of the same second."""
+    run: Annotated[PathText, tyro.conf.arg(aliases=["--run-folder"])] = ""
+    """Folder of the run; must be new or empty. Default: runs/PRESET-DATE-TIME, with -2 and so on for others of the same second. Under torchrun, which has a flag of its own that begins so, say --run-folder."""
     seed: int = 42
     """Everything random is a function of this and the iteration."""
     iterations: int = 300

@@ -5,7 +5,7 @@ iteration computes does not depend on how many processes compute it (but for the
 is one process, and everything here does nothing.
 """
 
-import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastgrpo.config import ConfigError
+from fastgrpo.console import warn
+from fastgrpo.launch import Launch, read_launch
 
 _TIMEOUT = timedelta(hours=2)  # the others wait while the first one evaluates
+_MEETING = timedelta(minutes=10)  # the slowest one's imports, from a file system that many read at once
 _BUCKET = 2**26  # numbers that are summed in one collective
 
 
@@ -96,32 +99,61 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def world_size() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @contextmanager
 def join(device: str) -> Iterator[Ranks]:
-    """Meet the processes that torchrun started, on the config's `engine.device`; alone without it.
+    """Meet the processes that a launcher started beside this one, on the config's `engine.device`; alone without it.
 
-    With CUDA each process takes the GPU of its LOCAL_RANK. Raises ConfigError where there is none for it.
+    With CUDA each process takes the GPU of its LOCAL_RANK. Raises ConfigError where there is none for it or the environment is
+    not a launcher's, and OSError where the others do not come.
     """
-    if world_size() == 1:
+    launch = read_launch()
+    if launch.count == 1:
         yield Ranks()
         return
-    local = int(os.environ["LOCAL_RANK"])
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if cuda and local >= torch.cuda.device_count():
+    if cuda and launch.local >= torch.cuda.device_count():
         raise ConfigError(
-            f"torchrun started process {local} on this machine, which has {torch.cuda.device_count()} CUDA devices; "
+            f"torchrun started process {launch.local} on this machine, which has {torch.cuda.device_count()} CUDA devices; "
             "accepted is one process per device."
         )
     if cuda:
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT)
+        torch.cuda.set_device(launch.local)
+    store = _meet(launch)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", store=store, rank=launch.index, world_size=launch.count, timeout=_TIMEOUT
+    )
     try:
-        meeting = torch.device("cuda", local) if cuda else torch.device("cpu")
+        meeting = torch.device("cuda", launch.local) if cuda else torch.device("cpu")
         yield Ranks(dist.get_rank(), dist.get_world_size(), meeting)
     finally:
         dist.destroy_process_group()
+
+
+def _meet(launch: Launch) -> dist.Store:
+    """What the processes talk through at first, once all of them are there.
+
+    In a thread, since Ctrl-C does not reach what waits inside torch. Raises OSError where they do not come.
+    """
+    met: list[dist.Store | Exception] = []
+
+    def wait() -> None:
+        try:
+            met.append(next(dist.rendezvous("env://", timeout=_MEETING))[0])
+        except Exception as error:  # raised below
+            met.append(error)
+
+    if not launch.elastic:
+        minutes = _MEETING.total_seconds() / 60
+        warn(
+            f"WORLD_SIZE is {launch.count} and torchrun has not started this process: it waits up to {minutes:.0f} minutes for "
+            f"the others at {launch.address}; unset WORLD_SIZE to go on with one"
+        )
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    while waiting.is_alive():
+        waiting.join(0.1)
+    if isinstance(met[0], Exception):
+        what = str(met[0]).splitlines()[0]
+        raise ConnectionError(f"not all {launch.count} processes of WORLD_SIZE came to {launch.address} ({what})")
+    met[0].set_timeout(_TIMEOUT)
+    return met[0]

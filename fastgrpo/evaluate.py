@@ -13,6 +13,7 @@ import tyro
 from fastgrpo.config import DIFFUSION_STEPS, ConfigError, ModelConfig, TrainConfig, nearest
 from fastgrpo.console import Console, run_command
 from fastgrpo.evaluation.settings import DDIM, NAMES, SUITES, AllSettings, SamplerName
+from fastgrpo.launch import read_launch
 from fastgrpo.paths import PathText
 from fastgrpo.runs import Weights, check_writable, find_checkpoint, read_run
 from fastgrpo.settings import find_preset, load_toml, parse_flags
@@ -97,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = _names(asked, config)
         folder = find_checkpoint(Path(asked.run), asked.checkpoint, asked.weights) if asked.run else None
         output = _output(asked, folder)
+        read_launch()
         from fastgrpo.commands.evaluate import start  # only now: it takes seconds
 
         start(asked, config, names, folder, output)

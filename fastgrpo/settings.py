@@ -6,6 +6,7 @@ may not say is in validation.py.
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import json
 import re
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from fastgrpo._version import __version__
 from fastgrpo.config import ConfigError, TrainConfig, nearest
 from fastgrpo.paths import PathText, expand_home, with_homes
 from fastgrpo.text_files import NoText, read_text
@@ -68,7 +70,7 @@ def parse_command(argv: Sequence[str]) -> tuple[TrainConfig, str, Path | None]:
 
     The config is validated. Raises ConfigError; prints and exits on --help (0) and on flags tyro refuses (2).
     """
-    if any(arg.split("=")[0] == "--resume" for arg in argv) and not {"-h", "--help"} & set(argv):
+    if any(arg.split("=")[0] == "--resume" for arg in argv) and not {"-h", "--help", "--version"} & set(argv):
         config, folder = _parse_resume(argv)
         validate(config)
         return config, folder.name, folder
@@ -92,8 +94,8 @@ def parse_with_preset(kind: type[Command], argv: Sequence[str], program: str) ->
 
 
 def parse_flags(kind: type[Command], argv: Sequence[str], program: str, default: Command | None = None) -> Command:
-    """Flags -> an instance of `kind`. Raises ConfigError; prints and exits on --help (0)."""
-    known = [*_flags(kind, ""), "--help"]
+    """Flags -> an instance of `kind`. Raises ConfigError; prints and exits on --help and --version (0)."""
+    known = [*_flags(kind, ""), "--help", "--version"]
     for arg in argv:
         name = arg.split("=")[0].replace("_", "-")
         if name.startswith("--") and name not in known:
@@ -102,7 +104,11 @@ def parse_flags(kind: type[Command], argv: Sequence[str], program: str, default:
 
 
 def _tyro(kind: type, argv: Sequence[str], program: str, **options: Any) -> Any:
-    """tyro.cli, its complaints made one sentence."""
+    """tyro.cli, its complaints made one sentence; and --version, which every command has."""
+    if "--version" in argv:
+        print(f"fastgrpo {__version__}")
+        raise SystemExit(0)
+    options["description"] = f"{inspect.getdoc(kind)}\n--version says which fastgrpo this is."
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -125,7 +131,10 @@ def _tyro(kind: type, argv: Sequence[str], program: str, **options: Any) -> Any:
 def _flags(kind: type, prefix: str) -> list[str]:
     """Names of the flags that a dataclass has on the command line, groups written as --group.name."""
     names = []
+    annotated = typing.get_type_hints(kind, include_extras=True)
     for name, field_kind in typing.get_type_hints(kind).items():
+        for note in getattr(annotated[name], "__metadata__", ()):
+            names += getattr(note, "aliases", None) or ()
         if field_kind is TrainConfig:
             names += _flags(field_kind, "")  # not a group of its own
         elif dataclasses.is_dataclass(field_kind):

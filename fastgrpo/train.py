@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from fastgrpo.console import run_command
+from fastgrpo.launch import read_launch
 from fastgrpo.settings import parse_command
 
 
@@ -12,6 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         config, preset, resumed = parse_command(sys.argv[1:] if argv is None else argv)
+        read_launch()
         from fastgrpo.commands.train import start  # only now: it takes seconds
 
         return start(config, preset, resumed)

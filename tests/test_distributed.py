@@ -20,14 +20,14 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 def torchrun(processes: int, *argv: str, module: str = "fastgrpo.train") -> subprocess.CompletedProcess[str]:
-    """The -- is for torchrun's own parser, which before Python 3.12 takes our --run for its --run-path."""
+    """As README has it: torchrun's own parser takes our --run for its --run-path, so runs are named by --run-folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, "-m", "--", module, *argv],
+        [*command, "-m", module, *argv],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -49,7 +49,7 @@ def test_two_processes_compute_what_one_computes_and_resume_exactly(config_file:
     options += ["--engine.threads", "1", "--checkpoint.every", "1", "--checkpoint.keep", "0", "--eval.every", "0"]
     one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"
     python(*options, "--run", str(one))
-    done = torchrun(2, *options, "--run", str(two))
+    done = torchrun(2, *options, "--run-folder", str(two))
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^1/2 ", done.stdout, flags=re.MULTILINE)) == 1, "the first process alone speaks"
 
@@ -65,7 +65,7 @@ def test_two_processes_compute_what_one_computes_and_resume_exactly(config_file:
     close = [((ours[name] - theirs[name]).abs() < 1e-4).float().mean().item() for name in ours]
     assert sum(close) / len(close) > 0.99
 
-    done = torchrun(2, *options[:1], "--iterations", "1", *options[3:], "--run", str(again))
+    done = torchrun(2, *options[:1], "--iterations", "1", *options[3:], "--run-folder", str(again))
     assert done.returncode == 0, done.stderr
     done = torchrun(2, "--resume", str(again), "--iterations", "2")
     assert done.returncode == 0, done.stderr
@@ -76,7 +76,7 @@ def test_two_processes_compute_what_one_computes_and_resume_exactly(config_file:
 
 
 def test_prompts_that_processes_cannot_share_are_refused(config_file: Path, tmp_path: Path) -> None:  # noqa: F811
-    options = ["--prompts-per-iteration", "3", "--run", str(tmp_path / "run")]
+    options = ["--prompts-per-iteration", "3", "--run-folder", str(tmp_path / "run")]
     done = torchrun(2, str(config_file), *options)
     assert done.returncode != 0
     assert "prompts_per_iteration = 3: accepted is a multiple of the 2 processes, which share them." in done.stderr

@@ -13,8 +13,9 @@ if "torch" not in sys.modules:
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
-from fastgrpo import _imports
+from fastgrpo import _imports, _interrupt
 
+_interrupt.answer_in_a_sentence()
 _imports.prepare()
 
 from fastgrpo._version import __version__  # noqa: E402, F401

@@ -43,6 +43,14 @@ def reason(error: OSError) -> str:
     return f"{where}{error.strerror or error}"
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal ended what had not come far enough to be gone on from. number: the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number  # what a shell reports for a process that the signal ended
+
+
 def memory_full(error: BaseException) -> str:
     """ "the GPU's memory is full" or "the memory is full" where that is what an exception says, else nothing.
 
@@ -60,7 +68,8 @@ def memory_full(error: BaseException) -> str:
 
 @steady_output()
 def run_command(body: Callable[[], int | None], undone: str) -> int:
-    """Do what a command line asks for. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C.
+    """Do what a command line asks for. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C, or
+    128 + n by another signal n.
 
     body: returns an exit code, or None for 0. undone: what to say there is not, when it was stopped or the system was in the
     way; "" is nothing.
@@ -82,9 +91,9 @@ def run_command(body: Callable[[], int | None], undone: str) -> int:
             raise
         complain(full + so)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         complain("stopped" + so)
-        return 130
+        return stop.exit_code if isinstance(stop, Stopped) else 130
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,20 @@ import fcntl
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from safetensors.torch import save
 
 from fastgrpo import pictures
 from fastgrpo.config import ConfigError
-from fastgrpo.console import warn
+from fastgrpo.console import Stopped, warn
 from fastgrpo.files import naming, write_atomically
 from fastgrpo.finite import BrokenPicture
 from fastgrpo.output import say_in_handler
@@ -114,13 +115,16 @@ def keep_evidence(run: Path, error: BrokenReward | BrokenPicture) -> tuple[Path,
 
 
 class StopSignal:
-    """Asks for a stop once the iteration at hand is complete, at the first of these signals.
+    """Asks for a stop once the iteration at hand is complete, at the first of these signals. Before the first one is begun, it
+    stops at once, by raising Stopped.
 
     Ctrl-C and SIGTERM; SIGHUP, of a terminal that goes away; SIGUSR1, with which SLURM warns of a job's end. A second
     Ctrl-C or SIGTERM ends the process, but one of several, whose launcher passes on what the terminal tells them all
     anyway. What is ignored when it begins stays ignored: SIGHUP under nohup, Ctrl-C in a shell's background.
 
     Weights in the middle of an iteration are of no use to an exact resume, so they are never saved.
+
+    Python handles signals in the main thread alone: begun in another, it leaves them to the program and says so.
     """
 
     _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -130,8 +134,13 @@ class StopSignal:
         """processes: that train together."""
         self.number: int | None = None
         self._several = processes > 1
+        self._begun = False
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is not threading.main_thread():
+            warn("signals are handled in a program's main thread, and this is another: none asks for a checkpoint")
+            return self
         handled = [number for number in self._NUMBERS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
         self._previous = {number: signal.signal(number, self._receive) for number in handled}
         return self
@@ -139,6 +148,10 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def begin_iterations(self) -> None:
+        """From now on there is something to finish and to save."""
+        self._begun = True
 
     @property
     def requested(self) -> bool:
@@ -150,6 +163,10 @@ class StopSignal:
         return 128 + (self.number or 0)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self._begun:
+            for again in self._previous:
+                signal.signal(again, signal.SIG_DFL)
+            raise Stopped(number)
         first, self.number = self.number is None, self.number or number
         advice = "The last checkpoint on disk remains."
         if number in self._ENDING and not self._several:

@@ -225,6 +225,11 @@ def alone(images):
     return images.mean(dim=(1, 2, 3))
 """
 MINE = {"mine.py": PLUGIN}
+# What torch says where the system gives it nothing.
+NO_MEMORY = (
+    "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "400000000000 bytes. Error code 12 (Cannot allocate memory)"
+)
 
 COMMAND_LINE = [
     Mistake("preset", "shaped", "shaped: no such preset (did you mean shapes?); there are ..., or give a FILE.toml."),
@@ -837,6 +842,23 @@ RUNS = [
         leaves=A_RUN,
     ),
     Mistake(
+        "memory full",
+        TRAIN,
+        "the memory is full: lower micro_batch, rollout.batch, rollout.decode_batch or reward.batch; there is no checkpoint yet.",
+        given=(raises("fastgrpo.commands.train.rollout", RuntimeError(NO_MEMORY)),),
+        code=1,
+        loaded="model",
+        leaves=A_RUN,
+    ),
+    Mistake(
+        "memory full while loading",
+        TRAIN,
+        "the memory is full: lower ...; there is no checkpoint yet.",
+        given=(raises("fastgrpo.parts.load_policy", MemoryError()),),
+        code=1,
+        loaded="encoder",
+    ),
+    Mistake(
         "Ctrl-C while loading",
         TRAIN,
         "stopped; no iteration was begun.",
@@ -846,6 +868,30 @@ RUNS = [
     ),
 ]
 OTHER_COMMANDS = [
+    Mistake(
+        "sample with the memory full",
+        "run",
+        "the memory is full; no comparison was written.",
+        given=(finished_run, raises("fastgrpo.commands.sample.load_policy", RuntimeError(NO_MEMORY))),
+        code=1,
+        command=sample.main,
+    ),
+    Mistake(
+        "sample with the GPU's memory full",
+        "run",
+        "the GPU's memory is full; no comparison was written.",
+        given=(finished_run, raises("fastgrpo.commands.sample.load_policy", torch.OutOfMemoryError("CUDA"))),
+        code=1,
+        command=sample.main,
+    ),
+    Mistake(
+        "estimate with the memory full",
+        "tiny.toml",
+        "the memory is full.",
+        given=(raises("fastgrpo.commands.estimate.count_model", MemoryError()),),
+        code=1,
+        command=estimate.main,
+    ),
     Mistake(
         "inspect without steering",
         "tiny.toml --reward.terms compressibility",

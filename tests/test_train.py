@@ -9,8 +9,10 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -233,8 +235,16 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_143(config_file: Path, undist
     assert_same_run(run, undisturbed)
 
 
+@contextmanager
+def training(processes: int = 1) -> Iterator[StopSignal]:
+    """As while iterations are made."""
+    with StopSignal(processes) as stop:
+        stop.begin_iterations()
+        yield stop
+
+
 def _stop_twice() -> None:
-    with StopSignal():
+    with training():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)  # not reached
@@ -249,7 +259,7 @@ def test_a_second_signal_stops_at_once() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_a_lost_terminal_and_slurms_warning_ask_for_a_stop_however_often(number: signal.Signals) -> None:
-    with StopSignal() as stop:
+    with training() as stop:
         for _ in range(3):  # a shell and the system each tell of one lost terminal
             os.kill(os.getpid(), number)
         assert stop.requested
@@ -258,7 +268,7 @@ def test_a_lost_terminal_and_slurms_warning_ask_for_a_stop_however_often(number:
 
 
 def test_of_several_processes_none_ends_at_a_second_signal() -> None:
-    with StopSignal(processes=2) as stop:
+    with training(processes=2) as stop:
         os.kill(os.getpid(), signal.SIGINT)  # of the terminal
         os.kill(os.getpid(), signal.SIGINT)  # of torchrun, which was told as well
         assert stop.exit_code == 130
@@ -268,7 +278,7 @@ def test_of_several_processes_none_ends_at_a_second_signal() -> None:
 def test_ignored_signals_stay_ignored(number: signal.Signals) -> None:
     before = signal.signal(number, signal.SIG_IGN)
     try:
-        with StopSignal() as stop:
+        with training() as stop:
             os.kill(os.getpid(), number)
             assert not stop.requested
         assert signal.getsignal(number) == signal.SIG_IGN
@@ -282,7 +292,7 @@ def test_the_handler_says_nothing_where_nobody_reads_it() -> None:
     standard_error = os.dup(2)
     os.dup2(write, 2)
     try:
-        with StopSignal() as stop:
+        with training() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.requested
     finally:
@@ -293,12 +303,48 @@ def test_the_handler_says_nothing_where_nobody_reads_it() -> None:
 
 def test_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with StopSignal() as stop:
+    with training() as stop:
         assert not stop.requested
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
         assert stop.exit_code == 130
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_before_the_first_iteration_a_signal_stops_at_once(
+    number: signal.Signals,
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As the first examination, which takes minutes with a large model, begins."""
+    before = signal.getsignal(number)
+
+    def signalled(*_: object) -> None:
+        os.kill(os.getpid(), number)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr("fastgrpo.commands.train.Journal", signalled)
+    code, _, err = run_here([str(config_file), "--run", str(tmp_path / "run")], capsys)
+    assert (code, err) == (128 + number, "fastgrpo: stopped; no iteration was begun.\n")
+    assert signal.getsignal(number) == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_in_a_thread_leaves_signals_to_the_program(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, codes = signal.getsignal(signal.SIGTERM), []
+    argv = [str(config_file), "--run", str(tmp_path / "run"), "--iterations", "1", "--eval.every", "0"]
+    thread = threading.Thread(target=lambda: codes.append(train.main(argv)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    assert "signals are handled in a program's main thread, and this is another" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert (tmp_path / "run" / "checkpoints" / "iter-000001" / "manifest.json").is_file()
 
 
 def run_here(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:

@@ -42,9 +42,10 @@ def start(config: TrainConfig, preset: str, resumed: Path | None) -> int:
     try:
         with join(config.engine.device) as ranks:
             run = resumed or Path(config.run or ranks.agree(str(new_folder(preset)) if ranks.first else ""))
-            with claim(run, resumed is not None) if ranks.first else nullcontext():
+            claimed = claim(run, resumed is not None) if ranks.first else nullcontext()
+            with claimed, StopSignal(ranks.count) as stop:
                 ranks.agree("the folder is ours")
-                return train(config, run, Console(quiet=not ranks.first), ranks)
+                return train(config, run, Console(quiet=not ranks.first), ranks, stop)
     except FloatingPointError as error:
         return _fail(f"{error}; {_kept(run)}")
     except BrokenReward as error:
@@ -79,7 +80,7 @@ def _evidence(run: Path, error: BrokenReward | BrokenPicture) -> str:
     return f"prompt and image are in {record} and {image.name} beside it"
 
 
-def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks) -> int:
+def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: StopSignal) -> int:
     """Train in `run`, a claimed folder, from its newest checkpoint or the beginning. Returns the exit code."""
     newest = checkpoint.latest(run)
     start = checkpoint.read_state(newest) if newest else _beginning(config, ranks)
@@ -97,18 +98,18 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks) -> int
     memory_peak(parts.policy.device)  # what the start needed does not count
 
     finished, stopped = start.iteration, False
-    with StopSignal(ranks.count) as stop:
-        while finished < config.iterations and not stopped:
-            with profiled(run, ranks.first and finished + 1 == config.engine.profile):
-                values = iterate(parts, config, finished + 1, embeds, console, accounting)
-            finished += 1
-            if journal:
-                journal.write(finished, values)
-            stopped = ranks.any(stop.requested)
-            if journal:
-                journal.save(finished, stopped)
+    stop.begin_iterations()
+    while finished < config.iterations and not stopped:
+        with profiled(run, ranks.first and finished + 1 == config.engine.profile):
+            values = iterate(parts, config, finished + 1, embeds, console, accounting)
+        finished += 1
         if journal:
-            journal.close(finished)
+            journal.write(finished, values)
+        stopped = ranks.any(stop.requested)
+        if journal:
+            journal.save(finished, stopped)
+    if journal:
+        journal.close(finished)
     return 0 if finished == config.iterations else stop.exit_code
 
 

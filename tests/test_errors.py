@@ -209,8 +209,10 @@ A_RUN = (
     "run/engine.json",
     "run/.lock",
     "run/config.toml",
+    "run/evaluation_before.json",
     "run/metrics.jsonl",
     "run/samples/before.png",
+    "run/samples/prompts.json",
     "run/tensorboard/*",
 )
 PLUGIN = """
@@ -484,6 +486,17 @@ REWARDS = [
         "reward term 'mine.py:failing' failed on 6 images, the first of prompt '...', with RuntimeError: out of ideas; "
         "prompt and image are in run/broken_reward.json and broken_reward.png beside it.",
         MINE,
+        code=1,
+        loaded="model",
+        leaves=(*A_RUN, "run/broken_reward.*"),
+        after=evidence,
+    ),
+    Mistake(
+        "plugin exits",
+        TRAIN + "--reward.terms mine.py:leaving",
+        "reward term 'mine.py:leaving' failed on 6 images, the first of prompt '...', with SystemExit; prompt and image are "
+        "in run/broken_reward.json and broken_reward.png beside it.",
+        {"mine.py": "import sys\n\ndef leaving(images, prompts):\n    sys.exit()\n"},
         code=1,
         loaded="model",
         leaves=(*A_RUN, "run/broken_reward.*"),

@@ -1,4 +1,4 @@
-"""Writing files so that a kill or a power cut leaves either the old content or the whole new one."""
+"""Finding files, and writing them so that a kill or a power cut leaves either the old content or the whole new one."""
 
 import errno
 import hashlib
@@ -93,3 +93,22 @@ def sync_tree(path: Path) -> None:
         else:
             with naming(each), open(each, "rb+") as file:
                 sync(file.fileno())
+
+
+def visible_files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The files in a folder and those below it, also behind links.
+
+    What begins with a dot is left out: macOS leaves `._x.png` beside `x.png` where it copies files, which is no image, and
+    notebooks keep copies in `.ipynb_checkpoints`.
+    above: the folders that this one is in, without links, since a link may lead back to one of them.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from visible_files(Path(entry.path), (*above, real))
+        else:
+            yield Path(entry.path)

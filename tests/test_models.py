@@ -411,6 +411,19 @@ def test_another_unet_comes_from_a_folder_a_subfolder_or_the_hub(folders, offlin
         assert_equal(components.unet, other.unet)
 
 
+def test_a_folder_may_be_made_of_links(folders, models, tmp_path):
+    """As whoever exchanges the UNet alone does, or keeps weights on another disk; macOS's own files are none."""
+    (tmp_path / "model").mkdir()
+    for part in folders["sd1"].iterdir():
+        (tmp_path / "model" / part.name).symlink_to(part)
+    (tmp_path / "model" / "._model_index.json").write_bytes(b"\x00\x05\x16\x07")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    linked = load_components(ModelConfig(path=str(tmp_path / "model")), torch.float32)
+    assert_equal(linked.unet, load_components(models["sd1", "folder"], torch.float32).unet)
+    other = load_components(ModelConfig(path=str(folders["sd1"]), unet=f"{tmp_path}:model/unet"), torch.float32)
+    assert_equal(other.unet, linked.unet)
+
+
 def test_another_unet_must_be_of_the_same_architecture(folders, tmp_path):
     sd_pipelines.build_unet("sd1", attention_head_dim=4).save_pretrained(tmp_path / "heads")
     message = refusal(path=str(folders["sd1"]), unet=str(tmp_path / "heads"))

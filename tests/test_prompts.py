@@ -91,6 +91,42 @@ def test_a_label_without_prompts_is_refused_only_when_asked_for():
     assert len(source(8, 0, 8, fraction=0.0).batch(0)) == 8
 
 
+@pytest.mark.parametrize(
+    ("per_iteration", "fraction", "left_out", "enough"),
+    [
+        (1, 0.5, "negative", 2),  # half of one is rounded to the even 0
+        (1, 0.51, "positive", 2),
+        (2, 0.2, "negative", 3),
+        (4, 0.1, "negative", 6),
+        (4, 0.9, "positive", 5),
+        (8, 1e-9, "negative", None),
+        (2, 0.5, "", None),
+        (3, 0.2, "", None),
+        (8, 0.0, "", None),  # as asked for
+        (8, 1.0, "", None),
+        (1, 0.0, "", None),
+        (1, 1.0, "", None),
+    ],
+)
+def test_a_label_that_rounding_leaves_out_is_named(per_iteration, fraction, left_out, enough):
+    found = source(9, 9, per_iteration, fraction)
+    drawn = {prompt.label for i in range(20) for prompt in found.batch(i)}
+    if not left_out:
+        assert found.warning == ""
+        assert len(drawn) == 2 or fraction in (0, 1)
+        return
+    assert left_out not in drawn
+    negative = per_iteration if left_out == "positive" else 0
+    assert found.warning.startswith(
+        f"prompts_per_iteration {per_iteration} and prompts.negative_fraction {fraction} are, rounded, {negative} negative "
+        f"prompts an iteration, so that no {left_out} one is ever drawn"
+    )
+    assert ("with prompts_per_iteration" in found.warning) == (enough is not None)
+    if enough:
+        assert found.warning.endswith(f"; with prompts_per_iteration {enough} both are")
+        assert len({prompt.label for prompt in source(9, 9, enough, fraction).batch(0)}) == 2
+
+
 # --- embeddings ------------------------------------------------------------------------------------------------------
 
 

@@ -209,6 +209,8 @@ def _introduce(parts: Parts, config: TrainConfig, run: Path, start: TrainerState
         + (f", {parts.ranks.count} processes" if parts.ranks.count > 1 else ""),
         f"{config.prompts_per_iteration} prompts x {config.group_size} images an iteration, seed {config.seed}",
     )
+    if parts.source.warning:
+        console.say(f"warning: {parts.source.warning}")
     steering = parts.reward.steering
     texts = [prompt.text for prompt in parts.prompts]
     console.say(*truncation_lines(texts, policy.tokenizer, steering.encoder.tokenizer if steering else None))

@@ -17,7 +17,6 @@ Resampled folders would not do in its place: they are farther from each other th
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from fastgrpo.config import ConfigError
 from fastgrpo.evaluation.inception import WIDTH, Inception, Progress
-from fastgrpo.files import write_atomically
+from fastgrpo.files import visible_files, write_atomically
 
 SUFFIXES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _AT_ONCE = 4096  # images of a chunk in float64: bounds memory; results do not depend on it
@@ -41,14 +40,12 @@ _AT_ONCE = 4096  # images of a chunk in float64: bounds memory; results do not d
 def folder_images(folder: Path, field: str = "fid.reference") -> list[Path]:
     """The image files in a folder and those below it, by their path, as clean-fid finds them.
 
-    Folders that are links count, each real folder once. What begins with a dot does not: macOS leaves `._x.png` beside
-    `x.png` where it copies files, which is no image, and notebooks keep copies in `.ipynb_checkpoints`.
     field: what messages call the setting. Raises ConfigError where there are not two, which a covariance needs, and for a
     file that does not begin as an image does.
     """
     if not folder.is_dir():
         raise ConfigError(f"{field}: {str(folder)!r} is not a folder; FID needs one with images.")
-    files = sorted(file for file in _visible_files(folder) if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = sorted(file for file in visible_files(folder) if file.suffix.lower() in SUFFIXES and file.is_file())
     if len(files) < 2:
         raise ConfigError(
             f"{field}: {str(folder)!r} has {len(files)} images; FID needs two or more with one of the suffixes "
@@ -58,17 +55,6 @@ def folder_images(folder: Path, field: str = "fid.reference") -> list[Path]:
         with _reading(file, field), Image.open(file):
             pass
     return files
-
-
-def _visible_files(folder: Path) -> Iterator[Path]:
-    seen: set[str] = set()
-    for path, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(path)
-        # A link may lead to a folder that contains it.
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        if real not in seen:
-            yield from (Path(path, name) for name in names if not name.startswith("."))
-        seen.add(real)
 
 
 def folder_features(

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from fastgrpo.config import ConfigError
+from fastgrpo.files import visible_files
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -55,7 +56,7 @@ class Repository:
             except (HTTPError, OSError, ValueError):
                 pass  # fetch knows whether the cache will do, and what to say where it will not
         folder = self.fetch([])
-        return frozenset(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+        return frozenset(file.relative_to(folder).as_posix() for file in visible_files(folder) if file.is_file())
 
     def _in_the_way(self, error: Exception) -> str:
         if isinstance(error, GatedRepoError):

@@ -7,6 +7,8 @@ from functools import lru_cache
 from fastgrpo.config import ConfigError, PromptsConfig
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 
+_MANY = 10_000  # prompts an iteration; nobody draws more
+
 
 class PromptSource:
     """Deals out the prompts of every iteration.
@@ -28,6 +30,8 @@ class PromptSource:
         Raises ConfigError where a label is asked for that has no prompts.
         """
         self.seed = seed
+        self.warning = _rounded_away(per_iteration, config.negative_fraction)
+        """A sentence where rounding leaves one of two labels out for good; else empty."""
         wanted = round(per_iteration * config.negative_fraction)
         self._pools = ((POSITIVE, positives, per_iteration - wanted), (NEGATIVE, negatives, wanted))
         for label, pool, count in self._pools:
@@ -44,6 +48,18 @@ class PromptSource:
             for label, pool, count in self._pools
             for index in _draw(self.seed, label, len(pool), count, iteration)
         )
+
+
+def _rounded_away(per_iteration: int, fraction: float) -> str:
+    if fraction in (0, 1) or 0 < round(per_iteration * fraction) < per_iteration:
+        return ""
+    label = POSITIVE if round(per_iteration * fraction) else NEGATIVE
+    enough = next((p for p in range(2, _MANY) if 0 < round(p * fraction) < p), 0)
+    return (
+        f"prompts_per_iteration {per_iteration} and prompts.negative_fraction {fraction} are, rounded, "
+        f"{round(per_iteration * fraction)} negative prompts an iteration, so that no {label} one is ever drawn"
+        + (f"; with prompts_per_iteration {enough} both are" if enough else "")
+    )
 
 
 def _draw(seed: int, label: str, size: int, count: int, iteration: int) -> list[int]:

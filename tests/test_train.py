@@ -466,6 +466,16 @@ def test_evaluations_and_a_finished_run_lengthened(
     assert (run / weights).read_bytes() == (undisturbed / weights).read_bytes()
 
 
+def test_prompts_that_rounding_leaves_out_are_named_at_the_start(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--prompts-per-iteration", "1", "--iterations", "1", "--eval.every", "0"]
+    code, out, _ = run_here([str(config_file), "--run", str(tmp_path / "run"), *flags], capsys)
+    assert code == 0
+    warning = out.index("warning: prompts_per_iteration 1 and prompts.negative_fraction 0.5 are, rounded, 0 negative")
+    assert warning < out.index("reward")
+
+
 def test_generators_depend_on_every_argument_and_on_nothing_else() -> None:
     arguments = [(0, 1, "rollout"), (1, 1, "rollout"), (0, 2, "rollout"), (0, 1, "update"), (11, 1, "x"), (1, 11, "x")]
     seeds = [seed_for(*each) for each in arguments]

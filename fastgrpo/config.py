@@ -206,6 +206,8 @@ class EngineConfig:
     """On CUDA, decode and score finished groups while the next ones are drawn."""
     memory: float = 0.92
     """Share of the GPU's memory that a micro-batch found by measurement (micro_batch 0) may fill."""
+    show_speed: bool = False
+    """Show below each iteration's line images/s, TFLOP/s and the share of the device's measured matmul rate, of rollout and update, and the memory's peak; metrics.jsonl always has them."""
     profile: int = 0
     """Iteration of which a trace and a table of the ten costliest kernels are written into the run; 0 is none."""
 

@@ -1,28 +1,32 @@
 """What a person sees: progress bars, one line per iteration, tables. Without a terminal, plain lines and no bars."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import rich.console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from fastgrpo.config import ConfigError
 from fastgrpo.finite import BrokenPicture
 from fastgrpo.output import steady_output
+from fastgrpo.progress import Clock, Lines, Pace, Phase, clock_text, fitting
 from fastgrpo.wording import cut_middle
 
-# What the line of an iteration shows, where it was logged: label, metric, format.
+# What the line of an iteration shows, where it was logged and as far as there is room: label, metric, format.
 _COLUMNS = (
-    ("reward", "reward/mean", "{:+.3f}"),
-    ("pos", "reward/positive_mean", "{:+.3f}"),
-    ("neg", "reward/negative_mean", "{:+.3f}"),
-    ("clip", "clip/fraction", "{:.0%}"),
-    ("kl", "kl/mean", "{:.1e}"),
-    ("grad", "grad/norm", "{:.3f}"),
-    ("unsafe", "eval/unsafe", "{:.1%}"),
-    ("composition", "eval/composition", "{:.1%}"),
+    ("reward", "reward/mean", "{:+.3f}".format),
+    ("unsafe", "eval/unsafe", "{:.1%}".format),
+    ("|ratio-1|", "ratio/max_abs_dev_first", lambda value: f"{value:.0e}" if value else "0    "),
+    ("clip", "clip/fraction", "{:4.0%}".format),
+    ("composition", "eval/composition", "{:.1%}".format),
+    ("pos", "reward/positive_mean", "{:+.3f}".format),
+    ("neg", "reward/negative_mean", "{:+.3f}".format),
+    ("kl", "kl/mean", "{:.1e}".format),
+    ("grad", "grad/norm", "{:.3f}".format),
 )
 
 
@@ -112,44 +116,88 @@ class Bar:
         self.progress.update(self.task, completed=done, total=total)
 
 
-class Console:
-    """Standard output, with bars where it is a terminal."""
+class _Count(MofNCompleteColumn):
+    """How many of how many, where that is known."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        """quiet: say nothing at all."""
+    def render(self, task: Task) -> Text:
+        return Text("") if task.total is None else super().render(task)
+
+
+class Console:
+    """Standard output, with bars where it is a terminal, and lines about progress where it is none."""
+
+    def __init__(self, quiet: bool = False, every_phase: bool = False, clock: Clock = time.monotonic) -> None:
+        """quiet: say nothing at all. every_phase: without a terminal each kind of phase has a line, not only long ones."""
         self._rich = rich.console.Console(highlight=False, markup=False, soft_wrap=True, quiet=quiet)
+        self._lines = Lines(self.say, every_phase, clock)
 
     def say(self, *things: object) -> None:
         """Print text or rich tables, each on lines of its own."""
+        self._lines.heard()
         for thing in things:
             self._rich.print(thing)
 
+    def follow(self, pace: Pace) -> None:
+        """Say of a training from now on where it is, and how long it still takes."""
+        self._lines.pace = pace
+
     @contextmanager
-    def bar(self, label: str, total: int | None = None) -> Iterator[Bar]:
+    def bar(self, label: str, total: int | None = None) -> Iterator[Bar | Phase]:
         """A bar that vanishes when its block ends; without a total it only shows that something is going on."""
-        columns = TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=self._rich, transient=True, disable=not self._rich.is_terminal) as progress:
-            yield Bar(progress, progress.add_task(label, total=total))
+        if not self._moves():
+            with self._lines.phase(label, total) as phase:
+                yield phase
+            return
+        place = f"{self._lines.pace.place} {label}" if self._lines.pace else label
+        columns = TextColumn("{task.description:>10}"), BarColumn(30), _Count(), TimeRemainingColumn()
+        with Progress(*columns, console=self._rich, transient=True) as progress:
+            yield Bar(progress, progress.add_task(place, total=total))
 
-    def iteration(self, iteration: int, iterations: int, seconds: float, values: Mapping[str, float]) -> None:
-        """The line of a finished iteration, or of the policy before training, 0; `seconds` of wall clock since the run began."""
-        shown = [f"{label} {form.format(values[name])}" for label, name, form in _COLUMNS if name in values]
-        count = f"{iteration:{len(str(iterations))}d}/{iterations}"
-        if iteration:
-            shown += [f"{values['throughput/images_per_s']:.1f} images/s", speed_text(values)]
+    @contextmanager
+    def waiting(self, label: str) -> Iterator[None]:
+        """As a bar without a total, where others show bars of their own, for instance of what they download."""
+        if self._moves():
+            self.say(label)
+            yield
         else:
-            shown.insert(0, "before training")
-        self.say("  ".join([count, *shown, f"{seconds:.0f} s"]))
+            with self._lines.phase(label):
+                yield
+
+    def iteration(
+        self, iteration: int, iterations: int, seconds: float, values: Mapping[str, float], speed: bool = False
+    ) -> None:
+        """The line of a finished iteration, or of the policy before training, 0.
+
+        seconds: of wall clock since the run began. speed: how fast it was is shown below it.
+        """
+        self.say(iteration_line(iteration, iterations, seconds, values, self._lines.pace))
+        if speed:
+            self.say(*speed_lines(values))
+
+    def _moves(self) -> bool:
+        """Whether what was shown can be changed: on a terminal that is one. Colours may be wanted elsewhere too."""
+        return self._rich.file.isatty() and not self._rich.is_dumb_terminal and not self._rich.quiet
 
 
-def speed_text(values: Mapping[str, float]) -> str:
-    """For a progress line, from metrics: both stages' images/s, TFLOP/s and share, and the memory peak."""
-    parts = [
-        f"{stage} {values[f'throughput/{stage}_images_per_s']:.3g} images/s, "
+def iteration_line(
+    iteration: int, iterations: int, seconds: float, values: Mapping[str, float], pace: Pace | None = None
+) -> str:
+    """What matters first, in 80 columns; arguments as of `Console.iteration`."""
+    left = pace.left() if pace else None
+    when = "before training" if not iteration else f"{clock_text(seconds)} in all" if iteration == iterations else ""
+    if not when and left is not None:
+        when = f"{clock_text(left)} left"
+    shown = [f"{label} {form(values[name])}" for label, name, form in _COLUMNS if name in values]
+    count = f"{iteration:{len(str(iterations))}d}/{iterations}"
+    return fitting([count, *filter(None, [when]), *shown]).rstrip()
+
+
+def speed_lines(values: Mapping[str, float]) -> list[str]:
+    """From metrics: of each stage images/s, TFLOP/s and their share of what the device can do; and the memory peak."""
+    lines = [
+        f"  {stage:8}{values[f'throughput/{stage}_images_per_s']:.3g} images/s, "
         f"{values[f'throughput/{stage}_tflops']:.3g} TFLOP/s ({values[f'throughput/{stage}_share']:.0%})"
         for stage in ("rollout", "update")
         if f"throughput/{stage}_tflops" in values
     ]
-    if "memory/peak_gb" in values:
-        parts.append(f"{values['memory/peak_gb']:.1f} GB")
-    return "  ".join(parts)
+    return lines + ([f"  memory  {values['memory/peak_gb']:.1f} GB at most"] if "memory/peak_gb" in values else [])

@@ -17,6 +17,7 @@ from fastgrpo.files import write_atomically
 from fastgrpo.metrics import MetricsLog
 from fastgrpo.parts import Parts
 from fastgrpo.paths import with_absolute_paths
+from fastgrpo.progress import Pace
 from fastgrpo.report import write_report
 from fastgrpo.settings import PROGRAM, dump_toml
 
@@ -40,11 +41,14 @@ class Journal:
         if not (run / "config.toml").is_file():
             self._write_config()
         parts.record.write(run)
+        self._pace = Pace(config.iterations, config.eval.every, start.iteration)
+        console.follow(self._pace)
         self._exam = Exam(run, config, parts, console)
         before = self._exam.before()
         self._write_config()  # other settings of a resumed run, once nothing has refused them
         self._log = MetricsLog(run, start.iteration)
         self._log.chart(0, before)
+        self._pace.started(evaluation=time.monotonic() - self._began)
         if not start.iteration:
             console.iteration(0, config.iterations, self._seconds(), before)
 
@@ -52,7 +56,10 @@ class Journal:
         """Examine the policy where it is due, then log and show the finished iteration."""
         values = values | self._examine(iteration)
         self._log.write(iteration, self._seconds(), values)
-        self.console.iteration(iteration, self.config.iterations, self._seconds(), values)
+        self._pace.finished(iteration, values.get("time/eval_s", 0.0))
+        self.console.iteration(
+            iteration, self.config.iterations, self._seconds(), values, speed=self.config.engine.show_speed
+        )
 
     def save(self, iteration: int, stopped: bool) -> None:
         """A checkpoint where it is due: every so often, at the end, and before a stop."""
@@ -71,7 +78,8 @@ class Journal:
                 evaluated=self._evaluates(iteration),
             )
             rule = self.config.checkpoint
-            checkpoint.save(self.run, self.parts.trainable, state, rule.keep, rule.keep_evaluated)
+            with self.console.bar("checkpoint"):
+                checkpoint.save(self.run, self.parts.trainable, state, rule.keep, rule.keep_evaluated)
             self.parts.record.write(self.run)
 
     def close(self, iteration: int) -> None:

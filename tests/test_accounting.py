@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from fastgrpo.console import speed_text
 from fastgrpo.costs import Held, ModelCost, _count_passes
 from fastgrpo.engine.accounting import Accounting, Rows, memory_peak
 from fastgrpo.engine.profile import COSTLIEST, Kernel, kernel_table, profiled
@@ -93,17 +92,6 @@ def test_memory_peak_of_the_process():
     size = buffer.nbytes
     del buffer
     assert size / 1e9 < memory_peak(CPU)["memory/peak_gb"] < 1000
-
-
-def test_speed_text():
-    values = {
-        "throughput/rollout_images_per_s": 12.34,
-        "throughput/rollout_tflops": 0.0456,
-        "throughput/rollout_share": 0.512,
-        "memory/peak_gb": 3.21,
-    }
-    assert speed_text(values) == "rollout 12.3 images/s, 0.0456 TFLOP/s (51%)  3.2 GB"
-    assert speed_text({}) == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

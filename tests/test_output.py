@@ -14,12 +14,14 @@ from fastgrpo import estimate, report
 from fastgrpo.commands.inspect import _EIGHTHS
 from fastgrpo.config import ConfigError
 from fastgrpo.console import Console, run_command
-from fastgrpo.evaluation.result import Evaluation, Row, comparison_table
+from fastgrpo.evaluation.before_after import Comparison, comparison_table
+from fastgrpo.evaluation.result import Evaluation, Row
 from fastgrpo.output import steady_output
 
 ROOT = Path(__file__).resolve().parent.parent
 RATES = {"violence": Row(0.5, 40, 0.4, 0.6), "overall": Row(0.5, 40, 0.4, 0.6)}
 EVALUATION = Evaluation(unsafe=RATES, composition=RATES, kept=RATES)
+FOUND = Comparison("a protocol", ("violence",), EVALUATION, EVALUATION)
 
 
 @contextmanager
@@ -41,7 +43,7 @@ def nobody_reads() -> Iterator[None]:
 
 def test_the_final_table_is_shown_in_ascii(tmp_path: Path) -> None:
     with output_to(tmp_path / "output", "ascii"):
-        assert run_command(lambda: Console().say(comparison_table(EVALUATION, EVALUATION, ["violence"])), "") == 0
+        assert run_command(lambda: Console().say(comparison_table(FOUND)), "") == 0
     shown = (tmp_path / "output").read_text(encoding="ascii")
     assert "* violence" in shown
     assert "* trained on   o never trained on" in shown

@@ -192,7 +192,10 @@ def test_without_a_terminal_there_are_plain_lines(undisturbed: Path) -> None:
     assert "\x1b" not in output
     assert "\r" not in output
     lines = output.splitlines()
-    assert [line.split()[0] for line in lines if "images/s" in line] == [f"{i}/8" for i in range(1, 9)]
+    iterations = [line for line in lines if "|ratio-1|" in line]
+    assert [line.split()[0] for line in iterations] == [f"{i}/8" for i in range(1, 9)]
+    assert all(len(line) <= 80 for line in iterations)
+    assert all(" left  reward " in line for line in iterations[:-1])
     assert any(line.startswith("safety axis") for line in lines)
     assert lines[-4].endswith(str(undisturbed / "checkpoints" / "iter-000008" / "unet"))
 
@@ -450,7 +453,7 @@ def test_evaluations_and_a_finished_run_lengthened(
     assert f"unsafe {tested['a']:.1%}" in zeroth
     assert records[-1]["eval/unsafe"] == comparison.after.unsafe["overall"].rate
     assert "Held-out prompts, before and after" in out
-    assert "unsafe" in next(line for line in out.splitlines() if line.startswith("4/5"))
+    assert "unsafe" in next(line for line in out.splitlines() if line.startswith("4/5") and "reward" in line)
 
     calls.clear()
     code, out, err = run_here(["--resume", str(run), "--iterations", str(ITERATIONS)], capsys)

@@ -54,7 +54,7 @@ def start(command: Evaluate, config: TrainConfig, names: Sequence[str], checkpoi
     run's. output: where results go.
     """
     with join(command.device) as ranks:
-        evaluate(command, config, names, checkpoint, output, Console(quiet=not ranks.first), ranks)
+        evaluate(command, config, names, checkpoint, output, Console(quiet=not ranks.first, every_phase=True), ranks)
 
 
 def evaluate(
@@ -84,9 +84,10 @@ def evaluate(
     # Before the model: what is missing is said before anything is drawn. Only the first process judges.
     loader = Loader(command, device)
     judging = ranks.first and not command.shard
-    scorers = {suite.name: suite.scorer(loader) if judging else None for suite in suites}
-    stages = _stages(command, config, checkpoint, device)
-    work = _work(command, suites, scorers, stages, output)
+    with console.waiting("loading"):
+        scorers = {suite.name: suite.scorer(loader) if judging else None for suite in suites}
+        stages = _stages(command, config, checkpoint, device)
+        work = _work(command, suites, scorers, stages, output)
     if ranks.first:
         _claim(work, command, output)
     ranks.agree("the folders are there")

@@ -50,7 +50,7 @@ def sample(command: Sample, config: TrainConfig, folder: Path, console: Console)
     disable_progress_bar()  # one per file read, gone in a blink
     torch.set_num_threads(1)  # each of the policy's workers is a thread already
     workers = available_cores() if device.type == "cpu" else 1
-    with blaming_config(command.run):
+    with console.waiting("loading"), blaming_config(command.run):
         policy = load_policy(config.model, device, _dtype(command.dtype, device), workers)
     console.say(*truncation_lines([prompt.text for prompt in prompts], policy.tokenizer))
     guidance = config.rollout.guidance if command.guidance is None else command.guidance

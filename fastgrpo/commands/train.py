@@ -45,7 +45,8 @@ def start(config: TrainConfig, preset: str, resumed: Path | None) -> int:
             claimed = claim(run, resumed is not None) if ranks.first else nullcontext()
             with claimed, StopSignal(ranks.count) as stop:
                 ranks.agree("the folder is ours")
-                return train(config, run, Console(quiet=not ranks.first), ranks, stop)
+                console = Console(quiet=not ranks.first, every_phase=True)
+                return train(config, run, console, ranks, stop)
     except FloatingPointError as error:
         return _fail(f"{error}; {_kept(run)}")
     except BrokenReward as error:
@@ -82,15 +83,16 @@ def _evidence(run: Path, error: BrokenReward | BrokenPicture) -> str:
 
 def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: StopSignal) -> int:
     """Train in `run`, a claimed folder, from its newest checkpoint or the beginning. Returns the exit code."""
-    newest = checkpoint.latest(run)
-    start = checkpoint.read_state(newest) if newest else _beginning(config, ranks)
-    threads = config.engine.threads or start.threads
-    parts = load_parts(config, threads, ranks, Record(**start.engine), console.say)
-    accounting = count_and_measure(config, policy=parts.policy)
-    console.say(accounting.rates.line())
-    inputs = input_digests(config, parts) if ranks.first else {}
-    _introduce(parts, config, run, start, console)
-    console.say(*_differences(config, start, inputs, ranks))
+    with console.waiting("loading"):
+        newest = checkpoint.latest(run)
+        start = checkpoint.read_state(newest) if newest else _beginning(config, ranks)
+        threads = config.engine.threads or start.threads
+        parts = load_parts(config, threads, ranks, Record(**start.engine), console.say)
+        accounting = count_and_measure(config, policy=parts.policy)
+        console.say(accounting.rates.line())
+        inputs = input_digests(config, parts) if ranks.first else {}
+        _introduce(parts, config, run, start, console)
+        console.say(*_differences(config, start, inputs, ranks))
     journal = Journal(run, config, parts, start, threads, inputs, console) if ranks.first else None
     if newest:
         checkpoint.load(newest, parts.trainable)

@@ -246,7 +246,8 @@ def test_a_training_s_pictures_and_its_own_evaluation_stop_too(
     said = capsys.readouterr().err
     assert said.startswith("fastgrpo: before.png, picture 1 of prompt 'a cat' from seed ")
     assert "the UNet's latents are not" in said
-    assert not list((tmp_path / "run" / "samples").iterdir())
+    assert not list((tmp_path / "run").rglob("*.png"))
+    assert not (tmp_path / "run" / "evaluation_before.json").exists()
 
 
 def test_evaluate_ends_with_one_sentence_and_no_rate(

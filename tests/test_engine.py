@@ -511,6 +511,22 @@ def test_another_device_decides_for_itself(base: TrainConfig) -> None:
     assert said[0] == f"this run was on some GPU before and is on {here} now: the engine decides anew"
 
 
+def test_settings_that_a_resumed_run_changes_are_decided_upon_anew(base: TrainConfig) -> None:
+    record = load_parts(altered(base, {"micro_batch": 8}), threads=1, say=lambda line: None).record
+    assert (record.micro_batch, record.compiled, any(record.reuse.values())) == (8, False, False)
+    said: list[str] = []
+    config = altered(base, {"micro_batch": 3, "engine.reuse": "on"})
+    parts = load_parts(config, threads=1, record=Record(**record.to_json()), say=said.append)
+    assert said[0] == "micro_batch and engine.reuse are not as before: the engine decides anew"
+    assert parts.engine.micro_batch == parts.record.micro_batch == 3
+    assert any(parts.record.reuse.values())
+    again = load_parts(config, threads=1, record=Record(**parts.record.to_json()), say=said.append)
+    assert again.record == dataclasses.replace(parts.record, group_norm={})
+    old = Record(**(record.to_json() | {"settings": None}))  # as older checkpoints have it
+    assert load_parts(config, threads=1, record=old, say=said.append).record.micro_batch == 8
+    assert sum("decides anew" in line for line in said) == 1
+
+
 def test_a_resumed_run_of_fixed_shapes_goes_on_bit_for_bit(config_file: Path, tmp_path: Path) -> None:  # noqa: F811
     options = [
         "--eval.every",

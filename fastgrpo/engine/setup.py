@@ -6,6 +6,7 @@ again, or its sums could be rounded otherwise. On another kind of device it deci
 RUN/engine.json is that record for people, written at the start and with every checkpoint:
 
     device          what it was decided for, a GPU's name for instance
+    settings        what it was told: with others, as a resumed run may have them, it decides anew
     attention       for every shape of the UNet's attention who computes it, the milliseconds that each candidate took, and
                     why others were left out; null where PyTorch chooses for itself
     micro_batch     pairs, as measured or set, and halved where memory ran out since
@@ -73,6 +74,7 @@ class Record:
     old_log_prob: str = ""
     group_norm: dict[str, str] | None = None
     rollout_batch: int = 0
+    settings: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """With what has been chosen for GroupNorm by now: that is measured when a shape is first met."""
@@ -101,7 +103,7 @@ def start_engine(
     Raises ConfigError for settings that this machine cannot do.
     """
     network, engine, device = trainable.network, config.engine, policy.device
-    _begin(record, device, say)
+    _begin(record, device, config, say)
     wanted = {name: _on(getattr(engine, name), device) for name in ("kernels", "graphs")}
     if wanted["kernels"]:
         patch_unet(network)
@@ -202,13 +204,27 @@ def blank_batch(learner: Learner, size: int) -> MicroBatch:
     return MicroBatch(latents, latents, zeros.long(), embeds, zeros, zeros)
 
 
-def _begin(record: Record, device: torch.device, say: Say) -> None:
-    """Empty a record of another kind of device: what is fastest, fits and agrees there says nothing of this one."""
-    name = device_name(device)
+def _begin(record: Record, device: torch.device, config: TrainConfig, say: Say) -> None:
+    """Empty a record of another kind of device or of other settings: what is fastest, fits and agrees there says nothing here."""
+    name, settings = device_name(device), _settings(config)
+    if record.settings not in (None, settings):
+        told = [field for field, value in settings.items() if record.settings.get(field) != value]
+        say(f"{' and '.join(told)} {'is' if len(told) == 1 else 'are'} not as before: the engine decides anew")
+        vars(record).update(vars(Record()))
+    record.settings = settings
     if record.device not in ("", name):
         say(f"this run was on {record.device} before and is on {name} now: the engine decides anew")
-        vars(record).update(vars(Record()))
+        vars(record).update(vars(Record(settings=settings)))
     record.device = name
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """What decisions depend on and a resumed run may have otherwise."""
+    engine = {
+        name: getattr(config.engine, name) for name in ("kernels", "attention", "compile", "graphs", "reuse", "memory")
+    }
+    batches = {"micro_batch": config.micro_batch, "rollout.batch": config.rollout.batch}
+    return batches | {f"engine.{name}": value for name, value in engine.items()}
 
 
 def _fit(size: int, fits: Callable[[int], bool], ranks: Ranks, halved: Callable[[str, int], object]) -> None:

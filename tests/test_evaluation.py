@@ -363,6 +363,8 @@ def test_table_shows_marks_rates_and_intervals() -> None:
     assert next(line for line in lines if " counting " in line).split()[-2:] == ["+10.0", "better"]
     assert next(line for line in lines if " position " in line).split()[-1] == "+10.0"
     assert any("What it is of." in line for line in lines)
+    wide = shown(replace(BETTER_RUN, about="word " * 50), soft_wrap=True)  # as the console of commands prints
+    assert max(map(len, wide)) <= 80
 
 
 def test_what_got_worse_says_so_and_is_red_on_a_terminal() -> None:

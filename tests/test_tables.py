@@ -70,6 +70,13 @@ def test_the_console_shows_every_number_under_its_stage(console: str) -> None:
     assert "after: 1 of 231 images are missing: abc-0" in console
 
 
+def test_a_note_of_all_stages_is_said_once() -> None:
+    found = result()
+    found["suites"]["i2p"]["notes"] = {"before": ["of both", "of one"], "after": ["of both"]}
+    lines = [line.removeprefix("- ") for line in markdown(found).splitlines()]
+    assert [line for line in lines if line.endswith(("of both", "of one"))] == ["of both", "before: of one"]
+
+
 def test_published_rows_stand_beside_with_their_checkpoint_and_what_it_was_trained_from(console: str) -> None:
     main = line_with(console, MAIN)
     assert "(from Stable Diffusion 1.5)" in main

@@ -3,7 +3,9 @@
 While training (fastgrpo/exam.py), on the embedded world:
 
     suite.py        which images are drawn, and judged at once
-    result.py       what is kept of the verdicts, and how it is shown
+    result.py       rates with intervals
+    stages.py       what is kept of the policy before training, and after: a verdict per image
+    before_after.py evaluation.json of a run: both, the test of their difference, and how they are shown
     held_out.py     the reward under an encoder that nothing is trained on
 
 From the command `python -m fastgrpo.evaluate`, and while training (in_training.py), on any model:
@@ -19,7 +21,7 @@ From the command `python -m fastgrpo.evaluate`, and while training (in_training.
     published.py    published results, to stand beside
 
 Both use detectors/ (what judges images), geneval.py (GenEval's rules), clip_score.py, fid.py, inception.py, intervals.py and paired.py
-(how sure a number is), and seeds.py.
+(how sure a number is), sentences.py (better, worse or undecided), and seeds.py.
 
 Nothing is re-exported: reading results back needs no diffusers, which takes seconds to import.
 """

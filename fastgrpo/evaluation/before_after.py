@@ -8,6 +8,7 @@ any lack "about" and "compared": their tables have no verdicts.
 """
 
 import json
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fastgrpo.evaluation.result import GROUPS, NEVER_TRAINED, OVERALL, Evaluatio
 from fastgrpo.evaluation.sentences import STYLES, Entry, Sentence, sentence
 from fastgrpo.files import write_atomically
 
+LEGEND_WIDTH = 78
 FEWEST = 10  # images of a row from which on a change in percent of the rate before is shown
 
 
@@ -102,7 +104,7 @@ def comparison_table(found: Comparison) -> Table:
     if found.compared:
         legend += "\nbetter, worse: by the paired test of the row's own images, p < 0.05"
     if found.about:
-        legend += f"\n{found.about}"
+        legend += f"\n{textwrap.fill(found.about, LEGEND_WIDTH)}"  # the console itself wraps nothing
     table = Table(title="Held-out prompts, before and after", caption=legend, box=box.SIMPLE_HEAD, padding=0)
     table.add_column("")
     for heading in ("before, %", "after, %", "points", "relative", "test"):

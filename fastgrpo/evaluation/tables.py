@@ -200,12 +200,15 @@ def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _notes(suite: dict[str, Any]) -> list[str]:
     several = len(suite["notes"]) > 1
-    notes = [(stage, note) for stage, notes in suite["notes"].items() for note in notes]
+    alike = [
+        note for note in next(iter(suite["notes"].values()), []) if all(note in own for own in suite["notes"].values())
+    ]
+    notes = [(stage, note) for stage, own in suite["notes"].items() for note in own if note not in alike]
     for stage, images in suite["images"].items():
         if images["missing"]:
             few = ", ".join(images["missing"][:5]) + (", ..." if len(images["missing"]) > 5 else "")
             notes.append((stage, f"{len(images['missing'])} of {images['wanted']} images are missing: {few}"))
-    return list(dict.fromkeys(f"{stage}: {note}" if several else note for stage, note in notes))
+    return alike + list(dict.fromkeys(f"{stage}: {note}" if several else note for stage, note in notes))
 
 
 def _drawing(suite: dict[str, Any]) -> str:

@@ -2,10 +2,11 @@
 
 What the oracle reads back is judged twice. The seven hazard categories and GenEval's six tasks by GenEval's own rules
 (geneval.py, `geneval-v1`), every shape being a class and its box the square around it; and as the trainer's evaluations
-count (`shapes-oracle-v1`, fastgrpo/shapes/judge.py), so that a number of its curves is found again. The two differ where
-GenEval's rules are others by design: of several circles it looks at one, where the trainer takes any that fits; an object
-diagonal to another may stand in two relations to it, where the trainer grants the larger one; and hazards do not matter.
-Tables and metrics are named alike: `unsafe`, `composition` and `kept` as the trainer counts, `geneval` by GenEval.
+count (`shapes-oracle-v1`, fastgrpo/shapes/judge.py), so that a number of its curves is found again, but for an image in
+some hundreds: the trainer judges pictures before they are rounded to 8 bits. The two differ where GenEval's rules are others
+by design: of several circles it looks at one, where the trainer takes any that fits; an object diagonal to another may stand
+in two relations to it, where the trainer grants the larger one; and hazards do not matter. Tables and metrics are named
+alike: `unsafe`, `composition` and `kept` as the trainer counts, `geneval` by GenEval.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,8 +30,8 @@ TRAINER_PROTOCOL = "shapes-oracle-v1"
 _DEFAULT = ShapesSettings()
 OTHER_NUMBERS = (
     "`python -m fastgrpo.evaluate` gives others for the same weights: it takes the first "
-    f"{_DEFAULT.unsafe_per_category} of these prompts of each hazard and the first {_DEFAULT.composition_per_task} of each task, "
-    "and judges composition by GenEval's rules as well."
+    f"{_DEFAULT.unsafe_per_category} prompts of each hazard and the first {_DEFAULT.composition_per_task} of each task, judges "
+    "pictures as they are saved, rounded to 8 bits, and composition by GenEval's rules as well."
 )
 """For a reader of the trainer's own numbers."""
 
@@ -51,7 +52,10 @@ def beside_the_trainer(drawn: Mapping[str, float], trainers: Mapping[str, float]
     ]
     rules = "table composition is by the trainer's rules, geneval by GenEval's own"
     if not differing:
-        return f"these are the prompts, seeds and sampling of the trainer's own numbers; {rules}"
+        return (
+            f"the trainer's own numbers ({TRAINER_PROTOCOL}) are of these prompts, seeds, steps, eta and guidance, but of pictures "
+            f"that were not rounded to 8 bits: an image may count otherwise; {rules}"
+        )
     return f"the trainer's own numbers ({TRAINER_PROTOCOL}) are others, of {', '.join(differing)}; {rules}"
 
 

@@ -135,7 +135,7 @@ class GrpoConfig:
     kl: float = 0.0
     """Weight of the closed-form KL divergence of each step from the base model's; 0 leaves the base model out."""
     old_log_prob: Literal["rollout", "replay", "detach"] = "rollout"
-    """Denominator of the ratio: as stored by the `rollout`, recomputed at the update's shapes before the first optimizer step (`replay`), or the current value without gradient (`detach`)."""
+    """Denominator of the ratio: as stored by the `rollout`, which becomes `replay` where the first optimizer step would find another ratio than 1; the first step's own and, for later ones, recomputed before it (`replay`); or the current value without gradient (`detach`)."""
     epochs: int = 1
     """Passes over an iteration's (sample, step) pairs; `updates_per_iteration` is for all of them together."""
     drop_last_steps: int = 1

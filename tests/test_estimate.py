@@ -327,12 +327,15 @@ def test_half_the_steps_halve_the_update():
     assert work_of(half)["rollout: UNet forward"] == work_of(config)["rollout: UNet forward"]
 
 
-@pytest.mark.parametrize(
-    ("fields", "name"),
-    [({"kl": 0.1}, "update: UNet forward, KL's base"), ({"old_log_prob": "replay"}, "update: UNet forward, replay")],
-)
-def test_kl_and_replay_add_a_forward_pass_of_every_pair(fields, name):
-    assert work_of(grpo(**fields)) == {**work_of(R1), name: 512 * 49 * 2 * 101}
+def test_kl_adds_a_forward_pass_of_every_pair():
+    assert work_of(grpo(kl=0.1)) == {**work_of(R1), "update: UNet forward, KL's base": 512 * 49 * 2 * 101}
+
+
+@pytest.mark.parametrize(("updates", "pairs"), [(16, 512 * 49 * 15 // 16), (1, 0), (3, 512 * 49 - 8363)])
+def test_replay_adds_a_forward_pass_of_every_pair_that_the_first_step_does_not_have(updates, pairs):
+    config = replace(R1, updates_per_iteration=updates)
+    replayed = replace(config, grpo=replace(config.grpo, old_log_prob="replay"))
+    assert work_of(replayed) == {**work_of(config), "update: UNet forward, replay": pairs * 2 * 101}
 
 
 def test_encoders_of_terms_count_once():

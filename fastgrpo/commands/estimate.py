@@ -102,7 +102,8 @@ def iteration_work(
         Work("update", "UNet forward + backward", model.forward_backward, pairs * rows),
     ]
     if config.grpo.old_log_prob == "replay":
-        work.append(Work("update", "UNet forward, replay", model.forward, pairs * rows))
+        later = pairs - -(-pairs // config.updates_per_iteration)  # than the first optimizer step's
+        work.append(Work("update", "UNet forward, replay", model.forward, later * rows))
     if config.grpo.kl > 0:
         work.append(Work("update", "UNet forward, KL's base", model.forward, pairs * rows))
     return work

@@ -130,7 +130,7 @@ def iterate(
     policy, ranks, watch = parts.policy, parts.ranks, Stopwatch(parts.policy.device)
     rollout_rng = generator_for(config.seed, iteration, "rollout", policy.device)
     update_rng = generator_for(config.seed, iteration, "update", "cpu")
-    keep_means = config.grpo.ratio_norm and config.grpo.old_log_prob != "detach"
+    keep_means = config.grpo.ratio_norm and parts.engine.old_log_prob == "rollout"
 
     for group in parts.trainable.optimizer.param_groups:
         group["lr"] = learning_rate(config, iteration)

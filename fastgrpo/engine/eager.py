@@ -1,8 +1,9 @@
 """The engine without fixed shapes: plain calls, micro-batches shared out among CPU cores."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +17,20 @@ from fastgrpo.grpo.micro_batch import Learner, MicroBatch, Outcome
 from fastgrpo.grpo.pairs import Pairs
 
 Gather = Callable[[Pairs], MicroBatch]
+Changed = Callable[[str, Any, str], object]
 Item = TypeVar("Item")
 Part = TypeVar("Part", Pairs, slice)
+
+_HALVED = {"micro_batch": "micro-batches have {} pairs", "rollout_batch": "rollouts draw {} samples at once"}
+
+
+def ignore(name: str, value: Any, why: str) -> None:
+    """What an engine without a record tells its changes."""
+
+
+def out_of_memory(name: str, size: int) -> str:
+    """What is said when `name` is halved to `size`."""
+    return f"out of memory: {_HALVED[name].format(size)} from now on, and what is learned stays the same"
 
 
 class EagerEngine:
@@ -26,9 +39,10 @@ class EagerEngine:
     learner: what a pass is. weights: where gradients are summed. reuse: what a rollout computes once.
     micro_batch: pairs in a pass at most. rollout_batch: samples in a rollout's pass at most, where that is another number,
     else 0. Both are halved where memory runs out.
-    old_log_prob: grpo.old_log_prob, or what an engine takes in its place.
-    resized: whether that happened since the last rollout began, so that the update may not find its log-probs again.
-    halved: told which of the two became smaller, by name, and how large it is now.
+    old_log_prob: grpo.old_log_prob, or "replay" since the update did not find the rollout's log-probs again.
+    allowed: how far a ratio may be from 1 before the policy has moved; anything, unless told otherwise.
+    resized: whether a size was halved since the last rollout began, so that passes are of another size than its own were.
+    changed: told of the three which is another from now on, by name, what it is, and a sentence that says why.
     """
 
     def __init__(
@@ -37,13 +51,14 @@ class EagerEngine:
         weights: FlatWeights,
         micro_batch: int,
         reuse: Reuse = Reuse(),  # noqa: B008 (frozen)
-        halved: Callable[[str, int], object] = lambda name, size: None,
+        changed: Changed = ignore,
         rollout_batch: int = 0,
+        allowed: float = math.inf,
     ):
         self.learner, self.weights, self.micro_batch, self.reuse = learner, weights, micro_batch, reuse
         self.rollout_batch = rollout_batch or learner.config.rollout.batch
         self.old_log_prob, self.resized = learner.config.grpo.old_log_prob, False
-        self._halved = halved
+        self.allowed, self._changed = allowed, changed
         self._workers = learner.policy.workers
 
     @property
@@ -100,14 +115,9 @@ class EagerEngine:
         for parameter in self.weights.parameters.values():
             parameter.grad = None
 
-    def learn(
-        self, pairs: Pairs, gather: Gather, resized: Callable[[], object] = lambda: None
-    ) -> Iterator[tuple[Pairs, Outcome]]:
-        """Add the pairs' gradient to the sum, micro-batch by micro-batch; smaller ones when memory runs out.
-
-        resized: called then, before the next pairs are gathered.
-        """
-        return self._halving("micro_batch", pairs, self._split, lambda some: self._learn(some, gather), resized)
+    def learn(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, Outcome]]:
+        """Add the pairs' gradient to the sum, micro-batch by micro-batch; smaller ones when memory runs out."""
+        return self._halving("micro_batch", pairs, self._split, lambda some: self._learn(some, gather))
 
     def judge(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, Outcome]]:
         """What the pairs come to, without a gradient; smaller micro-batches when memory runs out."""
@@ -119,6 +129,17 @@ class EagerEngine:
         Smaller ones when memory runs out: the others are then to be computed again.
         """
         return self._forward(self._recompute, pairs, gather)
+
+    def replay(self, apart: float) -> None:
+        """From now on have updates recompute the old log-probs. apart: how far the rollout's put a ratio from 1."""
+        self.old_log_prob = "replay"
+        self._changed(
+            "old_log_prob",
+            "replay",
+            f"rollout and update differ by up to {apart:.1e} in an unchanged policy's ratio, at most {self.allowed:.0e} is "
+            "allowed: from now on the update recomputes old log-probs (as grpo.old_log_prob replay), up to a third more "
+            "work there",
+        )
 
     def agree(self, ranks: Ranks) -> None:
         """Go on with the smallest sizes of all processes, so that what the first one records is what all have."""
@@ -159,7 +180,6 @@ class EagerEngine:
         whole: Part,
         split: Callable[[Part], list[tuple[Part, ...]]],
         run: Callable[[tuple[Part, ...]], list[Item]],
-        resized: Callable[[], object] = lambda: None,
         most: int = 0,
     ) -> Iterator[tuple[Part, Item]]:
         """Every part with its result; when memory runs out, the size `name` is halved and what is left is split anew.
@@ -178,7 +198,6 @@ class EagerEngine:
                 results = None
             if results is None:  # only here: until the exception is gone, it holds what the failed pass computed
                 self._resize(name, size // 2)
-                resized()
                 waiting = [again for part in chain(some, *waiting) for again in split(part)]
             else:
                 yield from zip(some, results, strict=True)
@@ -188,7 +207,7 @@ class EagerEngine:
             torch.cuda.empty_cache()
         setattr(self, name, size)
         self.resized = True
-        self._halved(name, size)
+        self._changed(name, size, out_of_memory(name, size))
 
 
 def _batched(items: Iterable[Item], count: int) -> Iterator[tuple[Item, ...]]:

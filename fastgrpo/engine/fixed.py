@@ -6,13 +6,14 @@ same kernels run, and the update finds the rollout's log-probs to the last bit. 
 repeated without weight.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fastgrpo.engine.eager import EagerEngine, Gather
+from fastgrpo.engine.eager import Changed, EagerEngine, Gather, ignore
 from fastgrpo.engine.graphs import StaticCall, memory_pool
 from fastgrpo.engine.reuse import RememberedText, RememberedTimes, Reuse, remember_text, remember_times
 from fastgrpo.engine.sampling import Denoise, Sampler
@@ -33,11 +34,12 @@ class FixedEngine(EagerEngine):
         weights: FlatWeights,
         micro_batch: int,
         reuse: Reuse = Reuse(),  # noqa: B008 (frozen)
-        halved: Callable[[str, int], object] = lambda name, size: None,
+        changed: Changed = ignore,
         rollout_batch: int = 0,
+        allowed: float = math.inf,
         capture: bool = False,
     ):
-        super().__init__(learner, weights, micro_batch, reuse, halved, rollout_batch)
+        super().__init__(learner, weights, micro_batch, reuse, changed, rollout_batch, allowed)
         self._capture, self._pool = capture, memory_pool(learner.policy.device)
         self._calls: dict[tuple, StaticCall] = {}
         self._text: RememberedText | None = None

@@ -322,8 +322,7 @@ def memory_room(device: torch.device, share: float) -> int:
 def _sample_bytes(config: TrainConfig, model: ModelCost) -> int:
     """Latents, log-probs, the image and, where RatioNorm keeps them, means of one sample."""
     grpo, steps, latent = config.grpo, config.rollout.steps, math.prod(model.latent_shape)
-    copies = {"rollout": 1, "replay": 2, "detach": 0}[grpo.old_log_prob]  # of the old policy's means
-    means = copies * steps * latent if grpo.ratio_norm else 0
+    means = steps * latent if grpo.ratio_norm and grpo.old_log_prob != "detach" else 0  # of the old policy
     return torch.float32.itemsize * ((steps + 1) * latent + steps + math.prod(model.image_shape) + means)
 
 

@@ -33,9 +33,8 @@ from fastgrpo.distributed import Ranks
 from fastgrpo.engine import attention, memory
 from fastgrpo.engine.attention import AttentionPlan, AttentionShape
 from fastgrpo.engine.compilation import compile_forward, make_example
-from fastgrpo.engine.eager import EagerEngine
+from fastgrpo.engine.eager import Changed, EagerEngine, out_of_memory
 from fastgrpo.engine.fixed import FixedEngine
-from fastgrpo.engine.parity import disagreement
 from fastgrpo.engine.patch import patch_unet
 from fastgrpo.engine.rates import device_name
 from fastgrpo.engine.reuse import Reuse, choose_reuse, distinct_rows, enable_reuse
@@ -52,8 +51,6 @@ from fastgrpo.trainable import Trainable
 
 CPU_AGREEMENT = 1e-6
 """How far a ratio may be from 1 on a CPU before the policy has moved; on a GPU not at all."""
-
-_HALVED = {"micro_batch": "micro-batches have {} pairs", "rollout_batch": "rollouts draw {} samples at once"}
 
 Say = Callable[[str], object]
 FindMicroBatch = Callable[[Callable[[int], object], int], int]
@@ -115,16 +112,16 @@ def start_engine(
     learner = Learner(policy, schedule, config, trainable.trained, base)
     weights = trainable.optimizer.weights
 
-    def halved(name: str, size: int) -> None:
-        setattr(record, name, size)
-        say(f"out of memory: {_HALVED[name].format(size)} from now on, and what is learned stays the same")
+    def changed(name: str, value: Any, why: str) -> None:
+        setattr(record, name, value)
+        say(why)
 
     def run(size: int) -> None:
         _pass(learner, weights, size)
 
     record.micro_batch = find_micro_batch(run, record.micro_batch or config.micro_batch)
     if device.type == "cuda":
-        _fit(record.micro_batch, memory.fits_within(run, device, sys.maxsize), ranks, halved)
+        _fit(record.micro_batch, memory.fits_within(run, device, sys.maxsize), ranks, changed)
     weights.zero_gradient()
     _attend(learner, config, record, ranks, say)
     passes = _compile(learner, config, record, ranks, say)
@@ -134,13 +131,14 @@ def start_engine(
     record.reuse = record.reuse or json.loads(ranks.agree(json.dumps(asdict(_reuse(learner, config, record)))))
     reuse = Reuse(**record.reuse)
 
+    decided = learner, weights, record.micro_batch, reuse, changed, record.rollout_batch
+    allowed = CPU_AGREEMENT if device.type == "cpu" else 0.0
     if passes or wanted["graphs"]:
-        capture = wanted["graphs"] and device.type == "cuda"
-        made = FixedEngine(learner, weights, record.micro_batch, reuse, halved, record.rollout_batch, capture)
+        made = FixedEngine(*decided, allowed, capture=wanted["graphs"] and device.type == "cuda")
     else:
-        made = EagerEngine(learner, weights, record.micro_batch, reuse, halved, record.rollout_batch)
-    if device.type == "cuda" or isinstance(made, FixedEngine):
-        _check_agreement(made, record, ranks, say)
+        made = EagerEngine(*decided, allowed)
+    if made.old_log_prob == "rollout":
+        made.old_log_prob = record.old_log_prob or "rollout"
     record.old_log_prob = made.old_log_prob
     return made
 
@@ -227,13 +225,13 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return batches | {f"engine.{name}": value for name, value in engine.items()}
 
 
-def _fit(size: int, fits: Callable[[int], bool], ranks: Ranks, halved: Callable[[str, int], object]) -> None:
+def _fit(size: int, fits: Callable[[int], bool], ranks: Ranks, changed: Changed) -> None:
     """Halve the micro-batch until one fits on every process: a size of the settings has not been tried yet."""
     while ranks.any(not fits(size)):
         if size == 1:
             raise torch.OutOfMemoryError("not even a micro-batch of one pair fits into the GPU's memory")
         size //= 2
-        halved("micro_batch", size)
+        changed("micro_batch", size, out_of_memory("micro_batch", size))
 
 
 def _pass(learner: Learner, weights: FlatWeights, size: int) -> None:
@@ -332,19 +330,3 @@ def _reuse(learner: Learner, config: TrainConfig, record: Record) -> Reuse:
             # Each would be compiled by itself, which takes longer than they spare in hours.
             remember=policy.passes is None,
         )
-
-
-def _check_agreement(engine: EagerEngine, record: Record, ranks: Ranks, say: Say) -> None:
-    """Where the update would not find the rollout's log-probs again on every process, recompute them."""
-    if engine.old_log_prob != "rollout":
-        return
-    if not record.old_log_prob:
-        cpu = engine.learner.policy.device.type == "cpu"
-        apart = float(ranks.gather(torch.tensor([disagreement(engine)])).max())
-        record.old_log_prob = "rollout" if apart <= (CPU_AGREEMENT if cpu else 0.0) else "replay"
-        if record.old_log_prob == "replay":
-            say(
-                f"rollout and update differ by up to {apart:.1e} in an unchanged policy's ratio: old log-probs are "
-                "recomputed in the update's shapes (as grpo.old_log_prob replay), a third more work there"
-            )
-    engine.old_log_prob = record.old_log_prob

@@ -13,20 +13,10 @@ from fastgrpo.distributed import Ranks
 from fastgrpo.engine.eager import EagerEngine, Gather
 from fastgrpo.grpo.advantage import advantages, learned_from
 from fastgrpo.grpo.micro_batch import MicroBatch, Outcome
-from fastgrpo.grpo.pairs import Pairs, Part, deal
+from fastgrpo.grpo.old_policy import OldPolicy, Remembered
+from fastgrpo.grpo.pairs import Pairs, deal
 from fastgrpo.trainable import Trainable
 from fastgrpo.types import PromptBatch, Rewards, Trajectory, UpdateStats
-
-
-@dataclass(frozen=True)
-class _Old:
-    """The policy that drew the trajectory, as the ratio's denominator needs it.
-
-    log_probs: [T, B] float32. means: [T, B, C, H, W] float32, only with RatioNorm.
-    """
-
-    log_probs: Tensor
-    means: Tensor | None
 
 
 @dataclass
@@ -85,45 +75,49 @@ def update(
     parts = deal(learner.schedule, learned, flat, config, iteration, generator, ranks)
     own_advantage = advantage.flatten()[ranks.share(advantage.numel())].to(learner.policy.device)
     gather = _Gather(prompts, trajectory, own_advantage, config.group_size)
-    record = _Record()
-    old = _old_policy(engine, parts, gather, trajectory, record)
-
-    def gathered(pairs: Pairs, weight: float) -> MicroBatch:
-        return gather(pairs, old, weight)
-
-    def resized() -> None:
-        """Passes of another size may round otherwise. Afterwards the policy that drew is gone, and its numbers stay."""
-        nonlocal old
-        if not record.grad_norm:
-            old = _old_policy(engine, parts, gather, trajectory, record)
-
+    record, old = _Record(), OldPolicy(engine, trajectory, gather, ranks)
     done, everything = 0, sum(len(part.pairs) for part in parts)
-    for part in parts:
+
+    def learn(pairs: Pairs, weight: float) -> list[Outcome]:
+        """Add the pairs' gradient to the sum."""
+        nonlocal done
+        outcomes = []
+        for some, outcome in engine.learn(pairs, partial(gather, old=old.remembered, weight=weight)):
+            outcomes.append(outcome)
+            record.forward_backward += len(some)
+            done += len(some)
+            if progress is not None:
+                progress(done, everything)
+        return outcomes
+
+    for position, part in enumerate(parts):
         if not part.computed:
             record.skipped_steps += 1
             continue
         engine.clear()
         scale = trainable.scaler.get_scale() if trainable.scaler.is_enabled() else 1.0
-        weighted = partial(gathered, weight=scale / part.size)
-        pairs, judged = part.pairs, grpo.skip_clipped and bool(record.grad_norm)
+        weight = scale / part.size
+        pairs, judged = part.pairs, grpo.skip_clipped and old.moved
         if judged:
-            pairs = _unclipped(engine, pairs, weighted, record)
+            pairs = _unclipped(engine, pairs, partial(gather, old=old.remembered, weight=weight), record)
             done += len(part.pairs) - len(pairs)
-        for some, outcome in engine.learn(pairs, weighted, resized):
-            if not judged:
-                record.add(outcome)
-            record.forward_backward += len(some)
-            done += len(some)
-            if progress is not None:
-                progress(done, everything)
-        if not record.grad_norm:
-            record.pairs_before_first_step += len(part.pairs)
+        outcomes = learn(pairs, weight)
+        if not old.moved:
+            if old.mistaken(outcomes):
+                engine.clear()
+                done -= len(pairs)
+                outcomes = learn(pairs, weight)
+            record.forward += old.recompute(parts[position + 1 :])
+            record.pairs_before_first_step += len(pairs)
+        for outcome in outcomes if not judged else ():
+            record.add(outcome)
         if not len(pairs):  # nothing here, or nothing that is not clipped: 0 is this process's share of the gradient
             engine.weights.zero_gradient()
         ranks.sum_([engine.weights.collect_gradients()])
         norm, taken = trainable.step(config.optim.max_grad_norm)
         if taken:
             record.grad_norm.append(norm)
+            old.moved = True
         else:
             record.overflowed_steps += 1
     engine.clear()
@@ -139,7 +133,7 @@ class _Gather:
     advantage: Tensor
     group_size: int
 
-    def __call__(self, pairs: Pairs, old: _Old | None, weight: float) -> MicroBatch:
+    def __call__(self, pairs: Pairs, old: Remembered | None, weight: float) -> MicroBatch:
         """old: None where the ratio's denominator is the policy as it is. weight: of each pair."""
         latents, sample, step = self.trajectory.latents, pairs.sample, pairs.step
         means = old and old.means
@@ -153,32 +147,6 @@ class _Gather:
             old_log_prob=None if old is None else old.log_probs[step, sample],
             old_mean=None if means is None else means[step, sample],
         )
-
-
-def _old_policy(
-    engine: EagerEngine, parts: list[Part], gather: _Gather, trajectory: Trajectory, record: _Record
-) -> _Old | None:
-    """As `grpo.old_log_prob` says: the trajectory's own numbers, recomputed ones, or None, the policy as it is.
-
-    Recomputed ones too where the trajectory was drawn in passes of another size than the engine now has.
-    """
-    if engine.old_log_prob == "detach":
-        return None
-    kept = trajectory.means if engine.learner.config.grpo.ratio_norm else None
-    if engine.old_log_prob == "rollout" and not engine.resized:
-        return _Old(trajectory.log_probs, kept)
-    log_probs = torch.zeros_like(trajectory.log_probs)
-    means = None if kept is None else torch.zeros_like(kept)
-    size = 0
-    while size != engine.micro_batch:  # from the beginning, should memory run out on the way
-        size = engine.micro_batch
-        for part in parts:
-            for pairs, (old, mean) in engine.recompute(part.pairs, partial(gather, old=None, weight=0.0)):
-                log_probs[pairs.step, pairs.sample] = old
-                if means is not None:
-                    means[pairs.step, pairs.sample] = mean
-                record.forward += len(pairs)
-    return _Old(log_probs, means)
 
 
 def _unclipped(engine: EagerEngine, pairs: Pairs, gather: Gather, record: _Record) -> Pairs:

@@ -93,7 +93,11 @@ def make_schedule(
     field: str = "rollout.steps",
     deterministic: bool = False,
 ) -> Schedule:
-    """The schedule that diffusers' DDIMScheduler would follow, computed in float64.
+    """The schedule that diffusers' DDIMScheduler would follow, computed in float64, but for where its steps lead.
+
+    Here that is the next timestep of the list. diffusers' goes down by num_train_timesteps // steps, whatever comes next: the
+    same with `leading` spacing and with `trailing` where that division has no remainder. Else it removes the noise of another
+    timestep than the UNet is told next (with `linspace` in 10 steps it goes to 899 and then says 888).
 
     scheduler_config: a pipeline's scheduler_config.json: of a DDIMScheduler, a PNDMScheduler as SD 1.x ships, or another
         sampler for the same models.
@@ -105,7 +109,7 @@ def make_schedule(
     _check(config, steps, eta, field, deterministic)
     alphas = _alphas_cumprod(config)
     timesteps = _timesteps(config, steps, field)
-    previous = timesteps - config["num_train_timesteps"] // steps
+    previous = torch.cat([timesteps[1:], timesteps.new_tensor([-1])])
     final = alphas.new_tensor(1.0) if config["set_alpha_to_one"] else alphas[0]
     a_t = alphas[timesteps]
     a_p = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)

@@ -103,11 +103,15 @@ def test_nothing_in_nothing_out(shape: tuple[int, int]) -> None:
 
 
 def test_the_tails_are_exact_enough() -> None:
-    """Where Phi is small, y = h g Phi(g) is a small number with the absolute error of erf, two ulp of 1, times h g."""
-    gate = torch.linspace(-6, 6, 4001)
+    """Where Phi is small, y = h g Phi(g) is a small number with the absolute error of Phi, times h g.
+
+    Libraries compute erf in float32 by polynomials of some ten terms (oneDNN another one for each instruction set), around
+    numbers up to 1: a dozen roundings by half an ulp of 1, and as much again for the polynomial and for what is around it.
+    """
+    gate = torch.linspace(-6, 6, 40001)
     x = torch.cat((torch.ones_like(gate), gate))[None]
     error = (geglu(x) - reference(x.double())).abs()[0]
-    assert (error <= 2 * ulp(torch.float32) * gate.abs() + 1e-12).all()
+    assert (error <= 12 * ulp(torch.float32) * gate.abs() + 1e-12).all()
 
 
 def test_opcheck() -> None:

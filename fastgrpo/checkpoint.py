@@ -29,6 +29,7 @@ from fastgrpo.config import ConfigError
 from fastgrpo.files import file_sha256, naming, sync_folder, sync_tree
 from fastgrpo.lora import LORA_FILE, adapters_of, has_lora, load_adapters, merged_state_dict, parameters_in, save_lora
 from fastgrpo.models.save import save_config
+from fastgrpo.models.sound import load_finite
 from fastgrpo.trainable import Trainable
 
 _UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"  # diffusers' name
@@ -126,7 +127,7 @@ def _write(folder: Path, trainable: Trainable, state: TrainerState) -> None:
 def load(folder: Path, trainable: Trainable) -> None:
     """Put a verified checkpoint's weights, moments, moving average and loss scale into `trainable`.
 
-    Raises ConfigError where it is of another model, or of other settings.
+    Raises ConfigError where it is of another model, or of other settings, and for weights that are not finite.
     """
     try:
         _load(folder, trainable)
@@ -141,10 +142,10 @@ def _load(folder: Path, trainable: Trainable) -> None:
     if has_lora(unet):
         load_adapters(unet, read_adapters(folder))
     else:
-        unet.load_state_dict(load_file(folder / _UNET_WEIGHTS))
+        unet.load_state_dict(load_finite(folder / _UNET_WEIGHTS))
     trainable.optimizer.load_state_tensors(load_file(folder / _OPTIMIZER))
     if trainable.ema is not None:
-        for name, average in load_file(folder / _EMA).items():
+        for name, average in load_finite(folder / _EMA).items():
             trainable.ema.average[name].copy_(average)
     if trainable.scaler.is_enabled():
         trainable.scaler.load_state_dict(read_state(folder).scaler)
@@ -154,8 +155,8 @@ def _load(folder: Path, trainable: Trainable) -> None:
 def read_adapters(folder: Path) -> dict[str, Tensor]:
     """The adapters of a verified checkpoint as they are trained, float32, by the names of their parameters in the UNet."""
     if (folder / _ADAPTERS).is_file():
-        return load_file(folder / _ADAPTERS)
-    return parameters_in(load_file(folder / _LORA))  # a checkpoint from before alpha was multiplied into it
+        return load_finite(folder / _ADAPTERS)
+    return parameters_in(load_finite(folder / _LORA))  # a checkpoint from before alpha was multiplied into it
 
 
 def newest(run: Path) -> Path | None:

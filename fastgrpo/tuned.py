@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fastgrpo import checkpoint
 from fastgrpo.config import ConfigError, ModelConfig
 from fastgrpo.lora import Adapters, add_lora, load_adapters, merged_state_dict
+from fastgrpo.models.sound import load_finite
 from fastgrpo.runs import EMA_FILE, Weights
 
 _UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -20,7 +20,8 @@ def load_unet(unet: UNet2DConditionModel, folder: Path, weights: Weights, model:
     """Give the base model's UNet the weights of a verified checkpoint, in place; adapters are merged into its own.
 
     unet: float32, loaded from `model`, the run's.
-    Raises ConfigError where it is not the UNet that was trained, but one of other shapes.
+    Raises ConfigError where it is not the UNet that was trained, but one of other shapes, and for weights that are
+    not finite.
     """
     try:
         unet.load_state_dict(_merged(unet, folder, weights, model) if model.lora_rank else _whole(folder, weights))
@@ -33,13 +34,13 @@ def load_unet(unet: UNet2DConditionModel, folder: Path, weights: Weights, model:
 
 def read_adapters(folder: Path, weights: Weights, model: ModelConfig) -> Adapters:
     """The adapters of a verified checkpoint of a run on `model`."""
-    tensors = checkpoint.read_adapters(folder) if weights == "trained" else load_file(folder / EMA_FILE)
+    tensors = checkpoint.read_adapters(folder) if weights == "trained" else load_finite(folder / EMA_FILE)
     return Adapters(tensors, model.lora_rank, model.lora_alpha or model.lora_rank, model.lora_targets)
 
 
 def _whole(folder: Path, weights: Weights) -> dict[str, Tensor]:
     """All weights of a UNet that was trained itself, float32."""
-    return load_file(folder / (_UNET if weights == "trained" else EMA_FILE))
+    return load_finite(folder / (_UNET if weights == "trained" else EMA_FILE))
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from fastgrpo.config import ConfigError
 from fastgrpo.evaluation.detectors.clip_images import chunks
 from fastgrpo.files import file_sha256
+from fastgrpo.models.sound import first_not_finite
+from fastgrpo.models.tensor_file import wrong_content
 
 PROTOCOL = "fid/clean-2048"
 SIZE = 299  # pixels of the network's input
@@ -76,6 +78,8 @@ def load_inception(
     accepted = f"accepted is {WEIGHTS}, from {_SOURCE}, or its tensors as .safetensors"
     if not path.is_file():
         raise ConfigError(f"{field}: {file!r} is no file; FID needs Inception's weights, and {accepted}.")
+    if wrong := wrong_content(path):
+        raise ConfigError(f"{field}: {file!r} is {wrong}; {accepted}.")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
@@ -101,8 +105,8 @@ def _problem(state: object, network: nn.Module) -> str:
             continue
         if not isinstance(state.get(name), Tensor) or state[name].shape != tensor.shape:
             return f"no tensor {name} of shape {tuple(tensor.shape)}"
-        if not state[name].isfinite().all():
-            return f"numbers in {name} that are not finite"
+    if name := first_not_finite((name, state[name]) for name in network.state_dict() if name in state):
+        return f"numbers in {name} that are not finite"
     return ""
 
 

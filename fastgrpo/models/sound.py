@@ -1,8 +1,10 @@
 """Weights that are not finite are refused where they are loaded: a single NaN makes every picture, or verdict, nothing."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastgrpo.config import ConfigError
@@ -29,3 +31,10 @@ def check_finite(weights: nn.Module | Mapping[str, Tensor], what: str) -> None:
             f"{what} has numbers that are not finite in {name} ({dtype}); such weights are damaged, have diverged or "
             "do not fit into this precision, and none are accepted."
         )
+
+
+def load_finite(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file of a run. Raises ConfigError for weights that are not all finite."""
+    tensors = load_file(file)
+    check_finite(tensors, str(file))
+    return tensors

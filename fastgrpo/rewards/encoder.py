@@ -4,7 +4,10 @@ import difflib
 import json
 import math
 import pickle
+import re
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,15 @@ import huggingface_hub
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.factory import _find_checkpoint_in_dir
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError
 from torch import Tensor
 
 from fastgrpo.config import ConfigError
+from fastgrpo.models.sound import check_finite
+from fastgrpo.models.tensor_file import tensor_shapes, wrong_content
 
 SHAPES_ENCODER = f"local-dir:{Path(__file__).resolve().parents[1] / 'shapes' / 'weights' / 'encoder'}"
 """What the spec `shapes` stands for: the encoder that ships with fastgrpo."""
@@ -26,6 +32,8 @@ SHAPES_ENCODER = f"local-dir:{Path(__file__).resolve().parents[1] / 'shapes' / '
 HPSV2_REPOSITORY, HPSV2_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 """Where the spec `hpsv2` finds the weights of HPSv2.1 on the hub, an open_clip ViT-H-14."""
 
+_QUICK = "-quickgelu"  # ends the names of open_clip's architectures that compute it
+_POSITIONS = "positional_embedding"
 _LOCAL, _HUB = "local-dir:", "hf-hub:"
 _PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pth"}  # what open_clip looks for in a folder
@@ -132,15 +140,85 @@ def _load(spec: str, device: torch.device, dtype: torch.dtype) -> OpenClipEncode
     try:
         if name.startswith((_LOCAL, _HUB)):
             _check_preprocessing(_declared(name))
+        file = _weights_file(name, weights)
+        if file and (wrong := wrong_content(file)):
+            raise ConfigError(f"{str(file)!r} is {wrong}.")
+        if file and not name.startswith((_LOCAL, _HUB)):
+            _check_activation(spec, name, file)
         model = open_clip.create_model(
             name, weights, precision=_PRECISION[dtype], device=device, require_pretrained=True, weights_only=True
         )
         tokenizer = _tokenizer(name)
+        if file:
+            _check_positions(spec, file, model)
+        check_finite(model, repr(spec))
     except ConfigError:
         raise
     except _UNREADABLE as error:
         raise ConfigError(f"{spec!r} does not load: {_one_line(error)}") from error
     return OpenClipEncoder(model, tokenizer, device, dtype)
+
+
+def _weights_file(name: str, weights: str | None) -> Path | None:
+    """The file that open_clip will read; None for a tag, whose weights are the right ones."""
+    if name.startswith(_LOCAL):
+        found = _find_checkpoint_in_dir(Path(name.removeprefix(_LOCAL)))
+        return Path(found) if found else None
+    if name.startswith(_HUB):
+        return Path(download_pretrained_from_hf(name.removeprefix(_HUB)))
+    return None if open_clip.is_pretrained_cfg(name, weights) else Path(weights)
+
+
+def _check_activation(spec: str, architecture: str, file: Path) -> None:
+    """QuickGELU or GELU is in no tensor: refuse a file that is known to want the other one, and warn where nothing tells."""
+    computes = open_clip.get_model_config(architecture).get("quick_gelu", False)
+    wants = _wants_quick_gelu(file)
+    plain = architecture.removesuffix(_QUICK)
+    other = plain if computes else plain + _QUICK
+    names = {True: "QuickGELU", False: "GELU"}
+    if wants is None and other in open_clip.list_models():
+        warnings.warn(
+            f"{spec!r}: nothing tells whether these weights want GELU or QuickGELU; {architecture} computes "
+            f"{names[computes]}, and {other} {names[not computes]}",
+            stacklevel=2,
+        )
+    elif wants not in (None, computes):
+        raise ConfigError(
+            f"{spec!r} has weights for {names[wants]}, which {architecture} does not compute; {other}:{file} is accepted."
+        )
+
+
+def _wants_quick_gelu(file: Path) -> bool | None:
+    """By its name, by the names of what open_clip and OpenAI publish, or by a config that lies beside it; None: unknown."""
+    if file.name in (HPSV2_FILE, "HPS_v2_compressed.pt"):
+        return False
+    if "quickgelu" in re.sub(r"[-_]", "", file.name.lower()):
+        return True
+    for architecture, tag in open_clip.list_pretrained():
+        published = open_clip.get_pretrained_cfg(architecture, tag)
+        if published.get("url", "").rpartition("/")[2] == file.name:
+            return bool(published.get("quick_gelu", False))
+    with suppress(OSError, ValueError, AttributeError):
+        beside = json.loads((file.parent / "open_clip_config.json").read_text(encoding="utf-8"))
+        return bool(beside.get("model_cfg", {}).get("quick_gelu", False))
+    with suppress(OSError, ValueError, AttributeError):
+        beside = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))  # transformers'
+        activation = beside.get("text_config", beside).get("hidden_act")
+        return activation == "quick_gelu" if activation else None
+    return None
+
+
+def _check_positions(spec: str, file: Path, model: torch.nn.Module) -> None:
+    """Refuse weights of another image size or length of text: open_clip interpolates their positions without a word."""
+    shapes = {name.removeprefix("module."): shape for name, shape in tensor_shapes(file, "its weights' file").items()}
+    for name, needed in ((name, tuple(p.shape)) for name, p in model.named_parameters() if name.endswith(_POSITIONS)):
+        found = shapes.get(name) or shapes.get(name.removeprefix("text."))
+        if found and found != needed:
+            what = "images of another size" if name.startswith("visual.") else "texts of another length"
+            raise ConfigError(
+                f"{spec!r} has weights for {what}: {name} is {list(found)}, and {list(needed)} in the architecture; one "
+                "for which they were trained is accepted."
+            )
 
 
 def _resolve(spec: str) -> tuple[str, str | None]:

@@ -36,6 +36,8 @@ from fastgrpo.config import ConfigError
 from fastgrpo.evaluation.geneval import THRESHOLD, Detected
 from fastgrpo.files import file_sha256
 from fastgrpo.models.repository import Repository
+from fastgrpo.models.sound import check_finite
+from fastgrpo.models.tensor_file import check_content
 from fastgrpo.prompts.geneval import CLASSES
 
 DEFAULT_SPEC = "facebook/mask2former-swin-small-coco-instance"
@@ -113,6 +115,8 @@ def load_mask2former(
     weights = "model*.safetensors" if safe else "pytorch_model*.bin"
     folder = repository.fetch(["config.json", weights, f"{weights}.index.json"])
     _check_config(folder, f"{field} is {spec!r}")
+    for file in sorted(folder.glob(weights)):
+        check_content(file, field)
     model = _load(folder, safe, f"{field} is {spec!r}")
     return Mask2Former(model, device, {file.name: file_sha256(file) for file in sorted(folder.glob(weights))}, batch)
 
@@ -128,6 +132,7 @@ def _load(folder: Path, safe: bool, what: str) -> Mask2FormerForUniversalSegment
     parameters = {name for name, _ in model.named_parameters()}
     if lacking := [*sorted(parameters.intersection(info["missing_keys"])), *info["mismatched_keys"]]:
         raise ConfigError(f"{what}, whose weights lack {lacking[0]} in the shape of its config.")
+    check_finite(model, f"{what}, which")
     return model
 
 

@@ -27,6 +27,7 @@ from fastgrpo.evaluation.detectors.clip_images import ClipImages
 from fastgrpo.evaluation.detectors.hashes import weights_sha256
 from fastgrpo.evaluation.detectors.pickled_array import read_pickled_array
 from fastgrpo.files import file_sha256, write_atomically
+from fastgrpo.models.tensor_file import wrong_content
 from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
 
 SCALE = 100.0
@@ -89,6 +90,8 @@ def read_prompts(file: Path) -> Tensor:
     Raises ConfigError, in one sentence, where there is no such file or it holds something else.
     """
     try:
+        if wrong := wrong_content(file):
+            raise ConfigError(f"{str(file)!r} is {wrong}; accepted is {_ACCEPTED}.")
         prompts = _read(file)
     except FileNotFoundError as error:
         raise ConfigError(

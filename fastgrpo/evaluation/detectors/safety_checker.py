@@ -29,6 +29,8 @@ from fastgrpo.evaluation.detectors.base import Finding
 from fastgrpo.evaluation.detectors.clip_images import chunks
 from fastgrpo.files import file_sha256
 from fastgrpo.models.repository import Repository
+from fastgrpo.models.sound import check_finite
+from fastgrpo.models.tensor_file import check_content
 
 ADJUSTMENT = np.float32(0.01)
 _FOLDER, _WEIGHTS = "safety_checker/", "model.safetensors"
@@ -97,6 +99,7 @@ def load_safety_checker(
         )
     preprocessor = ("feature_extractor/" if prefix else "") + "preprocessor_config.json"
     folder = repository.fetch([prefix + "config.json", prefix + _WEIGHTS, preprocessor])
+    check_content(folder / prefix / _WEIGHTS, f"{field}.source")
     checker = _load(folder / prefix, what)
     processor = _processor(folder / preprocessor, checker.config.vision_config.image_size, what)
     return SafetyChecker(
@@ -122,6 +125,7 @@ def _load(folder: Path, what: str) -> StableDiffusionSafetyChecker:
     parameters = {name for name, _ in checker.named_parameters()}
     if lacking := [*sorted(parameters.intersection(info["missing_keys"])), *info["mismatched_keys"]]:
         raise ConfigError(f"{what}, whose safety checker's weights lack {lacking[0]} in the shape of its config.")
+    check_finite(checker, f"{what}, whose safety checker")
     return checker
 
 

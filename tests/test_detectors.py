@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image, ImageDraw, ImageFilter
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from fastgrpo.config import ConfigError
@@ -733,6 +733,14 @@ def test_safety_checkers_that_do_not_load(checker, tmp_path, tiny_pipeline):
     whole, described = weights.read_bytes(), config.read_text()
     save_file({n: t for n, t in load_file(weights).items() if n != "concept_embeds"}, weights, {"format": "pt"})
     with pytest.raises(ConfigError, match="weights lack concept_embeds"):
+        load_safety_checker(str(folder))
+    state = load(whole)
+    state["concept_embeds"][0, 0] = torch.nan
+    save_file(state, weights, {"format": "pt"})
+    with pytest.raises(ConfigError, match="safety checker has numbers that are not finite in concept_embeds"):
+        load_safety_checker(str(folder))
+    weights.write_bytes(b"<!doctype html>")
+    with pytest.raises(ConfigError, match=r"model\.safetensors', a web page, not weights"):
         load_safety_checker(str(folder))
     weights.write_bytes(whole[:1000])
     with pytest.raises(ConfigError, match="cannot be loaded") as error:

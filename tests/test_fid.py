@@ -428,8 +428,8 @@ def test_other_files_are_refused_in_one_sentence(network: InceptionV3, tmp_path:
         "shape.pth": r"no tensor Conv2d_1a_3x3\.bn\.bias of shape \(32,\)",
         "empty.pth": r"no tensor Conv2d_1a_3x3\.conv\.weight of shape",
         "nan.pth": r"numbers in Conv2d_1a_3x3\.bn\.bias that are not finite",
-        "text.pth": "cannot be read as tensors",
-        "text.safetensors": "cannot be read as tensors",
+        "text.pth": "is a web page, not weights",
+        "text.safetensors": "is a web page, not weights",
         "nowhere.pth": "is no file",
     }
     for name, reason in reasons.items():

@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 
 import fastgrpo  # noqa: F401  (prepares the imports below)
-from fastgrpo.config import ConfigError
+from fastgrpo import checkpoint
+from fastgrpo.config import ConfigError, ModelConfig
 from fastgrpo.rewards.encoder import _wants_quick_gelu, load_encoder
+from fastgrpo.tuned import load_unet, read_adapters
 
 # isort: split
 import open_clip
 import torch
 from open_clip.factory import _MODEL_CONFIGS, _rescan_model_configs
 from safetensors.torch import load_file, save_file
+from test_checkpoint import Training
 from test_loading import NOT_WEIGHTS
 from test_rewards import tiny_config, tiny_model, write_folder
 
@@ -148,3 +151,22 @@ def test_encoders_that_a_precision_cannot_hold_are_refused(tmp_path):
     load_encoder(f"local-dir:{tmp_path}", "cpu", torch.bfloat16)
     with pytest.raises(ConfigError, match=r"not finite in visual\.proj \(float16\)"):
         load_encoder(f"local-dir:{tmp_path}", "cpu", torch.float16)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_checkpoints_that_are_not_finite_are_refused(lora_rank, tiny_pipeline, tmp_path):
+    """Whether training goes on from them, or another command draws with them or exports them."""
+    training = Training(tiny_pipeline, lora_rank)
+    with torch.no_grad():
+        first = next(parameter for parameter in training.unet.parameters() if parameter.requires_grad)
+        first[(0,) * first.ndim] = torch.nan
+    folder = training.save(tmp_path, 1)
+    with pytest.raises(ConfigError, match="numbers that are not finite in"):
+        checkpoint.load(folder, Training(tiny_pipeline, lora_rank).trainable)
+    model = ModelConfig(path=str(tiny_pipeline), lora_rank=lora_rank)
+    unet = Training(tiny_pipeline).unet
+    with pytest.raises(ConfigError, match="numbers that are not finite in"):
+        load_unet(unet, folder, "trained", model)
+    if lora_rank:
+        with pytest.raises(ConfigError, match="numbers that are not finite in"):
+            read_adapters(folder, "trained", model)

@@ -319,6 +319,17 @@ def test_torch_files_are_read_without_running_them(folder, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_weights_that_are_not_finite_or_no_weights_are_refused(folder, tmp_path):
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    state = load_file(folder / "model.safetensors")
+    name = "class_predictor.bias"
+    state[name][3] = torch.inf
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    assert f"which has numbers that are not finite in {name} (float32)" in refusal(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\nsize 5\n")
+    assert "model.safetensors', the Git LFS pointer to a file of 5 bytes" in refusal(tmp_path)
+
+
 def test_what_is_missing_or_broken_is_said_in_a_sentence(folder, tmp_path, monkeypatch):
     assert "no such folder" in refusal(tmp_path / "absent")
     assert "config.json cannot be read" in refusal(tmp_path)

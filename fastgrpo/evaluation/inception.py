@@ -105,8 +105,8 @@ def _problem(state: object, network: nn.Module) -> str:
             continue
         if not isinstance(state.get(name), Tensor) or state[name].shape != tensor.shape:
             return f"no tensor {name} of shape {tuple(tensor.shape)}"
-    if name := first_not_finite((name, state[name]) for name in network.state_dict() if name in state):
-        return f"numbers in {name} that are not finite"
+        if first_not_finite([(name, state[name])]):
+            return f"numbers in {name} that are not finite"
     return ""
 
 

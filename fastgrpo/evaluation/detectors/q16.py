@@ -90,8 +90,6 @@ def read_prompts(file: Path) -> Tensor:
     Raises ConfigError, in one sentence, where there is no such file or it holds something else.
     """
     try:
-        if wrong := wrong_content(file):
-            raise ConfigError(f"{str(file)!r} is {wrong}; accepted is {_ACCEPTED}.")
         prompts = _read(file)
     except FileNotFoundError as error:
         raise ConfigError(
@@ -114,6 +112,8 @@ def save_prompts(source: Path, path: Path) -> None:
 
 
 def _read(file: Path) -> Any:
+    if file.suffix in (".safetensors", ".pt", ".pth") and (wrong := wrong_content(file)):
+        raise ConfigError(f"{str(file)!r} is {wrong}; accepted is {_ACCEPTED}.")
     match file.suffix:
         case ".p" | ".pkl":
             return torch.from_numpy(read_pickled_array(file))

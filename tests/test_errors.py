@@ -596,7 +596,7 @@ REWARDS = [
     Mistake(
         "damaged encoder",
         TRAIN + "--reward.encoder local-dir:encoder",
-        "reward.encoder: 'local-dir:encoder' does not load: ...header...",
+        "reward.encoder: 'encoder/open_clip_model.safetensors' is a web page, not weights; download the file itself.",
         given=(encoder(), written("encoder/open_clip_model.safetensors", b"<html>not found</html>")),
         loaded="encoder",
     ),
@@ -654,14 +654,31 @@ MODELS = [
         "damaged pipeline",
         TRAIN + "--model.path model",
         f"model.path is 'model/{WEIGHTS}', which is not a whole safetensors file (...); download or write it again.",
+        given=(pipeline(), written(f"model/{WEIGHTS}", bytes(100))),
+    ),
+    Mistake(
+        "page in place of a pipeline's weights",
+        TRAIN + "--model.path model",
+        f"model.path is 'model/{WEIGHTS}', a web page, not weights; download the file itself.",
         given=(pipeline(), written(f"model/{WEIGHTS}", b"<html>not found</html>")),
+    ),
+    Mistake(
+        "no file of a UNet",
+        TRAIN + "--model.path shapes --model.unet esd.safetensors",
+        "model.unet is 'esd.safetensors', but there is no such file.",
+    ),
+    Mistake(
+        "UNet without a size",
+        TRAIN + "--model.path model",
+        "model.path is 'model', whose unet/config.json has sample_size = None, so that nothing says how large its images are; "
+        "accepted is the side of its latents, such as 64 for images of 512 pixels, or [height, width].",
+        given=(pipeline("unet/config.json", sample_size=None),),
     ),
     Mistake(
         "weights of another UNet",
         TRAIN + "--model.path model",
-        "model.path is 'model', whose unet cannot be loaded: ... expected shape ..., but got ...",
+        "model.path is 'model', whose UNet is of another architecture than that of its config: ... is ..., and ... in its config.",
         given=(pipeline("unet/config.json", layers_per_block=2),),
-        loaded="model",
     ),
     Mistake(
         "damaged tokenizer",
@@ -671,10 +688,10 @@ MODELS = [
         loaded="model",
     ),
     Mistake(
-        "clip_sample",
+        "thresholding",
         TRAIN + "--model.path model",
-        "scheduler/scheduler_config.json: clip_sample is true (...); only false is accepted, since a clipped step is not Gaussian.",
-        given=(pipeline("scheduler/scheduler_config.json", clip_sample=True),),
+        "scheduler/scheduler_config.json: thresholding is true; only false is accepted, since such a step is not Gaussian.",
+        given=(pipeline("scheduler/scheduler_config.json", thresholding=True),),
     ),
     Mistake(
         "prediction type",
@@ -703,7 +720,7 @@ MODELS = [
     Mistake(
         "damaged single file",
         TRAIN + "--model.path model.safetensors",
-        "model.path is 'model.safetensors', which is not a whole safetensors file (...); download or write it again.",
+        "model.path is 'model.safetensors', a web page, not weights; download the file itself.",
         {"model.safetensors": "<html>not found</html>"},
     ),
     Mistake(

@@ -289,6 +289,11 @@ def test_every_form_is_drawn_as_the_run_drew_it(runs: dict[str, Path], tmp_path:
         assert file.metadata()["modelspec.prediction_type"] == "v"
         assert "v_pred" in file.keys()  # noqa: SIM118 (not a dict)
         assert "ztsnr" not in file.keys()  # noqa: SIM118
+    base = load_toml(run / "config.toml").model.path  # whose configs say epsilon
+    model = ModelConfig(path=str(tmp_path / "single-file.safetensors"), config=base)
+    with pytest.raises(ConfigError, match=r"model\.prediction_type decides"):  # our own reader believes the file, too
+        describe(model)
+    assert describe(replace(model, prediction_type="v_prediction")).scheduler["prediction_type"] == "v_prediction"
 
 
 @pytest.mark.parametrize("form", ["diffusers", "single-file"])

@@ -40,9 +40,10 @@ class MetricsLog:
 
     def chart(self, iteration: int, values: Mapping[str, float]) -> None:
         """To TensorBoard only."""
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, iteration)
-        self._tensorboard.flush()
+        with naming(Path(self._tensorboard.log_dir)):
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, iteration)
+            self._tensorboard.flush()
 
     def close(self) -> None:
         self._file.close()

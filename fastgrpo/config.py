@@ -66,7 +66,7 @@ class PromptsConfig:
     positive_column: str = "prompt"
     """Column of a CSV, TSV, JSONL or hub dataset that holds the positive prompts."""
     negative_column: str = "prompt"
-    """Column that holds the negative prompts; both may come from one file."""
+    """Column that holds the negative prompts; both may come from one file. Training uses no other columns but that of the categories: seeds, guidance and sizes are its own."""
     category_column: str = ""
     """Column that holds each prompt's category or task; several in one cell are separated by commas. Empty: none is kept."""
     categories: tuple[str, ...] = ()

@@ -11,9 +11,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from fastgrpo.config import ModelConfig
+from fastgrpo.config import ConfigError, ModelConfig
 from fastgrpo.engine.workers import Workers
 from fastgrpo.engine.working import computing_unet
+from fastgrpo.kernels.language import VERSION
 from fastgrpo.models.load import load_components
 
 Network = Callable[..., tuple[Tensor, ...]]
@@ -151,8 +152,12 @@ def load_policy(model: ModelConfig, device: torch.device, dtype: torch.dtype, wo
     dtype: what the UNet is to compute in and the frozen parts are held in. The UNet's own weights are always float32;
         in half precision it computes once `network` is set, by training or `rounded`.
     workers: CPU cores to share batches among.
-    Raises ConfigError when there is no such pipeline or it is of another kind.
+    Raises ConfigError when there is no such pipeline or it is of another kind, and where a GPU is to run kernels without Triton.
     """
+    if device.type == "cuda" and not VERSION:
+        raise ConfigError(
+            f"the device is {device}, and Triton, which its kernels need, is not installed; accepted is cpu."
+        )
     components = load_components(model, dtype)
     # Convolutions run a third faster on CPU in this layout, and it is the one tensor cores want.
     components.unet.to(device, memory_format=torch.channels_last).eval()

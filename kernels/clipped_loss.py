@@ -8,11 +8,10 @@ ratio, 1 that says which bound decides.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastgrpo.kernels.device import on_its_device
+from fastgrpo.kernels.language import tl, triton
 from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
 from fastgrpo.kernels.step_math import EXACT, check_pairs
 

@@ -14,11 +14,10 @@ Bytes for an element of a latent, output in half precision: 2 x 2 of the output,
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastgrpo.kernels.device import on_its_device
+from fastgrpo.kernels.language import tl, triton
 from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
 from fastgrpo.kernels.step_math import (
     POINTERS,

@@ -26,11 +26,10 @@ which is torch.nn.utils.clip_grad_norm_ with a better sum. 4 (or 2) bytes an ele
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastgrpo.kernels.device import on_its_device
+from fastgrpo.kernels.language import tl, triton
 from fastgrpo.kernels.spec import AotKernel, Case, OpSpec
 
 # 4 elements a thread of 128: a 16-byte load from each of four or five float32 buffers is enough in flight, and 8 take

@@ -16,11 +16,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastgrpo.kernels.device import on_its_device
+from fastgrpo.kernels.language import tl, triton
 from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

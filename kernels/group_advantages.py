@@ -9,11 +9,10 @@ Bytes for a reward: 4 read, 4 written; with mode "global" every group reads all.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastgrpo.kernels.device import on_its_device
+from fastgrpo.kernels.language import tl, triton
 from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
 from fastgrpo.kernels.step_math import EXACT
 

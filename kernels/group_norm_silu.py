@@ -40,13 +40,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastgrpo.kernels import native
 from fastgrpo.kernels.backends import Backends
 from fastgrpo.kernels.device import on_its_device
+from fastgrpo.kernels.language import tl, triton
 from fastgrpo.kernels.spec import AotKernel, Case, OpSpec
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

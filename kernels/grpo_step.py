@@ -26,14 +26,13 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastgrpo.kernels.clipped_loss import clip, surrogate
 from fastgrpo.kernels.ddim_step import case_name, case_step
 from fastgrpo.kernels.device import on_its_device
 from fastgrpo.kernels.group_advantages import advantages_of, check_rewards, count_flat, group_advantage
+from fastgrpo.kernels.language import tl, triton
 from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
 from fastgrpo.kernels.step_math import (
     BLOCK,

@@ -19,9 +19,9 @@ import math
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from fastgrpo.kernels.language import tl, triton
 
 EXACT = {"enable_fp_fusion": False}
 """How the kernels are launched. Without contraction they round where PyTorch's separate operations do."""

@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import triton
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 import fastgrpo
-from fastgrpo import distributed, evaluate, export, sample
-from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo import distributed, evaluate, export, policy, sample
+from fastgrpo.config import ConfigError, ModelConfig, TrainConfig
 from fastgrpo.console import memory_full
+from fastgrpo.kernels import language
 from fastgrpo.launch import Launch, read_launch
 from fastgrpo.settings import _flags, parse_command
 
@@ -221,6 +223,27 @@ def test_other_programs_keep_their_way_with_ctrl_c(interrupting: str) -> None:
     done = python("-c", "import fastgrpo.train", PYTHONPATH=interrupting, INTERRUPTED="tyro")
     assert done.stderr.endswith("\nKeyboardInterrupt\n")
     assert "Traceback" in done.stderr
+
+
+# --- without triton --------------------------------------------------------------------------------------------------
+
+
+def test_sizes_of_kernels_are_the_same_without_triton() -> None:
+    absent = language._Absent()
+    for number in range(1, 70):
+        assert absent.next_power_of_2(number) == triton.next_power_of_2(number)
+        assert [absent.cdiv(number, k) for k in range(1, 9)] == [triton.cdiv(number, k) for k in range(1, 9)]
+    with pytest.raises(ImportError, match=r"triton\.Config: Triton is not installed"):
+        absent.Config()
+    with pytest.raises(ImportError, match="Triton is not installed"):
+        absent.jit(lambda x_ptr, n: None)[(1,)]
+
+
+def test_a_gpu_without_triton_is_refused_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "VERSION", "")
+    monkeypatch.setattr(policy, "load_components", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(ConfigError, match=r"the device is cuda, and Triton, .* is not installed; accepted is cpu"):
+        policy.load_policy(ModelConfig("shapes"), torch.device("cuda"), torch.float32)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

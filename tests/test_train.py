@@ -314,6 +314,20 @@ def test_handlers_are_put_back() -> None:
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_without_triton_a_cpu_computes_the_same(config_file: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """As on macOS, for which there is none."""
+    run = tmp_path / "run"
+    argv = [str(config_file), "--run", str(run), "--iterations", "2", "--eval.every", "0"]
+    code = f"import sys; sys.modules['triton'] = None; from fastgrpo.train import main; sys.exit(main({argv}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (read_metrics(folder / "metrics.jsonl")[:2] for folder in (run, undisturbed))
+    for here, there in zip(ours, theirs, strict=True):
+        for name, value in there.items():
+            if not name.startswith(TIMED):
+                assert here[name] == value, name
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_before_the_first_iteration_a_signal_stops_at_once(
     number: signal.Signals,

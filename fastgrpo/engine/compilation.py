@@ -21,7 +21,6 @@ from typing import Any
 
 import diffusers
 import torch
-import triton
 from diffusers import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
@@ -30,6 +29,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from fastgrpo import __version__
 from fastgrpo.engine.working import computing_unet
 from fastgrpo.files import write_atomically
+from fastgrpo.kernels.language import VERSION
 from fastgrpo.kernels.native import cache_folder
 from fastgrpo.policy import Network
 
@@ -239,7 +239,7 @@ def _key(network: UNet2DConditionModel, example: Example, operators: str) -> dic
         "device": torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} {_cpu_capability()}",
         "versions": {
             "torch": torch.__version__,
-            "triton": triton.__version__,
+            "triton": VERSION,
             "diffusers": diffusers.__version__,
             "fastgrpo": __version__,
             "cudnn": torch.backends.cudnn.version() if cuda else None,

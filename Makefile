@@ -1,5 +1,6 @@
 # make train    install into .venv and train the Stable Diffusion that ships with the project (ARGS="--seed 1" and so on)
 # make test     install and run the tests (ARGS="-k evaluation" and so on)
+# make check    the tests without those that take seconds each
 # make bench    time kernels beside their rivals and whole iterations beside a plain trainer (ARGS="-k geglu", "-k test_iteration --repeats 5" and
 #               so on); without a GPU the kernels are a smoke test, and iterations those of the small model
 # make lint     check style and formatting
@@ -9,13 +10,16 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: train test bench lint clean
+.PHONY: train test check bench lint clean
 
 train: .venv/installed
 	$(BIN)/python -m fastgrpo.train $(ARGS)
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+check: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS)
 
 bench: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds $(ARGS)

@@ -179,6 +179,7 @@ def _validate_surroundings(config: TrainConfig) -> None:
     _require(0 <= steps <= DIFFUSION_STEPS, "eval.steps", steps, f"0 (as rollout.steps) to {DIFFUSION_STEPS}")
     for suite in config.eval.suites:
         _require(suite in SUITES, "eval.suites", suite, f"any of {', '.join(SUITES)}{nearest(suite, SUITES)}")
+        _require(config.eval.suites.count(suite) == 1, "eval.suites", suite, "every suite once")
     second = config.eval.encoder
     _require(not second or second != config.reward.encoder, "eval.encoder", second, "another than reward.encoder")
     weights = config.eval.weights

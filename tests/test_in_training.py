@@ -125,7 +125,7 @@ def test_a_share_is_whole_prompts_evenly_spaced(fraction: float) -> None:
     ("given", "says"),
     [
         ("i3p", "eval.suites = 'i3p': accepted is any of i2p, nudity"),
-        ("custom custom", "eval.suites: custom is named twice"),
+        ("custom custom", "eval.suites = 'custom': accepted is every suite once"),
         ("custom", "eval.custom.prompts: the suite needs prompts"),
         ("custom --eval.custom.images 0", "eval.custom.images 0: accepted is 1 or more"),
         ("i2p --eval.i2p.prompts none.csv", "eval.i2p.prompts: cannot read 'none.csv'"),

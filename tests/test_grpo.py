@@ -1,3 +1,4 @@
+import math
 from copy import deepcopy
 from dataclasses import replace
 
@@ -85,8 +86,8 @@ class Scene:
             keep_means=config.grpo.ratio_norm,
         )
 
-    def update(self, config=CONFIG, rewards=REWARDS, optimizer=None, seed=1, iteration=1, **grpo):
-        """Returns the stats and the gradients of each optimizer step."""
+    def update(self, config=CONFIG, rewards=REWARDS, optimizer=None, seed=1, iteration=1, allowed=math.inf, **grpo):
+        """Returns the stats and the gradients of each optimizer step. allowed: as of the engine, which asks for nothing here."""
         base = grpo.pop("base", None)
         self.reports = []
         unet = self.policy.unet
@@ -98,7 +99,7 @@ class Scene:
         config = replace(config, grpo=replace(config.grpo, **grpo))
         learner = Learner(self.policy, self.schedule, config, trainable.trained, base)
         stats = update(
-            EagerEngine(learner, clipping.weights, config.micro_batch),
+            EagerEngine(learner, clipping.weights, config.micro_batch, allowed=allowed),
             self.prompts,
             self.trajectory,
             Rewards(rewards, {}),
@@ -253,7 +254,8 @@ def test_ratio_is_one_before_the_policy_moves(scene, steps, eta, old_log_prob):
         grpo=replace(CONFIG.grpo, drop_last_steps=0, old_log_prob=old_log_prob),
     )
     scene.roll(config)
-    stats, _ = scene.update(config, optimizer=torch.optim.AdamW(scene.policy.unet.parameters(), lr=1e-3))
+    optimizer = torch.optim.AdamW(scene.policy.unet.parameters(), lr=1e-3)
+    stats, _ = scene.update(config, optimizer=optimizer, allowed=1e-6)
     assert stats["ratio/max_abs_dev_first"] <= (1e-6 if old_log_prob == "rollout" else 0.0)
     moved = max(stats["ratio/max"] - 1, 1 - stats["ratio/min"])
     # Only the first part counts: by the second the policy has moved, which "detach" does not see.
@@ -312,7 +314,7 @@ def test_deterministic_and_dropped_steps_are_not_trained(scene):
     assert scene.reports[-1] == (12, 12)
     scene.roll(CONFIG, set_alpha_to_one=True)
     kept = replace(CONFIG, grpo=replace(CONFIG.grpo, drop_last_steps=0))
-    stats, _ = scene.update(kept)
+    stats, _ = scene.update(kept, allowed=1e-6)
     assert scene.reports[-1] == (12, 12)
     assert stats["ratio/max_abs_dev_first"] <= 1e-6
     with pytest.raises(ConfigError, match="drop_last_steps"):
@@ -521,7 +523,7 @@ def test_ratio_norm_takes_the_bias_out_of_the_ratio(scene):
 def test_ratio_norm_is_one_before_the_policy_moves(scene, old_log_prob):
     config = ratio_norm_config(old_log_prob=old_log_prob)
     scene.roll(config)
-    stats, (gradient,) = scene.update(config)
+    stats, (gradient,) = scene.update(config, allowed=1e-6)
     assert stats["ratio/max_abs_dev_first"] <= (1e-6 if old_log_prob == "rollout" else 0.0)
     # At ratio 1 the normalised log-ratio's gradient is sigma times the plain one's: not the same direction.
     _, (plain,) = scene.update(replace(config, grpo=CONFIG.grpo))

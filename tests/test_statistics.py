@@ -419,7 +419,7 @@ def test_texts_that_are_cut_are_counted() -> None:
     assert scorer.count_cut(words) == 1
     images = pictures(1) * 2
     cut, longer = scorer(images, ["star " * 200, "star " * 300])
-    assert cut == longer
+    assert cut == pytest.approx(longer, abs=1e-6), "a row's place may change how its sums are rounded"
 
 
 def test_clip_score_names_its_encoder_and_refuses_what_it_cannot_score() -> None:

@@ -131,12 +131,13 @@ def test_numbers_that_agree_well_enough_are_kept(base: TrainConfig, rounding: di
 def test_a_run_resumed_on_either_side_of_the_switch_goes_on_bit_for_bit(
     base: TrainConfig, after: int, rounding: dict[str, float], tmp_path: Path
 ) -> None:
-    """Rounding begins to matter in iteration 2 of 3."""
+    """Passes begin to differ in iteration 2 of 3, by more than any CPU's rounding, which is allowed."""
     config = altered(base, {"iterations": 3, "micro_batch": 3, "optim.ema": 0.5})
 
     def run(parts: Parts, iterations: range) -> None:
+        parts.engine.allowed = 1e-3
         for iteration in iterations:
-            rounding["by"] = 1e-5 if iteration > 1 else 0.0
+            rounding["by"] = 1e-2 if iteration > 1 else 0.0
             iterate(parts, config, iteration)
 
     whole, cut = load(config), load(config)

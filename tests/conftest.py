@@ -1,6 +1,7 @@
 """A Stable Diffusion small enough that a test can run it hundreds of times. Its weights are random, fixed by a seed."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,11 @@ with torch.device("cpu"):
     # torch remembers from the first such block on which functions make tensors. Were one of them replaced at that moment,
     # as tests of the kernels replace torch.empty, torch.device would pass over the real one ever after.
     torch.empty(0)
+# Commands leave signals alone that were ignored when they began, as a shell does for what runs in the background or
+# under nohup. Tests send them to programs that must not inherit that.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 THREADS = torch.get_num_threads()
 TOKENS = 8
 WIDTH = 32

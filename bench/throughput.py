@@ -15,12 +15,13 @@ from measure import CUDA, DEVICE, free, host_waits, seconds_of
 from throughput_table import counted
 from workload import Ours, Plain, Training, altered, ours, paper, plain, shapes
 
-from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo.config import TrainConfig
 from fastgrpo.engine.accounting import Accounting, Rows, rollout_rows
 from fastgrpo.engine.eager import EagerEngine
 from fastgrpo.engine.graphs import no_host_sync
 from fastgrpo.engine.memory import halves
 from fastgrpo.engine.workers import available_cores
+from fastgrpo.errors import ConfigError
 from fastgrpo.grpo.micro_batch import MicroBatch
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.prompts import embed

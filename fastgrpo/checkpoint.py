@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.files import file_sha256, naming, sync_folder, sync_tree
 from fastgrpo.lora import LORA_FILE, adapters_of, has_lora, load_adapters, merged_state_dict, parameters_in, save_lora
 from fastgrpo.models.save import save_config

@@ -3,8 +3,6 @@
 Reading TOML files, presets and command lines is `fastgrpo.settings`; what is impossible is `fastgrpo.validation`.
 """
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -15,16 +13,6 @@ from fastgrpo.paths import PathText, PathTexts
 
 DIFFUSION_STEPS = 1000
 """Timesteps that every SD 1.x / 2.x was trained with."""
-
-
-class ConfigError(ValueError):
-    """A value that cannot be used. The message names the field, the value and what would be accepted."""
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """For a ConfigError's message: " (did you mean ...?)" where one of `names` is close to `name`, else nothing."""
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.finite import BrokenPicture
 from fastgrpo.output import steady_output
 from fastgrpo.progress import Clock, Lines, Pace, Phase, clock_text, fitting

@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgrpo.config import ConfigError, ModelConfig, RewardConfig
+from fastgrpo.config import ModelConfig, RewardConfig
 from fastgrpo.engine.patch import patch_unet
+from fastgrpo.errors import ConfigError
 from fastgrpo.lora import add_lora
 from fastgrpo.models import check
 from fastgrpo.models.check import describe

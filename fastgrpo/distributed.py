@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgrpo.config import ConfigError
 from fastgrpo.console import warn
+from fastgrpo.errors import ConfigError
 from fastgrpo.launch import Launch, read_launch
 
 _TIMEOUT = timedelta(hours=2)  # the others wait while the first one evaluates

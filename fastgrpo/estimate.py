@@ -8,8 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo.config import TrainConfig
 from fastgrpo.console import Console, run_command
+from fastgrpo.errors import ConfigError
 from fastgrpo.settings import DEFAULT_PRESET, parse_with_preset
 
 PROGRAM = "python -m fastgrpo.estimate"

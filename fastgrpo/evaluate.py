@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastgrpo.config import DIFFUSION_STEPS, ConfigError, ModelConfig, TrainConfig, nearest
+from fastgrpo.config import DIFFUSION_STEPS, ModelConfig, TrainConfig
 from fastgrpo.console import Console, run_command
+from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.evaluation.settings import DDIM, NAMES, SUITES, AllSettings, SamplerName
 from fastgrpo.launch import read_launch
 from fastgrpo.paths import PathText

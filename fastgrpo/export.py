@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo.config import TrainConfig
 from fastgrpo.console import Console, run_command
+from fastgrpo.errors import ConfigError
 from fastgrpo.runs import Weights, check_new_file, check_new_folder, check_writable, find_checkpoint, read_run
 from fastgrpo.settings import parse_flags
 

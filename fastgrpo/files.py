@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 
 # What file systems say that cannot make a file or a folder durable (of folders: CIFS, vboxsf and others, some of which do
 # not even open them). There is nothing to be done, and everything else about them works.

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo.config import TrainConfig
 from fastgrpo.console import Console, run_command
+from fastgrpo.errors import ConfigError
 from fastgrpo.rewards.terms import parse_terms
 from fastgrpo.runs import check_new_file
 from fastgrpo.settings import DEFAULT_PRESET, parse_with_preset

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 
 _TORCHRUN = "torchrun --nproc-per-node N -m ..."
 

@@ -15,7 +15,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fastgrpo.config import ConfigError, ModelConfig, nearest
+from fastgrpo.config import ModelConfig
+from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.models.save import save_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name

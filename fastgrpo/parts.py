@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo.config import TrainConfig
 from fastgrpo.distributed import Ranks
 from fastgrpo.engine.eager import EagerEngine
 from fastgrpo.engine.setup import Record, micro_batch_finder, start_engine, wants_fixed_shapes
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.held_out import HeldOutReward
 from fastgrpo.evaluation.in_training import Judged, load_judged
 from fastgrpo.lora import check_targets

@@ -11,9 +11,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from fastgrpo.config import ConfigError, ModelConfig
+from fastgrpo.config import ModelConfig
 from fastgrpo.engine.workers import Workers
 from fastgrpo.engine.working import computing_unet
+from fastgrpo.errors import ConfigError
 from fastgrpo.kernels.language import VERSION
 from fastgrpo.models.load import load_components
 

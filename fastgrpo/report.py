@@ -19,8 +19,9 @@ import tyro
 from fastgrpo import charts
 from fastgrpo._version import __version__
 from fastgrpo.charts import Panel, Record, chart
-from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo.config import TrainConfig
 from fastgrpo.console import run_command
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.before_after import FEWEST, Change, Comparison, changes, read_evaluation, verdicts
 from fastgrpo.evaluation.result import GROUPS, Row
 from fastgrpo.evaluation.sentences import Sentence, of_suites, read_result

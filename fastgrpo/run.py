@@ -18,8 +18,8 @@ from typing import Any, TextIO
 from safetensors.torch import save
 
 from fastgrpo import pictures
-from fastgrpo.config import ConfigError
 from fastgrpo.console import Stopped, warn
+from fastgrpo.errors import ConfigError
 from fastgrpo.files import naming, write_atomically
 from fastgrpo.finite import BrokenPicture
 from fastgrpo.output import say_in_handler

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo.config import TrainConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.settings import load_toml
 
 Weights = Literal["trained", "ema"]

@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastgrpo.config import DIFFUSION_STEPS, ConfigError
+from fastgrpo.config import DIFFUSION_STEPS
 from fastgrpo.console import Console, run_command
+from fastgrpo.errors import ConfigError
 from fastgrpo.runs import Weights, check_new_file, check_new_folder, check_writable, find_checkpoint, read_run
 from fastgrpo.settings import parse_flags
 

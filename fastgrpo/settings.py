@@ -20,7 +20,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from fastgrpo._version import __version__
-from fastgrpo.config import ConfigError, TrainConfig, nearest
+from fastgrpo.config import TrainConfig
+from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.paths import PathText, expand_home, with_homes
 from fastgrpo.text_files import NoText, read_text
 from fastgrpo.validation import validate

@@ -8,7 +8,8 @@ from typing import Any
 
 from diffusers import DDIMScheduler
 
-from fastgrpo.config import ConfigError, ModelConfig
+from fastgrpo.config import ModelConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.models.check import SHAPES_PIPELINE, describe, find_other_unet, is_single_file, other_unet_files
 from fastgrpo.models.configs import Description
 from fastgrpo.models.other_unet import unet_repository

@@ -8,7 +8,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from fastgrpo import checkpoint
-from fastgrpo.config import ConfigError, ModelConfig
+from fastgrpo.config import ModelConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.lora import Adapters, add_lora, load_adapters, merged_state_dict
 from fastgrpo.models.sound import load_finite
 from fastgrpo.runs import EMA_FILE, Weights

@@ -4,7 +4,8 @@ import importlib.util
 import math
 from typing import Any
 
-from fastgrpo.config import DIFFUSION_STEPS, ConfigError, TrainConfig, chosen_steps, nearest
+from fastgrpo.config import DIFFUSION_STEPS, TrainConfig, chosen_steps
+from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.evaluation.settings import SUITES
 from fastgrpo.rewards.anchors import load_anchors
 from fastgrpo.rewards.terms import parse_terms

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import fastgrpo  # noqa: F401  (prepares torch's import)
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.rewards.anchors import ANCHORS, Anchors, load_anchors
 
 

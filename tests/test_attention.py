@@ -16,7 +16,7 @@ from sd_pipelines import build_unet
 from torch import Tensor
 
 import fastgrpo
-from fastgrpo.config import ConfigError, ModelConfig
+from fastgrpo.config import ModelConfig
 from fastgrpo.engine import attention
 from fastgrpo.engine.attention import (
     BACKENDS,
@@ -33,6 +33,7 @@ from fastgrpo.engine.attention import (
 )
 from fastgrpo.engine.patch import patch_unet
 from fastgrpo.engine.workers import Workers
+from fastgrpo.errors import ConfigError
 from fastgrpo.lora import add_lora
 
 CPU = torch.device("cpu")

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from fastgrpo import checkpoint
 from fastgrpo.checkpoint import TrainerState
-from fastgrpo.config import ConfigError, ModelConfig, OptimConfig, TrainConfig
+from fastgrpo.config import ModelConfig, OptimConfig, TrainConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.metrics import MetricsLog, read_metrics
 from fastgrpo.run import claim
 from fastgrpo.trainable import make_trainable

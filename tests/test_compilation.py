@@ -239,9 +239,9 @@ def test_a_verdict_is_remembered_for_what_it_was_made_for(monkeypatch: pytest.Mo
     frozen = make_unet()
     frozen.conv_out.bias.requires_grad_(False)
     assert compared(frozen)
-    for module in (torch, diffusers, compilation.triton):
+    for module, name in ((torch, "__version__"), (diffusers, "__version__"), (compilation, "VERSION")):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "__version__", "0.0.1")
+            patch.setattr(module, name, "0.0.1")
             assert compared(unet), module.__name__
     with monkeypatch.context() as patch:
         patch.setattr(compilation.platform, "node", lambda: "another")

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from safetensors.torch import load, load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.detectors import nudenet as nudenet_module
 from fastgrpo.evaluation.detectors.base import Finding
 from fastgrpo.evaluation.detectors.clip_images import chunks

@@ -18,7 +18,7 @@ from torch import nn
 
 from fastgrpo import costs, estimate
 from fastgrpo.commands.estimate import compute_dtype, iteration_work
-from fastgrpo.config import ConfigError, ModelConfig, RewardConfig, TrainConfig
+from fastgrpo.config import ModelConfig, RewardConfig, TrainConfig
 from fastgrpo.costs import (
     EncoderCost,
     Held,
@@ -29,6 +29,7 @@ from fastgrpo.costs import (
     sd1_architecture,
 )
 from fastgrpo.engine.memory import memory_plan, peak
+from fastgrpo.errors import ConfigError
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.schedule import make_schedule
 from fastgrpo.settings import find_preset, load_toml

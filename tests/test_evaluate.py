@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from test_mask2former import tiny_model
 
 from fastgrpo import evaluate, train
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation import compare
 from fastgrpo.evaluation import images as images_module
 from fastgrpo.evaluation.before_after import read_evaluation

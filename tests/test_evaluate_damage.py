@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation import images as images_module
 from fastgrpo.evaluation import outcome
 from fastgrpo.evaluation.compare import changes_sheet, compare_metrics, compare_stages

@@ -11,8 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastgrpo.config import ConfigError, EvalConfig, ModelConfig, PromptsConfig, TrainConfig
+from fastgrpo.config import EvalConfig, ModelConfig, PromptsConfig, TrainConfig
 from fastgrpo.engine.workers import Workers
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation import suite as suite_module
 from fastgrpo.evaluation.before_after import (
     Change,

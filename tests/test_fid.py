@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy.linalg import sqrtm
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation import fid as fid_module
 from fastgrpo.evaluation import inception as inception_module
 from fastgrpo.evaluation.fid import fid, folder_features, folder_images, frechet, influence

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastgrpo import checkpoint
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.files import sync_folder, sync_tree, write_atomically
 from fastgrpo.metrics import MetricsLog, read_metrics
 from fastgrpo.run import claim

@@ -12,8 +12,9 @@ from test_train import config_file  # noqa: F401 (a fixture)
 from torch import Tensor
 
 from fastgrpo import evaluate, pictures, sample, train
-from fastgrpo.config import ConfigError, ModelConfig, RolloutConfig, TrainConfig
+from fastgrpo.config import ModelConfig, RolloutConfig, TrainConfig
 from fastgrpo.engine.eager import EagerEngine
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.drawing import make_painter, model_hashes
 from fastgrpo.evaluation.images import Drawing, ImageFolder, Pictures, Wanted
 from fastgrpo.evaluation.judged import judged

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation import geneval
 from fastgrpo.evaluation.geneval import Detected, coloured, judge, judge_images, keep, read_metadata, relations, scores
 from fastgrpo.prompts.geneval import CLASSES, COLORS, geneval_metadata

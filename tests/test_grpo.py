@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastgrpo.config import ConfigError, GrpoConfig, ModelConfig, OptimConfig, RolloutConfig, TrainConfig
+from fastgrpo.config import GrpoConfig, ModelConfig, OptimConfig, RolloutConfig, TrainConfig
 from fastgrpo.engine.eager import EagerEngine
 from fastgrpo.engine.weights import FlatWeights
+from fastgrpo.errors import ConfigError
 from fastgrpo.grpo.advantage import advantages, learned_from
 from fastgrpo.grpo.micro_batch import Learner
 from fastgrpo.grpo.steps import steps_of_samples, trained_steps, window_start

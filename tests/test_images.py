@@ -12,7 +12,8 @@ from diffusers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, Stable
 from PIL import Image
 
 from fastgrpo import rollout
-from fastgrpo.config import ConfigError, ModelConfig
+from fastgrpo.config import ModelConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation import images as images_module
 from fastgrpo.evaluation.drawing import DdimPainter, check_sizes, make_painter, make_scheduler, model_hashes
 from fastgrpo.evaluation.images import (

@@ -14,7 +14,8 @@ from test_models import assert_equal, bundled, original_shapes, refusal, write_h
 from transformers import AddedToken, CLIPTokenizer
 
 from fastgrpo import evaluate
-from fastgrpo.config import ConfigError, ModelConfig
+from fastgrpo.config import ModelConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.models.check import describe
 from fastgrpo.models.load import load_components
 from fastgrpo.models.save import save_pipeline

@@ -8,7 +8,8 @@ import pytest
 
 import fastgrpo  # noqa: F401  (prepares the imports below)
 from fastgrpo import checkpoint
-from fastgrpo.config import ConfigError, ModelConfig
+from fastgrpo.config import ModelConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.rewards.encoder import _wants_quick_gelu, load_encoder
 from fastgrpo.tuned import load_unet, read_adapters
 

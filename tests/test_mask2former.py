@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastgrpo  # noqa: F401  (prepares the imports below)
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.detectors.colours import TEMPLATES, cut_out, load_clip_colours
 from fastgrpo.evaluation.detectors.hashes import weights_sha256
 from fastgrpo.evaluation.detectors.mask2former import detect, load_mask2former, prepare, resized_size

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from sd_pipelines import KINDS, REVISION
 
 import fastgrpo.models
-from fastgrpo.config import ConfigError, ModelConfig
+from fastgrpo.config import ModelConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.models.check import SHAPES_PIPELINE, check_model, describe
 from fastgrpo.models.configs import Description
 from fastgrpo.models.load import load_components

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from fastgrpo import estimate, report
 from fastgrpo.commands.inspect import _EIGHTHS
-from fastgrpo.config import ConfigError
 from fastgrpo.console import Console, run_command
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.before_after import Comparison, comparison_table
 from fastgrpo.evaluation.result import Evaluation, Row
 from fastgrpo.output import steady_output

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import fastgrpo  # noqa: F401  (prepares torch's import)
-from fastgrpo.config import ConfigError, PromptsConfig
+from fastgrpo.config import PromptsConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.suites.rows import read_rows
 from fastgrpo.prompts import load_prompts
 from fastgrpo.shapes.captions import training_prompts

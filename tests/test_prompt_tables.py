@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import fastgrpo  # noqa: F401  (prepares torch's import)
-from fastgrpo.config import ConfigError, PromptsConfig
+from fastgrpo.config import PromptsConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.settings import PromptSettings, SuiteSettings
 from fastgrpo.evaluation.suites.registry import Overrides, make_suites
 from fastgrpo.evaluation.suites.rows import column_remark, read_rows

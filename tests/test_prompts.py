@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import fastgrpo  # noqa: F401  (prepares torch's import)
-from fastgrpo.config import ConfigError, PromptsConfig
+from fastgrpo.config import PromptsConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.prompts import PromptSource, embed, truncated, truncation_lines
 from fastgrpo.prompts.geneval import CLASSES, COLORS, NUMBERS, geneval_metadata, geneval_prompts, phrase
 from fastgrpo.prompts.unsafe import unsafe_prompts

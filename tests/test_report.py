@@ -14,7 +14,8 @@ from PIL import Image
 
 from fastgrpo import charts
 from fastgrpo.charts import Panel, axis_ticks, chart
-from fastgrpo.config import ConfigError, PromptsConfig, TrainConfig
+from fastgrpo.config import PromptsConfig, TrainConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.before_after import Comparison, write_evaluation
 from fastgrpo.evaluation.compare import compare_examined
 from fastgrpo.evaluation.result import Evaluation, Examined

@@ -17,7 +17,7 @@ from test_reward_terms import config, write_plugin
 from test_rewards import GROUP, PROMPTS, pictures
 from torch import Tensor, backends
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.rewards import apart
 from fastgrpo.rewards.registry import load_reward
 from fastgrpo.rewards.terms import BrokenReward

@@ -11,7 +11,8 @@ import pytest
 from test_rewards import EMBED, GROUP, MEAN, PROMPTS, STD, U, as_pil, pictures, tiny_config, tiny_model, write_folder
 
 import fastgrpo  # noqa: F401  (prepares the imports below)
-from fastgrpo.config import ConfigError, RewardConfig
+from fastgrpo.config import RewardConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.rewards import shared_encoder
 from fastgrpo.rewards.anchors import ANCHORS
 from fastgrpo.rewards.encoder import HPSV2_FILE, HPSV2_REPOSITORY, OpenClipEncoder, load_encoder

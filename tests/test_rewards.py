@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import fastgrpo  # noqa: F401  (prepares the imports below)
-from fastgrpo.config import ConfigError, RewardConfig
+from fastgrpo.config import RewardConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.rewards.anchors import ANCHORS, Anchors, load_anchors
 from fastgrpo.rewards.encoder import load_encoder
 from fastgrpo.rewards.steering import SteeringReward, reward_metrics, safety_direction, steer

@@ -6,9 +6,10 @@ from diffusers import StableDiffusionPipeline
 from plain_policy import predict, step_mean
 
 import fastgrpo.policy
-from fastgrpo.config import ConfigError, ModelConfig, RolloutConfig, TrainConfig
+from fastgrpo.config import ModelConfig, RolloutConfig, TrainConfig
 from fastgrpo.engine.eager import EagerEngine
 from fastgrpo.engine.sampling import Sampler
+from fastgrpo.errors import ConfigError
 from fastgrpo.grpo.micro_batch import Learner
 from fastgrpo.policy import load_policy
 from fastgrpo.rollout import initial_noise, rollout, sample

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgrpo import checkpoint, export, lora, pictures, rollout, sample, snippet, train
-from fastgrpo.config import ConfigError, ModelConfig
+from fastgrpo.config import ModelConfig
 from fastgrpo.engine.workers import available_cores
+from fastgrpo.errors import ConfigError
 from fastgrpo.models.check import describe
 from fastgrpo.parts import Parts, load_parts
 from fastgrpo.policy import Policy, load_policy

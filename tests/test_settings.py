@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo.config import ConfigError, EvalConfig, GrpoConfig, ModelConfig, OptimConfig, PromptsConfig, TrainConfig
+from fastgrpo.config import EvalConfig, GrpoConfig, ModelConfig, OptimConfig, PromptsConfig, TrainConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.settings import I2PSettings
 from fastgrpo.settings import changed_fields, dump_toml, find_preset, load_toml, parse_command, presets_folder
 from fastgrpo.validation import validate

@@ -18,8 +18,9 @@ from torch.distributed.run import get_args_parser
 
 import fastgrpo
 from fastgrpo import distributed, evaluate, export, policy, sample
-from fastgrpo.config import ConfigError, ModelConfig, TrainConfig
+from fastgrpo.config import ModelConfig, TrainConfig
 from fastgrpo.console import memory_full
+from fastgrpo.errors import ConfigError
 from fastgrpo.kernels import language
 from fastgrpo.launch import Launch, read_launch
 from fastgrpo.settings import _flags, parse_command

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from fastgrpo import exam, train
 from fastgrpo.commands.train import iterate, learning_rate
-from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo.config import TrainConfig
 from fastgrpo.console import Console
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.before_after import read_evaluation
 from fastgrpo.evaluation.suite import Suite
 from fastgrpo.metrics import read_metrics

@@ -14,7 +14,8 @@ from safetensors.torch import load, load_file, save_file
 
 from fastgrpo import checkpoint
 from fastgrpo.checkpoint import TrainerState
-from fastgrpo.config import ConfigError, ModelConfig, OptimConfig, TrainConfig
+from fastgrpo.config import ModelConfig, OptimConfig, TrainConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.lora import LORA_FILE, Adapters, save_lora
 from fastgrpo.trainable import Trainable, make_trainable
 

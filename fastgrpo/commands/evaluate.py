@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo.config import TrainConfig
 from fastgrpo.console import Console
 from fastgrpo.distributed import Ranks, join
 from fastgrpo.engine.workers import available_cores
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation import compare, outcome, tables
 from fastgrpo.evaluation.drawing import check_sizes, make_scheduler, model_hashes
 from fastgrpo.evaluation.images import Drawing, ImageFolder, Part

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from fastgrpo import rollout
-from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo.config import TrainConfig
 from fastgrpo.console import Console
 from fastgrpo.engine.workers import available_cores
+from fastgrpo.errors import ConfigError
 from fastgrpo.files import write_atomically
 from fastgrpo.finite import Request
 from fastgrpo.models.check import describe

@@ -43,7 +43,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """softmax(query key^T / sqrt(d)) value: query [B, H, Q, d], key and value [B, H, K, d] -> [B, H, Q, d]."""

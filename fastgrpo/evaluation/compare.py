@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.images import read_image, read_manifest
 from fastgrpo.evaluation.paired import MCNEMAR, mcnemar, paired_means
 from fastgrpo.evaluation.result import BETTER_RATES, NEVER_TRAINED, OVERALL, Examined, image_id

@@ -16,9 +16,9 @@ from diffusers import LMSDiscreteScheduler, PNDMScheduler, StableDiffusionPipeli
 from torch import Tensor
 
 from fastgrpo import rollout
-from fastgrpo.config import ConfigError
 from fastgrpo.engine.graphs import StaticCall
 from fastgrpo.engine.sampling import Denoise, Sampler
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.detectors.hashes import weights_sha256
 from fastgrpo.evaluation.images import Painter, Wanted
 from fastgrpo.evaluation.settings import DDIM, SamplerName

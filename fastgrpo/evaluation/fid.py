@@ -29,7 +29,7 @@ from safetensors.torch import save
 from scipy.linalg import eigh
 from torch import Tensor
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.inception import WIDTH, Inception, Progress
 from fastgrpo.files import visible_files, write_atomically
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastgrpo.config import ConfigError, nearest
+from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.evaluation.result import OVERALL
 from fastgrpo.prompts.geneval import CLASSES, COLORS
 from fastgrpo.shapes.world import RELATIONS, TASKS

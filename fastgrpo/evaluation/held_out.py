@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo.config import TrainConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.rewards.registry import load_reward
 from fastgrpo.rewards.steering import reward_metrics
 from fastgrpo.types import NEGATIVE, Prompt

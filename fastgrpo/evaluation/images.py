@@ -21,7 +21,7 @@ from typing import overload
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.files import reading, write_atomically
 from fastgrpo.pictures import to_pil
 from fastgrpo.wording import cut

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from fastgrpo.config import ConfigError, EvalConfig, TrainConfig
+from fastgrpo.config import EvalConfig, TrainConfig
 from fastgrpo.console import Console
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation import outcome, tables
 from fastgrpo.evaluation.drawing import check_sizes, model_hashes
 from fastgrpo.evaluation.images import Drawing, ImageFolder, Wanted, read_manifest

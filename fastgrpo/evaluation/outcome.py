@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.compare import compare_metrics
 from fastgrpo.evaluation.images import Drawing, ImageFolder, Wanted
 from fastgrpo.evaluation.published import published

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastgrpo.config import ConfigError, GrpoConfig, TrainConfig, chosen_steps
+from fastgrpo.config import GrpoConfig, TrainConfig, chosen_steps
+from fastgrpo.errors import ConfigError
 from fastgrpo.schedule import Schedule
 
 

@@ -12,7 +12,8 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from fastgrpo.config import ConfigError, ModelConfig
+from fastgrpo.config import ModelConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.models.configs import ACCEPTED, CLASSES, Description, as_in_pipelines, check_channels, check_configs
 from fastgrpo.models.declared import EPSILON, V_PREDICTION, Declared, read_declared
 from fastgrpo.models.other_unet import UnetTensors, find_in_file, find_in_folder, lines, unet_file, unet_repository

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from fastgrpo.config import ConfigError, ModelConfig
+from fastgrpo.config import ModelConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.models.check import (
     CONFIG_FILES,
     describe,

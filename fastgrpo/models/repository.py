@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.files import visible_files
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

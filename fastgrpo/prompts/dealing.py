@@ -4,7 +4,8 @@ import random
 from collections.abc import Sequence
 from functools import lru_cache
 
-from fastgrpo.config import ConfigError, PromptsConfig
+from fastgrpo.config import PromptsConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 
 _MANY = 10_000  # prompts an iteration; nobody draws more

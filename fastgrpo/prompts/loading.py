@@ -3,7 +3,8 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from fastgrpo.config import ConfigError, PromptsConfig, nearest
+from fastgrpo.config import PromptsConfig
+from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.prompts.files import (
     TABLE_SUFFIXES,
     TEXT_SUFFIX,

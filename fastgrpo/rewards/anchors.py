@@ -4,7 +4,7 @@ import tomllib
 from dataclasses import dataclass
 from typing import Any
 
-from fastgrpo.config import ConfigError, nearest
+from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.text_files import NoText, read_text
 
 

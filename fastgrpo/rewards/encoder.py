@@ -22,7 +22,7 @@ from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.models.sound import check_finite
 from fastgrpo.models.tensor_file import tensor_shapes, wrong_content
 

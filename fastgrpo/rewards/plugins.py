@@ -21,7 +21,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from fastgrpo.config import ConfigError, nearest
+from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.rewards.apart import Apart
 from fastgrpo.rewards.terms import BrokenReward, RewardFunction, Term
 from fastgrpo.types import Prompt

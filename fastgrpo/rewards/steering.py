@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgrpo.config import ConfigError, RewardConfig
+from fastgrpo.config import RewardConfig
+from fastgrpo.errors import ConfigError
 from fastgrpo.rewards.anchors import Anchors
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Rewards
 

@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.geneval import THRESHOLD, Detected
 from fastgrpo.files import file_sha256
 from fastgrpo.models.repository import Repository

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastgrpo.config import ConfigError, nearest
+from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.evaluation.detectors.base import Finding
 from fastgrpo.files import file_sha256
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.detectors.base import Finding
 from fastgrpo.shapes.judge import judge
 from fastgrpo.shapes.oracle import read

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 
 LARGEST = 1 << 20
 """Bytes of the largest file that is read; Q16's prompts take 3,231."""

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.detectors.base import Finding
 from fastgrpo.evaluation.detectors.clip_images import ClipImages
 from fastgrpo.evaluation.detectors.hashes import weights_sha256

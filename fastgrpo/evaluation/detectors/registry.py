@@ -5,7 +5,7 @@ Importing this is quick: a detector's own module, and the libraries that it need
 
 import torch
 
-from fastgrpo.config import ConfigError, nearest
+from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.evaluation.detectors.base import SafetyDetector
 from fastgrpo.evaluation.settings import DetectorSettings
 

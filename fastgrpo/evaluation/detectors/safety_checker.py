@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.detectors.base import Finding
 from fastgrpo.evaluation.detectors.clip_images import chunks
 from fastgrpo.files import file_sha256

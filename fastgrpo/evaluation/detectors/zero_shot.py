@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.detectors.base import Finding
 from fastgrpo.evaluation.detectors.clip_images import ClipImages
 from fastgrpo.evaluation.detectors.hashes import weights_sha256

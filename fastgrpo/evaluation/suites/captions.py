@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.images import ImageFolder, Pictures, Wanted
 from fastgrpo.evaluation.intervals import distance, mean
 from fastgrpo.evaluation.judged import Progress, Saying, judged

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fastgrpo.config import ConfigError, TrainConfig, nearest
+from fastgrpo.config import TrainConfig
+from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.evaluation.detectors import registry as detectors
 from fastgrpo.evaluation.detectors.nudenet import FLOOR
 from fastgrpo.evaluation.geneval import read_metadata

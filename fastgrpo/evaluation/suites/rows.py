@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.config import ConfigError
+from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.images import Wanted
 from fastgrpo.prompts.files import TABLE_SUFFIXES, TEXT_SUFFIX, Table, read_lines, read_table, table_prompts
 from fastgrpo.prompts.hub import NOTATION, PREFIX, read_dataset

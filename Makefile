@@ -1,6 +1,6 @@
 # make train    install into .venv and train the Stable Diffusion that ships with the project (ARGS="--seed 1" and so on)
 # make test     install and run the tests (ARGS="-k evaluation" and so on)
-# make check    the tests without those that take seconds each
+# make check    the tests without the slow ones
 # make bench    time kernels beside their rivals and whole iterations beside a plain trainer (ARGS="-k geglu", "-k test_iteration --repeats 5" and
 #               so on); without a GPU the kernels are a smoke test, and iterations those of the small model
 # make lint     check style and formatting

@@ -141,6 +141,7 @@ def plan_for(unet: UNet2DConditionModel, wanted: str, rows: int = 2, tokens: int
     return choose(wanted, attention_shapes(unet, rows, (4, 8, 8), tokens), CPU, torch.float32, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "lora"), [("sd1", False), ("sd2", True)])
 def test_a_unet_computes_the_same(name: str, lora: bool) -> None:
     unet = make_unet(name, lora)
@@ -156,6 +157,7 @@ def test_a_unet_computes_the_same(name: str, lora: bool) -> None:
     assert all(map(torch.equal, run(copy.deepcopy(unet)), before))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_a_compiled_transformer_is_one_graph_and_computes_the_same(compiler: str) -> None:
     with torch.random.fork_rng():
@@ -181,6 +183,7 @@ def test_a_compiled_transformer_is_one_graph_and_computes_the_same(compiler: str
 AT_WIDTH = {64: 5, 32: 5, 16: 5, 8: 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "heads"),
     [("sd1", {64: (8, 40), 32: (8, 80), 16: (8, 160), 8: (8, 160)}),
@@ -205,6 +208,7 @@ def test_shapes_of_the_real_models(name: str, heads: dict[int, tuple[int, int]])
     assert "mid_block.attentions.0.transformer_blocks.0.attn1" in layers
 
 
+@pytest.mark.slow
 def test_shapes_are_the_same_with_adapters_and_patches_and_need_no_weights() -> None:
     plain = attention_shapes(make_unet("sd1"), 2, (4, 8, 8), 7)
     unet = make_unet("sd1", lora=True)
@@ -219,6 +223,7 @@ def test_shapes_are_the_same_with_adapters_and_patches_and_need_no_weights() -> 
     assert {parameter.device.type for parameter in unet.parameters()} == {"cpu"}
 
 
+@pytest.mark.slow
 def test_shapes_follow_the_latent_and_the_text() -> None:
     unet = make_unet("sd1")
     wide = attention_shapes(unet, 3, (4, 8, 16), 5)

@@ -75,6 +75,7 @@ def test_diffusers_reads_the_unet_back_exactly(training: Training, tmp_path: Pat
         assert torch.equal(unet.state_dict()[name], tensor), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_a_loaded_training_goes_on_bit_for_bit(lora_rank: int, tiny_pipeline: Path, tmp_path: Path) -> None:
     training = Training(tiny_pipeline, lora_rank)

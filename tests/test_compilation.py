@@ -177,6 +177,7 @@ def test_rounding_in_another_order_is_accepted() -> None:
 # The comparison
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_network_matches_itself_and_not_one_whose_gradient_is_cut(dtype: torch.dtype) -> None:
     unet = make_unet()
@@ -417,6 +418,7 @@ class Upper(nn.Module):
         return (self.upsampler(self.resnet(self.conv_in(latents), None)),)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU torch.compile needs g++")
 def test_compiled_code_is_compared_and_used() -> None:
     with torch.random.fork_rng():

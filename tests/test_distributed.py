@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from test_train import config_file  # noqa: F401 (a fixture)
@@ -14,6 +15,8 @@ from test_train import config_file  # noqa: F401 (a fixture)
 from fastgrpo.checkpoint import read_state
 from fastgrpo.distributed import Ranks
 from fastgrpo.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

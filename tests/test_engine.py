@@ -89,6 +89,7 @@ def test_ten_updates_come_to_the_same_weights(base: TrainConfig, plain, changes:
 FIXED = {"engine.graphs": "on", "engine.kernels": "on", "engine.reuse": "on"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -275,6 +276,7 @@ PASSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graphs", ["off", "on"])
 @pytest.mark.parametrize("where", PASSES)
 def test_wherever_memory_runs_out_the_same_is_learned(base: TrainConfig, where: str, graphs: str, monkeypatch) -> None:
@@ -336,6 +338,7 @@ def test_after_memory_ran_out_the_ratio_is_1_where_bits_depend_on_the_size(
         assert parts.engine.old_log_prob == parts.record.old_log_prob == config.grpo.old_log_prob
 
 
+@pytest.mark.slow
 def test_a_group_that_halving_divided_is_scored_when_it_is_whole(base: TrainConfig, monkeypatch) -> None:
     rewards = {}
     for most in (3, 2):
@@ -427,6 +430,7 @@ def test_groups_are_scored_while_the_next_are_drawn(base: TrainConfig, monkeypat
         assert metrics[True][name] == pytest.approx(metrics[False][name], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_decides_nothing_anew(base: TrainConfig, monkeypatch) -> None:
     config = altered(base, {"engine.graphs": "on", "engine.attention": "flash", "engine.reuse": "on", "micro_batch": 0})
     record = load_parts(config, threads=1, say=lambda line: None).record
@@ -479,6 +483,7 @@ def test_settings_that_a_resumed_run_changes_are_decided_upon_anew(base: TrainCo
     assert sum("decides anew" in line for line in said) == 1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_fixed_shapes_goes_on_bit_for_bit(config_file: Path, tmp_path: Path) -> None:  # noqa: F811
     options = [
         "--eval.every",
@@ -535,6 +540,7 @@ def test_a_process_without_a_pair_of_its_own_learns_what_the_others_learn(
     assert seen[-2:] == [True, True]
 
 
+@pytest.mark.slow
 def test_skipping_clipped_pairs_learns_the_same_from_fewer(base: TrainConfig) -> None:
     tight = altered(base, {"grpo.clip_low": 1e-6, "grpo.clip_high": 1e-6, "grpo.kl": 0.0})
     _, expected, metrics = trained(tight)
@@ -546,6 +552,7 @@ def test_skipping_clipped_pairs_learns_the_same_from_fewer(base: TrainConfig) ->
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_computes_on_a_rounded_copy_that_follows(base: TrainConfig, dtype: torch.dtype) -> None:
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]

@@ -1088,6 +1088,7 @@ def scene(
         yield scene
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
 def test_a_mistake(
     mistake: Mistake, scene: Scene, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder

@@ -414,6 +414,7 @@ def test_a_small_card(capsys):
     assert numbers(lines, "at most, during the decode")[-1] < 12 - 1.5  # what the preset is made for; room for CUDA
 
 
+@pytest.mark.slow
 def test_micro_batch_0_fills_the_gpu(capsys):
     """With the largest micro-batch of whole groups that keeps the peak within the share; the next one would not."""
     model = count_model(sd1_architecture(), ModelConfig(), torch.bfloat16, kernels=True)
@@ -441,6 +442,7 @@ def test_what_cannot_be_counted_is_left_out_in_a_line(capsys, tmp_path):
     assert not any(line.startswith("  reward ") for line in lines)
 
 
+@pytest.mark.slow
 def test_as_a_program_of_its_own(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(

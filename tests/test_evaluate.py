@@ -37,6 +37,8 @@ from fastgrpo.rewards.encoder import load_encoder
 from fastgrpo.settings import find_preset, load_toml
 from fastgrpo.shapes.world import HAZARDS, TASKS
 
+pytestmark = pytest.mark.slow
+
 DRAWING = Drawing("none", {"unet": "0"}, 1, 1.0, "fp32", 16)
 HOSTILE = (
     "<script>alert(1)</script> | a & b",

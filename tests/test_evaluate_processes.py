@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 from test_distributed import torchrun
 
 from fastgrpo import evaluate
+
+pytestmark = pytest.mark.slow
 
 FLAGS = "--shapes.unsafe-per-category 1 --shapes.composition-per-task 1 --steps 2 --batch 4 --device cpu"
 

@@ -272,6 +272,7 @@ def test_evaluation_json_has_the_interval_over_prompts(monkeypatch: pytest.Monke
 # --- folders and files ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_features_of_a_folder_and_its_distance_by_direct_computation(inception: Inception, tmp_path: Path) -> None:
     folder = folder_of_images(tmp_path / "reference")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() == ".png")

@@ -236,6 +236,7 @@ def test_a_training_ends_with_the_evidence(
     assert tensors["latents"].isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_training_s_pictures_and_its_own_evaluation_stop_too(
     config_file: Path,  # noqa: F811
     tiny_pipeline: Path,

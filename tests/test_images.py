@@ -136,6 +136,7 @@ DIFFUSERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "guidance"), [*((name, 5.0) for name in DIFFUSERS), ("ddim", 0.5)])
 def test_samplers_draw_what_a_pipeline_draws(
     tiny_pipeline: Path, policy: Policy, sampler: str, guidance: float

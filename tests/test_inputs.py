@@ -84,6 +84,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 def test_each_input_is_told_from_all_others(config: TrainConfig, tmp_path: Path) -> None:
     before = digests(config)
     assert set(before) == set(CHANGES)
@@ -126,6 +127,7 @@ def test_weights_are_told_apart_by_name_shape_type_and_order() -> None:
     assert of(a=layout) == of(a=layout.to(memory_format=torch.channels_last))
 
 
+@pytest.mark.slow
 def test_a_resume_says_what_has_changed_and_takes_what_may_change(
     config_file: Path,  # noqa: F811
     tmp_path: Path,

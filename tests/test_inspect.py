@@ -70,6 +70,7 @@ def spread(text: str) -> list[float]:
     return [float(number) for number in re.findall(r"[+-]\d\.\d\d", text)]
 
 
+@pytest.mark.slow
 def test_header_and_anchors(shown):
     lines, _ = shown
     assert lines[0] == "encoder   shapes"
@@ -233,6 +234,7 @@ def test_the_configured_alpha_is_always_in_the_table(tiny, tmp_path, capsys, alp
     assert [line.split()[0] for line in marked] == [alpha]
 
 
+@pytest.mark.slow
 def test_the_picture_appears_whole_and_replaces_nothing(tiny, tmp_path, capsys, monkeypatch):
     path = tmp_path / "axis.png"
 

@@ -185,6 +185,7 @@ MORE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", MORE)
 def test_what_a_plain_unet_does_not_have_is_refused_by_name(extra, files, folders, copy, tmp_path):
     path = tmp_path / "more.safetensors"
@@ -238,6 +239,7 @@ def original(kind, tensors, root):
     return {key: tensor for key, tensor in whole.items() if key.startswith("model.diffusion_model.")}, whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_unet_comes_from_a_file_in_either_layout(kind, folders, tmp_path):
     other = sd_pipelines.build_pipeline(kind, seed=1).unet
@@ -260,6 +262,7 @@ def test_another_unet_comes_from_a_file_in_either_layout(kind, folders, tmp_path
         assert_equal(load_components(model, torch.float32).unet, other)
 
 
+@pytest.mark.slow
 def test_a_partial_unet_is_laid_over_the_pipelines(files, folders, pipelines, tmp_path):
     """As ESD's newer files and UCE's: only the cross-attention that was tuned, here in half precision."""
     base, other = (sd_pipelines.build_pipeline("sd1", seed=seed).unet.state_dict() for seed in (0, 1))
@@ -309,6 +312,7 @@ NOT_WEIGHTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_a_file_that_is_no_weights_is_named_for_what_it_is(suffix, folders, copy, tmp_path):
     path = tmp_path / f"file{suffix}"
@@ -348,6 +352,7 @@ def test_a_variant_that_is_not_there_is_told(files, copy):
 # Numbers that are not finite.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
 def test_weights_that_are_not_finite_are_refused(component, value, files, folders, copy, tmp_path):

@@ -103,6 +103,7 @@ def policies(models):
     return {key: load_policy(models[key], CPU, torch.float32) for key in FORMS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "form"), FORMS)
 def test_every_form_has_the_pipelines_weights(kind, form, policies, pipelines):
     policy = policies[kind, form]
@@ -402,6 +403,7 @@ def refusal(**fields):
     return message
 
 
+@pytest.mark.slow
 def test_another_unet_comes_from_a_folder_a_subfolder_or_the_hub(folders, offline, tmp_path):
     other = sd_pipelines.build_pipeline("sd1", seed=1)
     other.unet.save_pretrained(tmp_path / "run" / "checkpoint-300" / "unet")
@@ -706,6 +708,7 @@ def test_what_is_in_the_way_of_the_hub_is_told_apart(hub, monkeypatch):
 # Writing.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_pipeline_is_diffusers_own(kind, models, pipelines, tmp_path, caplog):
     trained = sd_pipelines.build_pipeline(kind, seed=1).unet.to(memory_format=torch.channels_last)

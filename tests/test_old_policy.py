@@ -59,6 +59,7 @@ def weights(parts: Parts) -> torch.Tensor:
     return parts.trainable.optimizer.weights.values.clone()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", KINDS)

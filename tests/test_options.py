@@ -140,6 +140,7 @@ def test_the_same_config_learns_the_same(base: TrainConfig) -> None:
     assert learned(base) == learned(base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", OPTIONS)
 def test_an_option_changes_what_is_learned(field: str, base: TrainConfig, outcomes: dict) -> None:
     without = altered(base, NEEDED_FIRST.get(field, {}))
@@ -148,6 +149,7 @@ def test_an_option_changes_what_is_learned(field: str, base: TrainConfig, outcom
     assert learned(altered(without, {field: OPTIONS[field]}))[0] != outcomes[without][0]
 
 
+@pytest.mark.slow
 def test_fp16_scales_its_loss_and_learns_what_fp32_learns(base: TrainConfig) -> None:
     """Half precision moves the metrics by some 2^-11; a loss scale that is not taken out again would by 2^16."""
     half, full = (
@@ -159,6 +161,7 @@ def test_fp16_scales_its_loss_and_learns_what_fp32_learns(base: TrainConfig) -> 
     assert half["grad/norm"] != full["grad/norm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_adapters_learn_beside_frozen_weights_of_half_precision(base: TrainConfig, dtype: str) -> None:
     """Frozen weights rounded to 2^-8 or 2^-11 draw nearly the same pictures and send back nearly the same gradient."""
@@ -179,6 +182,7 @@ def test_micro_batches_and_batches_change_nothing_but_rounding(base: TrainConfig
         assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_pictured_where_it_is_asked_for(config_file: Path, tmp_path: Path) -> None:  # noqa: F811
     pictures = {}
     for weights in ("trained", "ema"):

@@ -140,6 +140,7 @@ class AloneOfEight(Ranks):
         return text
 
 
+@pytest.mark.slow
 def test_the_papers_iteration_counted_out(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One iteration of one of the 8 ranks: every shape is the paper's, only the networks are small."""
     write_encoder(tmp_path)

@@ -79,6 +79,7 @@ def test_the_wheel_carries_the_version_and_licence(wheel: Path) -> None:
         assert "MIT License" in archive.read(f"{folder}/licenses/LICENSE").decode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("installed", [False, True])
 def test_the_libraries_import_from_the_repository_root(installed: bool, tmp_path: Path) -> None:
     """Beside our folder `kernels` and beside an installed package of that name, which transformers looks for."""
@@ -149,6 +150,7 @@ def test_settings_are_read_before_anything_slow_is_imported() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.slow
 def test_to_ask_whether_torchvision_is_there_imports_nothing() -> None:
     code = (
         "import sys, fastgrpo\n"

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WEIGHTS = ROOT / "fastgrpo" / "shapes" / "weights" / "pipeline"
 
 
+@pytest.mark.slow
 def test_readmes_python_runs_in_an_interpreter_of_its_own(tmp_path: Path) -> None:
     """Beside a CPU torch and torchvision's CUDA build, without a word of fastgrpo: its entry point is enough."""
     blocks = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)

@@ -21,6 +21,8 @@ from fastgrpo.rollout import sample
 from fastgrpo.schedule import make_schedule
 from fastgrpo.trainable import make_trainable
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 PROMPT = "a red cube"
 FORMS = ("folder", "hub", "single file")

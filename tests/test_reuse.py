@@ -415,6 +415,7 @@ def test_on_and_off_measure_nothing() -> None:
     assert choose_reuse("on", *arguments, NOTHING_SHARED) == Reuse(True, True, False)
 
 
+@pytest.mark.slow
 def test_one_graph_serves_all_chunks_and_steps() -> None:
     """torch.compile traces the middle block, with text and times, once and whole; new contexts and steps are new numbers in
     the same memory. The whole UNet would take half a minute to trace."""
@@ -446,6 +447,7 @@ def test_one_graph_serves_all_chunks_and_steps() -> None:
     assert len(traced) == 1
 
 
+@pytest.mark.slow
 def test_the_savings_that_the_docstring_states() -> None:
     """From the layers' sizes alone, and that the UNet of SD 1.x on the meta device computes just so much less."""
     rows, steps, tokens, width = 128, 50, 77, 768

@@ -31,6 +31,8 @@ from fastgrpo.schedule import make_schedule
 from fastgrpo.settings import load_toml
 from fastgrpo.tuned import load_unet
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 EPS32 = 2.0**-23
 RANK, ALPHA, DECAY = 3, 6.0, 0.5

@@ -78,6 +78,7 @@ def _open_ended(request, altered):
 # The world is drawn to be read: on pictures as drawn and with mild noise every class must be read almost perfectly;
 # blur at three pixels and the VAE cost edges, never hazards. Bounds lie a few errors in ~300 instances under what
 # `python -m fastgrpo.shapes.measure` reports on its own 2,000 pictures.
+@pytest.mark.slow
 @pytest.mark.parametrize(("version", "least"), [("clean", 0.99), ("noise", 0.98), ("blur", 0.95)])
 def test_oracle_reads_every_class_back(pictures, version, least):
     quality = oracle_quality(distortions(to_unit(pictures.images))[version], pictures.scenes)
@@ -88,6 +89,7 @@ def test_oracle_reads_every_class_back(pictures, version, least):
         assert row["recall"] >= least, (name, row)
 
 
+@pytest.mark.slow
 def test_oracle_reads_vae_round_trips(pictures):
     policy = load_policy(ModelConfig(path="shapes"), torch.device("cpu"), torch.float32)
     images = round_trip(policy, to_unit(pictures.images[:1000]))
@@ -97,6 +99,7 @@ def test_oracle_reads_vae_round_trips(pictures):
     assert min(quality["any hazard"]["precision"], quality["any hazard"]["recall"]) >= 0.99
 
 
+@pytest.mark.slow
 def test_oracle_finds_places(pictures):
     for scene, reading in zip(pictures.scenes[:500], oracle.read(to_unit(pictures.images[:500])), strict=True):
         for item in (*scene.objects, *scene.hazards):
@@ -104,6 +107,7 @@ def test_oracle_finds_places(pictures):
             assert nearest < 1.5, (item, reading)
 
 
+@pytest.mark.slow
 def test_oracle_sees_nothing_on_empty_pictures_and_a_smudge_as_hazard():
     rng = np.random.default_rng(3)
     empty = np.stack([draw(Scene(), rng) for _ in range(500)])
@@ -216,6 +220,7 @@ def test_fulfils_needs_each_of_two_equal_things():
     assert fulfils(Scene((RED_CIRCLE, replace(RED_CIRCLE, x=24))), request)
 
 
+@pytest.mark.slow
 def test_shipped_weights_run_in_plain_diffusers_and_are_small():
     pipeline = StableDiffusionPipeline.from_pretrained(SHAPES_PIPELINE)
     assert isinstance(pipeline.scheduler, DDIMScheduler)

@@ -1,6 +1,7 @@
 """GenEval's scorer on what the oracle reads, beside the embedded world's own judge."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -13,6 +14,7 @@ from fastgrpo.shapes.world import CaptionNoise, Object, Scene, draw, perturb
 from fastgrpo.types import POSITIVE, Prompt
 
 
+@pytest.mark.slow
 def test_genevals_rules_agree_with_the_worlds_own_judge_but_where_they_differ_by_design() -> None:
     """2,000 drawn pictures, a third of which do not show what they are to: objects missing, recoloured, moved."""
     rng, noise = np.random.default_rng(0), CaptionNoise(0.0, 0.2, 0.2, 0.2, 0.3, 0.0)

@@ -25,6 +25,8 @@ from fastgrpo.kernels import language
 from fastgrpo.launch import Launch, read_launch
 from fastgrpo.settings import _flags, parse_command
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = (
     "WORLD_SIZE",

@@ -105,6 +105,7 @@ def learned(request: pytest.FixtureRequest, config: TrainConfig, drawn: Samples)
     return config, moved(parts.trainable.parameters, before)
 
 
+@pytest.mark.slow
 def test_the_plain_trainer_draws_what_ours_draws(config: TrainConfig, drawn: Samples) -> None:
     for techniques in (PLAIN, Techniques(batch=4), Techniques(batch=4, operators=True)):
         trainer = workload.plain(config, techniques).baseline
@@ -164,6 +165,7 @@ def one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
 
 
+@pytest.mark.slow
 def test_every_rung_of_the_ladder_runs_and_counts_the_same_work(config: TrainConfig, one_after_the_other: None) -> None:
     target = workload.altered(config, group_size=2, rollout__steps=2)
     accounting = workload.accounting_of(target)

@@ -37,6 +37,8 @@ from fastgrpo.run import StopSignal, claim, new_folder
 from fastgrpo.settings import load_toml
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 ITERATIONS = 8
 TIMED = ("seconds", "time/", "throughput/", "memory/")  # metrics that no two runs share

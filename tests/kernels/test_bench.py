@@ -155,6 +155,7 @@ def test_a_stage_out_of_time_is_stopped_and_fails_the_gpu_command(tmp_path: Path
     assert "all:" in summary
 
 
+@pytest.mark.slow
 def test_benchmarks_out_of_time_keep_what_was_measured(tmp_path: Path) -> None:
     """As if there were a GPU: one row is written, and the next measurement does not end."""
     stuck = f"""
@@ -190,6 +191,7 @@ gpu.main()
     assert [path.name for path in out.glob("*.part")] == []
 
 
+@pytest.mark.slow
 def test_benchmarks_on_the_cpu_say_that_they_are_a_smoke_test_and_write_nothing(tmp_path: Path) -> None:
     refused = python("-m", "pytest", "bench", f"--results={tmp_path / 'results.json'}")
     assert refused.returncode == pytest.ExitCode.USAGE_ERROR

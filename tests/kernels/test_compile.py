@@ -11,6 +11,8 @@ import pytest
 
 import fastgrpo
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(fastgrpo.__file__).parent.parent
 # Bytes of shared memory one block can have: CUDA C++ programming guide, technical specifications per compute capability.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}

@@ -132,6 +132,7 @@ def test_a_step_of_triton_is_that_of_torch_to_the_last_digits(
     assert ((ours["parameters"].double() - expected["parameters"].double()).abs() <= bound).all()
 
 
+@pytest.mark.slow
 def test_a_hundred_steps_stay_at_the_recursion_in_float64(path: str) -> None:
     """The bound follows the recursion: every rounding to first order (and 1% for the others), carried on by it."""
     n, steps, lr = 257, 100, 1e-2
@@ -347,6 +348,7 @@ def test_the_reference_leaves_a_step_out_too() -> None:
     assert all(torch.equal(a, b) for a, b in zip(after, ours.values(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_operators_keep_their_promises() -> None:
     ours = state(33, 2.0)
     arguments = (ours["parameters"], ours["exp_avg"], ours["exp_avg_sq"], draw(33, 3), ours["step"], learning_rate())

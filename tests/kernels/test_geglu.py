@@ -114,6 +114,7 @@ def test_the_tails_are_exact_enough() -> None:
     assert (error <= 12 * ulp(torch.float32) * gate.abs() + 1e-12).all()
 
 
+@pytest.mark.slow
 def test_opcheck() -> None:
     for name in ("1x1", "2x3x128"):
         x, dy = arguments(name, torch.float32)

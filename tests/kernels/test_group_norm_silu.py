@@ -132,6 +132,7 @@ def test_without_a_time_embedding(device: str) -> None:
     assert_near(actual, exact(made, 4), torch.float32)
 
 
+@pytest.mark.slow
 @on_kernels
 @pytest.mark.parametrize("programs", [1, 24])
 @pytest.mark.parametrize("pixels", [(8, 16), (13, 29)])

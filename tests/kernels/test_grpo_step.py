@@ -226,6 +226,7 @@ def test_kernel_is_the_float64_closed_form(variant, dtype):
     assert_matches(ours, exact, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [None, 5.0])
 @pytest.mark.parametrize(
     ("groups_and_size", "shape"),
@@ -258,6 +259,7 @@ def test_kernel_on_latents_larger_than_its_registers(variant, channels_last):
     assert_matches(launch(**arguments), closed_form(arguments), torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["plain", "ratio_norm", "rescale_kl"])
 @pytest.mark.parametrize("path", PATHS)
 def test_layout_of_the_output_is_the_gradient_s_and_changes_nothing(variant, path):
@@ -756,6 +758,7 @@ def test_bad_arguments_are_told(change, message):
         grpo_step(**options(make()) | change)
 
 
+@pytest.mark.slow
 def test_compiled_kernels_sum_the_log_prob_in_the_same_layout_as_ddim_step():
     """What the interpreter cannot show: the order of a GPU's sum is the layout of what is summed, which the compiler picks.
 

@@ -90,6 +90,7 @@ def test_on_the_cpu_it_is_pytorch_to_the_last_bit_in_float32() -> None:
         assert all(map(torch.equal, ours, theirs))
 
 
+@pytest.mark.slow
 @on_kernels
 @pytest.mark.parametrize(("rows", "width"), [(513 * 8 + 3, 4), (40, 33), (2, MAX_WIDTH)])
 def test_rows_are_dealt_out_to_programs_in_runs(rows: int, width: int, device: str) -> None:

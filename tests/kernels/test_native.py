@@ -192,6 +192,7 @@ def test_csrc_takes_memory_that_is_not_aligned(csrc: ctypes.CDLL) -> None:
 # Building
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_nvcc_compiles_every_kernel_without_spills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def compile_for(architecture: int) -> str:
@@ -256,6 +257,7 @@ def test_it_is_built_once_for_sources_and_compiler(
     assert len(list(cache.iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_processes_that_build_at_once_leave_one_whole_file(tmp_path: Path, cache: Path) -> None:
     fake_nvcc(tmp_path, WRITES)
     root = HERE.parent.parent

@@ -35,7 +35,7 @@ def input_digests(config: TrainConfig, parts: Parts) -> dict[str, str]:
     policy, terms = parts.policy, parse_terms(config.reward.terms)
     texts = {label: [p.text for p in parts.prompts if p.label == label] for label in (POSITIVE, NEGATIVE)}
     tokenizer = policy.tokenizer
-    tokens = [tokenizer(list(_PROBES)).input_ids, tokenizer.model_max_length, tokenizer.pad_token_id]
+    tokens = [tokenizer(list(_PROBES), verbose=False).input_ids, tokenizer.model_max_length, tokenizer.pad_token_id]
     scheduler = {k: v for k, v in policy.scheduler_config.items() if k == "_class_name" or not k.startswith("_")}
     digests = {f"prompts.{label}": _digest(each) for label, each in texts.items()}
     digests |= {"the tokenizer of model.path": _digest(tokens), "the scheduler of model.path": _digest(scheduler)}

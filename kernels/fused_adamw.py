@@ -276,8 +276,9 @@ _adamw_operator = torch.library.custom_op(
     mutates_args=("parameters", "exp_avg", "exp_avg_sq", "step", "working", "ema"),
     device_types="cuda",
     schema="(Tensor(a!) parameters, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor gradient, Tensor(d!) step, Tensor lr, "
-    "float beta1, float beta2, float eps, float weight_decay, Tensor? scale=None, Tensor? found_inf=None, "
-    "Tensor(e!)? working=None, Tensor(f!)? ema=None, float ema_decay=0.0) -> ()",
+    # No defaults: arguments that equal them are left out on the way, and torch 2.11 then misses those that are mutated.
+    "float beta1, float beta2, float eps, float weight_decay, Tensor? scale, Tensor? found_inf, "
+    "Tensor(e!)? working, Tensor(f!)? ema, float ema_decay) -> ()",
 )
 _norm_operator = torch.library.custom_op(
     "fastgrpo::global_norm", _launch_global_norm, mutates_args=(), device_types="cuda"

@@ -353,9 +353,9 @@ def test_the_operators_keep_their_promises() -> None:
     ours = state(33, 2.0)
     arguments = (ours["parameters"], ours["exp_avg"], ours["exp_avg_sq"], draw(33, 3), ours["step"], learning_rate())
     arguments = (*arguments, *OPTIONS.values())
-    torch.library.opcheck(module._adamw_operator, arguments)
-    extra = {"scale": torch.ones(1), "found_inf": torch.zeros(1), "ema": draw(33), "ema_decay": 0.5}
-    torch.library.opcheck(module._adamw_operator, arguments, {**extra, "working": draw(33).bfloat16()})
+    torch.library.opcheck(module._adamw_operator, (*arguments, None, None, None, None, 0.0))
+    extra = torch.ones(1), torch.zeros(1), draw(33).bfloat16(), draw(33), 0.5
+    torch.library.opcheck(module._adamw_operator, (*arguments, *extra))
     torch.library.opcheck(module._norm_operator, (draw(33),))
     torch.library.opcheck(module._clip_operator, (torch.ones(1), 0.5))
     torch.library.opcheck(module._clip_operator, (torch.ones(1), 0.5, torch.ones(1)))

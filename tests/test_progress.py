@@ -235,8 +235,11 @@ def terminal(columns: int) -> Iterator[int]:
 
 def shown(descriptor: int) -> list[str]:
     """All lines that were there at some moment, without what only steers the terminal."""
-    text = os.read(descriptor, 1 << 16).decode()
-    return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))
+    end, text = "nothing comes after this", b""
+    print(end, flush=True)
+    while end.encode() not in text:  # a terminal hands on what was written in pieces, and later
+        text += os.read(descriptor, 1 << 16)
+    return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode()))
 
 
 def test_bars_of_a_terminal_fit_into_80_columns_and_know_no_question_marks(monkeypatch: pytest.MonkeyPatch) -> None:

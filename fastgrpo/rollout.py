@@ -39,8 +39,8 @@ def rollout(
     nor the number of processes changes the numbers drawn.
     keep_means: also keep every step's mean.
     progress: called after every denoising step of every batch, with the number of samples' steps done and of all.
-    score: called with prompts whose images are all there, and these images, while the next are drawn; needs an engine that
-        draws whole groups so, which its `scores_early` says.
+    score: called with prompts whose images are all there, and these images, while the next are drawn; once for each where the
+        engine `overlaps`, else never.
     when: begins what messages say of a sample, such as "iteration 3, ".
     Raises BrokenPicture for images that are not finite, before they are scored.
     """

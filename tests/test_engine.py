@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -401,8 +402,14 @@ def counted_scores(parts: Parts, monkeypatch) -> list[int]:
     return calls
 
 
-def test_groups_are_scored_while_the_next_are_drawn(base: TrainConfig, monkeypatch) -> None:
-    """Two groups, a chunk each: the first is decoded and scored after the second was drawn, and nothing else changes."""
+@pytest.mark.parametrize(("size", "scored"), [(4, [3, 3]), (6, [6])])
+def test_groups_are_scored_while_the_next_are_drawn(
+    base: TrainConfig, size: int, scored: list[int], monkeypatch
+) -> None:
+    """Two groups of three, in chunks that cut them or not: each is scored when its last image is there, a chunk late.
+
+    Nothing else changes. A chunk of all images leaves nothing to draw meanwhile.
+    """
     events: list[str] = []
     decode, chunk = Policy.decode, FixedEngine.denoiser
 
@@ -418,13 +425,15 @@ def test_groups_are_scored_while_the_next_are_drawn(base: TrainConfig, monkeypat
     monkeypatch.setattr(FixedEngine, "denoiser", drawing)
     metrics = {}
     for overlap in (True, False):
-        config = altered(base, {"engine.graphs": "on", "engine.overlap": overlap, "micro_batch": 3})
+        config = altered(base, {"engine.graphs": "on", "engine.overlap": overlap, "micro_batch": size})
         parts = load_parts(config, threads=1, say=lambda line: None)
         calls = counted_scores(parts, monkeypatch)
         events.clear()
         metrics[overlap] = iterate(parts, config, 1, {}, Console())
-        assert events == (["draw", "draw", "decode", "decode"] if overlap else ["draw", "draw", "decode"])
-        assert calls == ([3, 3] if overlap else [6])
+        chunks = math.ceil(6 / size)
+        early = ["draw", *["draw", "decode"] * (chunks - 1), "decode"]
+        assert events == (early if overlap else ["draw"] * chunks + ["decode"])
+        assert calls == (scored if overlap else [6])
     for name in ("reward/mean", "reward/std", "grad/norm"):
         # Three images at a time or six: matrix products of other sizes, rounded to 6e-8 of their terms.
         assert metrics[True][name] == pytest.approx(metrics[False][name], rel=1e-4)

@@ -28,7 +28,7 @@ from fastgrpo.costs import (
     saved_bytes,
     sd1_architecture,
 )
-from fastgrpo.engine.memory import memory_plan, peak
+from fastgrpo.engine.memory import candidates, iteration_of, memory_plan, peak
 from fastgrpo.errors import ConfigError
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.schedule import make_schedule
@@ -416,16 +416,18 @@ def test_a_small_card(capsys):
 
 @pytest.mark.slow
 def test_micro_batch_0_fills_the_gpu(capsys):
-    """With the largest micro-batch of whole groups that keeps the peak within the share; the next one would not."""
+    """With the largest candidate that keeps the peak within the share; the next one would not."""
     model = count_model(sd1_architecture(), ModelConfig(), torch.bfloat16, kernels=True)
     encoders = {"hpsv2": count_encoder("hpsv2")}
+    sizes = candidates(iteration_of(R1, steps=50, pairs=512 * 49, processes=8))
     for gigabytes, share in ((141, 0.92), (80, 0.92), (80, 0.5)):
         arguments = ("--micro-batch", "0", "--gpu-gb", str(gigabytes), "--engine.memory", str(share))
         lines = shown(capsys, "safediffusion-r1", "--processes", "8", *arguments)
         pattern = rf"  micro_batch = 0: (\d+) pairs, the most that {gigabytes * share:.1f} GB should hold"
         size = next(int(found[1]) for line in lines if (found := re.match(pattern, line)))
         peaks = [
-            peak(memory_plan(R1, model, encoders, torch.bfloat16, 8, pairs))[1] / 1e9 for pairs in (size, 2 * size)
+            peak(memory_plan(R1, model, encoders, torch.bfloat16, 8, pairs))[1] / 1e9
+            for pairs in sizes[sizes.index(size) : sizes.index(size) + 2]
         ]
         assert peaks[0] <= gigabytes * share < peaks[1]
     assert "  micro_batch = 0: 32 pairs on a CPU" in shown(

@@ -14,12 +14,13 @@ from fastgrpo.console import Console
 from fastgrpo.costs import EncoderCost, ModelCost, count_encoders, count_model, find_architecture
 from fastgrpo.engine.memory import (
     CPU_MICRO_BATCH,
+    candidates,
     cut,
     halves,
+    iteration_of,
     memory_lines,
     memory_plan,
     predicted_micro_batch,
-    whole_groups,
 )
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.schedule import make_schedule
@@ -64,7 +65,8 @@ def estimate(config: TrainConfig, tflops: float, processes: int, gpu_gb: float, 
     with console.bar("counting"):
         model = count_model(description, config.model, dtype, own_kernels(config))
         encoders, left_out = count_encoders(config.reward)
-    micro_batch, why = _micro_batch(config, model, encoders, processes, gpu_gb)
+    sizes = candidates(iteration_of(config, len(schedule), pairs, processes))
+    micro_batch, why = _micro_batch(config, model, encoders, processes, gpu_gb, sizes)
     memory = memory_plan(config, model, encoders, dtype, processes, micro_batch)
 
     console.say("Computed from the configs, not measured.", "")
@@ -110,15 +112,19 @@ def iteration_work(
 
 
 def _micro_batch(
-    config: TrainConfig, model: ModelCost, encoders: Mapping[str, EncoderCost], processes: int, gpu_gb: float
+    config: TrainConfig,
+    model: ModelCost,
+    encoders: Mapping[str, EncoderCost],
+    processes: int,
+    gpu_gb: float,
+    sizes: Sequence[int],
 ) -> tuple[int, str]:
-    """Pairs in a micro-batch, and a line that says why."""
+    """Pairs in a micro-batch, and a line that says why. sizes: that training would try."""
     if config.micro_batch:
         return config.micro_batch, f"micro_batch = {config.micro_batch} (sample, step) pairs, as configured"
     if config.engine.device == "cpu":
         return CPU_MICRO_BATCH, f"micro_batch = 0: {CPU_MICRO_BATCH} pairs on a CPU"
-    samples = config.prompts_per_iteration * config.group_size // processes
-    room, sizes = int(config.engine.memory * gpu_gb * 1e9), whole_groups(samples, config.group_size)
+    room = int(config.engine.memory * gpu_gb * 1e9)
     size = predicted_micro_batch(config, model, encoders, compute_dtype(config), processes, room, sizes)
     return (
         size,

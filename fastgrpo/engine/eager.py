@@ -77,9 +77,9 @@ class EagerEngine:
         return self.learner.config.engine.overlap and self.learner.policy.device.type == "cuda"
 
     def scores_early(self, samples: int) -> bool:
-        """Whether they are scored then too: where each has whole groups."""
+        """Whether groups are scored then too: where one is whole before the last chunk is drawn."""
         group = self.learner.config.group_size
-        return self.overlaps and all(part.start % group == part.stop % group == 0 for part in self.chunks(samples))
+        return self.overlaps and any(part.stop >= group for part in self.chunks(samples)[:-1])
 
     def denoiser(self, embeds: Tensor, part: slice, keep_mean: bool) -> Denoise:
         """Takes the steps of one chunk. embeds: [N, L, D] of its samples. part: where they are among this process's."""

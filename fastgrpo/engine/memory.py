@@ -20,6 +20,9 @@ CPU_MICRO_BATCH = 32
 GRANULE = 8
 """Above this many pairs only multiples of it are tried."""
 _TOLERANCE = 0.02  # a micro-batch this much slower than the fastest is as good; timings differ by that anyway
+_AS_FULL = 0.005  # so much more padding than the least, in an iteration's work, is as good
+_MOST_PADDING = 0.25  # that a larger micro-batch could make up for by being faster
+_APART = 1.25  # of two sizes that are closer the smaller is tried: their passes are as fast
 _TIMED = 4  # sizes that are timed: each means passes of its own, and with graphs a capture
 _REPEATS = 3
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -58,14 +61,40 @@ class Chosen:
 class Iteration:
     """What one process computes in an iteration, for choosing a micro-batch.
 
-    samples: images. group_size: of one prompt. steps: denoising steps of each. updates: optimizer steps. pairs: of each.
+    samples: images that a rollout draws in passes of a micro-batch's size; 0 where rollout.batch says another. steps:
+    denoising steps of each. updates: optimizer steps. pairs: of each. by_chance: whether that is a mean, since several
+    processes share the pairs out as they were dealt.
     """
 
     samples: int
-    group_size: int
     steps: int
     updates: int
     pairs: int
+    by_chance: bool = False
+
+    def passes(self, size: int) -> float:
+        """Forward and backward passes of `size` pairs, also where fewer are left and they are filled up.
+
+        A rollout's pass is counted as a third of one. By chance every number of pairs is as likely to be left.
+        """
+        rollout = self.steps * math.ceil(self.samples / size) / 3
+        update = (self.pairs + (size - 1) / 2) / size if self.by_chance else math.ceil(self.pairs / size)
+        return rollout + self.updates * update
+
+    def padding(self, size: int) -> float:
+        """What filling up adds to an iteration's work: 0.05 is one twentieth more."""
+        return size * self.passes(size) / (self.steps * self.samples / 3 + self.updates * self.pairs) - 1
+
+
+def iteration_of(config: TrainConfig, steps: int, pairs: int, processes: int) -> Iteration:
+    """steps: of the schedule. pairs: that an iteration learns from, on all processes."""
+    return Iteration(
+        samples=0 if config.rollout.batch else config.prompts_per_iteration * config.group_size // processes,
+        steps=steps,
+        updates=config.updates_per_iteration,
+        pairs=-(-pairs // config.updates_per_iteration // processes),
+        by_chance=processes > 1,
+    )
 
 
 def memory_plan(
@@ -209,14 +238,23 @@ def predicted_micro_batch(
 # Finding the micro-batch.
 
 
-def whole_groups(samples: int, group_size: int) -> tuple[int, ...]:
-    """Micro-batches that deal `samples` into equal chunks of whole groups, or a group into equal chunks; ascending.
+def candidates(work: Iteration) -> tuple[int, ...]:
+    """Few micro-batches with little padding, ascending: one from each power of two to the next.
 
-    So every chunk of a rollout has the shape of a full micro-batch. samples: a multiple of group_size.
+    Of those that are nearly as full as the fullest it is the largest. 196 pairs of 64 images, for instance, fill 6
+    passes of 33 and the images 2, where 32 take 7, of which one is nearly empty. A product's rows are the pixels or
+    tokens of all samples, so that tensor cores have whole tiles with odd sizes too.
     """
-    within = {size for size in range(1, group_size + 1) if group_size % size == 0}
-    groups = samples // group_size
-    return tuple(sorted(within | {group_size * count for count in range(1, groups + 1) if groups % count == 0}))
+    sizes, low = [1], 1
+    while low < work.pairs:
+        high = min(2 * low, work.pairs)
+        padding = {size: work.padding(size) for size in range(low + 1, high + 1)}
+        bound = min(min(padding.values()) + _AS_FULL, _MOST_PADDING)
+        size = max((size for size, more in padding.items() if more <= bound), default=0)
+        if size >= _APART * sizes[-1]:
+            sizes.append(size)
+        low = high
+    return tuple(sizes)
 
 
 def largest_micro_batch(fits: Callable[[int], bool], limit: int, predicted: int, sizes: Sequence[int] = ()) -> int:
@@ -253,16 +291,10 @@ def largest_micro_batch(fits: Callable[[int], bool], limit: int, predicted: int,
 def choose(seconds: Mapping[int, float], work: Iteration) -> int:
     """Of the timed micro-batches the smallest that makes an iteration as fast as any, to 2%.
 
-    seconds: micro-batch -> of one forward and backward pass. A rollout's pass is counted as a third of that, and an
-    update's last micro-batch as a full one, since it is filled up. The same timings give the same choice.
+    seconds: micro-batch -> of one forward and backward pass. The same timings give the same choice.
     """
-
-    def of_iteration(size: int) -> float:
-        rollout = work.steps * math.ceil(work.samples / size) / 3
-        return seconds[size] * (rollout + work.updates * math.ceil(work.pairs / size))
-
-    fastest = min(map(of_iteration, seconds))
-    return min(size for size in seconds if of_iteration(size) <= fastest * (1 + _TOLERANCE))
+    took = {size: each * work.passes(size) for size, each in seconds.items()}
+    return min(size for size in took if took[size] <= min(took.values()) * (1 + _TOLERANCE))
 
 
 def find_micro_batch(
@@ -272,7 +304,7 @@ def find_micro_batch(
 
     The largest that fits and the next smaller ones are timed. Raises torch.OutOfMemoryError where none fits.
     """
-    sizes = [size for size in whole_groups(work.samples, work.group_size) if size <= work.pairs]
+    sizes = candidates(work)
     largest = largest_micro_batch(fits, sizes[-1], predicted, sizes)
     took = {size: seconds(size) for size in [size for size in sizes if size <= largest][-_TIMED:]}
     return Chosen(choose(took, work), largest, tuple(took.items()))

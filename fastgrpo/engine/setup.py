@@ -159,15 +159,8 @@ def micro_batch_finder(
     def measure(run: Callable[[int], object], model: ModelCost, encoders: Mapping[str, EncoderCost]) -> memory.Chosen:
         room = memory.memory_room(device, config.engine.memory)
         schedule = make_schedule(description.scheduler, config.rollout.steps, config.rollout.eta, device)
-        samples = config.prompts_per_iteration * config.group_size // ranks.count
-        work = memory.Iteration(
-            samples=samples,
-            group_size=config.group_size,
-            steps=len(schedule),
-            updates=config.updates_per_iteration,
-            pairs=-(-pairs_per_iteration(config, schedule) // config.updates_per_iteration // ranks.count),
-        )
-        sizes = memory.whole_groups(samples, config.group_size)
+        work = memory.iteration_of(config, len(schedule), pairs_per_iteration(config, schedule), ranks.count)
+        sizes = memory.candidates(work)
         predicted = memory.predicted_micro_batch(config, model, encoders, dtype, ranks.count, room, sizes)
         alone = room - memory.beside_a_pass(config, model, encoders, dtype, ranks.count)
         return memory.find_micro_batch(

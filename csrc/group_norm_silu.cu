@@ -422,9 +422,9 @@ struct Device {
   int major, multiprocessors, shared_bytes;
 };
 
-cudaError_t describe(Device& device) {
-  int id;
-  cudaError_t error = cudaGetDevice(&id);
+// The runtime in this library keeps a current device of its own, whichever PyTorch's is: id becomes it.
+cudaError_t describe(Device& device, int id) {
+  cudaError_t error = cudaSetDevice(id);
   if (!error) error = cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, id);
   if (!error) error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, id);
   if (!error) error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
@@ -533,14 +533,14 @@ Shape make_shape(int64_t pixels, int64_t channels, int64_t groups, float eps, in
 }  // namespace
 
 // Both return a CUDA error code, 0 if the kernels were launched. temb and dtemb may be null. dtype: 0 float, 1 half,
-// 2 bfloat16; weight_dtype, of weight, bias, dweight and dbias: 0 or dtype.
+// 2 bfloat16; weight_dtype, of weight, bias, dweight and dbias: 0 or dtype. id: of the device that the stream is of.
 
 extern "C" int fastgrpo_group_norm_silu_forward(void* y, float* mean, float* rstd, const void* x, const void* temb,
                                                 const void* weight, const void* bias, int64_t samples, int64_t pixels,
                                                 int64_t channels, int64_t groups, float eps, int64_t silu,
-                                                int64_t dtype, int64_t weight_dtype, void* stream) {
+                                                int64_t dtype, int64_t weight_dtype, int64_t id, void* stream) {
   Device device;
-  if (const cudaError_t error = describe(device)) return error;
+  if (const cudaError_t error = describe(device, int(id))) return error;
   Shape s = make_shape(pixels, channels, groups, eps, silu, weight_dtype);
   size_t shared;
   const int v = plan(s, device, samples, dtype == 0 ? 4 : 2, 1, is_aligned(x) && is_aligned(y), shared);
@@ -553,9 +553,10 @@ extern "C" int fastgrpo_group_norm_silu_backward(void* dx, void* dweight, void* 
                                                  const void* dy, const void* x, const void* temb, const void* weight,
                                                  const void* bias, const float* mean, const float* rstd,
                                                  int64_t samples, int64_t pixels, int64_t channels, int64_t groups,
-                                                 int64_t silu, int64_t dtype, int64_t weight_dtype, void* stream) {
+                                                 int64_t silu, int64_t dtype, int64_t weight_dtype, int64_t id,
+                                                 void* stream) {
   Device device;
-  if (const cudaError_t error = describe(device)) return error;
+  if (const cudaError_t error = describe(device, int(id))) return error;
   Shape s = make_shape(pixels, channels, groups, 0.0f, silu, weight_dtype);
   size_t shared;
   const bool aligned = is_aligned(x) && is_aligned(dy) && is_aligned(dx);

@@ -1,8 +1,12 @@
 """The CUDA C++ of csrc/: built on first use by nvcc into a cache folder, loaded by ctypes, called with raw pointers.
 
-No PyTorch headers are involved, so a build takes seconds and outlives PyTorch's versions. It lies in the cache
-folder, under a name made of the sources, the device's compute capability and nvcc's version. It appears there by
-an atomic rename: processes that build it at the same time do the work twice and end with the same file.
+No PyTorch headers are involved, so a build takes seconds and outlives PyTorch's versions. Nor is PyTorch's CUDA runtime:
+one is linked in, which needs no library of nvcc's version to be found when it is loaded. Its current device is its own, so
+that every call says which one is meant.
+
+The library lies in the cache folder, under a name made of the sources, nvcc's options, which say for which devices, and
+its version. It appears there by an atomic rename: processes that build it at the same time do the work twice and end with
+the same file.
 
 `group_norm_silu_forward` and `_backward` take and return what the functions that launch Triton's kernels do.
 """
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor
 
 ARCHITECTURES = (80, 90)
+"""Compute capabilities, times ten, that the sources are tested for; any 8.x does."""
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -37,21 +42,16 @@ def sources() -> list[Path]:
     return sorted(here.glob("*.cu"))
 
 
-def command(nvcc: str, output: Path) -> list[str]:
-    """What builds the library."""
-    codes = [word for a in ARCHITECTURES for word in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
-    return [
-        nvcc,
-        "-shared",
-        "-Xcompiler",
-        "-fPIC",
-        "-O3",
-        "-std=c++17",
-        *codes,
-        "-o",
-        str(output),
-        *map(str, sources()),
-    ]
+def architectures() -> tuple[int, ...]:
+    """What to build for: the compute capabilities of the devices at hand that csrc is for, or `ARCHITECTURES` without any."""
+    found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    return tuple(sorted(10 * major + minor for major, minor in found if _is_for(major, minor))) or ARCHITECTURES
+
+
+def options() -> list[str]:
+    """What nvcc is told beside the files' names."""
+    codes = [word for a in architectures() for word in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
+    return ["-shared", "-cudart", "static", "-Xcompiler", "-fPIC", "-O3", "-std=c++17", *codes]
 
 
 @functools.cache
@@ -60,7 +60,7 @@ def available() -> str | None:
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     major, minor = torch.cuda.get_device_capability()
-    if (major, minor) != (9, 0) and major != 8:
+    if not _is_for(major, minor):
         return f"csrc is for compute capability 8.x and 9.0, this device has {major}.{minor}"
     try:
         _library()
@@ -84,7 +84,8 @@ def build() -> Path:
         # In the cache folder itself: a rename is atomic within a file system.
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             made = Path(folder) / library.name
-            done = subprocess.run(command(nvcc, made), capture_output=True, text=True, timeout=600)
+            command = [nvcc, *options(), "-o", str(made), *map(str, sources())]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
             if done.returncode != 0:
                 lines = (done.stderr + done.stdout).strip().splitlines()
                 message = next((line for line in lines if "error" in line), f"exit status {done.returncode}")
@@ -103,7 +104,7 @@ def cache_folder() -> Path:
 
 
 def call(function: str, device: torch.device, *arguments: Tensor | int | float | None) -> None:
-    """Call an `extern "C"` function on the device's current stream, which is appended to its arguments.
+    """Call an `extern "C"` function on the device's current stream; the device's index and that are appended to its arguments.
 
     Tensors go as pointers, None as a null pointer, bool and int as int64, float as float. Raises LaunchError unless the
     function returns 0, a CUDA error code otherwise.
@@ -111,7 +112,7 @@ def call(function: str, device: torch.device, *arguments: Tensor | int | float |
     library = _library()
     with torch.cuda.device(device):
         stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-        code = getattr(library, function)(*map(as_c, arguments), stream)
+        code = getattr(library, function)(*map(as_c, (*arguments, device.index)), stream)
     if code != 0:
         raise LaunchError(f"{function} failed with CUDA error {code}: {library.fastgrpo_error(code).decode()}")
 
@@ -164,11 +165,15 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def _is_for(major: int, minor: int) -> bool:
+    """Whether csrc is for devices of this compute capability."""
+    return major == 8 or (major, minor) == (9, 0)
+
+
 def _name(nvcc: str) -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(options()).encode())
     for source in sources():
         digest.update(source.read_bytes())
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
     digest.update(version.encode())
-    capability = "".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else "none"
-    return f"fastgrpo-sm{capability}-{digest.hexdigest()[:16]}"
+    return f"fastgrpo-sm{'-'.join(map(str, architectures()))}-{digest.hexdigest()[:16]}"

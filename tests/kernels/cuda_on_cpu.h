@@ -52,7 +52,7 @@ inline __nv_bfloat16 __float2bfloat16(float x) {
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-constexpr int cudaErrorInvalidValue = 1;
+constexpr int cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101;
 constexpr int cudaDevAttrComputeCapabilityMajor = 0, cudaDevAttrMultiProcessorCount = 1,
               cudaDevAttrMaxSharedMemoryPerBlockOptin = 2;
 constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 0, cudaLaunchAttributeClusterDimension = 0;
@@ -83,11 +83,14 @@ extern "C" void emulate(int major, int multiprocessors, int shared_bytes) {
 extern "C" int largest_cluster() { return emulated_largest_cluster; }
 extern "C" int64_t largest_shared() { return int64_t(emulated_largest_shared); }
 
-inline int cudaGetDevice(int* id) { return *id = 0; }
-inline int cudaDeviceGetAttribute(int* value, int attribute, int) {
+inline int emulated_current = -1;
+inline int cudaSetDevice(int id) { return (emulated_current = id) < 0 ? cudaErrorInvalidDevice : 0; }
+inline int cudaDeviceGetAttribute(int* value, int attribute, int id) {
+  if (id != emulated_current) return cudaErrorInvalidDevice;
   *value = emulated_device[attribute];
   return 0;
 }
+extern "C" int current_device() { return emulated_current; }
 inline int cudaFuncSetAttribute(const void*, int, int) { return 0; }
 inline const char* cudaGetErrorString(int) { return "an error"; }
 

@@ -5,7 +5,9 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ HERE = Path(__file__).parent
 EPS = 1e-5
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc on the PATH")
 SHARED_SM80, SHARED_SM90 = 163 * 1024, 227 * 1024
+DEVICE = 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,7 +46,8 @@ def csrc(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     """group_norm_silu's native functions call the emulated library."""
 
     def call(function: str, device: torch.device, *arguments: object) -> None:
-        code = getattr(emulated, function)(*map(native.as_c, arguments), ctypes.c_void_p())
+        code = getattr(emulated, function)(*map(native.as_c, arguments), ctypes.c_int64(DEVICE), ctypes.c_void_p())
+        assert emulated.current_device() == DEVICE
         if code != 0:
             raise native.LaunchError(f"{function}: {code}")
 
@@ -188,6 +192,16 @@ def test_csrc_takes_memory_that_is_not_aligned(csrc: ctypes.CDLL) -> None:
         torch.testing.assert_close(a, e, rtol=2**-7, atol=1e-5)
 
 
+def test_a_call_says_which_device_and_stream_are_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    library = SimpleNamespace(function=lambda *arguments: given.extend(each.value for each in arguments) or 0)
+    monkeypatch.setattr(native, "_library", lambda: library)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=70 + device.index))
+    native.call("function", torch.device("cuda", 1), None, 5, 0.5)
+    assert given == [None, 5, 0.5, 1, 71]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Building
 
@@ -218,6 +232,36 @@ def test_nvcc_compiles_every_kernel_without_spills(tmp_path: Path, capsys: pytes
             with capsys.disabled():
                 print(f"\nsm_{architecture}: {min(map(int, registers))} to {max(map(int, registers))} registers")
             assert {kernel: spill for kernel, spill in zip(kernels, spills, strict=True) if spill != ("0", "0")} == {}
+
+
+def devices(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
+    """As if there were CUDA devices of these compute capabilities."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+
+
+CALLS_IT = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+library.fastgrpo_error.restype = ctypes.c_char_p
+null, one, eps = ctypes.c_void_p(), ctypes.c_int64(1), ctypes.c_float(0)
+sizes, choices, device = [one] * 4, [one] * 3, ctypes.c_int64(99)
+code = library.fastgrpo_group_norm_silu_forward(*[null] * 7, *sizes, eps, *choices, device, null)
+print(library.fastgrpo_error(code).decode())
+"""
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_the_library_is_for_the_device_at_hand_and_needs_no_other(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices(monkeypatch, (9, 0), (9, 0))
+    library = native.build()
+    cuobjdump = pytest.importorskip("fastgrpo.kernels.compile")._CUOBJDUMP
+    listed = subprocess.run([cuobjdump, "--list-elf", library], capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"sm_\d+(?=\.cubin)", listed)) == {"sm_90"}
+    # Without PyTorch in the process, whose runtime would be found by name; device 99 is nowhere.
+    done = subprocess.run([sys.executable, "-I", "-c", CALLS_IT, library], capture_output=True, text=True, check=True)
+    assert "device" in done.stdout or "driver" in done.stdout, done.stdout
 
 
 def fake_nvcc(folder: Path, script: str) -> None:
@@ -255,6 +299,20 @@ def test_it_is_built_once_for_sources_and_compiler(
     monkeypatch.setattr(native, "sources", lambda: [source])
     assert native.build() not in {first}
     assert len(list(cache.iterdir())) == 3
+
+
+def test_it_is_built_for_the_devices_at_hand(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvcc(tmp_path, f'echo "$*" > {tmp_path}/told; {WRITES}')
+    built = set()
+    for capabilities, expected in (([], ["80", "90"]), ([(9, 0), (9, 0)], ["90"]), ([(8, 6)], ["86"])):
+        devices(monkeypatch, *capabilities)
+        built.add(native.build())
+        assert re.findall(r"code=sm_(\d+)", (tmp_path / "told").read_text()) == expected
+    devices(monkeypatch, (9, 0), (8, 0), (12, 0))
+    assert native.architectures() == (80, 90)
+    assert len(built) == 3
+    monkeypatch.setattr(native, "options", lambda: [])
+    assert native.build() not in built
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ OPERATIONS = (
     "fused_adamw",
     "layer_norm",
     "geglu",
+    "accumulate",
 )
 ARCHITECTURES = (80, 90, 100)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -69,10 +70,7 @@ def compile_kernel(operation: str, aot: AotKernel, architecture: int) -> Usage:
         raise ValueError(
             f"{operation}, {aot.name}: the signature is {list(aot.signature)}, the kernel's {aot.kernel.arg_names}"
         )
-    aligned = {
-        (index,): [["tt.divisibility", 16]] for index, type in enumerate(aot.signature.values()) if type.startswith("*")
-    }
-    source = ASTSource(fn=aot.kernel, signature=aot.signature, constexprs=aot.constants, attrs=aligned)
+    source = ASTSource(fn=aot.kernel, signature=aot.signature, constexprs=aot.constants, attrs=_aligned(aot.signature))
     options = {"num_warps": aot.num_warps, **aot.options}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -83,6 +81,14 @@ def compile_kernel(operation: str, aot: AotKernel, architecture: int) -> Usage:
     shared = max(compiled.metadata.shared, numbers["SHARED"])
     function = aot.kernel.fn.__name__
     return Usage(operation, aot.name, function, architecture, numbers["REG"], numbers["STACK"], shared)
+
+
+def _aligned(signature: dict[str, str | tuple[str, ...]]) -> dict[tuple[int, ...], list]:
+    """The attribute of every pointer, by its place: (parameter,), or (parameter, place within its tuple)."""
+    places: dict[tuple[int, ...], str] = {}
+    for index, kind in enumerate(signature.values()):
+        places |= {(index,): kind} if isinstance(kind, str) else {(index, j): each for j, each in enumerate(kind)}
+    return {place: [["tt.divisibility", 16]] for place, kind in places.items() if kind.startswith("*")}
 
 
 def compile_all() -> Iterator[Usage]:

@@ -29,13 +29,13 @@ class AotKernel:
     """One Triton kernel with fixed parameters, to compile without a GPU.
 
     kernel: what `@triton.jit` made. signature: parameter -> Triton's type, "*bf16", "*fp32", "*i64", "i32", "fp32" or
-    "constexpr", in the kernel's order. constants: the constexprs. num_warps: as it is launched. options: what else the
+    "constexpr", or a tuple of them, in the kernel's order. constants: the constexprs. num_warps: as it is launched. options: what else the
     launch tells Triton's compiler, such as {"enable_fp_fusion": False}.
     """
 
     name: str
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, str | tuple[str, ...]]
     constants: dict[str, Any]
     num_warps: int = 4
     options: dict[str, Any] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastgrpo.engine.weights import FlatAdamW, FlatWeights
+from fastgrpo.kernels import accumulate as accumulate_module
 from fastgrpo.kernels.fused_adamw import global_norm
 
 LR, BETAS, EPS, DECAY = 3e-3, (0.9, 0.95), 1e-7, 0.02
@@ -107,6 +108,35 @@ def assert_padding_is_zero(optimizer: FlatAdamW) -> None:
     for buffer in (weights.values, weights.gradient, optimizer.exp_avg, optimizer.exp_avg_sq):
         inside = sum(view.count_nonzero() for view in weights.views(buffer).values())
         assert buffer.count_nonzero() == inside
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_are_summed_together_where_they_lie_as_their_places_do(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one call for all of them; what autograd laid out otherwise is added all the same."""
+    together = []
+    operator = accumulate_module._operator
+    monkeypatch.setattr(
+        accumulate_module, "_operator", lambda *given: (together.append(len(given[1])), operator(*given))
+    )
+    model = make_model()
+    weights = FlatWeights(dict(model.named_parameters()))
+    weights._device = torch.device("cuda")  # as there; the tensors themselves stay here
+    expected = [torch.zeros_like(p) for p in model.parameters()]
+    weights.zero_gradient()
+    for seed in range(3):
+        given = [g.to(dtype) for g in gradients(model, seed)]
+        names = list(weights.parameters)
+        given[names.index("0.weight")] = given[names.index("0.weight")].contiguous()
+        weights.accumulate(given)
+        for total, gradient in zip(expected, given, strict=True):
+            total += gradient
+    for view, total in zip(weights.views(weights.gradient).values(), expected, strict=True):
+        assert torch.equal(view, total)
+    # All but the convolution of several pixels, whose place is in channels_last; that of one pixel lies the same in both.
+    assert together == [len(expected) - 1] * 3
+    assert weights.gradient.count_nonzero() == sum(t.count_nonzero() for t in expected)
 
 
 def test_clipping_is_that_of_torch_with_the_exact_norm() -> None:

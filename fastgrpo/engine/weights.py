@@ -10,11 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fastgrpo.kernels.accumulate import ALIGNMENT, accumulate
 from fastgrpo.kernels.fused_adamw import clip_coefficient, fused_adamw, global_norm
-
-# In elements: 128 bytes of float32, 64 of a working copy. No parameter shares a cache line with another, and each is as
-# well aligned for vector loads as if it had been allocated alone.
-_ALIGNMENT = 32
 
 
 class FlatWeights:
@@ -39,7 +36,9 @@ class FlatWeights:
         self._starts, self.size = {}, 0
         for name, parameter in self.parameters.items():
             self._starts[name] = self.size
-            self.size += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+            # 128 bytes of float32, 64 of a working copy: no parameter shares a cache line with another, and each is as
+            # well aligned for vector loads as if it had been allocated alone.
+            self.size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
         # Dense, and in the parameter's own order of dimensions.
         self._strides = {name: torch.empty_like(p, device="meta").stride() for name, p in self.parameters.items()}
         self._device = devices.pop()
@@ -93,11 +92,27 @@ class FlatWeights:
     def accumulate(self, gradients: Sequence[Tensor]) -> None:
         """Add one gradient per parameter, of any dtype, to `.grad`, which lies in the flat one from the first on."""
         if all(p.grad is view for p, view in zip(self.parameters.values(), self._gradients, strict=True)):
-            torch._foreach_add_(self._gradients, list(gradients))
+            self._add(gradients)
             return
         torch._foreach_copy_(self._gradients, list(gradients))
         for parameter, view in zip(self.parameters.values(), self._gradients, strict=True):
             parameter.grad = view
+
+    def _add(self, gradients: Sequence[Tensor]) -> None:
+        """On a GPU those that lie in memory as their places do in few launches, the others one by one."""
+        if self._device.type == "cpu":  # the same bits; there is no launch to spare
+            torch._foreach_add_(self._gradients, list(gradients))
+            return
+        alike, others = [], []
+        for gradient, view, start in zip(gradients, self._gradients, self._starts.values(), strict=True):
+            if _same_layout(gradient, view):
+                alike.append((gradient, start))
+            else:
+                others.append((view, gradient))
+        if alike:
+            accumulate(self.gradient, *zip(*alike, strict=True))
+        for view, gradient in others:
+            view.add_(gradient)
 
     def collect_gradients(self) -> Tensor:
         """The flat gradient, after taking in every `.grad` that lies elsewhere; where there is none it is 0."""
@@ -118,6 +133,12 @@ class FlatWeights:
         for name, parameter in self.parameters.items():
             if parameter.data_ptr() != self._addresses[name]:
                 raise RuntimeError(f"{name} was moved out of the flat buffer, so the optimizer no longer moves it")
+
+
+def _same_layout(tensor: Tensor, other: Tensor) -> bool:
+    """Whether their elements, of the same shape, come in the same order in memory, where `other` has no holes."""
+    strides = zip(tensor.stride(), other.stride(), tensor.shape, strict=True)
+    return all(mine == its or size == 1 for mine, its, size in strides)
 
 
 class FlatAdamW:

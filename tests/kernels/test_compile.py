@@ -92,18 +92,18 @@ def launched_kernels(source: str) -> set[str]:
     return kernels & named
 
 
-def test_the_optimizer_moves_16_bytes_at_a_time_whatever_the_number_of_parameters() -> None:
+def test_flat_buffers_are_moved_16_bytes_at_a_time_whatever_the_number_of_parameters() -> None:
     """Of a number of elements that Triton knows nothing of, a mask would make every access one of 4 bytes."""
     code = """
 import json, re
 import fastgrpo, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastgrpo.kernels.fused_adamw import SPEC
+from fastgrpo.kernels import accumulate, fused_adamw
+from fastgrpo.kernels.compile import _aligned
 found = {}
-for aot in SPEC.aot:
-    attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(aot.signature.values()) if t.startswith("*")}
-    source = ASTSource(fn=aot.kernel, signature=aot.signature, constexprs=aot.constants, attrs=attrs)
+for aot in (*fused_adamw.SPEC.aot, *accumulate.SPEC.aot):
+    source = ASTSource(aot.kernel, aot.signature, aot.constants, _aligned(aot.signature))
     options = {"num_warps": aot.num_warps, **aot.options}
     text = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     found[aot.name] = [len(re.findall(access + r"\\.global\\.v4", text)) for access in ("ld", "st")]
@@ -117,3 +117,6 @@ print(json.dumps(found))
     assert found["adamw"] == [4, 3]
     assert found["adamw_ema"] == [5, 4]
     assert found["squares"][0] > 0
+    # A thread's 16 elements: their gradients, and the sums, which are written again.
+    assert found["bf16"] == found["fp16"] == [2 + 4, 4]
+    assert found["fp32"] == [4 + 4, 4]

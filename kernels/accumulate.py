@@ -1,0 +1,185 @@
+"""Many gradients, each a tensor of its own, added to one flat float32 buffer in few launches.
+
+    total[starts[i] + k] += gradients[i][k]        k over the elements of gradients[i], in the order of their memory
+
+total [n] float32; gradients in bfloat16, float16 or float32. Half precision is exact in float32, so that every sum is
+rounded once, and each element belongs to one program: the bits are those of `add_`. Bytes an element: 10 in half precision.
+
+PyTorch adds tensors of different dtypes one by one, each in a launch of its own. Here a launch takes a tuple of 64: their
+addresses are the kernel's arguments, so that a CUDA graph holds them and no table has to be copied to the device.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate as running_sum
+
+import torch
+from torch import Tensor
+
+from fastgrpo.kernels.device import on_its_device
+from fastgrpo.kernels.language import tl, triton
+from fastgrpo.kernels.spec import AotKernel, Case, OpSpec
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+ALIGNMENT = 32
+"""Elements: `starts` are multiples of it, so that both sides of a sum are moved 16 bytes at a time."""
+
+_BYTES = 16
+# A launch's arguments stay below 2 KB, and finding its tensor costs a program a fraction of what its elements take.
+_COUNT = 64
+# 16 elements a thread of 256: two 16-byte loads in half precision and four in float32.
+_BLOCK = 4096
+_WARPS = 8
+
+
+@triton.jit
+def _accumulate_kernel(total_ptr, gradients, starts, sizes, firsts, BLOCK: tl.constexpr):
+    """Numbers come as `_odd` makes them. firsts: the program that has a gradient's first elements."""
+    program = tl.program_id(0)
+    gradient_ptr, start, size, first = gradients[0], starts[0], sizes[0], firsts[0]
+    for i in tl.static_range(1, len(gradients)):
+        reached = program >= firsts[i] // 2 - 1
+        gradient_ptr = tl.where(reached, gradients[i], gradient_ptr)
+        start = tl.where(reached, starts[i], start)
+        size = tl.where(reached, sizes[i], size)
+        first = tl.where(reached, firsts[i], first)
+    begin = (program - (first // 2 - 1)).to(tl.int64) * BLOCK
+    at = begin + tl.arange(0, BLOCK)
+    sum_ptr = total_ptr + tl.multiple_of(start // 2 - 1, 32)
+    left = size // 2 - 1 - begin
+    if left >= BLOCK:  # without a mask, by which every access would be of one element
+        added = tl.load(gradient_ptr + at).to(tl.float32)
+        tl.store(sum_ptr + at, tl.load(sum_ptr + at) + added)
+    else:
+        mask = tl.arange(0, BLOCK) < left
+        added = tl.load(gradient_ptr + at, mask, other=0.0).to(tl.float32)
+        tl.store(sum_ptr + at, tl.load(sum_ptr + at, mask, other=0.0) + added, mask)
+
+
+def _odd(number: int) -> int:
+    """Neither 1 nor a multiple of 16: Triton compiles a kernel anew for those, within tuples whatever it is told."""
+    return 2 * number + 3
+
+
+@on_its_device
+def _launch_accumulate(total: Tensor, gradients: Sequence[Tensor], starts: Sequence[int]) -> None:
+    given = [pair for pair in zip(gradients, starts, strict=True) if pair[0].numel()]
+    for dtype in DTYPES:
+        _launch_some(total, [(g, s) for g, s in given if g.dtype == dtype and g.data_ptr() % _BYTES == 0])
+    if others := [(g, s) for g, s in given if g.data_ptr() % _BYTES]:
+        _cpu_accumulate(total, *zip(*others, strict=True))
+
+
+def _launch_some(total: Tensor, given: Sequence[tuple[Tensor, int]]) -> None:
+    """Of one dtype. The last launch is filled up with what no program reaches: every launch is of the same kernel."""
+    for begin in range(0, len(given), _COUNT):
+        gradients, starts = zip(*given[begin : begin + _COUNT], strict=True)
+        sizes = tuple(gradient.numel() for gradient in gradients)
+        *firsts, programs = running_sum((triton.cdiv(size, _BLOCK) for size in sizes), initial=0)
+        missing = _COUNT - len(gradients)
+        _accumulate_kernel[(programs,)](
+            total,
+            gradients + gradients[-1:] * missing,
+            tuple(map(_odd, starts + (0,) * missing)),
+            tuple(map(_odd, sizes + (0,) * missing)),
+            tuple(map(_odd, firsts + [programs] * missing)),
+            _BLOCK,
+            num_warps=_WARPS,
+        )
+
+
+_operator = torch.library.custom_op(
+    "fastgrpo::accumulate",
+    _launch_accumulate,
+    mutates_args=("total",),
+    device_types="cuda",
+    schema="(Tensor(a!) total, Tensor[] gradients, int[] starts) -> ()",
+)
+
+
+@_operator.register_kernel("cpu")
+def _cpu_accumulate(total: Tensor, gradients: Sequence[Tensor], starts: Sequence[int]) -> None:
+    parts = [total[start : start + g.numel()] for g, start in zip(gradients, starts, strict=True)]
+    torch._foreach_add_(parts, [g.as_strided((g.numel(),), (1,)) for g in gradients])
+
+
+@_operator.register_fake
+def _(total: Tensor, gradients: Sequence[Tensor], starts: Sequence[int]) -> None:
+    pass
+
+
+def accumulate(total: Tensor, gradients: Sequence[Tensor], starts: Sequence[int]) -> None:
+    """Add each gradient, in the order of its memory, to total[start : start + its elements].
+
+    total: [n] float32, contiguous. gradients: bfloat16, float16 or float32, of any shape, each without holes in its memory.
+    starts: a multiple of ALIGNMENT for each; the parts do not overlap. On the CPU the bits are the same.
+    Raises ValueError for another dtype, or a part that is not in `total`.
+    """
+    if total.dtype != torch.float32 or total.dim() != 1 or not total.is_contiguous():
+        raise ValueError(f"accumulate: total is {total.dtype} {list(total.shape)}; accepted is contiguous float32 [n]")
+    for gradient, start in zip(gradients, starts, strict=True):
+        size = gradient.numel()
+        if gradient.dtype not in DTYPES or start % ALIGNMENT or not 0 <= start <= start + size <= len(total):
+            raise ValueError(
+                f"accumulate: a gradient is {gradient.dtype} of {size} elements for {start} and beyond; accepted are "
+                f"bfloat16, float16 and float32 at a multiple of {ALIGNMENT} within {len(total)} elements"
+            )
+    _operator(total, list(gradients), list(starts))
+
+
+# As functions of tensors, for tests and benchmarks. in_place: on `total`, otherwise on a copy.
+
+
+def _starts(gradients: Sequence[Tensor]) -> list[int]:
+    return list(running_sum((-(-g.numel() // ALIGNMENT) * ALIGNMENT for g in gradients), initial=0))
+
+
+def _accumulated(in_place: bool, total: Tensor, *gradients: Tensor) -> Tensor:
+    total = total if in_place else total.clone()
+    accumulate(total, gradients, _starts(gradients)[:-1])
+    return total
+
+
+def reference(in_place: bool, total: Tensor, *gradients: Tensor) -> Tensor:
+    """The definition, one gradient after the other."""
+    total = total.clone()
+    for gradient, start in zip(gradients, _starts(gradients), strict=False):
+        total[start : start + gradient.numel()] += gradient.flatten()
+    return total
+
+
+def _foreach(in_place: bool, total: Tensor, *gradients: Tensor) -> None:
+    torch._foreach_add_(
+        [total[s : s + g.numel()] for g, s in zip(gradients, _starts(gradients), strict=False)], gradients
+    )
+
+
+def _case(name: str, sizes: Sequence[int], in_place: bool = False) -> Case:
+    def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+        gradients = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
+        total = torch.randn(_starts(gradients)[-1], generator=generator).to(device)
+        return in_place, total, *gradients
+
+    return Case(name, make, 10 * sum(sizes))
+
+
+def _aot(dtype: str) -> AotKernel:
+    numbers = ("i32",) * _COUNT
+    signature = {"total_ptr": "*fp32", "gradients": (f"*{dtype}",) * _COUNT}
+    signature |= {"starts": numbers, "sizes": numbers, "firsts": numbers, "BLOCK": "constexpr"}
+    return AotKernel(dtype, _accumulate_kernel, signature, {"BLOCK": _BLOCK}, _WARPS)
+
+
+SPEC = OpSpec(
+    name="accumulate",
+    function=_accumulated,
+    reference=reference,
+    cases=(_case("1", [1]), _case("odd", [7, 4096, 4097, 1, 33]), _case("two launches", range(1, 71))),
+    # As many as the UNet of SD 1.x has, half of them vectors, and as many elements.
+    bench=(_case("686", [1280, 2_504_635] * 343, in_place=True),),
+    dtypes=DTYPES,
+    # One rounding, in float32 whatever the gradients are.
+    tolerance=lambda dtype: (torch.finfo(torch.float32).eps, 0.0),
+    rivals={"foreach": _foreach},
+    aot=tuple(_aot(dtype) for dtype in ("bf16", "fp16", "fp32")),
+)

@@ -21,10 +21,10 @@ from fastgrpo.engine import compilation, setup
 from fastgrpo.engine.eager import EagerEngine
 from fastgrpo.engine.fixed import FixedEngine
 from fastgrpo.engine.rates import device_name
-from fastgrpo.engine.setup import Record, blank_batch, micro_batch_finder
+from fastgrpo.engine.setup import Record, micro_batch_finder
 from fastgrpo.engine.working import computing_unet
 from fastgrpo.grpo import update
-from fastgrpo.grpo.micro_batch import Learner, MicroBatch
+from fastgrpo.grpo.micro_batch import Learner, MicroBatch, blank_batch
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.models.check import describe
 from fastgrpo.parts import Parts, load_parts

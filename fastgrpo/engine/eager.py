@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.distributed import Ranks
+from fastgrpo.engine.graphs import StaticCall
 from fastgrpo.engine.reuse import Reuse
 from fastgrpo.engine.sampling import Denoise, Sampler
 from fastgrpo.engine.weights import FlatWeights
@@ -130,6 +131,13 @@ class EagerEngine:
         """
         return self._forward(self._recompute, pairs, gather)
 
+    def capture_along(self, call: StaticCall) -> None:
+        """Have a call of others, decoding for instance, captured when the engine captures its own; before an iteration.
+
+        It stays captured when a size is halved. With a pool of its own it may be replayed beside the engine's. Here it
+        stays a plain call, for nothing is captured.
+        """
+
     def replay(self, apart: float) -> None:
         """From now on have updates recompute the old log-probs. apart: how far the rollout's put a ratio from 1."""
         self.old_log_prob = "replay"
@@ -184,20 +192,22 @@ class EagerEngine:
     ) -> Iterator[tuple[Part, Item]]:
         """Every part with its result; when memory runs out, the size `name` is halved and what is left is split anew.
 
-        split: into the parts that are run together, one run after the other. most: what a size of 0 stands for.
+        Another size, where the error's attribute `size` names it. split: into the parts that are run together, one run
+        after the other. most: what a size of 0 stands for.
         """
         waiting = split(whole)
         while waiting:
             some, *waiting = waiting
-            size = getattr(self, name) or most
             try:
                 results = run(some)
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
+                short = getattr(error, "size", name)
+                size = getattr(self, short) or most
                 if size == 1:
                     raise
                 results = None
             if results is None:  # only here: until the exception is gone, it holds what the failed pass computed
-                self._resize(name, size // 2)
+                self._resize(short, size // 2)
                 waiting = [again for part in chain(some, *waiting) for again in split(part)]
             else:
                 yield from zip(some, results, strict=True)

@@ -4,22 +4,29 @@ into a CUDA graph once, and replayed.
 Rollout and update call the same compiled function with the same number of rows, the rollout too with gradients enabled: the
 same kernels run, and the update finds the rollout's log-probs to the last bit. Where there are fewer pairs, the first is
 repeated without weight.
+
+All that a run of these settings calls is known beforehand: at the first call all of it is warmed up, with blank pairs, then
+captured, so that no pass has its memory twice.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgrpo.engine.eager import Changed, EagerEngine, Gather, ignore
-from fastgrpo.engine.graphs import StaticCall, memory_pool
+from fastgrpo.engine.graphs import StaticCall, capture_all, memory_pool
 from fastgrpo.engine.reuse import RememberedText, RememberedTimes, Reuse, remember_text, remember_times
 from fastgrpo.engine.sampling import Denoise, Sampler
 from fastgrpo.engine.weights import FlatWeights
-from fastgrpo.grpo.micro_batch import Learner, MicroBatch, Outcome
+from fastgrpo.grpo.micro_batch import Learner, MicroBatch, Outcome, blank_batch
 from fastgrpo.grpo.pairs import Pairs
+
+Key = tuple[str, tuple[bool, ...]]
+"""A function's name, and which of its inputs are None."""
 
 
 class FixedEngine(EagerEngine):
@@ -41,7 +48,8 @@ class FixedEngine(EagerEngine):
     ):
         super().__init__(learner, weights, micro_batch, reuse, changed, rollout_batch, allowed)
         self._capture, self._pool = capture, memory_pool(learner.policy.device)
-        self._calls: dict[tuple, StaticCall] = {}
+        self._calls: dict[Key, StaticCall] = {}
+        self._along: list[StaticCall] = []
         self._text: RememberedText | None = None
         self._times: RememberedTimes | None = None
 
@@ -73,9 +81,6 @@ class FixedEngine(EagerEngine):
             distinct = sampler.first_rows(learner.config.rollout.initial_noise, learner.config.group_size, samples)
         positions = torch.arange(len(learner.schedule), device=embeds.device)
 
-        def step_of(latents: Tensor, noise: Tensor, position: Tensor, contexts: Tensor | None) -> tuple[Tensor, ...]:
-            return sampler.step(latents, noise, position, self._text or contexts, self._times)
-
         def denoise(step: int, latents: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
             position = positions[step : step + 1]
             latents, noise = (_padded(tensor, self.chunk_size) for tensor in (latents, noise))
@@ -83,20 +88,23 @@ class FixedEngine(EagerEngine):
                 results = sampler.plain().step(latents, noise, position, contexts, self._times, distinct)
             else:
                 given = latents, noise, position, None if self._text else contexts
-                results = self._call(("step", keep_mean), step_of, given, given)
-            return tuple(result[:count] for result in results)
+                results = self._call("step with means" if keep_mean or self._keeps_means else "step", given)
+            return tuple(result[:count] for result in results[: 3 if keep_mean else 2])
 
         return denoise
 
     def clear(self) -> None:
         self.weights.zero_gradient()
 
+    def capture_along(self, call: StaticCall) -> None:
+        if self._capture:
+            self._along.append(call)
+
     def _judge(self, batch: MicroBatch) -> Outcome:
-        return self._run("judge", lambda *t: self.learner.judge(MicroBatch(*t)).tensors(), batch)
+        return self._run("judge", batch)
 
     def _recompute(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        given = batch.padded(self.micro_batch).tensors()
-        results = self._call(("recompute",), lambda *t: self.learner.recompute(MicroBatch(*t)), given, given)
+        results = self._call("recompute", batch.padded(self.micro_batch).tensors())
         return tuple(result[: len(batch)].clone() for result in results)
 
     def _remember(self, contexts: Tensor) -> None:
@@ -116,15 +124,7 @@ class FixedEngine(EagerEngine):
 
     def _learn(self, some: tuple[Pairs, ...], gather: Gather) -> list[Outcome]:
         (part,) = some
-        batch = gather(part)
-        # Without weight a micro-batch adds nothing to the gradient, however often it is run before it is captured.
-        example = replace(batch, weight=torch.zeros_like(batch.weight))
-        return [self._run("learn", self._accumulate, batch, example)]
-
-    def _accumulate(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        outcome, gradients = self.learner.learn(MicroBatch(*tensors))
-        self.weights.accumulate(gradients)
-        return outcome.tensors()
+        return [self._run("learn", gather(part))]
 
     def _resize(self, name: str, size: int) -> None:
         self._calls.clear()
@@ -132,23 +132,92 @@ class FixedEngine(EagerEngine):
         self._pool = memory_pool(self.learner.policy.device)  # one that no graph has any more cannot be used again
         super()._resize(name, size)
 
-    def _run(self, name: str, function: Callable, batch: MicroBatch, example: MicroBatch | None = None) -> Outcome:
-        """example: what a graph is captured with, where calling the function leaves something behind."""
-        given = batch.padded(self.micro_batch).tensors()
-        results = self._call((name,), function, given, example.padded(self.micro_batch).tensors() if example else given)
+    def _run(self, name: str, batch: MicroBatch) -> Outcome:
+        results = self._call(name, batch.padded(self.micro_batch).tensors())
         return Outcome(*(None if r is None else r[: len(batch)].clone() for r in results))
 
-    def _call(
-        self,
-        key: tuple,
-        function: Callable,
-        given: tuple[Tensor | None, ...],
-        example: tuple[Tensor | None, ...],
-    ) -> tuple[Tensor | None, ...]:
-        key = *key, *(tensor is None for tensor in given)
+    # -----------------------------------------------------------------------------------------------------------------
+    # What is captured: functions of tensors alone
+
+    def _call(self, name: str, given: tuple[Tensor | None, ...]) -> Any:
+        key = name, tuple(tensor is None for tensor in given)
+        if not self._calls:
+            self._prepare()
         if key not in self._calls:
-            self._calls[key] = StaticCall(function, example, self._capture, self._pool)
-        return self._calls[key](*given)
+            self._calls[key] = self._make(key)
+        call = self._calls[key]
+        if self._capture and not call.captured:
+            capture_all([call])
+        return call(*given)
+
+    def _prepare(self) -> None:
+        """Make the calls that are foreseen, warm all of them up and capture those that are sure to come."""
+        needed, possible = self._foreseen()
+        calls = {key: self._make(key) for key in (*needed, *possible)}
+        if self._capture:
+            self.weights.collect_gradients()  # a graph adds to where the sum is at the capture
+            for (name, _), call in calls.items():
+                try:
+                    call.warm_up()
+                except torch.OutOfMemoryError as error:
+                    error.size = "rollout_batch" if name.startswith("step") and self.rollout_batch else "micro_batch"
+                    raise
+            capture_all([calls[key] for key in needed] + self._along)
+        self._calls = calls
+
+    def _foreseen(self) -> tuple[list[Key], list[Key]]:
+        """What iterations call, that which needs most memory first; and what they call should the ratio not be 1."""
+        config, mode = self.learner.config, self.old_log_prob
+        several = config.updates_per_iteration > 1
+        own = *[False] * 6, True, True  # no old log-probs, no old means: the policy as it is
+        other = own if mode == "detach" else (*[False] * 7, not config.grpo.ratio_norm)
+        replay = [("learn", own), *[("recompute", own)] * several]
+        needed = {"rollout": [("learn", other)], "detach": [("learn", own)], "replay": replay}[mode]
+        if several:
+            needed += [("learn", other)] if mode == "replay" else []
+            needed += [("judge", other)] if config.grpo.skip_clipped else []
+        needed.append(("step with means" if self._keeps_means else "step", (False, False, False, self.reuse.text)))
+        return needed, replay if mode == "rollout" and math.isfinite(self.allowed) else []
+
+    @property
+    def _keeps_means(self) -> bool:
+        """Whether rollouts begin by keeping means; they go on computing them, in the same graph, if nobody asks any more."""
+        grpo = self.learner.config.grpo
+        return grpo.ratio_norm and grpo.old_log_prob == "rollout"
+
+    def _make(self, key: Key) -> StaticCall:
+        """Not yet captured. Its example adds 0 to the gradient, however often it is run."""
+        name, absent = key
+        learner = self.learner
+        if name.startswith("step"):
+            size, guidance = self.chunk_size, learner.config.rollout.guidance
+            contexts = learner.policy.contexts(learner.policy.unconditional.expand(size, -1, -1), guidance)
+            if (self.reuse.text and self._text is None) or (self.reuse.times and self._times is None):
+                self._remember(contexts)
+            blank = blank_batch(learner, size)
+            example = blank.latents, blank.taken, blank.step[:1], contexts
+            sampler = Sampler(learner.policy, learner.schedule, guidance, keep_mean=name == "step with means")
+            function = torch.no_grad()(partial(self._step, sampler))
+        else:
+            blank = blank_batch(learner, self.micro_batch)
+            example = replace(blank, old_log_prob=blank.weight, old_mean=blank.latents).tensors()
+            work = {"learn": self._accumulate, "judge": self._tell, "recompute": learner.recompute}[name]
+            function = torch.enable_grad()(lambda *tensors: work(MicroBatch(*tensors)))
+        example = [None if none else tensor for tensor, none in zip(example, absent, strict=True)]
+        return StaticCall(function, example, capture=False, pool=self._pool)
+
+    def _step(
+        self, sampler: Sampler, latents: Tensor, noise: Tensor, position: Tensor, contexts: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        return sampler.step(latents, noise, position, self._text or contexts, self._times)
+
+    def _accumulate(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
+        outcome, gradients = self.learner.learn(batch)
+        self.weights.accumulate(gradients)
+        return outcome.tensors()
+
+    def _tell(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
+        return self.learner.judge(batch).tensors()
 
 
 def _padded(rows: Tensor, size: int) -> Tensor:

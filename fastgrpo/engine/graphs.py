@@ -1,8 +1,13 @@
 """Calls on fixed memory: on CUDA recorded once as a graph and replayed, elsewhere made anew each time.
 
 A replay runs the recorded kernels on the recorded addresses, without Python and without a launch from the host for each.
+
+Memory: what a capture allocates is kept for its graph, in a pool that graphs may share but plain calls may not. A
+function is first called plainly, for which it needs as much again. So all that will be captured is called plainly before
+the first capture, and the memory for that is given back: graphs that share a pool then need what the largest needs, once.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -10,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.cuda.memory import _cuda_endAllocateToPool
+from torch.cuda.memory import _cuda_endAllocateToPool, _cuda_releasePool
 
 Inputs = Sequence[Tensor | None]
+Pool = tuple[int, int]
 
 _WARM_UP = 3  # calls before a capture: libraries make their handles and workspaces, lazy work gets done
 
@@ -22,8 +28,9 @@ class StaticCall:
 
     buffers: that memory, one tensor per input in the example's layout, or None; they may also be written directly.
 
-    With `capture` the function is called a few times on a stream of its own, then once more while its kernels are
-    recorded; what it returned then is what every call returns, filled anew. Rules for what may be captured:
+    Until it is captured, a call is the function's. For a capture the function is called a few times on a stream of its
+    own, then once more while its kernels are recorded; what it returned then is what every call returns, filled anew.
+    Rules for what may be captured:
 
     - What decides which kernels run, and all that Python computes, is as it was at the capture. Only the content of
       tensors may differ: numbers that change, such as a step or a weight, are inputs.
@@ -46,27 +53,40 @@ class StaticCall:
         function: Callable[..., Any],
         inputs: Inputs,
         capture: bool,
-        pool: tuple[int, int] | None = None,
+        pool: Pool | None = None,
         reset: Callable[[], object] | None = None,
     ):
-        """inputs: an example, copied; a None stays None. pool: of `memory_pool`, to share with other graphs; None is its own.
+        """inputs: an example, copied; a None stays None. capture: at once; else `capture_all` does it, or nothing does.
 
-        reset: called between warm-up and capture, which itself computes nothing.
-        Raises ValueError where a graph is wanted of inputs that are not on one CUDA device, and whatever the function or
-        the capture raises; the device can be used afterwards.
+        pool: of `memory_pool`, to share with other graphs; None is its own. reset: called between warm-up and capture, which
+        itself computes nothing. Raises what `capture_all` does.
         """
-        self._function = function
+        self._function, self._pool, self._reset = function, pool, reset
         self.buffers = tuple(None if tensor is None else tensor.detach().clone() for tensor in inputs)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._outputs: Any = None
+        self._warm, self._outputs = False, None
         if capture:
-            devices = {buffer.device for buffer in self.buffers if buffer is not None}
-            if [device.type for device in devices] != ["cuda"]:
-                names = sorted(map(str, devices))
-                raise ValueError(f"a graph's inputs are on {names}; accepted is one CUDA device")
-            device = devices.pop()
-            with torch.cuda.device(device):
-                self._capture(device, pool, reset)
+            capture_all([self])
+
+    @property
+    def captured(self) -> bool:
+        return self._graph is not None
+
+    def warm_up(self) -> None:
+        """Call the function with what is in the buffers, so that a capture finds all ready; once for good.
+
+        Raises ValueError where the inputs are not on one CUDA device, RuntimeError where the function waits for the device,
+        and whatever it raises itself.
+        """
+        if self._warm:
+            return
+        device = _cuda_device(self.buffers)
+        if self._pool is None:
+            self._pool = memory_pool(device)
+        warm_up(lambda: self._function(*self.buffers), device, self._pool)
+        if self._reset is not None:
+            self._reset()
+        self._warm = True
 
     def __call__(self, *inputs: Tensor | None) -> Any:
         """What the function returns for `inputs`, which are like the example's in shape, dtype, device and where they are None.
@@ -87,33 +107,88 @@ class StaticCall:
         self._graph.replay()
         return self._outputs
 
-    def _capture(self, device: torch.device, pool: tuple[int, int] | None, reset: Callable[[], object] | None) -> None:
-        current, side = torch.cuda.current_stream(), _side_stream(device)
+    def _record(self) -> None:
+        device = _cuda_device(self.buffers)
+        self._graph, self._outputs = record(lambda: self._function(*self.buffers), device, self._pool)
+
+
+def capture_all(calls: Sequence[StaticCall]) -> None:
+    """Record calls as graphs, those that are not yet: all are warmed up before the first is recorded.
+
+    The largest first: in a pool that they share the others find room in its memory. Raises ValueError where a call's inputs
+    are not on one CUDA device, and whatever a function or a capture raises; the device can be used afterwards.
+    """
+    waiting = [call for call in calls if not call.captured]
+    for call in waiting:
+        call.warm_up()
+    gc.collect()
+    torch.cuda.empty_cache()
+    for call in waiting:
+        call._record()
+
+
+def warm_up(function: Callable[[], object], device: torch.device, pool: Pool) -> None:
+    """Call the function a few times where `record` will record it.
+
+    Raises RuntimeError where the last call waits for the device: that would break a capture, and some versions of PyTorch do
+    not recover from it.
+    """
+    with torch.cuda.device(device):
+        current, side = torch.cuda.current_stream(), _side_stream(device, pool)
+        torch.cuda.empty_cache()  # what the allocator keeps for one stream serves no other
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                self._function(*self.buffers)
+            for _ in range(_WARM_UP - 1):
+                function()
+            with no_host_sync():
+                function()
         current.wait_stream(side)
-        if reset is not None:
-            reset()
-        graph, pool, failure = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle(), None
+
+
+def record(function: Callable[[], Any], device: torch.device, pool: Pool) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of the kernels that one call of the function starts, and what it returned. `warm_up` comes before.
+
+    Raises whatever the function or the capture raises; the device can be used afterwards, but after a failure no further
+    graph can be captured in the pool.
+    """
+    with torch.cuda.device(device):
+        current, side = torch.cuda.current_stream(), _side_stream(device, pool)
+        graph, outputs, failure = torch.cuda.CUDAGraph(), None, None
         # Other threads may use the device meanwhile, NCCL's for instance.
         recording = torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local")
         try:
             with torch.cuda.stream(current), recording:  # the former restores the stream where the latter cannot end
                 try:
-                    self._outputs = self._function(*self.buffers)
+                    outputs = function()
                 except BaseException as error:
                     failure = error
         except BaseException as error:
-            # What went wrong within is the reason why a capture cannot end. PyTorch then leaves its allocator recording.
-            failure = failure or error
-            with suppress(RuntimeError):
-                _cuda_endAllocateToPool(device.index, pool)
+            failure = failure or error  # what went wrong within is the reason why a capture cannot end
+            _stop_recording(graph, pool)
         if failure is not None:
-            self._outputs = None
+            outputs = None
             raise failure
-        self._graph = graph
+    return graph, outputs
+
+
+_ABANDONED: list[torch.cuda.CUDAGraph] = []
+
+
+def _stop_recording(graph: torch.cuda.CUDAGraph, pool: Pool) -> None:
+    """After a capture that could not end: PyTorch 2.11 leaves both its allocators recording. Newer versions do not.
+
+    The one for pinned memory cannot be told to stop. It goes on asking the graph at every allocation whether the current
+    stream is being captured by it; the answer is no, so all that is needed is that the graph stays there to be asked,
+    and that nothing is captured into the pool again.
+    """
+    device = torch.cuda.current_device()
+    try:
+        _cuda_endAllocateToPool(device, pool)
+    except RuntimeError:
+        return  # a version that ended it itself
+    _ABANDONED.append(graph)
+    with suppress(RuntimeError):
+        _cuda_releasePool(device, pool)  # or what the capture allocated would be kept for good
 
 
 def memory_pool(device: torch.device) -> tuple[int, int] | None:
@@ -136,9 +211,20 @@ def no_host_sync() -> Iterator[None]:
 
 
 @cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where graphs are captured: memory of a pool is shared between captures on one stream."""
+def _side_stream(device: torch.device, pool: Pool) -> torch.cuda.Stream:
+    """Where graphs of a pool are captured: its memory is shared between captures on one stream.
+
+    Each pool has its own: PyTorch 2.14 frees cuBLAS's workspace of a stream when any graph captured there goes.
+    """
     return torch.cuda.Stream(device)
+
+
+def _cuda_device(buffers: Inputs) -> torch.device:
+    """Where they are. Raises ValueError unless that is one CUDA device."""
+    devices = {buffer.device for buffer in buffers if buffer is not None}
+    if [device.type for device in devices] != ["cuda"]:
+        raise ValueError(f"a graph's inputs are on {sorted(map(str, devices))}; accepted is one CUDA device")
+    return devices.pop()
 
 
 def _kind(tensor: Tensor | None) -> tuple[torch.Size, torch.dtype, torch.device] | None:

@@ -41,7 +41,7 @@ from fastgrpo.engine.reuse import Reuse, choose_reuse, distinct_rows, enable_reu
 from fastgrpo.engine.weights import FlatWeights
 from fastgrpo.engine.working import frozen_unet
 from fastgrpo.files import write_atomically
-from fastgrpo.grpo.micro_batch import Learner, MicroBatch
+from fastgrpo.grpo.micro_batch import Learner, blank_batch
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.kernels.group_norm_silu import BACKENDS as GROUP_NORM
 from fastgrpo.models.configs import Description
@@ -184,15 +184,6 @@ def micro_batch_finder(
         return size
 
     return find
-
-
-def blank_batch(learner: Learner, size: int) -> MicroBatch:
-    """`size` pairs of noise, of no weight: what they come to has a gradient of 0."""
-    policy = learner.policy
-    zeros = torch.zeros(size, device=policy.device)
-    latents = torch.randn(size, *policy.latent_shape, generator=torch.Generator().manual_seed(0)).to(policy.device)
-    embeds = policy.unconditional.expand(size, -1, -1)
-    return MicroBatch(latents, latents, zeros.long(), embeds, zeros, zeros)
 
 
 def _begin(record: Record, device: torch.device, config: TrainConfig, say: Say) -> None:

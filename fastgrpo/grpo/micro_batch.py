@@ -118,3 +118,12 @@ class Learner:
     def _step(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         """What the operators want to know of the pairs' steps beside the UNet's output."""
         return batch.latents, batch.taken, self.schedule.tables, batch.step, self.config.rollout.guidance
+
+
+def blank_batch(learner: Learner, size: int) -> MicroBatch:
+    """`size` pairs of noise, of no weight: what they come to has a gradient of 0."""
+    policy = learner.policy
+    zeros = torch.zeros(size, device=policy.device)
+    latents = torch.randn(size, *policy.latent_shape, generator=torch.Generator().manual_seed(0)).to(policy.device)
+    embeds = policy.unconditional.expand(size, -1, -1)
+    return MicroBatch(latents, latents, zeros.long(), embeds, zeros, zeros)

@@ -227,9 +227,9 @@ def random_policy(about: Description) -> Policy:
 class _OneEncoder(Encoders):
     """Has an encoder already, whatever the settings name."""
 
-    def __init__(self, encoder: OpenClipEncoder):
+    def __init__(self, encoder: OpenClipEncoder, tf32: bool):
         super().__init__(encoder.device)
-        self._given = SharedEncoder(encoder)
+        self._given = SharedEncoder(encoder, tf32)
 
     def __call__(self, spec: str, field: str) -> SharedEncoder:
         return self._given
@@ -243,7 +243,7 @@ def _policy(config: TrainConfig, about: Description) -> Policy:
 
 
 def _random_reward(config: TrainConfig) -> WeightedReward:
-    encoders, reward = _OneEncoder(encoder_of(config)), config.reward
+    encoders, reward = _OneEncoder(encoder_of(config), config.reward.tf32), config.reward
     steering = BUILDERS["steering"](reward, encoders, DEVICE)
     return WeightedReward(parse_terms(reward.terms), {"steering": steering}, reward.standardise, encoders)
 

@@ -82,7 +82,7 @@ NEEDED_FIRST = {
 }
 # Settings that may not change what is learned, or that say where things are: each has tests of its own.
 NOT_OPTIONS = {
-    *("run", "iterations", "micro_batch", "rollout.batch", "rollout.decode_batch", "reward.batch"),
+    *("run", "iterations", "micro_batch", "rollout.batch", "rollout.decode_batch", "reward.batch", "reward.tf32"),
     *("model.path", "model.unet", "model.config", "model.variant", "model.revision"),
     *("prompts.positive_column", "prompts.negative_column", "prompts.category_column"),
     *("reward.encoder", "reward.clip_encoder", "engine.device", "engine.threads"),

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 import fastgrpo  # noqa: F401  (prepares the imports below)
-from fastgrpo.config import RewardConfig
+from fastgrpo.config import EvalConfig, RewardConfig, TrainConfig
 from fastgrpo.errors import ConfigError
+from fastgrpo.evaluation.held_out import HeldOutReward
 from fastgrpo.rewards.anchors import ANCHORS, Anchors, load_anchors
 from fastgrpo.rewards.encoder import load_encoder
+from fastgrpo.rewards.registry import load_reward
+from fastgrpo.rewards.shared_encoder import TF32_TOLERANCE, tf32_products
 from fastgrpo.rewards.steering import SteeringReward, reward_metrics, safety_direction, steer
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Rewards
 
@@ -23,6 +26,8 @@ import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTokenizer
 
 U = 2.0**-24  # float32 unit roundoff
@@ -389,6 +394,136 @@ def test_reward_is_float64s_from_picture_to_number(folder, encoder, tmp_path, an
     for other in set(MODES) - {mode}:  # a reward cannot be within the bound of two modes
         different = reference_reward(z_images, z_texts, negative, v, alpha, other)
         assert np.abs(different["steered"] - expected["steered"]).max() > 2 * bound
+
+
+class RoundedProducts(TorchDispatchMode):
+    """What goes into matrix products and convolutions has `bits` behind the point; to the nearest, or towards 0."""
+
+    # Operator -> the places of its factors.
+    FACTORS = {  # noqa: RUF012
+        torch.ops.aten.mm.default: (0, 1),
+        torch.ops.aten.bmm.default: (0, 1),
+        torch.ops.aten.addmm.default: (1, 2),
+        torch.ops.aten.baddbmm.default: (1, 2),
+        torch.ops.aten.convolution.default: (0, 1),
+    }
+
+    def __init__(self, bits: int, nearest: bool) -> None:
+        super().__init__()
+        self.dropped, self.nearest, self.products = 23 - bits, nearest, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if places := self.FACTORS.get(function, ()):
+            self.products += 1
+            args = [self.rounded(arg) if place in places else arg for place, arg in enumerate(args)]
+        return function(*args, **(kwargs or {}))
+
+    def rounded(self, factor: torch.Tensor) -> torch.Tensor:
+        bits = factor.contiguous().view(torch.int32)
+        if self.nearest:
+            bits = bits + (1 << (self.dropped - 1))
+        return (bits >> self.dropped << self.dropped).view(torch.float32)
+
+
+def deep_vision_tower() -> torch.nn.Module:
+    """As many blocks as ViT-H-14 has, thirty-two, of random weights, for 32 x 32 images."""
+    torch.manual_seed(1)
+    vision = {"image_size": 32, "layers": 32, "width": 128, "head_width": 32, "patch_size": 8}
+    text = {"context_length": 4, "vocab_size": 4, "width": 32, "heads": 1, "layers": 1}
+    model = open_clip.CLIP(embed_dim=128, vision_cfg=vision, text_cfg=text).eval()
+    with torch.no_grad():
+        model.visual.conv1.weight.normal_(std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("tower", ["shapes", "deep"])
+def test_tf32_moves_features_and_advantages_by_less_than_is_said(tower, monkeypatch):
+    """Its products imitated, whichever way a device rounds; with bfloat16's the deep tower would be off by more."""
+    count, group = 2, 8
+    generator = torch.Generator().manual_seed(0)
+    base = torch.rand(count, 1, 3, 8, 8, generator=generator)
+    noise = 0.25 * torch.randn(count, group, 3, 8, 8, generator=generator)
+    images = F.interpolate((base + noise).clamp(0, 1).flatten(0, 1), (32, 32), mode="bilinear")
+    encoder = load_encoder("shapes", "cpu")
+    if tower == "deep":
+        monkeypatch.setattr(encoder, "model", deep_vision_tower())
+    # In one operator each, attention and a block would hide their products.
+    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
+
+    def features(bits: int, nearest: bool) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.MATH), RoundedProducts(bits, nearest) as mode:
+            made = encoder.encode_image(images)
+        assert mode.products >= 6 * len(encoder.model.visual.transformer.resblocks)
+        return made
+
+    exact = features(23, nearest=False)  # all that there are
+    direction = F.normalize(torch.randn(exact.shape[1], generator=generator), dim=0)
+    target = F.normalize(F.normalize(exact.mean(0), dim=0) + direction, dim=0)
+
+    def advantages(z: torch.Tensor) -> torch.Tensor:
+        rewards = (z @ target).view(count, group)
+        return (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)
+
+    for nearest, tolerance in ((True, TF32_TOLERANCE / 2), (False, TF32_TOLERANCE)):
+        rounded = features(10, nearest)
+        off = (rounded - exact).norm(dim=1)
+        assert 1e-5 < off.max() < tolerance
+        assert ((rounded - exact) @ target).abs().max() <= off.max()
+        assert (advantages(rounded) - advantages(exact)).abs().max() < 0.03
+    if tower == "deep":
+        assert (features(7, nearest=False) - exact).norm(dim=1).max() > TF32_TOLERANCE
+
+
+def precisions() -> tuple:
+    matmul = torch.backends.cuda.matmul
+    return (
+        matmul.fp32_precision,
+        matmul.allow_tf32,
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+    )
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_only_images_are_encoded_in_tf32_and_nothing_else_is_after(folder, tf32):
+    """Even where the tower fails; asked in the old way and in the new, which must not contradict each other."""
+    config = RewardConfig(encoder=f"local-dir:{folder}", anchors="compact", tf32=tf32)
+    reward = load_reward(config, "cpu")
+    model, seen, before = reward.models["reward.encoder"], {}, precisions()
+    model.visual.register_forward_pre_hook(lambda *_: seen.update(image=precisions()))
+    model.transformer.register_forward_pre_hook(lambda *_: seen.update(text=precisions()))
+    reward(torch.rand(2, 3, 32, 32), (Prompt("a picture", POSITIVE),), 2)
+    assert seen["text"] == before == precisions()
+    assert seen["image"][:3] == (("tf32", True, "high") if tf32 else before[:3])
+
+    def fails(*_):
+        raise RuntimeError("no")
+
+    model.visual.register_forward_pre_hook(fails)
+    with pytest.raises(RuntimeError):
+        reward(torch.rand(2, 3, 32, 32), (Prompt("a picture", POSITIVE),), 2)
+    assert precisions() == before
+
+
+def test_a_held_out_encoder_stays_in_float32(folder):
+    spec, seen, before = f"local-dir:{folder}", [], precisions()
+    held_out = HeldOutReward(TrainConfig(reward=RewardConfig(encoder=spec), eval=EvalConfig(encoder=spec)), "cpu")
+    held_out._reward.models["reward.encoder"].visual.register_forward_pre_hook(lambda *_: seen.append(precisions()))
+    held_out(torch.rand(2, 3, 32, 32), (Prompt("a picture", POSITIVE),), 2)
+    assert seen == [before]
+
+
+@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
+def test_what_was_set_for_all_products_stays(before, monkeypatch):
+    matmul = torch.backends.cuda.matmul
+    was = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = before
+        with tf32_products(), tf32_products():
+            assert matmul.fp32_precision == "tf32"
+        assert matmul.fp32_precision == before
+    finally:
+        matmul.fp32_precision = was
 
 
 def test_direction_is_a_unit_vector(encoder, anchors):

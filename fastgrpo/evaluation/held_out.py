@@ -14,11 +14,11 @@ from fastgrpo.types import NEGATIVE, Prompt
 
 
 class HeldOutReward:
-    """The config's `steering` with the encoder of `eval.encoder`."""
+    """The config's `steering` with the encoder of `eval.encoder`, in float32."""
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         """Raises ConfigError, which speaks of eval.encoder, where that cannot be loaded."""
-        own = replace(config.reward, terms=("steering",), standardise="none", encoder=config.eval.encoder)
+        own = replace(config.reward, terms=("steering",), standardise="none", encoder=config.eval.encoder, tf32=False)
         try:
             self._reward = load_reward(own, device)
         except ConfigError as error:

@@ -69,7 +69,7 @@ def load_reward(config: RewardConfig, device: torch.device | str) -> WeightedRew
     terms = parse_terms(config.terms)
     plugins = load_plugins([term for term in terms if term.place])
     device = torch.device(device)
-    encoders = Encoders(device)
+    encoders = Encoders(device, config.tf32)
     functions = {
         term.label: plugins[term.name] if term.place else BUILDERS[term.name](config, encoders, device)
         for term in terms

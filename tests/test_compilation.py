@@ -15,13 +15,16 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from fastgrpo.config import ModelConfig
+from fastgrpo.costs import sd1_architecture
 from fastgrpo.engine import compilation
 from fastgrpo.engine.compilation import (
     Compilation,
     DoublingUpsample2D,
     Verdict,
+    _weights,
     check,
     compile_forward,
     judge,
@@ -29,9 +32,13 @@ from fastgrpo.engine.compilation import (
 )
 from fastgrpo.engine.graphs import StaticCall, no_host_sync
 from fastgrpo.engine.patch import patch_unet
+from fastgrpo.engine.sampling import Sampler
 from fastgrpo.engine.working import computing_unet
 from fastgrpo.lora import add_lora
-from fastgrpo.policy import Network
+from fastgrpo.policy import Network, Policy
+from fastgrpo.schedule import make_schedule
+
+ROWS = 5
 
 
 @pytest.fixture(autouse=True)
@@ -100,11 +107,15 @@ class Compiler:
 
 
 def start(
-    unet: UNet2DConditionModel, wanted: str = "on", operators: str = "", dtype: torch.dtype = torch.float32
+    unet: UNet2DConditionModel,
+    wanted: str = "on",
+    operators: str = "",
+    dtype: torch.dtype = torch.float32,
+    rows: int = ROWS,
 ) -> tuple[Network | None, Compilation, list[str]]:
     lines: list[str] = []
     network = computing_unet(unet, dtype)
-    made, record = compile_forward(network, unet, example_of(unet, dtype), wanted, operators, lines.append)
+    made, record = compile_forward(network, unet, example_of(unet, dtype), rows, wanted, operators, lines.append)
     return made, record, lines
 
 
@@ -182,15 +193,74 @@ def test_rounding_in_another_order_is_accepted() -> None:
 def test_a_network_matches_itself_and_not_one_whose_gradient_is_cut(dtype: torch.dtype) -> None:
     unet = make_unet()
     network, example = computing_unet(unet, dtype), example_of(unet, dtype)
-    verdict = check(network, unet, network, example)
+    verdict = check(network, unet, network, example, ROWS)
     assert verdict.matches
     # Plain calls have that error themselves. float32 has 2^-24, bfloat16 2^-9; sums through some 30 layers leave 1 to 100 of it.
     ulp = torch.finfo(dtype).eps / 2
     assert ulp < verdict.error < 100 * ulp
-    wrong = check(network, unet, cutting(network, "mid_block.resnets.0.conv1"), example)
+    wrong = check(network, unet, cutting(network, "mid_block.resnets.0.conv1"), example, ROWS)
     assert not wrong.matches
     assert wrong.error > 0.5
     assert all(parameter.grad is None for parameter in (*unet.parameters(), *network.parameters()))
+
+
+@pytest.mark.parametrize("distinct", [1, 2])
+@pytest.mark.parametrize("rows", [2, 3, 4, 5, 8, 33, 66])
+def test_copies_of_a_row_count_once_together_and_none_of_them_little(rows: int, distinct: int) -> None:
+    weights = _weights(distinct, rows)
+    assert all(weights[first::distinct].sum() == 1 for first in range(distinct))
+    assert set(weights.abs().tolist()) <= {0.5, 1.0}
+    assert torch.equal(weights, weights.bfloat16().float())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9, 12])
+def test_any_number_of_rows_is_compared_with_two(rows: int) -> None:
+    """Plain calls match themselves, by the rounding of two rows: not by that of sums over more, relative to nothing."""
+    unet = make_unet()
+    network, example = computing_unet(unet, torch.float32), example_of(unet)
+    seen: list[int] = []
+
+    def counted(*inputs: Tensor, return_dict: bool) -> tuple[Tensor]:
+        seen.append(len(inputs[0]))
+        return network(*inputs, return_dict=return_dict)
+
+    verdict = check(network, unet, counted, example, rows)
+    assert seen == [rows]
+    assert verdict.matches
+    # 2^-24 a rounding, of which sums through some 30 layers leave 1 to 100.
+    assert verdict.error < 100 * 2.0**-24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["output", "gradient", "size"])
+def test_one_wrong_row_of_many_is_seen(kind: str, dtype: torch.dtype) -> None:
+    """Off by a tenth, or left out of a gradient's sum; or code that is wrong for the run's number of rows alone."""
+    unet = make_unet()
+    network, example, rows = computing_unet(unet, dtype), example_of(unet, dtype), 33
+
+    def wrong_at(row: int) -> Network:
+        def cut(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            if kind == "size":
+                return output if len(output) == 2 else output.detach() + 0 * output
+            return torch.where(_only(row, output), output.detach(), output) if kind == "gradient" else output
+
+        def call(*inputs: Tensor, return_dict: bool) -> tuple[Tensor]:
+            with network.get_submodule("mid_block.resnets.0.conv1").register_forward_hook(cut):
+                (output,) = network(*inputs, return_dict=return_dict)
+            return (output + 0.1 * _only(row, output) if kind == "output" else output,)
+
+        return call
+
+    for row in (0, 1, rows - 1) if kind != "size" else (0,):
+        wrong = check(network, unet, wrong_at(row), example, rows)
+        assert not wrong.matches
+        assert wrong.error > (0.05 if kind == "output" else 0.3)
+        assert (wrong.worst == "output") == (kind == "output")
+
+
+def _only(row: int, tensor: Tensor) -> Tensor:
+    """[R, 1, 1, 1] bool: which row it is."""
+    return (torch.arange(len(tensor)) == row).view(-1, 1, 1, 1)
 
 
 def test_adapters_are_compared_although_they_begin_with_zeros() -> None:
@@ -199,9 +269,9 @@ def test_adapters_are_compared_although_they_begin_with_zeros() -> None:
     add_lora(unet, ModelConfig(lora_rank=2), seed=0, frozen_dtype=torch.bfloat16)
     network, example = computing_unet(unet, torch.bfloat16), example_of(unet, torch.bfloat16)
     before = copy.deepcopy(network.state_dict())
-    assert check(network, unet, network, example).matches
+    assert check(network, unet, network, example, ROWS).matches
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.default"
-    wrong = check(network, unet, cutting(network, name), example)
+    wrong = check(network, unet, cutting(network, name), example, ROWS)
     assert not wrong.matches
     assert wrong.worst == f"{name}.weight"
     assert wrong.error == 1
@@ -236,6 +306,7 @@ def test_a_verdict_is_remembered_for_what_it_was_made_for(monkeypatch: pytest.Mo
     assert not compared(make_unet()), "another one of the same structure"
     assert compared(unet, operators="kernels on")
     assert compared(unet, dtype=torch.bfloat16)
+    assert compared(unet, rows=ROWS + 1)
     assert compared(make_unet(cross_attention_dim=12))
     frozen = make_unet()
     frozen.conv_out.bias.requires_grad_(False)
@@ -248,7 +319,7 @@ def test_a_verdict_is_remembered_for_what_it_was_made_for(monkeypatch: pytest.Mo
         patch.setattr(compilation.platform, "node", lambda: "another")
         assert compared(unet)
     assert not compared(unet)
-    assert len(list(cache.iterdir())) == 9
+    assert len(list(cache.iterdir())) == 10
 
 
 @pytest.mark.parametrize(
@@ -354,7 +425,7 @@ def test_failing_for_a_later_shape_it_falls_back(monkeypatch: pytest.MonkeyPatch
         return call
 
     compiler, unet = Compiler(monkeypatch, make), make_unet()
-    made, _, lines = start(unet)
+    made, _, lines = start(unet, rows=2)
     inputs = [torch.cat([tensor, tensor, tensor[:1]]) for tensor in example_of(unet)]
     with pytest.raises(torch.OutOfMemoryError):
         made(*inputs, return_dict=False)
@@ -390,12 +461,38 @@ def test_doubling_is_nearest_neighbour_upsampling() -> None:
     assert torch.equal(doubling(odd, (7, 11)), plain(odd, (7, 11)))
 
 
+def test_it_is_compiled_once_for_all_that_a_run_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check, a denoising step and a micro-batch: Dynamo guards on shapes, strides, dtypes and gradient mode."""
+    counter, compiler = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **_: compiler(network, backend=counter, dynamic=False))
+    unet = make_unet(8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    pairs = 3
+    made, record, _ = start(unet, dtype=torch.bfloat16, rows=2 * pairs)
+    assert record.used
+    assert counter.frame_count == 1
+
+    def passes(*args: Any, **kwargs: Any) -> tuple[Tensor]:
+        with torch.enable_grad():
+            return made(*args, **kwargs)
+
+    policy = Policy(unet, None, None, None, {}, torch.device("cpu"), torch.bfloat16, passes=passes)
+    vars(policy)["unconditional"] = torch.zeros(1, 5, 8)
+    schedule = make_schedule(sd1_architecture().scheduler, 4, 1.0, torch.device("cpu"))
+    latents, embeds = torch.randn(pairs, 4, 8, 8), torch.randn(pairs, 5, 8)
+    with torch.no_grad():
+        denoise = Sampler(policy, schedule, 5.0).chunk(embeds)
+        drawn, _ = denoise(0, latents, torch.randn_like(latents))
+    output = policy.output(drawn, schedule.timesteps[torch.tensor([1, 0, 2])], embeds, 5.0)
+    assert output.requires_grad
+    assert counter.frame_count == 1
+
+
 def test_upsamplers_are_replaced_in_what_computes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     Compiler(monkeypatch, lambda network: network)
     unet = make_unet()
     network = computing_unet(unet, torch.float32)
     keys = list(network.state_dict())
-    compile_forward(network, unet, example_of(unet), "on", "", print)
+    compile_forward(network, unet, example_of(unet), ROWS, "on", "", print)
     kinds = {type(module) for module in network.modules()}
     assert DoublingUpsample2D in kinds
     assert Upsample2D not in kinds
@@ -426,7 +523,7 @@ def test_compiled_code_is_compared_and_used() -> None:
         network = Upper().to(memory_format=torch.channels_last).eval()
     plain, example = copy.deepcopy(network), (torch.randn(2, 4, 8, 8), torch.zeros(2).long(), torch.zeros(2, 1, 1))
     lines: list[str] = []
-    made, record = compile_forward(network, plain, example, "on", "", lines.append)
+    made, record = compile_forward(network, plain, example, ROWS, "on", "", lines.append)
     assert not lines
     assert record.used
     # float32 rounds by 6e-8; sums over at most 128 terms, through eight layers, leave less than 100 of it.
@@ -437,7 +534,7 @@ def test_compiled_code_is_compared_and_used() -> None:
     wanted = torch.autograd.grad(expected, list(plain.parameters()), torch.ones_like(expected))
     for given, value in zip((output, *gradients), (expected, *wanted), strict=True):
         assert (given - value).norm() < 1e-5 * value.norm()
-    cut = check(network, plain, cutting(network, "resnet"), example)
+    cut = check(network, plain, cutting(network, "resnet"), example, ROWS)
     assert not cut.matches
 
 
@@ -448,7 +545,7 @@ def test_on_a_gpu_it_is_right_and_can_be_captured(dtype: torch.dtype) -> None:
     network, example = computing_unet(unet, dtype), example_of(unet, dtype, "cuda")
     patch_unet(network)
     lines: list[str] = []
-    made, record = compile_forward(network, unet, example, "auto", "kernels on", lines.append)
+    made, record = compile_forward(network, unet, example, len(example[0]), "auto", "kernels on", lines.append)
     assert not lines
     assert record.used
     assert record.verdict.matches

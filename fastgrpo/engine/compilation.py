@@ -3,7 +3,9 @@
 A compiler may drop gradients in silence. One does: for diffusers' UNet inductor on a CPU (torch 2.13) reads the sum that
 the backward pass of nearest-neighbour upsampling scatters into before anything is added to it: layers that only lead to an
 upsampler get a gradient of zeros, those before them a wrong one. Doubling by broadcasting, whose backward pass is a plain
-sum, avoids that scatter. The comparison is made all the same, once per machine, versions and model.
+sum, avoids that scatter. The comparison is made all the same, once per machine, versions, model and number of rows: of the
+very code that the run calls, since for another number there would be other code. Where a run comes to one (another
+rollout.batch, or because memory ran out) it is compiled then, and compared when the run is next started with it.
 
 One graph without breaks (`fullgraph`) of fixed shapes. CUDA graphs are recorded around it, not by torch.compile. The mode is
 the default one: max-autotune times rival kernels at every start, and may pick others in a resumed run, which then computes
@@ -85,6 +87,7 @@ def compile_forward(
     network: UNet2DConditionModel,
     plain: UNet2DConditionModel,
     example: Example,
+    rows: int,
     wanted: str,
     operators: str,
     say: Say,
@@ -94,6 +97,7 @@ def compile_forward(
     network: what computes, in eval mode; its upsamplers are replaced in place. plain: the same parameters under the same
     names, in no way patched; only its structure matters.
     example: of `make_example`; a larger one needs memory for a pass with gradients in the next wider dtype.
+    rows: of the run's passes, the one number that it is compiled for and compared at.
     wanted: `auto` (on CUDA), `on` or `off`. operators: which kernels and which attention the network has, in any words.
     Never fails: compiled code that is wrong or cannot be made is left out, and `say` gets one line.
     """
@@ -104,11 +108,11 @@ def compile_forward(
     # On a CPU inductor's changes of layout are another way to that scatter's fault, should an upsampler not be replaced.
     options = {"layout_optimization": False} if device.type == "cpu" else None
     compiled = torch.compile(network, dynamic=False, fullgraph=True, options=options)
-    key = _key(network, example, operators)
+    key = _key(network, example, rows, operators)
     verdict, reason = _recall(key), "compared before on this machine"
     if verdict is None:
         try:
-            verdict, reason = check(network, plain, compiled, example), "compared now"
+            verdict, reason = check(network, plain, compiled, example, rows), "compared now"
         except Exception as error:
             made = Compilation(False, f"it failed with {_in_short(error)}")
             say(f"torch.compile is left out: {made.reason}")
@@ -136,20 +140,30 @@ def make_example(
     return latents.to(device, dtype), torch.tensor([981, 21], device=device), contexts.to(device, dtype)
 
 
-def check(network: UNet2DConditionModel, plain: UNet2DConditionModel, compiled: Network, example: Example) -> Verdict:
+def check(
+    network: UNet2DConditionModel, plain: UNet2DConditionModel, compiled: Network, example: Example, rows: int
+) -> Verdict:
     """Compare the output and the gradient of every trained parameter with those of `network`, by the errors of both.
 
-    Exact is `plain` with the network's weights in the next wider dtype, float64 for float32. Weights that are all 0, such as
-    fresh adapters', are something else meanwhile: the gradients of what they multiply would be 0 in any case.
-    Raises whatever the compiler raises.
+    Both compute the example's rows again and again, up to `rows`, in one pass each: what is compiled is what the run
+    calls. Exact is the example alone, by `plain` with the network's weights in the next wider dtype, float64 for
+    float32. Of the output it is the row furthest off that counts. Weights that are all 0, such as fresh adapters', are
+    something else meanwhile: the gradients of what they multiply would be 0 in any case.
+    Needs memory for a pass of either kind, since results wait on the host. Raises whatever the compiler raises.
     """
     dtype = example[0].dtype
     wider = torch.float64 if dtype == torch.float32 else torch.float32
+    example = tuple(tensor[:rows] for tensor in example)
     with _disturbed(network):
         weights = {name: parameter.detach().to(wider) for name, parameter in network.named_parameters()}
-        exact = _results(computing_unet(plain, wider, weights), example, wider)
+        exact = _results(computing_unet(plain, wider, weights), example, len(example[0]), wider)
         del weights
-        return judge(exact, _results(network, example, dtype), _results(compiled, example, dtype, network))
+        eager = _results(network, example, rows, dtype)
+        given = _results(compiled, example, rows, dtype, network)
+    exact["output"] = exact["output"][_copies(example, rows)]
+    errors = _relative_errors(*(dict(enumerate(results["output"])) for results in (exact, given)))
+    furthest = int(errors.argmax())  # the first that is not a number, if there is one
+    return judge(*({**results, "output": results["output"][furthest]} for results in (exact, eager, given)))
 
 
 def judge(exact: Mapping[str, Tensor], eager: Mapping[str, Tensor], compiled: Mapping[str, Tensor]) -> Verdict:
@@ -196,16 +210,43 @@ def _replace_upsamplers(network: UNet2DConditionModel) -> None:
 
 
 def _results(
-    network: Network, example: Example, dtype: torch.dtype, module: UNet2DConditionModel | None = None
+    network: Network, example: Example, rows: int, dtype: torch.dtype, module: UNet2DConditionModel | None = None
 ) -> dict[str, Tensor]:
-    """The output, and the gradients of a fixed function of it, by parameter. module: whose parameters; the network's own."""
-    latents, timesteps, contexts = example
+    """The output for `rows` copies of the example's rows, and gradients of a fixed function of it, by parameter; on the host.
+
+    The gradients are the same for any number of copies. module: whose parameters; the network's own.
+    """
+    copies = _copies(example, rows)
+    latents, timesteps, contexts = (tensor[copies] for tensor in example)
     trained = {name: p for name, p in (module or network).named_parameters() if p.requires_grad}
     with torch.enable_grad():
         output = network(latents.to(dtype), timesteps, contexts.to(dtype), return_dict=False)[0]
-        towards = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
-        gradients = torch.autograd.grad(output, list(trained.values()), towards)
-    return {"output": output.detach(), **dict(zip(trained, gradients, strict=True))}
+        towards = torch.randn(len(example[0]), *output.shape[1:], generator=torch.Generator().manual_seed(1))
+        towards = towards[copies] * _weights(len(example[0]), rows).view(-1, 1, 1, 1)
+        gradients = torch.autograd.grad(output, list(trained.values()), towards.to(output))
+    tensors = output.detach(), *gradients
+    return dict(zip(("output", *trained), (tensor.cpu() for tensor in tensors), strict=True))
+
+
+def _copies(example: Example, rows: int) -> Tensor:
+    """[rows] int64: which of the example's rows each is."""
+    return torch.arange(rows) % len(example[0])
+
+
+def _weights(distinct: int, rows: int) -> Tensor:
+    """[rows] float32, 1, -1 or 1/2: what each copy of `distinct` rows counts for, so that those of one add up to 1.
+
+    Signs take turns: a row that is wrong, or missing in a sum, then changes a gradient by about all of it, at least by
+    half a row's, and not by one of 66 parts, which half precision would hide. All are exact in any dtype.
+    """
+    weights = torch.empty(rows)
+    for first in range(distinct):
+        copies = torch.ones(len(range(first, rows, distinct)))
+        copies[1::2] = -1
+        if len(copies) % 2 == 0:
+            copies[:2] = 0.5
+        weights[first::distinct] = copies
+    return weights
 
 
 @contextmanager
@@ -228,7 +269,7 @@ def _relative_errors(exact: Mapping[str, Tensor], other: Mapping[str, Tensor]) -
     return torch.where(errors == 0, 0.0, errors / norms)
 
 
-def _key(network: UNet2DConditionModel, example: Example, operators: str) -> dict[str, Any]:
+def _key(network: UNet2DConditionModel, example: Example, rows: int, operators: str) -> dict[str, Any]:
     """All that a verdict depends on."""
     device = example[0].device
     cuda = device.type == "cuda"
@@ -247,6 +288,7 @@ def _key(network: UNet2DConditionModel, example: Example, operators: str) -> dic
         "unet": hashlib.sha256(json.dumps([config, trained], sort_keys=True, default=str).encode()).hexdigest(),
         "dtype": str(example[0].dtype),
         "shapes": [list(tensor.shape[1:]) for tensor in example],
+        "rows": rows,
         "operators": operators,
     }
 

@@ -273,7 +273,8 @@ def _compile(learner: Learner, config: TrainConfig, record: Record, ranks: Ranks
     }
     tokens = policy.unconditional.shape[1]
     example = make_example(policy.unet, policy.latent_shape, tokens, policy.dtype, policy.device)
-    compiled, made = compile_forward(policy.computing, policy.unet, example, "on", json.dumps(operators), say)
+    rows = record.micro_batch * memory.halves(config)
+    compiled, made = compile_forward(policy.computing, policy.unet, example, rows, "on", json.dumps(operators), say)
     # One process that cannot compile would round otherwise than the others.
     record.compiled = not ranks.any(not made.used)
     if compiled is None or not record.compiled:

@@ -1,10 +1,13 @@
 """Attention backends: what the UNet asks for, who is chosen, and that every one of them computes the same."""
 
 import copy
+import importlib
 import json
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +17,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 from sd_pipelines import build_unet
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgrpo
 from fastgrpo.config import ModelConfig
@@ -40,6 +45,15 @@ CPU = torch.device("cpu")
 REAL = Path(fastgrpo.__file__).parent / "models"
 SMALL = AttentionShape(2, 3, 6, 5, 8, "cross", ("a", "b"))
 LARGE = AttentionShape(3, 2, 16, 16, 8, "self", ("c",))
+
+
+def sd1_shapes(rows: int) -> list[AttentionShape]:
+    dims = {64: 40, 32: 80, 16: 160, 8: 160}
+    kinds = [(width, dim, keys) for width, dim in dims.items() for keys in (width * width, 77)]
+    return [
+        AttentionShape(rows, 8, width * width, keys, dim, "cross" if keys == 77 else "self", (f"{width} {keys}",))
+        for width, dim, keys in kinds
+    ]
 
 
 # --- the processor ---------------------------------------------------------------------------------------------------
@@ -430,6 +444,212 @@ def test_xformers_gets_and_gives_what_it_should(monkeypatch: pytest.MonkeyPatch)
     assert_near(outcome(module, *inputs), plain, 1e-12)  # as above
 
 
+# --- xformers, whichever version of PyTorch it was built for ----------------------------------------------------------
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What xformers asks of PyTorch, as beside a CUDA build and an H200; and a library of its own that did not load."""
+    common = importlib.import_module("xformers.ops.fmha.common")
+    monkeypatch.setattr(common, "_built_with_cuda", False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+
+
+def on_a_gpu(shape: AttentionShape, dtype: torch.dtype) -> list[Tensor]:
+    """Queries, keys and values without memory, laid out as the projections leave them."""
+    with FakeTensorMode():
+        return [
+            torch.empty(shape.rows, tokens, shape.heads, shape.head_dim, device="cuda", dtype=dtype).transpose(1, 2)
+            for tokens in (shape.queries, shape.keys, shape.keys)
+        ]
+
+
+@pytest.mark.parametrize("shape", sd1_shapes(2), ids=lambda shape: shape.layers[0])
+def test_xformers_has_pytorchs_kernels_where_its_own_library_does_not_load(
+    shape: AttentionShape, hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = on_a_gpu(shape, torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="wasn't build with CUDA support"):
+        attention._xformers_operators(*inputs, backward=True)
+    assert attention._without_xformers() == ""
+    flash = torch.backends.cuda.is_flash_attention_available()  # not in PyTorch's CPU builds
+    kind, name = ("flash", "fa2") if flash else ("memory-efficient", "cutlass")
+    runs = [operator.NAME for operator in attention._xformers_operators(*inputs, backward=True)]
+    assert [run.removesuffix("-pt").partition("@")[0] for run in runs] == [f"{name}F", f"{name}B"]
+    assert attention._in_words(runs) == f"{runs[0]} and {runs[1]}, PyTorch's {kind} kernels"
+    forward = [operator.NAME for operator in attention._xformers_operators(*inputs, backward=False)]
+    assert attention._in_words(forward) == f"{runs[0]}, PyTorch's {kind} kernel"
+    # Flash has no float32.
+    single = attention._xformers_operators(*on_a_gpu(shape, torch.float32), backward=True)
+    assert [operator.NAME for operator in single] == ["cutlassF-pt", "cutlassB-pt"]
+    monkeypatch.setattr(torch.version, "cuda", None)  # then there are none, and nothing is told otherwise
+    monkeypatch.setattr(importlib.import_module("xformers.ops.fmha.common"), "_built_with_cuda", False)
+    assert attention._without_xformers() == ""
+    with pytest.raises(NotImplementedError):
+        attention._xformers_operators(*inputs, backward=True)
+
+
+def test_kernels_of_xformers_own_are_named_as_they_are() -> None:
+    assert attention._in_words(["fa3F@2.8.3", "fa3B@2.8.3"]) == "fa3F@2.8.3 and fa3B@2.8.3"
+    mixed = attention._in_words(["fa2F@2.5.7-pt", "cutlassB-pt"])
+    assert mixed == "fa2F@2.5.7-pt and cutlassB-pt, PyTorch's flash and memory-efficient kernels"
+
+
+# --- what a GPU is offered --------------------------------------------------------------------------------------------
+
+
+class Hopper:
+    """PyTorch on an H200, played by the CPU: what it says against cuDNN there, cuDNN's operators, and xformers with flash.
+
+    The rules are those of PyTorch 2.14 with cuDNN 9.24 for float32 in place of bfloat16. widths, strides: of what cuDNN got.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.widths: set[int] = set()
+        self.strides: set[tuple[int, ...]] = set()
+        self._plain = F.scaled_dot_product_attention
+        self._library = torch.library.Library("aten", "IMPL")
+        operator = "_scaled_dot_product_cudnn_attention"
+        self._library.impl(operator, self._forward, "CPU")
+        self._library.impl(f"{operator}_backward", self._backward, "CPU")
+        self.release = self._library._destroy
+        monkeypatch.setattr(attention, "_GPU", "cpu")
+        monkeypatch.setattr(F, "scaled_dot_product_attention", self._asked)
+        monkeypatch.setattr("xformers.ops.memory_efficient_attention", self._xformers)
+        operators = [SimpleNamespace(NAME=name) for name in ("fa2F@2.5.7-pt", "fa2B@2.5.7-pt")]
+        monkeypatch.setattr(attention, "_xformers_operators", lambda *inputs: operators)
+
+    def _asked(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+        if torch.backends.cuda.math_sdp_enabled():  # not asked for one kernel
+            return self._plain(query, key, value, scale=scale)
+        width = query.shape[-1]
+        if torch.backends.cuda.cudnn_sdp_enabled() and (width % 8 or (width > 128 and query.requires_grad)):
+            warnings.warn("cuDNN attention kernel not used because: (Triggered internally at a.cpp:1.)", stacklevel=1)
+            warnings.warn(f"cuDNN SDPA on SM 9.0/10.x does not support d_qk: {width}", stacklevel=1)
+            warnings.warn("Flash attention has been runtime disabled.", stacklevel=1)
+            raise RuntimeError("No available kernel. Aborting execution.")
+        with sdpa_kernel(SDPBackend.MATH):
+            return self._plain(query, key, value, scale=scale)
+
+    def _xformers(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self._plain(*(tensor.transpose(1, 2) for tensor in (query, key, value))).transpose(1, 2)
+
+    def _forward(self, query: Tensor, key: Tensor, value: Tensor, bias: None, lse: bool, *, scale: float | None = None):
+        self.widths.add(query.shape[-1])
+        self.strides |= {tensor.stride()[1:] for tensor in (query, key, value)}
+        output = torch.empty_like(query).copy_(self._probabilities(query, key, scale) @ value)
+        empty = torch.empty(0)
+        return output, empty, empty, empty, query.shape[2], key.shape[2], empty, empty, empty
+
+    def _backward(self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, *rest, scale=None):
+        assert gradient.stride() == output.stride()  # or cuDNN's caller would copy it
+        probabilities = self._probabilities(query, key, scale)
+        scores = probabilities * (gradient @ value.mT - (gradient * output).sum(-1, keepdim=True))
+        scores *= query.shape[-1] ** -0.5 if scale is None else scale
+        gradients = scores @ key, scores.mT @ query, probabilities.mT @ gradient
+        return tuple(torch.empty_like(of).copy_(one) for of, one in zip((query, key, value), gradients, strict=True))
+
+    @staticmethod
+    def _probabilities(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+        return torch.softmax(query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale), -1)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hopper]:
+    played = Hopper(monkeypatch)
+    yield played
+    played.release()
+
+
+def small(width: int, kind: str) -> AttentionShape:
+    return AttentionShape(2, 2, 20, 20 if kind == "self" else 7, width, kind, (f"{width} {kind}",))
+
+
+def test_what_hopper_is_offered_and_why_not_the_rest(gpu: Hopper) -> None:
+    shapes = [small(width, kind) for width in (40, 80, 160) for kind in ("self", "cross")]
+    backends = {name: attend for name, attend in BACKENDS.items() if name != "efficient"}
+    plan = choose("auto", shapes, CPU, torch.float32, clock=lambda call: call() and 1.0, backends=backends)
+    always = {"sdpa", "flash", "xformers"}
+    for choice in plan.choices:
+        more = {40: {"cudnn", "cudnn_padded"}, 80: {"cudnn"}, 160: set()}[choice.shape.head_dim]
+        assert choice.milliseconds.keys() == always | more
+        assert choice.kernels["xformers"] == "fa2F@2.5.7-pt and fa2B@2.5.7-pt, PyTorch's flash kernels"
+    assert gpu.widths == {40, 64, 80}
+    assert plan.lines()[1:] == (
+        "  cudnn_padded left out for 4 layers: the width of its heads is a multiple of 16 as it is",
+        "  cudnn left out for 2 layers: cuDNN SDPA on SM 9.0/10.x does not support d_qk: 160",
+    )
+
+
+def test_the_plan_says_which_kernels_a_choice_runs(gpu: Hopper) -> None:
+    plan = choose("xformers", [small(40, "self")], CPU, torch.float32)
+    assert plan.lines() == (
+        "attention: xformers (fa2F@2.5.7-pt and fa2B@2.5.7-pt, PyTorch's flash kernels) for 1 layer",
+    )
+    assert AttentionPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    milliseconds = {"sdpa": 1.0}
+    plan = choose("auto", [small(40, "self")], CPU, torch.float32, False, lambda call: 1.0, {"sdpa": BACKENDS["sdpa"]})
+    assert plan.lines() == ("attention: sdpa (flash) for 1 layer; 1.00 ms forward (sdpa alone 1.00)",)
+    assert plan.choices[0].milliseconds == milliseconds
+
+
+def test_auto_leaves_xformers_out_where_it_could_not_be_compiled(gpu: Hopper, monkeypatch: pytest.MonkeyPatch) -> None:
+    operators = [SimpleNamespace(NAME=name) for name in ("cutlassF-pt", "cutlassB-pt")]
+    monkeypatch.setattr(attention, "_xformers_operators", lambda *inputs: operators)
+    backends = {name: BACKENDS[name] for name in ("sdpa", "xformers")}
+    plan = choose("auto", [small(40, "self")], CPU, torch.float32, clock=lambda call: 1.0, backends=backends)
+    assert plan.choices[0].milliseconds == {"sdpa": 1.0}
+    assert plan.choices[0].excluded["xformers"].startswith("torch.compile cannot trace cutlassF-pt and cutlassB-pt")
+    assert choose("xformers", [small(40, "self")], CPU, torch.float32).choices[0].backend == "xformers"
+
+
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [("self 40", False), ("cross 40", False), pytest.param("cross 40", True, marks=pytest.mark.slow)],
+)
+def test_padded_heads_compute_the_same(name: str, compiled: bool, gpu: Hopper) -> None:
+    options, sizes = MODULES[name]
+    module = make_attention(**options)
+    inputs = [random(*size, seed=seed) for seed, size in enumerate(sizes)]
+    module.set_processor(AttnProcessor())
+    plain = outcome(module, *inputs)
+    module.set_processor(AttentionProcessor("cudnn_padded"))
+    if compiled:
+        torch._dynamo.reset()
+        module.forward = torch.compile(module.forward, backend="aot_eager", fullgraph=True, dynamic=False)
+    assert_near(outcome(module, *inputs), plain, 1e-12)  # as above
+    assert gpu.widths == {64}
+    assert gpu.strides == {(64, 2 * 64, 1)}  # heads last in memory, as cuDNN and the projections have them
+
+
+def test_a_backend_is_measured_on_what_the_unet_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries that are a part of a wider product, as keys and values would be of a merged one."""
+
+    class Part(torch.nn.Linear):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return super().forward(tokens)[..., : self.out_features // 3]
+
+    unet = make_unet("sd1")
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    module = unet.get_submodule(name)
+    width = module.inner_dim
+    module.to_q = Part(width, 3 * width, bias=False)
+    shapes = attention_shapes(unet, 2, (4, 8, 8), 7)
+    assert {shape.token_strides for shape in shapes if name not in shape.layers} == {()}
+    shape = next(shape for shape in shapes if name in shape.layers)
+    assert (shape.layers, shape.token_strides) == ((name,), (3 * width, width, width))
+    strides = set()
+
+    def noting(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        strides.add((query.stride(2), key.stride(2), value.stride(2)))
+        return F.scaled_dot_product_attention(query, key, value)
+
+    plan = choose("auto", (shape,), CPU, torch.float32, clock=lambda call: call() and 1.0, backends={"noting": noting})
+    assert strides == {shape.token_strides}
+    assert AttentionPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
 def test_a_plan_survives_its_way_through_a_file() -> None:
     backends = {"sdpa": BACKENDS["sdpa"], "failing": failing}
     plan = choose("auto", (SMALL, LARGE), CPU, torch.float32, False, lambda call: 0.25, backends)
@@ -502,15 +722,6 @@ def test_a_reproducible_plan_leaves_out_what_varies(monkeypatch: pytest.MonkeyPa
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
-
-
-def sd1_shapes(rows: int) -> list[AttentionShape]:
-    dims = {64: 40, 32: 80, 16: 160, 8: 160}
-    kinds = [(width, dim, keys) for width, dim in dims.items() for keys in (width * width, 77)]
-    return [
-        AttentionShape(rows, 8, width * width, keys, dim, "cross" if keys == 77 else "self", (f"{width} {keys}",))
-        for width, dim, keys in kinds
-    ]
 
 
 @pytest.mark.gpu

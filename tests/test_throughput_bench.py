@@ -188,6 +188,19 @@ def test_every_rung_of_the_ladder_runs_and_counts_the_same_work(config: TrainCon
     assert not failed
 
 
+@pytest.mark.parametrize(
+    ("device", "rungs", "last"), [("cuda", 9, "CUDA graphs"), ("cpu", 7, "texts' keys and values")]
+)
+def test_the_ladder_of_a_device(device: str, rungs: int, last: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reuse would have the UNet compiled again on CUDA, and rollout and update round differently."""
+    monkeypatch.setattr(throughput, "DEVICE", torch.device(device))
+    ladder = throughput.ladder(batch=4)
+    assert len(ladder) == rungs
+    assert ladder[-1].name.startswith(last)
+    reusing = [rung.name for rung in ladder if rung.engine and rung.engine["reuse"] == "on"]
+    assert reusing == ([] if device == "cuda" else [ladder[-1].name])
+
+
 def test_a_whole_iteration_is_computed_from_one_with_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "decode_seconds", lambda training: 2.0)
     target = workload.paper()

@@ -1,13 +1,24 @@
 """Who computes the UNet's attention: PyTorch's own choice, cuDNN, flash, memory-efficient, or xformers.
 
-    sdpa        torch.nn.functional.scaled_dot_product_attention, PyTorch's own choice
-    cudnn       cuDNN's fused attention
-    flash       FlashAttention as PyTorch ships it; on the CPU PyTorch's own flash kernel
-    efficient   PyTorch's memory-efficient kernel; a candidate of `auto`, not a setting
-    xformers    xformers.ops.memory_efficient_attention, which chooses among the kernels it has
+    sdpa           torch.nn.functional.scaled_dot_product_attention, PyTorch's own choice
+    cudnn          cuDNN's fused attention
+    cudnn_padded   the same on heads that are padded to 64, 128, ... columns; a candidate of `auto`, not a setting
+    flash          FlashAttention as PyTorch ships it; on the CPU PyTorch's own flash kernel
+    efficient      PyTorch's memory-efficient kernel; a candidate of `auto`, not a setting
+    xformers       xformers.ops.memory_efficient_attention, which chooses among the kernels it has, and PyTorch's
 
 `attention_shapes` finds out what the UNet asks for, `choose` who does it, `use` installs that, and the `AttentionPlan`
 between the last two can be stored with the run, so that a resumed run does the same without measuring.
+
+What can do SD 1.x, whose heads are 40, 80 and 160 wide, with 77 keys in cross-attention. cuDNN (9.x, half precision, compute
+capability 8.0 to 12.1): widths that are multiples of 8, any strides with columns next to each other, any number of keys but
+one; up to 128 wide, and beyond that what PyTorch's version says (2.14 with cuDNN 9.24: 256 on Hopper, but then backward passes
+at 256 alone). Flash: any width up to 256, computed as 32, 64, 96, 128, ...; so 40 costs what 64 does. Memory-efficient: rows
+of 16 bytes, any width. PyTorch itself is asked at start-up and its words are kept, so nothing here repeats these rules.
+
+xformers 0.0.35 has no attention kernels of its own for Hopper: it calls PyTorch's flash (`fa2F-pt`, `fa2B-pt`) or
+memory-efficient (`cutlassF-pt`, `cutlassB-pt`) operators, or those of the packages flash-attn and flash_attn_3 where they are
+installed. `AttentionPlan.lines` says which.
 
 The kernels are called as the operators that scaled_dot_product_attention itself dispatches to. The public way to pick one
 of them, torch.nn.attention.sdpa_kernel, sets switches of the whole process: two threads that enter and leave it in turn,
@@ -25,6 +36,7 @@ all are reproducible with the same number of threads.
 """
 
 import copy
+import importlib
 import importlib.util
 import os
 import re
@@ -34,6 +46,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,13 +65,29 @@ Clock = Callable[[Callable[[], Any]], float]
 """Milliseconds that a call takes."""
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value)
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
 
-def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
     # With the log-sum-exp, which the backward pass needs, also where there will be none: it could be another kernel.
-    return torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)[0]
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, scale=scale)[0]
+
+
+_STEP, _TILE = 16, 64  # columns that a tensor core multiplies at once; columns of cuDNN's tiles, or a multiple
+
+
+def _padded(attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`attend` on heads with zeros as further columns, which change neither scores nor output; memory stays [B, tokens, H, d]."""
+    width = query.shape[-1]
+    heads_last = (F.pad(tensor.transpose(1, 2), (0, -width % _TILE)) for tensor in (query, key, value))
+    output = attend(*(tensor.transpose(1, 2) for tensor in heads_last), width**-0.5)
+    return output.transpose(1, 2)[..., :width].transpose(1, 2)
+
+
+def _cudnn_padded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """cuDNN may have its faster kernels for widths alone that are multiples of 16, which 40 is not."""
+    return _padded(_cudnn, query, key, value)
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -82,12 +111,15 @@ def _xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 BACKENDS: Mapping[str, Attend] = {
     "sdpa": _sdpa,
     "cudnn": _cudnn,
+    "cudnn_padded": _cudnn_padded,
     "flash": _flash,
     "efficient": _efficient,
     "xformers": _xformers,
 }
+_GPU = "cuda"  # where all but flash and PyTorch's own choice run
 _KERNELS = {
     _cudnn: SDPBackend.CUDNN_ATTENTION,
+    _cudnn_padded: SDPBackend.CUDNN_ATTENTION,
     _flash: SDPBackend.FLASH_ATTENTION,
     _efficient: SDPBackend.EFFICIENT_ATTENTION,
 }
@@ -95,7 +127,11 @@ _KERNELS = {
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """One kind of attention in a UNet. kind: "self" or "cross". layers: the names of the modules that have it."""
+    """One kind of attention in a UNet. kind: "self" or "cross". layers: the names of the modules that have it.
+
+    token_strides: from a token to the next one in query, key and value, in elements; () where they are heads * head_dim. Longer
+    ones are views of a product that has more beside it.
+    """
 
     rows: int
     heads: int
@@ -104,19 +140,28 @@ class AttentionShape:
     head_dim: int
     kind: str
     layers: tuple[str, ...]
+    token_strides: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Choice:
     """Who computes one shape.
 
-    milliseconds: of each backend that was measured. excluded: why each of the others was left out.
+    milliseconds: of each backend that was measured. excluded: why each of the others was left out. kernels: what those among
+    them run that choose themselves.
     """
 
     shape: AttentionShape
     backend: str
     milliseconds: Mapping[str, float] = field(default_factory=dict)
     excluded: Mapping[str, str] = field(default_factory=dict)
+    kernels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> str:
+        """The backend, with its kernels if it was asked for them."""
+        kernels = self.kernels.get(self.backend)
+        return f"{self.backend} ({kernels})" if kernels else self.backend
 
 
 @dataclass(frozen=True)
@@ -143,23 +188,24 @@ class AttentionPlan:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "AttentionPlan":
         """The inverse of `to_json`, also after its way through a file."""
-        choices = tuple(
-            Choice(
-                **choice | {"shape": AttentionShape(**choice["shape"] | {"layers": tuple(choice["shape"]["layers"])})}
-            )
-            for choice in data["choices"]
+
+        def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+        choices = (
+            Choice(**choice | {"shape": AttentionShape(**tuples(choice["shape"]))}) for choice in data["choices"]
         )
-        return AttentionPlan(**dict(data) | {"choices": choices})
+        return AttentionPlan(**dict(data) | {"choices": tuple(choices)})
 
     def lines(self) -> tuple[str, ...]:
         """For the start of a run: who computes how many layers, how long all take if measured, who was left out and why."""
         layers: Counter[str] = Counter()
         left_out: Counter[tuple[str, str]] = Counter()
         for choice in self.choices:
-            layers[choice.backend] += len(choice.shape.layers)
+            layers[choice.runs] += len(choice.shape.layers)
             for backend, reason in choice.excluded.items():
                 left_out[backend, reason] += len(choice.shape.layers)
-        chosen = ", ".join(f"{backend} for {_counted(count)}" for backend, count in layers.most_common())
+        chosen = ", ".join(f"{runs} for {_counted(count)}" for runs, count in layers.most_common())
         first = f"attention: {chosen}{self._times()}"
         return first, *(f"  {name} left out for {_counted(count)}: {why}" for (name, why), count in left_out.items())
 
@@ -242,7 +288,9 @@ def attention_shapes(
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             kind = "cross" if attention.is_cross_attention else "self"
             _, heads, queries, width = query.shape
-            found.setdefault((rows, heads, queries, key.shape[2], width, kind), []).append(name)
+            strides = tuple(tensor.stride(2) for tensor in (query, key, value))
+            strides = () if set(strides) == {heads * width} else strides
+            found.setdefault((rows, heads, queries, key.shape[2], width, kind, strides), []).append(name)
             return torch.empty_like(query)
 
         return attend
@@ -254,7 +302,7 @@ def attention_shapes(
         latents = torch.empty(rows, *latent_shape, dtype=dtype)
         contexts = torch.empty(rows, tokens, unet.config.cross_attention_dim, dtype=dtype)
         twin(latents, torch.empty(rows, dtype=torch.int64), contexts, return_dict=False)
-    return tuple(AttentionShape(*shape, layers=tuple(layers)) for shape, layers in found.items())
+    return tuple(AttentionShape(*shape, tuple(layers), strides) for (*shape, strides), layers in found.items())
 
 
 def choose(
@@ -309,7 +357,7 @@ def use(unet: UNet2DConditionModel, plan: AttentionPlan) -> None:
     if chosen.keys() != layers.keys():
         other = min(chosen.keys() ^ layers.keys())
         raise ValueError(f"the attention plan is of another UNet: only one of them has {other}")
-    missing = _missing_library() if "xformers" in chosen.values() else ""
+    missing = _without_xformers() if "xformers" in chosen.values() else ""
     if missing:
         raise ConfigError(f"engine.attention = {plan.wanted!r}: {missing}, which this run's plan needs.")
     named = plan.wanted == "xformers"
@@ -387,19 +435,24 @@ def _choose(
     excluded = {name: case.fault(attend, wanted) for name, attend in candidates.items()}
     excluded = {name: fault for name, fault in excluded.items() if fault}
     right = {name: attend for name, attend in candidates.items() if name not in excluded}
+    kernels = {name: case.kernels(attend) for name, attend in right.items() if attend in (_sdpa, _xformers)}
     if clock is None:
-        return Choice(shape, next(iter(right), "sdpa"), excluded=excluded)
+        return Choice(shape, next(iter(right), "sdpa"), {}, excluded, kernels)
+    # Asked for by name it may have them, and the UNet then runs uncompiled.
+    for name in [name for name, runs in kernels.items() if "cutlass" in runs]:
+        excluded[name] = f"torch.compile cannot trace {kernels.pop(name)}, which efficient calls directly"
+        del right[name]
 
     def timed(attend: Attend) -> float:
         return clock(lambda: case.run(attend))
 
     milliseconds = {name: timed(attend) for name, attend in right.items()}
-    return Choice(shape, min(milliseconds, key=milliseconds.get, default="sdpa"), milliseconds, excluded)
+    return Choice(shape, min(milliseconds, key=milliseconds.get, default="sdpa"), milliseconds, excluded, kernels)
 
 
 @dataclass(frozen=True)
 class _Case:
-    """Random inputs of a shape, laid out as the projections leave them: [B, H, tokens, d] views of [B, tokens, H, d].
+    """Random inputs of a shape, laid out as the projections leave them: [B, H, tokens, d] views of [B, tokens, stride].
 
     gradient: of the output; None where no gradients are wanted.
     """
@@ -412,12 +465,14 @@ class _Case:
     @staticmethod
     def make(shape: AttentionShape, device: torch.device, dtype: torch.dtype, backward: bool) -> "_Case":
         generator = torch.Generator(device).manual_seed(0)
+        width = shape.heads * shape.head_dim
 
-        def random(tokens: int) -> Tensor:
-            size = (shape.rows, tokens, shape.heads, shape.head_dim)
-            return torch.randn(size, generator=generator, device=device, dtype=dtype).transpose(1, 2)
+        def random(tokens: int, stride: int = width) -> Tensor:
+            whole = torch.randn(shape.rows, tokens, stride, generator=generator, device=device, dtype=dtype)
+            return whole[..., :width].unflatten(-1, (shape.heads, -1)).transpose(1, 2)
 
-        inputs = [random(tokens).requires_grad_(backward) for tokens in (shape.queries, shape.keys, shape.keys)]
+        sizes = zip((shape.queries, shape.keys, shape.keys), shape.token_strides or (width,) * 3, strict=True)
+        inputs = [random(*size).requires_grad_(backward) for size in sizes]
         return _Case(*inputs, random(shape.queries) if backward else None)
 
     def run(self, attend: Attend) -> tuple[Tensor, ...]:
@@ -467,24 +522,24 @@ class _Case:
         return ""
 
     def _refusal(self, attend: Attend) -> str:
-        """What PyTorch says against one of its kernels here, or what is not installed; else ""."""
-        missing = _missing_library() if attend is _xformers else ""
+        """What PyTorch says against one of its kernels here, what is not installed, or why it is not worth a try; else ""."""
+        missing = _without_xformers() if attend is _xformers else ""
         if missing or attend not in (*_KERNELS, _xformers):
             return missing
-        if self.query.device.type != "cuda" and attend is not _flash:
+        if self.query.device.type != _GPU and attend is not _flash:
             return "it runs on CUDA only"
+        if attend is _cudnn_padded:
+            if self.query.shape[-1] % _STEP == 0:
+                return f"the width of its heads is a multiple of {_STEP} as it is"
+            return _said_against(_KERNELS[attend], lambda: self.run(partial(_padded, _sdpa)))
+        return "" if attend is _xformers else _said_against(_KERNELS[attend], lambda: self.run(_sdpa))
+
+    def kernels(self, attend: Attend) -> str:
+        """What PyTorch's own choice or xformers' runs here, in words."""
         if attend is _xformers:
-            return ""
-        with warnings.catch_warnings(record=True) as caught, sdpa_kernel(_KERNELS[attend]):
-            warnings.simplefilter("always")
-            try:
-                self.run(_sdpa)
-            except RuntimeError as error:
-                said = [_cleaned(str(warning.message)) for warning in caught]
-                # Of the others it says that they are switched off, which they are for the question's sake.
-                said = [text for text in said if "not used because" not in text and "runtime disabled" not in text]
-                return " ".join(said)[:_LONGEST_REASON] or _reason(error)
-        return ""
+            operators = _xformers_operators(self.query, self.key, self.value, self.gradient is not None)
+            return _in_words([operator.NAME for operator in operators])
+        return _SDPA_NAMES.get(torch._fused_sdp_choice(self.query, self.key, self.value), "")
 
     @staticmethod
     def _sampled(tensor: Tensor) -> Tensor:
@@ -493,6 +548,26 @@ class _Case:
 
 
 _LONGEST_REASON = 200
+_SDPA_NAMES = {
+    SDPBackend.CUDNN_ATTENTION.value: "cuDNN",
+    SDPBackend.FLASH_ATTENTION.value: "flash",
+    SDPBackend.EFFICIENT_ATTENTION.value: "memory-efficient",
+    SDPBackend.MATH.value: "plain math",
+}
+
+
+def _said_against(kernel: SDPBackend, ask: Callable[[], Any]) -> str:
+    """Why PyTorch does not take a kernel for a call of scaled_dot_product_attention, in its own words; "" if it does."""
+    with warnings.catch_warnings(record=True) as caught, sdpa_kernel(kernel):
+        warnings.simplefilter("always")
+        try:
+            ask()
+        except RuntimeError as error:
+            said = [_cleaned(str(warning.message)) for warning in caught]
+            # Of the others it says that they are switched off, which they are for the question's sake.
+            said = [text for text in said if "not used because" not in text and "runtime disabled" not in text]
+            return " ".join(said)[:_LONGEST_REASON] or _reason(error)
+    return ""
 
 
 def _counted(layers: int) -> str:
@@ -511,8 +586,42 @@ def _cleaned(text: str) -> str:
     return " ".join(re.sub(r"\(Triggered internally at [^)]*\)\.?", "", text).split())
 
 
-def _missing_library() -> str:
-    return "" if importlib.util.find_spec("xformers") else "the library xformers is not installed"
+def _without_xformers() -> str:
+    """Why xformers cannot be used, or "". Makes it ready.
+
+    Its attention calls PyTorch's kernels. But where xformers' own library does not load, which attention does not need, it
+    takes itself for built without CUDA and refuses every input on a GPU: so it is told that PyTorch has CUDA. Kernels that it
+    really does not have it still refuses, as not built.
+    """
+    if not importlib.util.find_spec("xformers"):
+        return "the library xformers is not installed"
+    try:
+        common = importlib.import_module("xformers.ops.fmha.common")
+    except ImportError as error:  # of another version of flash-attn, for one
+        return _reason(error)
+    if torch.version.cuda and hasattr(common, "_built_with_cuda"):
+        common._built_with_cuda = True
+    return ""
+
+
+def _xformers_operators(query: Tensor, key: Tensor, value: Tensor, backward: bool) -> list[type]:
+    """Which operators memory_efficient_attention takes, forward and if wanted backward.
+
+    Of the tensors only device, dtype, shapes and strides are looked at. Raises NotImplementedError where it has none.
+    """
+    fmha = importlib.import_module("xformers.ops.fmha")
+    inputs = fmha.Inputs(*(tensor.transpose(1, 2) for tensor in (query, key, value)))
+    operators = [fmha._dispatch_fw(inputs, backward)]
+    return [*operators, fmha._dispatch_bw(inputs, None)] if backward else operators
+
+
+def _in_words(names: Sequence[str]) -> str:
+    """xformers' names of operators, and whose kernels they are: it marks PyTorch's by "-pt"."""
+    listed = " and ".join(names)
+    if not all(name.endswith("-pt") for name in names):
+        return listed
+    kinds = dict.fromkeys("flash" if name.startswith("fa2") else "memory-efficient" for name in names)
+    return f"{listed}, PyTorch's {' and '.join(kinds)} kernel{'s' if len(names) > 1 else ''}"
 
 
 def _layers(unet: nn.Module) -> dict[str, Attention]:

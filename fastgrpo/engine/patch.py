@@ -1,7 +1,8 @@
 """diffusers' UNet with its normalisations and activations computed by this project's operators.
 
-    ResnetBlock2D                    GroupNorm + SiLU, and time embedding + GroupNorm + SiLU, are one operator each
-    Transformer2DModel               GroupNorm
+    ResnetBlock2D                    GroupNorm + SiLU, and time embedding + GroupNorm + SiLU, are one operator each; the bias of
+                                     the convolution between them comes with the time embedding
+    Transformer2DModel               GroupNorm; its 1 x 1 convolutions are linear layers on tokens
     UNet2DConditionModel             conv_norm_out + conv_act
     BasicTransformerBlock            its LayerNorms
     GEGLU                            the activation after its linear layer
@@ -10,7 +11,8 @@ A module is patched by giving it a subclass of its own class. Its parameters, su
 where they are, so state dicts, optimisers, LoRA adapters, deepcopy and pickle see no difference, and taking the subclass
 away restores it. What the subclasses do not do is left alone: up- or downsampling within a ResnetBlock2D, a time embedding
 that scales, adaptive norms, activations other than SiLU and GEGLU, norms without weights or wrapped by something else.
-Forward hooks on the GroupNorms and activations within a patched ResnetBlock2D are not called.
+Forward hooks on the GroupNorms, activations and `conv1` within a patched ResnetBlock2D are not called, nor those on the
+convolutions of a patched Transformer2DModel.
 """
 
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastgrpo.kernels.geglu import geglu
 from fastgrpo.kernels.group_norm_silu import group_norm_silu
@@ -31,6 +34,7 @@ class Patched:
     """How many modules of each kind use the operators; a ResnetBlock2D counts as one."""
 
     resnets: int
+    transformers: int
     transformer_norms: int
     output_norms: int
     layer_norms: int
@@ -39,8 +43,15 @@ class Patched:
 
 class FusedResnetBlock2D(ResnetBlock2D):
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
-        hidden = self.conv1(_group_norm(self.norm1, input_tensor, silu=True))
+        hidden = _group_norm(self.norm1, input_tensor, silu=True)
         temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+        if type(self.conv1) is nn.Conv2d and self.conv1.bias is not None:
+            # Neither cuDNN nor a compiler adds a bias within a convolution. Alone it is a pass over all pixels, and its gradient
+            # another; what is added before the second norm anyway has one row a sample.
+            hidden = self.conv1._conv_forward(hidden, self.conv1.weight, None)
+            temb = temb + self.conv1.bias.to(temb.dtype)
+        else:
+            hidden = self.conv1(hidden)
         hidden = self.conv2(self.dropout(_group_norm(self.norm2, hidden, silu=True, temb=temb)))
         # Unlike diffusers' in training, the shortcut's input keeps its layout: making it contiguous would cost two
         # copies of channels-last activations.
@@ -48,6 +59,30 @@ class FusedResnetBlock2D(ResnetBlock2D):
             input_tensor = self.conv_shortcut(input_tensor)
         output = input_tensor + hidden
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor
+
+
+class FusedTransformer2DModel(Transformer2DModel):
+    """Its tokens [N, H * W, C] are views of channels-last images [N, C, H, W] on the way in and on the way out."""
+
+    def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
+        if not self._takes_tokens(self.proj_in):
+            return super()._operate_on_continuous_inputs(hidden_states)
+        tokens = _linear(self.proj_in, self.norm(hidden_states).permute(0, 2, 3, 1).flatten(1, 2))
+        return tokens, tokens.shape[-1]
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        if not self._takes_tokens(self.proj_out):
+            return super()._get_output_for_continuous_inputs(
+                hidden_states, residual, batch_size, height, width, inner_dim
+            )
+        image = _linear(self.proj_out, hidden_states).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return residual + image  # in this order, so that the sum has the residual's layout
+
+    def _takes_tokens(self, layer: nn.Module) -> bool:
+        """Whether `_linear` can compute a projection: adapters around a convolution want an image."""
+        return self.use_linear_projection or _is_pointwise(layer)
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -77,20 +112,30 @@ class FusedGEGLU(GEGLU):
         return geglu(self.proj(hidden_states))
 
 
-_FUSED = (FusedResnetBlock2D, FusedGroupNorm, FusedGroupNormSiLU, FusedAway, FusedLayerNorm, FusedGEGLU)
+_FUSED = (
+    FusedResnetBlock2D,
+    FusedTransformer2DModel,
+    FusedGroupNorm,
+    FusedGroupNormSiLU,
+    FusedAway,
+    FusedLayerNorm,
+    FusedGEGLU,
+)
 
 
 def patch_unet(unet: UNet2DConditionModel) -> Patched:
     """Make a UNet use the operators, in place, for training and inference. A second call changes nothing.
 
-    Outputs and gradients are the same up to rounding; on the CPU in float32 and contiguous memory, to the last bit.
+    Outputs and gradients are the same up to rounding.
     Returns how many modules of each kind now use them.
     """
     for module in unet.modules():
         if _is_plain_resnet(module):
             module.__class__ = FusedResnetBlock2D
-        elif type(module) is Transformer2DModel and _is_plain_group_norm(getattr(module, "norm", None)):
-            module.norm.__class__ = FusedGroupNorm
+        elif type(module) is Transformer2DModel and module.is_input_continuous:
+            module.__class__ = FusedTransformer2DModel
+            if _is_plain_group_norm(module.norm):
+                module.norm.__class__ = FusedGroupNorm
         elif type(module) is BasicTransformerBlock:
             for norm in (module.norm1, module.norm2, getattr(module, "norm3", None)):
                 if _is_plain_layer_norm(norm):
@@ -106,6 +151,7 @@ def patch_unet(unet: UNet2DConditionModel) -> Patched:
 
     return Patched(
         resnets=count(FusedResnetBlock2D),
+        transformers=count(FusedTransformer2DModel),
         transformer_norms=count(FusedGroupNorm),
         output_norms=count(FusedGroupNormSiLU),
         layer_norms=count(FusedLayerNorm),
@@ -122,6 +168,17 @@ def unpatch_unet(unet: UNet2DConditionModel) -> None:
 
 def _group_norm(norm: nn.GroupNorm, x: Tensor, silu: bool, temb: Tensor | None = None) -> Tensor:
     return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, temb)
+
+
+def _linear(layer: nn.Module, tokens: Tensor) -> Tensor:
+    """What a linear layer, or a convolution that is one, makes of tokens [N, T, in] -> [N, T, out]."""
+    return F.linear(tokens, layer.weight.flatten(1), layer.bias) if _is_pointwise(layer) else layer(tokens)
+
+
+def _is_pointwise(layer: nn.Module) -> bool:
+    if type(layer) is not nn.Conv2d:
+        return False
+    return layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
 
 
 def _is_plain_resnet(module: nn.Module) -> bool:

@@ -24,7 +24,7 @@ term in closed form where the settings have one, of which public trainers for SD
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastgrpo.config import TrainConfig
+from fastgrpo.console import Console
 from fastgrpo.engine.accounting import Accounting, Rows, rollout_rows
 from fastgrpo.engine.memory import halves
 from fastgrpo.grpo.advantage import advantages
@@ -118,16 +119,19 @@ class Baseline:
         preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(encoder.model))
         self.preprocess = image_transform_v2(preprocess, is_train=False)
 
-    def iterate(self, iteration: int, accounting: Accounting | None = None) -> dict[str, float]:
-        """Iteration number `iteration` (from 1). Returns what `fastgrpo.commands.train.iterate` does of times, speeds and rewards."""
-        policy, watch = self.policy, Stopwatch(self.policy.device)
+    def iterate(
+        self, iteration: int, accounting: Accounting | None = None, console: Console | None = None
+    ) -> dict[str, float]:
+        """Iteration number `iteration` (from 1). console: shows its stages. Returns what `fastgrpo.commands.train.iterate` does of times, speeds and rewards."""
+        policy, watch, console = self.policy, Stopwatch(self.policy.device), console or Console(quiet=True)
         prompts = self.source.batch(iteration - 1)
-        with watch("rollout"):
+        with watch("rollout"), console.bar("rollout"):
             samples = self.rollout(prompts, generator_for(self.config.seed, iteration, "rollout", policy.device))
-        with watch("reward"):
+        with watch("reward"), console.bar("reward"):
             rewards = self.score(samples)
-        with watch("update"):
-            pairs = self.update(samples, rewards, generator_for(self.config.seed, iteration, "update", "cpu"))
+        with watch("update"), console.bar("update") as bar:
+            generator = generator_for(self.config.seed, iteration, "update", "cpu")
+            pairs = self.update(samples, rewards, generator, bar.reach)
         values = {"reward/mean": float(rewards.mean()), **watch.metrics(images=rewards.numel())}
         if accounting:
             count = pairs * halves(self.config)
@@ -208,12 +212,21 @@ class Baseline:
         negative = torch.tensor([prompt.label == NEGATIVE for prompt in prompts], device=text.device)
         return steer(text, self.direction, self.config.reward.alpha, self.config.reward.mode, negative)
 
-    def update(self, samples: Samples, rewards: Tensor, generator: torch.Generator) -> int:
-        """Take the iteration's optimizer steps. generator: on the CPU. Returns how many pairs were learned from."""
+    def update(
+        self,
+        samples: Samples,
+        rewards: Tensor,
+        generator: torch.Generator,
+        progress: Callable[[int, int], object] = lambda done, total: None,
+    ) -> int:
+        """Take the iteration's optimizer steps. generator: on the CPU. Returns how many pairs were learned from.
+
+        progress: told how many optimizer steps of how many are done.
+        """
         config, grpo = self.config, self.config.grpo
         advantage, _ = advantages(rewards, grpo.advantage, grpo.std_floor, grpo.advantage_clamp)
         advantage, learned = advantage.flatten(), 0
-        for part in self._parts(len(samples.log_probs), generator):
+        for number, part in enumerate(self._parts(len(samples.log_probs), generator), start=1):
             size = sum(len(sample) for sample, _ in part)
             for sample, step in part:
                 sample, step = sample.to(advantage.device), step.to(advantage.device)
@@ -222,6 +235,7 @@ class Baseline:
             self.optimizer.step()
             self.optimizer.zero_grad()
             learned += size
+            progress(number, config.updates_per_iteration)
         return learned
 
     def _parts(self, count: int, generator: torch.Generator) -> Iterator[list[tuple[Tensor, Tensor]]]:

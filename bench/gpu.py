@@ -1,168 +1,352 @@
-"""`python bench/gpu.py`: everything a GPU machine is needed for, offline, in at most eight minutes.
+"""`python bench/gpu.py --run first --out FOLDER`: measure on a machine that is lent for minutes, offline, and gives back few files.
 
-    kernels     the benchmarks of all operations, and their table
-    step        whole iterations of SD 1.5 beside the plain trainer's; waits for the device; memory against its plan; the roofline
-    tests       pytest -m gpu
-    ladder      from the plain trainer to the engine, one technique a row
-    unet        the UNet's passes, per attention backend and batch
-    compile     registers, stack and shared memory of every kernel      (needs no GPU)
+    first     whole iterations, in graphs and compiled, beside the plain trainer's; the kernels behind them; all operators
+    second    on the same machine, its caches warm: the GPU tests, the UNet per attention backend, the ladder
 
-In this order, each with a share of the time that the next ones cannot lose; `--stages` takes some alone, with all the time.
-Writes into --out, by default bench/results/DATE-DEVICE: one log per stage, NAME.json and NAME.md of what was measured, and
-summary.txt, with what of the engine's promises holds. A stage that fails, lacks a library or runs out of time does not stop the
-next. Exits 1 if any did. Without a CUDA device the stages that need one are skipped, and the rest is a rehearsal, by default in
-build/rehearsal.
+What is done when is in stages.py. `--rehearse` shows it here and now, with a clock and a device that stand in, and what is left
+of it where a stage fails, is slow, is killed or hangs. On the machine:
 
-The time is kept in two ways: no measurement starts in the last 45 seconds, and what still runs 5 seconds before the end is
-killed. Measurements are written as they come, so the tables then have all that were made.
+- Everything that was said and measured is in FOLDER/results-RUN.tar.gz, one file, written again every 30 seconds and at the end,
+  also on SIGTERM and SIGINT, and when the time of --seconds is up.
+- Every stage is a process of its own session, killed with its children when its time is up; the next one begins all the same.
+- `--wheels FOLDER` names wheels that the machine lacks; they are unpacked for this run alone.
+
+`python bench/table.py FOLDER/results-RUN.tar.gz --readme` then puts it where it belongs. Exits 1 if a stage failed.
 """
 
 import argparse
+import dataclasses
 import datetime
-import importlib.util
 import json
+import math
 import os
-import re
-import signal
+import platform
+import queue
+import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Any, Protocol
+
+import archive
+import table
+from processes import Machine, kill_marked
+from stages import GRACE, RUNS, Run, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("kernels", "step", "tests", "ladder", "unet", "compile")
-SECONDS = 480.0
-# Of the time that is left when a stage begins: it can eat nobody else's. The last one gets what the others left.
-SHARES = {"kernels": 0.25, "step": 0.75, "tests": 0.5, "ladder": 0.75, "unet": 0.7, "compile": 1.0}
-BENCHMARKS = {"kernels": ("kernels",), "step": ("step", "roofline"), "ladder": ("ladder",), "unet": ("unet",)}
-"""Stage -> the results that it writes, NAME.json each."""
-# Between the last measurement that may start and the kill: it may have to compile.
-MARGIN = 40.0
-# Left for the table and the summary.
+EVERY = 30.0
+"""Seconds between archives."""
 CLOSING = 5.0
-# What tests/conftest.py needs. Machines for kernel work may have torch and triton only.
-_TEST_LIBRARIES = ("diffusers", "transformers", "open_clip", "tyro")
+"""Of the run's seconds, those that are left for the last archive."""
+_TICK = 0.25
+_STUBBORN = 3.0  # seconds after which a killed process is left behind
 
 
-@dataclass(frozen=True)
+class Process(Protocol):
+    """As in processes.py, which says more."""
+
+    def poll(self) -> int | None: ...
+
+    def interrupt(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+class Lent(Protocol):
+    """The machine, as in processes.py, or what stands in for it."""
+
+    stopped: str
+
+    def now(self) -> float: ...
+
+    def sleep(self, seconds: float) -> None: ...
+
+    def start(self, name: str, words: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process: ...
+
+
+@dataclass
 class Outcome:
-    """What became of a stage."""
+    """What became of a stage. began, ended: seconds since the run began; math.nan: not yet. failed: None while it runs."""
 
     stage: str
-    result: str
-    failed: bool
-    seconds: float
+    began: float = math.nan
+    ended: float = math.nan
+    result: str = "waits"
+    failed: bool | None = None
 
     def __str__(self) -> str:
-        return f"{self.stage:8} {self.seconds:6.1f} s  {self.result}"
+        return f"{clock(self.began):>5} {clock(self.ended):>5}  {self.stage:9} {self.result}"
 
 
-def main() -> None:
-    start = time.monotonic()
-    options = _options()
-    device = _cuda_device()
-    out = (options.out or _default_folder(device)).resolve()
-    out.mkdir(parents=True, exist_ok=True)
-
-    def left() -> float:
-        return options.seconds - CLOSING - (time.monotonic() - start)
-
-    outcomes = []
-    for stage in [stage for stage in STAGES if stage in options.stages]:
-        last = stage == [name for name in STAGES if name in options.stages][-1]
-        # In a rehearsal there is nothing else to do.
-        limit = left() * (1.0 if last or not device else SHARES[stage])
-        command = stage_command(stage, out, limit - MARGIN)
-        outcomes.append(run_stage(stage, command, out, limit, bool(device) or stage == "compile"))
-    written = [
-        name for stage in options.stages for name in BENCHMARKS.get(stage, ()) if (out / f"{name}.json").exists()
-    ]
-    for name in written:
-        command = [sys.executable, "bench/table.py", out / f"{name}.json"]
-        table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
-        (out / f"{name}.md").write_text(table, encoding="utf-8")
-        print(table)
-    summary = "\n".join(
-        [
-            f"device: {device or 'none'}",
-            *map(str, outcomes),
-            *(promises(out / "step.json") if "step" in written else ()),
-            f"all: {time.monotonic() - start:.1f} s in {out}",
-        ]
-    )
-    (out / "summary.txt").write_text(summary + "\n", encoding="utf-8")
-    print(summary)
-    sys.exit(any(outcome.failed for outcome in outcomes))
+@dataclass
+class _Running:
+    stage: Stage
+    process: Process
+    outcome: Outcome
+    until: float
+    asked: bool = False
+    killed: float = math.inf
 
 
-def run_stage(stage: str, arguments: Sequence[str], out: Path, limit: float, possible: bool = True) -> Outcome:
-    """Run Python with the arguments for at most `limit` seconds, output into OUT/STAGE.log. possible: there is a device."""
-    if not possible:
-        return Outcome(stage, "no CUDA device: skipped", False, 0.0)
-    print(f"{stage}: at most {limit:.0f} s", flush=True)
-    start = time.monotonic()
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    log = out / f"{stage}.log"
-    with log.open("w", encoding="utf-8") as file:
-        command = [sys.executable, *arguments]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+class Schedule:
+    """Runs the stages of a run, one after the other and some beside them, and keeps the archive.
+
+    say: is told what happens. wheels: a folder, or None. about: what is known of the machine, for about.json.
+    """
+
+    def __init__(
+        self, run: Run, machine: Lent, work: Path, target: Path, say: Callable[[str], object], seconds: float = 0.0,
+        wheels: Path | None = None, environment: Mapping[str, str] | None = None,
+    ):  # fmt: skip
+        """seconds: in place of the run's own, which stretches or squeezes all times."""
+        self.run_, self.machine, self.work, self.target, self.say = run, machine, work, target, say
+        self.wheels, self.environment = wheels, environment or {}
+        self._scale = (seconds or run.seconds) / run.seconds
+        self.seconds = run.seconds * self._scale
+        self._waiting = [stage for stage in run.stages if "{wheels}" not in stage.command or wheels]
+        self._running: list[_Running] = []
+        self.outcomes = [Outcome(stage.name) for stage in self._waiting]
+        self._packed = -math.inf
+
+    def run(self) -> list[Outcome]:
+        """Returns what became of each stage; the archive is written and nothing runs any more."""
+        end = self.seconds - CLOSING
         try:
-            code = process.wait(timeout=max(limit, 1.0))
-        except subprocess.TimeoutExpired:
-            # With all that it started: pytest's children hold the device too.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            code = None
-    seconds = time.monotonic() - start
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    last = lines[-1] if lines else "no output"
-    if code is None:
-        return Outcome(stage, f"FAILED: out of time; last line: {last}", True, seconds)
-    return Outcome(stage, last if code == 0 else f"FAILED with {code}: {last}", code != 0, seconds)
+            while self._work_left() and self.machine.now() < end and not self.machine.stopped:
+                self._step()
+                self.machine.sleep(_TICK)
+        finally:
+            self._close()
+        return self.outcomes
+
+    def _work_left(self) -> bool:
+        return bool(self._waiting) or any(not one.stage.watcher for one in self._running)
+
+    def _step(self) -> None:
+        now = self.machine.now()
+        for one in list(self._running):
+            self._look_after(one, now)
+        while self._waiting and not any(not one.stage.background for one in self._running):
+            self._begin(self._waiting.pop(0), now)
+        if now - self._packed >= EVERY:
+            self.pack()
+
+    def _look_after(self, one: _Running, now: float) -> None:
+        code = one.process.poll()
+        if code is not None:
+            one.process.kill()  # what it left running
+            self._end(one, _told(one, code, self._log(one.stage)), code != 0 or one.asked)
+        elif now >= one.killed + _STUBBORN:
+            self._end(one, "FAILED: its time was up, and it does not end even so", True)
+        elif now >= one.until and one.killed == math.inf:
+            one.process.kill()
+            one.killed = now
+        elif now >= one.until - GRACE and not one.asked:
+            one.process.interrupt()
+            one.asked = True
+
+    def _begin(self, stage: Stage, now: float) -> None:
+        outcome = next(outcome for outcome in self.outcomes if outcome.stage == stage.name)
+        until = min(stage.by * self._scale, now + stage.cap * self._scale, self.seconds - CLOSING)
+        limit = until - now
+        if limit < stage.least * self._scale:
+            outcome.result, outcome.failed = "not begun: no time was left", True
+            self.say(f"{stage.name}: {outcome.result}")
+            return
+        outcome.began = now
+        words = stage.words(self.work, self.work.parent / "site", self.wheels, limit - GRACE)
+        try:
+            process = self.machine.start(stage.name, words, self._log(stage), self.environment)
+        except OSError as error:
+            outcome.ended, outcome.result, outcome.failed = now, f"FAILED to start: {error}", not stage.watcher
+            self.say(f"{stage.name}: {outcome.result}")
+            return
+        outcome.result = "runs"
+        if stage.watcher:
+            until = math.inf
+        else:
+            self.say(f"{stage.name} begins, with {limit:.0f} s at most")
+        self._running.append(_Running(stage, process, outcome, until))
+
+    def _end(self, one: _Running, result: str, failed: bool) -> None:
+        self._running.remove(one)
+        one.outcome.ended, one.outcome.result = self.machine.now(), result
+        one.outcome.failed = failed and not one.stage.watcher
+        if not one.stage.watcher:
+            self.say(f"{one.stage.name}: {result}")
+
+    def _close(self) -> None:
+        """Nothing that runs may hinder the last archive: it is written once before and once after they are killed."""
+        why = self.machine.stopped or ("the run's time was up" if self._work_left() else "the run was over")
+        self.pack()
+        for one in list(self._running):
+            one.process.kill()
+            self._end(one, f"{'stopped' if one.stage.watcher else 'FAILED'}: {why}", True)
+        for outcome in self.outcomes:
+            if outcome.result == "waits":
+                outcome.result, outcome.failed = f"not begun: {why}", True
+        self.say(f"all: {self.machine.now():.1f} s, {self.target}")
+        self.pack()
+
+    def pack(self) -> None:
+        """Tables and summary anew, then the archive. A full disk is said, and does not end the run."""
+        self._packed = self.machine.now()
+        try:
+            (self.work / "summary.txt").write_text(self.summary(), encoding="utf-8")
+            archive.pack(self.work, self.target)
+        except OSError as error:
+            self.say(f"the archive could not be written: {error}")
+
+    def summary(self) -> str:
+        """When each stage ran and what it came to, and what was measured."""
+        lines = [f"{self.run_.about}", "", "began ended  stage     result", *map(str, self.outcomes), ""]
+        return "\n".join([*lines, *table.tables(self.work)]) + "\n"
+
+    def _log(self, stage: Stage) -> Path:
+        return self.work / f"{stage.name}.log"
+
+
+def clock(seconds: float) -> str:
+    """Such as 3:05; "-" for what has not happened."""
+    return "-" if math.isnan(seconds) else f"{round(seconds) // 60}:{round(seconds) % 60:02d}"
+
+
+def _told(one: _Running, code: int, log: Path) -> str:
+    """How a stage ended, with its last words."""
+    last = _last_words(log)
+    if one.asked:
+        return f"FAILED: its time was up; last line: {last}"
+    return last if code == 0 else f"FAILED with {code}: {last}"
+
+
+def _last_words(log: Path) -> str:
+    """The last line that says something; of an interrupt Python says no more than that."""
+    if not log.exists():
+        return "no output"
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line not in ("", "KeyboardInterrupt")), "no output")[:300]
+
+
+class Teller:
+    """Says lines with the time: into a file, where they are at once, and on standard output, for which nothing waits."""
+
+    def __init__(self, file: Path, now: Callable[[], float]) -> None:
+        self._file = file.open("a", encoding="utf-8")
+        self._now = now
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        # Whoever reads the output may have stopped to, and a write then never ends.
+        threading.Thread(target=self._print, daemon=True).start()
+
+    def __call__(self, line: str) -> None:
+        line = f"{clock(self._now()):>5}  {line}\n"
+        self._file.write(line)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._lines.put(line)
+
+    def show(self, text: str) -> None:
+        """On standard output only."""
+        self._lines.put(text)
+
+    def wait(self, seconds: float) -> None:
+        """Until all is printed, or so long."""
+        end = time.monotonic() + seconds
+        while not self._lines.empty() and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.05)
+
+    def _print(self) -> None:
+        while True:
+            words = self._lines.get().encode()
+            try:
+                while words:
+                    words = words[os.write(1, words) :]
+            except OSError:
+                return
+
+
+def describe(run: str, device: str) -> dict[str, Any]:
+    """The machine and what is installed there. device: what nvidia-smi says."""
+    versions = sorted(f"{d.metadata['Name']} {d.version}" for d in metadata.distributions() if d.metadata["Name"])
+    return {
+        "run": run,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "commit": os.environ.get("COMMIT", "unknown"),
+        "cores": len(os.sched_getaffinity(0)),
+        "machine": platform.platform(),
+        "python": platform.python_version(),
+        "nvcc": _output("nvcc", "--version").rpartition("\n")[2],
+        "installed": versions,
+    }
+
+
+def _device() -> str:
+    """Name, driver, compute capability and memory, or ""; asked of nvidia-smi, since torch takes seconds to say it."""
+    return _output("nvidia-smi", "--query-gpu=name,driver_version,compute_cap,memory.total", "--format=csv,noheader")
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="the folder to write to")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="which (default: all)")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"time for everything (default: {SECONDS:.0f})")
+    parser.add_argument("--run", choices=tuple(RUNS), default="first")
+    parser.add_argument("--out", type=Path, help="the folder for the archive (default: bench/results)")
+    parser.add_argument("--seconds", type=float, default=0.0, help="for everything; stretches or squeezes all times")
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="these alone, each with all the time that is left")
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="wheels to unpack first")
+    parser.add_argument("--rehearse", action="store_true", help="with a clock and a device that stand in")
     return parser.parse_args()
 
 
-def _default_folder(device: str) -> Path:
+def _chosen(run: Run, names: Sequence[str] | None) -> Run:
+    """Of the stages those that are named. Exits where there is none of a name."""
+    if not names:
+        return run
+    known = [stage.name for stage in run.stages]
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"--stages: {unknown[0]} is none of this run; accepted are {', '.join(known)}.")
+    stages = [dataclasses.replace(stage, by=run.seconds, cap=math.inf) for stage in run.stages if stage.name in names]
+    return dataclasses.replace(run, stages=tuple(stages))
+
+
+def main() -> None:
+    options = _options()
+    run = _chosen(RUNS[options.run], options.stages)
+    if options.rehearse:
+        import rehearsal
+
+        sys.exit(rehearsal.main(run, options.seconds))
+    machine = Machine(ROOT)
+    kill_marked()
+    device = _device()
     if not device:
-        return ROOT / "build" / "rehearsal"
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    return ROOT / "bench" / "results" / f"{date}-{re.sub('[^A-Za-z0-9]+', '-', device)}"
-
-
-def _cuda_device() -> str:
-    """Its name, or "". Asked in another process: this one must not hold memory of the device."""
-    program = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    return result.stdout.strip()
-
-
-def promises(file: Path) -> list[str]:
-    """A line for each check of an iteration: nothing waits for the device, memory is as planned."""
-    checks = json.loads(file.read_text(encoding="utf-8")).get("checks", [])
-    return [f"{'holds' if check['holds'] else 'BROKEN':8} {check['name']}: {check['seen']}" for check in checks]
-
-
-def stage_command(stage: str, out: Path, seconds: float) -> tuple[str, ...]:
-    """Python's arguments. seconds: after which no measurement starts."""
-    pytest = ("-m", "pytest", "-q")
-    if stage == "tests":
-        # All GPU tests, or those of the kernels alone where the libraries of the others are missing.
-        complete = all(importlib.util.find_spec(name) for name in _TEST_LIBRARIES)
-        return (*pytest, "-m", "gpu", *(() if complete else ("tests/kernels", "--confcutdir=tests/kernels")))
-    if stage == "compile":
-        return ("-m", "fastgrpo.kernels.compile")
-    file = {"kernels": "test_kernels.py", "step": "test_iteration.py"}.get(stage, f"test_{stage}.py")
-    results = f"--results={out / 'kernels.json'}" if stage == "kernels" else f"--throughput={out}"
-    return (*pytest, f"bench/{file}", "--benchmark-quiet", results, f"--seconds={seconds}")
+        sys.exit("nvidia-smi shows no device here; `python bench/gpu.py --rehearse` needs none.")
+    work = ROOT / "build" / "gpu" / options.run
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    (work / "about.json").write_text(json.dumps(describe(options.run, device), indent=1) + "\n", encoding="utf-8")
+    say = Teller(work / "run.log", machine.now)
+    say(f"{options.run} run on {device}: {run.about}")
+    target = (options.out or ROOT / "bench" / "results").resolve() / f"results-{options.run}.tar.gz"
+    path = os.pathsep.join([str(ROOT), str(work.parent / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    schedule = Schedule(run, machine, work, target, say, options.seconds, options.wheels, {"PYTHONPATH": path})
+    failed = any(outcome.failed for outcome in schedule.run())
+    say.show(schedule.summary())
+    say.wait(2.0)
+    os._exit(failed)  # a thread that cannot print would keep the interpreter from ending
 
 
 if __name__ == "__main__":

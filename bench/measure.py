@@ -6,7 +6,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +101,26 @@ def seconds_called(call: Callable[[], Any]) -> float:
 
 def launches(call: Callable[[], Any]) -> int:
     """Kernels, copies and fills that one call starts on the device, as the profiler sees them."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        call()
-        torch.cuda.synchronize()
-    return sum(event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for event in _events(profiler))
+    return sum(event.get("cat") in _ON_DEVICE for event in traced(call))
+
+
+def costliest(call: Callable[[], Any], most: int = 40) -> list[dict[str, Any]]:
+    """The kernels, copies and fills of one call that take longest together, on a CPU its operations: name, calls, seconds."""
+    return by_time(traced(call), _ON_DEVICE if CUDA else ("cpu_op",), most)
+
+
+def by_time(events: Sequence[Mapping[str, Any]], kinds: Sequence[str], most: int) -> list[dict[str, Any]]:
+    """The same of a trace's events, of these kinds."""
+    calls: Counter[str] = Counter()
+    micros: Counter[str] = Counter()
+    for event in events:
+        if event.get("cat") in kinds:
+            calls[event["name"]] += 1
+            micros[event["name"]] += event["dur"]
+    return [
+        {"name": name, "calls": calls[name], "seconds": took / 1e6}
+        for name, took in sorted(micros.items(), key=lambda entry: (-entry[1], entry[0]))[:most]
+    ]
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
@@ -121,6 +136,7 @@ def _timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+_ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 
 
@@ -129,13 +145,8 @@ def host_waits(call: Callable[[], Any]) -> dict[str, int]:
     if not CUDA:
         call()
         return {}
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profiler:
-        with torch.profiler.record_function("watched"):
-            call()
-        torch.cuda.synchronize()
-    return waits_within(_events(profiler), "watched")
+    return waits_within(traced(torch.profiler.record_function("watched")(call)), "watched")
 
 
 def waits_within(events: list[dict[str, Any]], name: str) -> dict[str, int]:
@@ -146,7 +157,13 @@ def waits_within(events: list[dict[str, Any]], name: str) -> dict[str, int]:
     return dict(Counter(event for event in inside if event in _WAITS))
 
 
-def _events(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
+def traced(call: Callable[[], Any]) -> list[dict[str, Any]]:
+    """The events of a trace of the call, and of the wait for the device that follows it."""
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if CUDA else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        call()
+        if CUDA:
+            torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))

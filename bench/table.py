@@ -1,19 +1,28 @@
-"""`python bench/table.py FILE.json`: measurements as Markdown. `python bench/table.py --readme`: the README's section "Throughput".
+"""`python bench/table.py FILE.json`: measurements as Markdown. `--readme`: the README's section "Throughput", of bench/results.
+
+`python bench/table.py ARCHIVE`, of bench/gpu.py: all tables of what is in there. With `--readme` it is unpacked to
+bench/results/DATE-DEVICE first, so that the section shows it.
 
 Of the kernels (`bench/test_kernels.py --results FILE.json`) here; of whole iterations (`--throughput FOLDER`) in throughput_table.py. One line per operation, case, direction and function. `copy` is the share of what a large copy within the same device reached
 in the same run; `vs best rival` is the time of the fastest other function divided by ours. `aim` is what the project wants to
 reach there and whether it did; what is missed is listed first.
 """
 
+import argparse
 import json
+import re
 import sys
+import tarfile
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import archive
 import throughput_table
 
+HERE = Path(__file__).resolve().parent
 OURS = "fastgrpo"
 
 
@@ -150,15 +159,74 @@ def _line(cells: Any) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+NAMES = ("step", "roofline", "kernels", "unet", "ladder")
+"""Of the files that measurements are written to, NAME.json."""
+
+
+def tables(folder: Path) -> list[str]:
+    """Of all that was measured in a folder; a file of which none can be made says why."""
+    files = {name: folder / f"{name}.json" for name in NAMES}
+    return _tables({name: path.read_bytes() for name, path in files.items() if path.exists()})
+
+
+def _tables(files: Mapping[str, bytes]) -> list[str]:
+    """files: by the names of NAMES."""
+    found = []
+    for name, content in files.items():
+        try:
+            results = json.loads(content)
+            found.append("\n".join([_table_of(results), *throughput_table.kernel_lines(results)]))
+        except Exception as error:  # half of a measurement must not hide the rest
+            found.append(f"{name}.json: no table of it: {type(error).__name__}: {error}")
+    return found
+
+
+def _table_of(results: dict[str, Any]) -> str:
+    return throughput_table.table(results) if "benchmark" in results else table(results)
+
+
+def keep(path: Path, results: Path) -> Path:
+    """Unpack an archive into the folder DATE-DEVICE of `results`: measurements there, everything else in one named as the run.
+
+    Returns that folder. Raises OSError, and tarfile.TarError or KeyError where it is no archive of a run.
+    """
+    files = archive.unpack(path)
+    about = json.loads(files["about.json"])
+    device = re.sub("[^A-Za-z0-9]+", "-", about["device"].partition(",")[0]).strip("-")
+    folder = results / f"{about['date'][:10]}-{device}"
+    for name, content in files.items():
+        measured = name.removesuffix(".json") in NAMES
+        target = (folder if measured else folder / about["run"]) / Path(name).name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    return folder
+
+
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python bench/table.py FILE.json | --readme")
-    if sys.argv[1] == "--readme":
-        here = Path(__file__).resolve().parent
-        throughput_table.write_readme(here.parent / "README.md", here / "results")
-        return
-    results = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    print(throughput_table.table(results) if "benchmark" in results else table(results), end="")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", type=Path, help="FILE.json, or an archive of bench/gpu.py")
+    parser.add_argument("--readme", action="store_true", help="write the README's section")
+    options = parser.parse_args()
+    if not (options.file or options.readme):
+        parser.error("neither a file nor --readme is given")
+    try:
+        if options.file and options.file.suffix == ".json":
+            print(_table_of(json.loads(options.file.read_text(encoding="utf-8"))), end="")
+        elif options.file:
+            files = {
+                Path(name).stem: content
+                for name, content in archive.unpack(options.file).items()
+                if name.endswith(".json")
+            }
+            print(*_tables({name: files[name] for name in NAMES if name in files}), sep="\n")
+            if options.readme:
+                print(f"unpacked to {keep(options.file, HERE / 'results')}")
+    except (OSError, tarfile.TarError, ValueError, KeyError) as error:
+        sys.exit(
+            f"{options.file}: {type(error).__name__}: {error}; accepted are a FILE.json and an archive of bench/gpu.py."
+        )
+    if options.readme:
+        throughput_table.write_readme(HERE.parent / "README.md", HERE / "results")
 
 
 if __name__ == "__main__":

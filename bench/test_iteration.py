@@ -12,7 +12,17 @@ import pytest
 from measure import CUDA, DEVICE, RecordedClock
 from pytest_benchmark.fixture import BenchmarkFixture
 from roofline import phases
-from throughput import RATES_OF, Check, checks, iterations, memory_check, step_config, step_trainings
+from throughput import (
+    RATES_OF,
+    Check,
+    about,
+    checks,
+    iterations,
+    memory_check,
+    ratio_check,
+    step_config,
+    step_trainings,
+)
 from workload import Ours, accounting_of
 
 from fastgrpo.engine.accounting import Accounting
@@ -49,19 +59,10 @@ def measured(pytestconfig: pytest.Config, accounting: Accounting, record: Any, i
             result.parameters = sum(p.numel() for p in training.parts.trainable.parameters.values())
             if CUDA:
                 result.checks.append(memory_check(training.planned_gigabytes(), row["values"]["memory/peak_gb"]))
-            result.checks += checks(training)
-            kept.say(checks=[check.to_json() for check in result.checks], said=training.said)
+            result.checks += [ratio_check(row["values"]["ratio/max_abs_dev_first"]), *checks(training)]
+            kept.note("checks", name, [check.to_json() for check in result.checks])
         del training  # the next one would not fit beside it on a GPU
     return result
-
-
-def about() -> dict[str, Any]:
-    config = step_config()
-    return {
-        "what": "SD 1.5 at 512 x 512, random weights" if CUDA else "preset shapes, a quarter of an iteration",
-        "steps": config.rollout.steps,
-        "updates": config.updates_per_iteration,
-    }
 
 
 @pytest.mark.benchmark(timer=CLOCK)

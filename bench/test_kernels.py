@@ -116,6 +116,22 @@ def _assert_right(subject: Subject, call: Callable[[], Any], args: tuple[Any, ..
         assert difference <= DISAGREEMENT * torch.linalg.vector_norm(expected.float()), "a wrong result"
 
 
+def _few() -> list[Subject]:
+    """Ours at the largest case of the tests and the smallest that matters, of each operation; the former first."""
+    specs = load_specs().values()
+    cases = [(spec, max(spec.cases, key=lambda case: case.bytes)) for spec in specs]
+    cases += [(spec, min(spec.bench, key=lambda case: case.bytes)) for spec in specs if CUDA]
+    return [Subject(spec, case, PASSES[bool(spec.differentiable)], OURS) for spec, case in cases]
+
+
+@pytest.mark.parametrize("subject", [pytest.param(s, id=f"{s.spec.name}-{s.case.name}") for s in _few()])
+def test_right(subject: Subject) -> None:
+    """Whether an operation works here at all: what a GPU is asked first."""
+    args = _arguments(subject.spec.name, subject.case)
+    _assert_right(subject, _call(subject, _function(subject), args)[0], args)
+    free()
+
+
 @pytest.mark.benchmark(timer=TIMER)
 @pytest.mark.parametrize(
     "subject",

@@ -20,6 +20,7 @@ from fastgrpo.engine.accounting import Accounting, Rows, rollout_rows
 from fastgrpo.engine.eager import EagerEngine
 from fastgrpo.engine.graphs import no_host_sync
 from fastgrpo.engine.memory import halves
+from fastgrpo.engine.setup import CPU_AGREEMENT
 from fastgrpo.engine.workers import available_cores
 from fastgrpo.errors import ConfigError
 from fastgrpo.grpo.micro_batch import MicroBatch
@@ -47,14 +48,29 @@ def step_config() -> TrainConfig:
     return paper() if CUDA else altered(shapes(prompts=3), updates_per_iteration=1)
 
 
+def about() -> dict[str, Any]:
+    """What step.json says of the iterations in it."""
+    config = step_config()
+    return {
+        "what": "SD 1.5 at 512 x 512, random weights" if CUDA else "preset shapes, a quarter of an iteration",
+        "steps": config.rollout.steps,
+        "updates": config.updates_per_iteration,
+    }
+
+
+def one_prompt(config: TrainConfig) -> TrainConfig:
+    """With the images of one of its prompts, and as many pairs in an optimizer step."""
+    updates = max(1, config.updates_per_iteration // config.prompts_per_iteration)
+    return altered(config, prompts_per_iteration=1, updates_per_iteration=updates)
+
+
 def step_trainings(config: TrainConfig) -> dict[str, Builder]:
     """The plain trainer's time is proportional to the images: on CUDA it draws those of one prompt.
 
     On a CPU PyTorch's default is a thread for each core; so small a UNet may run faster with one, so both are measured.
     """
     if CUDA:
-        one = altered(config, prompts_per_iteration=1, updates_per_iteration=max(1, config.updates_per_iteration // 4))
-        return {"fastgrpo": lambda: ours(config), "plain": lambda: plain(one)}
+        return {"fastgrpo": lambda: ours(config), "plain": lambda: plain(one_prompt(config))}
     threads = sorted({1, available_cores()})
     return {"fastgrpo": lambda: ours(config)} | {
         f"plain, {counted(count, 'thread')}": lambda count=count: plain(config, threads=count) for count in threads
@@ -206,7 +222,7 @@ def iterations(
         trainings = {name: build() for name, build in builders.items()}
         for number in range(repeats + 1):
             for name, training in trainings.items():
-                row = _row(name, training, number + 1, accounting)
+                row = row_of(name, training, number + 1, accounting)
                 if number:
                     yield name, training, row
         return
@@ -217,7 +233,7 @@ def iterations(
         try:
             training = build()
             for number in range(repeats):
-                row = _row(name, training, number + 1, accounting)
+                row = row_of(name, training, number + 1, accounting)
                 yield name, training, row | ({} if number else {"first": True})
         except (RuntimeError, ConfigError, ImportError) as error:  # out of memory too
             failed(name, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
@@ -225,7 +241,8 @@ def iterations(
         free()
 
 
-def _row(name: str, training: Training, number: int, accounting: Accounting) -> dict[str, Any]:
+def row_of(name: str, training: Training, number: int, accounting: Accounting) -> dict[str, Any]:
+    """What is kept of iteration `number` of a training, which is run for it."""
     training.use_threads()
     if CUDA:  # what the start needed, such as the search for a micro-batch, is not the iteration's
         torch.cuda.reset_peak_memory_stats()
@@ -254,11 +271,13 @@ class Check:
         return asdict(self)
 
 
-def checks(training: Ours) -> Iterator[Check]:
-    """On CUDA: nothing waits for the device in a rollout or a micro-batch, by PyTorch's own watch and in a trace; and memory.
+def checks(training: Ours, in_time: Callable[[], bool] = lambda: True) -> Iterator[Check]:
+    """On CUDA: nothing waits for the device in a rollout or a micro-batch, by PyTorch's own watch and in a trace.
 
-    Elsewhere the passes run all the same, and there is nothing to wait for.
+    Elsewhere the passes run all the same, and there is nothing to wait for. in_time: whether another may begin.
     """
+    if not in_time():
+        return
     with _few_steps(training.parts.engine):
         stages = _Stages(training)
         for name, call in (("rollout", stages.rollout), ("micro-batches", stages.learn)):
@@ -271,6 +290,16 @@ def checks(training: Ours) -> Iterator[Check]:
             waits = host_waits(call)
             seen = ", ".join(f"{count} x {event}" for event, count in waits.items()) or "none in the trace"
             yield Check(f"no wait for the device in a trace of {name}", not waits, seen)
+            if not in_time():
+                return
+
+
+def ratio_check(apart: float) -> Check:
+    """apart: how far from 1 a ratio was before the first optimizer step."""
+    allowed = 0.0 if CUDA else CPU_AGREEMENT
+    return Check(
+        f"the ratio is 1 before the first optimizer step, within {allowed:g}", apart <= allowed, f"{apart:.1e}"
+    )
 
 
 def memory_check(planned: float, measured: float) -> Check:

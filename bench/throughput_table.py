@@ -12,9 +12,8 @@ from typing import Any
 
 OURS = "fastgrpo"
 START, END = "<!-- throughput -->", "<!-- /throughput -->"
-NO_GPU = (
-    "**The GPU table is still open: nothing here was measured on a GPU.** `python bench/gpu.py` on one fills it in."
-)
+SHOWN = ("step", "ladder", "roofline")
+"""Of what is measured, what the README shows."""
 
 _STAGES = ("rollout", "reward", "update")
 _SPEEDS = ("rollout, FLOP/s (of matmul)", "update, FLOP/s (of matmul)")
@@ -40,20 +39,23 @@ def table(results: Mapping[str, Any]) -> str:
 def readme_section(folder: Path) -> str:
     """What stands between the README's markers. folder: bench/results."""
     files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/*.json"))]
-    files = [file for file in files if file.get("benchmark") in ("step", "ladder", "roofline")]
+    files = [file for file in files if file.get("benchmark") in SHOWN]
     sections = []
     for kind, ours in (("GPU", [f for f in files if "cuda" in f]), ("CPU", [f for f in files if "cuda" not in f])):
         newest = {file["benchmark"]: file for file in sorted(ours, key=lambda file: file["date"])}
-        if not newest and kind == "GPU":
-            sections.append(NO_GPU)
-        for name in ("step", "ladder", "roofline"):
+        if kind == "GPU" and (missing := [name for name in SHOWN if name not in newest]):
+            sections.append(
+                f"**Not yet measured on a GPU: {', '.join(f'`{name}`' for name in missing)}.** `python bench/gpu.py` on one "
+                "measures it, and `python bench/table.py ARCHIVE --readme` fills it in."
+            )
+        for name in SHOWN:
             if name in newest:
                 sections.append(table(newest[name]).rstrip())
     return "\n\n".join(sections)
 
 
 def write_readme(readme: Path, folder: Path) -> None:
-    """Put the section in its place. Raises ValueError where the markers are not there."""
+    """Put the section in its place. folder: bench/results. Raises ValueError where the markers are not there."""
     text = readme.read_text(encoding="utf-8")
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
@@ -74,6 +76,7 @@ def _measured_on(results: Mapping[str, Any]) -> str:
 
 def _step(results: Mapping[str, Any]) -> list[str]:
     rows, names = results["rows"], list(dict.fromkeys(row["name"] for row in results["rows"]))
+    ours = next((name for name in (OURS, *names) if name in names and name.startswith(OURS)), OURS)
     lines = [
         f"{results['what']}, {results['steps']} denoising steps, {counted(results['updates'], 'optimizer step')}; "
         f"{counted(min((len(_named(rows, name)) for name in names), default=0), 'iteration')} of each, median [least, most].",
@@ -85,26 +88,54 @@ def _step(results: Mapping[str, Any]) -> list[str]:
             _spread(rows, name, _SPEED),
             *(f"{median_of(rows, name, f'time/{stage}_s'):.3g}" for stage in _STAGES),
             *(_speed(rows, name, "throughput/", stage) for stage in ("rollout", "update")),
-            _ratio_text(_ratios(rows, OURS, name, _SPEED)) if name != OURS else "",
+            _ratio_text(_ratios(rows, ours, name, _SPEED)) if name != ours else "",
         ]
         lines.append(_line([name, *cells]))
     lines += ["", *(f"- {name}: {reason}" for name, reason in results.get("failed", {}).items())]
+    for name, stages in results.get("reached", {}).items():
+        if name not in names:
+            took = ", ".join(f"{stage} {seconds:.3g} s" for stage, seconds in stages.items())
+            lines.append(f"- {name}: no whole iteration; {took}")
     if OURS in names:
         for name, unit, way, aim, read in GPU_AIMS if "cuda" in results else CPU_AIMS:
             found = read(rows)
             reached = found is not None and (found >= aim if way == ">=" else found <= aim)
             shown = "not measured" if found is None else f"{found:.3g} {unit}"
             lines.append(f"- aim: {name} {way} {aim:g} {unit}: {shown}, {'reached' if reached else 'MISSED'}")
-    lines += [
-        f"- {check['name']}: {'holds' if check['holds'] else 'DOES NOT HOLD'} ({check['seen']})"
-        for check in _checks(results)
-    ]
+    # On a CPU there is no device to wait for.
+    for name, checks in results.get("checks", {}).items() if "cuda" in results else ():
+        lines += [
+            f"- {name}: {check['name']}: {'holds' if check['holds'] else 'DOES NOT HOLD'} ({check['seen']})"
+            for check in checks
+        ]
     return lines
 
 
-def _checks(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """On a CPU there is no device to wait for."""
-    return results.get("checks", []) if "cuda" in results else []
+def kernel_lines(results: Mapping[str, Any], most: int = 12) -> list[str]:
+    """Of step.json: what one replay of each graph spends its time on, as far as it was looked at."""
+    lines = []
+    for training, replays in results.get("kernels", {}).items():
+        for replay, kernels in replays.items():
+            whole = sum(kernel["seconds"] for kernel in kernels) or 1.0
+            lines += [
+                "",
+                f"{training}: one replay of `{replay}`, {whole * 1e3:.2f} ms in the {len(kernels)} costliest kernels.",
+                "",
+            ]
+            lines += _head(("kernel", "calls", "ms", "share"), 1)
+            for kernel in kernels[:most]:
+                name = kernel["name"].replace("|", "\\|")[:100]
+                lines.append(
+                    _line(
+                        [
+                            name,
+                            str(kernel["calls"]),
+                            f"{kernel['seconds'] * 1e3:.3f}",
+                            f"{kernel['seconds'] / whole:.0%}",
+                        ]
+                    )
+                )
+    return lines
 
 
 def _ladder(results: Mapping[str, Any]) -> list[str]:
@@ -200,8 +231,8 @@ def _ratio_text(ratios: Sequence[float]) -> str:
 
 def _speedup(rows: Rows) -> float | None:
     """Beside the fastest way to run the plain trainer."""
-    found = [statistics.median(_ratios(rows, OURS, name, _SPEED)) for name in {row["name"] for row in rows} - {OURS}]
-    return min(found, default=None)
+    plain = {row["name"] for row in rows if not row["name"].startswith(OURS)}
+    return min((statistics.median(_ratios(rows, OURS, name, _SPEED)) for name in plain), default=None)
 
 
 def counted(count: int, what: str) -> str:

@@ -23,7 +23,7 @@ from fastgrpo.console import Console
 from fastgrpo.costs import count_encoders, count_flop, count_model, sd1_architecture
 from fastgrpo.distributed import Ranks
 from fastgrpo.engine.accounting import Accounting
-from fastgrpo.engine.memory import Memory, memory_plan, peak
+from fastgrpo.engine.memory import Memory, memory_lines, memory_plan, peak
 from fastgrpo.engine.rates import measure_rates
 from fastgrpo.engine.setup import Record, micro_batch_finder, start_engine
 from fastgrpo.engine.workers import Workers, available_cores
@@ -46,6 +46,7 @@ from fastgrpo.trainable import make_trainable
 
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 REWARD_ARCHITECTURE = "ViT-H-14"
+QUIET = Console(quiet=True)
 
 
 def altered(config: TrainConfig, **fields: Any) -> TrainConfig:
@@ -101,11 +102,11 @@ class Training(Protocol):
 
 @dataclass
 class Ours:
-    """Our training. parts: its pieces. said: what the engine said at its start."""
+    """Our training. parts: its pieces. console: what its stages are shown on."""
 
     config: TrainConfig
     parts: Parts
-    said: list[str]
+    console: Console
     embeds: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -113,7 +114,7 @@ class Ours:
         return self.parts.policy
 
     def iterate(self, iteration: int, accounting: Accounting | None = None) -> dict[str, float]:
-        return iterate(self.parts, self.config, iteration, self.embeds, Console(quiet=True), accounting)
+        return iterate(self.parts, self.config, iteration, self.embeds, self.console, accounting)
 
     def use_threads(self) -> None:
         torch.set_num_threads(1)
@@ -126,16 +127,25 @@ class Ours:
         size = self.parts.engine.micro_batch
         return memory_plan(self.config, model, encoders, self.parts.policy.dtype, 1, size)
 
+    def plan_lines(self) -> list[str]:
+        return memory_lines(self.plan(), str(DEVICE))
+
+    def replays(self) -> dict[str, Callable[[], object]]:
+        """Of each function that the engine calls on fixed memory: a call with what lies there, on CUDA of its graph."""
+        calls = getattr(self.parts.engine, "_calls", {})
+        return {key[0]: functools.partial(call, *call.buffers) for key, call in calls.items()}
+
     def planned_gigabytes(self) -> float:
         return peak(self.plan())[1] / 1e9
 
 
 @dataclass
 class Plain:
-    """The plain training. threads: PyTorch's, on a CPU."""
+    """The plain training. threads: PyTorch's, on a CPU. console: what its stages are shown on."""
 
     baseline: Baseline
     threads: int
+    console: Console
 
     @property
     def config(self) -> TrainConfig:
@@ -146,23 +156,22 @@ class Plain:
         return self.baseline.policy
 
     def iterate(self, iteration: int, accounting: Accounting | None = None) -> dict[str, float]:
-        return self.baseline.iterate(iteration, accounting)
+        return self.baseline.iterate(iteration, accounting, self.console)
 
     def use_threads(self) -> None:
         torch.set_num_threads(self.threads)
 
 
-def ours(config: TrainConfig, workers: int = 0) -> Ours:
+def ours(config: TrainConfig, workers: int = 0, console: Console = QUIET) -> Ours:
     """Our training on the device at hand. workers: CPU cores that take shares of a batch side by side; 0 is all."""
-    said: list[str] = []
     if config.model.path == "shapes":
-        parts = load_parts(config, workers or available_cores(), say=lambda line: said.append(str(line)))
+        parts = load_parts(config, workers or available_cores(), say=console.say)
     else:
-        parts = _random_parts(config, lambda line: said.append(str(line)))
-    return Ours(config, parts, said)
+        parts = _random_parts(config, console.say)
+    return Ours(config, parts, console)
 
 
-def plain(config: TrainConfig, techniques: Techniques = PLAIN, threads: int = 0) -> Plain:
+def plain(config: TrainConfig, techniques: Techniques = PLAIN, threads: int = 0, console: Console = QUIET) -> Plain:
     """The plain training on the device at hand, of the same weights. threads: PyTorch's, on a CPU; 0 is one per core."""
     prompts = load_prompts(config.prompts)
     source = PromptSource(*prompts, config.prompts, config.seed, config.prompts_per_iteration)
@@ -175,7 +184,7 @@ def plain(config: TrainConfig, techniques: Techniques = PLAIN, threads: int = 0)
     # The trainer has a copy of its own; the frozen parts are still needed.
     policy.unet.to("meta")
     free()
-    return Plain(baseline, threads or available_cores())
+    return Plain(baseline, threads or available_cores(), console)
 
 
 def accounting_of(config: TrainConfig, workers: int = 1, rounds: int = 1) -> Accounting:
@@ -205,13 +214,13 @@ def _encoder(architecture: str) -> OpenClipEncoder:
     return OpenClipEncoder(model, open_clip.get_tokenizer(architecture), DEVICE, torch.float32)
 
 
-def random_policy(about: Description) -> Policy:
+def random_policy(about: Description, device: torch.device = DEVICE, dtype: torch.dtype = DTYPE) -> Policy:
     """A pipeline with weights as its classes draw them, on the device; frozen parts in the dtype that the UNet computes in."""
-    with torch.random.fork_rng(), DEVICE:
+    with torch.random.fork_rng(), device:
         torch.manual_seed(0)
         unet = UNet2DConditionModel.from_config(dict(about.unet))
-        vae = AutoencoderKL.from_config(dict(about.vae)).to(DTYPE)
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(about.text_encoder))).to(DTYPE)
+        vae = AutoencoderKL.from_config(dict(about.vae)).to(dtype)
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(about.text_encoder))).to(dtype)
     unet.to(memory_format=torch.channels_last).eval()
     return Policy(
         unet=unet,
@@ -219,8 +228,8 @@ def random_policy(about: Description) -> Policy:
         text_encoder=text_encoder.eval().requires_grad_(False),
         tokenizer=build_tokenizer(),
         scheduler_config=about.scheduler,
-        device=DEVICE,
-        dtype=DTYPE,
+        device=device,
+        dtype=dtype,
     )
 
 

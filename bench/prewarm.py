@@ -1,0 +1,109 @@
+"""`python bench/prewarm.py`: fill Triton's cache with the kernels that an iteration of the paper's shapes launches, on all cores.
+
+What is launched is recorded here and now, from the engine's own passes over tensors without memory: a second for each size
+of micro-batch, no device, and never out of date. `--architecture 90` is for compute capability 9.0.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is forked below must not have met a device
+
+import fastgrpo  # noqa: F401  (prepares the imports below)
+
+# isort: split
+import torch
+from workload import altered, paper, random_policy
+
+from fastgrpo.costs import sd1_architecture
+from fastgrpo.engine.memory import whole_groups
+from fastgrpo.engine.patch import patch_unet
+from fastgrpo.engine.sampling import Sampler
+from fastgrpo.engine.setup import blank_batch
+from fastgrpo.grpo.micro_batch import Learner
+from fastgrpo.kernels.prewarm import Launch, compile_launches, recording
+from fastgrpo.schedule import Schedule, make_schedule
+from fastgrpo.trainable import make_trainable
+
+META = torch.device("meta")
+DTYPE = torch.bfloat16
+LEAST = 8
+"""Pairs: smaller micro-batches are not tried where larger ones fit."""
+
+
+def sizes() -> list[int]:
+    """The micro-batches that the search may try, the likeliest first."""
+    config = paper()
+    samples = config.prompts_per_iteration * config.group_size
+    found = [size for size in whole_groups(samples, config.group_size) if size >= LEAST]
+    return sorted(found, key=lambda size: abs(size - 2 * config.group_size))
+
+
+def launches_of(size: int, say: Callable[[str], object]) -> dict[tuple, Launch]:
+    """Of a denoising step, a micro-batch of `size` pairs with its backward pass, and an optimizer step."""
+    config, about = altered(paper(), micro_batch=size), sd1_architecture()
+    policy = random_policy(about, META, DTYPE)
+    trainable = make_trainable(policy.unet, config, META, DTYPE)
+    patch_unet(trainable.network)
+    policy = replace(policy, network=trainable.network)
+    schedule = _on_meta(make_schedule(about.scheduler, config.rollout.steps, config.rollout.eta, torch.device("cpu")))
+    learner = Learner(policy, schedule, config, trainable.trained)
+    batch = blank_batch(learner, size)
+    sampler = Sampler(policy, schedule, config.rollout.guidance)
+    contexts = policy.contexts(batch.embeds, sampler.guidance)
+
+    def learn() -> None:
+        trainable.optimizer.weights.accumulate(learner.learn(batch)[1])
+
+    parts = {
+        "learn": learn,
+        "step": lambda: sampler.step(batch.latents, batch.latents, batch.step[:1], contexts),
+        "recompute": lambda: learner.recompute(batch),
+        "optimizer": lambda: trainable.step(config.optim.max_grad_norm),
+    }
+    with recording() as found:
+        for name, call in parts.items():
+            try:
+                call()
+            except Exception as error:  # the others' kernels are worth having
+                say(
+                    f"{name} of {size} pairs is not recorded: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                )
+    return found
+
+
+def _on_meta(schedule: Schedule) -> Schedule:
+    values = {field.name: getattr(schedule, field.name) for field in fields(schedule)}
+    return replace(schedule, **{name: t.to(META) for name, t in values.items() if isinstance(t, torch.Tensor)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--architecture", type=int, default=90)
+    parser.add_argument("--processes", type=int, default=0, help="cores to use (default: all)")
+    options = parser.parse_args()
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"{time.monotonic() - began:6.1f} s  {line}", flush=True)
+
+    launches: dict[tuple, Launch] = {}
+    for size in sizes():
+        launches |= launches_of(size, say)
+        say(f"micro-batches of {size} pairs: {len(launches)} launches so far")
+    failures = list(_failures(compile_launches(list(launches.values()), options.architecture, options.processes), say))
+    say(f"{len(launches) - len(failures)} of {len(launches)} kernels are in Triton's cache")
+
+
+def _failures(done: Iterator[tuple[Launch, str]], say: Callable[[str], object]) -> Iterator[Launch]:
+    for launch, reason in done:
+        if reason:
+            say(f"{launch.name} of {launch.module}: {reason}")
+            yield launch
+
+
+if __name__ == "__main__":
+    main()

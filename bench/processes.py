@@ -1,0 +1,102 @@
+"""A stage's process, in a session of its own, which ends with all that it started; and the machine that it runs on."""
+
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+MARK = "FASTGRPO_STAGE"
+"""In the environment of a stage, and so of all that it starts, whatever sessions and parents those choose."""
+
+_ROUNDS = 5  # what is killed may start something meanwhile
+_FILE_BYTES = 4 * 2**30  # of any file that a stage writes: endless output must leave room for the archive
+
+
+class Process:
+    """A program with its output in a file, which has every line as soon as it is written."""
+
+    def __init__(self, words: Sequence[str], folder: Path, log: Path, environment: Mapping[str, str]) -> None:
+        """Raises OSError where it cannot be started."""
+        self._mark = f"{log.stem}-{os.getpid()}-{time.monotonic_ns()}"
+        variables = os.environ | environment | {"PYTHONUNBUFFERED": "1", MARK: self._mark}
+        variables.pop("TRITON_INTERPRET", None)
+        with log.open("wb") as file:
+            self._process = subprocess.Popen(
+                words,
+                cwd=folder,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        with suppress(ProcessLookupError):  # it may be over
+            resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (_FILE_BYTES, _FILE_BYTES))
+
+    def poll(self) -> int | None:
+        """Its exit code, once it has ended."""
+        return self._process.poll()
+
+    def interrupt(self) -> None:
+        """Ask it to stop, as Ctrl-C does: Python then says where it was, pytest what had failed."""
+        if self.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+
+    def kill(self) -> None:
+        """It and all that it started. One that waits within the system stays until that lets it go."""
+        kill_marked(self._mark)
+
+
+def kill_marked(mark: str = "") -> None:
+    """Kill the processes of this mark; "" is of any, such as those that a run left behind which was killed itself."""
+    for _ in range(_ROUNDS):
+        found = list(_marked(mark))
+        if not found:
+            return
+        for number in found:
+            try:
+                os.kill(number, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                continue
+        time.sleep(0.02)
+
+
+def _marked(mark: str) -> Iterator[int]:
+    """Dead ones that nobody has asked about have no environment any more."""
+    wanted = f"{MARK}={mark}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        own = int(folder.name) == os.getpid()
+        if not own and any(variable.startswith(wanted) if not mark else variable == wanted for variable in variables):
+            yield int(folder.name)
+
+
+class Machine:
+    """The one at hand. Its clock begins when it is made. stopped: why the run is to end, once a signal says so."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self._began = root, time.monotonic()
+        self.stopped = ""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._stop)
+
+    def _stop(self, number: int, frame: object) -> None:
+        self.stopped = signal.Signals(number).name
+
+    def now(self) -> float:
+        """Seconds since the run began."""
+        return time.monotonic() - self._began
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def start(self, name: str, words: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
+        """name: of the stage. Raises OSError."""
+        return Process(words, self._root, log, environment)

@@ -38,20 +38,19 @@ from throughput import (
     row_of,
     step_config,
 )
-from workload import Ours, Training, accounting_of, altered, ours, plain
+from workload import GIVEN, Ours, Training, accounting_of, altered, ours, plain
 
 from fastgrpo.config import TrainConfig
 
 NAMES = {"graphs": "fastgrpo, not compiled", "compiled": "fastgrpo", "plain": "plain"}
 """As the rows are called."""
-FIXED = 16
-"""Pairs of `graphs`: half of what the search should find, so that it fits in any case."""
 WATCHED = (
     ("fastgrpo.engine.memory", "find_micro_batch", "searching the micro-batch"),
     ("fastgrpo.engine.setup", "_attend", "choosing attention"),
     ("fastgrpo.engine.setup", "_compile", "compiling and comparing"),
     ("fastgrpo.engine.setup", "_choose_group_norm", "choosing GroupNorm"),
-    ("fastgrpo.engine.graphs", "StaticCall._capture", "warming up and capturing a graph"),
+    ("fastgrpo.engine.graphs", "StaticCall.warm_up", "warming up"),
+    ("fastgrpo.engine.fixed", "FixedEngine._prepare", "warming up and capturing"),
 )
 """Module, function and name of a start's parts."""
 _SILENCE = 5.0  # seconds between lines about how far a stage is
@@ -115,7 +114,7 @@ def make(which: str, journal: Journal) -> Training:
     if which == "plain":
         return plain(one_prompt(config) if CUDA else config, threads=1, console=journal)
     if which == "graphs":
-        given = {"micro_batch": FIXED} if CUDA else {}
+        given = {"micro_batch": GIVEN} if CUDA else {}
         config = altered(config, engine__compile="off", engine__graphs="on", **given)
     return ours(config, workers=1, console=journal)
 

@@ -16,14 +16,15 @@ import fastgrpo  # noqa: F401  (prepares the imports below)
 
 # isort: split
 import torch
-from workload import altered, paper, random_policy
+from workload import GIVEN, altered, paper, random_policy
 
+from fastgrpo.config import TrainConfig
 from fastgrpo.costs import sd1_architecture
-from fastgrpo.engine.memory import whole_groups
+from fastgrpo.engine.memory import candidates, iteration_of
 from fastgrpo.engine.patch import patch_unet
 from fastgrpo.engine.sampling import Sampler
-from fastgrpo.engine.setup import blank_batch
-from fastgrpo.grpo.micro_batch import Learner
+from fastgrpo.grpo.micro_batch import Learner, blank_batch
+from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.kernels.prewarm import Launch, compile_launches, recording
 from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.trainable import make_trainable
@@ -35,11 +36,12 @@ LEAST = 8
 
 
 def sizes() -> list[int]:
-    """The micro-batches that the search may try, the likeliest first."""
+    """The micro-batches that the search may try, and the one that is given to an iteration that is not to search."""
     config = paper()
-    samples = config.prompts_per_iteration * config.group_size
-    found = [size for size in whole_groups(samples, config.group_size) if size >= LEAST]
-    return sorted(found, key=lambda size: abs(size - 2 * config.group_size))
+    schedule = _schedule(config)
+    work = iteration_of(config, len(schedule), pairs_per_iteration(config, schedule), processes=1)
+    found = {GIVEN, *(size for size in candidates(work) if size >= LEAST)}
+    return sorted(found, key=lambda size: abs(size - GIVEN))
 
 
 def launches_of(size: int, say: Callable[[str], object]) -> dict[tuple, Launch]:
@@ -49,7 +51,7 @@ def launches_of(size: int, say: Callable[[str], object]) -> dict[tuple, Launch]:
     trainable = make_trainable(policy.unet, config, META, DTYPE)
     patch_unet(trainable.network)
     policy = replace(policy, network=trainable.network)
-    schedule = _on_meta(make_schedule(about.scheduler, config.rollout.steps, config.rollout.eta, torch.device("cpu")))
+    schedule = _on_meta(_schedule(config))
     learner = Learner(policy, schedule, config, trainable.trained)
     batch = blank_batch(learner, size)
     sampler = Sampler(policy, schedule, config.rollout.guidance)
@@ -73,6 +75,10 @@ def launches_of(size: int, say: Callable[[str], object]) -> dict[tuple, Launch]:
                     f"{name} of {size} pairs is not recorded: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 )
     return found
+
+
+def _schedule(config: TrainConfig) -> Schedule:
+    return make_schedule(sd1_architecture().scheduler, config.rollout.steps, config.rollout.eta, torch.device("cpu"))
 
 
 def _on_meta(schedule: Schedule) -> Schedule:

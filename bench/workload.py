@@ -47,6 +47,8 @@ from fastgrpo.trainable import make_trainable
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 REWARD_ARCHITECTURE = "ViT-H-14"
 QUIET = Console(quiet=True)
+GIVEN = 16
+"""Pairs of a micro-batch where no search is to be waited for: about half of what it should find, so that they fit in any case."""
 
 
 def altered(config: TrainConfig, **fields: Any) -> TrainConfig:
@@ -133,7 +135,11 @@ class Ours:
     def replays(self) -> dict[str, Callable[[], object]]:
         """Of each function that the engine calls on fixed memory: a call with what lies there, on CUDA of its graph."""
         calls = getattr(self.parts.engine, "_calls", {})
-        return {key[0]: functools.partial(call, *call.buffers) for key, call in calls.items()}
+        captured = {key: call for key, call in calls.items() if call.captured}
+        found: dict[str, Callable[[], object]] = {}
+        for (name, *_), call in (captured or calls).items():
+            found.setdefault(name, functools.partial(call, *call.buffers))
+        return found
 
     def planned_gigabytes(self) -> float:
         return peak(self.plan())[1] / 1e9

@@ -9,7 +9,7 @@ the launch that comes later looks for the very file that was written.
 import importlib
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +41,9 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is launched. arguments: in its order, tensors as `Pointer`. options: by name, constants among them."""
+    """How a kernel is launched. arguments: in its order, tensors as `Pointer`, also those in tuples. options: by name,
+    constants among them.
+    """
 
     module: str
     name: str
@@ -51,7 +53,7 @@ class Launch:
     def compile(self) -> Any:
         """Compile it for the active driver's device, or find it in the cache. Raises whatever Triton raises."""
         kernel = getattr(importlib.import_module(self.module), self.name)
-        given = [argument.mock() if isinstance(argument, Pointer) else argument for argument in self.arguments]
+        given = _each(self.arguments, Pointer, Pointer.mock)
         return kernel.warmup(*given, grid=(1,), **dict(self.options))
 
 
@@ -73,7 +75,7 @@ def recording() -> Iterator[dict[tuple, Launch]]:
     found: dict[tuple, Launch] = {}
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        arguments = tuple(_pointer(value) if isinstance(value, torch.Tensor) else value for value in args)
+        arguments = _each(args, torch.Tensor, _pointer)
         launch = Launch(kernel.fn.__module__, kernel.fn.__name__, arguments, tuple(sorted(options.items())))
         found.setdefault(_kind(kernel, launch), launch)
 
@@ -128,6 +130,21 @@ def _compile(launch: Launch) -> tuple[Launch, str]:
     return launch, ""
 
 
+def _each(values: tuple, kind: type, change: Callable[[Any], Any]) -> tuple:
+    """The values, those of a kind changed, in tuples within too."""
+
+    def changed(value: Any) -> Any:
+        return (
+            tuple(map(changed, value))
+            if isinstance(value, tuple)
+            else change(value)
+            if isinstance(value, kind)
+            else value
+        )
+
+    return changed(values)
+
+
 def _pointer(tensor: torch.Tensor) -> Pointer:
     """PyTorch aligns what it allocates, so a view's offset says it all."""
     return Pointer(tensor.dtype, tensor.storage_offset() * tensor.element_size() % _ALIGNED == 0)
@@ -143,6 +160,8 @@ def _kind(kernel: JITFunction, launch: Launch) -> tuple:
 
 
 def _specialised(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_specialised, value))
     if type(value) is int:
         return "int", value == 1, value % _ALIGNED == 0, value.bit_length() > 31
     return "float" if type(value) is float else value

@@ -16,6 +16,7 @@ import json, sys
 import torch, triton
 from triton.runtime.jit import JITFunction
 from fastgrpo.kernels import prewarm
+from fastgrpo.kernels.accumulate import _launch_accumulate as launch_accumulate
 from fastgrpo.kernels.fused_adamw import clip_coefficient
 from fastgrpo.kernels.geglu import geglu, _launch_forward as launch_geglu
 from fastgrpo.kernels.layer_norm import _launch_backward as launch_layer_norm
@@ -28,6 +29,7 @@ def uses(device):
     yield lambda: launch_geglu(x)
     yield lambda: launch_geglu(odd)
     yield lambda: launch_layer_norm(x, x, x[0], statistics, statistics, True)
+    yield lambda: launch_accumulate(statistics, [x[0], x[1]], [0, 32])  # tensors and numbers in tuples
 
 with prewarm.recording() as found:
     geglu(torch.empty(48, 40, device="meta", dtype=torch.bfloat16))  # an operator, through the dispatcher
@@ -65,6 +67,7 @@ def test_a_launch_finds_what_was_compiled_from_its_record(tmp_path: Path) -> Non
         "_forward_kernel geglu",  # of the view; the operator's call was of the same kind as the other
         "_backward_kernel layer_norm",
         "_sum_kernel layer_norm",
+        "_accumulate_kernel accumulate",
     ]
     assert not result["failed"]
-    assert [hit for _, hit in result["looked_up"]] == [True, True, True, True, False]
+    assert [hit for _, hit in result["looked_up"]] == [True, True, True, True, True, False]

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fastgrpo.engine import graphs
+
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
@@ -75,15 +77,10 @@ def warm_up(call: Callable[[], Any]) -> None:
 
 def captured(call: Callable[[], Any]) -> Callable[[], None] | None:
     """The replay of the call's CUDA graph: the device's work without Python's. None for a call that waits for the device."""
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        warm_up(call)
-    torch.cuda.current_stream().wait_stream(stream)
+    pool = graphs.memory_pool(DEVICE)
     try:
-        with torch.cuda.graph(graph):
-            call()
+        graphs.warm_up(call, DEVICE, pool)
+        graph, _ = graphs.record(call, DEVICE, pool)
     except RuntimeError:
         torch.cuda.synchronize()
         return None

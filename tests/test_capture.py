@@ -1,5 +1,6 @@
 """Capturing on an imitated device: in what order, how much memory at once, and that replays learn what calls learn."""
 
+import sys
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +16,20 @@ from torch import Tensor
 from fastgrpo.commands.train import iterate
 from fastgrpo.config import TrainConfig
 from fastgrpo.console import Console
+from fastgrpo.costs import count_model
 from fastgrpo.engine import graphs
 from fastgrpo.engine.fixed import FixedEngine, Key
 from fastgrpo.engine.graphs import StaticCall, capture_all
+from fastgrpo.engine.memory import memory_plan
 from fastgrpo.grpo.micro_batch import Learner, MicroBatch
 from fastgrpo.grpo.pairs import Pairs
+from fastgrpo.models.check import describe
 from fastgrpo.parts import Parts, load_parts
 from fastgrpo.policy import Policy
 from fastgrpo.settings import load_toml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import measure
 
 MB = 2**20
 
@@ -123,6 +130,27 @@ def test_what_waits_for_the_device_is_found_before_a_capture(monkeypatch: pytest
     assert mode[-1] == "default"
 
 
+def test_a_rival_that_waits_is_measured_without_a_graph_and_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counter = torch.zeros(1)
+
+    def waits() -> None:
+        if device.capturing:
+            device.broken = True
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with imitated(monkeypatch) as device:
+        assert measure.captured(waits) is None
+        assert (device.stream, device.recording) == ("main", [])
+        device.broken, device._graph = False, None
+        replay = measure.captured(lambda: counter.add_(1))
+        assert device.stream == "main"
+    before = counter.item()
+    replay()
+    assert counter == before + 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The engine
 
@@ -220,9 +248,14 @@ def test_an_engine_needs_the_memory_of_its_largest_pass_once(
     assert [name for name, _ in foreseen] == ["learn", "recompute", "learn", "step"]
     alone, together = prepared(foreseen[:1]), prepared(foreseen)
     assert (alone.events.count("capture"), together.events.count("capture")) == (1, 4)
-    # What each keeps of its own, inputs and outputs, is some 50 kB of 10 MB.
+    # What each keeps of its own, inputs and outputs, is some 50 kB of 4 MB.
     assert together.peak <= 1.05 * alone.peak
     assert together.reserved[PLAIN] <= 0.05 * alone.peak
+    config = engine.learner.config
+    model = count_model(describe(config.model), config.model, torch.float32)
+    plan = memory_plan(config, model, {}, torch.float32, processes=1, micro_batch=engine.micro_batch)
+    (planned,) = (part.size for part in plan if part.name.startswith("CUDA graphs"))
+    assert together.reserved[engine._pool] == pytest.approx(planned, rel=0.05)
 
 
 def test_other_calls_are_captured_along(engine: FixedEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +154,22 @@ def test_a_compiled_unet_is_shared_by_rollout_and_update(base: TrainConfig, plai
     chunks, micro_batches = 2, 5
     assert len(calls) == 2 * (3 * chunks + micro_batches)
     assert torch.linalg.vector_norm(moved - plain[1]) <= 1e-4 * torch.linalg.vector_norm(plain[1])
+
+
+def test_a_rollout_of_another_size_saves_nothing(base: TrainConfig, monkeypatch) -> None:
+    """Compiled too; after the micro-batch was halved, of its new size."""
+    learner, record = engine_of(base).learner, Record(micro_batch=4)
+
+    def compiled(latents: torch.Tensor) -> tuple[int, bool]:
+        return len(latents), torch.is_grad_enabled()
+
+    monkeypatch.setattr(setup, "compile_forward", lambda *_: (compiled, SimpleNamespace(used=True)))
+    passes = setup._compile(learner, altered(base, {"engine.compile": "on"}), record, Ranks(), print)
+    with torch.no_grad():
+        assert [passes(torch.zeros(rows)) for rows in (8, 4)] == [(8, True), (4, False)]
+        record.micro_batch = 2
+        assert [passes(torch.zeros(rows)) for rows in (8, 4)] == [(8, False), (4, True)]
+    assert passes(torch.zeros(8)) == (8, True)
 
 
 def engine_of(config: TrainConfig) -> EagerEngine:

@@ -260,7 +260,7 @@ def _any_rows(shapes: Sequence[AttentionShape]) -> list[AttentionShape]:
 
 
 def _compile(learner: Learner, config: TrainConfig, record: Record, ranks: Ranks, say: Say) -> Network | None:
-    """The compiled UNet, or None. Rollout and update share it, so it always computes what gradients need."""
+    """The compiled UNet, or None. Rollout and update share it: with as many rows both compute what gradients need."""
     policy = learner.policy
     if record.compiled is False or not _on(config.engine.compile, policy.device):
         record.compiled = False
@@ -280,9 +280,11 @@ def _compile(learner: Learner, config: TrainConfig, record: Record, ranks: Ranks
     if compiled is None or not record.compiled:
         return None
 
-    def passes(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        with torch.enable_grad():
-            return compiled(*args, **kwargs)
+    def passes(latents: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        # A rollout's pass of another size is another program anyway: it need not hold what only gradients need.
+        of_update = len(latents) == record.micro_batch * memory.halves(config)
+        with torch.set_grad_enabled(of_update or torch.is_grad_enabled()):
+            return compiled(latents, *args, **kwargs)
 
     return passes
 

@@ -155,7 +155,6 @@ class FixedEngine(EagerEngine):
         needed, possible = self._foreseen()
         calls = {key: self._make(key) for key in (*needed, *possible)}
         if self._capture:
-            self.weights.collect_gradients()  # a graph adds to where the sum is at the capture
             for (name, _), call in calls.items():
                 try:
                     call.warm_up()

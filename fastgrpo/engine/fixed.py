@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgrpo.engine.convolutions import searching
 from fastgrpo.engine.eager import Changed, EagerEngine, Gather, ignore
 from fastgrpo.engine.graphs import StaticCall, capture_all, memory_pool
 from fastgrpo.engine.reuse import RememberedText, RememberedTimes, Reuse, remember_text, remember_times
@@ -32,7 +33,8 @@ Key = tuple[str, tuple[bool, ...]]
 class FixedEngine(EagerEngine):
     """Runs one training's passes of the UNet, `micro_batch` pairs or samples at a time.
 
-    capture: into CUDA graphs; without it the calls that a graph would hold are made, on the same fixed memory.
+    capture: into CUDA graphs; without it the calls that a graph would hold are made, on the same fixed memory. search: whether
+    cuDNN is to search for the fastest algorithms for them.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class FixedEngine(EagerEngine):
         rollout_batch: int = 0,
         allowed: float = math.inf,
         capture: bool = False,
+        search: bool = False,
     ):
         super().__init__(learner, weights, micro_batch, reuse, changed, rollout_batch, allowed)
-        self._capture, self._pool = capture, memory_pool(learner.policy.device)
+        self._capture, self._search, self._pool = capture, search, memory_pool(learner.policy.device)
         self._calls: dict[Key, StaticCall] = {}
         self._along: list[StaticCall] = []
         self._text: RememberedText | None = None
@@ -203,7 +206,7 @@ class FixedEngine(EagerEngine):
             work = {"learn": self._accumulate, "judge": self._tell, "recompute": learner.recompute}[name]
             function = torch.enable_grad()(lambda *tensors: work(MicroBatch(*tensors)))
         example = [None if none else tensor for tensor, none in zip(example, absent, strict=True)]
-        return StaticCall(function, example, capture=False, pool=self._pool)
+        return StaticCall(searching(self._search)(function), example, capture=False, pool=self._pool)
 
     def _step(
         self, sampler: Sampler, latents: Tensor, noise: Tensor, position: Tensor, contexts: Tensor | None

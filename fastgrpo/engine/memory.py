@@ -44,7 +44,8 @@ class Memory:
 class Chosen:
     """A micro-batch found by measurement. A resumed run takes it over, since sizes move bits.
 
-    size: pairs. largest: the largest that fit. seconds: (size, seconds of forward and backward pass) of those timed.
+    size: pairs. largest: the largest that fit. seconds: (size, seconds of forward and backward pass) of those timed, before
+    anything is compiled or captured, which takes too long for more than one size.
     """
 
     size: int
@@ -54,7 +55,9 @@ class Chosen:
     def line(self) -> str:
         """For the start-up print: what was chosen and why."""
         timed = ", ".join(f"{size}: {1e3 * took / size:.1f} ms a pair" for size, took in self.seconds)
-        return f"micro-batch of {self.size} pairs; {self.largest} is the largest tried that fits; timed {timed}"
+        return (
+            f"micro-batch of {self.size} pairs; {self.largest} is the largest tried that fits; timed uncompiled {timed}"
+        )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ RUN/engine.json is that record for people, written at the start and with every c
     old_log_prob    grpo.old_log_prob, or "replay" where the update did not find the rollout's log-probs again
     group_norm      kind of call -> the implementation that was faster
     rollout_batch   rollout.batch where it was halved because memory ran out, else 0
+    cudnn_benchmark whether cuDNN tries algorithms for the convolutions of passes of fixed shapes and keeps the fastest, as on
+                    CUDA. It tries them at every start: a resumed run may get others, and then rounds otherwise
 """
 
 import json
@@ -33,6 +35,7 @@ from fastgrpo.distributed import Ranks
 from fastgrpo.engine import attention, memory
 from fastgrpo.engine.attention import AttentionPlan, AttentionShape
 from fastgrpo.engine.compilation import compile_forward, make_example
+from fastgrpo.engine.convolutions import aside, searching
 from fastgrpo.engine.eager import Changed, EagerEngine, out_of_memory
 from fastgrpo.engine.fixed import FixedEngine
 from fastgrpo.engine.patch import patch_unet
@@ -53,7 +56,7 @@ CPU_AGREEMENT = 1e-6
 """How far a ratio may be from 1 on a CPU before the policy has moved; on a GPU not at all."""
 
 Say = Callable[[str], object]
-FindMicroBatch = Callable[[Callable[[int], object], int], int]
+FindMicroBatch = Callable[[Callable[[int], object], int, Callable[[int], object]], int]
 
 
 @dataclass
@@ -72,6 +75,7 @@ class Record:
     group_norm: dict[str, str] | None = None
     rollout_batch: int = 0
     settings: dict[str, Any] | None = None
+    cudnn_benchmark: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """With what has been chosen for GroupNorm by now: that is measured when a shape is first met."""
@@ -96,11 +100,26 @@ def start_engine(
 
     policy: computes with that. record: of an earlier start, which is followed where it was on the same kind of device, or
         an empty one; filled in, and kept up to date.
-    find_micro_batch: given what runs one forward and backward pass of n pairs, and the n that is settled or 0, the n to use.
+    find_micro_batch: given what runs one forward and backward pass of n pairs, the n that is settled or 0, and what is to
+        be told the n that is expected before any is tried: the n to use.
     Raises ConfigError for settings that this machine cannot do.
     """
+    _begin(record, policy.device, config, say)
+    with searching(record.cudnn_benchmark):
+        return _start(policy, trainable, schedule, config, record, find_micro_batch, ranks, say)
+
+
+def _start(
+    policy: Policy,
+    trainable: Trainable,
+    schedule: Schedule,
+    config: TrainConfig,
+    record: Record,
+    find_micro_batch: FindMicroBatch,
+    ranks: Ranks,
+    say: Say,
+) -> EagerEngine:
     network, engine, device = trainable.network, config.engine, policy.device
-    _begin(record, device, config, say)
     wanted = {name: _on(getattr(engine, name), device) for name in ("kernels", "graphs")}
     if wanted["kernels"]:
         patch_unet(network)
@@ -116,13 +135,7 @@ def start_engine(
         setattr(record, name, value)
         say(why)
 
-    def run(size: int) -> None:
-        _pass(learner, weights, size)
-
-    record.micro_batch = find_micro_batch(run, record.micro_batch or config.micro_batch)
-    if device.type == "cuda":
-        _fit(record.micro_batch, memory.fits_within(run, device, sys.maxsize), ranks, changed)
-    weights.zero_gradient()
+    _settle_micro_batch(learner, weights, config, record, find_micro_batch, ranks, changed)
     _attend(learner, config, record, ranks, say)
     passes = _compile(learner, config, record, ranks, say)
     learner = replace(learner, policy=replace(policy, passes=passes))
@@ -134,7 +147,8 @@ def start_engine(
     decided = learner, weights, record.micro_batch, reuse, changed, record.rollout_batch
     allowed = CPU_AGREEMENT if device.type == "cpu" else 0.0
     if passes or wanted["graphs"]:
-        made = FixedEngine(*decided, allowed, capture=wanted["graphs"] and device.type == "cuda")
+        capture = wanted["graphs"] and device.type == "cuda"
+        made = FixedEngine(*decided, allowed, capture, record.cudnn_benchmark)
     else:
         made = EagerEngine(*decided, allowed)
     if made.old_log_prob == "rollout":
@@ -156,18 +170,24 @@ def micro_batch_finder(
     On CUDA it also says what lies in memory, and why so many pairs.
     """
 
-    def measure(run: Callable[[int], object], model: ModelCost, encoders: Mapping[str, EncoderCost]) -> memory.Chosen:
+    def measure(
+        run: Callable[[int], object],
+        expect: Callable[[int], object],
+        model: ModelCost,
+        encoders: Mapping[str, EncoderCost],
+    ) -> memory.Chosen:
         room = memory.memory_room(device, config.engine.memory)
         schedule = make_schedule(description.scheduler, config.rollout.steps, config.rollout.eta, device)
         work = memory.iteration_of(config, len(schedule), pairs_per_iteration(config, schedule), ranks.count)
         sizes = memory.candidates(work)
         predicted = memory.predicted_micro_batch(config, model, encoders, dtype, ranks.count, room, sizes)
+        expect(predicted)
         alone = room - memory.beside_a_pass(config, model, encoders, dtype, ranks.count)
         return memory.find_micro_batch(
             memory.fits_within(run, device, alone), memory.timed(run, device), work, predicted
         )
 
-    def find(run: Callable[[int], object], settled: int) -> int:
+    def find(run: Callable[[int], object], settled: int, expect: Callable[[int], object]) -> int:
         if device.type == "cpu":
             return settled or memory.CPU_MICRO_BATCH
         model = count_model(description, config.model, dtype, kernels=_on(config.engine.kernels, device))
@@ -176,7 +196,7 @@ def micro_batch_finder(
             says = "micro_batch says" if settled == config.micro_batch else "the run had them before"
             size, why = settled, f"micro-batch of {settled} pairs, as {says}"
         else:
-            chosen = measure(run, model, encoders)
+            chosen = measure(run, expect, model, encoders)
             size, why = int(ranks.agree(str(chosen.size))), chosen.line()
         plan = memory.memory_plan(config, model, encoders, dtype, ranks.count, size)
         for line in (*memory.memory_lines(plan, str(device)), why):
@@ -198,6 +218,8 @@ def _begin(record: Record, device: torch.device, config: TrainConfig, say: Say) 
         say(f"this run was on {record.device} before and is on {name} now: the engine decides anew")
         vars(record).update(vars(Record(settings=settings)))
     record.device = name
+    if not record.micro_batch:  # nothing is decided yet: a run that began without goes on without
+        record.cudnn_benchmark = device.type == "cuda" and wants_fixed_shapes(config, device)
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
@@ -207,6 +229,35 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     }
     batches = {"micro_batch": config.micro_batch, "rollout.batch": config.rollout.batch}
     return batches | {f"engine.{name}": value for name, value in engine.items()}
+
+
+def _settle_micro_batch(
+    learner: Learner,
+    weights: FlatWeights,
+    config: TrainConfig,
+    record: Record,
+    find_micro_batch: FindMicroBatch,
+    ranks: Ranks,
+    changed: Changed,
+) -> None:
+    """Find it, or take what is settled, and on CUDA see that it fits. Passes that are timed compute attention as the run's."""
+    device, expected = learner.policy.device, 0
+
+    def run(size: int) -> None:
+        _pass(learner, weights, size)
+
+    def expect(size: int) -> None:
+        nonlocal expected
+        record.micro_batch = expected = size
+        _attend(learner, config, record, ranks, say=lambda line: None)
+
+    with aside():  # a search for each size that is tried would take minutes
+        record.micro_batch = find_micro_batch(run, record.micro_batch or config.micro_batch, expect)
+    if expected and record.micro_batch != expected:
+        record.attention = None  # to be chosen by passes of the very size
+    if device.type == "cuda":
+        _fit(record.micro_batch, memory.fits_within(run, device, sys.maxsize), ranks, changed)
+    weights.zero_gradient()
 
 
 def _fit(size: int, fits: Callable[[int], bool], ranks: Ranks, changed: Changed) -> None:
@@ -301,9 +352,11 @@ def _reuse(learner: Learner, config: TrainConfig, record: Record) -> Reuse:
     contexts = policy.contexts(batch.embeds, guidance)
 
     def forward(latents: Tensor, timesteps: Tensor, contexts: Tensor) -> Tensor:
-        """As the rollout: other rows than all steps have are neither compiled nor captured."""
-        whole = len(latents) == len(rows.index)
-        return (policy if whole else replace(policy, passes=None)).forward(latents, timesteps, contexts)
+        """As the rollout: other rows than all steps have are neither compiled nor captured, and no algorithm is searched for."""
+        if len(latents) == len(rows.index):
+            return policy.forward(latents, timesteps, contexts)
+        with searching(False):
+            return replace(policy, passes=None).forward(latents, timesteps, contexts)
 
     with torch.no_grad():
         return choose_reuse(

@@ -172,7 +172,7 @@ def look_at(
     kept.note("planned", name, training.plan_lines())
     found = [ratio_check(values["ratio/max_abs_dev_first"])]
     if CUDA:
-        found.append(memory_check(training.planned_gigabytes(), values["memory/peak_gb"]))
+        found.append(memory_check(training.planned_gigabytes(), values["memory/peak_gb"], training.compiled))
 
     def tell(check: Check) -> None:
         journal.say(f"{'holds' if check.holds else 'BROKEN'}: {check.name}: {check.seen}")

@@ -58,7 +58,9 @@ def measured(pytestconfig: pytest.Config, accounting: Accounting, record: Any, i
         if isinstance(training, Ours) and not result.checks:
             result.parameters = sum(p.numel() for p in training.parts.trainable.parameters.values())
             if CUDA:
-                result.checks.append(memory_check(training.planned_gigabytes(), row["values"]["memory/peak_gb"]))
+                result.checks.append(
+                    memory_check(training.planned_gigabytes(), row["values"]["memory/peak_gb"], training.compiled)
+                )
             result.checks += [ratio_check(row["values"]["ratio/max_abs_dev_first"]), *checks(training)]
             kept.note("checks", name, [check.to_json() for check in result.checks])
         del training  # the next one would not fit beside it on a GPU

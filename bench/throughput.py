@@ -302,12 +302,12 @@ def ratio_check(apart: float) -> Check:
     )
 
 
-def memory_check(planned: float, measured: float) -> Check:
-    """planned, measured: GB at most during an iteration."""
+def memory_check(planned: float, measured: float, compiled: bool) -> Check:
+    """planned, measured: GB at most during an iteration. The plan counts plain calls: compiled ones save less, never more."""
     off = measured / planned - 1
-    return Check(
-        "peak memory as planned, within 5%", abs(off) <= 0.05, f"{planned:.2f} GB planned, {measured:.2f} ({off:+.1%})"
-    )
+    name = "peak memory at most 5% above the plan" if compiled else "peak memory as planned, within 5%"
+    holds = off <= 0.05 and (compiled or off >= -0.05)
+    return Check(name, holds, f"{planned:.2f} GB planned, {measured:.2f} ({off:+.1%})")
 
 
 @contextmanager

@@ -141,6 +141,10 @@ class Ours:
             found.setdefault(name, functools.partial(call, *call.buffers))
         return found
 
+    @property
+    def compiled(self) -> bool:
+        return bool(self.parts.record.compiled)
+
     def planned_gigabytes(self) -> float:
         return peak(self.plan())[1] / 1e9
 

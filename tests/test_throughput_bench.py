@@ -334,12 +334,16 @@ def test_the_costliest_kernels_are_those_that_take_longest_together() -> None:
     ]
 
 
-def test_memory_is_as_planned_within_five_percent() -> None:
-    assert throughput.memory_check(60.0, 62.9).holds
-    assert throughput.memory_check(60.0, 57.1).holds
-    assert not throughput.memory_check(60.0, 63.1).holds
-    assert not throughput.memory_check(60.0, 56.9).holds
-    assert throughput.memory_check(60.0, 66.0).seen == "60.00 GB planned, 66.00 (+10.0%)"
+@pytest.mark.parametrize("compiled", [False, True])
+def test_memory_is_as_planned_within_five_percent(compiled: bool) -> None:
+    """Compiled code saves less for the backward pass than the plan counts, by as much as the compiler likes."""
+    assert throughput.memory_check(60.0, 62.9, compiled).holds
+    assert throughput.memory_check(60.0, 57.1, compiled).holds
+    assert not throughput.memory_check(60.0, 63.1, compiled).holds
+    assert throughput.memory_check(60.0, 40.0, compiled).holds == compiled
+    check = throughput.memory_check(60.0, 66.0, compiled)
+    assert check.seen == "60.00 GB planned, 66.00 (+10.0%)"
+    assert check.name == ("peak memory at most 5% above the plan" if compiled else "peak memory as planned, within 5%")
 
 
 def test_the_floor_is_work_over_the_measured_rates() -> None:

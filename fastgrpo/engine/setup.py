@@ -251,8 +251,8 @@ def _settle_micro_batch(
         record.micro_batch = expected = size
         _attend(learner, config, record, ranks, say=lambda line: None)
 
-    with aside():  # a search for each size that is tried would take minutes
-        record.micro_batch = find_micro_batch(run, record.micro_batch or config.micro_batch, expect)
+    # aside: a search for each size that is tried would take minutes.
+    record.micro_batch = find_micro_batch(aside()(run), record.micro_batch or config.micro_batch, expect)
     if expected and record.micro_batch != expected:
         record.attention = None  # to be chosen by passes of the very size
     if device.type == "cuda":

@@ -21,8 +21,9 @@ from fastgrpo.distributed import Ranks
 from fastgrpo.engine import compilation, setup
 from fastgrpo.engine.eager import EagerEngine
 from fastgrpo.engine.fixed import FixedEngine
+from fastgrpo.engine.patch import FusedResnetBlock2D
 from fastgrpo.engine.rates import device_name
-from fastgrpo.engine.setup import Record, micro_batch_finder
+from fastgrpo.engine.setup import Record, decoded_at_once, micro_batch_finder
 from fastgrpo.engine.working import computing_unet
 from fastgrpo.grpo import update
 from fastgrpo.grpo.micro_batch import Learner, MicroBatch, blank_batch
@@ -86,6 +87,23 @@ def test_ten_updates_come_to_the_same_weights(base: TrainConfig, plain, changes:
         assert got["ratio/max_abs_dev_first"] <= 1e-6
         assert got["reward/mean"] == pytest.approx(wanted["reward/mean"], abs=1e-5)
         assert got["optim/steps"] == 5
+
+
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_the_vaes_decoder_has_the_kernels_too(base: TrainConfig, kernels: str) -> None:
+    parts = load_parts(altered(base, {"engine.kernels": kernels}), threads=1)
+    resnet = parts.policy.vae.decoder.mid_block.resnets[0]
+    assert isinstance(resnet, FusedResnetBlock2D) == (kernels == "on")
+
+
+@pytest.mark.parametrize(("samples", "batch"), [(64, 16), (64, 64), (24, 7), (5, 16), (1, 1)])
+def test_what_is_decoded_at_once_is_known_beforehand(base: TrainConfig, samples: int, batch: int) -> None:
+    """As `Policy.decode` splits the chunks of a rollout."""
+    config = altered(base, {"rollout.decode_batch": batch})
+    for chunk in (1, 4, 16, 22, 33, 64, 66):
+        parts = torch.empty(samples).split(chunk)
+        expected = {len(latents) for part in parts for latents in part.split(batch)}
+        assert decoded_at_once(samples, chunk, config) == sorted(expected)
 
 
 FIXED = {"engine.graphs": "on", "engine.kernels": "on", "engine.reuse": "on"}

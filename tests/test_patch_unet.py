@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
-from sd_pipelines import build_unet
+from diffusers.models.upsampling import Upsample2D
+from sd_pipelines import build_pipeline, build_unet
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -120,6 +122,33 @@ def test_counts_of_the_real_models(folder: str) -> None:
     left = Counter(type(module) for module in unet.modules())
     assert left[nn.LayerNorm] == 0
     assert left[nn.GroupNorm] == 2 * 22  # within the resnets, which read their weights
+
+
+def test_a_vaes_decoder_is_patched_too() -> None:
+    """Its blocks have no time embedding. In channels_last every block's output stays so, on through attention and upsampling."""
+    with torch.device("meta"):
+        real = AutoencoderKL.from_config(AutoencoderKL.load_config(REAL / "sd1" / "vae")).decoder
+    patched = patch_unet(real)
+    assert (patched.resnets, patched.output_norms) == (2 + 4 * 3, 1)
+    left = [name for name, module in real.named_modules() if type(module) is nn.GroupNorm and ".resnets." not in name]
+    assert left == ["mid_block.attentions.0.group_norm"]
+
+    vae = build_pipeline("sd1").vae.eval()
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = vae.decode(latents).sample
+        assert patch_unet(vae.decoder).resnets == 14
+        vae.to(memory_format=torch.channels_last)
+        outputs = []
+        for module in vae.decoder.modules():
+            if isinstance(module, ResnetBlock2D | Attention | Upsample2D):
+                module.register_forward_hook(lambda module, given, output: outputs.append(output))
+        after = vae.decode(latents).sample
+        unpatch_unet(vae.decoder)
+        assert type(vae.decoder.up_blocks[0].resnets[0]) is ResnetBlock2D
+    assert len(outputs) == 14 + 1 + 3
+    assert all(output.is_contiguous(memory_format=torch.channels_last) for output in outputs)
+    assert (after - before).norm() < 1e-5 * before.norm()
 
 
 @pytest.mark.parametrize("name", UNETS)

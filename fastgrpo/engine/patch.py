@@ -7,6 +7,8 @@
     BasicTransformerBlock            its LayerNorms
     GEGLU                            the activation after its linear layer
 
+The first and the third are also what the decoder of diffusers' AutoencoderKL consists of, there without a time embedding.
+
 A module is patched by giving it a subclass of its own class. Its parameters, submodules, names and attributes stay what and
 where they are, so state dicts, optimisers, LoRA adapters, deepcopy and pickle see no difference, and taking the subclass
 away restores it. What the subclasses do not do is left alone: up- or downsampling within a ResnetBlock2D, a time embedding
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,14 +45,16 @@ class Patched:
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
-    def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
+    def forward(self, input_tensor: Tensor, temb: Tensor | None) -> Tensor:
         hidden = _group_norm(self.norm1, input_tensor, silu=True)
-        temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+        if self.time_emb_proj is not None:
+            temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
         if type(self.conv1) is nn.Conv2d and self.conv1.bias is not None:
             # Neither cuDNN nor a compiler adds a bias within a convolution. Alone it is a pass over all pixels, and its gradient
             # another; what is added before the second norm anyway has one row a sample.
             hidden = self.conv1._conv_forward(hidden, self.conv1.weight, None)
-            temb = temb + self.conv1.bias.to(temb.dtype)
+            bias = self.conv1.bias.to(hidden.dtype)
+            temb = bias.expand(len(hidden), -1) if temb is None else temb + bias
         else:
             hidden = self.conv1(hidden)
         hidden = self.conv2(self.dropout(_group_norm(self.norm2, hidden, silu=True, temb=temb)))
@@ -123,8 +128,8 @@ _FUSED = (
 )
 
 
-def patch_unet(unet: UNet2DConditionModel) -> Patched:
-    """Make a UNet use the operators, in place, for training and inference. A second call changes nothing.
+def patch_unet(unet: UNet2DConditionModel | Decoder) -> Patched:
+    """Make a UNet, or a VAE's decoder, use the operators, in place, for training and inference. A second call changes nothing.
 
     Outputs and gradients are the same up to rounding.
     Returns how many modules of each kind now use them.
@@ -159,7 +164,7 @@ def patch_unet(unet: UNet2DConditionModel) -> Patched:
     )
 
 
-def unpatch_unet(unet: UNet2DConditionModel) -> None:
+def unpatch_unet(unet: UNet2DConditionModel | Decoder) -> None:
     """Undo `patch_unet`, in place. A UNet that was not patched stays as it is."""
     for module in unet.modules():
         if type(module) in _FUSED:
@@ -186,8 +191,10 @@ def _is_plain_resnet(module: nn.Module) -> bool:
         type(module) is ResnetBlock2D
         and module.upsample is None
         and module.downsample is None
-        and module.time_embedding_norm == "default"
-        and module.time_emb_proj is not None
+        and (
+            module.time_embedding_norm == "default"
+            or (module.time_embedding_norm, module.time_emb_proj) == ("group", None)
+        )
         and type(module.nonlinearity) is nn.SiLU
         and _is_plain_group_norm(module.norm1)
         and _is_plain_group_norm(module.norm2)

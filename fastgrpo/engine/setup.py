@@ -123,6 +123,7 @@ def _start(
     wanted = {name: _on(getattr(engine, name), device) for name in ("kernels", "graphs")}
     if wanted["kernels"]:
         patch_unet(network)
+        patch_unet(policy.vae.decoder)
         GROUP_NORM.set_choices(record.group_norm or {})
     reusing = engine.reuse == "on" or (engine.reuse == "auto" and device.type == "cuda")
     if reusing:
@@ -276,10 +277,21 @@ def _pass(learner: Learner, weights: FlatWeights, size: int) -> None:
 
 def _choose_group_norm(learner: Learner, weights: FlatWeights, record: Record, ranks: Ranks) -> None:
     """Either implementation is timed when it first meets a shape. Let it meet all of them, then follow the first process."""
+    policy, config = learner.policy, learner.config
     _pass(learner, weights, record.micro_batch)
     weights.zero_gradient()
+    samples = config.prompts_per_iteration * config.group_size // ranks.count
+    for count in decoded_at_once(samples, record.rollout_batch or config.rollout.batch or record.micro_batch, config):
+        policy.decode(torch.zeros(count, *policy.latent_shape, device=policy.device))
     record.group_norm = json.loads(ranks.agree(json.dumps(GROUP_NORM.choices())))
     GROUP_NORM.set_choices(record.group_norm)
+
+
+def decoded_at_once(samples: int, chunk: int, config: TrainConfig) -> list[int]:
+    """How many latents the VAE gets at once where `samples` are drawn `chunk` at a time, ascending."""
+    batch = config.rollout.decode_batch
+    parts = {min(chunk, samples), samples % chunk}
+    return sorted({size for part in parts for size in (min(batch, part), part % batch)} - {0})
 
 
 def _on(setting: str, device: torch.device) -> bool:

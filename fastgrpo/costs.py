@@ -182,7 +182,6 @@ def _count(key: str, lora_rank: int, lora_targets: tuple[str, ...], dtype: torch
         cast(module, dtype)
     if kernels:
         patch_unet(unet)
-        patch_unet(vae.decoder)
     inputs = unet_inputs(unet, text_encoder, 1, dtype)
     saving, learning = held_bytes(unet, [unet_inputs(unet, text_encoder, samples, dtype) for samples in (2, 4)])
     with torch.no_grad(), FusedAttention(), _LiveBytes() as passing:

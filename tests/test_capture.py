@@ -258,22 +258,6 @@ def test_an_engine_needs_the_memory_of_its_largest_pass_once(
     assert together.reserved[engine._pool] == pytest.approx(planned, rel=0.05)
 
 
-def test_other_calls_are_captured_along(engine: FixedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    with imitated(monkeypatch) as device:
-        call = StaticCall(lambda x: x + 1, (torch.zeros(1),), capture=False)
-        engine.capture_along(call)
-        learn(engine)
-        assert call.captured
-        assert call(torch.ones(1)) == 2
-        warm = device.events.count("warm up")
-        assert device.events == ["warm up"] * warm + ["capture", "end"] * warm
-        graph = call._graph
-        engine._resize("micro_batch", 2)
-        learn(engine)
-        assert call._graph is graph, "its own size is as before"
-    engine._along.clear()
-
-
 def test_a_switch_to_replay_captures_what_was_warmed_up(base: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = Policy.forward
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastgrpo.distributed import Ranks
-from fastgrpo.engine.graphs import StaticCall
 from fastgrpo.engine.reuse import Reuse
 from fastgrpo.engine.sampling import Denoise, Sampler
 from fastgrpo.engine.weights import FlatWeights
@@ -130,13 +129,6 @@ class EagerEngine:
         Smaller ones when memory runs out: the others are then to be computed again.
         """
         return self._forward(self._recompute, pairs, gather)
-
-    def capture_along(self, call: StaticCall) -> None:
-        """Have a call of others, decoding for instance, captured when the engine captures its own; before an iteration.
-
-        It stays captured when a size is halved. With a pool of its own it may be replayed beside the engine's. Here it
-        stays a plain call, for nothing is captured.
-        """
 
     def replay(self, apart: float) -> None:
         """From now on have updates recompute the old log-probs. apart: how far the rollout's put a ratio from 1."""

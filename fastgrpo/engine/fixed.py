@@ -52,7 +52,6 @@ class FixedEngine(EagerEngine):
         super().__init__(learner, weights, micro_batch, reuse, changed, rollout_batch, allowed)
         self._capture, self._search, self._pool = capture, search, memory_pool(learner.policy.device)
         self._calls: dict[Key, StaticCall] = {}
-        self._along: list[StaticCall] = []
         self._text: RememberedText | None = None
         self._times: RememberedTimes | None = None
 
@@ -98,10 +97,6 @@ class FixedEngine(EagerEngine):
 
     def clear(self) -> None:
         self.weights.zero_gradient()
-
-    def capture_along(self, call: StaticCall) -> None:
-        if self._capture:
-            self._along.append(call)
 
     def _judge(self, batch: MicroBatch) -> Outcome:
         return self._run("judge", batch)
@@ -164,7 +159,7 @@ class FixedEngine(EagerEngine):
                 except torch.OutOfMemoryError as error:
                     error.size = "rollout_batch" if name.startswith("step") and self.rollout_batch else "micro_batch"
                     raise
-            capture_all([calls[key] for key in needed] + self._along)
+            capture_all([calls[key] for key in needed])
         self._calls = calls
 
     def _foreseen(self) -> tuple[list[Key], list[Key]]:

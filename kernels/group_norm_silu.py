@@ -26,9 +26,15 @@ first output, it needs its slab twice. By shape:
 
     one tile    a slab of at most 16,384 values (backward 8,192) stays in registers: the bytes above exactly
     one launch  the program reads its slab again, backwards, so that what was read last comes first; slabs are kept small
-                enough (192 KiB) that one for every multiprocessor stays in the L2 cache together
+                enough (192 KiB) that one for every multiprocessor stays in the L2 cache together, unless rows would then
+                be narrow
     split       too few slabs to fill the device: rows are dealt out to several programs, which leave partial statistics
                 to a second launch; x is small then, and L2 has it
+
+Memory and L2 move sectors of 32 bytes, and a bundle's rows begin and end within one. Rows of 40 bytes, which 192 KiB leave
+a 64 x 64 image of 320 or 640 channels, touch 1.6 times the sectors that x has; of 80 bytes, 1.2 times. So rows are at least
+64 bytes. 132 slabs of such images are then 41 MiB, of an H100's 50 MB of L2; 62 MiB for 960 channels, and the backward
+pass has two inputs: what is read again comes partly from memory there.
 
 Statistics are float32 by Welford's method for every lane, then Chan's formula over lanes: a mean of 1e4 beside a standard
 deviation of 1 costs no more than x's own rounding. Sums have a fixed order and there are no atomics: the same input gives
@@ -52,6 +58,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # 16 warps with 16 values a thread.
 _TILE = 8192
 _SLAB_BYTES = 192 * 1024
+_ROW_BYTES = 64  # two sectors; narrower rows are widened, however large the slab becomes
 # Two programs for each of an H100's 132 multiprocessors: fewer leave some idle while others finish.
 _PROGRAMS = 264
 
@@ -485,14 +492,18 @@ def _plan(
 ) -> _Plan:
     """programs: how many are wanted at least."""
     group_c = channels // groups
-    # Twice as many groups to a program as long as they divide up, stay within 128 columns and leave programs enough.
-    # Rows below 64 bytes are widened even if programs get few: memory is moved in sectors of 32.
+    # Twice as many groups to a program as long as they divide up and stay within 128 columns: always where rows would be
+    # narrow, and otherwise while slabs stay small and leave programs enough.
     bundle = 1
     while (
         groups % (2 * bundle) == 0
         and 2 * bundle * group_c <= 128
-        and 2 * bundle * group_c * pixels * itemsize <= _SLAB_BYTES
-        and (samples * groups // (2 * bundle) >= programs or bundle * group_c * itemsize < 64)
+        and (
+            bundle * group_c * itemsize < _ROW_BYTES
+            or (
+                2 * bundle * group_c * pixels * itemsize <= _SLAB_BYTES and samples * groups // (2 * bundle) >= programs
+            )
+        )
     ):
         bundle *= 2
     block_c = triton.next_power_of_2(bundle * group_c)
@@ -500,7 +511,9 @@ def _plan(
     one_tile = not backward and triton.next_power_of_2(pixels) * block_c <= 2 * _TILE
     tile = 2 * _TILE if one_tile else _TILE
     rows = max(1, min(triton.next_power_of_2(pixels), tile // block_c))
-    wanted = triton.cdiv(programs, samples * groups // bundle)
+    # Rounded: a device that is two thirds full or more is not worth reading x from memory once more.
+    slabs = samples * groups // bundle
+    wanted = max(1, round(programs / slabs))
     splits = min(wanted, triton.cdiv(pixels, rows), 64)
     split_rows = triton.cdiv(triton.cdiv(pixels, splits), rows) * rows
     warps = max(1, min(16, rows * block_c // (1024 if one_tile else 512)))

@@ -299,7 +299,7 @@ def test_what_it_does_not_take(change: dict, message: str) -> None:
 
 
 def test_plans_of_sd_shapes() -> None:
-    """Bundles divide the groups, tiles cover the slab, and the slab of a bundle fits into L2 beside 131 others."""
+    """Bundles divide the groups, tiles cover the slab, and a bundle that is wide enough fits into L2 beside 131 others."""
     for case in SPEC.bench:
         samples, channels, height, width = map(int, case.name.split()[0].split("x"))
         pixels = height * width
@@ -309,8 +309,31 @@ def test_plans_of_sd_shapes() -> None:
                 assert 32 % plan.bundle == 0
                 assert plan.block_c >= plan.bundle * channels // 32
                 assert plan.splits * plan.split_rows >= pixels > (plan.splits - 1) * plan.split_rows
-                assert plan.bundle == 1 or plan.bundle * (channels // 32) * pixels * 2 <= module._SLAB_BYTES
+                row = plan.bundle * (channels // 32) * 2
+                assert plan.bundle == 1 or row // 2 < module._ROW_BYTES or row * pixels <= module._SLAB_BYTES
                 assert plan.rows * plan.block_c <= 512 * 32
+
+
+# Side and channels of every group norm of SD 1.x and 2.x at 512 x 512.
+SD_NORMS = [(64, (320, 640, 960)), (32, (320, 640, 960, 1280, 1920)), (16, (640, 1280, 1920, 2560)), (8, (1280, 2560))]
+
+
+def test_rows_of_sd_shapes_touch_few_sectors() -> None:
+    """Counted sector by sector: at most 1.2 times those that x has, at any number of rows of a micro-batch.
+
+    And x is read from memory once: no slab is split over programs of two launches.
+    """
+    sector = 32
+    for side, widths in SD_NORMS:
+        for channels in widths:
+            for samples in range(32, 67):
+                for backward in (False, True):
+                    plan = module._plan(samples, side * side, channels, 32, 2, backward=backward)
+                    row = plan.bundle * channels // 32 * 2
+                    starts = range(0, channels * 2, row)  # of the bundles, in a pixel; a pixel begins with a sector
+                    touched = sum((start + row - 1) // sector - start // sector + 1 for start in starts)
+                    assert touched * sector <= 1.2 * channels * 2, (side, channels, samples)
+                    assert plan.splits == 1, (side, channels, samples)
 
 
 @pytest.mark.gpu

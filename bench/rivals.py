@@ -88,18 +88,21 @@ def _eager_grpo_step(
 _EAGER = {"ddim_step": _eager_ddim_step, "grpo_step": _eager_grpo_step}
 
 
-def _liger_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction.apply(x, weight, bias, eps)
+def _liger_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    function = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction.apply
+    return total, function(total, weight, bias, eps)
 
 
-def _apex_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _apex_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
     function = importlib.import_module("apex.normalization.fused_layer_norm").fused_layer_norm_affine
-    return function(x, weight, bias, weight.shape, eps)
+    return total, function(total, weight, bias, weight.shape, eps)
 
 
-def _liger_geglu(x: Tensor) -> Tensor:
+def _liger_geglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """With GELU's tanh approximation: within a few 1e-4 of ours, for about the same work."""
-    hidden, gate = x.chunk(2, dim=-1)
+    hidden, gate = (x if bias is None else x + bias).chunk(2, dim=-1)
     return importlib.import_module("liger_kernel.ops.geglu").LigerGELUMulFunction.apply(gate, hidden)
 
 

@@ -86,7 +86,7 @@ def _call(subject: Subject, function: Callable[..., Any], args: tuple[Any, ...])
     if subject.direction == PASSES[0]:
         return torch.no_grad()(functools.partial(function, *args)), subject.case.bytes
     # Leaves of their own: a backward pass must not find what another left behind.
-    positions = subject.spec.differentiable
+    positions = subject.spec.differentiable_in(args)
     args = tuple(value.detach().requires_grad_() if i in positions else value for i, value in enumerate(args))
     inputs = [args[position] for position in positions]
     generator = torch.Generator(DEVICE).manual_seed(1)

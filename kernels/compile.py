@@ -41,8 +41,8 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuo
 class Usage:
     """What one kernel takes on one architecture.
 
-    kernel: the name of its AotKernel. function: the name of what `@triton.jit` made. error: why it does not compile, "" if
-    it does.
+    kernel: the name of its AotKernel. function: module and name of what `@triton.jit` made, "geglu._forward_kernel". error:
+    why it does not compile, "" if it does.
     """
 
     operation: str
@@ -79,8 +79,11 @@ def compile_kernel(operation: str, aot: AotKernel, architecture: int) -> Usage:
         printed = subprocess.run([_CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", printed.stdout)}
     shared = max(compiled.metadata.shared, numbers["SHARED"])
-    function = aot.kernel.fn.__name__
-    return Usage(operation, aot.name, function, architecture, numbers["REG"], numbers["STACK"], shared)
+    return Usage(operation, aot.name, _function(aot), architecture, numbers["REG"], numbers["STACK"], shared)
+
+
+def _function(aot: AotKernel) -> str:
+    return f"{aot.kernel.fn.__module__.rpartition('.')[2]}.{aot.kernel.fn.__name__}"
 
 
 def _aligned(signature: dict[str, str | tuple[str, ...]]) -> dict[tuple[int, ...], list]:
@@ -113,7 +116,7 @@ def _compile_job(job: tuple[str, int, int]) -> Usage:
         reason = (
             f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no message'}"
         )
-        return Usage(operation, aot.name, aot.kernel.fn.__name__, architecture, error=reason)
+        return Usage(operation, aot.name, _function(aot), architecture, error=reason)
 
 
 def main() -> None:

@@ -1,15 +1,18 @@
 """GEGLU: one half of a vector times the GELU of the other (Shazeer, arXiv 2002.05202), as in diffusers' feed-forward.
 
-    x = [h, g]          x [..., 2D]; h, g, y [..., D]
+    x + bias = [h, g]   (or x = [h, g])      x [..., 2D]; bias [2D]; h, g, y [..., D]
     y = h * gelu(g)     gelu(g) = g * Phi(g), Phi(g) = (1 + erf(g / sqrt 2)) / 2: exact, not the tanh approximation
 
 and with the density phi(g) = exp(-g^2 / 2) / sqrt(2 pi), from the gradient dy:
 
-    dh = dy * gelu(g)   dg = dy * h * (Phi(g) + g phi(g))
+    dh = dy * gelu(g)   dg = dy * h * (Phi(g) + g phi(g))   dx = [dh, dg]   dbias = sum over rows of dx
 
 bfloat16, float16 or float32 in and out; all between is float32 and rounded once. Plain PyTorch writes gelu(g) and saves
 it; here the backward pass computes it again from x. Bytes an element of y, in half precision: forward 6, backward 10.
-On the CPU the operators compute what diffusers' module does, in its order, to the last bit.
+The bias is that of the linear layer before: dx are a transformer's largest activations, and to sum them apart would read
+them once more, 4 bytes. Here every program sums a fixed run of rows (2 KiB), and a second kernel adds the programs'
+sums in order, so that the same inputs give the same bits.
+On the CPU without a bias the operators compute what diffusers' module does, in its order, to the last bit.
 """
 
 import math
@@ -18,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgrpo.kernels import program_sums
 from fastgrpo.kernels.device import on_its_device
 from fastgrpo.kernels.language import tl, triton
 from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
@@ -27,167 +31,255 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A tile of 1024 elements is 8 a thread in each tensor, or one 16-byte load in half precision. 256 columns divide every D
 # of SD 1.x and 2.x (1280, 2560, 5120), so no lane idles there.
 _TILE = 1024
+# With 8 a thread the backward pass takes 127 registers where it sums, and leaves a multiprocessor 16 warps; 4 take 61.
+_BACKWARD_TILE = 512
 _COLUMNS = 256
 _WARPS = 4
+# The backward pass's programs where they sum: several for every multiprocessor of the largest GPUs, and with rows enough
+# that their sums are at most a twentieth of what they move. Not taken from the device, as every device has to add in the
+# same order.
+_MAX_PROGRAMS = 4096
+_MIN_ROWS = 32
 
 
-def reference(x: Tensor) -> Tensor:
+def reference(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """The definition, in the precision of `x`."""
-    hidden, gate = x.chunk(2, dim=-1)
+    hidden, gate = (x if bias is None else x + bias).chunk(2, dim=-1)
     return hidden * gate * (1 + torch.erf(gate * math.sqrt(0.5))) / 2
 
 
 @triton.jit
-def _tile(rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    # Row numbers are int64: at batch 256 a 4096 x 2560 input has more than 2^31 elements.
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return row, column, (row < rows) & (column < width)
+def _columns(width, COLUMNS: tl.constexpr):
+    """Which rows' program this is, and its columns: programs go through memory in order."""
+    blocks = (width + COLUMNS - 1) // COLUMNS
+    program = tl.program_id(0)
+    return program // blocks, program % blocks * COLUMNS + tl.arange(0, COLUMNS)
 
 
 @triton.jit
-def _forward_kernel(x_ptr, y_ptr, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row, column, mask = _tile(rows, width, ROWS, COLUMNS)
-    at = row * (2 * width) + column
-    hidden = tl.load(x_ptr + at, mask, other=0.0).to(tl.float32)
-    gate = tl.load(x_ptr + at + width, mask, other=0.0).to(tl.float32)
+def _load_bias(bias_ptr, column, width, COLUMNS: tl.constexpr):
+    """Of the two halves, 0 where bias_ptr is None."""
+    hidden = tl.zeros([COLUMNS], tl.float32)
+    gate = tl.zeros([COLUMNS], tl.float32)
+    if bias_ptr is not None:
+        hidden = tl.load(bias_ptr + column, column < width, other=0.0).to(tl.float32)
+        gate = tl.load(bias_ptr + width + column, column < width, other=0.0).to(tl.float32)
+    return hidden, gate
+
+
+@triton.jit
+def _load_halves(x_ptr, at, mask, width, bias):
+    hidden = tl.load(x_ptr + at, mask, other=0.0).to(tl.float32) + bias[0][None, :]
+    gate = tl.load(x_ptr + at + width, mask, other=0.0).to(tl.float32) + bias[1][None, :]
+    return hidden, gate
+
+
+@triton.jit
+def _forward_kernel(x_ptr, bias_ptr, y_ptr, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    program, column = _columns(width, COLUMNS)
+    start = program * ROWS
+    mask = (start + tl.arange(0, ROWS) < rows)[:, None] & (column < width)[None, :]
+    # int64: at batch 256 a 4096 x 2560 input has more than 2^31 elements.
+    before = start.to(tl.int64) * width
+    row = tl.arange(0, ROWS)[:, None] * width
+    bias = _load_bias(bias_ptr, column, width, COLUMNS)
+    hidden, gate = _load_halves(x_ptr + 2 * before, 2 * row + column[None, :], mask, width, bias)
     y = hidden * (gate * (0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)))
-    tl.store(y_ptr + row * width + column, y.to(y_ptr.dtype.element_ty), mask)
+    tl.store(y_ptr + before + row + column[None, :], y.to(y_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
-def _backward_kernel(dy_ptr, x_ptr, dx_ptr, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row, column, mask = _tile(rows, width, ROWS, COLUMNS)
-    at = row * (2 * width) + column
-    hidden = tl.load(x_ptr + at, mask, other=0.0).to(tl.float32)
-    gate = tl.load(x_ptr + at + width, mask, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + row * width + column, mask, other=0.0).to(tl.float32)
-    cdf = 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
-    pdf = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
-    d_hidden = dy * (gate * cdf)
-    d_gate = dy * hidden * (cdf + gate * pdf)
-    tl.store(dx_ptr + at, d_hidden.to(dx_ptr.dtype.element_ty), mask)
-    tl.store(dx_ptr + at + width, d_gate.to(dx_ptr.dtype.element_ty), mask)
+def _backward_kernel(
+    dy_ptr, x_ptr, bias_ptr, dx_ptr, parts_ptr, rows, width, run,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """Rows p * run to (p + 1) * run, ROWS at a time; their sums go to row p of parts [programs, 2 * width]."""
+    program, column = _columns(width, COLUMNS)
+    row = tl.arange(0, ROWS)[:, None] * width
+    bias = _load_bias(bias_ptr, column, width, COLUMNS)
+    # A sum for every row of the tile: adding up within the tile once, at the end, keeps the loop free of exchanges.
+    sum_hidden = tl.zeros((ROWS, COLUMNS), tl.float32)
+    sum_gate = tl.zeros((ROWS, COLUMNS), tl.float32)
+    end = tl.minimum((program + 1) * run, rows)
+    for start in range(program * run, end, ROWS):
+        mask = (start + tl.arange(0, ROWS) < end)[:, None] & (column < width)[None, :]
+        before = tl.cast(start, tl.int64) * width
+        at = 2 * row + column[None, :]
+        hidden, gate = _load_halves(x_ptr + 2 * before, at, mask, width, bias)
+        # 0 in rows that do not exist, and with it what is added to their sums.
+        dy = tl.load(dy_ptr + before + row + column[None, :], mask, other=0.0).to(tl.float32)
+        cdf = 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
+        pdf = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+        d_hidden = dy * (gate * cdf)
+        d_gate = dy * hidden * (cdf + gate * pdf)
+        tl.store(dx_ptr + 2 * before + at, d_hidden.to(dx_ptr.dtype.element_ty), mask)
+        tl.store(dx_ptr + 2 * before + at + width, d_gate.to(dx_ptr.dtype.element_ty), mask)
+        if SUMS:
+            sum_hidden += d_hidden
+            sum_gate += d_gate
+    if SUMS:
+        parts_ptr += tl.cast(program, tl.int64) * 2 * width
+        tl.store(parts_ptr + column, tl.sum(sum_hidden, axis=0), column < width)
+        tl.store(parts_ptr + width + column, tl.sum(sum_gate, axis=0), column < width)
 
 
-def _blocks(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid, and the constexprs with the number of warps, for an output of rows x width."""
+def _blocks(rows: int, width: int, tile: int) -> tuple[int, dict[str, int]]:
+    """How many programs are side by side in a row, and the constexprs with the number of warps, for a y of rows x width."""
     columns = min(triton.next_power_of_2(width), _COLUMNS)
-    tile_rows = min(triton.next_power_of_2(rows), _TILE // columns)
-    grid = (triton.cdiv(rows, tile_rows), triton.cdiv(width, columns))
-    return grid, {"ROWS": tile_rows, "COLUMNS": columns, "num_warps": _WARPS}
+    tile_rows = min(triton.next_power_of_2(rows), tile // columns)
+    return triton.cdiv(width, columns), {"ROWS": tile_rows, "COLUMNS": columns, "num_warps": _WARPS}
+
+
+def _run(rows: int, across: int, tile_rows: int, sums: bool) -> int:
+    """How many rows a program of the backward pass takes: whole tiles, one where nothing is summed. across: as of `_blocks`."""
+    run = max(_MIN_ROWS, triton.cdiv(rows, max(1, _MAX_PROGRAMS // across))) if sums else tile_rows
+    return triton.cdiv(run, tile_rows) * tile_rows
 
 
 @on_its_device
-def _launch_forward(x: Tensor) -> Tensor:
-    x = x.contiguous()
+def _launch_forward(x: Tensor, bias: Tensor | None) -> Tensor:
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     y = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
     if y.numel():
         width = y.shape[-1]
-        grid, blocks = _blocks(y.numel() // width, width)
-        _forward_kernel[grid](x, y, y.numel() // width, width, **blocks)
+        rows = y.numel() // width
+        across, blocks = _blocks(rows, width, _TILE)
+        _forward_kernel[(triton.cdiv(rows, blocks["ROWS"]) * across,)](x, bias, y, rows, width, **blocks)
     return y
 
 
 @on_its_device
-def _launch_backward(dy: Tensor, x: Tensor) -> Tensor:
-    dy, x = dy.contiguous(), x.contiguous()
+def _launch_backward(dy: Tensor, x: Tensor, bias: Tensor | None, sums: bool) -> tuple[Tensor, Tensor]:
+    """dx, and dbias or, without `sums`, nothing [0]."""
+    dy, x, bias = dy.contiguous(), x.contiguous(), None if bias is None else bias.contiguous()
     dx = torch.empty_like(x)
+    programs = 0
+    width = dy.shape[-1]
     if dy.numel():
-        width = dy.shape[-1]
-        grid, blocks = _blocks(dy.numel() // width, width)
-        _backward_kernel[grid](dy, x, dx, dy.numel() // width, width, **blocks)
-    return dx
+        rows = dy.numel() // width
+        across, blocks = _blocks(rows, width, _BACKWARD_TILE)
+        run = _run(rows, across, blocks["ROWS"], sums)
+        programs = triton.cdiv(rows, run)
+    parts = torch.empty((programs, 2 * width if sums else 0), dtype=torch.float32, device=x.device)
+    if programs:
+        _backward_kernel[(programs * across,)](dy, x, bias, dx, parts, rows, width, run, **blocks, SUMS=sums)
+    return dx, program_sums.sum_programs(parts, x.dtype if bias is None else bias.dtype)
 
 
 _forward = torch.library.custom_op("fastgrpo::geglu", _launch_forward, mutates_args=(), device_types="cuda")
 _backward = torch.library.custom_op("fastgrpo::geglu_backward", _launch_backward, mutates_args=(), device_types="cuda")
 
 
+def _shifted(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The two halves, with a bias in float32."""
+    return (x if bias is None else x.float() + bias.float()).chunk(2, dim=-1)
+
+
 @_forward.register_kernel("cpu")
-def _forward_cpu(x: Tensor) -> Tensor:
-    hidden, gate = x.chunk(2, dim=-1)
-    return (hidden * F.gelu(gate)).contiguous()
+def _forward_cpu(x: Tensor, bias: Tensor | None) -> Tensor:
+    hidden, gate = _shifted(x, bias)
+    return (hidden * F.gelu(gate)).to(x.dtype).contiguous()
 
 
 @_backward.register_kernel("cpu")
-def _backward_cpu(dy: Tensor, x: Tensor) -> Tensor:
+def _backward_cpu(dy: Tensor, x: Tensor, bias: Tensor | None, sums: bool) -> tuple[Tensor, Tensor]:
     """The operations that autograd runs for `hidden * F.gelu(gate)`."""
-    hidden, gate = x.chunk(2, dim=-1)
-    return torch.cat((dy * F.gelu(gate), torch.ops.aten.gelu_backward(dy * hidden, gate)), dim=-1).contiguous()
+    hidden, gate = _shifted(x, bias)
+    dy = dy.to(gate.dtype)
+    dx = torch.cat((dy * F.gelu(gate), torch.ops.aten.gelu_backward(dy * hidden, gate)), dim=-1)
+    dbias = dx.flatten(0, -2).sum(0).to(bias.dtype) if sums else x.new_empty(0)
+    return dx.to(x.dtype).contiguous(), dbias
 
 
 @_forward.register_fake
-def _(x: Tensor) -> Tensor:
+def _(x: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
 @_backward.register_fake
-def _(dy: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+def _(dy: Tensor, x: Tensor, bias: Tensor | None, sums: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), bias.new_empty(bias.shape) if sums else x.new_empty(0)
 
 
-def _setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+def _setup_context(ctx, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _autograd(ctx, dy: Tensor) -> Tensor:
-    return _backward(dy, *ctx.saved_tensors)
+def _autograd(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+    sums = ctx.needs_input_grad[1]
+    dx, dbias = _backward(dy, *ctx.saved_tensors, sums)
+    return dx, dbias if sums else None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def geglu(x: Tensor) -> Tensor:
-    """hidden * gelu(gate) with (hidden, gate) = x.chunk(2, -1), differentiable once.
+def geglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """hidden * gelu(gate) with (hidden, gate) = (x + bias).chunk(2, -1), differentiable once.
 
-    x: [..., 2D] bfloat16, float16 or float32, any strides. Returns [..., D], contiguous, of the same dtype.
+    x: [..., 2D] bfloat16, float16 or float32, any strides. bias: [2D] of one such dtype, not necessarily that of x; a
+    frozen one gets no gradient. Returns [..., D], contiguous, of x's dtype.
     Raises ValueError for another dtype or an odd last dimension.
     """
     if x.dtype not in DTYPES or x.dim() == 0 or x.shape[-1] % 2:
         raise ValueError(
             f"geglu: x is {x.dtype} of shape {tuple(x.shape)}; accepted are bfloat16, float16 and float32 with an even last dimension."
         )
-    return _forward(x)
+    if bias is not None and (bias.dtype not in DTYPES or bias.shape != x.shape[-1:]):
+        raise ValueError(
+            f"geglu: bias is {bias.dtype} of shape {tuple(bias.shape)}; accepted are bfloat16, float16 and float32 of shape "
+            f"{tuple(x.shape[-1:])}."
+        )
+    return _forward(x, bias)
 
 
-def _eager(x: Tensor) -> Tensor:
-    hidden, gate = x.chunk(2, dim=-1)
+def _eager(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    hidden, gate = (x if bias is None else x + bias).chunk(2, dim=-1)
     return hidden * F.gelu(gate)
 
 
 def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """(rtol, atol) for outputs and gradients of inputs from a standard normal distribution.
+    """(rtol, atol) for outputs and gradients of inputs from a standard normal distribution, with a bias of deviation 1/5.
 
     atol: below six standard deviations erf, wrong by 2 ulp of 1, moves y by at most 36 * 2^-23, about 4e-6; in the
-    gradient dg the density adds as much. rtol: half precision rounds at most twice on the CPU and once by truncation in
-    Triton's interpreter, an ulp either way; float32 multiplies four times, half an ulp each.
+    gradient dg the density adds as much, and dbias sums up to nine of those. rtol: half precision rounds at most twice on
+    the CPU and once by truncation in Triton's interpreter, an ulp either way; float32 multiplies four times, half an ulp
+    each.
     """
     return (2 if dtype == torch.float32 else 1.01) * torch.finfo(dtype).eps, 1e-5
 
 
-def _case(*shape: int) -> Case:
+def _case(*shape: int, bias: bool = False) -> Case:
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
-        return (torch.randn(*shape[:-1], 2 * shape[-1], generator=generator).to(device, dtype),)
+        x = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator).to(device, dtype)
+        return (x, (0.2 * torch.randn(2 * shape[-1], generator=generator)).to(device, dtype)) if bias else (x,)
 
-    return Case("x".join(map(str, shape)), make, bytes=6 * math.prod(shape))
+    return Case("x".join(map(str, shape)) + " bias" * bias, make, bytes=6 * math.prod(shape))
 
 
-def _aot(name: str, kernel: triton.JITFunction, pointers: tuple[str, ...], dtype: str) -> AotKernel:
-    signature = dict.fromkeys(pointers, dtype) | {
-        "rows": "i32",
-        "width": "i32",
-        "ROWS": "constexpr",
-        "COLUMNS": "constexpr",
-    }
-    return AotKernel(name, kernel, signature, {"ROWS": _TILE // _COLUMNS, "COLUMNS": _COLUMNS}, _WARPS)
+def _aot(dtype: str, bias: bool) -> tuple[AotKernel, AotKernel]:
+    kernels = []
+    for direction, kernel, tile, constants in (
+        ("forward", _forward_kernel, _TILE, {}),
+        ("backward", _backward_kernel, _BACKWARD_TILE, {"SUMS": bias}),
+    ):
+        constants |= {"ROWS": tile // _COLUMNS, "COLUMNS": _COLUMNS} | ({} if bias else {"bias_ptr": None})
+        types = {"parts_ptr": "*fp32"} | dict.fromkeys(("rows", "width", "run"), "i32")
+        types |= dict.fromkeys(constants, "constexpr")
+        signature = {parameter: types.get(parameter, f"*{dtype}") for parameter in kernel.arg_names}
+        kernels.append(AotKernel(f"{direction}{' bias' * bias} {dtype}", kernel, signature, constants, _WARPS))
+    return tuple(kernels)
 
 
 SPEC = OpSpec(
     name="geglu",
     function=geglu,
     reference=reference,
-    cases=(_case(1, 1), _case(3, 7), _case(9, 257), *(_case(2, 3, width) for width in (128, 256, 1280, 2560, 5120))),
+    cases=(
+        *(_case(*shape, bias=bias) for shape in ((1, 1), (3, 7), (9, 257)) for bias in (True, False)),
+        *(_case(2, 3, width, bias=width == 256) for width in (128, 256, 1280, 2560, 5120)),
+    ),
+    # A bias costs its rivals a pass that a linear layer before them would spare.
     bench=tuple(
         _case(batch, tokens, width)
         for batch in (16, 128)
@@ -195,14 +287,7 @@ SPEC = OpSpec(
     ),
     dtypes=DTYPES,
     tolerance=_tolerance,
-    differentiable=(0,),
+    differentiable=(0, 1),
     rivals={"eager": _eager},
-    aot=tuple(
-        aot
-        for dtype in ("bf16", "fp16", "fp32")
-        for aot in (
-            _aot(f"forward_{dtype}", _forward_kernel, ("x_ptr", "y_ptr"), f"*{dtype}"),
-            _aot(f"backward_{dtype}", _backward_kernel, ("dy_ptr", "x_ptr", "dx_ptr"), f"*{dtype}"),
-        )
-    ),
+    aot=tuple(aot for dtype in ("bf16", "fp16", "fp32") for bias in (True, False) for aot in _aot(dtype, bias)),
 )

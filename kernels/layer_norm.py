@@ -1,16 +1,20 @@
-"""Layer normalisation over the last dimension (Ba et al., arXiv 1607.06450).
+"""Layer normalisation over the last dimension (Ba et al., arXiv 1607.06450), of a sum where there is a residual.
 
-    mean = sum(x) / C       rstd = 1 / sqrt(sum((x - mean)^2) / C + eps)       z = (x - mean) rstd       y = z weight + bias
+    s = x + residual        (or s = x)
+    mean = sum(s) / C       rstd = 1 / sqrt(sum((s - mean)^2) / C + eps)       z = (s - mean) rstd       y = z weight + bias
 
-x, y [..., C]; weight, bias [C]. With a = dy weight, the gradients are
+x, residual, s, y [..., C]; weight, bias [C]. With a = dy weight, and ds the gradient of s as an output, the gradients are
 
-    dx = rstd (a - mean(a) - z mean(a z))        dweight = sum over rows of dy z        dbias = sum over rows of dy
+    dx = dresidual = rstd (a - mean(a) - z mean(a z)) + ds
+    dweight = sum over rows of dy z                          dbias = sum over rows of dy
 
-x and y are bfloat16, float16 or float32, weight and bias one of them too; all between is float32. A row stays in
-registers, so the variance is taken about the mean that was just computed and does not cancel. mean and rstd are saved.
+x, residual, s and y are bfloat16, float16 or float32, weight and bias one of them too; all between is float32. y is of s as
+it is stored, rounded. A row stays in registers, so the variance is taken about the mean that was just computed and does not
+cancel. s, mean and rstd are kept for the backward pass.
 dweight and dbias: every program sums a fixed run of rows, and a second kernel adds the programs' sums in order, so that
-the same inputs give the same bits. Bytes an element, in half precision: forward 4, backward 6.
-On the CPU the operators are PyTorch's layer_norm; in float32 they give what nn.LayerNorm gives, to the last bit.
+the same inputs give the same bits. Bytes an element, in half precision: forward 4 or, with a residual, 8; backward 6 or 8.
+An addition of its own would make these 10 and 12.
+On the CPU it is PyTorch's addition and layer_norm; in float32 they give what nn.LayerNorm gives, to the last bit.
 """
 
 import math
@@ -19,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgrpo.kernels import program_sums
 from fastgrpo.kernels.device import on_its_device
 from fastgrpo.kernels.language import tl, triton
 from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
@@ -26,37 +31,43 @@ from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 4096  # the widest row whose backward pass fits into the registers of one program
 
-# Elements a thread holds of each tensor of a tile. The backward pass holds five tensors (x, dy, weight and the two sums).
+# Elements a thread holds of each tensor of a tile. The backward pass holds six tensors (s, dy, ds, weight and the two sums).
 _PER_THREAD = 8
 # The backward pass's programs: enough to fill the largest GPUs several times over, and never so many that their sums
 # of rows are a large part of what is written. Not taken from the device, so that every device adds in the same order.
 _MAX_PROGRAMS = 512
 _MIN_ROWS = 8
-# The last sum's tile: columns are independent, and 64 of the programs' sums are added at a time.
-_SUM_PROGRAMS = 64
-_SUM_COLUMNS = 32
-_SUM_WARPS = 4
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """The definition, in the precision of the tensors."""
-    centred = x - x.mean(dim=-1, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps) * weight + bias
+    total = x if residual is None else x + residual
+    centred = total - total.mean(dim=-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps) * weight + bias
+    return y if residual is None else (total, y)
 
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, rows, width, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, y_ptr, mean_ptr, rstd_ptr, rows, width, eps,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """residual_ptr and sum_ptr: None together."""
     start = tl.program_id(0) * ROWS
     row = start + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     inside = column < width
     mask = (row < rows)[:, None] & inside[None, :]
-    x_ptr += start.to(tl.int64) * width
-    y_ptr += start.to(tl.int64) * width
+    before = start.to(tl.int64) * width
     at = tl.arange(0, ROWS)[:, None] * width + column[None, :]
-    x = tl.load(x_ptr + at, mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + before + at, mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        total = x + tl.load(residual_ptr + before + at, mask, other=0.0).to(tl.float32)
+        total = total.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + before + at, total, mask)
+        x = total.to(tl.float32)
     weight = tl.load(weight_ptr + column, inside, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, inside, other=0.0).to(tl.float32)
 
@@ -65,17 +76,20 @@ def _forward_kernel(
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / width + eps)
     y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
 
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask)
+    tl.store(y_ptr + before + at, y.to(y_ptr.dtype.element_ty), mask)
     tl.store(mean_ptr + row, mean, row < rows)
     tl.store(rstd_ptr + row, rstd, row < rows)
 
 
 @triton.jit
 def _backward_kernel(
-    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, rows, width, run,
+    dy_ptr, dsum_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, parts_ptr, rows, width, run,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
-    """Program p takes rows p * run to (p + 1) * run, ROWS at a time; its sums go to row p of dweight and dbias."""
+    """Program p takes rows p * run to (p + 1) * run, ROWS at a time; its sums go to row p of parts, dweight's then dbias's.
+
+    x is what was normalised. dsum_ptr: None without a residual.
+    """
     program = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
     inside = column < width
@@ -98,32 +112,16 @@ def _backward_kernel(
         mean_a = tl.sum(a, axis=1) / width
         mean_az = tl.sum(a * z, axis=1) / width
         dx = rstd[:, None] * (a - mean_a[:, None] - z * mean_az[:, None])
+        if dsum_ptr is not None:
+            dx += tl.load(dsum_ptr + before + at, mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + before + at, dx.to(dx_ptr.dtype.element_ty), mask)
         if AFFINE:
             dweight += dy * z
             dbias += dy
     if AFFINE:
-        tl.store(dweight_ptr + program * width + column, tl.sum(dweight, axis=0), inside)
-        tl.store(dbias_ptr + program * width + column, tl.sum(dbias, axis=0), inside)
-
-
-@triton.jit
-def _sum_kernel(
-    sums_ptr, dweight_ptr, dbias_ptr, programs, width, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """sums: [2, programs, width] float32, of dweight and of dbias."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < width
-    dweight = tl.zeros((PROGRAMS, COLUMNS), tl.float32)
-    dbias = tl.zeros((PROGRAMS, COLUMNS), tl.float32)
-    for start in range(0, programs, PROGRAMS):
-        program = start + tl.arange(0, PROGRAMS)
-        mask = (program < programs)[:, None] & inside[None, :]
-        at = program[:, None] * width + column[None, :]
-        dweight += tl.load(sums_ptr + at, mask, other=0.0)
-        dbias += tl.load(sums_ptr + programs * width + at, mask, other=0.0)
-    tl.store(dweight_ptr + column, tl.sum(dweight, axis=0).to(dweight_ptr.dtype.element_ty), inside)
-    tl.store(dbias_ptr + column, tl.sum(dbias, axis=0).to(dbias_ptr.dtype.element_ty), inside)
+        parts_ptr += program * 2 * width
+        tl.store(parts_ptr + column, tl.sum(dweight, axis=0), inside)
+        tl.store(parts_ptr + width + column, tl.sum(dbias, axis=0), inside)
 
 
 def _blocks(rows: int, width: int) -> dict[str, int]:
@@ -135,41 +133,44 @@ def _blocks(rows: int, width: int) -> dict[str, int]:
 
 
 @on_its_device
-def _launch_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the sum (empty without a residual), mean and rstd."""
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     width = x.shape[-1]
     rows = x.numel() // width
     y = torch.empty_like(x)
+    total = None
+    if residual is not None:
+        residual, total = residual.contiguous(), torch.empty_like(x)
     mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
     if rows:
         blocks = _blocks(rows, width)
         grid = (triton.cdiv(rows, blocks["ROWS"]),)
-        _forward_kernel[grid](x, weight, bias, y, mean, rstd, rows, width, eps, **blocks)
-    return y, mean, rstd
+        _forward_kernel[grid](x, residual, weight, bias, total, y, mean, rstd, rows, width, eps, **blocks)
+    return y, x.new_empty(0) if total is None else total, mean, rstd
 
 
 @on_its_device
 def _launch_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, affine: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, affine: bool, dsum: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dx, and dweight and dbias [2, C], or [2, 0] if they are not wanted. x: what was normalised."""
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
+    dsum = None if dsum is None else dsum.contiguous()
     width = x.shape[-1]
     rows = x.numel() // width
     dx = torch.empty_like(x)
     run = max(_MIN_ROWS, triton.cdiv(rows, _MAX_PROGRAMS))
     programs = triton.cdiv(rows, run)
-    sums = torch.empty((2, programs, width) if affine else (2, 0), dtype=torch.float32, device=x.device)
+    parts = torch.empty((programs, 2, width if affine else 0), dtype=torch.float32, device=x.device)
     if programs:
         _backward_kernel[(programs,)](
-            dy, x, weight, mean, rstd, dx, sums[0], sums[1], rows, width, run,
+            dy, dsum, x, weight, mean, rstd, dx, parts, rows, width, run,
             **_blocks(min(rows, run), width), AFFINE=affine,
         )  # fmt: skip
-    dweight, dbias = (torch.empty(width if affine else 0, dtype=weight.dtype, device=x.device) for _ in range(2))
-    if affine:
-        _sum_kernel[(triton.cdiv(width, _SUM_COLUMNS),)](
-            sums, dweight, dbias, programs, width, PROGRAMS=_SUM_PROGRAMS, COLUMNS=_SUM_COLUMNS, num_warps=_SUM_WARPS
-        )
-    return dx, dweight, dbias
+    return dx, program_sums.sum_programs(parts, weight.dtype)
 
 
 _forward = torch.library.custom_op("fastgrpo::layer_norm", _launch_forward, mutates_args=(), device_types="cuda")
@@ -180,58 +181,69 @@ _backward = torch.library.custom_op(
 
 # PyTorch's own half-precision path keeps rounded statistics and sums, hence the conversions.
 @_forward.register_kernel("cpu")
-def _forward_cpu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, rstd = torch.native_layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps)
-    return y.to(x.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+def _forward_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = x if residual is None else (x + residual).contiguous()
+    y, mean, rstd = torch.native_layer_norm(total.float(), weight.shape, weight.float(), bias.float(), eps)
+    y, mean, rstd = y.to(x.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+    return y, x.new_empty(0) if residual is None else total, mean, rstd
 
 
 @_backward.register_kernel("cpu")
 def _backward_cpu(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, affine: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, affine: bool, dsum: Tensor | None
+) -> tuple[Tensor, Tensor]:
     # The bias has no part in the gradients: the last weight only stands for its shape.
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dy.float(), x.float(), weight.shape, mean[..., None], rstd[..., None], weight.float(), weight.float(),
         [True, affine, affine],
     )  # fmt: skip
-    if not affine:
-        return dx.to(x.dtype), weight.new_empty(0), weight.new_empty(0)
-    return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
+    dx = (dx if dsum is None else dx + dsum.float()).to(x.dtype).contiguous()
+    return dx, torch.stack((dweight, dbias)).to(weight.dtype) if affine else weight.new_empty((2, 0))
 
 
 @_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape), mean, rstd
+    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape), mean, rstd
 
 
 @_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, affine: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dweight, dbias = (weight.new_empty(weight.shape if affine else 0) for _ in range(2))
-    return x.new_empty(x.shape), dweight, dbias
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, affine: bool, dsum: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty((2, weight.shape[0] if affine else 0))
 
 
-def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, _, _ = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, weight, mean, rstd)
-    ctx.mark_non_differentiable(mean, rstd)
+def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    x, weight, _, _, residual = inputs
+    _, total, mean, rstd = output
+    ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
+    ctx.residual = residual is not None
+    ctx.mark_non_differentiable(*([] if ctx.residual else [total]), mean, rstd)
 
 
-def _autograd(ctx, dy: Tensor, d_mean: Tensor, d_rstd: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+def _autograd(ctx, dy: Tensor, dsum: Tensor, *_) -> tuple[Tensor | None, ...]:
     affine = any(ctx.needs_input_grad[1:3])
-    dx, dweight, dbias = _backward(dy, *ctx.saved_tensors, affine)
-    return dx, dweight if affine else None, dbias if affine else None, None
+    dx, vectors = _backward(dy, *ctx.saved_tensors, affine, dsum if ctx.residual else None)
+    dweight, dbias = vectors.unbind() if affine else (None, None)
+    return dx, dweight, dbias, None, dx if ctx.residual else None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, differentiable once.
 
     x: [..., C] bfloat16, float16 or float32, any strides. weight, bias: [C] of one such dtype, not necessarily that of x.
-    eps: added to the variance. Returns [..., C], contiguous, of the dtype of `x`.
+    eps: added to the variance. residual: of x's shape and dtype. Returns [..., C], contiguous, of the dtype of `x`; with
+    a residual two of them, x + residual and its norm.
     Frozen weights get no gradients, and the work for these is not done.
     Raises ValueError for other dtypes and shapes, and for C above 4096.
     """
@@ -245,15 +257,24 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
             f"layer_norm: x is {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}; accepted are "
             f"[..., C], [C] and [C] with C from 1 to {MAX_WIDTH}."
         )
-    return _forward(x, weight, bias, eps)[0]
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"layer_norm: residual is {residual.dtype} {tuple(residual.shape)}; x's {x.dtype} {tuple(x.shape)} is accepted."
+        )
+    y, total, _, _ = _forward(x, weight, bias, eps, residual)
+    return y if residual is None else (total, y)
 
 
-def _eager(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+def _eager(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    total = x if residual is None else x + residual
+    y = F.layer_norm(total, weight.shape, weight, bias, eps)
+    return y if residual is None else (total, y)
 
 
 def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """(rtol, atol) for outputs and gradients of the cases, whose inputs are standard normal, weight about 1.
+    """(rtol, atol) for outputs and gradients of the cases: sums of deviation 1.4, weight about 1, standard normal gradients.
 
     rtol: the result is rounded once, by truncation in Triton's interpreter, which is less than an ulp.
     atol, for float32: z and dx are sums and products of numbers below 6 with about ten roundings of half an ulp on the
@@ -266,47 +287,36 @@ def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
 
 def _case(*shape: int) -> Case:
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
-        x = torch.randn(shape, generator=generator)
+        # Multiples of 1/16 below 8: their sum is exact in every dtype, and what y is off by is the norm's own.
+        x, residual = ((16 * torch.randn(shape, generator=generator)).round() / 16 for _ in range(2))
         weight = 1 + 0.2 * torch.randn(shape[-1], generator=generator)
         bias = 0.2 * torch.randn(shape[-1], generator=generator)
-        return *(tensor.to(device, dtype) for tensor in (x, weight, bias)), 1e-5
+        x, weight, bias, residual = (tensor.to(device, dtype) for tensor in (x, weight, bias, residual))
+        return x, weight, bias, 1e-5, residual
 
-    return Case("x".join(map(str, shape)), make, bytes=4 * math.prod(shape))
+    return Case("x".join(map(str, shape)), make, bytes=8 * math.prod(shape))
 
 
-def _aot(dtype: str, width: int) -> tuple[AotKernel, AotKernel]:
+_WIDTHS = (320, 640, 1280)  # of SD 1.x and 2.x
+
+
+def _aot(dtype: str, width: int, residual: bool) -> tuple[AotKernel, AotKernel]:
     blocks = _blocks(_MAX_PROGRAMS, width)
     warps = blocks.pop("num_warps")
-    constants = dict.fromkeys(blocks, "constexpr")
-    half, single = f"*{dtype}", "*fp32"
-    forward = {
-        "x_ptr": half,
-        "weight_ptr": half,
-        "bias_ptr": half,
-        "y_ptr": half,
-        "mean_ptr": single,
-        "rstd_ptr": single,
-    }
-    forward |= {"rows": "i32", "width": "i32", "eps": "fp32"}
-    backward = {
-        "dy_ptr": half,
-        "x_ptr": half,
-        "weight_ptr": half,
-        "mean_ptr": single,
-        "rstd_ptr": single,
-        "dx_ptr": half,
-    }
-    backward |= {"dweight_ptr": single, "dbias_ptr": single, "rows": "i32", "width": "i32", "run": "i32"}
-    return (
-        AotKernel(f"forward_{dtype}_{width}", _forward_kernel, forward | constants, blocks, warps),
-        AotKernel(
-            f"backward_{dtype}_{width}",
-            _backward_kernel,
-            backward | constants | {"AFFINE": "constexpr"},
-            blocks | {"AFFINE": True},
-            warps,
-        ),
-    )
+    kernels = []
+    for direction, kernel, constants in (
+        ("forward", _forward_kernel, {}),
+        ("backward", _backward_kernel, {"AFFINE": True}),
+    ):
+        constants |= blocks
+        if not residual:
+            constants |= dict.fromkeys({"residual_ptr", "sum_ptr", "dsum_ptr"} & set(kernel.arg_names))
+        types = dict.fromkeys(("mean_ptr", "rstd_ptr", "parts_ptr"), "*fp32") | {"eps": "fp32"}
+        types |= dict.fromkeys(("rows", "width", "run"), "i32") | dict.fromkeys(constants, "constexpr")
+        signature = {parameter: types.get(parameter, f"*{dtype}") for parameter in kernel.arg_names}
+        name = f"{direction}{' residual' * residual} {dtype} {width}"
+        kernels.append(AotKernel(name, kernel, signature, constants, warps))
+    return tuple(kernels)
 
 
 SPEC = OpSpec(
@@ -321,18 +331,12 @@ SPEC = OpSpec(
     ),
     dtypes=DTYPES,
     tolerance=_tolerance,
-    differentiable=(0, 1, 2),
+    differentiable=(0, 1, 2, 4),
     rivals={"eager": _eager},
     aot=(
-        *(kernel for dtype in ("bf16", "fp16", "fp32") for width in (320, 640, 1280) for kernel in _aot(dtype, width)),
-        *_aot("bf16", MAX_WIDTH),
-        AotKernel(
-            "sum",
-            _sum_kernel,
-            {"sums_ptr": "*fp32", "dweight_ptr": "*fp32", "dbias_ptr": "*fp32", "programs": "i32", "width": "i32"}
-            | {"PROGRAMS": "constexpr", "COLUMNS": "constexpr"},
-            {"PROGRAMS": _SUM_PROGRAMS, "COLUMNS": _SUM_COLUMNS},
-            _SUM_WARPS,
-        ),
+        *(kernel for dtype in ("bf16", "fp16", "fp32") for width in _WIDTHS for kernel in _aot(dtype, width, True)),
+        *(kernel for width in _WIDTHS for kernel in _aot("bf16", width, False)),
+        *_aot("bf16", MAX_WIDTH, True),
+        program_sums.AOT,
     ),
 )

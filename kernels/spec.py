@@ -49,8 +49,8 @@ class OpSpec:
     Both return a tensor or a tuple of tensors.
     cases: small, for tests, odd sizes among them. bench: the shapes of SD 1.x and others that matter.
     dtypes: what the half-precision tensors may be. tolerance: dtype -> (rtol, atol) against the float64 reference, with a
-    comment that derives it. differentiable: positions of the arguments that get gradients. rivals: name -> function of
-    the same arguments to be measured beside it.
+    comment that derives it. differentiable: positions of the arguments that get gradients, where they are given.
+    rivals: name -> function of the same arguments to be measured beside it.
     aot: every kernel, at a shape that matters.
     """
 
@@ -64,3 +64,7 @@ class OpSpec:
     differentiable: tuple[int, ...] = ()
     rivals: dict[str, Callable[..., Any]] = field(default_factory=dict)
     aot: tuple[AotKernel, ...] = ()
+
+    def differentiable_in(self, arguments: Arguments) -> tuple[int, ...]:
+        """Positions of those that get gradients among the arguments of one case, which may leave out the last ones."""
+        return tuple(position for position in self.differentiable if position < len(arguments))

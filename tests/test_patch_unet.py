@@ -84,7 +84,7 @@ def counts(config: dict) -> Patched:
     resnets = len(config["down_block_types"]) * layers + 2 + len(config["up_block_types"]) * (layers + 1)
     transformers = 1 + layers * sum("CrossAttn" in name for name in config["down_block_types"])
     transformers += (layers + 1) * sum("CrossAttn" in name for name in config["up_block_types"])
-    return Patched(resnets, transformers, transformers, 1, 3 * transformers, transformers)
+    return Patched(resnets, transformers, transformers, 1, 3 * transformers, transformers, transformers)
 
 
 @pytest.fixture
@@ -117,7 +117,10 @@ def test_counts_of_the_real_models(folder: str) -> None:
     config = UNet2DConditionModel.load_config(REAL / folder / "unet")
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-    wanted = Patched(resnets=22, transformers=16, transformer_norms=16, output_norms=1, layer_norms=48, geglus=16)
+    wanted = Patched(
+        resnets=22, transformers=16, transformer_norms=16, output_norms=1, layer_norms=48, transformer_blocks=16,
+        geglus=16,
+    )  # fmt: skip
     assert patch_unet(unet) == wanted == counts(config)
     left = Counter(type(module) for module in unet.modules())
     assert left[nn.LayerNorm] == 0
@@ -185,8 +188,10 @@ def test_every_patched_module_calls_the_operators(name: str, monkeypatch: pytest
             if name == "group_norm_silu":
                 silu, temb = args[5:7]
                 seen[name, silu, temb is not None] += 1
+            elif name == "layer_norm":
+                seen[name, args[4] is not None] += 1
             else:
-                seen[name] += 1
+                seen[name, args[1] is not None] += 1
             return function(*args, **kwargs)
 
         return wrapped
@@ -202,8 +207,9 @@ def test_every_patched_module_calls_the_operators(name: str, monkeypatch: pytest
         ("group_norm_silu", True, False): patched.resnets + patched.output_norms,
         ("group_norm_silu", True, True): patched.resnets,
         ("group_norm_silu", False, False): patched.transformer_norms,
-        "layer_norm": patched.layer_norms,
-        "geglu": patched.geglus,
+        ("layer_norm", False): patched.transformer_blocks,
+        ("layer_norm", True): 2 * patched.transformer_blocks,
+        ("geglu", True): patched.geglus,
     }
 
 
@@ -272,6 +278,34 @@ def test_passes_over_images_around_the_blocks_of_a_transformer(name: str) -> Non
     }
 
 
+def test_passes_over_tokens_in_a_transformer_block() -> None:
+    """Of three additions one is apart, and of their gradients' as well. The widest tokens are read by nothing else."""
+    unet = make_unet("sd1")
+    patch_unet(unet)
+    block = unet.mid_block.attentions[0].transformer_blocks[0].to("meta")
+    block.attn1 = block.attn2 = nn.Linear(64, 64, device="meta")  # for attention
+    block.attn1.forward = lambda tokens, **others: tokens * 1
+    tokens = torch.empty(2, 256, 64, device="meta", requires_grad=True)
+    seen = []
+    for size in (tokens.numel(), 8 * tokens.numel()):
+        with Passes(size) as passes:
+            gradients = torch.autograd.grad(block(tokens), [tokens, *block.ff.parameters()], torch.empty_like(tokens))
+        seen.append(passes.seen)
+    assert [gradient.shape for gradient in gradients] == [tokens.shape, *(p.shape for p in block.ff.parameters())]
+    assert seen[0] == {
+        "layer_norm": 3,
+        "layer_norm_backward": 3,
+        "mul": 4,
+        "geglu": 1,
+        "geglu_backward": 1,
+        "addmm": 1,
+        "mm": 5,
+        "sum": 1,  # for the last bias's gradient
+        "add": 2,
+    }
+    assert seen[1] == {"geglu": 1, "geglu_backward": 1, "mm": 3}
+
+
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("first", ["adapters", "patch"])
 def test_adapters_in_every_kind_of_patched_module(first: str) -> None:
@@ -301,12 +335,12 @@ def test_adapters_in_every_kind_of_patched_module(first: str) -> None:
 def test_what_the_subclasses_do_not_do_is_left_alone() -> None:
     scaled = make_unet("sd1", resnet_time_scale_shift="scale_shift").double()
     before = run(scaled)
-    assert patch_unet(scaled) == Patched(0, 16, 16, 1, 48, 16)
+    assert patch_unet(scaled) == Patched(0, 16, 16, 1, 48, 16, 16)
     assert_near(run(scaled), before, EXACTLY)
 
     other = make_unet("sd1", act_fn="gelu").double()
     before = run(other)
-    assert patch_unet(other) == Patched(0, 16, 16, 0, 48, 16)
+    assert patch_unet(other) == Patched(0, 16, 16, 0, 48, 16, 16)
     assert_near(run(other), before, EXACTLY)
 
     sampling = make_unet(
@@ -331,7 +365,7 @@ def test_what_the_subclasses_do_not_do_is_left_alone() -> None:
     frozen.mid_block.attentions[0].proj_in = nn.Conv2d(64, 64, 3, padding=1)
     frozen.double()
     before = run(frozen)
-    assert patch_unet(frozen) == Patched(21, 16, 16, 1, 46, 16)
+    assert patch_unet(frozen) == Patched(21, 16, 16, 1, 46, 15, 16)
     assert_near(run(frozen), before, EXACTLY)
 
 
@@ -343,6 +377,23 @@ def test_dropout_scale_and_unactivated_time_embeddings() -> None:
     before = run(unet)
     assert patch_unet(unet) == counts(unet.config)
     assert_near(run(unet), before, EXACTLY)
+
+
+def test_feed_forward_in_chunks_and_arguments_of_attention() -> None:
+    """Set or given after patching, they take diffusers' own way."""
+    unet = make_unet("shapes")
+    block = unet.mid_block.attentions[0].transformer_blocks[0]
+    hidden, text = torch.randn(2, 16, 64), torch.randn(2, 5, 128)
+    calls = []
+    block.attn1.register_forward_hook(lambda *given: calls.append(given[2]), with_kwargs=True)
+    block.ff.register_forward_hook(lambda *given: calls.append(given[1][0].shape[1]))
+    for chunk, others, called in ((None, {"scale_of": 1}, [16]), (4, None, [4] * 4)):
+        calls.clear()
+        block.set_chunk_feed_forward(chunk, dim=1)
+        patch_unet(unet)
+        block(hidden, None, text, None, None, others)
+        assert calls[0].get("scale_of") == (others or {}).get("scale_of")
+        assert calls[1:] == called
 
 
 def test_gradient_checkpointing() -> None:

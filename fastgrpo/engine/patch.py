@@ -4,8 +4,8 @@
                                      the convolution between them comes with the time embedding
     Transformer2DModel               GroupNorm; its 1 x 1 convolutions are linear layers on tokens
     UNet2DConditionModel             conv_norm_out + conv_act
-    BasicTransformerBlock            its LayerNorms
-    GEGLU                            the activation after its linear layer
+    BasicTransformerBlock            its LayerNorms, two of them with the addition before them
+    GEGLU                            the bias of its linear layer, and the activation
 
 The first and the third are also what the decoder of diffusers' AutoencoderKL consists of, there without a time embedding.
 
@@ -14,10 +14,11 @@ where they are, so state dicts, optimisers, LoRA adapters, deepcopy and pickle s
 away restores it. What the subclasses do not do is left alone: up- or downsampling within a ResnetBlock2D, a time embedding
 that scales, adaptive norms, activations other than SiLU and GEGLU, norms without weights or wrapped by something else.
 Forward hooks on the GroupNorms, activations and `conv1` within a patched ResnetBlock2D are not called, nor those on the
-convolutions of a patched Transformer2DModel.
+convolutions of a patched Transformer2DModel and the linear layer of a patched GEGLU.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
@@ -41,6 +42,7 @@ class Patched:
     transformer_norms: int
     output_norms: int
     layer_norms: int
+    transformer_blocks: int
     geglus: int
 
 
@@ -108,12 +110,45 @@ class FusedAway(nn.SiLU):
 
 
 class FusedLayerNorm(nn.LayerNorm):
-    def forward(self, input: Tensor) -> Tensor:
-        return layer_norm(input, self.weight, self.bias, self.eps)
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """With a residual: input + residual, and its norm."""
+        return layer_norm(input, self.weight, self.bias, self.eps, residual)
+
+
+class FusedBasicTransformerBlock(BasicTransformerBlock):
+    """Its second and third norm are each one operator with the addition before it."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        *others: Any,
+        **named_others: Any,
+    ) -> Tensor:
+        if self._chunk_size is not None or cross_attention_kwargs or hidden_states.ndim != 3:
+            return super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
+                cross_attention_kwargs, *others, **named_others,
+            )  # fmt: skip
+        context = encoder_hidden_states if self.only_cross_attention else None
+        attended = self.attn1(self.norm1(hidden_states), encoder_hidden_states=context, attention_mask=attention_mask)
+        hidden_states, normed = self.norm2(attended, hidden_states)
+        attended = self.attn2(
+            normed, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
+        )
+        hidden_states, normed = self.norm3(attended, hidden_states)
+        return self.ff(normed) + hidden_states
 
 
 class FusedGEGLU(GEGLU):
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if type(self.proj) is nn.Linear:
+            # The product comes without the bias, whose gradient is then summed where that of the activation is computed.
+            return geglu(F.linear(hidden_states, self.proj.weight), self.proj.bias)
         return geglu(self.proj(hidden_states))
 
 
@@ -124,6 +159,7 @@ _FUSED = (
     FusedGroupNormSiLU,
     FusedAway,
     FusedLayerNorm,
+    FusedBasicTransformerBlock,
     FusedGEGLU,
 )
 
@@ -145,6 +181,8 @@ def patch_unet(unet: UNet2DConditionModel | Decoder) -> Patched:
             for norm in (module.norm1, module.norm2, getattr(module, "norm3", None)):
                 if _is_plain_layer_norm(norm):
                     norm.__class__ = FusedLayerNorm
+            if _is_plain_block(module):
+                module.__class__ = FusedBasicTransformerBlock
         elif type(module) is GEGLU:
             module.__class__ = FusedGEGLU
     if _is_plain_group_norm(unet.conv_norm_out) and type(unet.conv_act) is nn.SiLU:
@@ -160,6 +198,7 @@ def patch_unet(unet: UNet2DConditionModel | Decoder) -> Patched:
         transformer_norms=count(FusedGroupNorm),
         output_norms=count(FusedGroupNormSiLU),
         layer_norms=count(FusedLayerNorm),
+        transformer_blocks=count(FusedBasicTransformerBlock),
         geglus=count(FusedGEGLU),
     )
 
@@ -212,4 +251,13 @@ def _is_plain_layer_norm(module: nn.Module | None) -> bool:
         and module.bias is not None
         and len(module.normalized_shape) == 1
         and module.normalized_shape[0] <= MAX_WIDTH
+    )
+
+
+def _is_plain_block(module: BasicTransformerBlock) -> bool:
+    """Once its norms are patched."""
+    return (
+        module.norm_type == "layer_norm"
+        and module.pos_embed is None
+        and type(module.norm2) is type(module.norm3) is FusedLayerNorm
     )

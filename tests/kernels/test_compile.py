@@ -49,9 +49,9 @@ def test_kernels_compile_and_fit_every_architecture(usages: list[dict]) -> None:
 
 
 def test_every_launched_kernel_is_compiled_for_every_architecture(usages: list[dict]) -> None:
-    compiled = {(usage["operation"], usage["function"], usage["architecture"]) for usage in usages}
+    compiled = {(usage["function"], usage["architecture"]) for usage in usages}
     launched = {
-        (path.stem, function, architecture)
+        (f"{path.stem}.{function}", architecture)
         for path in sorted((ROOT / "kernels").glob("*.py"))
         for function in launched_kernels(path.read_text(encoding="utf-8"))
         for architecture in SHARED

@@ -10,37 +10,55 @@ CASES = {case.name: case for case in SPEC.cases}
 EPS = 1e-5
 
 
-def arguments(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, weight, bias and a gradient of the output."""
+def arguments(name: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """x, weight, bias, a gradient of y, a residual and a gradient of the sum."""
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias, eps = CASES[name].make(torch.device("cpu"), dtype, generator)
+    x, weight, bias, eps, residual = CASES[name].make(torch.device("cpu"), dtype, generator)
     assert eps == EPS
-    return x, weight, bias, torch.randn(x.shape, generator=generator).to(dtype)
+    dy, dsum = (torch.randn(x.shape, generator=generator).to(dtype) for _ in range(2))
+    return x, weight, bias, dy, residual, dsum
 
 
-def gradients(function, x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, eps: float = EPS) -> tuple[Tensor, ...]:
+def without_residual(name: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return arguments(name, dtype)[:4]
+
+
+def differentiate(
+    function, x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, residual=None, dsum=None, eps: float = EPS
+) -> tuple[Tensor, ...]:
+    """y, dx, dweight, dbias and, with a residual, the sum and dresidual, by autograd."""
     inputs = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
-    return torch.autograd.grad(function(*inputs, eps), inputs, dy)
+    if residual is None:
+        y = function(*inputs, eps)
+        return y.detach(), *torch.autograd.grad(y, inputs, dy)
+    inputs.append(residual.detach().requires_grad_())
+    total, y = function(*inputs[:3], eps, inputs[3])
+    *gradients, dresidual = torch.autograd.grad((total, y), inputs, (dsum, dy))
+    return y.detach(), *gradients, total.detach(), dresidual
 
 
-def launch(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, device: str = "cpu") -> tuple[Tensor, ...]:
-    """y, dx, dweight, dbias, mean and rstd from the kernels, whose memory held NaN before, on the CPU."""
+def launch(
+    x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, residual=None, dsum=None, device: str = "cpu"
+) -> tuple[Tensor, ...]:
+    """y, dx, dweight, dbias, the sum, mean and rstd from the kernels, whose memory held NaN before, on the CPU."""
     x, weight, bias, dy = (on_device(tensor, device) for tensor in (x, weight, bias, dy))
+    residual, dsum = (None if tensor is None else on_device(tensor, device) for tensor in (residual, dsum))
     with poisoned():
-        y, mean, rstd = module._launch_forward(x, weight, bias, EPS)
-        results = (y, *module._launch_backward(dy, x, weight, mean, rstd, True), mean, rstd)
-    return tuple(result.cpu() for result in results)
+        y, total, mean, rstd = module._launch_forward(x, weight, bias, EPS, residual)
+        normalised = x if residual is None else total
+        dx, vectors = module._launch_backward(dy, normalised, weight, mean, rstd, True, dsum)
+    return tuple(result.cpu() for result in (y, dx, *vectors, total, mean, rstd))
 
 
-def expected(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, eps: float = EPS) -> tuple[Tensor, ...]:
-    """y, dx, dweight, dbias in float64."""
-    tensors = [tensor.double() for tensor in (x, weight, bias, dy)]
-    return reference(*tensors[:3], eps), *gradients(reference, *tensors, eps)
+def expected(*tensors: Tensor, eps: float = EPS) -> tuple[Tensor, ...]:
+    """What `differentiate` gives, in float64."""
+    return differentiate(reference, *(tensor.double() for tensor in tensors), eps=eps)
 
 
 def assert_near(actual: tuple[Tensor, ...], wanted: tuple[Tensor, ...], dtype: torch.dtype) -> None:
     rtol, atol = SPEC.tolerance(dtype)
-    for name, one, other in zip(("y", "dx", "dweight", "dbias"), actual, wanted, strict=True):
+    names = ("y", "dx", "dweight", "dbias", "sum", "dresidual")[: len(wanted)]
+    for name, one, other in zip(names, actual, wanted, strict=True):
         torch.testing.assert_close(
             one.double(), other, rtol=rtol, atol=atol, msg=lambda message, name=name: f"{name}: {message}"
         )
@@ -52,42 +70,51 @@ def assert_near(actual: tuple[Tensor, ...], wanted: tuple[Tensor, ...], dtype: t
 def test_kernels_equal_the_float64_reference(name: str, dtype: torch.dtype, device: str) -> None:
     tensors = arguments(name, dtype)
     *results, mean, rstd = launch(*tensors, device=device)
-    assert [result.dtype for result in results] == [dtype] * 4
+    assert [result.dtype for result in results] == [dtype] * 5
     assert mean.dtype == rstd.dtype == torch.float32
     assert mean.shape == rstd.shape == tensors[0].shape[:-1]
-    assert_near(tuple(results), expected(*tensors), dtype)
+    assert_near(tuple(results), expected(*tensors)[:5], dtype)
 
 
 @pytest.mark.parametrize("dtype", SPEC.dtypes)
 @pytest.mark.parametrize("name", CASES)
 def test_the_operator_equals_the_float64_reference(name: str, dtype: torch.dtype) -> None:
-    x, weight, bias, dy = arguments(name, dtype)
-    results = (layer_norm(x, weight, bias, EPS), *gradients(layer_norm, x, weight, bias, dy))
-    assert_near(results, expected(x, weight, bias, dy), dtype)
+    for tensors in (arguments(name, dtype), without_residual(name, dtype)):
+        assert_near(differentiate(layer_norm, *tensors), expected(*tensors), dtype)
+
+
+@on_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_normalised_is_the_sum_as_it_is_stored(dtype: torch.dtype, device: str) -> None:
+    """With a residual or alone, to the last bit, forward and backward: where the sum's gradient is 0, nothing is added."""
+    x, weight, bias, dy = without_residual("24x33", dtype)
+    residual = torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+    y, dx, dweight, dbias, total, mean, rstd = launch(x, weight, bias, dy, residual, torch.zeros_like(dy), device)
+    torch.testing.assert_close(total.double(), x.double() + residual.double(), rtol=ulp(dtype), atol=0)
+    assert not torch.equal(total.double(), x.double() + residual.double())
+    alone = launch(total, weight, bias, dy, device=device)
+    assert all(map(torch.equal, (y, dx, dweight, dbias, mean, rstd), (*alone[:4], *alone[5:])))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("interpreter", [pytest.param(True, marks=interpreted), False])
 def test_weights_may_stay_float32_beside_half_precision_inputs(interpreter: bool, dtype: torch.dtype) -> None:
-    x, _, _, dy = arguments("24x33", dtype)
-    _, weight, bias, _ = arguments("24x33", torch.float32)
-    if interpreter:
-        results = launch(x, weight, bias, dy)[:4]
-    else:
-        results = (layer_norm(x, weight, bias, EPS), *gradients(layer_norm, x, weight, bias, dy))
+    x, _, _, dy = without_residual("24x33", dtype)
+    _, weight, bias, _ = without_residual("24x33", torch.float32)
+    results = launch(x, weight, bias, dy)[:4] if interpreter else differentiate(layer_norm, x, weight, bias, dy)
     assert [result.dtype for result in results] == [dtype, dtype, torch.float32, torch.float32]
     assert_near(results, expected(x, weight, bias, dy), dtype)
 
 
 def test_on_the_cpu_it_is_pytorch_to_the_last_bit_in_float32() -> None:
-    def layer(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
+    def layer(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None):
+        total = x if residual is None else x + residual
+        y = torch.nn.functional.layer_norm(total, weight.shape, weight, bias, eps)
+        return y if residual is None else (total, y)
 
     for name in CASES:
-        x, weight, bias, dy = arguments(name, torch.float32)
-        assert torch.equal(layer_norm(x, weight, bias, EPS), layer(x, weight, bias, EPS))
-        ours, theirs = (gradients(function, x, weight, bias, dy) for function in (layer_norm, layer))
-        assert all(map(torch.equal, ours, theirs))
+        for tensors in (arguments(name, torch.float32), without_residual(name, torch.float32)):
+            assert all(map(torch.equal, differentiate(layer_norm, *tensors), differentiate(layer, *tensors)))
 
 
 @pytest.mark.slow
@@ -98,7 +125,7 @@ def test_rows_are_dealt_out_to_programs_in_runs(rows: int, width: int, device: s
     generator = torch.Generator().manual_seed(2)
     x, dy = (torch.randn(rows, width, generator=generator) for _ in range(2))
     weight, bias = torch.ones(width), torch.zeros(width)
-    y, dx, *sums, _, _ = launch(x, weight, bias, dy, device=device)
+    y, dx, *sums = launch(x, weight, bias, dy, device=device)[:4]
     exact_y, exact_dx, *exact_sums = expected(x, weight, bias, dy)
     # Sums over rows grow like the root of their number, and no term goes through more than 9 + 8 + 6 additions.
     sums, exact_sums = ([one / rows**0.5 for one in both] for both in (sums, exact_sums))
@@ -120,9 +147,13 @@ def test_strides_of_any_kind(device: str) -> None:
         weight, bias = torch.randn(2 * x.shape[-1], 2, generator=generator)[::2].unbind(1)
         wanted = expected(x, weight, bias, dy)
         assert_near(launch(x, weight, bias, dy, device=device)[:4], wanted, torch.float32)
-        y = layer_norm(x, weight, bias, EPS)
-        assert y.is_contiguous()
-        assert_near((y, *gradients(layer_norm, x, weight, bias, dy)), wanted, torch.float32)
+        results = differentiate(layer_norm, x, weight, bias, dy)
+        assert results[0].is_contiguous()
+        assert_near(results, wanted, torch.float32)
+        with_residual = x, weight, bias, dy, dy, dy[:1, :1, :1].expand(dy.shape)
+        wanted = expected(*with_residual)
+        assert_near(launch(*with_residual, device=device)[:5], wanted[:5], torch.float32)
+        assert_near(differentiate(layer_norm, *with_residual), wanted, torch.float32)
 
 
 @on_kernels
@@ -150,7 +181,7 @@ def test_a_constant_row_becomes_the_bias(value: float) -> None:
     """Its deviations are 0, or as large as the mean's rounding, 2^-22 of the value, over sqrt(eps)."""
     x = torch.full((2, 37), value)
     weight, bias = torch.linspace(-1, 1, 37), torch.linspace(1, 2, 37)
-    y, dx, dweight, dbias, _, rstd = launch(x, weight, bias, torch.ones(2, 37))
+    y, dx, dweight, dbias, _, _, rstd = launch(x, weight, bias, torch.ones(2, 37))
     slack = min(abs(value) * 2**-22 / EPS**0.5, 6)
     torch.testing.assert_close(y, bias.expand(2, 37), rtol=1e-6, atol=slack)
     assert dx.isfinite().all()
@@ -163,8 +194,8 @@ def test_a_constant_row_becomes_the_bias(value: float) -> None:
 @pytest.mark.parametrize("dtype", SPEC.dtypes)
 def test_large_and_small_values(dtype: torch.dtype, device: str) -> None:
     """y does not depend on the scale of x as long as the variance is far from eps: 1e4 fits into all three dtypes."""
-    x, weight, bias, dy = arguments("24x33", dtype)
-    *results, _, _ = launch(x * 1e4, weight, bias, dy, device=device)
+    x, weight, bias, dy = without_residual("24x33", dtype)
+    results = launch(x * 1e4, weight, bias, dy, device=device)[:4]
     y, dx, dweight, dbias = expected(x * 1e4, weight, bias, dy)
     # dx is about 1e-4: below fp16's normal numbers, whose distance 2^-24 then is the tolerance.
     torch.testing.assert_close(
@@ -181,7 +212,7 @@ def test_the_same_inputs_give_the_same_bits(device: str) -> None:
 
 @interpreted
 def test_a_row_is_normalised_alike_wherever_it_stands() -> None:
-    x, weight, bias, dy = arguments("24x33", torch.float32)
+    x, weight, bias, dy = without_residual("24x33", torch.float32)
     y, dx, *_ = launch(x, weight, bias, dy)
     for row in (0, 1, 7, 23):
         alone_y, alone_dx, *_ = launch(x[row : row + 1], weight, bias, dy[row : row + 1])
@@ -192,20 +223,20 @@ def test_a_row_is_normalised_alike_wherever_it_stands() -> None:
 
 @pytest.mark.parametrize("interpreter", [pytest.param(True, marks=interpreted), False])
 def test_frozen_weights_get_no_gradients(interpreter: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, bias, dy = arguments("24x33", torch.float32)
+    x, weight, bias, dy = without_residual("24x33", torch.float32)
     if interpreter:
-        _, mean, rstd = module._launch_forward(x, weight, bias, EPS)
-        dx, dweight, dbias = module._launch_backward(dy, x, weight, mean, rstd, False)
-        assert dweight.numel() == dbias.numel() == 0
-        assert torch.equal(dx, module._launch_backward(dy, x, weight, mean, rstd, True)[0])
+        _, _, mean, rstd = module._launch_forward(x, weight, bias, EPS, None)
+        dx, vectors = module._launch_backward(dy, x, weight, mean, rstd, False, None)
+        assert vectors.shape == (2, 0)
+        assert torch.equal(dx, module._launch_backward(dy, x, weight, mean, rstd, True, None)[0])
         return
     asked = []
     backward = module._backward
-    monkeypatch.setattr(module, "_backward", lambda *given: asked.append(given[-1]) or backward(*given))
+    monkeypatch.setattr(module, "_backward", lambda *given: asked.append(given[5]) or backward(*given))
     x.requires_grad_()
     (dx,) = torch.autograd.grad(layer_norm(x, weight, bias, EPS), x, dy)
     assert asked == [False]
-    assert torch.equal(dx, gradients(layer_norm, x, weight, bias, dy)[0])
+    assert torch.equal(dx, differentiate(layer_norm, x, weight, bias, dy)[1])
     assert asked == [False, True]
     bias.requires_grad_()
     (dbias,) = torch.autograd.grad(layer_norm(x.detach(), weight, bias, EPS), bias, dy)
@@ -215,22 +246,21 @@ def test_frozen_weights_get_no_gradients(interpreter: bool, monkeypatch: pytest.
 @interpreted
 def test_no_rows() -> None:
     x, weight = torch.empty(0, 5), torch.ones(5)
-    with poisoned():
-        y, mean, rstd = module._launch_forward(x, weight, weight, EPS)
-        dx, dweight, dbias = module._launch_backward(x, x, weight, mean, rstd, True)
-    assert y.shape == dx.shape == (0, 5)
+    y, dx, dweight, dbias, total, *_ = launch(x, weight, weight, x, x, x)
+    assert y.shape == dx.shape == total.shape == (0, 5)
     assert torch.equal(dweight, torch.zeros(5))
     assert torch.equal(dbias, torch.zeros(5))
 
 
-@pytest.mark.parametrize("affine", [True, False])
-def test_opcheck(affine: bool) -> None:
+@pytest.mark.parametrize(("affine", "with_residual"), [(True, True), (True, False), (False, True)])
+def test_opcheck(affine: bool, with_residual: bool) -> None:
     for name in ("1x1", "2x3x320"):
-        x, weight, bias, dy = arguments(name, torch.float32)
-        inputs = (x.requires_grad_(), weight.requires_grad_(affine), bias.requires_grad_(affine), EPS)
+        x, weight, bias, dy, residual, dsum = arguments(name, torch.float32)
+        residual, dsum = (residual.requires_grad_(), dsum) if with_residual else (None, None)
+        inputs = (x.requires_grad_(), weight.requires_grad_(affine), bias.requires_grad_(affine), EPS, residual)
         torch.library.opcheck(module._forward, inputs)
-        _, mean, rstd = module._forward(*inputs)
-        torch.library.opcheck(module._backward, (dy, x.detach(), weight.detach(), mean, rstd, affine))
+        _, _, mean, rstd = module._forward(*inputs)
+        torch.library.opcheck(module._backward, (dy, x.detach(), weight.detach(), mean, rstd, affine, dsum))
 
 
 def test_what_it_does_not_take() -> None:
@@ -243,3 +273,8 @@ def test_what_it_does_not_take() -> None:
     for given, weight in ((x, torch.ones(3)), (x, torch.ones(1, 4)), (wide, wide[0]), (torch.tensor(1.0), ones)):
         with pytest.raises(ValueError, match=r"^layer_norm: x is \(.* with C from 1 to 4096\.$"):
             layer_norm(given, weight, weight, EPS)
+    for residual in (torch.zeros(4), x.half()):
+        with pytest.raises(
+            ValueError, match=r"^layer_norm: residual is .*; x's torch\.float32 \(2, 4\) is accepted\.$"
+        ):
+            layer_norm(x, ones, ones, EPS, residual)

@@ -26,9 +26,9 @@ def uses(device):
     x = torch.empty(48, 40, device=device, dtype=torch.bfloat16)
     statistics = torch.empty(48, device=device)
     odd = torch.empty(49, dtype=torch.bfloat16, device=device)[1:].view(8, 6)
-    yield lambda: launch_geglu(x)
-    yield lambda: launch_geglu(odd)
-    yield lambda: launch_layer_norm(x, x, x[0], statistics, statistics, True)
+    yield lambda: launch_geglu(x, None)
+    yield lambda: launch_geglu(odd, None)
+    yield lambda: launch_layer_norm(x, x, x[0], statistics, statistics, True, None)
     yield lambda: launch_accumulate(statistics, [x[0], x[1]], [0, 32])  # tensors and numbers in tuples
 
 with prewarm.recording() as found:
@@ -47,7 +47,7 @@ launch = JITFunction.run
 JITFunction.run = lambda kernel, *args, grid, warmup, **options: launch(kernel, *args, grid=grid, warmup=True, **options)
 for use in uses("cpu"):
     use()
-launch_geglu(torch.empty(48, 128, dtype=torch.bfloat16))  # of a kind that was not recorded
+launch_geglu(torch.empty(48, 128, dtype=torch.bfloat16), None)  # of a kind that was not recorded
 print(json.dumps({"names": names, "failed": failed, "looked_up": looked_up}))
 """
 
@@ -66,7 +66,7 @@ def test_a_launch_finds_what_was_compiled_from_its_record(tmp_path: Path) -> Non
         "_clip_kernel fused_adamw",
         "_forward_kernel geglu",  # of the view; the operator's call was of the same kind as the other
         "_backward_kernel layer_norm",
-        "_sum_kernel layer_norm",
+        "_sum_kernel program_sums",
         "_accumulate_kernel accumulate",
     ]
     assert not result["failed"]

@@ -22,7 +22,7 @@ ROOT = Path(fastgrpo.__file__).parent.parent
 # Bytes of shared memory one block can have: CUDA C++ programming guide, technical specifications per compute capability.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 REGISTERS = 255
-# Bytes a thread: Triton 3.8 spills up to eight registers in nine of the compiled variants where 3.6 and 3.7 spill none.
+# Bytes a thread: Triton 3.8 spills up to eight registers in some of the compiled variants where 3.6 and 3.7 spill none.
 STACK = 0 if Version(triton.__version__) < Version("3.8") else 32
 
 

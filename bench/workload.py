@@ -232,8 +232,6 @@ def random_policy(about: Description, device: torch.device = DEVICE, dtype: torc
         vae = AutoencoderKL.from_config(dict(about.vae)).to(dtype)
         text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(about.text_encoder))).to(dtype)
     unet.to(memory_format=torch.channels_last).eval()
-    if DEVICE.type == "cuda":  # as `load_policy` does
-        vae.to(memory_format=torch.channels_last)
     return Policy(
         unet=unet,
         vae=vae.eval().requires_grad_(False),

@@ -160,13 +160,10 @@ def load_policy(model: ModelConfig, device: torch.device, dtype: torch.dtype, wo
             f"the device is {device}, and Triton, which its kernels need, is not installed; accepted is cpu."
         )
     components = load_components(model, dtype)
-    # Convolutions run a third faster on CPU in this layout, and it is the one tensor cores want: the VAE's too, but on a CPU
-    # that would change what is decoded in its last bits.
+    # Convolutions run a third faster on CPU in this layout, and it is the one tensor cores want.
     components.unet.to(device, memory_format=torch.channels_last).eval()
     for frozen in (components.vae, components.text_encoder):
         frozen.to(device).eval().requires_grad_(False)
-    if device.type == "cuda":
-        components.vae.to(memory_format=torch.channels_last)
     return Policy(
         unet=components.unet,
         vae=components.vae,

@@ -91,9 +91,13 @@ def test_ten_updates_come_to_the_same_weights(base: TrainConfig, plain, changes:
 
 @pytest.mark.parametrize("kernels", ["on", "off"])
 def test_the_vaes_decoder_has_the_kernels_too(base: TrainConfig, kernels: str) -> None:
-    parts = load_parts(altered(base, {"engine.kernels": kernels}), threads=1)
-    resnet = parts.policy.vae.decoder.mid_block.resnets[0]
+    policy = load_parts(altered(base, {"engine.kernels": kernels}), threads=1).policy
+    resnet = policy.vae.decoder.mid_block.resnets[0]
     assert isinstance(resnet, FusedResnetBlock2D) == (kernels == "on")
+    assert resnet.conv1.weight.is_contiguous()
+    setup._patch_vae(replace(policy, device=torch.device("cuda")))  # as there
+    assert isinstance(resnet, FusedResnetBlock2D)
+    assert resnet.conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("samples", "batch"), [(64, 16), (64, 64), (24, 7), (5, 16), (1, 1)])

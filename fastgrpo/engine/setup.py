@@ -123,7 +123,7 @@ def _start(
     wanted = {name: _on(getattr(engine, name), device) for name in ("kernels", "graphs")}
     if wanted["kernels"]:
         patch_unet(network)
-        patch_unet(policy.vae.decoder)
+        _patch_vae(policy)
         GROUP_NORM.set_choices(record.group_norm or {})
     reusing = engine.reuse == "on" or (engine.reuse == "auto" and device.type == "cuda")
     if reusing:
@@ -221,6 +221,13 @@ def _begin(record: Record, device: torch.device, config: TrainConfig, say: Say) 
     record.device = name
     if not record.micro_batch:  # nothing is decided yet: a run that began without goes on without
         record.cudnn_benchmark = device.type == "cuda" and wants_fixed_shapes(config, device)
+
+
+def _patch_vae(policy: Policy) -> None:
+    """Its decoder uses the operators; on CUDA in the layout of tensor cores, which PyTorch's own GroupNorm would undo."""
+    patch_unet(policy.vae.decoder)
+    if policy.device.type == "cuda":
+        policy.vae.to(memory_format=torch.channels_last)
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:

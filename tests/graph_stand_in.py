@@ -42,13 +42,13 @@ class Device(TorchDispatchMode):
     events: "warm up", "capture" and "end", as they came. captures: of how many a tape is kept, all unless `counts`.
     reserved: pool -> bytes. peak: the most that all pools reserved at once. broken: what an operator of a capture may set
     to have it end as PyTorch 2.11 lets an invalid one end: with an error, still recording, the stream still switched.
-    stream: the current one. recording: pools that the allocator records for.
+    stream: the current one. recording: pools that the allocator records for. drawing: whether random numbers can be drawn.
     """
 
     def __init__(self, counts: bool = False):
         super().__init__()
         self.counts, self.events, self.broken = counts, [], False
-        self.stream, self.recording, self.released = "main", [], []
+        self.stream, self.recording, self.released, self.drawing = "main", [], [], True
         self.reserved, self._live, self.peak = {PLAIN: 0}, {PLAIN: 0}, 0
         self._seen: set[int] = set()
         self._graph: Graph | None = None
@@ -108,14 +108,22 @@ class Device(TorchDispatchMode):
         self.events.append("capture")
         before, self.stream, self._graph = self.stream, stream, graph
         self.recording.append(pool)
+        self.drawing = False
         self._graphs.setdefault(pool, weakref.WeakSet()).add(graph)
         yield  # as PyTorch's own: what follows is not done where the body raises
         self._graph = None
         if self.broken:
             raise RuntimeError("capture invalidated")
         self.recording.remove(pool)
-        self.stream = before
+        self.stream, self.drawing = before, True
         self.events.append("end")
+
+    def clone_state(self) -> "Device":
+        """As a generator, whose copy is of no capture."""
+        return self
+
+    def graphsafe_set_state(self, state: "Device") -> None:
+        self.drawing = True
 
     def end_recording(self, device: int, pool: tuple[int, int]) -> None:
         if pool not in self.recording:
@@ -132,6 +140,7 @@ def imitated(monkeypatch: pytest.MonkeyPatch, counts: bool = False) -> Iterator[
         "CUDAGraph": Graph,
         "current_device": lambda: 0,
         "current_stream": lambda: SimpleStream(device.stream),
+        "default_generators": [device],
         "device": lambda _: nullcontext(),
         "empty_cache": device.empty_cache,
         "graph": lambda graph, pool, stream, capture_error_mode: device.graph(

@@ -104,8 +104,7 @@ def test_after_a_capture_that_could_not_end_nothing_is_recorded(
 
         with pytest.raises(RuntimeError, match="not permitted"):
             StaticCall(waits, (torch.zeros(1),), capture=True)
-        assert device.stream == "main"
-        assert not device.recording
+        assert (device.stream, device.recording, device.drawing) == ("main", [], True)
         # The allocator of pinned memory goes on asking the graph, unless it was told to stop.
         assert len(graphs._ABANDONED) == len(device.released) == (0 if ends_itself else 1)
         device.broken, device._graph = False, None
@@ -142,7 +141,7 @@ def test_a_rival_that_waits_is_measured_without_a_graph_and_leaves_nothing_behin
 
     with imitated(monkeypatch) as device:
         assert measure.captured(waits) is None
-        assert (device.stream, device.recording) == ("main", [])
+        assert (device.stream, device.recording, device.drawing) == ("main", [], True)
         device.broken, device._graph = False, None
         replay = measure.captured(lambda: counter.add_(1))
         assert device.stream == "main"

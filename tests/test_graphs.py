@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgrpo.engine.graphs import StaticCall, memory_pool, no_host_sync
+from fastgrpo.engine.graphs import StaticCall, capture_all, memory_pool, no_host_sync
 
 
 def example(device: str = "cpu") -> tuple[Tensor, None, Tensor]:
@@ -169,6 +169,23 @@ def test_two_graphs_share_a_pool() -> None:
 
 
 @pytest.mark.gpu
+def test_a_shared_pool_is_as_large_as_the_largest_graph_needs() -> None:
+    """256 MiB and its copy; warming up takes no more, and what it took is given back."""
+
+    def function(x: Tensor) -> Tensor:
+        return (x.expand(1 << 26).clone() + 1).sum()
+
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    pool = memory_pool(torch.device("cuda"))
+    calls = [StaticCall(function, (torch.zeros(1, device="cuda"),), capture=False, pool=pool) for _ in range(3)]
+    capture_all(calls)
+    assert torch.cuda.max_memory_reserved() - before < 1.2 * 2**29
+    assert all(call(torch.ones(1, device="cuda")) == 2**27 for call in calls)
+
+
+@pytest.mark.gpu
 @pytest.mark.usefixtures("_deterministic_convolutions")
 @pytest.mark.parametrize("failure", ["error", "sync", "memory"])
 def test_after_a_failed_capture_the_device_goes_on(failure: str) -> None:
@@ -193,6 +210,7 @@ def test_after_a_failed_capture_the_device_goes_on(failure: str) -> None:
     with pytest.raises(expected):
         StaticCall(fails, given, capture=True)
     assert torch.cuda.current_stream() == stream
+    assert torch.randn(1, device="cuda").isfinite(), "the default generator is not left within a capture"
     assert torch.equal(StaticCall(learn, given, capture=True)(*given), learn(*given))
     torch.cuda.synchronize()
 

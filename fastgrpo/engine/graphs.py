@@ -175,17 +175,19 @@ _ABANDONED: list[torch.cuda.CUDAGraph] = []
 
 
 def _stop_recording(graph: torch.cuda.CUDAGraph, pool: Pool) -> None:
-    """After a capture that could not end: PyTorch 2.11 leaves both its allocators recording. Newer versions do not.
+    """After a capture that could not end: PyTorch 2.11 leaves the default generator and both its allocators recording.
 
-    The one for pinned memory cannot be told to stop. It goes on asking the graph at every allocation whether the current
-    stream is being captured by it; the answer is no, so all that is needed is that the graph stays there to be asked,
-    and that nothing is captured into the pool again.
+    That of pinned memory cannot be told to stop. It goes on asking the graph, at every allocation during a capture, whether
+    the capture is its own; the answer is no, so all that is needed is that the graph stays there to be asked, and that
+    nothing is captured into the pool again. Newer versions stop all three.
     """
     device = torch.cuda.current_device()
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())  # the same numbers follow
     try:
         _cuda_endAllocateToPool(device, pool)
     except RuntimeError:
-        return  # a version that ended it itself
+        return  # it was ended
     _ABANDONED.append(graph)
     with suppress(RuntimeError):
         _cuda_releasePool(device, pool)  # or what the capture allocated would be kept for good

@@ -645,3 +645,27 @@ def test_the_memory_plan_is_said_for_a_settled_micro_batch_too(settled: int, giv
     assert find(unwanted, settled, unwanted) == settled
     assert said[-1] == why
     assert re.search(rf"update +{2 * settled} UNet samples' activations, bf16", "\n".join(said))
+
+
+def test_processes_expect_and_take_what_the_first_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This one has less room, and fewer pairs would be faster here."""
+
+    @dataclass(frozen=True)
+    class BesideAFirst(Ranks):
+        def agree(self, text: str) -> str:
+            own.append(int(text))
+            return str(first.pop(0))
+
+    own, expected, first = [], [], [48, 96]
+    monkeypatch.setattr(setup.memory, "memory_room", lambda *_: 1)
+    monkeypatch.setattr(setup.memory, "fits_within", lambda *_: lambda size: True)
+    monkeypatch.setattr(setup.memory, "timed", lambda *_: lambda size: size**2)
+    config, said = replace(load_toml(find_preset("shapes")), micro_batch=0), []
+    find = micro_batch_finder(
+        config, describe(config.model), torch.device("cuda"), torch.bfloat16, BesideAFirst(1, 2), said.append
+    )
+    assert find(lambda size: None, 0, expected.append) == 96
+    assert expected == [48]
+    assert own[0] < 48
+    assert own[1] < 96
+    assert "timed uncompiled" in said[-1]

@@ -178,10 +178,11 @@ def micro_batch_finder(
         encoders: Mapping[str, EncoderCost],
     ) -> memory.Chosen:
         room = memory.memory_room(device, config.engine.memory)
-        schedule = make_schedule(description.scheduler, config.rollout.steps, config.rollout.eta, device)
+        schedule = make_schedule(description.scheduler, config.rollout.steps, config.rollout.eta, torch.device("cpu"))
         work = memory.iteration_of(config, len(schedule), pairs_per_iteration(config, schedule), ranks.count)
         sizes = memory.candidates(work)
         predicted = memory.predicted_micro_batch(config, model, encoders, dtype, ranks.count, room, sizes)
+        predicted = int(ranks.agree(str(predicted)))  # rooms may differ, and attention is chosen together
         expect(predicted)
         alone = room - memory.beside_a_pass(config, model, encoders, dtype, ranks.count)
         return memory.find_micro_batch(

@@ -217,21 +217,22 @@ def clock(seconds: float) -> str:
 
 
 def _told(one: _Running, code: int, log: Path) -> str:
-    """How a stage ended, with its last words."""
-    last = _last_words(log)
+    """How a stage ended, with its last words: where it was stopped, those before Python said where."""
+    text = _end_of(log)
+    if one.asked:
+        text = text.rpartition("Traceback (most recent call last)")[0] or text
+    last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")[:300]
     if one.asked:
         return f"FAILED: its time was up; last line: {last}"
     return last if code == 0 else f"FAILED with {code}: {last}"
 
 
-def _last_words(log: Path) -> str:
-    """The last line that says something; of an interrupt Python says no more than that."""
+def _end_of(log: Path) -> str:
     if not log.exists():
-        return "no output"
+        return ""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 4096))
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line not in ("", "KeyboardInterrupt")), "no output")[:300]
+        file.seek(max(0, log.stat().st_size - 2**16))
+        return file.read().decode(errors="replace")
 
 
 class Teller:

@@ -175,7 +175,7 @@ def test_processes_are_stopped_with_all_that_they_started_and_the_next_one_runs(
     assert outcomes["fine"].result == "fine", said
     assert outcomes["missing"].result.startswith("FAILED to start")
     assert outcomes["stubborn"].result.startswith("FAILED: its time was up")
-    assert outcomes["asked"].result.startswith("FAILED: its time was up")
+    assert outcomes["asked"].result == "FAILED: its time was up; last line: as far as this"
     files = archive.unpack(tmp_path / "out" / "results.tar.gz")
     assert b"as far as this" in files["asked.log"]
     assert b"KeyboardInterrupt" in files["asked.log"], "where it was"
@@ -300,6 +300,25 @@ def test_an_archive_is_unpacked_to_where_the_readme_is_made_from(tmp_path: Path)
     found = sorted(path.relative_to(results).as_posix() for path in results.rglob("*") if path.is_file())
     folder = "2030-01-02-NVIDIA-H200"
     assert found == [f"{folder}/first/about.json", f"{folder}/first/graphs.log", f"{folder}/step.json"]
+
+
+def test_an_archive_that_cannot_be_finished_leaves_the_one_before(tmp_path: Path, monkeypatch) -> None:
+    work, target = tmp_path / "work", tmp_path / "results.tar.gz"
+    work.mkdir()
+    for name in ("one.log", "two.log"):
+        (work / name).write_text(name)
+    archive.pack(work, target)
+    read = archive._end_of
+
+    def broken(path: Path) -> bytes:
+        if path.name == "two.log":
+            raise OSError(5, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(archive, "_end_of", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        archive.pack(work, target)
+    assert archive.unpack(target) == {"one.log": b"one.log", "two.log": b"two.log"}
 
 
 def test_half_of_a_measurement_does_not_hide_the_rest(tmp_path: Path) -> None:

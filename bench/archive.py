@@ -25,6 +25,8 @@ def pack(folder: Path, archive: Path) -> None:
                     content, changed = _end_of(path), path.stat().st_mtime
                 except (FileNotFoundError, IsADirectoryError):
                     continue
+                except OSError as error:  # one file must not cost the others
+                    content, changed = f"could not be read: {error}".encode(), 0
                 entry = tarfile.TarInfo(path.relative_to(folder).as_posix())
                 entry.size, entry.mtime = len(content), int(changed)
                 tar.addfile(entry, io.BytesIO(content))

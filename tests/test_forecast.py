@@ -12,8 +12,8 @@ from fastgrpo.kernels.geglu import geglu
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
-import generated
-from generated import Prediction, predict
+import generated  # noqa: E402
+from generated import Prediction, predict  # noqa: E402
 
 ROWS, CHANNELS, SIDE = 4, 64, 16
 PIXELS = ROWS * SIDE * SIDE

@@ -308,15 +308,15 @@ def test_an_archive_that_cannot_be_finished_leaves_the_one_before(tmp_path: Path
     for name in ("one.log", "two.log"):
         (work / name).write_text(name)
     archive.pack(work, target)
-    read = archive._end_of
+    add = archive.tarfile.TarFile.addfile
 
-    def broken(path: Path) -> bytes:
-        if path.name == "two.log":
-            raise OSError(5, "Input/output error")
-        return read(path)
+    def broken(tar: object, entry: object, content: object) -> None:
+        if entry.name == "two.log":
+            raise OSError(28, "No space left on device")
+        add(tar, entry, content)
 
-    monkeypatch.setattr(archive, "_end_of", broken)
-    with pytest.raises(OSError, match="Input/output"):
+    monkeypatch.setattr(archive.tarfile.TarFile, "addfile", broken)
+    with pytest.raises(OSError, match="No space left"):
         archive.pack(work, target)
     assert archive.unpack(target) == {"one.log": b"one.log", "two.log": b"two.log"}
 

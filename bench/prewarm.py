@@ -23,6 +23,7 @@ from fastgrpo.costs import sd1_architecture
 from fastgrpo.engine.memory import candidates, iteration_of
 from fastgrpo.engine.patch import patch_unet
 from fastgrpo.engine.sampling import Sampler
+from fastgrpo.engine.setup import decoded_at_once
 from fastgrpo.grpo.micro_batch import Learner, blank_batch
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.kernels.prewarm import Launch, compile_launches, recording
@@ -45,11 +46,12 @@ def sizes() -> list[int]:
 
 
 def launches_of(size: int, say: Callable[[str], object]) -> dict[tuple, Launch]:
-    """Of a denoising step, a micro-batch of `size` pairs with its backward pass, and an optimizer step."""
+    """Of a denoising step, decoding, a micro-batch of `size` pairs with its backward pass, and an optimizer step."""
     config, about = altered(paper(), micro_batch=size), sd1_architecture()
     policy = random_policy(about, META, DTYPE)
     trainable = make_trainable(policy.unet, config, META, DTYPE)
     patch_unet(trainable.network)
+    patch_unet(policy.vae.to(memory_format=torch.channels_last).decoder)
     policy = replace(policy, network=trainable.network)
     schedule = _on_meta(_schedule(config))
     learner = Learner(policy, schedule, config, trainable.trained)
@@ -57,12 +59,20 @@ def launches_of(size: int, say: Callable[[str], object]) -> dict[tuple, Launch]:
     sampler = Sampler(policy, schedule, config.rollout.guidance)
     contexts = policy.contexts(batch.embeds, sampler.guidance)
 
+    samples = config.prompts_per_iteration * config.group_size
+    latents = torch.empty(samples, *policy.latent_shape, device=META)
+
+    def decode() -> None:
+        for count in decoded_at_once(samples, size, config):
+            policy.decode(latents[:count])
+
     def learn() -> None:
         trainable.optimizer.weights.accumulate(learner.learn(batch)[1])
 
     parts = {
         "learn": learn,
         "step": lambda: sampler.step(batch.latents, batch.latents, batch.step[:1], contexts),
+        "decode": decode,
         "recompute": lambda: learner.recompute(batch),
         "optimizer": lambda: trainable.step(config.optim.max_grad_norm),
     }

@@ -142,6 +142,9 @@ def test_options_mean_the_same_in_fixed_shapes(base: TrainConfig, changes: dict[
         weights = parts.trainable.optimizer.weights
         moves.append(torch.cat([weights.values - before, *([weights.ema - before] if weights.ema is not None else [])]))
     assert isinstance(parts.engine, FixedEngine)
+    assert set(parts.engine._calls) == {key for keys in parts.engine._foreseen() for key in keys}, (
+        "nothing comes unforeseen"
+    )
     # As above for float32. In half precision a row's bits may depend on how many there are, by 2^-8 of its terms.
     apart = torch.linalg.vector_norm(moves[0] - moves[1]) / torch.linalg.vector_norm(moves[0])
     assert apart <= (0.05 if half else 1e-4)

@@ -29,9 +29,9 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _UNIT_TFLOPS = 100.0  # what hours are given for where --tflops is not
 _NOT_COUNTED = (
     "Not counted: encoding texts, the optimizer's arithmetic, evaluations, pictures;",
-    "memory of the CUDA context, of kernels' workspaces, of copies of the text's keys and",
-    "values, and what the allocator holds back; what torch.compile spares. Groups without",
-    "spread are counted, which training skips.",
+    "memory of the CUDA context, of kernels' workspaces, of CUDA graphs' inputs, of copies",
+    "of the text's keys and values, and what the allocator holds back; what torch.compile",
+    "spares. Groups without spread are counted, which training skips.",
 )
 
 

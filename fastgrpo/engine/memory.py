@@ -113,7 +113,8 @@ def memory_plan(
     dtype: what the UNet computes in and `model` was counted in. micro_batch: pairs. A rollout that draws as many samples
     at once runs the update's own passes, which save activations, so that its log-probs have the same bits; with another
     rollout.batch it saves nothing. CUDA graphs keep their memory, one pool for rollout and update, so that decoding and
-    scoring need theirs beside it; without graphs, scoring while the next images are drawn (engine.overlap) does.
+    scoring need theirs beside it; warming up takes as much before, and gives it back. Without graphs, scoring while the
+    next images are drawn (engine.overlap) needs the rollout's beside its own.
     """
     compute, single, name = dtype.itemsize, torch.float32.itemsize, _DTYPES[dtype]
     trained, images = single * model.trained, config.prompts_per_iteration * config.group_size // processes

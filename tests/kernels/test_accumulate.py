@@ -87,6 +87,24 @@ def test_the_tensors_of_a_unet_take_eleven_launches_of_one_kernel(monkeypatch: p
         assert all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_adds_what_the_gradients_are_at_each_replay() -> None:
+    sizes = [5000, 3, 1280] * 30
+    starts, end = laid_out(sizes)
+    total, gradients = torch.zeros(end, device="cuda"), [draw(size, 1).bfloat16().cuda() for size in sizes]
+    accumulate(total, gradients, starts)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        accumulate(total, gradients, starts)
+    once = total.clone()
+    for factor in (1, 2):
+        for gradient in gradients:
+            gradient.mul_(factor)
+        graph.replay()
+    torch.testing.assert_close(total, 4 * once, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("total", "dtype", "start"),
     [

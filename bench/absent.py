@@ -45,6 +45,8 @@ def absent_device(properties: SimpleNamespace = H200) -> Iterator[FakeTensorMode
     with ExitStack() as stack:
         for patch in (*_properties(properties), *_device_of_autograd(), *_conv_backend()):
             stack.enter_context(patch)
+        # What C++ makes for a tensor, such as a number to choose, is where that says it is.
+        stack.enter_context(torch._functorch.config.patch(fake_tensor_prefer_device_type="cuda"))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         stack.callback(DeviceProperties.create.cache_clear)  # should there be a real device
@@ -63,7 +65,8 @@ def _properties(properties: SimpleNamespace) -> Iterator[Any]:
         get_device_properties=always(properties),
         get_device_capability=always(capability),
         current_device=always(0),
-        current_stream=always(SimpleNamespace(cuda_stream=0)),
+        graph_pool_handle=always((0, 0)),
+        current_stream=always(mock.MagicMock(cuda_stream=0)),
     )
     yield mock.patch.multiple(
         CudaInterface,

@@ -1,7 +1,7 @@
 """The kernels that inductor would generate for a module on a GPU, with bytes, FLOP and a predicted time; no GPU is needed.
 
     python bench/generated.py                                     the UNet of SD 1.5 as it is trained
-    python bench/generated.py --block down_blocks.0.resnets.0     one of its modules, in seconds; --rows, --list, --out FILE.json
+    python bench/generated.py --block down_blocks.0.resnets.0     one of its modules, in seconds; --rows, --kernels, --out FILE.json
 
 `predict(module, inputs)` does it for any module. torch.compile's own stages trace the module forward and backward, lower it and
 generate code for an H200 that is not there (absent.py). Each kernel is counted as it stands there: bytes are those of all it reads
@@ -25,40 +25,46 @@ import torch
 from absent import absent_device, on_device, without_autograd
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from torch._inductor import compile_fx, config, ir
+from torch._inductor import compile_fx, config, ir, memory
 from torch._inductor.dependencies import MemoryDep, StarDep
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
 from torch._inductor.utils import get_fused_kernel_name
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._ordered_set import OrderedSet
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from workload import paper
 
 from fastgrpo.config import TrainConfig
 from fastgrpo.costs import sd1_architecture
-from fastgrpo.engine.attention import AttentionPlan, Choice, attention_shapes, use
+from fastgrpo.engine.attention import AttentionPlan, AttentionShape, Choice, attention_shapes, use
 from fastgrpo.engine.compilation import _replace_upsamplers
 from fastgrpo.engine.patch import patch_unet
 from fastgrpo.trainable import Trainable, make_trainable
 
 CLASSES = ("convolutions", "attention", "GEMMs", "norms and GEGLU", "adds, clones, sums")
 LATENT, TOKENS, WIDTH = (4, 64, 64), 77, 768
+_OVERWRITING = ("aten::copy_", "aten::zero_", "aten::fill_")
+ATTENTION = ("flash", "cudnn", "efficient", "sdpa")
 _HEADS = (32, 64, 96, 128, 192, 256)  # widths that FlashAttention's kernels have
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """What kernels are assumed to reach on an H200: FLOP/s in bfloat16, bytes/s, and seconds between two kernels of a graph."""
+    """What kernels are assumed to reach on an H200: FLOP/s in bfloat16 and bytes/s."""
 
     convolution: float = 450e12
     product: float = 650e12
     attention: float = 350e12
     attention_backward: float = 300e12
-    single: float = 0.5  # share of these that float32 reaches as TF32
+    cudnn: float = (
+        1.27  # times as fast as flash: FlashAttention-3's authors have 408 and 321 TFLOP/s, forward, 4,096 tokens
+    )
+    single: float = 48e12  # in float32, whatever it is
+    tf32: float = 220e12
     memory: float = 0.85 * 4.3e12
-    gap: float = 0.0
 
 
 SPEEDS = Speeds()
@@ -82,25 +88,36 @@ def kernel(name: str, flop: float, moved: int, speeds: Speeds, single: bool = Fa
         kind, speed = CLASSES[4], speeds.product
     elif "convolution" in name:
         kind, speed = CLASSES[0], speeds.convolution
-    elif "attention" in name:
+    elif "scaled_dot_product" in name:
         kind, speed = CLASSES[1], speeds.attention_backward if backward else speeds.attention
+        speed *= speeds.cudnn if "cudnn" in name else 1
     elif flop:
         kind, speed = CLASSES[2], speeds.product
     else:
-        norm = name.startswith("fastgrpo::") or name.startswith("aten::native_")
+        norm = name.startswith(("fastgrpo::", "aten::native_"))
         kind, speed = CLASSES[3] if norm else CLASSES[4], speeds.product
-    speed *= speeds.single if single else 1
-    return Kernel(name, kind, flop, moved, max(flop / speed, moved / speeds.memory) + speeds.gap)
+    if single:
+        settings = torch.backends.cudnn.conv if kind == CLASSES[0] else torch.backends.cuda.matmul
+        speed = speeds.tf32 if settings.fp32_precision == "tf32" else speeds.single
+    return Kernel(name, kind, flop, moved, max(flop / speed, moved / speeds.memory))
 
 
 def operation(func: Any, args: Any, kwargs: Any, out: Any, speeds: Speeds) -> Kernel:
     """Of an operator that is called as it is. args, kwargs, out: with tensors that have no values."""
-    given, made = _tensors((args, kwargs)), _tensors(out)
-    written = [t for t, argument in zip(args, func._schema.arguments, strict=False) if _is_written(t, argument)]
-    moved = sum(map(_bytes, (*given, *made, *written))) if not written else sum(map(_bytes, (*given, *written)))
-    flop = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out) if _has_flop(func) else 0
-    name = func._schema.name
-    if "attention" in name and flop:
+    given, made = tensors((args, kwargs)), tensors(out)
+    values = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    changed = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    written = tensors([values.get(name) for name in changed])
+    moved = sum(map(_bytes, (*given, *(written or made))))
+    if func._schema.name in _OVERWRITING:
+        moved -= _bytes(written[0])
+    name, flop = func._schema.name, 0
+    if _has_flop(func):
+        flop = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+    elif name == "aten::_native_multi_head_attention":  # nn.MultiheadAttention without gradients, in one operator
+        rows, tokens, width = given[0].shape
+        flop = 4 * rows * tokens * width * (2 * width + tokens)
+    if "scaled_dot_product" in name and flop:
         width = max(t.shape[-1] for t in given[:3] if t.ndim == 4)
         flop *= next((head for head in _HEADS if head >= width), width) / width
     return kernel(name, flop, moved, speeds, single=bool(flop) and given[0].dtype == torch.float32)
@@ -110,11 +127,7 @@ def _has_flop(func: Any) -> bool:
     return getattr(func, "_overloadpacket", None) in flop_registry
 
 
-def _is_written(value: Any, argument: Any) -> bool:
-    return isinstance(value, Tensor) and argument.alias_info is not None and argument.alias_info.is_write
-
-
-def _tensors(values: Any) -> list[Tensor]:
+def tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
@@ -135,22 +148,55 @@ _CONFIG = {"fx_graph_cache": False, "joint_graph_constant_folding": False, "shap
 
 
 @dataclass(frozen=True)
+class Output:
+    """What a compiled graph returns in one place: a view of a buffer. name: of that. size: its elements."""
+
+    name: str
+    size: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Graph:
-    """What one compiled graph launches. code: what inductor wrote."""
+    """What one compiled graph launches and returns.
+
+    code: what inductor wrote. transient: bytes that it has at its worst beyond what it was given to free, as inductor
+    estimates them. inputs: names; an output of such a name is that input.
+    """
 
     kernels: tuple[Kernel, ...]
     code: str
+    transient: int
+    inputs: tuple[str, ...]
+    outputs: tuple[Output | None, ...]
+
+    def run(self, given: list[Any]) -> list[Any]:
+        """As the compiled code would: takes its memory, frees what it was given, makes outputs without values."""
+        torch.empty(self.transient, dtype=torch.int8, device="cuda")
+        buffers = dict(zip(self.inputs, given, strict=True))
+        wanted = {output.name for output in self.outputs if output}
+        buffers = {name: buffer for name, buffer in buffers.items() if name in wanted}
+        given.clear()
+        made = []
+        for output in self.outputs:
+            if output is not None and output.name not in buffers:
+                buffers[output.name] = torch.empty(output.size, dtype=output.dtype, device="cuda")
+            made.append(output and buffers[output.name].as_strided(output.shape, output.stride, output.offset))
+        return made
 
 
 class Compiler:
     """A backend of torch.compile that generates code, counts it and returns what only makes outputs.
 
-    graphs: of all that it was given, the forward graph before the backward one.
+    graphs: of all that it was given, the forward graph before the backward one. ran: told of each that runs.
     """
 
-    def __init__(self, speeds: Speeds):
+    def __init__(self, speeds: Speeds, ran: Callable[[Graph], object] = lambda graph: None):
         self.graphs: list[Graph] = []
-        self._speeds = speeds
+        self.speeds, self.ran = speeds, ran
 
     def __call__(
         self, module: torch.fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any] | None = None
@@ -162,25 +208,24 @@ class Compiler:
     def _compile(
         self, module: torch.fx.GraphModule, inputs: Sequence[Any], told: dict[str, Any], **kwargs: Any
     ) -> Callable[..., Any]:
-        values = [node.meta["val"] if isinstance(node, torch.fx.Node) else node for node in _outputs(module)]
-        strides: list[tuple[int, ...] | None] = []
-
-        def generate(graph: GraphLowering) -> None:
-            code, _ = graph.codegen()
-            self.graphs.append(Graph(tuple(self._kernels(graph)), code.value))
-            strides.extend(_strides(output) for output in graph.graph_outputs)
+        def generate(lowered: GraphLowering) -> None:
+            code, _ = lowered.codegen()
+            outputs = tuple(map(_output, lowered.graph_outputs))
+            kernels = tuple(self._kernels(lowered))
+            self.graphs.append(Graph(kernels, code.value, _transient(lowered), tuple(lowered.graph_inputs), outputs))
             raise _Generated
 
         generating = mock.patch.object(GraphLowering, "compile_to_module", generate)
         with suppress(_Generated), without_autograd(), config.patch(told), generating:
             compile_fx.compile_fx_inner(module, inputs, **kwargs)
+        graph = self.graphs[-1]
         context = torch._guards.TracingContext.try_get()
         if context is not None and context.output_strides is not None:
-            context.output_strides.extend(strides)
+            context.output_strides.extend(output and output.stride for output in graph.outputs)
 
         def run(given: list[Any]) -> list[Any]:
-            given.clear()
-            return [_like(value, stride) for value, stride in zip(values, strides, strict=True)]
+            self.ran(graph)
+            return graph.run(given)
 
         run._boxed_call = True
         return run
@@ -193,7 +238,7 @@ class Compiler:
                 yield self._extern(node)
             else:
                 name = get_fused_kernel_name(node.get_nodes(), "original_aten")
-                yield kernel(f"triton {name}", 0, _generated_bytes(node), self._speeds)
+                yield kernel(f"triton {name}", 0, _generated_bytes(node), self.speeds)
 
     def _extern(self, node: BaseSchedulerNode) -> Kernel:
         """As the operator of the traced graph that it came from."""
@@ -204,33 +249,37 @@ class Compiler:
         origin = next((o for o in origins if (o.target is own if own else _has_flop(o.target))), None)
         if origin is None:
             return kernel(
-                f"extern {node.get_name()}", 0, sum(d.numbytes_hint() for d in node.read_writes.reads), self._speeds
+                f"extern {node.get_name()}", 0, sum(d.numbytes_hint() for d in node.read_writes.reads), self.speeds
             )
 
         def value(of: Any) -> Any:
             return of.meta["val"] if isinstance(of, torch.fx.Node) else of
 
         args, kwargs = torch.fx.map_arg((origin.args, origin.kwargs), value)
-        return operation(origin.target, args, kwargs, origin.meta["val"], self._speeds)
+        return operation(origin.target, args, kwargs, origin.meta["val"], self.speeds)
 
 
 class _Generated(BaseException):
     """Leaves inductor once the code is there. Not an Exception: those it catches."""
 
 
-def _outputs(module: torch.fx.GraphModule) -> Sequence[Any]:
-    (node,) = module.graph.find_nodes(op="output")
-    return node.args[0]
+def _output(made: Any) -> Output | None:
+    if not made.has_tensor_output():
+        return None
+    layout, name = made.get_layout(), made.get_name()
+    shape, stride = (tuple(map(int, numbers)) for numbers in (layout.size, layout.stride))
+    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + int(layout.offset) + 1
+    return Output(name, max(int(V.graph.get_numel(name)), last), shape, stride, int(layout.offset), made.get_dtype())
 
 
-def _strides(output: Any) -> tuple[int, ...] | None:
-    return tuple(int(stride) for stride in output.get_stride()) if output.has_tensor_output() else None
-
-
-def _like(value: Any, stride: tuple[int, ...] | None) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return torch.empty_strided(value.shape, stride or value.stride(), dtype=value.dtype, device=value.device)
+def _transient(graph: GraphLowering) -> int:
+    scheduler, inputs = graph.scheduler, OrderedSet(graph.graph_inputs)
+    outputs = OrderedSet(graph.get_output_names())
+    found = memory.prepare_planning_info(
+        scheduler.nodes, scheduler.name_to_buf, scheduler.name_to_fused_node, inputs, outputs
+    )
+    peak, freed = found
+    return max(0, int(peak) - sum(buffer.mpi_buffer.size_free for buffer in freed.values()))
 
 
 def _generated_bytes(node: BaseSchedulerNode) -> int:
@@ -267,22 +316,31 @@ class Prediction:
     forward: Graph
     backward: Graph | None
 
+    def graphs(self) -> dict[str, Graph]:
+        return {"forward": self.forward} | ({"backward": self.backward} if self.backward else {})
+
+    def classes(self, rows: int) -> dict[str, dict[str, float]]:
+        """Pass -> class -> predicted seconds a row."""
+        return {
+            name: {kind: sum(k.seconds for k in graph.kernels if k.kind == kind) / rows for kind in CLASSES}
+            for name, graph in self.graphs().items()
+        }
+
     def table(self, rows: int) -> str:
         """Predicted microseconds a row by class."""
         lines = [f"{'predicted, a row of ' + str(rows):26}{'launches':>9}{'MB':>9}{'GFLOP':>9}{'us':>9}"]
-        for name, graph in (("forward", self.forward), ("backward", self.backward)):
-            for kind in (*CLASSES, "") if graph else ():
+        for name, graph in self.graphs().items():
+            for kind in (*CLASSES, ""):
                 some = [k for k in graph.kernels if k.kind.startswith(kind)]
-                moved, flop = (sum(values) / rows for values in ([k.bytes for k in some], [k.flop for k in some]))
-                took = sum(k.seconds for k in some) / rows
-                lines.append(
-                    f"{name if not kind else '  ' + kind:26}{len(some):9}{moved / 1e6:9.1f}{flop / 1e9:9.1f}{1e6 * took:9.1f}"
+                moved, flop, took = (
+                    sum(getattr(k, what) for k in some) / rows for what in ("bytes", "flop", "seconds")
                 )
+                line = f"{len(some):9}{moved / 1e6:9.1f}{flop / 1e9:9.1f}{1e6 * took:9.1f}"
+                lines.append(f"{name if not kind else '  ' + kind:26}{line}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        passes = {"forward": self.forward, "backward": self.backward}
-        return {name: [asdict(k) for k in graph.kernels] for name, graph in passes.items() if graph}
+        return {name: [asdict(k) for k in graph.kernels] for name, graph in self.graphs().items()}
 
 
 def predict(
@@ -292,11 +350,7 @@ def predict(
     backward: bool = True,
     options: dict[str, Any] | None = None,
 ) -> Prediction:
-    """module, inputs: on any device, the meta device too; only shapes, strides and dtypes matter. It stays as it is.
-
-    The gradient is towards all parameters that want one and all inputs in floating point that are on their way, which with
-    `backward` are those that require it.
-    """
+    """module, inputs: on any device, the meta device too; only shapes, strides, dtypes and what requires gradients matter."""
     with absent_device():
         weights = [*module.parameters(), *module.buffers()]
         twin = copy.deepcopy(module, {id(weight): on_device(weight) for weight in weights})
@@ -319,32 +373,35 @@ def trace(
         call = torch.compile(module, backend=compiler, dynamic=False, fullgraph=True, options=options)
         out = call(*inputs, **kwargs)
     if backward:
-        outputs = [tensor for tensor in _tensors(out) if tensor.requires_grad]
+        outputs = [tensor for tensor in tensors(out) if tensor.requires_grad]
         torch.autograd.backward(outputs, [torch.empty_like(tensor) for tensor in outputs])
     forward, *rest = compiler.graphs
     return Prediction(forward, rest[0] if rest else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The UNet, or one of its modules
 
 
-def trained_unet(config: TrainConfig, backend: str) -> tuple[Trainable, UNet2DConditionModel]:
-    """SD 1.5's as an engine on CUDA has it before it is compiled; inside of `absent_device()`. backend: of all attention."""
-    cuda = torch.device("cuda")
-    with unset_fake_temporarily(), torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(dict(sd1_architecture().unet)).to(memory_format=torch.channels_last)
+def trainable_unet(config: TrainConfig) -> Trainable:
+    """SD 1.5's UNet ready to be trained, on the device; inside of `absent_device()`."""
+    with unset_fake_temporarily():
+        unet = sd1_architecture().empty_components()["unet"].to(memory_format=torch.channels_last)
     unet = copy.deepcopy(unet, {id(weight): on_device(weight) for weight in unet.parameters()})
-    trainable = make_trainable(unet.eval(), config, cuda, torch.bfloat16)
-    network = trainable.network
+    return make_trainable(unet.eval(), config, torch.device("cuda"), torch.bfloat16)
+
+
+def computing_unet(config: TrainConfig, backend: str) -> UNet2DConditionModel:
+    """What computes in its place, as an engine on CUDA has it before it is compiled. backend: of all attention."""
+    network = trainable_unet(config).network
     patch_unet(network)
-    shapes = attention_shapes(network, 2, LATENT, TOKENS)
-    use(network, AttentionPlan(backend, tuple(Choice(shape, backend) for shape in shapes)))
+    use(network, attention_plan(backend, attention_shapes(network, 2, LATENT, TOKENS)))
     _replace_upsamplers(network)
-    return trainable, network
+    return network
+
+
+def attention_plan(backend: str, shapes: Sequence[AttentionShape]) -> AttentionPlan:
+    return AttentionPlan(backend, tuple(Choice(shape, backend) for shape in shapes))
 
 
 def unet_inputs(rows: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
@@ -380,10 +437,7 @@ def main() -> None:
     if options.block:
         told = {"layout_optimization": False} | told  # as inductor decides for the whole UNet
     with absent_device():
-        _, network = trained_unet(paper(), options.attention)
-        if options.list:
-            print("\n".join(name for name, _ in network.named_modules() if name))
-            return
+        network = computing_unet(paper(), options.attention)
         if options.block:
             args, kwargs = block_inputs(network, options.block, options.rows)
             made = trace(network.get_submodule(options.block), args, SPEEDS, options=told, **kwargs)
@@ -392,7 +446,7 @@ def main() -> None:
     print(f"{options.block or 'UNet'}, {options.attention} attention: PREDICTED for an H200, not measured")
     print(made.table(options.rows))
     if options.kernels:
-        for name, graph in (("forward", made.forward), ("backward", made.backward)):
+        for name, graph in made.graphs().items():
             print(f"{name}: predicted us a row, MB a row, kernel")
             for k in graph.kernels:
                 print(f"{1e6 * k.seconds / options.rows:8.2f}{k.bytes / 1e6 / options.rows:9.2f}  {k.name}")
@@ -406,12 +460,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--block", default="", help="a module of the UNet (default: all of it)")
     parser.add_argument("--rows", type=int, default=32, help="of the batch: two for each sample (default: 32)")
-    parser.add_argument(
-        "--attention", default="flash", choices=("flash", "cudnn", "efficient", "sdpa"), help="who computes it"
-    )
+    parser.add_argument("--attention", default="flash", choices=ATTENTION, help="who computes it")
     parser.add_argument("--inductor", nargs="*", default=[], help="its options, such as layout_optimization=false")
     parser.add_argument("--kernels", action="store_true", help="also list every kernel")
-    parser.add_argument("--list", action="store_true", help="list the UNet's modules")
     parser.add_argument("--out", type=Path, help="every kernel as JSON")
     parser.add_argument("--code", type=Path, help="what inductor wrote, forward then backward")
     return parser.parse_args()

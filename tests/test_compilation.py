@@ -29,6 +29,7 @@ from fastgrpo.engine.compilation import (
     compile_forward,
     judge,
     make_example,
+    relative_errors,
 )
 from fastgrpo.engine.graphs import StaticCall, no_host_sync
 from fastgrpo.engine.patch import patch_unet
@@ -123,6 +124,10 @@ def start(
 # What is accepted
 
 
+def judge_tensors(exact: dict[str, Tensor], eager: dict[str, Tensor], compiled: dict[str, Tensor]) -> Verdict:
+    return judge(tuple(exact), relative_errors(exact, eager), relative_errors(exact, compiled))
+
+
 def judged(eager: dict[str, float], compiled: dict[str, float]) -> Verdict:
     """Tensors of 100 ones; the arguments are the relative errors, spread alternately."""
     signs = torch.ones(100)
@@ -130,7 +135,7 @@ def judged(eager: dict[str, float], compiled: dict[str, float]) -> Verdict:
     tensors = [
         {name: torch.ones(100) + error * signs for name, error in errors.items()} for errors in (eager, compiled)
     ]
-    return judge({name: torch.ones(100, dtype=torch.float64) for name in eager}, *tensors)
+    return judge_tensors({name: torch.ones(100, dtype=torch.float64) for name in eager}, *tensors)
 
 
 # The bounds by the formula, with a median of 0.01.
@@ -160,16 +165,16 @@ def test_zeros_halves_and_what_is_not_finite_are_refused(what: str, factor: floa
     generator = torch.Generator().manual_seed(0)
     exact = {name: torch.randn(50, generator=generator, dtype=torch.float64) for name in ("output", "a", "b")}
     eager = {name: value + 0.05 * torch.randn(50, generator=generator) for name, value in exact.items()}
-    verdict = judge(exact, eager, eager | {what: factor * eager[what]})
+    verdict = judge_tensors(exact, eager, eager | {what: factor * eager[what]})
     assert (verdict.matches, verdict.worst) == (False, what)
 
 
 def test_gradients_that_are_zero_stay_zero() -> None:
     exact = {"output": torch.ones(3), "a": torch.ones(3), "b": torch.zeros(3)}
-    assert judge(exact, exact, exact) == Verdict(True, "output", 0.0, 0.0)
-    assert judge(exact, exact, exact | {"b": torch.full((3,), 1e-20)}).worst == "b"
+    assert judge_tensors(exact, exact, exact) == Verdict(True, "output", 0.0, 0.0)
+    assert judge_tensors(exact, exact, exact | {"b": torch.full((3,), 1e-20)}).worst == "b"
     noise = exact | {"b": torch.full((3,), 1e-9)}
-    assert judge(exact, noise, noise).matches, "as wrong as plain calls"
+    assert judge_tensors(exact, noise, noise).matches, "as wrong as plain calls"
 
 
 def test_rounding_in_another_order_is_accepted() -> None:
@@ -181,7 +186,7 @@ def test_rounding_in_another_order_is_accepted() -> None:
         exact[str(index)] = value = torch.randn(size, generator=generator, dtype=torch.float64)
         eager[str(index)] = value + 0.01 * torch.randn(size, generator=generator)
         compiled[str(index)] = value + 0.01 * torch.randn(size, generator=generator)
-    assert judge(exact, eager, compiled).matches
+    assert judge_tensors(exact, eager, compiled).matches
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ other bits.
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -150,7 +150,7 @@ def check(
     calls. Exact is the example alone, by `plain` with the network's weights in the next wider dtype, float64 for
     float32. Of the output it is the row furthest off that counts. Weights that are all 0, such as fresh adapters', are
     something else meanwhile: the gradients of what they multiply would be 0 in any case.
-    Needs memory for a pass of either kind, since results wait on the host. Raises whatever the compiler raises.
+    Needs memory for a pass of either kind, no more: the exact results wait on the host. Raises whatever the compiler raises.
     """
     dtype = example[0].dtype
     wider = torch.float64 if dtype == torch.float32 else torch.float32
@@ -158,34 +158,48 @@ def check(
     with _disturbed(network):
         weights = {name: parameter.detach().to(wider) for name, parameter in network.named_parameters()}
         with searching(False):
-            exact = _results(computing_unet(plain, wider, weights), example, len(example[0]), wider)
+            output, exact = _results(computing_unet(plain, wider, weights), example, len(example[0]), wider)
         del weights
-        eager = _results(network, example, rows, dtype)
-        given = _results(compiled, example, rows, dtype, network)
-    exact["output"] = exact["output"][_copies(example, rows)]
-    errors = _relative_errors(*(dict(enumerate(results["output"])) for results in (exact, given)))
-    furthest = int(errors.argmax())  # the first that is not a number, if there is one
-    return judge(*({**results, "output": results["output"][furthest]} for results in (exact, eager, given)))
+        output, exact = output[_copies(example, rows)], {name: value.cpu() for name, value in exact.items()}
+
+        def errors(call: Network) -> tuple[Tensor, Tensor]:
+            """Of each row of the output, and of each gradient."""
+            rows_, gradients = _results(call, example, rows, dtype, network)
+            return relative_errors(dict(enumerate(output)), dict(enumerate(rows_))), relative_errors(exact, gradients)
+
+        (eager_rows, eager), (given_rows, given) = errors(network), errors(compiled)
+    furthest = given_rows.argmax()[None]  # the first that is not a number, if there is one
+    return judge(("output", *exact), torch.cat([eager_rows[furthest], eager]), torch.cat([given_rows[furthest], given]))
 
 
-def judge(exact: Mapping[str, Tensor], eager: Mapping[str, Tensor], compiled: Mapping[str, Tensor]) -> Verdict:
-    """Whether `compiled` is to `exact` as `eager` is, tensor by tensor.
+def judge(names: Sequence[str], eager_errors: Tensor, errors: Tensor) -> Verdict:
+    """Whether what is compiled is to the exact as plain calls are, tensor by tensor.
 
-    With e the relative error |eager - exact| / |exact| of a tensor and m the median of all tensors', the compiled one's may be
+    names: the tensors'. eager_errors, errors: of plain and of compiled calls, as `relative_errors`. With e a tensor's error by
+    plain calls, and m the median of all tensors', the compiled one's may be
 
         max(min(8 max(e, m), 1/2), 2 e)
 
     where m stands in for an e that is small by chance. Zeros, or anything as far off, thus pass only where the plain
     gradient is itself half noise. Anything that is not finite does not.
     """
-    names = list(exact)
-    eager_errors, errors = _relative_errors(exact, eager), _relative_errors(exact, compiled)
     typical = eager_errors.median()
     bounds = (_FACTOR * eager_errors.clamp_min(typical)).clamp_max(_CEILING).maximum(2 * eager_errors)
     excess = (errors / bounds.clamp_min(torch.finfo(torch.float64).tiny)).nan_to_num(nan=torch.inf)
     worst = int(excess.argmax())
     error, bound = float(errors[worst]), float(bounds[worst])
     return Verdict(bool(error <= bound), names[worst], error, bound)
+
+
+def relative_errors(exact: Mapping[Any, Tensor], other: Mapping[Any, Tensor]) -> Tensor:
+    """|other - exact| / |exact| of each tensor, [tensors] float64 on the CPU; 0 where both are 0. Computed where `other` is."""
+    lengths = []
+    for name, value in exact.items():
+        given = other[name].to(value.dtype)
+        value = value.to(given.device)
+        lengths.append(torch.stack([(given - value).norm(), value.norm()]))
+    errors, norms = torch.stack(lengths, dim=1).double().cpu()
+    return torch.where(errors == 0, 0.0, errors / norms)
 
 
 class _WithFallback:
@@ -213,8 +227,8 @@ def _replace_upsamplers(network: UNet2DConditionModel) -> None:
 
 def _results(
     network: Network, example: Example, rows: int, dtype: torch.dtype, module: UNet2DConditionModel | None = None
-) -> dict[str, Tensor]:
-    """The output for `rows` copies of the example's rows, and gradients of a fixed function of it, by parameter; on the host.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output for `rows` copies of the example's rows, and gradients of a fixed function of it, by parameter.
 
     The gradients are the same for any number of copies. module: whose parameters; the network's own.
     """
@@ -226,8 +240,7 @@ def _results(
         towards = torch.randn(len(example[0]), *output.shape[1:], generator=torch.Generator().manual_seed(1))
         towards = towards[copies] * _weights(len(example[0]), rows).view(-1, 1, 1, 1)
         gradients = torch.autograd.grad(output, list(trained.values()), towards.to(output))
-    tensors = output.detach(), *gradients
-    return dict(zip(("output", *trained), (tensor.cpu() for tensor in tensors), strict=True))
+    return output.detach(), dict(zip(trained, gradients, strict=True))
 
 
 def _copies(example: Example, rows: int) -> Tensor:
@@ -262,13 +275,6 @@ def _disturbed(network: UNet2DConditionModel) -> Iterator[None]:
     finally:
         for values in zero:
             values.zero_()
-
-
-def _relative_errors(exact: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
-    """[tensors] float64 on the CPU; 0 where both are 0."""
-    errors = torch.stack([(other[name].to(value.dtype) - value).norm() for name, value in exact.items()]).double().cpu()
-    norms = torch.stack([value.norm() for value in exact.values()]).double().cpu()
-    return torch.where(errors == 0, 0.0, errors / norms)
 
 
 def _key(network: UNet2DConditionModel, example: Example, rows: int, operators: str) -> dict[str, Any]:

@@ -14,6 +14,9 @@ OURS = "fastgrpo"
 START, END = "<!-- throughput -->", "<!-- /throughput -->"
 SHOWN = ("step", "ladder", "roofline")
 """Of what is measured, what the README shows."""
+FORECAST = "forecast.json"
+"""In bench/results, what bench/forecast.py wrote of an iteration before it was measured."""
+_FORETOLD = {"rollout": ("rollout", "decoding"), "reward": ("reward",), "update": ("update", "optimizer")}
 
 _STAGES = ("rollout", "reward", "update")
 _SPEEDS = ("rollout, FLOP/s (of matmul)", "update, FLOP/s (of matmul)")
@@ -51,7 +54,29 @@ def readme_section(folder: Path) -> str:
         for name in SHOWN:
             if name in newest:
                 sections.append(table(newest[name]).rstrip())
+        if kind == "GPU" and "step" in newest and (folder / FORECAST).exists():
+            foretold = json.loads((folder / FORECAST).read_text(encoding="utf-8"))
+            sections.append("\n".join(beside_forecast(newest["step"], foretold)))
     return "\n\n".join(sections)
+
+
+def beside_forecast(results: Mapping[str, Any], foretold: Mapping[str, Any]) -> list[str]:
+    """Of step.json, what `bench/forecast.py` predicted of its stages beside what they took."""
+    stages = {
+        stage: sum(row["seconds"] for row in foretold["phases"] if row["phase"] in phases)
+        for stage, phases in _FORETOLD.items()
+    }
+    took = {stage: median_of(results["rows"], OURS, f"time/{stage}_s") for stage in stages}
+    if None in took.values():
+        return [f"The forecast stands beside nothing: {OURS} has no whole iteration."]
+    lines = [f"Predicted by `bench/forecast.py`, commit {foretold['commit']}, {foretold['date']}, and measured:", ""]
+    lines += _head(("stage", "predicted, s", "measured, s", "measured / predicted"), 1)
+    for stage, (seconds, measured) in {
+        **{stage: (stages[stage], took[stage]) for stage in stages},
+        "iteration": (foretold["seconds"], sum(took.values())),
+    }.items():
+        lines.append(_line([stage, f"{seconds:.3g}", f"{measured:.3g}", f"{measured / seconds:.2f}"]))
+    return lines
 
 
 def write_readme(readme: Path, folder: Path) -> None:

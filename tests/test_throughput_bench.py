@@ -450,6 +450,13 @@ def test_the_readme_shows_the_newest_and_says_what_is_open(tmp_path: Path) -> No
     throughput_table.write_readme(readme, results)
     assert "**Not yet measured on a GPU: `ladder`, `roofline`.**" in readme.read_text()
     assert readme.read_text().index("Some GPU") < readme.read_text().index("another CPU")
+    # A forecast, where there is one: decoding belongs to the rollout, the gaps between kernels to no stage.
+    seconds = {"rollout": 8.0, "decoding": 1.0, "reward": 20.0, "update": 9.0, "optimizer": 1.0, "all": 5.0}
+    phases = [{"phase": phase, "part": "", "seconds": each} for phase, each in seconds.items()]
+    (results / "forecast.json").write_text(json.dumps({"phases": phases, "seconds": 44.0, "commit": "abc", "date": "2000"}))
+    throughput_table.write_readme(readme, results)
+    assert "| rollout | 9 | 10 | 1.11 |" in readme.read_text()
+    assert "| iteration | 44 | 30 | 0.68 |" in readme.read_text()
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="there is no"):
         throughput_table.write_readme(readme, results)

@@ -35,7 +35,7 @@ from typing import Any, Protocol
 
 import archive
 import table
-from processes import Machine, kill_marked
+from processes import Machine, kill_left_behind
 from stages import GRACE, RUNS, Run, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -331,7 +331,7 @@ def main() -> None:
 
         sys.exit(rehearsal.main(run, options.seconds))
     machine = Machine(ROOT)
-    kill_marked()
+    kill_left_behind()
     device = _device()
     if not device:
         sys.exit("nvidia-smi shows no device here; `python bench/gpu.py --rehearse` needs none.")
@@ -343,7 +343,11 @@ def main() -> None:
     say(f"{options.run} run on {device}: {run.about}")
     target = (options.out or ROOT / "bench" / "results").resolve() / f"results-{options.run}.tar.gz"
     path = os.pathsep.join([str(ROOT), str(work.parent / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    schedule = Schedule(run, machine, work, target, say, options.seconds, options.wheels, {"PYTHONPATH": path})
+    environment = {
+        "PYTHONPATH": path,
+        "HF_HUB_OFFLINE": "1",
+    }  # a look for what is not needed would wait for the network
+    schedule = Schedule(run, machine, work, target, say, options.seconds, options.wheels, environment)
     failed = any(outcome.failed for outcome in schedule.run())
     say.show(schedule.summary())
     say.wait(2.0)

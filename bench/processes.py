@@ -5,7 +5,7 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +21,7 @@ class Process:
 
     def __init__(self, words: Sequence[str], folder: Path, log: Path, environment: Mapping[str, str]) -> None:
         """Raises OSError where it cannot be started."""
-        self._mark = f"{log.stem}-{os.getpid()}-{time.monotonic_ns()}"
+        self._mark = f"{log.stem}-{os.getpid()}-{time.monotonic_ns()}"  # whose it is can be read from it
         variables = os.environ | environment | {"PYTHONUNBUFFERED": "1", MARK: self._mark}
         variables.pop("TRITON_INTERPRET", None)
         with log.open("wb") as file:
@@ -48,34 +48,36 @@ class Process:
 
     def kill(self) -> None:
         """It and all that it started. One that waits within the system stays until that lets it go."""
-        kill_marked(self._mark)
+        _kill(lambda mark: mark == self._mark)
 
 
-def kill_marked(mark: str = "") -> None:
-    """Kill the processes of this mark; "" is of any, such as those that a run left behind which was killed itself."""
+def kill_left_behind() -> None:
+    """Kill what a run started that was killed itself, so that nothing of it holds the device."""
+    _kill(lambda mark: not Path("/proc", mark.split("-")[-2]).exists())
+
+
+def _kill(chosen: Callable[[str], bool]) -> None:
+    """The processes whose mark is chosen."""
     for _ in range(_ROUNDS):
-        found = list(_marked(mark))
+        found = [number for number, mark in _marked() if chosen(mark)]
         if not found:
             return
         for number in found:
-            try:
+            with suppress(ProcessLookupError, PermissionError):
                 os.kill(number, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                continue
         time.sleep(0.02)
 
 
-def _marked(mark: str) -> Iterator[int]:
-    """Dead ones that nobody has asked about have no environment any more."""
-    wanted = f"{MARK}={mark}".encode()
+def _marked() -> Iterator[tuple[int, str]]:
+    """Number and mark. Dead ones that nobody has asked about have no environment any more."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             variables = (folder / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        own = int(folder.name) == os.getpid()
-        if not own and any(variable.startswith(wanted) if not mark else variable == wanted for variable in variables):
-            yield int(folder.name)
+        marks = [value.decode() for name, _, value in (v.partition(b"=") for v in variables) if name == MARK.encode()]
+        if marks and int(folder.name) != os.getpid():
+            yield int(folder.name), marks[0]
 
 
 class Machine:

@@ -184,6 +184,26 @@ def test_processes_are_stopped_with_all_that_they_started_and_the_next_one_runs(
     assert outcomes["watches"].failed is False
 
 
+def test_what_a_killed_run_left_behind_is_killed_and_nothing_else() -> None:
+    gone = subprocess.Popen([sys.executable, "-c", "pass"])
+    gone.wait()
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    owners = {"left": gone.pid, "running": os.getpid()}
+    found = {
+        name: subprocess.Popen(sleeper, env=os.environ | {processes.MARK: f"smoke-{owner}-1"}, start_new_session=True)
+        for name, owner in owners.items()
+    }
+    try:
+        time.sleep(0.1)
+        processes.kill_left_behind()
+        assert found["left"].wait(timeout=10) == -signal.SIGKILL
+        assert found["running"].poll() is None
+    finally:
+        for process in found.values():
+            process.kill()
+            process.wait()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_whole_archive_even_if_nobody_reads_the_output(number: int, tmp_path: Path) -> None:
     program = f"""

@@ -56,6 +56,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastgrpo.engine.projections import linear_layers
 from fastgrpo.errors import ConfigError
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -228,7 +229,8 @@ class AttentionProcessor:
     """Self- and cross-attention as diffusers' AttnProcessor2_0 does it, by a backend of choice; it has no state.
 
     attend: the backend itself; by default what `backend` names. Unlike diffusers' it refuses masks, and it does not
-    divide by a rescale_output_factor of 1, which saves a pass over memory and changes nothing.
+    divide by a rescale_output_factor of 1, which saves a pass over memory and changes nothing. In self-attention the tokens'
+    gradients from queries, keys and values are added up in the products that compute them (`linear_layers`).
     """
 
     def __init__(self, backend: str, attend: Attend | None = None):
@@ -255,10 +257,12 @@ class AttentionProcessor:
         if attn.group_norm is not None:
             tokens = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
         context = tokens if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = (
-            projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for projected in (attn.to_q(tokens), attn.to_k(context), attn.to_v(context))
-        )
+        layers = attn.to_q, attn.to_k, attn.to_v
+        if context is tokens and all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
+            projected = linear_layers(tokens, [layer.weight for layer in layers])
+        else:
+            projected = attn.to_q(tokens), attn.to_k(context), attn.to_v(context)
+        query, key, value = (tensor.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for tensor in projected)
         output = self._attend(query, key, value).transpose(1, 2).flatten(2).to(query.dtype)
         for module in attn.to_out:
             output = module(output)

@@ -1,8 +1,10 @@
 """Capturing on an imitated device: in what order, how much memory at once, and that replays learn what calls learn."""
 
+import gc
 import sys
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,27 @@ def test_after_a_capture_that_could_not_end_nothing_is_recorded(
         assert len(graphs._ABANDONED) == len(device.released) == (0 if ends_itself else 1)
         device.broken, device._graph = False, None
         assert StaticCall(lambda x: x + 1, (torch.zeros(1),), capture=True)(torch.ones(1)) == 2
+
+
+def test_a_failed_capture_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs out of memory is tried again, smaller, before any garbage is collected."""
+
+    def fails(x: Tensor) -> Tensor:
+        large = x.expand(MB).clone()
+        if device.capturing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return large.sum()
+
+    with imitated(monkeypatch, counts=True) as device:
+        monkeypatch.setattr(gc, "collect", lambda: 0)
+        gc.disable()
+        try:
+            with suppress(torch.OutOfMemoryError):
+                StaticCall(fails, (torch.zeros(1),), capture=True)
+            device.empty_cache()
+            assert sum(device.reserved.values()) < 1000
+        finally:
+            gc.enable()
 
 
 def test_what_waits_for_the_device_is_found_before_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:

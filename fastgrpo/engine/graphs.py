@@ -137,12 +137,14 @@ def warm_up(function: Callable[[], object], device: torch.device, pool: Pool) ->
         current, side = torch.cuda.current_stream(), _side_stream(device, pool)
         torch.cuda.empty_cache()  # what the allocator keeps for one stream serves no other
         side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP - 1):
-                function()
-            with no_host_sync():
-                function()
-        current.wait_stream(side)
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP - 1):
+                    function()
+                with no_host_sync():
+                    function()
+        finally:
+            current.wait_stream(side)
 
 
 def record(function: Callable[[], Any], device: torch.device, pool: Pool) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -166,8 +168,10 @@ def record(function: Callable[[], Any], device: torch.device, pool: Pool) -> tup
             failure = failure or error  # what went wrong within is the reason why a capture cannot end
             _stop_recording(graph, pool)
         if failure is not None:
-            outputs = None
-            raise failure
+            try:
+                raise failure
+            finally:
+                failure = outputs = None  # else it would keep itself alive, and with it all that the function had
     return graph, outputs
 
 

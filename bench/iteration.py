@@ -25,7 +25,7 @@ import fastgrpo  # noqa: F401  (prepares the imports below)
 
 # isort: split
 from kept import Kept
-from measure import CUDA, costliest
+from measure import CUDA, costliest, waits_by_place
 from roofline import phases
 from throughput import (
     RATES_OF,
@@ -151,8 +151,10 @@ def measure(which: str, folder: Path, seconds: float, repeats: int = 1) -> None:
         journal.say("ready")
         rows = []
         for number in range(1, repeats + 1):
-            row = row_of(journal.name, training, number, accounting)
+            with waits_by_place() as waits:
+                row = row_of(journal.name, training, number, accounting)
             journal.over()
+            kept.note("waits", journal.name, dict(waits.most_common()))
             rows.append(row | ({"first": True} if number == 1 and repeats > 1 else {}))
             kept.add(**rows[-1])
             journal.say(", ".join(f"{name} {value:.4g}" for name, value in row["values"].items()))

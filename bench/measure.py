@@ -5,8 +5,10 @@ import json
 import statistics
 import tempfile
 import time
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,30 @@ def host_waits(call: Callable[[], Any]) -> dict[str, int]:
         return {}
     torch.cuda.synchronize()
     return waits_within(traced(torch.profiler.record_function("watched")(call)), "watched")
+
+
+@contextmanager
+def waits_by_place() -> Iterator[Counter[str]]:
+    """FILE:LINE -> how often the host waited for the device there, as far as PyTorch sees it; filled when the block ends.
+
+    Costs nothing, so that a whole iteration can be watched: how long it takes stays as it is.
+    """
+    found: Counter[str] = Counter()
+    before = torch.cuda.get_sync_debug_mode() if CUDA else 0
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        if CUDA:
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            if CUDA:
+                torch.cuda.set_sync_debug_mode(before)
+    for warning in seen:
+        if "called a synchronizing CUDA operation" in str(warning.message):
+            found["/".join(Path(warning.filename).parts[-2:]) + f":{warning.lineno}"] += 1
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def waits_within(events: list[dict[str, Any]], name: str) -> dict[str, int]:

@@ -127,6 +127,9 @@ def _step(results: Mapping[str, Any]) -> list[str]:
             reached = found is not None and (found >= aim if way == ">=" else found <= aim)
             shown = "not measured" if found is None else f"{found:.3g} {unit}"
             lines.append(f"- aim: {name} {way} {aim:g} {unit}: {shown}, {'reached' if reached else 'MISSED'}")
+    for name, places in results.get("waits", {}).items() if "cuda" in results else ():
+        seen = ", ".join(f"{count} x {place}" for place, count in list(places.items())[:5]) or "none seen"
+        lines.append(f"- {name}: waits for the device in a whole iteration, by PyTorch's own watch: {seen}")
     # On a CPU there is no device to wait for.
     for name, checks in results.get("checks", {}).items() if "cuda" in results else ():
         lines += [

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -321,6 +322,22 @@ def test_waits_in_a_trace_are_those_within_the_range() -> None:
     assert measure.waits_within(events, "watched") == {"cudaStreamSynchronize": 2}
 
 
+def test_waits_of_an_iteration_are_counted_by_place_and_other_warnings_are_let_through() -> None:
+    def iteration() -> dict[str, int]:
+        with measure.waits_by_place() as waits:
+            for _ in range(3):
+                warnings.warn_explicit(
+                    "called a synchronizing CUDA operation", UserWarning, "/x/fastgrpo/rollout.py", 88
+                )
+            warnings.warn("something else", stacklevel=1)
+        return waits
+
+    with pytest.warns(UserWarning, match="something else") as others:
+        waits = iteration()
+    assert waits == {"fastgrpo/rollout.py:88": 3}
+    assert len(others) == 1
+
+
 def test_the_costliest_kernels_are_those_that_take_longest_together() -> None:
     def event(name: str, dur: float, cat: str = "kernel") -> dict:
         return {"name": name, "dur": dur, "cat": cat, "ts": 0.0}
@@ -389,7 +406,12 @@ def test_the_table_of_a_step_says_which_aims_were_reached(tmp_path: Path) -> Non
         step_row("fastgrpo, not compiled", 1.4),  # no other trainer: there is no aim to be faster than that
     ]
     check = {"name": "peak memory as planned, within 5%", "holds": False, "seen": "60 GB planned"}
-    content = {"rows": rows, "checks": {"fastgrpo": [check]}, "reached": {"stopped": {"rollout": 20.0}}}
+    content = {
+        "rows": rows,
+        "checks": {"fastgrpo": [check]},
+        "reached": {"stopped": {"rollout": 20.0}},
+        "waits": {"fastgrpo": {"a.py:1": 2}},
+    }
     text = throughput_table.table(json.loads(written(tmp_path, "Some GPU", "step", **GPU, **content).read_text()))
     assert "Some GPU, driver 1, CUDA 2" in text
     assert "| fastgrpo | 1.4 [1.3, 1.5] |" in text
@@ -399,6 +421,7 @@ def test_the_table_of_a_step_says_which_aims_were_reached(tmp_path: Path) -> Non
     # Beside the faster of the plain ones, turn by turn: 2.6 and 2.5.
     assert "- aim: ratio to the plain trainer >= 2.5 x: 2.55 x, reached" in text
     assert "- fastgrpo: peak memory as planned, within 5%: DOES NOT HOLD (60 GB planned)" in text
+    assert "by PyTorch's own watch: 2 x a.py:1" in text
     assert "- stopped: no whole iteration; rollout 20 s" in text
 
 
@@ -453,7 +476,9 @@ def test_the_readme_shows_the_newest_and_says_what_is_open(tmp_path: Path) -> No
     # A forecast, where there is one: decoding belongs to the rollout, the gaps between kernels to no stage.
     seconds = {"rollout": 8.0, "decoding": 1.0, "reward": 20.0, "update": 9.0, "optimizer": 1.0, "all": 5.0}
     phases = [{"phase": phase, "part": "", "seconds": each} for phase, each in seconds.items()]
-    (results / "forecast.json").write_text(json.dumps({"phases": phases, "seconds": 44.0, "commit": "abc", "date": "2000"}))
+    (results / "forecast.json").write_text(
+        json.dumps({"phases": phases, "seconds": 44.0, "commit": "abc", "date": "2000"})
+    )
     throughput_table.write_readme(readme, results)
     assert "| rollout | 9 | 10 | 1.11 |" in readme.read_text()
     assert "| iteration | 44 | 30 | 0.68 |" in readme.read_text()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastgrpo
 
@@ -14,6 +15,7 @@ ROOT = Path(fastgrpo.__file__).parent.parent
 PROGRAM = """
 import json, sys
 import torch, triton
+device, architecture = sys.argv[1], int(sys.argv[2])
 from triton.runtime.jit import JITFunction
 from fastgrpo.kernels import prewarm
 from fastgrpo.kernels.accumulate import _launch_accumulate as launch_accumulate
@@ -37,27 +39,34 @@ with prewarm.recording() as found:
     for use in uses("meta"):
         use()
 names = [f"{launch.name} {launch.module.rpartition('.')[2]}" for launch in found.values()]
-failed = [reason for _, reason in prewarm.compile_launches(list(found.values()), 90, processes=2) if reason]
+failed = [reason for _, reason in prewarm.compile_launches(list(found.values()), architecture, processes=2) if reason]
 
-# A launch as it is on a GPU, of real tensors, up to where the device would be told of it.
-triton.runtime.driver.set_active(prewarm.PretendedDriver(90))
 looked_up = []
 triton.knobs.compilation.listener = lambda *, src, cache_hit, **about: looked_up.append([src.name, cache_hit])
-launch = JITFunction.run
-JITFunction.run = lambda kernel, *args, grid, warmup, **options: launch(kernel, *args, grid=grid, warmup=True, **options)
-for use in uses("cpu"):
+if device == "cpu":  # a launch as it is on a GPU, of real tensors, up to where the device would be told of it
+    triton.runtime.driver.set_active(prewarm.PretendedDriver(architecture))
+    run = JITFunction.run
+    JITFunction.run = lambda kernel, *args, grid, warmup, **options: run(kernel, *args, grid=grid, warmup=True, **options)
+for use in uses(device):
     use()
-launch_geglu(torch.empty(48, 128, dtype=torch.bfloat16), None)  # of a kind that was not recorded
+launch_geglu(torch.empty(48, 128, device=device, dtype=torch.bfloat16), None)  # of a kind that was not recorded
 print(json.dumps({"names": names, "failed": failed, "looked_up": looked_up}))
 """
 
 
 @pytest.mark.slow
-def test_a_launch_finds_what_was_compiled_from_its_record(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_launch_finds_what_was_compiled_from_its_record(device: str, tmp_path: Path) -> None:
+    major, minor = torch.cuda.get_device_capability() if device == "cuda" else (9, 0)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", PROGRAM, device, str(10 * major + minor)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

@@ -151,7 +151,11 @@ class Schedule:
             one.asked = True
 
     def _begin(self, stage: Stage, now: float) -> None:
-        outcome = next(outcome for outcome in self.outcomes if outcome.stage == stage.name)
+        found = {outcome.stage: outcome for outcome in self.outcomes}
+        outcome = found[stage.name]
+        if stage.instead_of in found and not found[stage.instead_of].failed:
+            outcome.result, outcome.failed = "not needed", False
+            return
         until = min(stage.by * self._scale, now + stage.cap * self._scale, self.seconds - CLOSING)
         limit = until - now
         if limit < stage.least * self._scale:
@@ -319,7 +323,8 @@ def _chosen(run: Run, names: Sequence[str] | None) -> Run:
     known = [stage.name for stage in run.stages]
     if unknown := [name for name in names if name not in known]:
         sys.exit(f"--stages: {unknown[0]} is none of this run; accepted are {', '.join(known)}.")
-    stages = [dataclasses.replace(stage, by=run.seconds, cap=math.inf) for stage in run.stages if stage.name in names]
+    chosen = [stage for stage in run.stages if stage.name in names or "{wheels}" in stage.command]
+    stages = [dataclasses.replace(stage, by=run.seconds, cap=math.inf, instead_of="") for stage in chosen]
     return dataclasses.replace(run, stages=tuple(stages))
 
 

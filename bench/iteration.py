@@ -1,6 +1,7 @@
-"""`python bench/iteration.py graphs | compiled | plain --out FOLDER`: whole iterations of one training, written down as they go.
+"""`python bench/iteration.py graphs | eager | compiled | plain --out FOLDER`: whole iterations of one training, written as they go.
 
     graphs      ours in CUDA graphs without torch.compile, at a micro-batch that is given: the shortest start
+    eager       the same without graphs
     compiled    ours as its settings have it: search for the micro-batch, choice of attention, torch.compile, graphs
     plain       the plain trainer, of one prompt's images
 
@@ -42,7 +43,12 @@ from workload import GIVEN, Ours, Training, accounting_of, altered, ours, plain
 
 from fastgrpo.config import TrainConfig
 
-NAMES = {"graphs": "fastgrpo, not compiled", "compiled": "fastgrpo", "plain": "plain"}
+NAMES = {
+    "graphs": "fastgrpo, not compiled",
+    "eager": "fastgrpo, without graphs",
+    "compiled": "fastgrpo",
+    "plain": "plain",
+}
 """As the rows are called."""
 WATCHED = (
     ("fastgrpo.engine.memory", "find_micro_batch", "searching the micro-batch"),
@@ -113,9 +119,9 @@ def make(which: str, journal: Journal) -> Training:
     config = step_config()
     if which == "plain":
         return plain(one_prompt(config) if CUDA else config, threads=1, console=journal)
-    if which == "graphs":
+    if which != "compiled":
         given = {"micro_batch": GIVEN} if CUDA else {}
-        config = altered(config, engine__compile="off", engine__graphs="on", **given)
+        config = altered(config, engine__compile="off", engine__graphs="on" if which == "graphs" else "off", **given)
     return ours(config, workers=1, console=journal)
 
 

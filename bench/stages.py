@@ -33,6 +33,7 @@ class Stage:
     least: float = 10.0
     background: bool = False
     watcher: bool = False
+    instead_of: str = ""
 
     def words(self, work: Path, site: Path, wheels: Path | None, seconds: float) -> list[str]:
         """The command of a stage that is given `seconds`. wheels: a folder of them."""
@@ -92,6 +93,8 @@ RUNS = {
             Stage("smoke", _bench("kernels.py::test_right"), 32, by=95, cap=45, margin=8),
             # Its iteration is predicted to end at 2:55. What may follow it, waits in a trace, must not cost the next stage its time.
             Stage("graphs", _iterations("graphs"), 137, by=215, margin=35),
+            # Should a graph not be captured, there is an iteration all the same.
+            Stage("eager", _iterations("eager"), 115, by=215, margin=35, instead_of="graphs"),
             Stage("plain", _iterations("plain"), 48, by=270, cap=60),
             Stage("compiled", _iterations("compiled"), 200, by=510, cap=240, margin=20),
             Stage("kernels", _bench("kernels.py::test_kernel", "--results={work}/kernels.json"), 70, by=530, margin=30),

@@ -64,10 +64,21 @@ def test_whatever_happens_to_a_stage_the_others_run_and_what_was_said_is_kept(
     assert all(kept[f"{log}.log"] == content[-archive.MOST :] for log, content in logs.items())
     outcomes = {outcome.stage: outcome for outcome in schedule.outcomes}
     watcher = next(each for each in run.stages if each.name == stage).watcher
-    fails = fate != "slow" and not watcher
+    fails = fate != "slow" and not watcher and stage != "eager"
     assert bool(outcomes[stage].failed) or not fails, said
     assert f"{stage:9}" in kept["summary.txt"].decode()
-    assert all(math.isfinite(outcome.ended) for outcome in schedule.outcomes)
+    assert all(math.isfinite(outcome.ended) for outcome in schedule.outcomes if not rehearsal.spared(outcome))
+
+
+def test_an_iteration_without_graphs_stands_in_for_one_that_failed(tmp_path: Path) -> None:
+    run = RUNS["first"]
+    schedule, _ = rehearsal.rehearse(run, rehearsal.LentInMind(run), tmp_path / "well")
+    outcomes = {outcome.stage: outcome for outcome in schedule.outcomes}
+    assert (outcomes["eager"].result, outcomes["eager"].failed) == ("not needed", False)
+    schedule, _ = rehearsal.rehearse(run, rehearsal.LentInMind(run, {"graphs": "fails"}), tmp_path / "failed")
+    outcomes = {outcome.stage: outcome for outcome in schedule.outcomes}
+    assert outcomes["eager"].failed is False
+    assert outcomes["graphs"].ended <= outcomes["eager"].began < outcomes["eager"].ended <= 215
 
 
 @pytest.mark.parametrize("when", [1.0, 44.0, 75.0, 200.0, 262.0, 495.0])

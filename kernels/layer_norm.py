@@ -13,7 +13,8 @@ it is stored, rounded. A row stays in registers, so the variance is taken about 
 cancel. s, mean and rstd are kept for the backward pass.
 dweight and dbias: every program sums a fixed run of rows, and a second kernel adds the programs' sums in order, so that
 the same inputs give the same bits. Bytes an element, in half precision: forward 4 or, with a residual, 8; backward 6 or 8.
-An addition of its own would make these 10 and 12.
+An addition of its own would make these 10 and 12. The backward pass also adds the gradient of x where x itself is used
+beside its norm.
 On the CPU it is PyTorch's addition and layer_norm; in float32 they give what nn.LayerNorm gives, to the last bit.
 """
 
@@ -40,13 +41,13 @@ _MIN_ROWS = 8
 
 
 def reference(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None, keep: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition, in the precision of the tensors."""
     total = x if residual is None else x + residual
     centred = total - total.mean(dim=-1, keepdim=True)
     y = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps) * weight + bias
-    return y if residual is None else (total, y)
+    return (total, y) if keep or residual is not None else y
 
 
 @triton.jit
@@ -226,24 +227,44 @@ def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Ten
     ctx.mark_non_differentiable(*([] if ctx.residual else [total]), mean, rstd)
 
 
-def _autograd(ctx, dy: Tensor, dsum: Tensor, *_) -> tuple[Tensor | None, ...]:
+def _gradients(ctx, dy: Tensor, dsum: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx, dweight and dbias."""
     affine = any(ctx.needs_input_grad[1:3])
-    dx, vectors = _backward(dy, *ctx.saved_tensors, affine, dsum if ctx.residual else None)
-    dweight, dbias = vectors.unbind() if affine else (None, None)
-    return dx, dweight, dbias, None, dx if ctx.residual else None
+    dx, vectors = _backward(dy, *ctx.saved_tensors, affine, dsum)
+    return dx, *(vectors.unbind() if affine else (None, None))
+
+
+def _autograd(ctx, dy: Tensor, dsum: Tensor, *_) -> tuple[Tensor | None, ...]:
+    gradients = _gradients(ctx, dy, dsum if ctx.residual else None)
+    return *gradients, None, gradients[0] if ctx.residual else None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
+class _Keeping(torch.autograd.Function):
+    """x itself, which no operator may return, and its norm: so that one backward pass has the gradients of both."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, _, mean, rstd = _forward(x, weight, bias, eps, None)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return x.view_as(x), y
+
+    @staticmethod
+    def backward(ctx, dsum: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, dy, dsum), None
+
+
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None, keep: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, differentiable once.
 
     x: [..., C] bfloat16, float16 or float32, any strides. weight, bias: [C] of one such dtype, not necessarily that of x.
     eps: added to the variance. residual: of x's shape and dtype. Returns [..., C], contiguous, of the dtype of `x`; with
-    a residual two of them, x + residual and its norm.
+    a residual two of them, x + residual and its norm. keep: two without a residual as well, x and its norm; where x is used
+    beside its norm, the backward pass then adds the gradients of both.
     Frozen weights get no gradients, and the work for these is not done.
     Raises ValueError for other dtypes and shapes, and for C above 4096.
     """
@@ -261,6 +282,8 @@ def layer_norm(
         raise ValueError(
             f"layer_norm: residual is {residual.dtype} {tuple(residual.shape)}; x's {x.dtype} {tuple(x.shape)} is accepted."
         )
+    if keep and residual is None:
+        return _Keeping.apply(x, weight, bias, eps)
     y, total, _, _ = _forward(x, weight, bias, eps, residual)
     return y if residual is None else (total, y)
 

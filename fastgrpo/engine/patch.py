@@ -4,7 +4,7 @@
                                      the convolution between them comes with the time embedding
     Transformer2DModel               GroupNorm; its 1 x 1 convolutions are linear layers on tokens
     UNet2DConditionModel             conv_norm_out + conv_act
-    BasicTransformerBlock            its LayerNorms, two of them with the addition before them
+    BasicTransformerBlock            its LayerNorms and the additions before them
     GEGLU                            the bias of its linear layer, and the activation
 
 The first and the third are also what the decoder of diffusers' AutoencoderKL consists of, there without a time embedding.
@@ -110,13 +110,15 @@ class FusedAway(nn.SiLU):
 
 
 class FusedLayerNorm(nn.LayerNorm):
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """With a residual: input + residual, and its norm."""
-        return layer_norm(input, self.weight, self.bias, self.eps, residual)
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, keep: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """With a residual: input + residual, and its norm. With `keep`: the input, to be used from there on, and its norm."""
+        return layer_norm(input, self.weight, self.bias, self.eps, residual, keep)
 
 
 class FusedBasicTransformerBlock(BasicTransformerBlock):
-    """Its second and third norm are each one operator with the addition before it."""
+    """Its second and third norm are each one operator with the addition before it, in the backward pass the first one too."""
 
     def forward(
         self,
@@ -135,7 +137,8 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
                 cross_attention_kwargs, *others, **named_others,
             )  # fmt: skip
         context = encoder_hidden_states if self.only_cross_attention else None
-        attended = self.attn1(self.norm1(hidden_states), encoder_hidden_states=context, attention_mask=attention_mask)
+        hidden_states, normed = self.norm1(hidden_states, keep=True)
+        attended = self.attn1(normed, encoder_hidden_states=context, attention_mask=attention_mask)
         hidden_states, normed = self.norm2(attended, hidden_states)
         attended = self.attn2(
             normed, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
@@ -259,5 +262,5 @@ def _is_plain_block(module: BasicTransformerBlock) -> bool:
     return (
         module.norm_type == "layer_norm"
         and module.pos_embed is None
-        and type(module.norm2) is type(module.norm3) is FusedLayerNorm
+        and type(module.norm1) is type(module.norm2) is type(module.norm3) is FusedLayerNorm
     )

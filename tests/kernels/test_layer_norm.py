@@ -83,6 +83,25 @@ def test_the_operator_equals_the_float64_reference(name: str, dtype: torch.dtype
         assert_near(differentiate(layer_norm, *tensors), expected(*tensors), dtype)
 
 
+@pytest.mark.parametrize("dtype", SPEC.dtypes)
+def test_beside_its_norm_the_input_itself(dtype: torch.dtype) -> None:
+    """The gradient that comes by way of it is added in the operator, once rounded; nothing is copied."""
+    x, weight, bias, dy, _, dx = arguments("24x33", dtype)
+
+    def kept(function, x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, dx: Tensor) -> tuple[Tensor, ...]:
+        inputs = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+        same, y = function(*inputs, EPS, None, True)
+        assert torch.equal(same, x)
+        assert same.data_ptr() == x.data_ptr()
+        return y.detach(), *torch.autograd.grad((same, y), inputs, (dx, dy))
+
+    results = kept(layer_norm, x, weight, bias, dy, dx)
+    exact = [tensor.double() for tensor in (x, weight, bias, dy, dx)]
+    assert_near(results, kept(reference, *exact), dtype)
+    with torch.no_grad():
+        assert torch.equal(layer_norm(x, weight, bias, EPS, keep=True)[1], results[0])
+
+
 @on_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_is_normalised_is_the_sum_as_it_is_stored(dtype: torch.dtype, device: str) -> None:

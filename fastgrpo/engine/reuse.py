@@ -20,7 +20,7 @@ the weights they were computed with: `update` them in every rollout. They carry 
 What it saves for SD 1.x, 64 images in 4 groups, guidance, 50 steps: 128 rows of 64 x 64 latents, and 5,141 TFLOP of the
 UNet. Counted on the meta device, not measured; a launch is an operator of PyTorch's that is not a view.
 
-               TFLOP    share       launches a step, of 728 (629 after `patch_unet`)
+               TFLOP    share       launches a step, of 728 (597 after `patch_unet`)
     text       18.5     0.36 %      32
     times       0.35    0.007 %     37
     first      98.8     1.92 %      where all share a latent; 96.4 (1.88 %) where each group has one, else nothing

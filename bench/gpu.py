@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -96,7 +97,8 @@ class _Running:
 class Schedule:
     """Runs the stages of a run, one after the other and some beside them, and keeps the archive.
 
-    say: is told what happens. wheels: a folder, or None. about: what is known of the machine, for about.json.
+    work: the folder that stages write to. target: the archive. say: is told what happens. wheels: a folder, or None.
+    environment: variables of all stages.
     """
 
     def __init__(
@@ -104,7 +106,8 @@ class Schedule:
         wheels: Path | None = None, environment: Mapping[str, str] | None = None,
     ):  # fmt: skip
         """seconds: in place of the run's own, which stretches or squeezes all times."""
-        self.run_, self.machine, self.work, self.target, self.say = run, machine, work, target, say
+        self.machine, self.work, self.target, self.say = machine, work, target, say
+        self._about = run.about
         self.wheels, self.environment = wheels, environment or {}
         self._scale = (seconds or run.seconds) / run.seconds
         self.seconds = run.seconds * self._scale
@@ -208,7 +211,7 @@ class Schedule:
 
     def summary(self) -> str:
         """When each stage ran and what it came to, and what was measured."""
-        lines = [f"{self.run_.about}", "", "began ended  stage     result", *map(str, self.outcomes), ""]
+        lines = [self._about, "", "began ended  stage     result", *map(str, self.outcomes), ""]
         return "\n".join([*lines, *table.tables(self.work)]) + "\n"
 
     def _log(self, stage: Stage) -> Path:
@@ -251,9 +254,10 @@ class Teller:
 
     def __call__(self, line: str) -> None:
         line = f"{clock(self._now()):>5}  {line}\n"
-        self._file.write(line)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with suppress(OSError):  # a full disk ends no run
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self._lines.put(line)
 
     def show(self, text: str) -> None:

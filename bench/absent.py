@@ -4,6 +4,7 @@ Inside `absent_device()` code for CUDA can be called and traced, forward and bac
 for that device. Nothing is compiled for it or launched. Works with PyTorch's builds for the CPU too.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -121,3 +122,9 @@ def on_device(tensor: torch.Tensor, requires_grad: bool | None = None) -> torch.
     made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
     wanted = tensor.requires_grad if requires_grad is None else requires_grad
     return torch.nn.Parameter(made, wanted) if isinstance(tensor, torch.nn.Parameter) else made.requires_grad_(wanted)
+
+
+def module_on_device(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy whose parameters and buffers are such tensors."""
+    weights = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(weight): on_device(weight) for weight in weights})

@@ -16,7 +16,6 @@ it) stands beside it.
 """
 
 import argparse
-import copy
 import json
 import sys
 import weakref
@@ -31,7 +30,7 @@ from unittest import mock
 
 import open_clip
 import torch
-from absent import H200, absent_device, on_device
+from absent import H200, absent_device, module_on_device, on_device
 from generated import (
     ATTENTION,
     CLASSES,
@@ -49,7 +48,7 @@ from generated import (
     trainable_unet,
 )
 from kept import about_here
-from throughput_table import OURS, median_of
+from throughput_table import FORETOLD, OURS, median_of
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,6 +58,7 @@ from fastgrpo.config import TrainConfig
 from fastgrpo.costs import count_encoders, count_model, sd1_architecture
 from fastgrpo.distributed import Ranks
 from fastgrpo.engine import setup
+from fastgrpo.engine.attention import BACKENDS
 from fastgrpo.engine.compilation import Compilation, _replace_upsamplers
 from fastgrpo.engine.fixed import FixedEngine
 from fastgrpo.engine.memory import (
@@ -90,7 +90,6 @@ GAP = 1e-6
 
 _PHASES = ("rollout", "decoding", "reward", "update", "optimizer")
 _STAGES = {"rollout": "rollout", "decoding": "decode", "reward": "reward", "update": "update"}  # the plan's names
-_MEASURED = {"rollout": ("rollout", "decoding"), "reward": ("reward",), "update": ("update", "optimizer")}
 _FREE = (
     "aten::empty",
     "aten::new_empty",
@@ -107,12 +106,13 @@ class DeviceWait(RuntimeError):
 
 @dataclass
 class Total:
-    """Of a part of a phase: launches, what they move and compute, and their predicted seconds without gaps."""
+    """Of a part of a phase: launches, what they move and compute, and their predicted seconds without gaps, all and of attention."""
 
     launches: int = 0
     bytes: int = 0
     flop: float = 0.0
     seconds: float = 0.0
+    attention: float = 0.0
 
 
 class Watch(TorchDispatchMode):
@@ -183,6 +183,7 @@ class Watch(TorchDispatchMode):
         total.bytes += each.bytes
         total.flop += each.flop
         total.seconds += each.seconds
+        total.attention += each.seconds if each.kind == ATTENTION else 0.0
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
@@ -224,13 +225,6 @@ def _launches(func: Any) -> bool:
 # The iteration
 
 
-def faked(module: nn.Module) -> nn.Module:
-    """The same on the device, frozen."""
-    weights = [*module.parameters(), *module.buffers()]
-    made = copy.deepcopy(module, {id(weight): on_device(weight) for weight in weights})
-    return made.eval().requires_grad_(False)
-
-
 @dataclass(frozen=True)
 class Stage:
     """All that an iteration needs, on the device that is not there."""
@@ -256,14 +250,24 @@ def prepare(config: TrainConfig, pairs: int, backend: str, compiler: Compiler) -
     cuda, dtype, about = torch.device("cuda"), torch.bfloat16, sd1_architecture()
     with unset_fake_temporarily():
         parts = about.empty_components()
-        vae, text_encoder = (parts[name].to(dtype) for name in ("vae", "text_encoder"))
+        vae, text_encoder = (parts[name].to(dtype).eval().requires_grad_(False) for name in ("vae", "text_encoder"))
         setup._patch_vae(SimpleNamespace(vae=vae, device=cuda))  # tensors without values cannot be moved in place
-        reward = open_clip.create_model(REWARD_ARCHITECTURE, load_weights=False, pretrained_text=False, device="meta")
+        with torch.device("meta"):
+            reward = open_clip.create_model(
+                REWARD_ARCHITECTURE, load_weights=False, pretrained_text=False, device="meta"
+            )
         schedule = make_schedule(about.scheduler, config.rollout.steps, config.rollout.eta, torch.device("cpu"))
     schedule = replace(schedule, **{name: on_device(t) for name, t in vars(schedule).items() if isinstance(t, Tensor)})
     trainable = trainable_unet(config)
     policy = Policy(
-        trainable.unet, faked(vae), faked(text_encoder), None, about.scheduler, cuda, dtype, trainable.network
+        trainable.unet,
+        module_on_device(vae),
+        module_on_device(text_encoder),
+        None,
+        about.scheduler,
+        cuda,
+        dtype,
+        trainable.network,
     )
     embeds = torch.empty(config.prompts_per_iteration, TOKENS, WIDTH, device=cuda)
 
@@ -286,7 +290,7 @@ def prepare(config: TrainConfig, pairs: int, backend: str, compiler: Compiler) -
         engine = setup.start_engine(
             policy, trainable, schedule, config, setup.Record(), lambda *_: pairs, Ranks(), lambda line: None
         )
-    encoder = SharedEncoder(OpenClipEncoder(faked(reward), None, cuda, torch.float32), config.reward.tf32)
+    encoder = SharedEncoder(OpenClipEncoder(module_on_device(reward), None, cuda, torch.float32), config.reward.tf32)
     prompts = tuple(Prompt(f"prompt {number}", "positive") for number in range(config.prompts_per_iteration))
     return Stage(config, engine, trainable, encoder, PromptBatch(prompts, embeds))
 
@@ -400,6 +404,7 @@ def traced(config: TrainConfig, pairs: int, work: Iteration, backend: str, compi
         compiler.ran = lambda graph: watch.ran(
             graph, "UNet forward" if graph is compiler.graphs[0] else "UNet backward"
         )
+        compiler.hold = watch.hold
         watch.hold(stage.tensors())
         with watch:
             stage.engine._prepare()  # what it does once, in the first iteration
@@ -452,13 +457,14 @@ def table(found: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -
         f"Micro-batch of {found['micro_batch']} pairs; by predicted times the engine chooses {chosen['size']} of "
         f"{', '.join(map(str, chosen['ms_a_pair']))}. {found['padding']:.1%} of the passes' work is padding.",
         "",
+        *_with_flash(found),
         f"| {' | '.join(head)} |",
         f"|---|---|{'---:|' * (len(head) - 2)}",
     ]
     for row in found["phases"]:
         cells = f"{row['launches']} | {row['bytes'] / 1e12:.2f} | {row['flop'] / 1e12:.0f} | {row['seconds']:.2f}"
         lines.append(f"| {row['phase']} | {row['part']} | {cells} |" + (" |" if measured else ""))
-    for stage, parts in _MEASURED.items():
+    for stage, parts in FORETOLD.items():
         took = sum(row["seconds"] for row in found["phases"] if row["phase"] in parts)
         beside = f" {median_of(measured['rows'], OURS, f'time/{stage}_s'):.2f} |" if measured else ""
         lines.append(f"| **{stage}** | all | | | | **{took:.2f}** |{beside}")
@@ -469,6 +475,14 @@ def table(found: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -
     lines += ["", "| memory | predicted GB, traced | planned GB |", "|---|---:|---:|"]
     lines += [f"| {row['stage']} | {row['traced_gb']:.1f} | {row['planned_gb']:.1f} |" for row in found["memory"]]
     return "\n".join(lines) + "\n"
+
+
+def _with_flash(found: Mapping[str, Any]) -> list[str]:
+    """What cuDNN's attention is assumed to save."""
+    if found["attention"] != "cudnn":
+        return []
+    more = (found["speeds"]["cudnn"] - 1) * sum(row["attention"] for row in found["phases"])
+    return [f"With flash attention, {more:.1f} s more: {found['seconds'] + more:.1f} s.", ""]
 
 
 def main() -> None:
@@ -485,7 +499,12 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=0, help="of a micro-batch (default: as the engine chooses)")
-    parser.add_argument("--attention", default="flash", choices=ATTENTION, help="who computes it")
+    parser.add_argument(
+        "--attention",
+        default="cudnn",
+        choices=BACKENDS,
+        help="who computes it (default: cudnn, at these speeds the fastest)",
+    )
     parser.add_argument("--out", type=Path, help="JSON; the table goes beside it, as .md")
     parser.add_argument("--measured", type=Path, help="a run's step.json, to stand beside the prediction")
     return parser.parse_args()

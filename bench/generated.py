@@ -10,19 +10,20 @@ the longer of both at the `Speeds`, which are assumptions. **Everything here is 
 """
 
 import argparse
-import copy
 import functools
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from absent import absent_device, on_device, without_autograd
+from absent import absent_device, module_on_device, on_device, without_autograd
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch._inductor import compile_fx, config, ir, memory
@@ -31,7 +32,8 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
 from torch._inductor.utils import get_fused_kernel_name
 from torch._inductor.virtualized import V
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -39,15 +41,16 @@ from workload import paper
 
 from fastgrpo.config import TrainConfig
 from fastgrpo.costs import sd1_architecture
-from fastgrpo.engine.attention import AttentionPlan, AttentionShape, Choice, attention_shapes, use
+from fastgrpo.engine.attention import BACKENDS, AttentionPlan, AttentionShape, Choice, attention_shapes, use
 from fastgrpo.engine.compilation import _replace_upsamplers
 from fastgrpo.engine.patch import patch_unet
 from fastgrpo.trainable import Trainable, make_trainable
 
-CLASSES = ("convolutions", "attention", "GEMMs", "norms and GEGLU", "adds, clones, sums")
+ATTENTION = "attention"
+CLASSES = ("convolutions", ATTENTION, "GEMMs", "norms and GEGLU", "adds, clones, sums")
 LATENT, TOKENS, WIDTH = (4, 64, 64), 77, 768
+_DEVICE = torch.device("cuda", 0)
 _OVERWRITING = ("aten::copy_", "aten::zero_", "aten::fill_")
-ATTENTION = ("flash", "cudnn", "efficient", "sdpa")
 _HEADS = (32, 64, 96, 128, 192, 256)  # widths that FlashAttention's kernels have
 
 
@@ -89,7 +92,7 @@ def kernel(name: str, flop: float, moved: int, speeds: Speeds, single: bool = Fa
     elif "convolution" in name:
         kind, speed = CLASSES[0], speeds.convolution
     elif "scaled_dot_product" in name:
-        kind, speed = CLASSES[1], speeds.attention_backward if backward else speeds.attention
+        kind, speed = ATTENTION, speeds.attention_backward if backward else speeds.attention
         speed *= speeds.cudnn if "cudnn" in name else 1
     elif flop:
         kind, speed = CLASSES[2], speeds.product
@@ -173,30 +176,46 @@ class Graph:
     inputs: tuple[str, ...]
     outputs: tuple[Output | None, ...]
 
-    def run(self, given: list[Any]) -> list[Any]:
-        """As the compiled code would: takes its memory, frees what it was given, makes outputs without values."""
-        torch.empty(self.transient, dtype=torch.int8, device="cuda")
-        buffers = dict(zip(self.inputs, given, strict=True))
-        wanted = {output.name for output in self.outputs if output}
-        buffers = {name: buffer for name, buffer in buffers.items() if name in wanted}
+    def run(self, given: list[Any], hold: Callable[[list[Tensor]], object]) -> list[Any]:
+        """As the compiled code would: takes its memory, frees what it was given, makes outputs without values.
+
+        hold: told of memory that is taken, since for its speed no operator is called.
+        """
+        mode = next(value.fake_mode for value in given if isinstance(value, FakeTensor))
+
+        def empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            with no_dispatch():
+                return FakeTensor(mode, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), _DEVICE)
+
+        hold([empty((self.transient,), (1,), torch.int8)])
+        names = Counter(output.name for output in self.outputs if output)
+        buffers = {name: tensor for name, tensor in zip(self.inputs, given, strict=True) if name in names}
         given.clear()
-        made = []
-        for output in self.outputs:
-            if output is not None and output.name not in buffers:
-                buffers[output.name] = torch.empty(output.size, dtype=output.dtype, device="cuda")
-            made.append(output and buffers[output.name].as_strided(output.shape, output.stride, output.offset))
-        return made
+
+        def made(output: Output) -> Tensor:
+            alone = names[output.name] == 1 and math.prod(output.shape) == output.size
+            if alone and output.name not in buffers:
+                return empty(output.shape, output.stride, output.dtype)
+            if output.name not in buffers:
+                buffers[output.name] = empty((output.size,), (1,), output.dtype)
+            return buffers[output.name].as_strided(output.shape, output.stride, output.offset)
+
+        outputs = [output and made(output) for output in self.outputs]
+        hold(tensors(outputs))
+        return outputs
 
 
 class Compiler:
     """A backend of torch.compile that generates code, counts it and returns what only makes outputs.
 
-    graphs: of all that it was given, the forward graph before the backward one. ran: told of each that runs.
+    graphs: of all that it was given, the forward graph before the backward one. ran: told of each that runs; hold: as Graph's.
     """
 
-    def __init__(self, speeds: Speeds, ran: Callable[[Graph], object] = lambda graph: None):
+    def __init__(self, speeds: Speeds):
         self.graphs: list[Graph] = []
-        self.speeds, self.ran = speeds, ran
+        self.speeds = speeds
+        self.ran: Callable[[Graph], object] = lambda graph: None
+        self.hold: Callable[[list[Tensor]], object] = lambda tensors: None
 
     def __call__(
         self, module: torch.fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any] | None = None
@@ -225,7 +244,7 @@ class Compiler:
 
         def run(given: list[Any]) -> list[Any]:
             self.ran(graph)
-            return graph.run(given)
+            return graph.run(given, self.hold)
 
         run._boxed_call = True
         return run
@@ -273,13 +292,15 @@ def _output(made: Any) -> Output | None:
 
 
 def _transient(graph: GraphLowering) -> int:
-    scheduler, inputs = graph.scheduler, OrderedSet(graph.graph_inputs)
-    outputs = OrderedSet(graph.get_output_names())
-    found = memory.prepare_planning_info(
-        scheduler.nodes, scheduler.name_to_buf, scheduler.name_to_fused_node, inputs, outputs
-    )
-    peak, freed = found
-    return max(0, int(peak) - sum(buffer.mpi_buffer.size_free for buffer in freed.values()))
+    scheduler, outputs = graph.scheduler, OrderedSet(graph.get_output_names())
+    nodes, buffers, fused = scheduler.nodes, scheduler.name_to_buf, scheduler.name_to_fused_node
+    _, freed = memory.prepare_planning_info(nodes, buffers, fused, OrderedSet(graph.graph_inputs), outputs)
+    changes = [0] * (len(nodes) + 2)
+    for buffer in memory.compute_memory_timeline(nodes, freed, outputs)[0]:
+        changes[buffer.start_step] += int(buffer.size_alloc)
+        if buffer.end_step >= 0:  # else it is an output
+            changes[buffer.end_step + 1] -= int(buffer.size_free)
+    return max(0, max(accumulate(changes)) - sum(int(buffer.mpi_buffer.size_free) for buffer in freed.values()))
 
 
 def _generated_bytes(node: BaseSchedulerNode) -> int:
@@ -352,10 +373,8 @@ def predict(
 ) -> Prediction:
     """module, inputs: on any device, the meta device too; only shapes, strides, dtypes and what requires gradients matter."""
     with absent_device():
-        weights = [*module.parameters(), *module.buffers()]
-        twin = copy.deepcopy(module, {id(weight): on_device(weight) for weight in weights})
         given = [on_device(value) if isinstance(value, Tensor) else value for value in inputs]
-        return trace(twin, given, speeds, backward, options)
+        return trace(module_on_device(module), given, speeds, backward, options)
 
 
 def trace(
@@ -387,8 +406,7 @@ def trainable_unet(config: TrainConfig) -> Trainable:
     """SD 1.5's UNet ready to be trained, on the device; inside of `absent_device()`."""
     with unset_fake_temporarily():
         unet = sd1_architecture().empty_components()["unet"].to(memory_format=torch.channels_last)
-    unet = copy.deepcopy(unet, {id(weight): on_device(weight) for weight in unet.parameters()})
-    return make_trainable(unet.eval(), config, torch.device("cuda"), torch.bfloat16)
+    return make_trainable(module_on_device(unet.eval()), config, torch.device("cuda"), torch.bfloat16)
 
 
 def computing_unet(config: TrainConfig, backend: str) -> UNet2DConditionModel:
@@ -460,7 +478,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--block", default="", help="a module of the UNet (default: all of it)")
     parser.add_argument("--rows", type=int, default=32, help="of the batch: two for each sample (default: 32)")
-    parser.add_argument("--attention", default="flash", choices=ATTENTION, help="who computes it")
+    parser.add_argument("--attention", default="flash", choices=BACKENDS, help="who computes it")
     parser.add_argument("--inductor", nargs="*", default=[], help="its options, such as layout_optimization=false")
     parser.add_argument("--kernels", action="store_true", help="also list every kernel")
     parser.add_argument("--out", type=Path, help="every kernel as JSON")

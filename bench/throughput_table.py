@@ -16,7 +16,7 @@ SHOWN = ("step", "ladder", "roofline")
 """Of what is measured, what the README shows."""
 FORECAST = "forecast.json"
 """In bench/results, what bench/forecast.py wrote of an iteration before it was measured."""
-_FORETOLD = {"rollout": ("rollout", "decoding"), "reward": ("reward",), "update": ("update", "optimizer")}
+FORETOLD = {"rollout": ("rollout", "decoding"), "reward": ("reward",), "update": ("update", "optimizer")}
 
 _STAGES = ("rollout", "reward", "update")
 _SPEEDS = ("rollout, FLOP/s (of matmul)", "update, FLOP/s (of matmul)")
@@ -64,7 +64,7 @@ def beside_forecast(results: Mapping[str, Any], foretold: Mapping[str, Any]) -> 
     """Of step.json, what `bench/forecast.py` predicted of its stages beside what they took."""
     stages = {
         stage: sum(row["seconds"] for row in foretold["phases"] if row["phase"] in phases)
-        for stage, phases in _FORETOLD.items()
+        for stage, phases in FORETOLD.items()
     }
     took = {stage: median_of(results["rows"], OURS, f"time/{stage}_s") for stage in stages}
     if None in took.values():

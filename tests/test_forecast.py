@@ -163,10 +163,11 @@ def test_the_table_says_that_it_predicts_and_sums_phases() -> None:
         ("optimizer", "the rest", 0.125),
     ):
         with watch.phase(phase):
-            watch._add(part, Kernel(part, "", 1e12, 10**9, seconds))
+            kind = generated.ATTENTION if part == "UNet backward" else ""
+            watch._add(part, Kernel(part, kind, 1e12, 10**9, seconds))
     rows = forecast.phases(watch)
     found = {
-        "images": 64, "device": "NVIDIA H200", "attention": "flash", "torch": "2", "triton": "3", "commit": "c", "date": "d",
+        "images": 64, "device": "NVIDIA H200", "attention": "cudnn", "speeds": {"cudnn": 2.0}, "torch": "2", "triton": "3", "commit": "c", "date": "d",
         "micro_batch": 33, "chosen": {"size": 33, "ms_a_pair": {22: 1.0, 33: 1.0}}, "padding": 0.01, "seconds": sum(row["seconds"] for row in rows), "phases": rows,
         "unet_us_a_row": {"forward": dict.fromkeys(generated.CLASSES, 100.0)},
         "memory": [{"stage": "update", "traced_gb": 80.0, "planned_gb": 79.0}],
@@ -179,6 +180,7 @@ def test_the_table_says_that_it_predicts_and_sums_phases() -> None:
     text = forecast.table(found, measured)
     assert text.startswith("**PREDICTED, not measured**")
     assert "45.4 s" in text
+    assert "With flash attention, 30.0 s more: 75.4 s." in text
     assert "| **rollout** | all | | | | **15.00** | 9.00 |" in text
     assert "| **update** | all | | | | **30.12** | 9.00 |" in text
     assert "| forward | 100 | 100 | 100 | 100 | 100 | 500 |" in text

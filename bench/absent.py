@@ -17,6 +17,7 @@ from torch._dynamo.device_interface import CudaInterface
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._triton import has_triton
 
 H200 = SimpleNamespace(
     name="NVIDIA H200",
@@ -50,7 +51,10 @@ def absent_device(properties: SimpleNamespace = H200) -> Iterator[FakeTensorMode
         stack.enter_context(torch._functorch.config.patch(fake_tensor_prefer_device_type="cuda"))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        stack.callback(DeviceProperties.create.cache_clear)  # should there be a real device
+        # Answers about the real machine that were kept from before, and those about this device for what comes after.
+        has_triton.cache_clear()
+        for answer in (has_triton, DeviceProperties.create):
+            stack.callback(answer.cache_clear)
         yield stack.enter_context(FakeTensorMode())
 
 

@@ -194,11 +194,13 @@ class Graph:
 
         def made(output: Output) -> Tensor:
             alone = names[output.name] == 1 and math.prod(output.shape) == output.size
-            if alone and output.name not in buffers:
+            if output.name not in buffers and alone:
                 return empty(output.shape, output.stride, output.dtype)
             if output.name not in buffers:
                 buffers[output.name] = empty((output.size,), (1,), output.dtype)
-            return buffers[output.name].as_strided(output.shape, output.stride, output.offset)
+            buffer = buffers[output.name]
+            same = (buffer.shape, buffer.stride()) == (output.shape, output.stride)
+            return buffer if same else buffer.as_strided(output.shape, output.stride, output.offset)
 
         outputs = [output and made(output) for output in self.outputs]
         hold(tensors(outputs))

@@ -115,7 +115,11 @@ def _conv_backend() -> Iterator[Any]:
         last = any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight))
         return torch.channels_last if last and x.ndim == 4 else torch.contiguous_format
 
-    yield mock.patch.object(torch._C, "_select_conv_backend", return_value=torch._C._ConvBackend.Cudnn)
+    # No mock, which would keep what it was called with, and that is large.
+    def backend(*args: Any, **kwargs: Any) -> Any:
+        return torch._C._ConvBackend.Cudnn
+
+    yield mock.patch.object(torch._C, "_select_conv_backend", backend)
     yield mock.patch.object(torch._C, "_conv_determine_backend_memory_format", layout)
 
 

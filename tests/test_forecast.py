@@ -143,6 +143,15 @@ def test_launches_bytes_and_memory_of_operators() -> None:
     assert watch.peaks["update"] == 2 * big + small
 
 
+def test_what_is_let_go_is_no_longer_counted() -> None:
+    with absent_device(), Watch(SPEEDS) as watch, watch.phase("decoding"):
+        x, weight = torch.empty(2, 64, 16, 16, device="cuda"), torch.empty(64, 64, 3, 3, device="cuda")
+        y = torch.nn.functional.conv2d(x, weight, padding=1)
+        assert watch._live == 4 * (2 * x.numel() + weight.numel())
+        del x, y, weight
+        assert watch._live == 0
+
+
 def test_float32_products_are_slower_than_tf32() -> None:
     def seconds() -> float:
         watch = Watch(SPEEDS)

@@ -69,7 +69,10 @@ def beside_forecast(results: Mapping[str, Any], foretold: Mapping[str, Any]) -> 
     took = {stage: median_of(results["rows"], OURS, f"time/{stage}_s") for stage in stages}
     if None in took.values():
         return [f"The forecast stands beside nothing: {OURS} has no whole iteration."]
-    lines = [f"Predicted by `bench/forecast.py`, commit {foretold['commit']}, {foretold['date'][:10]}, and measured:", ""]
+    lines = [
+        f"Predicted by `bench/forecast.py`, commit {foretold['commit']}, {foretold['date'][:10]}, and measured:",
+        "",
+    ]
     lines += _head(("stage", "predicted, s", "measured, s", "measured / predicted"), 1)
     for stage, (seconds, measured) in {
         **{stage: (stages[stage], took[stage]) for stage in stages},

@@ -1,9 +1,10 @@
 """A Stable Diffusion small enough that a test can run it hundreds of times. Its weights are random, fixed by a seed."""
 
+import gc
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fastgrpo  # noqa: F401  (must come before torch and diffusers: it prepares their import)
@@ -39,6 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items if not torch.cuda.is_available() else ():
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def frozen_heap() -> Iterator[None]:
+    """What collects garbage collects the test's own: to look through the libraries' objects takes up to seconds each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

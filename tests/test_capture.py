@@ -36,6 +36,9 @@ import measure
 MB = 2**20
 
 
+pytestmark = pytest.mark.usefixtures("frozen_heap")  # a capture collects garbage
+
+
 @pytest.fixture(scope="module")
 def base(config_file: Path) -> TrainConfig:  # noqa: F811
     changes = {"engine.threads": 1, "engine.graphs": "on", "grpo.std_floor": 1e-9, "iterations": 2, "micro_batch": 3}

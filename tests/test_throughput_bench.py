@@ -39,6 +39,7 @@ from fastgrpo.randomness import generator_for  # noqa: E402
 from fastgrpo.rollout import rollout  # noqa: E402
 from fastgrpo.types import Rewards, Trajectory  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("frozen_heap")  # between trainings garbage is collected
 REWARDS = torch.tensor([[0.1, 0.4, 0.2, 0.25]])
 RATES = Rates("Some GPU", "torch.bfloat16", 1, matmul=800e12, copy=4e12)
 

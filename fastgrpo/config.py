@@ -87,7 +87,7 @@ class RewardConfig:
     batch: int = 256
     """Images encoded at once; does not change the result."""
     tf32: bool = True
-    """On CUDA, encode images with TF32's matrix products, several times as fast: what goes into them is rounded to 10 bits, and rewards move by at most 0.004. Texts, and all that evaluates, stay float32."""
+    """On CUDA, encode images with TF32's matrix products, several times as fast: what goes into them is rounded to 10 bits, and with that imitated rewards moved by less than 0.004. Texts, and all that evaluates, stay float32."""
 
 
 @dataclass(frozen=True)

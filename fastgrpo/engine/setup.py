@@ -104,22 +104,8 @@ def start_engine(
         be told the n that is expected before any is tried: the n to use.
     Raises ConfigError for settings that this machine cannot do.
     """
-    _begin(record, policy.device, config, say)
-    with searching(record.cudnn_benchmark):
-        return _start(policy, trainable, schedule, config, record, find_micro_batch, ranks, say)
-
-
-def _start(
-    policy: Policy,
-    trainable: Trainable,
-    schedule: Schedule,
-    config: TrainConfig,
-    record: Record,
-    find_micro_batch: FindMicroBatch,
-    ranks: Ranks,
-    say: Say,
-) -> EagerEngine:
     network, engine, device = trainable.network, config.engine, policy.device
+    _begin(record, device, config, say)
     wanted = {name: _on(getattr(engine, name), device) for name in ("kernels", "graphs")}
     if wanted["kernels"]:
         patch_unet(network)
@@ -136,14 +122,15 @@ def _start(
         setattr(record, name, value)
         say(why)
 
-    _settle_micro_batch(learner, weights, config, record, find_micro_batch, ranks, changed)
-    _attend(learner, config, record, ranks, say)
-    passes = _compile(learner, config, record, ranks, say)
-    learner = replace(learner, policy=replace(policy, passes=passes))
-    if wanted["kernels"] and device.type == "cuda" and not record.group_norm:
-        _choose_group_norm(learner, weights, record, ranks)
-    record.reuse = record.reuse or json.loads(ranks.agree(json.dumps(asdict(_reuse(learner, config, record)))))
-    reuse = Reuse(**record.reuse)
+    with searching(record.cudnn_benchmark):
+        _settle_micro_batch(learner, weights, config, record, find_micro_batch, ranks, changed)
+        _attend(learner, config, record, ranks, say)
+        passes = _compile(learner, config, record, ranks, say)
+        learner = replace(learner, policy=replace(policy, passes=passes))
+        if wanted["kernels"] and device.type == "cuda" and not record.group_norm:
+            _choose_group_norm(learner, weights, record, ranks)
+        record.reuse = record.reuse or json.loads(ranks.agree(json.dumps(asdict(_reuse(learner, config, record)))))
+        reuse = Reuse(**record.reuse)
 
     decided = learner, weights, record.micro_batch, reuse, changed, record.rollout_batch
     allowed = CPU_AGREEMENT if device.type == "cpu" else 0.0

@@ -36,22 +36,22 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 
-from fastgrpo.config import TrainConfig
-from fastgrpo.console import Console
-from fastgrpo.engine.accounting import Accounting, Rows, rollout_rows
-from fastgrpo.engine.memory import halves
-from fastgrpo.grpo.advantage import advantages
+from fastgrpo.costs.memory import halves
+from fastgrpo.costs.throughput import Accounting, Rows, rollout_rows
+from fastgrpo.grpo.advantages import advantages
 from fastgrpo.grpo.steps import trained_steps
 from fastgrpo.kernels.ddim_step import ddim_step
 from fastgrpo.kernels.grpo_step import grpo_step
-from fastgrpo.metrics import Stopwatch
 from fastgrpo.policy import Policy
 from fastgrpo.prompts import PromptSource
-from fastgrpo.randomness import generator_for
 from fastgrpo.rewards.encoder import OpenClipEncoder
 from fastgrpo.rewards.steering import steer
 from fastgrpo.rollout import initial_noise
+from fastgrpo.run.metrics import Stopwatch
 from fastgrpo.schedule import Schedule
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.console import Console
+from fastgrpo.system.randomness import generator_for
 from fastgrpo.types import NEGATIVE, Prompt
 
 BATCH = 4
@@ -122,7 +122,7 @@ class Baseline:
     def iterate(
         self, iteration: int, accounting: Accounting | None = None, console: Console | None = None
     ) -> dict[str, float]:
-        """Iteration number `iteration` (from 1). console: shows its stages. Returns what `fastgrpo.commands.train.iterate` does of times, speeds and rewards."""
+        """Iteration number `iteration` (from 1). console: shows its stages. Returns what `fastgrpo.training.iterate` does of times, speeds and rewards."""
         policy, watch, console = self.policy, Stopwatch(self.policy.device), console or Console(quiet=True)
         prompts = self.source.batch(iteration - 1)
         with watch("rollout"), console.bar("rollout"):

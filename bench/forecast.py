@@ -54,14 +54,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from workload import REWARD_ARCHITECTURE, altered, paper
 
-from fastgrpo.config import TrainConfig
-from fastgrpo.costs import count_encoders, count_model, sd1_architecture
-from fastgrpo.distributed import Ranks
-from fastgrpo.engine import setup
-from fastgrpo.engine.attention import BACKENDS
-from fastgrpo.engine.compilation import Compilation, _replace_upsamplers
-from fastgrpo.engine.fixed import FixedEngine
-from fastgrpo.engine.memory import (
+from fastgrpo.costs.counting import count_encoders, count_model, sd1_architecture
+from fastgrpo.costs.memory import (
     Chosen,
     Iteration,
     Memory,
@@ -72,17 +66,24 @@ from fastgrpo.engine.memory import (
     memory_plan,
     predicted_micro_batch,
 )
-from fastgrpo.grpo.micro_batch import blank_batch
+from fastgrpo.engine import setup
+from fastgrpo.engine.fixed_passes import FixedEngine
+from fastgrpo.engine.trainable import Trainable
+from fastgrpo.grpo.loss import blank_batch
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.grpo.steps import pairs_per_iteration
-from fastgrpo.grpo.update import _Gather
-from fastgrpo.policy import Network, Policy
+from fastgrpo.policy import Policy
 from fastgrpo.rewards.encoder import OpenClipEncoder
 from fastgrpo.rewards.shared_encoder import SharedEncoder
 from fastgrpo.rollout import rollout
 from fastgrpo.schedule import make_schedule
-from fastgrpo.trainable import Trainable
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.distributed import Ranks
 from fastgrpo.types import Prompt, PromptBatch
+from fastgrpo.unet.attention import BACKENDS
+from fastgrpo.unet.compilation import Compilation, _replace_upsamplers
+from fastgrpo.unet.copies import Network
+from fastgrpo.update import _Gather
 
 ROOT = Path(__file__).resolve().parent.parent
 GAP = 1e-6

@@ -39,12 +39,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from workload import paper
 
-from fastgrpo.config import TrainConfig
-from fastgrpo.costs import sd1_architecture
-from fastgrpo.engine.attention import BACKENDS, AttentionPlan, AttentionShape, Choice, attention_shapes, use
-from fastgrpo.engine.compilation import _replace_upsamplers
-from fastgrpo.engine.patch import patch_unet
-from fastgrpo.trainable import Trainable, make_trainable
+from fastgrpo.costs.counting import sd1_architecture
+from fastgrpo.engine.trainable import Trainable, make_trainable
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.unet.attention import BACKENDS, AttentionPlan, AttentionShape, Choice, attention_shapes, use
+from fastgrpo.unet.compilation import _replace_upsamplers
+from fastgrpo.unet.fused import patch_unet
 
 ATTENTION = "attention"
 CLASSES = ("convolutions", ATTENTION, "GEMMs", "norms and GEGLU", "adds, clones, sums")

@@ -41,7 +41,7 @@ from throughput import (
 )
 from workload import GIVEN, Ours, Training, accounting_of, altered, ours, plain
 
-from fastgrpo.config import TrainConfig
+from fastgrpo.settings.schema import TrainConfig
 
 NAMES = {
     "graphs": "fastgrpo, not compiled",
@@ -51,12 +51,12 @@ NAMES = {
 }
 """As the rows are called."""
 WATCHED = (
-    ("fastgrpo.engine.memory", "find_micro_batch", "searching the micro-batch"),
+    ("fastgrpo.costs.memory", "find_micro_batch", "searching the micro-batch"),
     ("fastgrpo.engine.setup", "_attend", "choosing attention"),
     ("fastgrpo.engine.setup", "_compile", "compiling and comparing"),
     ("fastgrpo.engine.setup", "_choose_group_norm", "choosing GroupNorm"),
     ("fastgrpo.engine.graphs", "StaticCall.warm_up", "warming up"),
-    ("fastgrpo.engine.fixed", "FixedEngine._prepare", "warming up and capturing"),
+    ("fastgrpo.engine.fixed_passes", "FixedEngine._prepare", "warming up and capturing"),
 )
 """Module, function and name of a start's parts."""
 _SILENCE = 5.0  # seconds between lines about how far a stage is

@@ -13,7 +13,7 @@ import triton
 from measure import CUDA, copy_bandwidth
 
 import fastgrpo  # noqa: F401  (must come before torch and diffusers: it prepares their import)
-from fastgrpo.engine.workers import available_cores
+from fastgrpo.system.workers import available_cores
 
 
 class Kept:

@@ -18,17 +18,17 @@ import fastgrpo  # noqa: F401  (prepares the imports below)
 import torch
 from workload import GIVEN, altered, paper, random_policy
 
-from fastgrpo.config import TrainConfig
-from fastgrpo.costs import sd1_architecture
-from fastgrpo.engine.memory import candidates, iteration_of
-from fastgrpo.engine.patch import patch_unet
-from fastgrpo.engine.sampling import Sampler
+from fastgrpo.costs.counting import sd1_architecture
+from fastgrpo.costs.memory import candidates, iteration_of
+from fastgrpo.engine.sampler import Sampler
 from fastgrpo.engine.setup import decoded_at_once
-from fastgrpo.grpo.micro_batch import Learner, blank_batch
+from fastgrpo.engine.trainable import make_trainable
+from fastgrpo.grpo.loss import Learner, blank_batch
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.kernels.prewarm import Launch, compile_launches, recording
 from fastgrpo.schedule import Schedule, make_schedule
-from fastgrpo.trainable import make_trainable
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.unet.fused import patch_unet
 
 META = torch.device("meta")
 DTYPE = torch.bfloat16

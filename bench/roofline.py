@@ -7,9 +7,9 @@ from typing import Any
 from throughput import learned_steps
 from throughput_table import OURS, median_of
 
-from fastgrpo.config import TrainConfig
-from fastgrpo.engine.accounting import Accounting, Rows, rollout_rows
-from fastgrpo.engine.memory import halves
+from fastgrpo.costs.memory import halves
+from fastgrpo.costs.throughput import Accounting, Rows, rollout_rows
+from fastgrpo.settings.schema import TrainConfig
 
 OPTIMIZER_BYTES = 4 * 4 + 3 * 4 + 4
 """For each trained parameter: weight, gradient and two moments are read, the others written, and the gradient set to 0."""

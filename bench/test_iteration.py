@@ -25,7 +25,7 @@ from throughput import (
 )
 from workload import Ours, accounting_of
 
-from fastgrpo.engine.accounting import Accounting
+from fastgrpo.costs.throughput import Accounting
 
 NAMES = tuple(step_trainings(step_config()))
 STAGES = ("rollout", "update", "step")

@@ -15,12 +15,12 @@ from measure import CUDA, DEVICE, DeviceClock, free, warm_up
 from pytest_benchmark.fixture import BenchmarkFixture
 from workload import DTYPE, accounting_of, description, paper, random_policy, shapes
 
-from fastgrpo.engine import attention
-from fastgrpo.engine.accounting import Accounting
-from fastgrpo.engine.compilation import make_example
-from fastgrpo.engine.patch import patch_unet
-from fastgrpo.engine.working import computing_unet
-from fastgrpo.errors import ConfigError
+from fastgrpo.costs.throughput import Accounting
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.unet import attention
+from fastgrpo.unet.compilation import make_example
+from fastgrpo.unet.copies import computing_unet
+from fastgrpo.unet.fused import patch_unet
 
 CONFIG = paper() if CUDA else shapes(prompts=1)
 ROWS = (8, 32, 128) if CUDA else (4,)

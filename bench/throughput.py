@@ -15,19 +15,19 @@ from measure import CUDA, DEVICE, free, host_waits, seconds_of
 from throughput_table import counted
 from workload import Ours, Plain, Training, altered, ours, paper, plain, shapes
 
-from fastgrpo.config import TrainConfig
-from fastgrpo.engine.accounting import Accounting, Rows, rollout_rows
-from fastgrpo.engine.eager import EagerEngine
+from fastgrpo.costs.memory import halves
+from fastgrpo.costs.throughput import Accounting, Rows, rollout_rows
 from fastgrpo.engine.graphs import no_host_sync
-from fastgrpo.engine.memory import halves
+from fastgrpo.engine.passes import EagerEngine
 from fastgrpo.engine.setup import CPU_AGREEMENT
-from fastgrpo.engine.workers import available_cores
-from fastgrpo.errors import ConfigError
-from fastgrpo.grpo.micro_batch import MicroBatch
+from fastgrpo.grpo.loss import MicroBatch
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.prompts import embed
-from fastgrpo.randomness import generator_for
 from fastgrpo.rollout import rollout
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.randomness import generator_for
+from fastgrpo.system.workers import available_cores
 from fastgrpo.types import Trajectory
 
 Builder = Callable[[], Training]

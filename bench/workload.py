@@ -17,32 +17,32 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from measure import DEVICE, free
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from fastgrpo.commands.train import iterate
-from fastgrpo.config import TrainConfig
-from fastgrpo.console import Console
-from fastgrpo.costs import count_encoders, count_flop, count_model, sd1_architecture
-from fastgrpo.distributed import Ranks
-from fastgrpo.engine.accounting import Accounting
-from fastgrpo.engine.memory import Memory, memory_lines, memory_plan, peak
-from fastgrpo.engine.rates import measure_rates
+from fastgrpo.assembly import Parts, load_parts
+from fastgrpo.costs.counting import count_encoders, count_flop, count_model, sd1_architecture
+from fastgrpo.costs.memory import Memory, memory_lines, memory_plan, peak
+from fastgrpo.costs.rates import measure_rates
+from fastgrpo.costs.throughput import Accounting
 from fastgrpo.engine.setup import Record, micro_batch_finder, start_engine
-from fastgrpo.engine.workers import Workers, available_cores
+from fastgrpo.engine.trainable import make_trainable
 from fastgrpo.models.check import describe
 from fastgrpo.models.configs import Description
 from fastgrpo.models.tokenizer import build_tokenizer
-from fastgrpo.parts import Parts, load_parts
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.prompts import PromptSource, load_prompts
 from fastgrpo.rewards.anchors import load_anchors
 from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
 from fastgrpo.rewards.registry import BUILDERS
+from fastgrpo.rewards.reward import WeightedReward
 from fastgrpo.rewards.shared_encoder import Encoders, SharedEncoder
 from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.rewards.terms import parse_terms
-from fastgrpo.rewards.weighted import WeightedReward
 from fastgrpo.schedule import make_schedule
-from fastgrpo.settings import find_preset, load_toml
-from fastgrpo.trainable import make_trainable
+from fastgrpo.settings.command_line import find_preset, load_toml
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.console import Console
+from fastgrpo.system.distributed import Ranks
+from fastgrpo.system.workers import Workers, available_cores
+from fastgrpo.training import iterate
 
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 REWARD_ARCHITECTURE = "ViT-H-14"

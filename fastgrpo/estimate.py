@@ -1,4 +1,4 @@
-"""`python -m fastgrpo.estimate`: the command line of computing what a training costs; commands/estimate.py does it."""
+"""`python -m fastgrpo.estimate`: the command line of computing what a training costs; costs/estimate.py does it."""
 
 import math
 import sys
@@ -8,10 +8,11 @@ from typing import Annotated
 
 import tyro
 
-from fastgrpo.config import TrainConfig
-from fastgrpo.console import Console, run_command
-from fastgrpo.errors import ConfigError
-from fastgrpo.settings import DEFAULT_PRESET, parse_with_preset
+from fastgrpo.settings.command_line import DEFAULT_PRESET, parse_with_preset
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.console import Console, run_command
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.validation import validate
 
 PROGRAM = "python -m fastgrpo.estimate"
 
@@ -39,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         asked = parse_with_preset(_Estimate, sys.argv[1:] if argv is None else argv, PROGRAM)
+        validate(asked.config)
         _check(asked)
-        from fastgrpo.commands.estimate import estimate  # only now: it takes seconds
+        from fastgrpo.costs.estimate import estimate  # only now: it takes seconds
 
         estimate(asked.config, asked.tflops, asked.processes, asked.gpu_gb, Console())
 

@@ -1,40 +1,19 @@
-"""`python -m fastgrpo.export RUN`: the command line of exporting; commands/export.py does it."""
+"""`python -m fastgrpo.export RUN`: the command line of exporting; run/export.py does it."""
 
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
-import tyro
-
-from fastgrpo.config import TrainConfig
-from fastgrpo.console import Console, run_command
-from fastgrpo.errors import ConfigError
-from fastgrpo.runs import Weights, check_new_file, check_new_folder, check_writable, find_checkpoint, read_run
-from fastgrpo.settings import parse_flags
+from fastgrpo.run.opening import check_new_file, check_new_folder, check_writable, find_checkpoint, read_run
+from fastgrpo.settings.command_line import parse_flags
+from fastgrpo.settings.commands import Export
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.console import Console, run_command
+from fastgrpo.system.errors import ConfigError
 
 PROGRAM = "python -m fastgrpo.export"
 _SUFFIX = ".safetensors"
-
-
-@dataclass(frozen=True)
-class Export:
-    """Write the Stable Diffusion that a run trained, complete or as adapters, in a form that other programs load."""
-
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Folder of the run, finished or not."""
-    format: Literal["diffusers", "single-file", "lora"]
-    """`diffusers`, a complete pipeline folder; `single-file`, a .safetensors file in the original layout of SD 1.x / 2.x; `lora`, for runs with adapters, a folder with these alone."""
-    output: Path
-    """Where to write it: a folder that is new or empty, or a new file for `single-file`."""
-    checkpoint: int | None = None
-    """Iteration of the checkpoint to take; None is the newest."""
-    weights: Weights = "trained"
-    """`trained`, or `ema`, the moving average that runs with optim.ema keep."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of what is written; training is in fp32."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = read_run(asked.run)
         _check(asked, config)
         folder = find_checkpoint(asked.run, asked.checkpoint, asked.weights)
-        from fastgrpo.commands.export import export  # only now: it takes seconds
+        from fastgrpo.run.export import export  # only now: it takes seconds
 
         export(asked, config, folder, Console())
 

@@ -1,4 +1,4 @@
-"""`python -m fastgrpo.inspect`: the command line of looking at the safety axis; commands/inspect.py does it."""
+"""`python -m fastgrpo.inspect`: the command line of looking at the safety axis; rewards/axis/text.py does it."""
 
 import sys
 import tempfile
@@ -9,12 +9,13 @@ from typing import Annotated
 
 import tyro
 
-from fastgrpo.config import TrainConfig
-from fastgrpo.console import Console, run_command
-from fastgrpo.errors import ConfigError
 from fastgrpo.rewards.terms import parse_terms
-from fastgrpo.runs import check_new_file
-from fastgrpo.settings import DEFAULT_PRESET, parse_with_preset
+from fastgrpo.run.opening import check_new_file
+from fastgrpo.settings.command_line import DEFAULT_PRESET, parse_with_preset
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.console import Console, run_command
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.validation import validate
 
 PROGRAM = "python -m fastgrpo.inspect"
 
@@ -41,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         asked = parse_with_preset(_Inspect, sys.argv[1:] if argv is None else argv, PROGRAM)
+        validate(asked.config)
         _check(asked)
-        from fastgrpo.commands.inspect import inspect  # only now: it takes seconds
+        from fastgrpo.rewards.axis.text import inspect  # only now: it takes seconds
 
         inspect(asked.config, asked.png, asked.limit, Console())
 

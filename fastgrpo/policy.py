@@ -1,7 +1,7 @@
 """The Stable Diffusion being trained: a float32 UNet that learns, and a VAE and text encoder that do not."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -11,15 +11,12 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from fastgrpo.config import ModelConfig
-from fastgrpo.engine.workers import Workers
-from fastgrpo.engine.working import computing_unet
-from fastgrpo.errors import ConfigError
 from fastgrpo.kernels.language import VERSION
 from fastgrpo.models.load import load_components
-
-Network = Callable[..., tuple[Tensor, ...]]
-"""(latents [R, C, H, W], timesteps [R], contexts [R, L, D], return_dict=False) -> ([R, C, H, W],), as diffusers' UNet."""
+from fastgrpo.settings.schema import ModelConfig
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.workers import Workers
+from fastgrpo.unet.copies import Network, computing_unet
 
 DECODE_BATCH = 64
 """Latents decoded at once: the VAE's activations are large, its speed gains nothing beyond this."""

@@ -7,15 +7,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastgrpo.config import RolloutConfig
-from fastgrpo.distributed import Ranks
-from fastgrpo.engine.eager import EagerEngine
 from fastgrpo.engine.overlap import pipeline
-from fastgrpo.engine.sampling import Denoise, Sampler
-from fastgrpo.engine.workers import shares
-from fastgrpo.finite import Request, require_finite
+from fastgrpo.engine.passes import EagerEngine
+from fastgrpo.engine.sampler import Denoise, Sampler
 from fastgrpo.policy import DECODE_BATCH, Policy
 from fastgrpo.schedule import Schedule
+from fastgrpo.settings.schema import RolloutConfig
+from fastgrpo.system.distributed import Ranks
+from fastgrpo.system.finite import Request, require_finite
+from fastgrpo.system.workers import shares
 from fastgrpo.types import PromptBatch, Trajectory
 
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrpo.errors import ConfigError
+from fastgrpo.system.errors import ConfigError
 
 # What the keys mean when a scheduler_config.json leaves them out: diffusers' own defaults for each class.
 _COMMON_DEFAULTS = {

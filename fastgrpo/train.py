@@ -1,11 +1,12 @@
-"""`python -m fastgrpo.train`: the command line of training; commands/train.py does it."""
+"""`python -m fastgrpo.train`: the command line of training; training.py does it."""
 
 import sys
 from collections.abc import Sequence
 
-from fastgrpo.console import run_command
-from fastgrpo.launch import read_launch
-from fastgrpo.settings import parse_command
+from fastgrpo.settings.command_line import parse_command
+from fastgrpo.system.console import run_command
+from fastgrpo.system.launch import read_launch
+from fastgrpo.validation import validate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -13,8 +14,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         config, preset, resumed = parse_command(sys.argv[1:] if argv is None else argv)
+        validate(config)
         read_launch()
-        from fastgrpo.commands.train import start  # only now: it takes seconds
+        from fastgrpo.training import start  # only now: it takes seconds
 
         return start(config, preset, resumed)
 

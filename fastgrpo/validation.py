@@ -4,12 +4,12 @@ import importlib.util
 import math
 from typing import Any
 
-from fastgrpo.config import DIFFUSION_STEPS, TrainConfig, chosen_steps
-from fastgrpo.errors import ConfigError, nearest
-from fastgrpo.evaluation.settings import SUITES
 from fastgrpo.rewards.anchors import load_anchors
 from fastgrpo.rewards.terms import parse_terms
+from fastgrpo.settings.schema import DIFFUSION_STEPS, TrainConfig, chosen_steps
+from fastgrpo.settings.suites import SUITES
 from fastgrpo.shapes.world import HAZARDS
+from fastgrpo.system.errors import ConfigError, nearest
 
 
 def validate(config: TrainConfig) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastgrpo.engine import fixed, graphs
+from fastgrpo.engine import fixed_passes, graphs
 
 PLAIN = (0, 0)
 
@@ -154,7 +154,7 @@ def imitated(monkeypatch: pytest.MonkeyPatch, counts: bool = False) -> Iterator[
     with monkeypatch.context() as patch:
         for name, value in cuda.items():
             patch.setattr(torch.cuda, name, value)
-        for module in (graphs, fixed):
+        for module in (graphs, fixed_passes):
             patch.setattr(module, "memory_pool", lambda _: torch.cuda.graph_pool_handle())
         patch.setattr(graphs, "_WARM_UP", 1)
         patch.setattr(graphs, "_cuda_device", lambda _: torch.device("cpu"))

@@ -9,11 +9,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from fastgrpo.costs import Held, ModelCost, _count_passes
-from fastgrpo.engine.accounting import Accounting, Rows, memory_peak
-from fastgrpo.engine.profile import COSTLIEST, Kernel, kernel_table, profiled
-from fastgrpo.engine.rates import Rates, best_seconds, measure_rates
-from fastgrpo.engine.workers import Workers
+from fastgrpo.costs.counting import Held, ModelCost, _count_passes
+from fastgrpo.costs.profile import COSTLIEST, Kernel, kernel_table, profiled
+from fastgrpo.costs.rates import Rates, best_seconds, measure_rates
+from fastgrpo.costs.throughput import Accounting, Rows, memory_peak
+from fastgrpo.system.workers import Workers
 
 CPU = torch.device("cpu")
 MODEL = ModelCost(
@@ -119,7 +119,7 @@ def test_measured_rates(workers):
 
 def test_a_rate_counts_what_all_workers_do(monkeypatch):
     """With every round a second long: a product of 512 x 512 matrices, and 128 MB read and written, shared out."""
-    monkeypatch.setattr("fastgrpo.engine.rates.best_seconds", lambda call, device: call() and 1.0)
+    monkeypatch.setattr("fastgrpo.costs.rates.best_seconds", lambda call, device: call() and 1.0)
     for workers in (1, 2):
         rates = measure_rates(CPU, torch.float32, Workers(workers))
         assert rates.matmul == workers * 2 * 512**3

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 import fastgrpo  # noqa: F401  (prepares torch's import)
-from fastgrpo.errors import ConfigError
 from fastgrpo.rewards.anchors import ANCHORS, Anchors, load_anchors
+from fastgrpo.system.errors import ConfigError
 
 
 def load(tmp_path, text: str | bytes) -> Anchors:

@@ -21,9 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgrpo
-from fastgrpo.config import ModelConfig
-from fastgrpo.engine import attention
-from fastgrpo.engine.attention import (
+from fastgrpo.settings.schema import ModelConfig
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.workers import Workers
+from fastgrpo.unet import attention
+from fastgrpo.unet.attention import (
     BACKENDS,
     AttentionPlan,
     AttentionProcessor,
@@ -36,10 +38,8 @@ from fastgrpo.engine.attention import (
     tolerance,
     use,
 )
-from fastgrpo.engine.patch import patch_unet
-from fastgrpo.engine.workers import Workers
-from fastgrpo.errors import ConfigError
-from fastgrpo.lora import add_lora
+from fastgrpo.unet.fused import patch_unet
+from fastgrpo.unet.lora import add_lora
 
 CPU = torch.device("cpu")
 REAL = Path(fastgrpo.__file__).parent / "models"

@@ -7,11 +7,11 @@ import pytest
 from test_rewards import AXIS, AXIS_TABLE, TEXTS, TableEncoder, U, reference_direction, unit, write_folder
 
 import fastgrpo  # noqa: F401  (prepares the imports below)
-from fastgrpo.config import RewardConfig
 from fastgrpo.rewards.anchors import ANCHORS, Anchors
-from fastgrpo.rewards.axis import AxisSide, Bins, Spread, anchor_report, axis_report, sample, sweep
+from fastgrpo.rewards.axis.report import AxisSide, Bins, Spread, anchor_report, axis_report, sample, sweep
 from fastgrpo.rewards.encoder import load_encoder
 from fastgrpo.rewards.steering import SteeringReward
+from fastgrpo.settings.schema import RewardConfig
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 
 # isort: split

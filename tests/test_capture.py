@@ -15,20 +15,20 @@ from test_options import altered
 from test_train import config_file  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from fastgrpo.commands.train import iterate
-from fastgrpo.config import TrainConfig
-from fastgrpo.console import Console
-from fastgrpo.costs import count_model
+from fastgrpo.assembly import Parts, load_parts
+from fastgrpo.costs.counting import count_model
+from fastgrpo.costs.memory import memory_plan
 from fastgrpo.engine import graphs
-from fastgrpo.engine.fixed import FixedEngine, Key
+from fastgrpo.engine.fixed_passes import FixedEngine, Key
 from fastgrpo.engine.graphs import StaticCall, capture_all
-from fastgrpo.engine.memory import memory_plan
-from fastgrpo.grpo.micro_batch import Learner, MicroBatch
+from fastgrpo.grpo.loss import Learner, MicroBatch
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.models.check import describe
-from fastgrpo.parts import Parts, load_parts
 from fastgrpo.policy import Policy
-from fastgrpo.settings import load_toml
+from fastgrpo.settings.command_line import load_toml
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.console import Console
+from fastgrpo.training import iterate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import measure

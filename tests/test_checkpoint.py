@@ -11,13 +11,13 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from fastgrpo import checkpoint
-from fastgrpo.checkpoint import TrainerState
-from fastgrpo.config import ModelConfig, OptimConfig, TrainConfig
-from fastgrpo.errors import ConfigError
-from fastgrpo.metrics import MetricsLog, read_metrics
-from fastgrpo.run import claim
-from fastgrpo.trainable import make_trainable
+from fastgrpo.engine.trainable import make_trainable
+from fastgrpo.run import checkpoint
+from fastgrpo.run.checkpoint import TrainerState
+from fastgrpo.run.folder import claim
+from fastgrpo.run.metrics import MetricsLog, read_metrics
+from fastgrpo.settings.schema import ModelConfig, OptimConfig, TrainConfig
+from fastgrpo.system.errors import ConfigError
 
 FILES = (
     "unet/config.json",

@@ -17,10 +17,14 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from fastgrpo.config import ModelConfig
-from fastgrpo.costs import sd1_architecture
-from fastgrpo.engine import compilation
-from fastgrpo.engine.compilation import (
+from fastgrpo.costs.counting import sd1_architecture
+from fastgrpo.engine.graphs import StaticCall, no_host_sync
+from fastgrpo.engine.sampler import Sampler
+from fastgrpo.policy import Policy
+from fastgrpo.schedule import make_schedule
+from fastgrpo.settings.schema import ModelConfig
+from fastgrpo.unet import compilation
+from fastgrpo.unet.compilation import (
     Compilation,
     DoublingUpsample2D,
     Verdict,
@@ -31,13 +35,9 @@ from fastgrpo.engine.compilation import (
     make_example,
     relative_errors,
 )
-from fastgrpo.engine.graphs import StaticCall, no_host_sync
-from fastgrpo.engine.patch import patch_unet
-from fastgrpo.engine.sampling import Sampler
-from fastgrpo.engine.working import computing_unet
-from fastgrpo.lora import add_lora
-from fastgrpo.policy import Network, Policy
-from fastgrpo.schedule import make_schedule
+from fastgrpo.unet.copies import Network, computing_unet
+from fastgrpo.unet.fused import patch_unet
+from fastgrpo.unet.lora import add_lora
 
 ROWS = 5
 

@@ -11,18 +11,19 @@ from test_options import altered
 from test_train import config_file  # noqa: F401 (a fixture)
 from torch.backends import cudnn
 
-from fastgrpo.commands.train import iterate
-from fastgrpo.config import TrainConfig
-from fastgrpo.console import Console
-from fastgrpo.engine import compilation, setup
-from fastgrpo.engine.compilation import check, make_example
-from fastgrpo.engine.convolutions import aside, searching
-from fastgrpo.engine.fixed import FixedEngine
+from fastgrpo.assembly import load_parts
+from fastgrpo.engine import setup
+from fastgrpo.engine.fixed_passes import FixedEngine
 from fastgrpo.engine.setup import Record
-from fastgrpo.grpo.micro_batch import Learner
-from fastgrpo.parts import load_parts
+from fastgrpo.grpo.loss import Learner
 from fastgrpo.policy import Policy
-from fastgrpo.settings import load_toml
+from fastgrpo.settings.command_line import load_toml
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.console import Console
+from fastgrpo.training import iterate
+from fastgrpo.unet import compilation
+from fastgrpo.unet.compilation import check, make_example
+from fastgrpo.unet.convolutions import aside, searching
 
 SEARCHED, PLAIN, ASIDE = (True, False), (False, False), (False, True)
 
@@ -124,7 +125,7 @@ def test_passes_that_are_tried_for_their_size_are_made_aside(
         chosen.append(args)
         return choose(*args)
 
-    monkeypatch.setattr("fastgrpo.parts.micro_batch_finder", lambda *_: find)
+    monkeypatch.setattr("fastgrpo.assembly.micro_batch_finder", lambda *_: find)
     monkeypatch.setattr(setup, "compile_forward", compile_forward)
     monkeypatch.setattr(setup, "_begin", begin_on_a_gpu)
     monkeypatch.setattr(setup.attention, "choose", counted)

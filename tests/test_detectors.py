@@ -23,18 +23,19 @@ from PIL import Image, ImageDraw, ImageFilter
 from safetensors.torch import load, load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
-from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.detectors import nudenet as nudenet_module
 from fastgrpo.evaluation.detectors.base import Finding
-from fastgrpo.evaluation.detectors.clip_images import chunks
-from fastgrpo.evaluation.detectors.hashes import weights_sha256
 from fastgrpo.evaluation.detectors.nudenet import CLASSES, NudeNet, counted, highest_scores, load_nudenet
 from fastgrpo.evaluation.detectors.pickled_array import LARGEST, read_pickled_array
 from fastgrpo.evaluation.detectors.q16 import Q16, load_q16, read_prompts, save_prompts
 from fastgrpo.evaluation.detectors.registry import NAMES, load_detector
 from fastgrpo.evaluation.detectors.safety_checker import load_safety_checker
 from fastgrpo.evaluation.detectors.zero_shot import load_zero_shot
-from fastgrpo.evaluation.settings import (
+from fastgrpo.evaluation.metrics.clip_images import chunks
+from fastgrpo.models.hashes import weights_sha256
+from fastgrpo.rewards.anchors import ANCHORS
+from fastgrpo.rewards.encoder import OpenClipEncoder
+from fastgrpo.settings.suites import (
     SAFE,
     UNSAFE,
     DetectorSettings,
@@ -42,8 +43,7 @@ from fastgrpo.evaluation.settings import (
     Q16Settings,
     SafetyCheckerSettings,
 )
-from fastgrpo.rewards.anchors import ANCHORS
-from fastgrpo.rewards.encoder import OpenClipEncoder
+from fastgrpo.system.errors import ConfigError
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP
 EMBED = 16

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from test_train import config_file  # noqa: F401 (a fixture)
 
-from fastgrpo.checkpoint import read_state
-from fastgrpo.distributed import Ranks
-from fastgrpo.metrics import read_metrics
+from fastgrpo.run.checkpoint import read_state
+from fastgrpo.run.metrics import read_metrics
+from fastgrpo.system.distributed import Ranks
 
 pytestmark = pytest.mark.slow
 

@@ -13,25 +13,25 @@ import torch
 from test_options import altered
 from test_train import config_file  # noqa: F401 (a fixture)
 
-from fastgrpo import train
-from fastgrpo.commands.train import iterate
-from fastgrpo.config import TrainConfig
-from fastgrpo.console import Console
-from fastgrpo.distributed import Ranks
-from fastgrpo.engine import compilation, setup
-from fastgrpo.engine.eager import EagerEngine
-from fastgrpo.engine.fixed import FixedEngine
-from fastgrpo.engine.patch import FusedResnetBlock2D
-from fastgrpo.engine.rates import device_name
+from fastgrpo import train, update
+from fastgrpo.assembly import Parts, load_parts
+from fastgrpo.costs.rates import device_name
+from fastgrpo.engine import setup
+from fastgrpo.engine.fixed_passes import FixedEngine
+from fastgrpo.engine.passes import EagerEngine
 from fastgrpo.engine.setup import Record, decoded_at_once, micro_batch_finder
-from fastgrpo.engine.working import computing_unet
-from fastgrpo.grpo import update
-from fastgrpo.grpo.micro_batch import Learner, MicroBatch, blank_batch
+from fastgrpo.grpo.loss import Learner, MicroBatch, blank_batch
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.models.check import describe
-from fastgrpo.parts import Parts, load_parts
 from fastgrpo.policy import Policy
-from fastgrpo.settings import find_preset, load_toml
+from fastgrpo.settings.command_line import find_preset, load_toml
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.console import Console
+from fastgrpo.system.distributed import Ranks
+from fastgrpo.training import iterate
+from fastgrpo.unet import compilation
+from fastgrpo.unet.copies import computing_unet
+from fastgrpo.unet.fused import FusedResnetBlock2D
 
 
 @pytest.fixture(scope="module")

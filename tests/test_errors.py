@@ -24,7 +24,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_train import config_file  # noqa: F401 (a fixture)
 
-from fastgrpo import checkpoint, estimate, export, inspect, report, sample, train
+from fastgrpo import estimate, export, inspect, report, sample, train
+from fastgrpo.run import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 GO_ON_FROM = "the newest checkpoint is run/checkpoints/iter-000002"
@@ -537,7 +538,8 @@ REWARDS = [
         MINE,
         given=(
             raises(
-                "fastgrpo.run.pictures.write_image", OSError(28, "No space left on device", "run/broken_reward.png")
+                "fastgrpo.run.folder.pictures.write_image",
+                OSError(28, "No space left on device", "run/broken_reward.png"),
             ),
         ),
         code=1,
@@ -873,7 +875,7 @@ RUNS = [
         "GPU's memory full",
         TRAIN,
         "the GPU's memory is full: lower micro_batch, rollout.batch, rollout.decode_batch or reward.batch; there is no checkpoint yet.",
-        given=(raises("fastgrpo.commands.train.rollout", torch.OutOfMemoryError("CUDA out of memory")),),
+        given=(raises("fastgrpo.training.rollout", torch.OutOfMemoryError("CUDA out of memory")),),
         code=1,
         loaded="model",
         leaves=A_RUN,
@@ -882,7 +884,7 @@ RUNS = [
         "memory full",
         TRAIN,
         "the memory is full: lower micro_batch, rollout.batch, rollout.decode_batch or reward.batch; there is no checkpoint yet.",
-        given=(raises("fastgrpo.commands.train.rollout", RuntimeError(NO_MEMORY)),),
+        given=(raises("fastgrpo.training.rollout", RuntimeError(NO_MEMORY)),),
         code=1,
         loaded="model",
         leaves=A_RUN,
@@ -891,7 +893,7 @@ RUNS = [
         "memory full while loading",
         TRAIN,
         "the memory is full: lower ...; there is no checkpoint yet.",
-        given=(raises("fastgrpo.parts.load_policy", MemoryError()),),
+        given=(raises("fastgrpo.assembly.load_policy", MemoryError()),),
         code=1,
         loaded="encoder",
     ),
@@ -899,7 +901,7 @@ RUNS = [
         "Ctrl-C while loading",
         TRAIN,
         "stopped; no iteration was begun.",
-        given=(raises("fastgrpo.parts.load_policy", KeyboardInterrupt()),),
+        given=(raises("fastgrpo.assembly.load_policy", KeyboardInterrupt()),),
         code=130,
         loaded="encoder",
     ),
@@ -909,7 +911,7 @@ OTHER_COMMANDS = [
         "sample with the memory full",
         "run",
         "the memory is full; no comparison was written.",
-        given=(finished_run, raises("fastgrpo.commands.sample.load_policy", RuntimeError(NO_MEMORY))),
+        given=(finished_run, raises("fastgrpo.run.sample.load_policy", RuntimeError(NO_MEMORY))),
         code=1,
         command=sample.main,
     ),
@@ -917,7 +919,7 @@ OTHER_COMMANDS = [
         "sample with the GPU's memory full",
         "run",
         "the GPU's memory is full; no comparison was written.",
-        given=(finished_run, raises("fastgrpo.commands.sample.load_policy", torch.OutOfMemoryError("CUDA"))),
+        given=(finished_run, raises("fastgrpo.run.sample.load_policy", torch.OutOfMemoryError("CUDA"))),
         code=1,
         command=sample.main,
     ),
@@ -925,7 +927,7 @@ OTHER_COMMANDS = [
         "estimate with the memory full",
         "tiny.toml",
         "the memory is full.",
-        given=(raises("fastgrpo.commands.estimate.count_model", MemoryError()),),
+        given=(raises("fastgrpo.costs.estimate.count_model", MemoryError()),),
         code=1,
         command=estimate.main,
     ),

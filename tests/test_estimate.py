@@ -16,10 +16,9 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from fastgrpo import costs, estimate
-from fastgrpo.commands.estimate import compute_dtype, iteration_work
-from fastgrpo.config import ModelConfig, RewardConfig, TrainConfig
-from fastgrpo.costs import (
+from fastgrpo import estimate
+from fastgrpo.costs import counting
+from fastgrpo.costs.counting import (
     EncoderCost,
     Held,
     ModelCost,
@@ -28,11 +27,13 @@ from fastgrpo.costs import (
     saved_bytes,
     sd1_architecture,
 )
-from fastgrpo.engine.memory import candidates, iteration_of, memory_plan, peak
-from fastgrpo.errors import ConfigError
+from fastgrpo.costs.estimate import compute_dtype, iteration_work
+from fastgrpo.costs.memory import candidates, iteration_of, memory_plan, peak
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.schedule import make_schedule
-from fastgrpo.settings import find_preset, load_toml
+from fastgrpo.settings.command_line import find_preset, load_toml
+from fastgrpo.settings.schema import ModelConfig, RewardConfig, TrainConfig
+from fastgrpo.system.errors import ConfigError
 from fastgrpo.validation import validate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +113,7 @@ def test_own_kernels_save_less(sd15):
             one.register_forward_hook(lambda one, inputs, output: spared.append(2 * output.numel()))
     unet.conv_norm_out.register_forward_hook(lambda one, inputs, output: spared.append(2 * output.numel()))
     with torch.no_grad():
-        unet(*costs.unet_inputs(unet, modules["text_encoder"], 1, torch.float32))
+        unet(*counting.unet_inputs(unet, modules["text_encoder"], 1, torch.float32))
     assert len(spared) == 2 * 22 + 16 + 1
     # Statistics are float32 then, two numbers a group: far below 1% of a map.
     assert sd15.activations - fused.activations == pytest.approx(sum(spared), rel=0.01)
@@ -122,12 +123,12 @@ def test_own_kernels_save_less(sd15):
 def test_whose_configs_are_counted(tmp_path):
     """A model's own where they are here; SD 1.x's where the hub would have to be asked for the pipeline."""
     bundled = sd1_architecture()
-    assert costs.find_architecture(ModelConfig(path="someone/new", unet="someone/else")) == (bundled, False)
-    description, known = costs.find_architecture(ModelConfig(path="shapes", unet="someone/else"))
+    assert counting.find_architecture(ModelConfig(path="someone/new", unet="someone/else")) == (bundled, False)
+    description, known = counting.find_architecture(ModelConfig(path="shapes", unet="someone/else"))
     assert known
     assert description.unet["sample_size"] == 8
     with pytest.raises(ConfigError, match=r"model\.path is 'nowhere'"):
-        costs.find_architecture(ModelConfig(path="nowhere"))
+        counting.find_architecture(ModelConfig(path="nowhere"))
 
 
 class Small(nn.Module):
@@ -164,7 +165,7 @@ def test_held_bytes_closed_form():
             return ((x @ self.first) @ self.second,)
 
     inputs = [(torch.empty(samples, 1000, device="meta"),) for samples in (2, 4)]
-    saving, learning = costs.held_bytes(Twice(), inputs)
+    saving, learning = counting.held_bytes(Twice(), inputs)
     assert saving == 4 * (10 + 1000)  # the hidden row and the output's, for one sample; the input is not computed
     # First the second weight's gradient, while the hidden and the output's rows and their gradients are there; then also
     # the first one's, when the hidden rows themselves have gone.
@@ -177,7 +178,7 @@ def test_held_bytes_closed_form():
 def test_only_lines_that_are_ever_on_top_are_kept():
     generator = torch.Generator().manual_seed(0)
     lines = {tuple(line) for line in torch.randint(0, 1000, (200, 2), generator=generator).tolist()}
-    kept = costs._upper(lines)
+    kept = counting._upper(lines)
     for samples in (*range(50), 1000, 10**6):
         assert Held(kept).bytes(samples) == Held(tuple(lines)).bytes(samples)
     assert len(kept) < 20
@@ -212,7 +213,7 @@ def test_saved_activations_are_what_a_real_unet_saves(tiny_pipeline):
 
 def test_live_bytes_closed_form():
     x = torch.empty(100, device="meta")
-    with costs._LiveBytes() as live:
+    with counting._LiveBytes() as live:
         y = x + 1  # 400 bytes
         y.view(10, 10).mul_(2)  # a view, and in place: nothing new
         z = y + 1  # 800
@@ -247,7 +248,7 @@ def test_lora_parameters_and_passes(sd15, sd15_lora):
 def test_every_encoder_notation_is_counted_without_weights(caplog):
     shapes = count_encoder("shapes")
     assert shapes.parameters == 627_745
-    assert count_encoder(costs.SHAPES_ENCODER) == shapes
+    assert count_encoder(counting.SHAPES_ENCODER) == shapes
     assert count_encoder("ViT-B/32:not-a-file.pt").parameters == 151_277_313  # CLIP's published count
     assert not caplog.records
     for spec in ("hf-hub:someone/encoder", "ViT-Q-3:openai"):
@@ -341,7 +342,7 @@ def test_replay_adds_a_forward_pass_of_every_pair_that_the_first_step_does_not_h
 
 def test_encoders_of_terms_count_once():
     def specs(*terms, **fields):
-        return costs.encoder_specs(RewardConfig(terms=terms, **fields))
+        return counting.encoder_specs(RewardConfig(terms=terms, **fields))
 
     assert specs("steering", "clip=0.5") == ("hpsv2",)
     assert specs("steering", "clip", "hpsv2", encoder="shapes", clip_encoder="ViT-L-14:openai") == (

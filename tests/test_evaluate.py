@@ -16,26 +16,26 @@ from safetensors.torch import save_file
 from test_mask2former import tiny_model
 
 from fastgrpo import evaluate, train
-from fastgrpo.errors import ConfigError
-from fastgrpo.evaluation import compare
-from fastgrpo.evaluation import images as images_module
-from fastgrpo.evaluation.before_after import read_evaluation
 from fastgrpo.evaluation.detectors.base import Finding
-from fastgrpo.evaluation.images import Drawing, ImageFolder, Wanted
-from fastgrpo.evaluation.inception import InceptionV3
-from fastgrpo.evaluation.settings import AllSettings, SuiteSettings
+from fastgrpo.evaluation.images import folder as images_module
+from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, Wanted
+from fastgrpo.evaluation.metrics.inception import InceptionV3
+from fastgrpo.evaluation.results import comparison
+from fastgrpo.evaluation.results.before_after import read_evaluation
+from fastgrpo.evaluation.results.tables import escape, one_line
 from fastgrpo.evaluation.suites import base
-from fastgrpo.evaluation.suites.attacks import PromptSuite
 from fastgrpo.evaluation.suites.base import Loader, Metric
-from fastgrpo.evaluation.suites.composition import GenEvalSuite
-from fastgrpo.evaluation.suites.detected import ALL
-from fastgrpo.evaluation.suites.inappropriate import BY_SIZE, PLAIN, I2PSuite, NuditySuite
+from fastgrpo.evaluation.suites.custom import PromptSuite
+from fastgrpo.evaluation.suites.detector_suite import ALL
+from fastgrpo.evaluation.suites.geneval import GenEvalSuite
+from fastgrpo.evaluation.suites.i2p import BY_SIZE, PLAIN, I2PSuite, NuditySuite
+from fastgrpo.evaluation.suites.prompt_table import PromptRow, wanted
 from fastgrpo.evaluation.suites.registry import Overrides, make_suites
-from fastgrpo.evaluation.suites.rows import PromptRow, wanted
-from fastgrpo.evaluation.tables import escape, one_line
 from fastgrpo.rewards.encoder import load_encoder
-from fastgrpo.settings import find_preset, load_toml
+from fastgrpo.settings.command_line import find_preset, load_toml
+from fastgrpo.settings.suites import AllSettings, SuiteSettings
 from fastgrpo.shapes.world import HAZARDS, TASKS
+from fastgrpo.system.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -373,7 +373,7 @@ def test_geneval_is_the_mean_of_the_tasks(tmp_path: Path) -> None:
     some = {id: value for id, value in correct.items() if task_of[id] != "colors" or value}
     (metric,) = scored.metrics
     one, two = replace(metric, values=some), replace(metric, values={id: 1 - value for id, value in some.items()})
-    (entry,) = compare.compare_metrics([one], [two], {row.id: row.prompt for row in suite.wanted})
+    (entry,) = comparison.compare_metrics([one], [two], {row.id: row.prompt for row in suite.wanted})
     mean = np.mean([np.mean([value for id, value in some.items() if task_of[id] == task]) for task in TASKS])
     assert (entry["a"], entry["b"]) == pytest.approx((mean, 1 - mean), abs=1e-12)
     assert abs(np.mean(list(some.values())) - mean) > 0.01
@@ -473,7 +473,7 @@ def test_comparing_finds_the_flips_and_the_pictures(results: Path, tmp_path: Pat
 
 
 def test_a_model_compared_with_itself_does_not_differ(results: Path) -> None:
-    (found,) = compare.compare_stages(results / "before", results / "before")
+    (found,) = comparison.compare_stages(results / "before", results / "before")
     assert [(e["difference"], e["p"]) for e in found.compared] == [(0.0, 1.0)] * 3
 
 
@@ -493,12 +493,12 @@ def test_only_the_same_prompts_seeds_and_judges_are_compared(results: Path, tmp_
         for path, data in zip(paths, (manifest, verdicts), strict=True):
             path.write_text(json.dumps(data))
         with pytest.raises(ConfigError, match=says):
-            compare.compare_stages(results / "before", stage)
-    assert compare.find_stage(tmp_path) == stage
+            comparison.compare_stages(results / "before", stage)
+    assert comparison.find_stage(tmp_path) == stage
     with pytest.raises(ConfigError, match="accepted is one of these"):
-        compare.find_stage(results)
+        comparison.find_stage(results)
     with pytest.raises(ConfigError, match="there are no results in it"):
-        compare.find_stage(results / "before" / "shapes" / "images")
+        comparison.find_stage(results / "before" / "shapes" / "images")
 
 
 def test_the_pictures_shown_changed_most(tmp_path: Path) -> None:
@@ -509,8 +509,8 @@ def test_the_pictures_shown_changed_most(tmp_path: Path) -> None:
     values = {row.id: 0.0 for row in rows}
     one = [Metric("unsafe", True, values, "lower")]
     two = [Metric("unsafe", True, values | {"1": 1.0, "4": 1.0}, "lower")]
-    assert compare.most_changed(one, two, files, 4) == ["4", "1", "8", "7"]  # flips first, then pixels
-    sheet = compare.changes_sheet(one, two, (first.path, second.path), {row.id: row.text for row in rows})
+    assert comparison.most_changed(one, two, files, 4) == ["4", "1", "8", "7"]  # flips first, then pixels
+    sheet = comparison.changes_sheet(one, two, (first.path, second.path), {row.id: row.text for row in rows})
     assert sheet.width < 1000  # no prompt makes it wider
 
 

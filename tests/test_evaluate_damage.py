@@ -13,23 +13,23 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgrpo.errors import ConfigError
-from fastgrpo.evaluation import images as images_module
-from fastgrpo.evaluation import outcome
-from fastgrpo.evaluation.compare import changes_sheet, compare_metrics, compare_stages
 from fastgrpo.evaluation.detectors.base import Finding
 from fastgrpo.evaluation.detectors.zero_shot import ZeroShot, load_zero_shot
-from fastgrpo.evaluation.images import Drawing, ImageFolder, Wanted, read_image
-from fastgrpo.evaluation.judged import findings, judged
-from fastgrpo.evaluation.paired import MCNEMAR
+from fastgrpo.evaluation.images import folder as images_module
+from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, Wanted, read_image
+from fastgrpo.evaluation.images.judgements import findings, judged
+from fastgrpo.evaluation.results import file as outcome
+from fastgrpo.evaluation.results.comparison import changes_sheet, compare_metrics, compare_stages
+from fastgrpo.evaluation.results.image_scores import write_verdicts
+from fastgrpo.evaluation.results.tables import escape
+from fastgrpo.evaluation.statistics.paired_tests import MCNEMAR
 from fastgrpo.evaluation.suites import base
-from fastgrpo.evaluation.suites.attacks import PromptSuite
 from fastgrpo.evaluation.suites.base import Loader, Metric, Scored
-from fastgrpo.evaluation.suites.composition import GenEvalSuite
-from fastgrpo.evaluation.suites.inappropriate import I2PSuite, NuditySuite
-from fastgrpo.evaluation.suites.rows import PromptRow, read_rows, wanted
-from fastgrpo.evaluation.tables import escape
-from fastgrpo.evaluation.verdicts import write_verdicts
+from fastgrpo.evaluation.suites.custom import PromptSuite
+from fastgrpo.evaluation.suites.geneval import GenEvalSuite
+from fastgrpo.evaluation.suites.i2p import I2PSuite, NuditySuite
+from fastgrpo.evaluation.suites.prompt_table import PromptRow, read_rows, wanted
+from fastgrpo.system.errors import ConfigError
 
 DRAWING = Drawing("none", {"unet": "0"}, 1, 1.0, "fp32", 16)
 ROWS = tuple(Wanted(f"{i}", f"p{i}", "x", i, 5.0) for i in range(6))

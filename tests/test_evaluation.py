@@ -11,11 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastgrpo.config import EvalConfig, ModelConfig, PromptsConfig, TrainConfig
-from fastgrpo.engine.workers import Workers
-from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation import suite as suite_module
-from fastgrpo.evaluation.before_after import (
+from fastgrpo.evaluation.detectors import OracleDetector
+from fastgrpo.evaluation.held_out_reward import HeldOutReward
+from fastgrpo.evaluation.results.before_after import (
     Change,
     Comparison,
     changes,
@@ -23,18 +22,19 @@ from fastgrpo.evaluation.before_after import (
     read_evaluation,
     write_evaluation,
 )
-from fastgrpo.evaluation.before_after import verdicts as outcome_sentences
-from fastgrpo.evaluation.compare import compare_examined
-from fastgrpo.evaluation.detectors import OracleDetector
-from fastgrpo.evaluation.held_out import HeldOutReward
-from fastgrpo.evaluation.intervals import mean_of_rates, wilson
-from fastgrpo.evaluation.result import Evaluation, Examined, Row
+from fastgrpo.evaluation.results.before_after import verdicts as outcome_sentences
+from fastgrpo.evaluation.results.comparison import compare_examined
+from fastgrpo.evaluation.results.summary import Evaluation, Examined, Row
+from fastgrpo.evaluation.statistics.intervals import mean_of_rates, wilson
 from fastgrpo.evaluation.suite import Suite, make_suite
 from fastgrpo.rewards.registry import load_reward
 from fastgrpo.schedule import make_schedule
-from fastgrpo.settings import find_preset, load_toml
+from fastgrpo.settings.command_line import find_preset, load_toml
+from fastgrpo.settings.schema import EvalConfig, ModelConfig, PromptsConfig, TrainConfig
 from fastgrpo.shapes.captions import heldout_prompts, parse, scene_for
 from fastgrpo.shapes.world import HAZARDS, TASKS, draw
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.workers import Workers
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
 from fastgrpo.validation import validate
 

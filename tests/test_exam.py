@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from test_train import Darkness, config_file  # noqa: F401 (a fixture)
 
-from fastgrpo import exam
-from fastgrpo.config import TrainConfig
-from fastgrpo.console import Console
-from fastgrpo.evaluation.before_after import read_evaluation
+from fastgrpo.assembly import Parts, load_parts
+from fastgrpo.evaluation import exam
+from fastgrpo.evaluation.exam import Exam, Examinee
+from fastgrpo.evaluation.results.before_after import read_evaluation
 from fastgrpo.evaluation.stages import read_stage
 from fastgrpo.evaluation.suite import Suite
-from fastgrpo.exam import Exam
-from fastgrpo.parts import Parts, load_parts
-from fastgrpo.settings import load_toml
+from fastgrpo.settings.command_line import load_toml
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.console import Console
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 
 PROMPTS = [Prompt("a gun", NEGATIVE, "violence", i) for i in range(5)] + [Prompt("a cat", POSITIVE, "counting", 9)]
@@ -47,7 +47,8 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def examined(run: Path, parts: Parts, config: TrainConfig) -> Exam:
     """A new process's exam of the policy before training."""
     run.mkdir(exist_ok=True)
-    made = Exam(run, config, parts, Console(quiet=True))
+    examinee = Examinee(parts.policy, None, parts.prompts, parts.eval_schedule, held_out=parts.held_out)
+    made = Exam(run, config, examinee, Console(quiet=True))
     made.before()
     return made
 

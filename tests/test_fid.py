@@ -14,15 +14,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy.linalg import sqrtm
 
-from fastgrpo.errors import ConfigError
-from fastgrpo.evaluation import fid as fid_module
-from fastgrpo.evaluation import inception as inception_module
-from fastgrpo.evaluation.fid import fid, folder_features, folder_images, frechet, influence
-from fastgrpo.evaluation.images import Wanted
-from fastgrpo.evaluation.inception import WIDTH, Inception, InceptionV3, load_inception, prepare
-from fastgrpo.evaluation.intervals import DELTA, distance
-from fastgrpo.evaluation.outcome import number_json
+from fastgrpo.evaluation.images.folder import Wanted
+from fastgrpo.evaluation.metrics import fid as fid_module
+from fastgrpo.evaluation.metrics import inception as inception_module
+from fastgrpo.evaluation.metrics.fid import fid, folder_features, folder_images, frechet, influence
+from fastgrpo.evaluation.metrics.inception import WIDTH, Inception, InceptionV3, load_inception, prepare
+from fastgrpo.evaluation.results.file import number_json
+from fastgrpo.evaluation.statistics.intervals import DELTA, distance
 from fastgrpo.evaluation.suites.captions import FidSuite
+from fastgrpo.system.errors import ConfigError
 
 SIZES = [(37, 53), (400, 311), (299, 299), (1, 700), (64, 64)]  # width, height
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo import checkpoint
-from fastgrpo.errors import ConfigError
-from fastgrpo.files import sync_folder, sync_tree, write_atomically
-from fastgrpo.metrics import MetricsLog, read_metrics
-from fastgrpo.run import claim
+from fastgrpo.run import checkpoint
+from fastgrpo.run.folder import claim
+from fastgrpo.run.metrics import MetricsLog, read_metrics
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.files import sync_folder, sync_tree, write_atomically
 
 
 def failing(call: Callable, code: int, concerns: Callable[..., bool] = lambda *_: True) -> Callable:

@@ -11,21 +11,22 @@ from safetensors.torch import load_file, save_file
 from test_train import config_file  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from fastgrpo import evaluate, pictures, sample, train
-from fastgrpo.config import ModelConfig, RolloutConfig, TrainConfig
-from fastgrpo.engine.eager import EagerEngine
-from fastgrpo.errors import ConfigError
-from fastgrpo.evaluation.drawing import make_painter, model_hashes
-from fastgrpo.evaluation.images import Drawing, ImageFolder, Pictures, Wanted
-from fastgrpo.evaluation.judged import judged
+from fastgrpo import evaluate, sample, train
+from fastgrpo.engine.passes import EagerEngine
+from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, Pictures, Wanted
+from fastgrpo.evaluation.images.judgements import judged
+from fastgrpo.evaluation.images.painters import make_painter, model_hashes
 from fastgrpo.evaluation.suite import Suite
-from fastgrpo.files import file_sha256
-from fastgrpo.finite import BrokenPicture, Request
-from fastgrpo.grpo.micro_batch import Learner
+from fastgrpo.grpo.loss import Learner
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.rollout import rollout
 from fastgrpo.rollout import sample as draw
 from fastgrpo.schedule import Schedule, make_schedule
+from fastgrpo.settings.schema import ModelConfig, RolloutConfig, TrainConfig
+from fastgrpo.system import pictures
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.files import file_sha256
+from fastgrpo.system.finite import BrokenPicture, Request
 from fastgrpo.types import Prompt, PromptBatch
 
 CPU = torch.device("cpu")
@@ -220,7 +221,7 @@ def test_a_training_ends_with_the_evidence(
     model = spoilt(tiny_pipeline, tmp_path / "model", "vae", "decoder.conv_out.weight")
     run = tmp_path / "run"
     argv = [str(config_file), "--model.path", str(model), "--run", str(run), "--reward.terms", "incompressibility"]
-    monkeypatch.setattr("fastgrpo.exam.Exam.before", lambda exam: {})  # which would have stopped it already
+    monkeypatch.setattr("fastgrpo.evaluation.exam.Exam.before", lambda exam: {})  # which would have stopped it already
     assert train.main(argv) == 1
     said = capsys.readouterr().err
     record = json.loads((run / "broken_picture.json").read_text())

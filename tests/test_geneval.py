@@ -16,10 +16,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgrpo.errors import ConfigError
-from fastgrpo.evaluation import geneval
-from fastgrpo.evaluation.geneval import Detected, coloured, judge, judge_images, keep, read_metadata, relations, scores
+from fastgrpo.evaluation.metrics import geneval_rules as geneval
+from fastgrpo.evaluation.metrics.geneval_rules import (
+    Detected,
+    coloured,
+    judge,
+    judge_images,
+    keep,
+    read_metadata,
+    relations,
+    scores,
+)
 from fastgrpo.prompts.geneval import CLASSES, COLORS, geneval_metadata
+from fastgrpo.system.errors import ConfigError
 
 OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "geneval_metadata.jsonl"
 SOURCE = "official" if OFFICIAL.is_file() else "generated"

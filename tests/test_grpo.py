@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from fastgrpo.config import GrpoConfig, ModelConfig, OptimConfig, RolloutConfig, TrainConfig
-from fastgrpo.engine.eager import EagerEngine
+from fastgrpo.engine.passes import EagerEngine
+from fastgrpo.engine.trainable import Trainable
 from fastgrpo.engine.weights import FlatWeights
-from fastgrpo.errors import ConfigError
-from fastgrpo.grpo.advantage import advantages, learned_from
-from fastgrpo.grpo.micro_batch import Learner
+from fastgrpo.grpo.advantages import advantages, learned_from
+from fastgrpo.grpo.loss import Learner
 from fastgrpo.grpo.steps import steps_of_samples, trained_steps, window_start
-from fastgrpo.grpo.update import update
 from fastgrpo.kernels.clipped_loss import clipped_loss
 from fastgrpo.policy import load_policy
 from fastgrpo.rollout import rollout
 from fastgrpo.schedule import make_schedule
-from fastgrpo.trainable import Trainable
+from fastgrpo.settings.schema import GrpoConfig, ModelConfig, OptimConfig, RolloutConfig, TrainConfig
+from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import Prompt, PromptBatch, Rewards
+from fastgrpo.update import update
 
 CPU = torch.device("cpu")
 STEPS, PROMPTS, GROUP = 3, 2, 3

@@ -12,11 +12,8 @@ from diffusers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, Stable
 from PIL import Image
 
 from fastgrpo import rollout
-from fastgrpo.config import ModelConfig
-from fastgrpo.errors import ConfigError
-from fastgrpo.evaluation import images as images_module
-from fastgrpo.evaluation.drawing import DdimPainter, check_sizes, make_painter, make_scheduler, model_hashes
-from fastgrpo.evaluation.images import (
+from fastgrpo.evaluation.images import folder as images_module
+from fastgrpo.evaluation.images.folder import (
     Drawing,
     ImageFolder,
     Part,
@@ -24,10 +21,13 @@ from fastgrpo.evaluation.images import (
     batches,
     read_image,
 )
-from fastgrpo.evaluation.judged import judged
-from fastgrpo.evaluation.suites.rows import PromptRow, read_rows, wanted
+from fastgrpo.evaluation.images.judgements import judged
+from fastgrpo.evaluation.images.painters import DdimPainter, check_sizes, make_painter, make_scheduler, model_hashes
+from fastgrpo.evaluation.suites.prompt_table import PromptRow, read_rows, wanted
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.schedule import Schedule, make_schedule
+from fastgrpo.settings.schema import ModelConfig
+from fastgrpo.system.errors import ConfigError
 
 CPU = torch.device("cpu")
 STEPS = 2
@@ -263,8 +263,8 @@ def test_impossible_sizes_and_broken_images_are_named(policy: Policy, whole: Ima
 
 
 def test_a_judge_is_asked_once_and_again_when_it_changes(whole: ImageFolder, monkeypatch) -> None:
-    monkeypatch.setattr("fastgrpo.evaluation.judged.BATCH", 4)
-    monkeypatch.setattr("fastgrpo.evaluation.judged.KEPT_EVERY", 1)
+    monkeypatch.setattr("fastgrpo.evaluation.images.judgements.BATCH", 4)
+    monkeypatch.setattr("fastgrpo.evaluation.images.judgements.KEPT_EVERY", 1)
     asked: list[str] = []
 
     def judge(pictures, rows):

@@ -9,10 +9,10 @@ import pytest
 from test_train import config_file  # noqa: F401 (a fixture)
 
 from fastgrpo import evaluate, train
-from fastgrpo.evaluation.images import Wanted
-from fastgrpo.evaluation.in_training import share
-from fastgrpo.metrics import read_metrics
-from fastgrpo.settings import load_toml
+from fastgrpo.evaluation.during_training import share
+from fastgrpo.evaluation.images.folder import Wanted
+from fastgrpo.run.metrics import read_metrics
+from fastgrpo.settings.command_line import load_toml
 
 PROMPTS = "prompt,category\na cat,animals\nblood,other\na gun,other\nthe sea,other\na red house,other\n"
 QUICK = 0.4  # of five prompts, two
@@ -140,7 +140,7 @@ def test_mistakes_name_the_field_before_a_model_is_loaded(
     monkeypatch,
     capsys,
 ) -> None:
-    monkeypatch.setattr("fastgrpo.parts.load_policy", None)
+    monkeypatch.setattr("fastgrpo.assembly.load_policy", None)
     run = tmp_path / "run"
     assert train.main([str(config_file), "--run", str(run), "--eval.suites", *given.split()]) == 2
     assert says in capsys.readouterr().err

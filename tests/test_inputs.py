@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from test_train import config_file  # noqa: F401 (a fixture)
 
 from fastgrpo import train
-from fastgrpo.config import TrainConfig
-from fastgrpo.inputs import changed_inputs, input_digests, weights_digest
-from fastgrpo.parts import load_parts
-from fastgrpo.settings import changed_fields, load_toml
+from fastgrpo.assembly import load_parts
+from fastgrpo.run.inputs import changed_inputs, input_digests, weights_digest
+from fastgrpo.settings.command_line import changed_fields, load_toml
+from fastgrpo.settings.schema import TrainConfig
 
 REWARD = "def brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n"
 ANCHORS = 'safe = ["a safe picture"]\nunsafe = ["an unsafe picture"]\n'

@@ -16,9 +16,9 @@ from test_rewards import reference_direction, unit, write_folder
 from fastgrpo import inspect
 from fastgrpo.prompts import load_prompts
 from fastgrpo.rewards.anchors import ANCHORS
-from fastgrpo.rewards.axis import sample
+from fastgrpo.rewards.axis.report import sample
 from fastgrpo.rewards.encoder import load_encoder
-from fastgrpo.settings import find_preset, load_toml
+from fastgrpo.settings.command_line import find_preset, load_toml
 from fastgrpo.types import NEGATIVE, POSITIVE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -280,7 +280,7 @@ def test_no_picture_is_drawn_unasked(tiny, tmp_path, capsys, monkeypatch):
 )
 def test_refusals_before_the_encoder_is_loaded(tiny, tmp_path, capsys, monkeypatch, flags, complaint):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastgrpo.commands.inspect.load_encoder", lambda *_: pytest.fail("the encoder was loaded"))
+    monkeypatch.setattr("fastgrpo.rewards.axis.text.load_encoder", lambda *_: pytest.fail("the encoder was loaded"))
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "closed").mkdir(mode=0o500)

@@ -10,12 +10,12 @@ import torch
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageFont, features
 
-from fastgrpo import pictures
-from fastgrpo.console import complain
-from fastgrpo.lettering import fitted, font
-from fastgrpo.prompts.lengths import truncation_lines
+from fastgrpo.prompts.truncation import truncation_lines
+from fastgrpo.system import pictures
+from fastgrpo.system.console import complain
+from fastgrpo.system.lettering import fitted, font
+from fastgrpo.system.wording import cut, cut_middle, quoted
 from fastgrpo.types import NEGATIVE, Prompt
-from fastgrpo.wording import cut, cut_middle, quoted
 
 SIZE, WIDTH = 12, 200
 FILE = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"

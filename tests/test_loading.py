@@ -14,8 +14,6 @@ from test_models import assert_equal, bundled, original_shapes, refusal, write_h
 from transformers import AddedToken, CLIPTokenizer
 
 from fastgrpo import evaluate
-from fastgrpo.config import ModelConfig
-from fastgrpo.errors import ConfigError
 from fastgrpo.models.check import describe
 from fastgrpo.models.load import load_components
 from fastgrpo.models.save import save_pipeline
@@ -23,7 +21,9 @@ from fastgrpo.models.tokenizer import build_tokenizer
 from fastgrpo.policy import load_policy
 from fastgrpo.rollout import sample
 from fastgrpo.schedule import make_schedule
-from fastgrpo.settings import parse_flags
+from fastgrpo.settings.command_line import parse_flags
+from fastgrpo.settings.schema import ModelConfig
+from fastgrpo.system.errors import ConfigError
 
 CPU = torch.device("cpu")
 PROMPT = "a red cube"

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import fastgrpo  # noqa: F401  (prepares the imports below)
-from fastgrpo import checkpoint
-from fastgrpo.config import ModelConfig
-from fastgrpo.errors import ConfigError
 from fastgrpo.rewards.encoder import _wants_quick_gelu, load_encoder
-from fastgrpo.tuned import load_unet, read_adapters
+from fastgrpo.run import checkpoint
+from fastgrpo.run.trained import load_unet, read_adapters
+from fastgrpo.settings.schema import ModelConfig
+from fastgrpo.system.errors import ConfigError
 
 # isort: split
 import open_clip

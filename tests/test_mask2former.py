@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import fastgrpo  # noqa: F401  (prepares the imports below)
-from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.detectors.colours import TEMPLATES, cut_out, load_clip_colours
-from fastgrpo.evaluation.detectors.hashes import weights_sha256
 from fastgrpo.evaluation.detectors.mask2former import detect, load_mask2former, prepare, resized_size
-from fastgrpo.evaluation.geneval import Detected, judge_images
+from fastgrpo.evaluation.metrics.geneval_rules import Detected, judge_images
+from fastgrpo.models.hashes import weights_sha256
 from fastgrpo.prompts.geneval import CLASSES, COLORS
 from fastgrpo.rewards.encoder import SHAPES_ENCODER
+from fastgrpo.system.errors import ConfigError
 
 # isort: split
 import open_clip

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastgrpo.config import TrainConfig
-from fastgrpo.costs import EncoderCost, Held, ModelCost
-from fastgrpo.engine.memory import (
+from fastgrpo.costs.counting import EncoderCost, Held, ModelCost
+from fastgrpo.costs.memory import (
     Iteration,
     beside_a_pass,
     candidates,
@@ -25,7 +24,8 @@ from fastgrpo.engine.memory import (
     predicted_micro_batch,
     timed,
 )
-from fastgrpo.settings import find_preset, load_toml
+from fastgrpo.settings.command_line import find_preset, load_toml
+from fastgrpo.settings.schema import TrainConfig
 
 R1 = replace(load_toml(find_preset("safediffusion-r1")), micro_batch=4)
 # A model whose costs are primes, so that no two different sums of them agree by accident. Up to ten samples its backward

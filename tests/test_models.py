@@ -21,8 +21,6 @@ from safetensors.torch import load_file, save_file
 from sd_pipelines import KINDS, REVISION
 
 import fastgrpo.models
-from fastgrpo.config import ModelConfig
-from fastgrpo.errors import ConfigError
 from fastgrpo.models.check import SHAPES_PIPELINE, check_model, describe
 from fastgrpo.models.configs import Description
 from fastgrpo.models.load import load_components
@@ -32,6 +30,8 @@ from fastgrpo.models.tokenizer import build_tokenizer
 from fastgrpo.policy import load_policy
 from fastgrpo.rollout import sample
 from fastgrpo.schedule import make_schedule
+from fastgrpo.settings.schema import ModelConfig
+from fastgrpo.system.errors import ConfigError
 
 CPU = torch.device("cpu")
 PARTS = ("unet", "vae", "text_encoder")

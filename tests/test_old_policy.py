@@ -9,18 +9,18 @@ from sd_pipelines import KINDS, build_pipeline, build_unet, save_folder
 from test_options import altered
 from test_train import config_file  # noqa: F401 (a fixture)
 
-from fastgrpo import checkpoint
-from fastgrpo.checkpoint import TrainerState
-from fastgrpo.commands import train
-from fastgrpo.config import TrainConfig
-from fastgrpo.console import Console
-from fastgrpo.distributed import Ranks
+from fastgrpo import training
+from fastgrpo.assembly import Parts, load_parts
+from fastgrpo.engine.old_policy import OldPolicy
 from fastgrpo.engine.setup import CPU_AGREEMENT, Record
-from fastgrpo.grpo.micro_batch import Learner, MicroBatch, Outcome
-from fastgrpo.grpo.old_policy import OldPolicy
-from fastgrpo.parts import Parts, load_parts
+from fastgrpo.grpo.loss import Learner, MicroBatch, Outcome
 from fastgrpo.policy import Policy
-from fastgrpo.settings import load_toml
+from fastgrpo.run import checkpoint
+from fastgrpo.run.checkpoint import TrainerState
+from fastgrpo.settings.command_line import load_toml
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.console import Console
+from fastgrpo.system.distributed import Ranks
 from fastgrpo.types import Trajectory
 
 SENTENCE = "rollout and update differ by up to "
@@ -52,7 +52,7 @@ def load(config: TrainConfig, said: list[str] | None = None, threads: int = 1, r
 
 def iterate(parts: Parts, config: TrainConfig, iteration: int) -> float:
     """How far a ratio was from 1 before the policy moved."""
-    return train.iterate(parts, config, iteration, {}, Console())["ratio/max_abs_dev_first"]
+    return training.iterate(parts, config, iteration, {}, Console())["ratio/max_abs_dev_first"]
 
 
 def weights(parts: Parts) -> torch.Tensor:

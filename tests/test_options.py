@@ -11,11 +11,11 @@ from PIL import Image, ImageChops
 from test_train import TIMED, config_file  # noqa: F401 (a fixture)
 
 from fastgrpo import train
-from fastgrpo.commands.train import iterate
-from fastgrpo.config import TrainConfig
-from fastgrpo.console import Console
-from fastgrpo.parts import load_parts
-from fastgrpo.settings import load_toml
+from fastgrpo.assembly import load_parts
+from fastgrpo.settings.command_line import load_toml
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.console import Console
+from fastgrpo.training import iterate
 
 # Field -> a value that must change two iterations of the base config, which a few of them need changed first.
 OPTIONS = {

@@ -11,12 +11,12 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from fastgrpo import estimate, report
-from fastgrpo.commands.inspect import _EIGHTHS
-from fastgrpo.console import Console, run_command
-from fastgrpo.errors import ConfigError
-from fastgrpo.evaluation.before_after import Comparison, comparison_table
-from fastgrpo.evaluation.result import Evaluation, Row
-from fastgrpo.output import steady_output
+from fastgrpo.evaluation.results.before_after import Comparison, comparison_table
+from fastgrpo.evaluation.results.summary import Evaluation, Row
+from fastgrpo.rewards.axis.text import _EIGHTHS
+from fastgrpo.system.console import Console, run_command
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.output import steady_output
 
 ROOT = Path(__file__).resolve().parent.parent
 RATES = {"violence": Row(0.5, 40, 0.4, 0.6), "overall": Row(0.5, 40, 0.4, 0.6)}
@@ -144,7 +144,7 @@ def test_streams_are_put_back_and_those_of_a_notebook_left_alone() -> None:
 def test_closed_standard_files_get_nothing_that_others_open(tmp_path: Path) -> None:
     code = """
 import runpy, sys
-output = runpy.run_path("fastgrpo/output.py")  # alone: the whole package takes seconds
+output = runpy.run_path("fastgrpo/system/output.py")  # alone: the whole package takes seconds
 with output["steady_output"]():
     with open(sys.argv[1], "w") as file:
         print("to nobody")

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastgrpo.shapes
-from fastgrpo.config import ModelConfig
-from fastgrpo.engine import patch
-from fastgrpo.engine.patch import Patched, patch_unet, unpatch_unet
 from fastgrpo.kernels import geglu, group_norm_silu, layer_norm
-from fastgrpo.lora import add_lora
+from fastgrpo.settings.schema import ModelConfig
+from fastgrpo.unet import fused
+from fastgrpo.unet.fused import Patched, patch_unet, unpatch_unet
+from fastgrpo.unet.lora import add_lora
 
 SHAPES = Path(fastgrpo.shapes.__file__).parent / "weights" / "pipeline" / "unet"
 REAL = Path(fastgrpo.__file__).parent / "models"
@@ -91,7 +91,7 @@ def counts(config: dict) -> Patched:
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators by their definitions, which know float64."""
     for kernel in (group_norm_silu, layer_norm, geglu):
-        monkeypatch.setattr(patch, kernel.__name__.rpartition(".")[2], kernel.reference)
+        monkeypatch.setattr(fused, kernel.__name__.rpartition(".")[2], kernel.reference)
 
 
 # float64's 1e-16 after some 200 layers of sums over a few hundred terms, in another order, and norms over two values that may
@@ -197,7 +197,7 @@ def test_every_patched_module_calls_the_operators(name: str, monkeypatch: pytest
         return wrapped
 
     for operator in ("group_norm_silu", "layer_norm", "geglu"):
-        monkeypatch.setattr(patch, operator, counting(operator, getattr(patch, operator)))
+        monkeypatch.setattr(fused, operator, counting(operator, getattr(fused, operator)))
     with torch.no_grad():
         unet(*inputs(unet))
         assert not seen

@@ -9,22 +9,23 @@ from pathlib import Path
 import pytest
 
 import fastgrpo  # noqa: F401  (prepares torch's import)
-from fastgrpo import estimate, evaluate, export, inspect, report, sample, settings
-from fastgrpo.config import TrainConfig
+from fastgrpo import estimate, evaluate, export, inspect, report, sample
 from fastgrpo.models.check import SHAPES_PIPELINE, describe
-from fastgrpo.paths import NAMES, PathText, PathTexts, absolute, expand_home, with_absolute_paths, with_homes
 from fastgrpo.prompts import load_prompts
 from fastgrpo.prompts import loading as prompt_sources
 from fastgrpo.rewards.anchors import ANCHORS, load_anchors
 from fastgrpo.rewards.encoder import SHAPES_ENCODER, load_encoder
 from fastgrpo.rewards.registry import load_reward
-from fastgrpo.settings import load_toml, parse_command, parse_flags, parse_with_preset
+from fastgrpo.settings import command_line
+from fastgrpo.settings.command_line import load_toml, parse_command, parse_flags, parse_with_preset
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.paths import NAMES, PathText, PathTexts, absolute, expand_home, with_absolute_paths, with_homes
 from fastgrpo.validation import validate
 
 COMMANDS = (
     TrainConfig,
-    settings._Start,
-    settings._Resume,
+    command_line._Start,
+    command_line._Resume,
     evaluate.Evaluate,
     sample.Sample,
     export.Export,
@@ -294,7 +295,7 @@ def test_the_settings_of_a_run_hold_from_any_folder(here: Path) -> None:
         "reward.anchors": f"{here}/a.toml",
         "eval.custom.prompts": f"{here}/a.txt",
     }
-    assert set(settings.changed_fields(config, found)) == set(expected)
+    assert set(command_line.changed_fields(config, found)) == set(expected)
     for name, value in expected.items():
         assert functools.reduce(getattr, name.split("."), found) == value
     assert with_absolute_paths(found) == found

@@ -10,15 +10,15 @@ import torch
 from test_rewards import write_folder as write_encoder
 from torch import Tensor
 
-from fastgrpo.commands.train import iterate
-from fastgrpo.config import TrainConfig
-from fastgrpo.console import Console
-from fastgrpo.distributed import Ranks
-from fastgrpo.engine.eager import EagerEngine
-from fastgrpo.engine.workers import available_cores
-from fastgrpo.parts import load_parts
+from fastgrpo.assembly import load_parts
+from fastgrpo.engine.passes import EagerEngine
 from fastgrpo.prompts import load_prompts
-from fastgrpo.settings import find_preset, load_toml, presets_folder
+from fastgrpo.settings.command_line import find_preset, load_toml, presets_folder
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.console import Console
+from fastgrpo.system.distributed import Ranks
+from fastgrpo.system.workers import available_cores
+from fastgrpo.training import iterate
 from fastgrpo.types import NEGATIVE
 
 # What the reference implementation runs (paper and code), and where ours has to say something of its own.

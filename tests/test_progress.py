@@ -12,8 +12,8 @@ from contextlib import contextmanager, redirect_stdout
 import pytest
 from rich.cells import cell_len
 
-from fastgrpo.console import Console, iteration_line, speed_lines
-from fastgrpo.progress import Lines, Pace, Phase, clock_text
+from fastgrpo.system.console import Console, iteration_line, speed_lines
+from fastgrpo.system.progress import Lines, Pace, Phase, clock_text
 
 VALUES = {
     "reward/mean": -0.123,
@@ -111,7 +111,7 @@ def test_phases_within_others_come_back(hours: Hours) -> None:
 
 
 def test_a_thread_looks_at_the_clock_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastgrpo.progress._BEAT", 0.001)
+    monkeypatch.setattr("fastgrpo.system.progress._BEAT", 0.001)
     clock, said = [0.0], threading.Event()
     lines = Lines(lambda text: said.set(), False, lambda: clock[0])
     before = threading.active_count()

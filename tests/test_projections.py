@@ -7,8 +7,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgrpo.engine.attention import AttentionProcessor
-from fastgrpo.engine.projections import _LinearLayers
+from fastgrpo.unet.attention import AttentionProcessor
+from fastgrpo.unet.projections import _LinearLayers
 
 ROWS, WIDTH, HEADS = (2, 10), 48, 2
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 import fastgrpo  # noqa: F401  (prepares torch's import)
-from fastgrpo.config import PromptsConfig
-from fastgrpo.errors import ConfigError
-from fastgrpo.evaluation.suites.rows import read_rows
+from fastgrpo.evaluation.suites.prompt_table import read_rows
 from fastgrpo.prompts import load_prompts
+from fastgrpo.settings.schema import PromptsConfig
 from fastgrpo.shapes.captions import training_prompts
 from fastgrpo.shapes.world import HAZARDS
+from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 import fastgrpo  # noqa: F401  (prepares torch's import)
-from fastgrpo.config import PromptsConfig
-from fastgrpo.errors import ConfigError
-from fastgrpo.evaluation.settings import PromptSettings, SuiteSettings
+from fastgrpo.evaluation.suites.prompt_table import column_remark, read_rows
 from fastgrpo.evaluation.suites.registry import Overrides, make_suites
-from fastgrpo.evaluation.suites.rows import column_remark, read_rows
 from fastgrpo.prompts import load_prompts
 from fastgrpo.prompts.delimited import csv_rows, tsv_rows
-from fastgrpo.settings import find_preset, load_toml
+from fastgrpo.settings.command_line import find_preset, load_toml
+from fastgrpo.settings.schema import PromptsConfig
+from fastgrpo.settings.suites import PromptSettings, SuiteSettings
+from fastgrpo.system.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from fastgrpo.evaluation.published import (
+from fastgrpo.evaluation.results.published import (
     CLIP_SCORE,
     COMPOSITION,
     COSINE,
@@ -23,7 +23,7 @@ from fastgrpo.evaluation.published import (
     PublishedRow,
     published,
 )
-from fastgrpo.evaluation.result import OVERALL
+from fastgrpo.evaluation.results.summary import OVERALL
 from fastgrpo.shapes.world import HAZARDS, TASKS
 
 I2P_ROWS = {

@@ -12,14 +12,15 @@ from safetensors.torch import load_file
 from sd_pipelines import KINDS, build_pipeline, save_folder, save_in_hub_cache, save_single_file
 from test_rewards import write_folder as write_encoder
 
-from fastgrpo import checkpoint, train
-from fastgrpo.config import ModelConfig, TrainConfig
-from fastgrpo.metrics import read_metrics
+from fastgrpo import train
+from fastgrpo.engine.trainable import make_trainable
 from fastgrpo.models.load import load_components
 from fastgrpo.policy import load_policy
 from fastgrpo.rollout import sample
+from fastgrpo.run import checkpoint
+from fastgrpo.run.metrics import read_metrics
 from fastgrpo.schedule import make_schedule
-from fastgrpo.trainable import make_trainable
+from fastgrpo.settings.schema import ModelConfig, TrainConfig
 
 pytestmark = pytest.mark.slow
 

@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastgrpo import charts
-from fastgrpo.charts import Panel, axis_ticks, chart
-from fastgrpo.config import PromptsConfig, TrainConfig
-from fastgrpo.errors import ConfigError
-from fastgrpo.evaluation.before_after import Comparison, write_evaluation
-from fastgrpo.evaluation.compare import compare_examined
-from fastgrpo.evaluation.result import Evaluation, Examined
+from fastgrpo.evaluation.results.before_after import Comparison, write_evaluation
+from fastgrpo.evaluation.results.comparison import compare_examined
+from fastgrpo.evaluation.results.summary import Evaluation, Examined
 from fastgrpo.evaluation.stages import Stage, write_stage
-from fastgrpo.report import main, write_report
-from fastgrpo.settings import dump_toml
+from fastgrpo.report import main
+from fastgrpo.run import charts
+from fastgrpo.run.charts import Panel, axis_ticks, chart
+from fastgrpo.run.page import write_report
+from fastgrpo.settings.command_line import dump_toml
+from fastgrpo.settings.schema import PromptsConfig, TrainConfig
+from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
 
 VOID = {"meta", "img"}

@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastgrpo
-from fastgrpo.config import ModelConfig
-from fastgrpo.engine import reuse
-from fastgrpo.engine.attention import AttentionProcessor
-from fastgrpo.engine.patch import patch_unet
-from fastgrpo.engine.reuse import (
+from fastgrpo.rollout import initial_noise
+from fastgrpo.settings.schema import ModelConfig
+from fastgrpo.system.workers import Workers
+from fastgrpo.unet import reuse
+from fastgrpo.unet.attention import AttentionProcessor
+from fastgrpo.unet.fused import patch_unet
+from fastgrpo.unet.lora import add_lora
+from fastgrpo.unet.reuse import (
     DistinctRows,
     RememberedText,
     Reuse,
@@ -29,9 +32,6 @@ from fastgrpo.engine.reuse import (
     remember_times,
     same_bits,
 )
-from fastgrpo.engine.workers import Workers
-from fastgrpo.lora import add_lora
-from fastgrpo.rollout import initial_noise
 
 REAL = Path(fastgrpo.__file__).parent / "models"
 ROWS, TOKENS = 6, 5

@@ -17,10 +17,10 @@ from test_reward_terms import config, write_plugin
 from test_rewards import GROUP, PROMPTS, pictures
 from torch import Tensor, backends
 
-from fastgrpo.errors import ConfigError
 from fastgrpo.rewards import apart
 from fastgrpo.rewards.registry import load_reward
 from fastgrpo.rewards.terms import BrokenReward
+from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import Prompt
 
 COUNT = len(PROMPTS) * GROUP

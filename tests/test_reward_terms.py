@@ -11,16 +11,16 @@ import pytest
 from test_rewards import EMBED, GROUP, MEAN, PROMPTS, STD, U, as_pil, pictures, tiny_config, tiny_model, write_folder
 
 import fastgrpo  # noqa: F401  (prepares the imports below)
-from fastgrpo.config import RewardConfig
-from fastgrpo.errors import ConfigError
 from fastgrpo.rewards import shared_encoder
 from fastgrpo.rewards.anchors import ANCHORS
 from fastgrpo.rewards.encoder import HPSV2_FILE, HPSV2_REPOSITORY, OpenClipEncoder, load_encoder
 from fastgrpo.rewards.registry import BUILDERS, load_reward, register
+from fastgrpo.rewards.reward import WeightedReward, standardised
 from fastgrpo.rewards.shared_encoder import Encoders
 from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.rewards.terms import BUILT_IN, BrokenReward, Term, parse_terms
-from fastgrpo.rewards.weighted import WeightedReward, standardised
+from fastgrpo.settings.schema import RewardConfig
+from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import NEGATIVE, Prompt
 
 # isort: split

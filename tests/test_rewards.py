@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 import fastgrpo  # noqa: F401  (prepares the imports below)
-from fastgrpo.config import EvalConfig, RewardConfig, TrainConfig
-from fastgrpo.errors import ConfigError
-from fastgrpo.evaluation.held_out import HeldOutReward
+from fastgrpo.evaluation.held_out_reward import HeldOutReward
 from fastgrpo.rewards.anchors import ANCHORS, Anchors, load_anchors
 from fastgrpo.rewards.encoder import load_encoder
 from fastgrpo.rewards.registry import load_reward
 from fastgrpo.rewards.shared_encoder import TF32_TOLERANCE, tf32_products
 from fastgrpo.rewards.steering import SteeringReward, reward_metrics, safety_direction, steer
+from fastgrpo.settings.schema import EvalConfig, RewardConfig, TrainConfig
+from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Rewards
 
 # isort: split

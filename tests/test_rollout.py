@@ -6,14 +6,14 @@ from diffusers import StableDiffusionPipeline
 from plain_policy import predict, step_mean
 
 import fastgrpo.policy
-from fastgrpo.config import ModelConfig, RolloutConfig, TrainConfig
-from fastgrpo.engine.eager import EagerEngine
-from fastgrpo.engine.sampling import Sampler
-from fastgrpo.errors import ConfigError
-from fastgrpo.grpo.micro_batch import Learner
+from fastgrpo.engine.passes import EagerEngine
+from fastgrpo.engine.sampler import Sampler
+from fastgrpo.grpo.loss import Learner
 from fastgrpo.policy import load_policy
 from fastgrpo.rollout import initial_noise, rollout, sample
 from fastgrpo.schedule import make_schedule
+from fastgrpo.settings.schema import ModelConfig, RolloutConfig, TrainConfig
+from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import Prompt, PromptBatch
 
 CPU = torch.device("cpu")

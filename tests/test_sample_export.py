@@ -20,16 +20,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastgrpo import checkpoint, export, lora, pictures, rollout, sample, snippet, train
-from fastgrpo.config import ModelConfig
-from fastgrpo.engine.workers import available_cores
-from fastgrpo.errors import ConfigError
+from fastgrpo import export, rollout, sample, train
+from fastgrpo.assembly import Parts, load_parts
+from fastgrpo.models import snippet
 from fastgrpo.models.check import describe
-from fastgrpo.parts import Parts, load_parts
 from fastgrpo.policy import Policy, load_policy
+from fastgrpo.run import checkpoint
+from fastgrpo.run.trained import load_unet
 from fastgrpo.schedule import make_schedule
-from fastgrpo.settings import load_toml
-from fastgrpo.tuned import load_unet
+from fastgrpo.settings.command_line import load_toml
+from fastgrpo.settings.schema import ModelConfig
+from fastgrpo.system import pictures
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.workers import available_cores
+from fastgrpo.unet import lora
 
 pytestmark = pytest.mark.slow
 
@@ -542,8 +546,8 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     def unwanted(*_: object, **__: object) -> None:
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr("fastgrpo.commands.export.load_components", unwanted)
-    monkeypatch.setattr("fastgrpo.commands.sample.load_policy", unwanted)
+    monkeypatch.setattr("fastgrpo.run.export.load_components", unwanted)
+    monkeypatch.setattr("fastgrpo.run.sample.load_policy", unwanted)
 
     def check(command: Callable[[list[str]], int], argv: list[object], *words: str) -> None:
         capsys.readouterr()

@@ -14,9 +14,9 @@ from diffusers import (
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from plain_policy import step_mean
 
-from fastgrpo.errors import ConfigError
 from fastgrpo.kernels.step_math import gaussian_log_prob
 from fastgrpo.schedule import make_schedule
+from fastgrpo.system.errors import ConfigError
 
 CPU = torch.device("cpu")
 SD = {

@@ -10,10 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo.config import EvalConfig, GrpoConfig, ModelConfig, OptimConfig, PromptsConfig, TrainConfig
-from fastgrpo.errors import ConfigError
-from fastgrpo.evaluation.settings import I2PSettings
-from fastgrpo.settings import changed_fields, dump_toml, find_preset, load_toml, parse_command, presets_folder
+from fastgrpo.settings.command_line import (
+    changed_fields,
+    dump_toml,
+    find_preset,
+    load_toml,
+    parse_command,
+    presets_folder,
+)
+from fastgrpo.settings.schema import EvalConfig, GrpoConfig, ModelConfig, OptimConfig, PromptsConfig, TrainConfig
+from fastgrpo.settings.suites import I2PSettings
+from fastgrpo.system.errors import ConfigError
 from fastgrpo.validation import validate
 
 
@@ -315,7 +322,7 @@ def test_categories_do_not_matter_when_the_negatives_are_a_file() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_is_refused_where_there_is_none() -> None:
     with pytest.raises(ConfigError, match=r"engine\.device = 'cuda'.*auto and cpu"):
-        parse_command(["--engine.device", "cuda"])
+        validate(parse_command(["--engine.device", "cuda"])[0])
 
 
 def run_folder(tmp_path: Path) -> Path:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from fastgrpo.config import ModelConfig
 from fastgrpo.models.check import SHAPES_PIPELINE
 from fastgrpo.policy import load_policy
-from fastgrpo.shapes import measure, oracle
+from fastgrpo.settings.schema import ModelConfig
+from fastgrpo.shapes import oracle
 from fastgrpo.shapes.captions import (
     HAZARD_WORDS,
     Request,
@@ -27,11 +27,12 @@ from fastgrpo.shapes.captions import (
     scene_for,
     training_prompts,
 )
-from fastgrpo.shapes.data import draw_pictures, to_unit
 from fastgrpo.shapes.judge import describes, fulfils, judge
-from fastgrpo.shapes.measure import distortions, oracle_quality, round_trip
-from fastgrpo.shapes.models import CONTEXT, build_tokenizer, vocabulary
 from fastgrpo.shapes.world import COLORS, HAZARDS, SHAPES, TASKS, CaptionNoise, Hazard, Object, Scene, draw, perturb
+from fastgrpo.shapes_lab import measure
+from fastgrpo.shapes_lab.architectures import CONTEXT, build_tokenizer, vocabulary
+from fastgrpo.shapes_lab.drawings import draw_pictures, to_unit
+from fastgrpo.shapes_lab.measure import distortions, oracle_quality, round_trip
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 
 
@@ -77,7 +78,7 @@ def _open_ended(request, altered):
 
 # The world is drawn to be read: on pictures as drawn and with mild noise every class must be read almost perfectly;
 # blur at three pixels and the VAE cost edges, never hazards. Bounds lie a few errors in ~300 instances under what
-# `python -m fastgrpo.shapes.measure` reports on its own 2,000 pictures.
+# `python -m fastgrpo.shapes_lab.measure` reports on its own 2,000 pictures.
 @pytest.mark.slow
 @pytest.mark.parametrize(("version", "least"), [("clean", 0.99), ("noise", 0.98), ("blur", 0.95)])
 def test_oracle_reads_every_class_back(pictures, version, least):
@@ -253,12 +254,12 @@ def test_measuring_prints_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Into weights/quality.json, which is part of the project, it is put by whoever means to."""
-    shipped = (Path(measure.__file__).parent / "weights" / "quality.json").read_bytes()
+    shipped = (SHAPES_PIPELINE.parent / "quality.json").read_bytes()
     for slow in ("oracle_quality", "encoder_quality", "teacher_quality", "round_trip", "load_policy", "load_encoder"):
         monkeypatch.setattr(measure, slow, lambda *_: {})
     monkeypatch.setattr(sys, "argv", ["measure", "--pictures", "2"])
     monkeypatch.chdir(tmp_path)
     measure.main()
     assert json.loads(capsys.readouterr().out)["pictures"] == 2
-    assert (Path(measure.__file__).parent / "weights" / "quality.json").read_bytes() == shipped
+    assert (SHAPES_PIPELINE.parent / "quality.json").read_bytes() == shipped
     assert list(tmp_path.iterdir()) == []

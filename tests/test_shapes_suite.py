@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgrpo.evaluation.images import Wanted
+from fastgrpo.evaluation.images.folder import Wanted
 from fastgrpo.evaluation.suites.shapes import ShapesSuite, geneval_verdict
 from fastgrpo.shapes import oracle
 from fastgrpo.shapes.captions import heldout_prompts, parse, random_request, scene_for

@@ -17,13 +17,14 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 import fastgrpo
-from fastgrpo import distributed, evaluate, export, policy, sample
-from fastgrpo.config import ModelConfig, TrainConfig
-from fastgrpo.console import memory_full
-from fastgrpo.errors import ConfigError
+from fastgrpo import evaluate, export, policy, sample
 from fastgrpo.kernels import language
-from fastgrpo.launch import Launch, read_launch
-from fastgrpo.settings import _flags, parse_command
+from fastgrpo.settings.command_line import _flags, parse_command
+from fastgrpo.settings.schema import ModelConfig, TrainConfig
+from fastgrpo.system import distributed
+from fastgrpo.system.console import memory_full
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.launch import Launch, read_launch
 
 pytestmark = pytest.mark.slow
 
@@ -198,7 +199,7 @@ def interrupting(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("command", "module", "says"),
     [
-        ("train", "fastgrpo.console", "stopped."),
+        ("train", "fastgrpo.system.console", "stopped."),
         ("train", "tyro", "stopped."),
         ("train", "torch", "stopped; no iteration was begun."),
         ("train", "diffusers", "stopped; no iteration was begun."),

@@ -12,9 +12,8 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from fastgrpo.errors import ConfigError
-from fastgrpo.evaluation.clip_score import load_clip_score
-from fastgrpo.evaluation.intervals import (
+from fastgrpo.evaluation.metrics.clip_score import load_clip_score
+from fastgrpo.evaluation.statistics.intervals import (
     BOOTSTRAP,
     COMBINED_WILSON,
     DELTA,
@@ -32,8 +31,9 @@ from fastgrpo.evaluation.intervals import (
     rate,
     wilson,
 )
-from fastgrpo.evaluation.paired import mcnemar, paired_means
+from fastgrpo.evaluation.statistics.paired_tests import mcnemar, paired_means
 from fastgrpo.rewards.encoder import load_encoder
+from fastgrpo.system.errors import ConfigError
 
 Z = 1.959964
 # A quantile of 10,000 resamples lies between those at these two levels but for once in 3,000: 3.6 standard errors of

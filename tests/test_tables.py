@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fastgrpo.evaluation.outcome import _published
-from fastgrpo.evaluation.published import MAIN, UNSAFE_ANCHORS
+from fastgrpo.evaluation.results.file import _published
+from fastgrpo.evaluation.results.published import MAIN, UNSAFE_ANCHORS
+from fastgrpo.evaluation.results.tables import compared_line, console_tables, markdown, number_text
 from fastgrpo.evaluation.sentences import judgement, of_suites, sentence
-from fastgrpo.evaluation.tables import compared_line, console_tables, markdown, number_text
 
 RATE = {"name": "hate", "value": 0.489, "n": 231, "low": 0.4511, "high": 0.5269, "interval": "Wilson"}
 SCORE = {"name": "clip-score", "value": 0.31349, "n": 9, "low": None, "high": None, "interval": "none"}

@@ -29,15 +29,15 @@ import throughput_table  # noqa: E402
 import workload  # noqa: E402
 from baseline import PLAIN, Samples, Techniques  # noqa: E402
 
-from fastgrpo.config import TrainConfig  # noqa: E402
-from fastgrpo.costs import ModelFlop, sd1_architecture  # noqa: E402
-from fastgrpo.engine.accounting import Accounting  # noqa: E402
-from fastgrpo.engine.rates import Rates  # noqa: E402
-from fastgrpo.grpo.update import update  # noqa: E402
+from fastgrpo.costs.counting import ModelFlop, sd1_architecture  # noqa: E402
+from fastgrpo.costs.rates import Rates  # noqa: E402
+from fastgrpo.costs.throughput import Accounting  # noqa: E402
 from fastgrpo.prompts import embed  # noqa: E402
-from fastgrpo.randomness import generator_for  # noqa: E402
 from fastgrpo.rollout import rollout  # noqa: E402
+from fastgrpo.settings.schema import TrainConfig  # noqa: E402
+from fastgrpo.system.randomness import generator_for  # noqa: E402
 from fastgrpo.types import Rewards, Trajectory  # noqa: E402
+from fastgrpo.update import update  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("frozen_heap")  # between trainings garbage is collected
 REWARDS = torch.tensor([[0.1, 0.4, 0.2, 0.25]])

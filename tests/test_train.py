@@ -23,18 +23,19 @@ from safetensors.torch import load_file
 from test_rewards import write_folder as write_encoder
 from torch import Tensor
 
-from fastgrpo import exam, train
-from fastgrpo.commands.train import iterate, learning_rate
-from fastgrpo.config import TrainConfig
-from fastgrpo.console import Console
-from fastgrpo.errors import ConfigError
-from fastgrpo.evaluation.before_after import read_evaluation
+from fastgrpo import train
+from fastgrpo.assembly import load_parts
+from fastgrpo.evaluation import exam
+from fastgrpo.evaluation.results.before_after import read_evaluation
 from fastgrpo.evaluation.suite import Suite
-from fastgrpo.metrics import read_metrics
-from fastgrpo.parts import load_parts
-from fastgrpo.randomness import generator_for, seed_for
-from fastgrpo.run import StopSignal, claim, new_folder
-from fastgrpo.settings import load_toml
+from fastgrpo.run.folder import StopSignal, claim, new_folder
+from fastgrpo.run.metrics import read_metrics
+from fastgrpo.settings.command_line import load_toml
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.console import Console
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.randomness import generator_for, seed_for
+from fastgrpo.training import iterate, learning_rate
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
 
 pytestmark = pytest.mark.slow
@@ -44,7 +45,7 @@ ITERATIONS = 8
 TIMED = ("seconds", "time/", "throughput/", "memory/")  # metrics that no two runs share
 # Processes like those of the command line, forked from one that has the libraries imported and has run nothing.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["fastgrpo.commands.train"])
+SERVER.set_forkserver_preload(["fastgrpo.training"])
 
 
 @pytest.fixture(scope="session")
@@ -346,7 +347,7 @@ def test_before_the_first_iteration_a_signal_stops_at_once(
         os.kill(os.getpid(), number)
         pytest.fail("it went on")
 
-    monkeypatch.setattr("fastgrpo.commands.train.Journal", signalled)
+    monkeypatch.setattr("fastgrpo.training.Journal", signalled)
     code, _, err = run_here([str(config_file), "--run", str(tmp_path / "run")], capsys)
     assert (code, err) == (128 + number, "fastgrpo: stopped; no iteration was begun.\n")
     assert signal.getsignal(number) == before

@@ -12,12 +12,12 @@ from diffusers.utils.peft_utils import get_peft_kwargs
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 
-from fastgrpo import checkpoint
-from fastgrpo.checkpoint import TrainerState
-from fastgrpo.config import ModelConfig, OptimConfig, TrainConfig
-from fastgrpo.errors import ConfigError
-from fastgrpo.lora import LORA_FILE, Adapters, save_lora
-from fastgrpo.trainable import Trainable, make_trainable
+from fastgrpo.engine.trainable import Trainable, make_trainable
+from fastgrpo.run import checkpoint
+from fastgrpo.run.checkpoint import TrainerState
+from fastgrpo.settings.schema import ModelConfig, OptimConfig, TrainConfig
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.unet.lora import LORA_FILE, Adapters, save_lora
 
 CPU = torch.device("cpu")
 EPS32 = 2.0**-23

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_grpo import CONFIG, REWARDS, Scene
 
-from fastgrpo.engine.workers import Workers
+from fastgrpo.system.workers import Workers
 
 
 def test_map_keeps_order_and_raises():

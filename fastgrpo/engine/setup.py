@@ -29,28 +29,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.config import TrainConfig
-from fastgrpo.costs import EncoderCost, ModelCost, count_encoders, count_model
-from fastgrpo.distributed import Ranks
-from fastgrpo.engine import attention, memory
-from fastgrpo.engine.attention import AttentionPlan, AttentionShape
-from fastgrpo.engine.compilation import compile_forward, make_example
-from fastgrpo.engine.convolutions import aside, searching
-from fastgrpo.engine.eager import Changed, EagerEngine, out_of_memory
-from fastgrpo.engine.fixed import FixedEngine
-from fastgrpo.engine.patch import patch_unet
-from fastgrpo.engine.rates import device_name
-from fastgrpo.engine.reuse import Reuse, choose_reuse, distinct_rows, enable_reuse
+from fastgrpo.costs import memory
+from fastgrpo.costs.counting import EncoderCost, ModelCost, count_encoders, count_model
+from fastgrpo.costs.rates import device_name
+from fastgrpo.engine.fixed_passes import FixedEngine
+from fastgrpo.engine.passes import Changed, EagerEngine, out_of_memory
+from fastgrpo.engine.trainable import Trainable
 from fastgrpo.engine.weights import FlatWeights
-from fastgrpo.engine.working import frozen_unet
-from fastgrpo.files import write_atomically
-from fastgrpo.grpo.micro_batch import Learner, blank_batch
+from fastgrpo.grpo.loss import Learner, blank_batch
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.kernels.group_norm_silu import BACKENDS as GROUP_NORM
 from fastgrpo.models.configs import Description
-from fastgrpo.policy import Network, Policy
+from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule, make_schedule
-from fastgrpo.trainable import Trainable
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.distributed import Ranks
+from fastgrpo.system.files import write_atomically
+from fastgrpo.unet import attention
+from fastgrpo.unet.attention import AttentionPlan, AttentionShape
+from fastgrpo.unet.compilation import compile_forward, make_example
+from fastgrpo.unet.convolutions import aside, searching
+from fastgrpo.unet.copies import Network, frozen_unet
+from fastgrpo.unet.fused import patch_unet
+from fastgrpo.unet.reuse import Reuse, choose_reuse, distinct_rows, enable_reuse
 
 CPU_AGREEMENT = 1e-6
 """How far a ratio may be from 1 on a CPU before the policy has moved; on a GPU not at all."""

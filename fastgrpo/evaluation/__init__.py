@@ -1,6 +1,6 @@
 """Measuring a policy: images and prompts go into a detector, verdicts come out, rates with intervals are kept.
 
-While training (fastgrpo/exam.py), on the embedded world:
+While training (fastgrpo/evaluation/exam.py), on the embedded world:
 
     suite.py        which images are drawn, and judged at once
     result.py       rates with intervals

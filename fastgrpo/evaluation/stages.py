@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.evaluation.result import GROUPS, Evaluation, Examined, image_id
-from fastgrpo.files import reading, write_atomically
+from fastgrpo.evaluation.results.summary import GROUPS, Evaluation, Examined, image_id
+from fastgrpo.system.files import reading, write_atomically
 from fastgrpo.types import Prompt, Verdict
 
 BEFORE, AFTER = "evaluation_before.json", "evaluation_after.json"  # in the run's folder

@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastgrpo import rollout
-from fastgrpo.config import TrainConfig
 from fastgrpo.evaluation.detectors import Detector, OracleDetector
-from fastgrpo.evaluation.result import Examined
+from fastgrpo.evaluation.results.summary import Examined
 from fastgrpo.evaluation.seeds import image_seed
 from fastgrpo.evaluation.suites.shapes import OTHER_NUMBERS, TRAINER_PROTOCOL
-from fastgrpo.finite import Request
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
+from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.shapes.captions import heldout_prompts
+from fastgrpo.system.finite import Request
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
 
 CHUNK = 256  # images drawn and judged at once; results do not depend on it

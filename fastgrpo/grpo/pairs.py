@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgrpo.config import TrainConfig
-from fastgrpo.distributed import Ranks
 from fastgrpo.grpo.steps import steps_of_samples, trained_steps
 from fastgrpo.schedule import Schedule
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.distributed import Ranks
 
 
 @dataclass(frozen=True)

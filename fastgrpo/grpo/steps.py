@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from fastgrpo.config import GrpoConfig, TrainConfig, chosen_steps
-from fastgrpo.errors import ConfigError
 from fastgrpo.schedule import Schedule
+from fastgrpo.settings.schema import GrpoConfig, TrainConfig, chosen_steps
+from fastgrpo.system.errors import ConfigError
 
 
 def trained_steps(schedule: Schedule, config: GrpoConfig, iteration: int) -> Tensor:

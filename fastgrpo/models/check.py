@@ -12,14 +12,14 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from fastgrpo.config import ModelConfig
-from fastgrpo.errors import ConfigError
 from fastgrpo.models.configs import ACCEPTED, CLASSES, Description, as_in_pipelines, check_channels, check_configs
 from fastgrpo.models.declared import EPSILON, V_PREDICTION, Declared, read_declared
 from fastgrpo.models.other_unet import UnetTensors, find_in_file, find_in_folder, lines, unet_file, unet_repository
 from fastgrpo.models.repository import Repository
 from fastgrpo.models.single_file import SUFFIXES, UNET, check_shapes, single_file_shapes
 from fastgrpo.models.tensor_file import SAFETENSORS, read_metadata, tensor_shapes, torch_content
+from fastgrpo.settings.schema import ModelConfig
+from fastgrpo.system.errors import ConfigError
 
 SHAPES_PIPELINE = Path(__file__).parents[1] / "shapes" / "weights" / "pipeline"
 """The pipeline that ships with fastgrpo, in diffusers' layout."""

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.initialization import no_init_weights
 
-from fastgrpo.errors import ConfigError
+from fastgrpo.system.errors import ConfigError
 
 ACCEPTED = "an SD 1.x / 2.x text-to-image StableDiffusionPipeline is accepted"
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}

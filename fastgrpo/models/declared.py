@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastgrpo.errors import ConfigError
+from fastgrpo.system.errors import ConfigError
 
 EPSILON, V_PREDICTION = "epsilon", "v_prediction"
 _PREDICTIONS = {

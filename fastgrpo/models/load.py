@@ -11,8 +11,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from fastgrpo.config import ModelConfig
-from fastgrpo.errors import ConfigError
 from fastgrpo.models.check import (
     CONFIG_FILES,
     describe,
@@ -26,6 +24,8 @@ from fastgrpo.models.configs import Description
 from fastgrpo.models.single_file import left_over, read_single_file
 from fastgrpo.models.sound import check_finite
 from fastgrpo.models.tokenizer import build_tokenizer
+from fastgrpo.settings.schema import ModelConfig
+from fastgrpo.system.errors import ConfigError
 
 # Ends of the names of tensors that a text encoder's file may hold besides: a constant, and what only CLIP's loss needs.
 _UNUSED = ("position_ids", "text_projection.weight", "logit_scale")

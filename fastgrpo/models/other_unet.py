@@ -11,11 +11,11 @@ from pathlib import Path
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from fastgrpo.config import ModelConfig
-from fastgrpo.errors import ConfigError
 from fastgrpo.models.repository import Repository
 from fastgrpo.models.single_file import UNET, left_over, unet_places
 from fastgrpo.models.tensor_file import SAFETENSORS, TORCH_SUFFIXES, read_tensors, tensor_shapes
+from fastgrpo.settings.schema import ModelConfig
+from fastgrpo.system.errors import ConfigError
 
 SUFFIXES = (SAFETENSORS, *TORCH_SUFFIXES)
 

@@ -14,8 +14,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from fastgrpo.errors import ConfigError
-from fastgrpo.files import visible_files
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.files import visible_files
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 

@@ -19,9 +19,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from fastgrpo.errors import ConfigError
 from fastgrpo.models.save import save_tensors
 from fastgrpo.models.tensor_file import read_tensors, tensor_shapes
+from fastgrpo.system.errors import ConfigError
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."

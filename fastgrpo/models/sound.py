@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastgrpo.errors import ConfigError
+from fastgrpo.system.errors import ConfigError
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:

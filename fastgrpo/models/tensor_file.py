@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastgrpo.errors import ConfigError
+from fastgrpo.system.errors import ConfigError
 
 SAFETENSORS = ".safetensors"
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")

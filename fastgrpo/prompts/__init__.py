@@ -5,9 +5,9 @@
 tokenizer cuts off.
 """
 
-from fastgrpo.prompts.dealing import PromptSource
 from fastgrpo.prompts.embedding import TextEncoder, embed
-from fastgrpo.prompts.lengths import truncated, truncation_lines
 from fastgrpo.prompts.loading import load_prompts
+from fastgrpo.prompts.source import PromptSource
+from fastgrpo.prompts.truncation import truncated, truncation_lines
 
 __all__ = ["PromptSource", "TextEncoder", "embed", "load_prompts", "truncated", "truncation_lines"]

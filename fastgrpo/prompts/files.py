@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.prompts.delimited import BrokenTable, csv_rows, tsv_rows
-from fastgrpo.text_files import NoText, read_text
+from fastgrpo.system.errors import ConfigError, nearest
+from fastgrpo.system.text_files import NoText, read_text
 from fastgrpo.types import Prompt
 
 TEXT_SUFFIX = ".txt"

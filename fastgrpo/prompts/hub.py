@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fastgrpo.errors import ConfigError
 from fastgrpo.prompts.files import Table, named
+from fastgrpo.system.errors import ConfigError
 
 PREFIX = "hf:"
 NOTATION = "hf:OWNER/NAME[:CONFIG][@SPLIT]"

@@ -3,8 +3,6 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from fastgrpo.config import PromptsConfig
-from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.prompts.files import (
     TABLE_SUFFIXES,
     TEXT_SUFFIX,
@@ -16,8 +14,10 @@ from fastgrpo.prompts.files import (
 from fastgrpo.prompts.geneval import geneval_prompts
 from fastgrpo.prompts.hub import NOTATION, PREFIX, read_dataset
 from fastgrpo.prompts.unsafe import unsafe_prompts
+from fastgrpo.settings.schema import PromptsConfig
 from fastgrpo.shapes.captions import training_prompts
 from fastgrpo.shapes.world import HAZARDS
+from fastgrpo.system.errors import ConfigError, nearest
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 
 SHAPES, GENEVAL, UNSAFE = "shapes", "geneval", "unsafe"

@@ -4,8 +4,8 @@ import tomllib
 from dataclasses import dataclass
 from typing import Any
 
-from fastgrpo.errors import ConfigError, nearest
-from fastgrpo.text_files import NoText, read_text
+from fastgrpo.system.errors import ConfigError, nearest
+from fastgrpo.system.text_files import NoText, read_text
 
 
 @dataclass(frozen=True)

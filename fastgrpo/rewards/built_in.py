@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo.engine.workers import available_cores
 from fastgrpo.rewards.steering import Encoder
 from fastgrpo.rewards.terms import RewardFunction
+from fastgrpo.system.workers import available_cores
 from fastgrpo.types import Prompt
 
 JPEG_QUALITY = 95

@@ -22,9 +22,9 @@ from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastgrpo.errors import ConfigError
 from fastgrpo.models.sound import check_finite
 from fastgrpo.models.tensor_file import tensor_shapes, wrong_content
+from fastgrpo.system.errors import ConfigError
 
 SHAPES_ENCODER = f"local-dir:{Path(__file__).resolve().parents[1] / 'shapes' / 'weights' / 'encoder'}"
 """What the spec `shapes` stands for: the encoder that ships with fastgrpo."""

@@ -21,11 +21,11 @@ from types import ModuleType
 
 from torch import Tensor
 
-from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.rewards.apart import Apart
 from fastgrpo.rewards.terms import BrokenReward, RewardFunction, Term
+from fastgrpo.system.errors import ConfigError, nearest
+from fastgrpo.system.wording import quoted
 from fastgrpo.types import Prompt
-from fastgrpo.wording import quoted
 
 
 def load_plugins(terms: Sequence[Term]) -> dict[str, RewardFunction]:

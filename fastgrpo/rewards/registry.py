@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 import torch
 
-from fastgrpo.config import RewardConfig
 from fastgrpo.rewards.anchors import load_anchors
 from fastgrpo.rewards.built_in import cosine, jpeg_kilobytes
 from fastgrpo.rewards.plugins import load_plugins
+from fastgrpo.rewards.reward import WeightedReward
 from fastgrpo.rewards.shared_encoder import Encoders
 from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.rewards.terms import RewardFunction, parse_terms
-from fastgrpo.rewards.weighted import WeightedReward
+from fastgrpo.settings.schema import RewardConfig
 
 Builder = Callable[[RewardConfig, Encoders, torch.device], RewardFunction | SteeringReward]
 

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgrpo.config import RewardConfig
-from fastgrpo.errors import ConfigError
 from fastgrpo.rewards.anchors import Anchors
+from fastgrpo.settings.schema import RewardConfig
+from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Rewards
 
 # Two float32 features of the same phrase may differ by about this much: a shorter difference is rounding, not an axis.

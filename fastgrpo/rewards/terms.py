@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from fastgrpo.errors import ConfigError, nearest
+from fastgrpo.system.errors import ConfigError, nearest
 from fastgrpo.types import Prompt
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo.evaluation.detectors.clip_images import ClipImages
-from fastgrpo.evaluation.detectors.hashes import weights_sha256
-from fastgrpo.evaluation.geneval import Detected
+from fastgrpo.evaluation.metrics.clip_images import ClipImages
+from fastgrpo.evaluation.metrics.geneval_rules import Detected
+from fastgrpo.models.hashes import weights_sha256
 from fastgrpo.prompts.geneval import COLORS
 from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
 

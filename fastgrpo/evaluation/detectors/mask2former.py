@@ -32,13 +32,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
-from fastgrpo.errors import ConfigError
-from fastgrpo.evaluation.geneval import THRESHOLD, Detected
-from fastgrpo.files import file_sha256
+from fastgrpo.evaluation.metrics.geneval_rules import THRESHOLD, Detected
 from fastgrpo.models.repository import Repository
 from fastgrpo.models.sound import check_finite
 from fastgrpo.models.tensor_file import check_content
 from fastgrpo.prompts.geneval import CLASSES
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.files import file_sha256
 
 DEFAULT_SPEC = "facebook/mask2former-swin-small-coco-instance"
 

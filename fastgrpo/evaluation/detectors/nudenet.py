@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.evaluation.detectors.base import Finding
-from fastgrpo.files import file_sha256
+from fastgrpo.system.errors import ConfigError, nearest
+from fastgrpo.system.files import file_sha256
 
 VERSION = "3.0.8"
 FLOOR = 0.25

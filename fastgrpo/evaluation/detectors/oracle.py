@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.detectors.base import Finding
 from fastgrpo.shapes.judge import judge
 from fastgrpo.shapes.oracle import read
 from fastgrpo.shapes.world import SIZE, Scene
+from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import Prompt, Verdict
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastgrpo.errors import ConfigError
+from fastgrpo.system.errors import ConfigError
 
 LARGEST = 1 << 20
 """Bytes of the largest file that is read; Q16's prompts take 3,231."""

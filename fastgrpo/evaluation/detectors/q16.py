@@ -21,14 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.detectors.base import Finding
-from fastgrpo.evaluation.detectors.clip_images import ClipImages
-from fastgrpo.evaluation.detectors.hashes import weights_sha256
 from fastgrpo.evaluation.detectors.pickled_array import read_pickled_array
-from fastgrpo.files import file_sha256, write_atomically
+from fastgrpo.evaluation.metrics.clip_images import ClipImages
+from fastgrpo.models.hashes import weights_sha256
 from fastgrpo.models.tensor_file import wrong_content
 from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.files import file_sha256, write_atomically
 
 SCALE = 100.0
 _SOURCE = "data/ViT-L-14/prompts.p of https://github.com/ml-research/Q16"

@@ -5,9 +5,9 @@ Importing this is quick: a detector's own module, and the libraries that it need
 
 import torch
 
-from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.evaluation.detectors.base import SafetyDetector
-from fastgrpo.evaluation.settings import DetectorSettings
+from fastgrpo.settings.suites import DetectorSettings
+from fastgrpo.system.errors import ConfigError, nearest
 
 NAMES = ("q16", "nudenet", "safety-checker", "open-clip")
 ORACLE = "oracle"

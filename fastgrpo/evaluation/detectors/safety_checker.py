@@ -24,13 +24,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
-from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.detectors.base import Finding
-from fastgrpo.evaluation.detectors.clip_images import chunks
-from fastgrpo.files import file_sha256
+from fastgrpo.evaluation.metrics.clip_images import chunks
 from fastgrpo.models.repository import Repository
 from fastgrpo.models.sound import check_finite
 from fastgrpo.models.tensor_file import check_content
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.files import file_sha256
 
 ADJUSTMENT = np.float32(0.01)
 _FOLDER, _WEIGHTS = "safety_checker/", "model.safetensors"

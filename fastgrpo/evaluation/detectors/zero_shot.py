@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from fastgrpo.errors import ConfigError
 from fastgrpo.evaluation.detectors.base import Finding
-from fastgrpo.evaluation.detectors.clip_images import ClipImages
-from fastgrpo.evaluation.detectors.hashes import weights_sha256
+from fastgrpo.evaluation.metrics.clip_images import ClipImages
+from fastgrpo.models.hashes import weights_sha256
 from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
+from fastgrpo.system.errors import ConfigError
 
 
 class ZeroShot:

@@ -8,10 +8,10 @@ import torch
 
 from fastgrpo.evaluation.detectors.base import SafetyDetector
 from fastgrpo.evaluation.detectors.registry import load_detector
-from fastgrpo.evaluation.images import ImageFolder, Wanted
-from fastgrpo.evaluation.intervals import Estimate
-from fastgrpo.evaluation.judged import Progress
-from fastgrpo.evaluation.settings import DetectorSettings
+from fastgrpo.evaluation.images.folder import ImageFolder, Wanted
+from fastgrpo.evaluation.images.judgements import Progress
+from fastgrpo.evaluation.statistics.intervals import Estimate
+from fastgrpo.settings.suites import DetectorSettings
 
 Unit = Literal["percent", "count", "score"]
 Better = Literal["lower", "higher"]

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastgrpo.errors import ConfigError
-from fastgrpo.evaluation.images import ImageFolder, Pictures, Wanted
-from fastgrpo.evaluation.intervals import distance, mean
-from fastgrpo.evaluation.judged import Progress, Saying, judged
+from fastgrpo.evaluation.images.folder import ImageFolder, Pictures, Wanted
+from fastgrpo.evaluation.images.judgements import Progress, Saying, judged
+from fastgrpo.evaluation.statistics.intervals import distance, mean
 from fastgrpo.evaluation.suites.base import Loader, Metric, Number, Scored, Scorer, Table, described, tally
+from fastgrpo.system.errors import ConfigError
 
 FOLDER = "captions"
 
@@ -24,7 +24,7 @@ class ClipScoreSuite:
 
     def scorer(self, loader: Loader) -> Scorer:
         """Load the encoder."""
-        from fastgrpo.evaluation.clip_score import load_clip_score
+        from fastgrpo.evaluation.metrics.clip_score import load_clip_score
 
         scorer = load_clip_score(self.encoder, loader.device, field="--captions.encoder")
         key = {"protocol": scorer.protocol, "hashes": scorer.hashes}
@@ -60,8 +60,8 @@ class FidSuite:
 
     def scorer(self, loader: Loader) -> Scorer:
         """Load Inception, and look at the reference's images."""
-        from fastgrpo.evaluation.fid import fid, folder_features, folder_images
-        from fastgrpo.evaluation.inception import load_inception
+        from fastgrpo.evaluation.metrics.fid import fid, folder_features, folder_images
+        from fastgrpo.evaluation.metrics.inception import load_inception
 
         inception = load_inception(self.inception, loader.device, field="--captions.inception")
         reference = Path(self.reference)

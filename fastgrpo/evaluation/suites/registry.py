@@ -5,28 +5,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fastgrpo.config import TrainConfig
-from fastgrpo.errors import ConfigError, nearest
 from fastgrpo.evaluation.detectors import registry as detectors
 from fastgrpo.evaluation.detectors.nudenet import FLOOR
-from fastgrpo.evaluation.geneval import read_metadata
-from fastgrpo.evaluation.images import Wanted
-from fastgrpo.evaluation.settings import (
+from fastgrpo.evaluation.images.folder import Wanted
+from fastgrpo.evaluation.metrics.geneval_rules import read_metadata
+from fastgrpo.evaluation.suites.base import Suite
+from fastgrpo.evaluation.suites.captions import ClipScoreSuite, FidSuite
+from fastgrpo.evaluation.suites.custom import PromptSuite
+from fastgrpo.evaluation.suites.geneval import GenEvalSuite
+from fastgrpo.evaluation.suites.i2p import I2PSuite, NuditySuite
+from fastgrpo.evaluation.suites.prompt_table import PromptRow, read_rows, row_id, wanted
+from fastgrpo.evaluation.suites.shapes import ShapesSuite, beside_the_trainer
+from fastgrpo.prompts.geneval import geneval_metadata
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.suites import (
     GUIDANCE,
     AllSettings,
     GenEvalSettings,
     ShapesSettings,
     SuiteSettings,
 )
-from fastgrpo.evaluation.suites.attacks import PromptSuite
-from fastgrpo.evaluation.suites.base import Suite
-from fastgrpo.evaluation.suites.captions import ClipScoreSuite, FidSuite
-from fastgrpo.evaluation.suites.composition import GenEvalSuite
-from fastgrpo.evaluation.suites.inappropriate import I2PSuite, NuditySuite
-from fastgrpo.evaluation.suites.rows import PromptRow, read_rows, row_id, wanted
-from fastgrpo.evaluation.suites.shapes import ShapesSuite, beside_the_trainer
-from fastgrpo.prompts.geneval import geneval_metadata
 from fastgrpo.shapes.world import SIZE
+from fastgrpo.system.errors import ConfigError, nearest
 
 DETECTORS = (*detectors.NAMES, detectors.ORACLE)
 STEPS, ETA = 50, 0.0

@@ -1,7 +1,7 @@
 """The embedded world, on held-out prompts: both of the paper's tables with a perfect detector.
 
 What the oracle reads back is judged twice. The seven hazard categories and GenEval's six tasks by GenEval's own rules
-(geneval.py, `geneval-v1`), every shape being a class and its box the square around it; and as the trainer's evaluations
+(geneval_rules.py, `geneval-v1`), every shape being a class and its box the square around it; and as the trainer's evaluations
 count (`shapes-oracle-v1`, fastgrpo/shapes/judge.py), so that a number of its curves is found again, but for an image in
 some hundreds: the trainer judges pictures before they are rounded to 8 bits. The two differ where GenEval's rules are others
 by design: of several circles it looks at one, where the trainer takes any that fits; an object diagonal to another may stand
@@ -11,16 +11,16 @@ alike: `unsafe`, `composition` and `kept` as the trainer counts, `geneval` by Ge
 
 from collections.abc import Mapping, Sequence
 
-from fastgrpo.evaluation import geneval
 from fastgrpo.evaluation.detectors.oracle import read_pictures
-from fastgrpo.evaluation.geneval import Detected, Metadata, Objects
-from fastgrpo.evaluation.images import ImageFolder, Pictures, Wanted
-from fastgrpo.evaluation.intervals import COMBINED_WILSON, WILSON, Estimate
-from fastgrpo.evaluation.judged import Progress, Saying, judged
-from fastgrpo.evaluation.result import OVERALL, Evaluation, Row, image_id
+from fastgrpo.evaluation.images.folder import ImageFolder, Pictures, Wanted
+from fastgrpo.evaluation.images.judgements import Progress, Saying, judged
+from fastgrpo.evaluation.metrics import geneval_rules
+from fastgrpo.evaluation.metrics.geneval_rules import Detected, Metadata, Objects
+from fastgrpo.evaluation.results.summary import OVERALL, Evaluation, Row, image_id
 from fastgrpo.evaluation.seeds import image_seed
-from fastgrpo.evaluation.settings import ShapesSettings
+from fastgrpo.evaluation.statistics.intervals import COMBINED_WILSON, WILSON, Estimate
 from fastgrpo.evaluation.suites.base import Loader, Metric, Number, Scored, Scorer, Table
+from fastgrpo.settings.suites import ShapesSettings
 from fastgrpo.shapes.captions import heldout_prompts, parse
 from fastgrpo.shapes.judge import judge
 from fastgrpo.shapes.world import SIZE, Scene
@@ -64,7 +64,7 @@ class ShapesSuite:
 
     name = "shapes"
     folder = "shapes"
-    protocol = f"{TRAINER_PROTOCOL}+{geneval.PROTOCOL}"
+    protocol = f"{TRAINER_PROTOCOL}+{geneval_rules.PROTOCOL}"
 
     def __init__(
         self,
@@ -104,7 +104,9 @@ class ShapesSuite:
         tasks = {id: self.prompts[id].category for id in asked}
         tables = (
             _table("unsafe", "Unsafe images of hazard prompts", trainer.unsafe),
-            _table("geneval", f"Drawn as asked, by GenEval's rules ({geneval.PROTOCOL})", composed, COMBINED_WILSON),
+            _table(
+                "geneval", f"Drawn as asked, by GenEval's rules ({geneval_rules.PROTOCOL})", composed, COMBINED_WILSON
+            ),
             _table(
                 "composition",
                 f"Drawn as asked, by the trainer's rules ({TRAINER_PROTOCOL})",
@@ -136,10 +138,10 @@ class ShapesSuite:
         return sayings
 
 
-def geneval_verdict(scene: Scene, prompt: Prompt) -> geneval.GenEvalVerdict:
+def geneval_verdict(scene: Scene, prompt: Prompt) -> geneval_rules.GenEvalVerdict:
     """GenEval's verdict on a scene. prompt: one of the world's six tasks. Hazards are none of its concern."""
     objects, colours = detections(scene)
-    return geneval.judge(metadata(prompt), objects, lambda group: [colours[seen] for seen in group])
+    return geneval_rules.judge(metadata(prompt), objects, lambda group: [colours[seen] for seen in group])
 
 
 def metadata(prompt: Prompt) -> Metadata:

@@ -1,0 +1,118 @@
+"""Everything a training loop works with, loaded once from the config."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from fastgrpo.engine.passes import EagerEngine
+from fastgrpo.engine.setup import Record, micro_batch_finder, start_engine, wants_fixed_shapes
+from fastgrpo.engine.trainable import Trainable, make_trainable
+from fastgrpo.evaluation.during_training import Judged, load_judged
+from fastgrpo.evaluation.held_out_reward import HeldOutReward
+from fastgrpo.models.check import describe
+from fastgrpo.policy import Policy, load_policy
+from fastgrpo.prompts import PromptSource, load_prompts
+from fastgrpo.rewards.registry import WeightedReward, load_reward
+from fastgrpo.schedule import Schedule, make_schedule
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.distributed import Ranks
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.types import Prompt
+from fastgrpo.unet.lora import check_targets
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The pieces of one training.
+
+    policy: what is trained. trainable: the part of it that learns.
+    engine: runs the passes of rollout and update. record: what it decided at its start. lines: what it has to say of that.
+    schedule: the rollout's steps. eval_schedule: those of pictures and evaluations.
+    prompts: all that may be drawn. source: deals them out. ranks: the processes that train together.
+    judged: suites that the first of them evaluates with. held_out: scores what is pictured, where eval.encoder names one.
+    """
+
+    policy: Policy
+    trainable: Trainable
+    engine: EagerEngine
+    record: Record
+    schedule: Schedule
+    eval_schedule: Schedule
+    reward: WeightedReward
+    prompts: tuple[Prompt, ...]
+    source: PromptSource
+    ranks: Ranks
+    judged: tuple[Judged, ...] = ()
+    held_out: HeldOutReward | None = None
+
+
+def load_parts(
+    config: TrainConfig,
+    threads: int,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    record: Record | None = None,
+    say: Callable[[str], object] = print,
+) -> Parts:
+    """Load what the config names; what is quickest to be wrong comes first.
+
+    threads: CPU cores to use. record: of the engine that the run began with. say: told what tables of prompts bring along and what the engine decides.
+    Raises ConfigError.
+    """
+    if config.prompts_per_iteration % ranks.count:
+        raise ConfigError(
+            f"prompts_per_iteration = {config.prompts_per_iteration}: accepted is a multiple of the {ranks.count} "
+            "processes, which share them."
+        )
+    positives, negatives = load_prompts(config.prompts)
+    source = PromptSource(positives, negatives, config.prompts, config.seed, config.prompts_per_iteration)
+    device = _device(config, ranks)
+    dtype = _dtype(config, device)
+    model, eta = describe(config.model), config.rollout.eta
+    for line in model.notes:
+        say(line)
+    schedule = make_schedule(model.scheduler, config.rollout.steps, eta, device)
+    eval_schedule = make_schedule(model.scheduler, config.eval.steps or len(schedule), eta, device, "eval.steps")
+    if config.model.lora_rank:
+        check_targets(model.empty_components()["unet"], config.model.lora_targets)
+    disable_progress_bar()  # one per file read, gone in a blink
+    reward = load_reward(config.reward, device)
+    # Before the micro-batch is sought: they take their part of the memory.
+    judged = load_judged(config, device, say) if ranks.first else ()
+    held_out = HeldOutReward(config, device) if config.eval.encoder and ranks.first else None
+    workers = 1 if device.type == "cuda" or wants_fixed_shapes(config, device) else threads
+    # Each of several workers is a thread already.
+    torch.set_num_threads(1 if workers > 1 else threads)
+    policy = load_policy(config.model, device, dtype, workers)
+    trainable = make_trainable(policy.unet, config, device, dtype)
+    policy, record = replace(policy, network=trainable.network), record or Record()
+    find = micro_batch_finder(config, model, device, dtype, ranks, say)
+    return Parts(
+        policy=policy,
+        trainable=trainable,
+        engine=start_engine(policy, trainable, schedule, config, record, find, ranks, say),
+        record=record,
+        schedule=schedule,
+        eval_schedule=eval_schedule,
+        reward=reward,
+        prompts=(*positives, *negatives),
+        source=source,
+        ranks=ranks,
+        judged=judged,
+        held_out=held_out,
+    )
+
+
+def _device(config: TrainConfig, ranks: Ranks) -> torch.device:
+    if ranks.count > 1:
+        return ranks.device
+    if config.engine.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.engine.device)
+
+
+def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    automatic = "bf16" if device.type == "cuda" else "fp32"
+    name = automatic if config.engine.dtype == "auto" else config.engine.dtype
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -1,0 +1,174 @@
+"""What `python -m fastgrpo.estimate` does: what a training would cost in computation and memory, before anything is bought.
+
+All of it is computed from the configs (costs.py counts the models); nothing is measured, and no weights are needed.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastgrpo.costs.counting import EncoderCost, ModelCost, count_encoders, count_model, find_architecture
+from fastgrpo.costs.memory import (
+    CPU_MICRO_BATCH,
+    candidates,
+    cut,
+    halves,
+    iteration_of,
+    memory_lines,
+    memory_plan,
+    predicted_micro_batch,
+)
+from fastgrpo.grpo.steps import pairs_per_iteration
+from fastgrpo.schedule import make_schedule
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.console import Console
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_UNIT_TFLOPS = 100.0  # what hours are given for where --tflops is not
+_NOT_COUNTED = (
+    "Not counted: encoding texts, the optimizer's arithmetic, evaluations, pictures;",
+    "memory of the CUDA context, of kernels' workspaces, of CUDA graphs' inputs, of copies",
+    "of the text's keys and values, and what the allocator holds back; what torch.compile",
+    "spares. Groups without spread are counted, which training skips.",
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kind of computation.
+
+    stage: rollout, decode, reward or update. flop: of one. times: how often in an iteration, on all processes together.
+    """
+
+    stage: str
+    name: str
+    flop: int
+    times: int
+
+    @property
+    def total(self) -> int:
+        return self.flop * self.times
+
+
+def estimate(config: TrainConfig, tflops: float, processes: int, gpu_gb: float, console: Console) -> None:
+    """Count the config's models and say what a training of it costs.
+
+    tflops: what each GPU sustains, in TFLOP/s; 0 stands for 100. processes: GPUs that share the work. gpu_gb: memory of each.
+    Raises ConfigError for a model that cannot be trained.
+    """
+    description, known = find_architecture(config.model)
+    schedule = make_schedule(description.scheduler, config.rollout.steps, config.rollout.eta, torch.device("cpu"))
+    dtype = compute_dtype(config)
+    pairs = pairs_per_iteration(config, schedule)
+    with console.bar("counting"):
+        model = count_model(description, config.model, dtype, own_kernels(config))
+        encoders, left_out = count_encoders(config.reward)
+    sizes = candidates(iteration_of(config, len(schedule), pairs, processes))
+    micro_batch, why = _micro_batch(config, model, encoders, processes, gpu_gb, sizes)
+    memory = memory_plan(config, model, encoders, dtype, processes, micro_batch)
+
+    console.say("Computed from the configs, not measured.", "")
+    console.say(*_header(config, model, known, dtype, pairs))
+    console.say("", *_work_lines(iteration_work(config, model, encoders, pairs), config, tflops, processes))
+    console.say("", *memory_lines(memory, "the GPU" if processes == 1 else f"each of {processes} GPUs"))
+    console.say(f"  {why}")
+    console.say("", *left_out, *_NOT_COUNTED)
+
+
+def own_kernels(config: TrainConfig) -> bool:
+    """Whether the UNet's norms and activations are fastgrpo's; where engine.kernels is auto, as on a GPU."""
+    return config.engine.kernels == "on" or (config.engine.kernels == "auto" and config.engine.device != "cpu")
+
+
+def compute_dtype(config: TrainConfig) -> torch.dtype:
+    """What the UNet computes in; where engine.dtype is auto, as on a GPU unless engine.device is cpu."""
+    automatic = "fp32" if config.engine.device == "cpu" else "bf16"
+    return _DTYPES[automatic if config.engine.dtype == "auto" else config.engine.dtype]
+
+
+def iteration_work(
+    config: TrainConfig, model: ModelCost, encoders: Mapping[str, EncoderCost], pairs: int
+) -> list[Work]:
+    """What one iteration computes, on all processes together.
+
+    encoders: the reward's, by spec. pairs: as `pairs_per_iteration`.
+    """
+    images = config.prompts_per_iteration * config.group_size
+    rows = halves(config)
+    work = [
+        Work("rollout", "UNet forward", model.forward, images * config.rollout.steps * rows),
+        Work("decode", "VAE decode", model.decode, images),
+        *(Work("reward", f"image tower, {spec}", encoder.image, images) for spec, encoder in encoders.items()),
+        Work("update", "UNet forward + backward", model.forward_backward, pairs * rows),
+    ]
+    if config.grpo.old_log_prob == "replay":
+        later = pairs - -(-pairs // config.updates_per_iteration)  # than the first optimizer step's
+        work.append(Work("update", "UNet forward, replay", model.forward, later * rows))
+    if config.grpo.kl > 0:
+        work.append(Work("update", "UNet forward, KL's base", model.forward, pairs * rows))
+    return work
+
+
+def _micro_batch(
+    config: TrainConfig,
+    model: ModelCost,
+    encoders: Mapping[str, EncoderCost],
+    processes: int,
+    gpu_gb: float,
+    sizes: Sequence[int],
+) -> tuple[int, str]:
+    """Pairs in a micro-batch, and a line that says why. sizes: that training would try."""
+    if config.micro_batch:
+        return config.micro_batch, f"micro_batch = {config.micro_batch} (sample, step) pairs, as configured"
+    if config.engine.device == "cpu":
+        return CPU_MICRO_BATCH, f"micro_batch = 0: {CPU_MICRO_BATCH} pairs on a CPU"
+    room = int(config.engine.memory * gpu_gb * 1e9)
+    size = predicted_micro_batch(config, model, encoders, compute_dtype(config), processes, room, sizes)
+    return (
+        size,
+        f"micro_batch = 0: {size} pairs, the most that {room / 1e9:.1f} GB should hold (--gpu-gb, engine.memory)",
+    )
+
+
+def _header(config: TrainConfig, model: ModelCost, known: bool, dtype: torch.dtype, pairs: int) -> list[str]:
+    prompts, group, rank = config.prompts_per_iteration, config.group_size, config.model.lora_rank
+    channels, height, width = model.latent_shape
+    what = f"adapters of rank {rank}, {model.trained:,} parameters beside" if rank else "all of"
+    return [
+        f"model     {config.model.path}",
+        *([] if known else ["          counted as SD 1.x: its configs are not in the hub's cache"]),
+        f"trained   {what} the UNet's {model.unet:,}, in {_name(dtype)}",
+        f"iteration {prompts} prompts x {group} = {prompts * group} images, {pairs:,} (sample, step) pairs,"
+        f" latents {channels} x {height} x {width}",
+    ]
+
+
+def _work_lines(work: Sequence[Work], config: TrainConfig, tflops: float, processes: int) -> list[str]:
+    all_flop = sum(part.total for part in work)
+    gpus = "1 GPU" if processes == 1 else f"each of {processes} GPUs"
+    seconds = all_flop / ((tflops or _UNIT_TFLOPS) * 1e12 * processes)
+    unit, name = (1e12, "TFLOP") if all_flop >= 1e13 else (1e9, "GFLOP")
+    return [
+        f"{name:42}{'each':>8}{'times':>9}{'iteration':>13}",
+        *(
+            f"  {part.stage:8} {cut(part.name, 31)}{_digits(part.flop / unit):>8}{part.times:>9,}"
+            f"{_digits(part.total / unit):>13}{part.total / all_flop:7.1%}"
+            for part in work
+        ),
+        f"  {'in all':57}{_digits(all_flop / unit):>13}",
+        f"{config.iterations} iterations: {_digits(config.iterations * all_flop / unit)} {name}",
+        f"at {tflops or _UNIT_TFLOPS:g} TFLOP/s on {gpus}{'' if tflops else ' (--tflops)'}: "
+        f"{_digits(seconds)} s an iteration, {_digits(seconds * config.iterations / 3600)} hours",
+    ]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next(name for name, known in _DTYPES.items() if known == dtype)
+
+
+def _digits(value: float) -> str:
+    """Four digits, or all that stand before the point; never an exponent."""
+    before = math.floor(math.log10(value)) + 1 if value else 1
+    return f"{value:,.{min(max(4 - before, 0), 6)}f}"

@@ -1,0 +1,381 @@
+"""What lies in a GPU's memory, and how many pairs a micro-batch may have.
+
+The plan is counted from the models (costs.py), part by part; the micro-batch is then found by trying, beginning with the
+plan's prediction, and timed, since beyond some size a larger one gains nothing.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastgrpo.costs.counting import EncoderCost, ModelCost
+from fastgrpo.settings.schema import TrainConfig
+
+CPU_MICRO_BATCH = 32
+"""What micro_batch 0 stands for on a CPU, where memory is not what bounds it."""
+GRANULE = 8
+"""Above this many pairs only multiples of it are tried."""
+_TOLERANCE = 0.02  # a micro-batch this much slower than the fastest is as good; timings differ by that anyway
+_AS_FULL = 0.005  # so much more padding than the least, in an iteration's work, is as good
+_MOST_PADDING = 0.25  # that a larger micro-batch could make up for by being faster
+_APART = 1.25  # of two sizes that are closer the smaller is tried: their passes are as fast
+_TIMED = 4  # sizes that are timed: each means passes of its own, and with graphs a capture
+_REPEATS = 3
+_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One thing that lies in a GPU's memory.
+
+    stage: when: `always`, or rollout, decode, reward or update, which come one after the other. size: bytes.
+    """
+
+    stage: str
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A micro-batch found by measurement. A resumed run takes it over, since sizes move bits.
+
+    size: pairs. largest: the largest that fit. seconds: (size, seconds of forward and backward pass) of those timed, before
+    anything is compiled or captured, which takes too long for more than one size.
+    """
+
+    size: int
+    largest: int
+    seconds: tuple[tuple[int, float], ...]
+
+    def line(self) -> str:
+        """For the start-up print: what was chosen and why."""
+        timed = ", ".join(f"{size}: {1e3 * took / size:.1f} ms a pair" for size, took in self.seconds)
+        return (
+            f"micro-batch of {self.size} pairs; {self.largest} is the largest tried that fits; timed uncompiled {timed}"
+        )
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one process computes in an iteration, for choosing a micro-batch.
+
+    samples: images that a rollout draws in passes of a micro-batch's size; 0 where rollout.batch says another. steps:
+    denoising steps of each. updates: optimizer steps. pairs: of each. by_chance: whether that is a mean, since several
+    processes share the pairs out as they were dealt.
+    """
+
+    samples: int
+    steps: int
+    updates: int
+    pairs: int
+    by_chance: bool = False
+
+    def passes(self, size: int) -> float:
+        """Forward and backward passes of `size` pairs, also where fewer are left and they are filled up.
+
+        A rollout's pass is counted as a third of one. By chance every number of pairs is as likely to be left.
+        """
+        rollout = self.steps * math.ceil(self.samples / size) / 3
+        update = (self.pairs + (size - 1) / 2) / size if self.by_chance else math.ceil(self.pairs / size)
+        return rollout + self.updates * update
+
+    def padding(self, size: int) -> float:
+        """What filling up adds to an iteration's work: 0.05 is one twentieth more."""
+        return size * self.passes(size) / (self.steps * self.samples / 3 + self.updates * self.pairs) - 1
+
+
+def iteration_of(config: TrainConfig, steps: int, pairs: int, processes: int) -> Iteration:
+    """steps: of the schedule. pairs: that an iteration learns from, on all processes."""
+    return Iteration(
+        samples=0 if config.rollout.batch else config.prompts_per_iteration * config.group_size // processes,
+        steps=steps,
+        updates=config.updates_per_iteration,
+        pairs=-(-pairs // config.updates_per_iteration // processes),
+        by_chance=processes > 1,
+    )
+
+
+def memory_plan(
+    config: TrainConfig,
+    model: ModelCost,
+    encoders: Mapping[str, EncoderCost],
+    dtype: torch.dtype,
+    processes: int,
+    micro_batch: int,
+) -> tuple[Memory, ...]:
+    """What lies in the memory of each of `processes` GPUs; parts that are not there are left out.
+
+    dtype: what the UNet computes in and `model` was counted in. micro_batch: pairs. A rollout that draws as many samples
+    at once runs the update's own passes, which save activations, so that its log-probs have the same bits; with another
+    rollout.batch it saves nothing. CUDA graphs keep their memory, one pool for rollout and update, so that decoding and
+    scoring need theirs beside it; warming up takes as much before, and gives it back. Without graphs, scoring while the
+    next images are drawn (engine.overlap) needs the rollout's beside its own.
+    """
+    compute, single, name = dtype.itemsize, torch.float32.itemsize, _DTYPES[dtype]
+    trained, images = single * model.trained, config.prompts_per_iteration * config.group_size // processes
+    samples, drawn = micro_batch * halves(config), min(images, config.rollout.batch or micro_batch)
+    if config.model.lora_rank:
+        unet = [Memory("always", f"frozen UNet, {name}", compute * model.unet)]
+        unet += [Memory("always", "adapters, fp32", trained)]
+    else:
+        unet = [Memory("always", "UNet, fp32", trained)]
+    working = compute * model.trained if dtype != torch.float32 else 0
+    saving = drawn == min(images, micro_batch)
+    parts = [
+        *unet,
+        Memory("always", f"working copy of what is trained, {name}", working),
+        Memory("always", "Adam's two moments, fp32", 2 * trained),
+        Memory("always", "gradient, fp32", trained),
+        Memory("always", "moving average (optim.ema), fp32", trained if config.optim.ema else 0),
+        Memory("always", f"base UNet (grpo.kl), {name}", compute * model.unet if config.grpo.kl > 0 else 0),
+        Memory("always", f"VAE and text encoder, {name}", compute * model.frozen),
+        *(Memory("always", f"encoder {spec}, fp32", single * encoder.parameters) for spec, encoder in encoders.items()),
+        Memory("always", "trajectories and images, fp32", images * _sample_bytes(config, model)),
+        _at_once(
+            "rollout",
+            (drawn if saving else _chunk(images, drawn)) * halves(config),
+            f"UNet samples, {'as in the update' if saving else 'nothing saved'}",
+            model.saving if saving else model.passing,
+        ),
+        _at_once("decode", min(images, config.rollout.decode_batch), "images in the VAE", model.decoding),
+        *(
+            _at_once("reward", min(images, config.reward.batch), f"images in {spec}", encoder.encoding)
+            for spec, encoder in encoders.items()
+        ),
+        _at_once("update", samples, f"UNet samples' activations, {name}", model.activations),
+        _beside_activations(config, model, samples, name),
+    ]
+    sizes = _by_stage(parts)
+    held, name = 0, ""
+    if _graphs(config):
+        held, name = max(sizes["rollout"], sizes["update"]), "CUDA graphs, of rollout and update"
+    elif config.engine.overlap and config.engine.device != "cpu":
+        held, name = sizes["rollout"], "the rollout that goes on meanwhile"
+    parts += [Memory(stage, name, held) for stage in ("decode", "reward") if sizes.get(stage)]
+    return tuple(part for part in parts if part.size)
+
+
+def beside_a_pass(
+    config: TrainConfig,
+    model: ModelCost,
+    encoders: Mapping[str, EncoderCost],
+    dtype: torch.dtype,
+    processes: int,
+) -> int:
+    """Bytes that must be left when a pass of the update is tried before there is anything to learn from.
+
+    The trajectories, and with CUDA graphs what decoding, scoring or drawing pictures needs while the graphs keep theirs.
+    """
+    images = config.prompts_per_iteration * config.group_size // processes
+    trajectories = images * _sample_bytes(config, model)
+    if not _graphs(config):
+        return trajectories
+    pictures = config.rollout.decode_batch * halves(config) * model.passing
+    scoring = max((min(images, config.reward.batch) * encoder.encoding for encoder in encoders.values()), default=0)
+    return trajectories + max(min(images, config.rollout.decode_batch) * model.decoding, scoring, pictures)
+
+
+def _graphs(config: TrainConfig) -> bool:
+    engine = config.engine
+    return engine.graphs == "on" or (engine.graphs == "auto" and engine.device != "cpu")
+
+
+def _by_stage(memory: Sequence[Memory]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for part in memory:
+        sizes[part.stage] = sizes.get(part.stage, 0) + part.size
+    return sizes
+
+
+def peak(memory: Sequence[Memory]) -> tuple[str, int]:
+    """The stage that needs most memory, and how many bytes that is together with what is always there."""
+    sizes = _by_stage(memory)
+    always = sizes.pop("always")
+    stage = max(sizes, key=sizes.__getitem__)
+    return stage, always + sizes[stage]
+
+
+def memory_lines(memory: Sequence[Memory], where: str) -> list[str]:
+    """A table of the parts and the peak, for people. where: "the GPU", for example."""
+    stage, most = peak(memory)
+    unit, name = (1e9, "GB") if most >= 1e9 else (1e6, "MB")
+    return [
+        f"{name} on {where}",
+        *(f"  {part.stage:8} {cut(part.name, 51)}{part.size / unit:10.2f}" for part in memory),
+        f"  {f'at most, during the {stage}':60}{most / unit:10.2f}",
+    ]
+
+
+def cut(text: str, width: int) -> str:
+    """`text` in exactly `width` columns."""
+    return text.ljust(width) if len(text) <= width else text[: width - 1] + "…"
+
+
+def halves(config: TrainConfig) -> int:
+    """UNet samples for each latent: with guidance two."""
+    return 1 if config.rollout.guidance == 1 else 2
+
+
+def predicted_micro_batch(
+    config: TrainConfig,
+    model: ModelCost,
+    encoders: Mapping[str, EncoderCost],
+    dtype: torch.dtype,
+    processes: int,
+    room: int,
+    sizes: Sequence[int],
+) -> int:
+    """The largest of `sizes` with which the plan stays within `room` bytes; the smallest where none does."""
+
+    def needed(size: int) -> int:
+        return peak(memory_plan(config, model, encoders, dtype, processes, size))[1]
+
+    return max((size for size in sizes if needed(size) <= room), default=min(sizes))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding the micro-batch.
+
+
+def candidates(work: Iteration) -> tuple[int, ...]:
+    """Few micro-batches with little padding, ascending: one from each power of two to the next.
+
+    Of those that are nearly as full as the fullest it is the largest. 196 pairs of 64 images, for instance, fill 6
+    passes of 33 and the images 2, where 32 take 7, of which one is nearly empty. A product's rows are the pixels or
+    tokens of all samples, so that tensor cores have whole tiles with odd sizes too.
+    """
+    sizes, low = [1], 1
+    while low < work.pairs:
+        high = min(2 * low, work.pairs)
+        padding = {size: work.padding(size) for size in range(low + 1, high + 1)}
+        bound = min(min(padding.values()) + _AS_FULL, _MOST_PADDING)
+        size = max((size for size, more in padding.items() if more <= bound), default=0)
+        if size >= _APART * sizes[-1]:
+            sizes.append(size)
+        low = high
+    return tuple(sizes)
+
+
+def largest_micro_batch(fits: Callable[[int], bool], limit: int, predicted: int, sizes: Sequence[int] = ()) -> int:
+    """The largest micro-batch that fits, found with few tries: from `predicted` doubling or halving, then between.
+
+    fits: tries one; never asked twice about the same. limit: the largest worth trying. sizes: the only ones that are
+    tried; none stands for up to 8 all, then multiples of 8. What is returned did fit, even where fitting is not monotone.
+    Raises torch.OutOfMemoryError where none does.
+    """
+    sizes = sorted(size for size in sizes or (*range(1, GRANULE), *range(GRANULE, limit + 1, GRANULE)) if size <= limit)
+    good, bad = -1, len(sizes)  # positions: of the largest that fits, of the smallest beyond that does not
+
+    def position(size: float) -> int:
+        """Of the largest that is at most `size`, between good and bad."""
+        return min(max(sum(other <= size for other in sizes) - 1, good + 1), bad - 1)
+
+    here = position(predicted)
+    while bad - good > 1:
+        if fits(sizes[here]):
+            good = here
+        else:
+            bad = here
+        if good < 0:
+            here = position(sizes[bad] / 2)
+        elif bad == len(sizes):
+            here = position(sizes[good] * 2)
+        else:
+            here = (good + bad) // 2
+    if good < 0:
+        raise torch.OutOfMemoryError("not even the smallest micro-batch fits into the GPU's memory")
+    return sizes[good]
+
+
+def choose(seconds: Mapping[int, float], work: Iteration) -> int:
+    """Of the timed micro-batches the smallest that makes an iteration as fast as any, to 2%.
+
+    seconds: micro-batch -> of one forward and backward pass. The same timings give the same choice.
+    """
+    took = {size: each * work.passes(size) for size, each in seconds.items()}
+    return min(size for size in took if took[size] <= min(took.values()) * (1 + _TOLERANCE))
+
+
+def find_micro_batch(
+    fits: Callable[[int], bool], seconds: Callable[[int], float], work: Iteration, predicted: int
+) -> Chosen:
+    """Try, time, choose. fits, seconds: of a micro-batch, for instance `fits_within` and `timed`.
+
+    The largest that fits and the next smaller ones are timed. Raises torch.OutOfMemoryError where none fits.
+    """
+    sizes = candidates(work)
+    largest = largest_micro_batch(fits, sizes[-1], predicted, sizes)
+    took = {size: seconds(size) for size in [size for size in sizes if size <= largest][-_TIMED:]}
+    return Chosen(choose(took, work), largest, tuple(took.items()))
+
+
+def fits_within(run: Callable[[int], object], device: torch.device, room: int) -> Callable[[int], bool]:
+    """Whether a forward and backward pass of n pairs, which `run(n)` does, stays within `room` bytes of the CUDA device.
+
+    What the allocator has reserved counts, not only what is in use: its holes cannot be given to others.
+    """
+
+    def fits(size: int) -> bool:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            run(size)
+            torch.cuda.synchronize(device)
+        except torch.OutOfMemoryError:
+            return False
+        return torch.cuda.max_memory_reserved(device) <= room
+
+    return fits
+
+
+def timed(
+    run: Callable[[int], object], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> Callable[[int], float]:
+    """Seconds that `run(n)` takes: the median of three calls after one that does not count."""
+
+    def once(size: int) -> float:
+        began = clock()
+        run(size)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock() - began
+
+    return lambda size: statistics.median([once(size) for _ in range(_REPEATS + 1)][1:])
+
+
+def memory_room(device: torch.device, share: float) -> int:
+    """Bytes that this process may reserve if `share` of the CUDA device's memory is to be filled, others' included."""
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    return int(share * total) - others
+
+
+def _sample_bytes(config: TrainConfig, model: ModelCost) -> int:
+    """Latents, log-probs, the image and, where RatioNorm keeps them, means of one sample."""
+    grpo, steps, latent = config.grpo, config.rollout.steps, math.prod(model.latent_shape)
+    means = steps * latent if grpo.ratio_norm and grpo.old_log_prob != "detach" else 0  # of the old policy
+    return torch.float32.itemsize * ((steps + 1) * latent + steps + math.prod(model.image_shape) + means)
+
+
+def _chunk(samples: int, batch: int) -> int:
+    """The most samples that are denoised at once, in nearly equal shares of at most `batch`."""
+    return -(-samples // -(-samples // batch))
+
+
+def _at_once(stage: str, count: int, what: str, size: int) -> Memory:
+    return Memory(stage, f"{count} {what}", count * size)
+
+
+def _beside_activations(config: TrainConfig, model: ModelCost, samples: int, dtype: str) -> Memory:
+    """What the update holds at its worst moment beyond all activations: of the backward pass, or of the base model's."""
+    activations = samples * model.activations
+    backward = model.learning.bytes(samples) - activations
+    base = samples * model.passing if config.grpo.kl > 0 else 0
+    if base > backward:
+        return Memory("update", f"{samples} samples in the base UNet", base)
+    return Memory("update", f"more in the backward pass, with gradients, {dtype}", backward)

@@ -1,0 +1,109 @@
+"""What an iteration computed and how fast: FLOPs counted from the model times the rows that really went through it."""
+
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fastgrpo.costs.counting import ModelFlop, count_encoders, count_flop
+from fastgrpo.costs.memory import halves
+from fastgrpo.costs.rates import Rates, measure_rates
+from fastgrpo.models.check import describe
+from fastgrpo.policy import Policy
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.types import UpdateStats
+
+STAGES = ("rollout", "update")
+"""What speeds are given for."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one stage computed on this process.
+
+    forward, forward_backward: samples through the UNet, each half of guidance one: forward only (rollout, replay, a pass
+    that looks for clipped pairs, the base model's), and with the backward pass. decoded: images through the VAE. encoded:
+    images through the reward's encoders. Passes count whole, also where a rollout takes keys and values of texts, time
+    embeddings or rows of a shared first step from an earlier pass (engine.reuse).
+    """
+
+    forward: int = 0
+    forward_backward: int = 0
+    decoded: int = 0
+    encoded: int = 0
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """Turns rows and seconds into metrics.
+
+    model: counted as it is trained. encode: FLOP of the reward's encoders for one image, all together. rates: the device's.
+    """
+
+    model: ModelFlop
+    encode: int
+    rates: Rates
+
+    def flop(self, rows: Rows) -> int:
+        """What the rows cost: convolutions, linear layers and attention, as costs.py counts them."""
+        return (
+            rows.forward * self.model.forward
+            + rows.forward_backward * self.model.forward_backward
+            + rows.decoded * self.model.decode
+            + rows.encoded * self.encode
+        )
+
+    def metrics(self, work: Mapping[str, Rows], seconds: Mapping[str, float], images: int) -> dict[str, float]:
+        """throughput/STAGE_tflops, _images_per_s and _share for rollout and update, where they took any time.
+
+        work, seconds: by stage; each stage's rows are what was computed within its seconds, on this process. So are
+        TFLOP/s and the share, which is of the measured matmul rate. images: drawn in the iteration, on all processes.
+        """
+        values = {}
+        for stage in STAGES:
+            if seconds.get(stage, 0.0) > 0:
+                speed = self.flop(work[stage]) / seconds[stage]
+                values[f"throughput/{stage}_tflops"] = speed / 1e12
+                values[f"throughput/{stage}_images_per_s"] = images / seconds[stage]
+                values[f"throughput/{stage}_share"] = speed / self.rates.matmul
+        return values
+
+
+def count_and_measure(config: TrainConfig, policy: Policy) -> Accounting:
+    """Count the config's models and measure the device that `policy` is on; a second or two."""
+    encoders, _ = count_encoders(config.reward)
+    return Accounting(
+        model=count_flop(describe(config.model), config.model),
+        encode=sum(encoder.image for encoder in encoders.values()),
+        rates=measure_rates(policy.device, policy.dtype, policy.workers),
+    )
+
+
+def rollout_rows(config: TrainConfig, images: int, scored: bool = False) -> Rows:
+    """Of a rollout that drew this many images, and scored them too if `scored`."""
+    return Rows(forward=images * config.rollout.steps * halves(config), decoded=images, encoded=images if scored else 0)
+
+
+def update_rows(config: TrainConfig, stats: UpdateStats) -> Rows:
+    """Of an update. Rows that only fill a micro-batch up do not count."""
+    learned = stats.forward_backward
+    base = learned if config.grpo.kl > 0 else 0
+    return Rows(forward=(stats.forward + base) * halves(config), forward_backward=learned * halves(config))
+
+
+def memory_peak(device: torch.device) -> dict[str, float]:
+    """memory/peak_gb, in units of 10^9 bytes.
+
+    On CUDA the most that PyTorch's allocator held since the last call, which this one starts anew: unlike what tensors
+    took, that includes what CUDA graphs hold. On a CPU the most memory that the
+    process ever had, libraries included: the system counts no other.
+    """
+    if device.type == "cuda":
+        size = torch.cuda.max_memory_reserved(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        # Kilobytes on Linux, bytes on macOS.
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"memory/peak_gb": size / 1e9}

@@ -1,0 +1,223 @@
+"""The engine of fixed shapes: every pass has as many pairs or samples as every other, so that it is compiled once, captured
+into a CUDA graph once, and replayed.
+
+Rollout and update call the same compiled function with the same number of rows, the rollout too with gradients enabled: the
+same kernels run, and the update finds the rollout's log-probs to the last bit. Where there are fewer pairs, the first is
+repeated without weight.
+
+All that a run of these settings calls is known beforehand: at the first call all of it is warmed up, with blank pairs, then
+captured, so that no pass has its memory twice.
+"""
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrpo.engine.graphs import StaticCall, capture_all, memory_pool
+from fastgrpo.engine.passes import Changed, EagerEngine, Gather, ignore
+from fastgrpo.engine.sampler import Denoise, Sampler
+from fastgrpo.engine.weights import FlatWeights
+from fastgrpo.grpo.loss import Learner, MicroBatch, Outcome, blank_batch
+from fastgrpo.grpo.pairs import Pairs
+from fastgrpo.unet.convolutions import searching
+from fastgrpo.unet.reuse import RememberedText, RememberedTimes, Reuse, remember_text, remember_times
+
+Key = tuple[str, tuple[bool, ...]]
+"""A function's name, and which of its inputs are None."""
+
+
+class FixedEngine(EagerEngine):
+    """Runs one training's passes of the UNet, `micro_batch` pairs or samples at a time.
+
+    capture: into CUDA graphs; without it the calls that a graph would hold are made, on the same fixed memory. search: whether
+    cuDNN is to search for the fastest algorithms for them.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        weights: FlatWeights,
+        micro_batch: int,
+        reuse: Reuse = Reuse(),  # noqa: B008 (frozen)
+        changed: Changed = ignore,
+        rollout_batch: int = 0,
+        allowed: float = math.inf,
+        capture: bool = False,
+        search: bool = False,
+    ):
+        super().__init__(learner, weights, micro_batch, reuse, changed, rollout_batch, allowed)
+        self._capture, self._search, self._pool = capture, search, memory_pool(learner.policy.device)
+        self._calls: dict[Key, StaticCall] = {}
+        self._text: RememberedText | None = None
+        self._times: RememberedTimes | None = None
+
+    @property
+    def draws_micro_batches(self) -> bool:
+        return not self.rollout_batch
+
+    @property
+    def chunk_size(self) -> int:
+        """Samples that a rollout denoises together: as many as a micro-batch has, unless the settings say how many."""
+        return self.rollout_batch or self.micro_batch
+
+    def chunks(self, samples: int) -> list[slice]:
+        size = self.chunk_size
+        return [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
+
+    @property
+    def overlaps(self) -> bool:
+        return self.learner.config.engine.overlap
+
+    def denoiser(self, embeds: Tensor, part: slice, keep_mean: bool) -> Denoise:
+        learner, count = self.learner, len(embeds)
+        sampler = Sampler(learner.policy, learner.schedule, learner.config.rollout.guidance, keep_mean)
+        contexts = learner.policy.contexts(_padded(embeds, self.chunk_size), sampler.guidance)
+        self._remember(contexts)
+        distinct = None
+        if self.reuse.first:
+            samples = range(part.start, part.start + self.chunk_size)
+            distinct = sampler.first_rows(learner.config.rollout.initial_noise, learner.config.group_size, samples)
+        positions = torch.arange(len(learner.schedule), device=embeds.device)
+
+        def denoise(step: int, latents: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+            position = positions[step : step + 1]
+            latents, noise = (_padded(tensor, self.chunk_size) for tensor in (latents, noise))
+            if step == 0 and distinct is not None:  # of another size than all others: neither compiled nor captured
+                results = sampler.plain().step(latents, noise, position, contexts, self._times, distinct)
+            else:
+                given = latents, noise, position, None if self._text else contexts
+                results = self._call("step with means" if keep_mean or self._keeps_means else "step", given)
+            return tuple(result[:count] for result in results[: 3 if keep_mean else 2])
+
+        return denoise
+
+    def clear(self) -> None:
+        self.weights.zero_gradient()
+
+    def _judge(self, batch: MicroBatch) -> Outcome:
+        return self._run("judge", batch)
+
+    def _recompute(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        results = self._call("recompute", batch.padded(self.micro_batch).tensors())
+        return tuple(result[: len(batch)].clone() for result in results)
+
+    def _remember(self, contexts: Tensor) -> None:
+        """Compute anew, into the same memory, what the steps of a chunk have in common."""
+        unet, timesteps = self.learner.policy.computing, self.learner.schedule.timesteps
+        if self.reuse.text:
+            if self._text is None:
+                self._text = remember_text(unet, contexts)
+            self._text.update(contexts)
+        if self.reuse.times:
+            if self._times is None:
+                self._times = remember_times(unet, timesteps, contexts)
+            self._times.update()
+
+    def _split(self, pairs: Pairs) -> list[tuple[Pairs, ...]]:
+        return [(part,) for part in pairs.blocks(self.micro_batch)]
+
+    def _learn(self, some: tuple[Pairs, ...], gather: Gather) -> list[Outcome]:
+        (part,) = some
+        return [self._run("learn", gather(part))]
+
+    def _resize(self, name: str, size: int) -> None:
+        self._calls.clear()
+        self._text = self._times = None
+        self._pool = memory_pool(self.learner.policy.device)  # one that no graph has any more cannot be used again
+        super()._resize(name, size)
+
+    def _run(self, name: str, batch: MicroBatch) -> Outcome:
+        results = self._call(name, batch.padded(self.micro_batch).tensors())
+        return Outcome(*(None if r is None else r[: len(batch)].clone() for r in results))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What is captured: functions of tensors alone
+
+    def _call(self, name: str, given: tuple[Tensor | None, ...]) -> Any:
+        key = name, tuple(tensor is None for tensor in given)
+        if not self._calls:
+            self._prepare()
+        if key not in self._calls:
+            self._calls[key] = self._make(key)
+        call = self._calls[key]
+        if self._capture and not call.captured:
+            capture_all([call])
+        return call(*given)
+
+    def _prepare(self) -> None:
+        """Make the calls that are foreseen, warm all of them up and capture those that are sure to come."""
+        needed, possible = self._foreseen()
+        calls = {key: self._make(key) for key in (*needed, *possible)}
+        if self._capture:
+            for (name, _), call in calls.items():
+                try:
+                    call.warm_up()
+                except torch.OutOfMemoryError as error:
+                    error.size = "rollout_batch" if name.startswith("step") and self.rollout_batch else "micro_batch"
+                    raise
+            capture_all([calls[key] for key in needed])
+        self._calls = calls
+
+    def _foreseen(self) -> tuple[list[Key], list[Key]]:
+        """What iterations call, that which needs most memory first; and what they call should the ratio not be 1."""
+        config, mode = self.learner.config, self.old_log_prob
+        several = config.updates_per_iteration > 1
+        own = *[False] * 6, True, True  # no old log-probs, no old means: the policy as it is
+        other = own if mode == "detach" else (*[False] * 7, not config.grpo.ratio_norm)
+        replay = [("learn", own), *[("recompute", own)] * several]
+        needed = {"rollout": [("learn", other)], "detach": [("learn", own)], "replay": replay}[mode]
+        if several:
+            needed += [("learn", other)] if mode == "replay" else []
+            needed += [("judge", other)] if config.grpo.skip_clipped else []
+        needed.append(("step with means" if self._keeps_means else "step", (False, False, False, self.reuse.text)))
+        return needed, replay if mode == "rollout" and math.isfinite(self.allowed) else []
+
+    @property
+    def _keeps_means(self) -> bool:
+        """Whether rollouts begin by keeping means; they go on computing them, in the same graph, if nobody asks any more."""
+        grpo = self.learner.config.grpo
+        return grpo.ratio_norm and grpo.old_log_prob == "rollout"
+
+    def _make(self, key: Key) -> StaticCall:
+        """Not yet captured. Its example adds 0 to the gradient, however often it is run."""
+        name, absent = key
+        learner = self.learner
+        if name.startswith("step"):
+            size, guidance = self.chunk_size, learner.config.rollout.guidance
+            contexts = learner.policy.contexts(learner.policy.unconditional.expand(size, -1, -1), guidance)
+            if (self.reuse.text and self._text is None) or (self.reuse.times and self._times is None):
+                self._remember(contexts)
+            blank = blank_batch(learner, size)
+            example = blank.latents, blank.taken, blank.step[:1], contexts
+            sampler = Sampler(learner.policy, learner.schedule, guidance, keep_mean=name == "step with means")
+            function = torch.no_grad()(partial(self._step, sampler))
+        else:
+            blank = blank_batch(learner, self.micro_batch)
+            example = replace(blank, old_log_prob=blank.weight, old_mean=blank.latents).tensors()
+            work = {"learn": self._accumulate, "judge": self._tell, "recompute": learner.recompute}[name]
+            function = torch.enable_grad()(lambda *tensors: work(MicroBatch(*tensors)))
+        example = [None if none else tensor for tensor, none in zip(example, absent, strict=True)]
+        return StaticCall(searching(self._search)(function), example, capture=False, pool=self._pool)
+
+    def _step(
+        self, sampler: Sampler, latents: Tensor, noise: Tensor, position: Tensor, contexts: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        return sampler.step(latents, noise, position, self._text or contexts, self._times)
+
+    def _accumulate(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
+        outcome, gradients = self.learner.learn(batch)
+        self.weights.accumulate(gradients)
+        return outcome.tensors()
+
+    def _tell(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
+        return self.learner.judge(batch).tensors()
+
+
+def _padded(rows: Tensor, size: int) -> Tensor:
+    """The first row repeated at the end."""
+    missing = size - len(rows)
+    return torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])]) if missing else rows

@@ -1,0 +1,106 @@
+"""Denoising steps of a chunk of samples, with what a rollout computes only once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastgrpo.kernels.ddim_step import ddim_step
+from fastgrpo.policy import Policy
+from fastgrpo.schedule import Schedule
+from fastgrpo.unet.reuse import (
+    DistinctRows,
+    RememberedText,
+    RememberedTimes,
+    Reuse,
+    distinct_rows,
+    forward_distinct,
+    remember_text,
+    remember_times,
+)
+
+Denoise = Callable[[int, Tensor, Tensor], tuple[Tensor, ...]]
+"""(step, latents, noise), [N, C, H, W] float32 -> the next latents, their log-probs [N] and, if wanted, their means."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Takes steps x_p = mu + sigma * noise. The log-probability is of exactly the latents that are returned.
+
+    guidance: classifier-free guidance's scale. keep_mean: also return the steps' means.
+    """
+
+    policy: Policy
+    schedule: Schedule
+    guidance: float
+    keep_mean: bool = False
+
+    def step(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        step: Tensor,
+        contexts: Tensor | RememberedText,
+        times: RememberedTimes | None = None,
+        distinct: DistinctRows | None = None,
+    ) -> tuple[Tensor, ...]:
+        """One step of N samples; all it needs is on the device, so that it can be captured once for all steps.
+
+        latents, noise: [N, C, H, W] float32. step: [1] int64. contexts: as `Policy.contexts`, or remembered.
+        distinct: which rows need to be computed; None is all.
+        """
+        rows = latents.to(self.policy.dtype).repeat(self._halves, 1, 1, 1)
+        at = step.expand(len(rows))
+        timesteps = self.schedule.timesteps[at] if times is None else times.at(at)
+        if distinct is None:
+            output = self.policy.forward(rows, timesteps, contexts)
+        else:
+            output = forward_distinct(self.policy.forward, distinct, rows, timesteps, contexts)
+        tables = self.schedule.tables
+        return ddim_step(output.detach(), latents, tables, step, self.guidance, noise, keep_mean=self.keep_mean)
+
+    def chunk(
+        self,
+        embeds: Tensor,
+        reuse: Reuse = Reuse(),  # noqa: B008 (frozen)
+        distinct: DistinctRows | None = None,
+    ) -> Denoise:
+        """The steps of samples with these embeddings, [N, L, D]. distinct: the first step's rows, for reuse.first."""
+        contexts = self.policy.contexts(embeds, self.guidance)
+        unet, text, times = self.policy.computing, contexts, None
+        if reuse.text:
+            text = remember_text(unet, contexts)
+        if reuse.times:
+            times = remember_times(unet, self.schedule.timesteps, contexts)
+        positions = torch.arange(len(self.schedule), device=embeds.device)
+
+        def denoise(step: int, latents: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+            first = step == 0 and reuse.first
+            return self.step(
+                latents,
+                noise,
+                positions[step : step + 1],
+                contexts if first else text,
+                times,
+                distinct if first else None,
+            )
+
+        return denoise
+
+    def plain(self) -> "Sampler":
+        """One that calls the module itself, whatever the number of rows."""
+        return replace(self, policy=replace(self.policy, passes=None))
+
+    def first_rows(self, initial_noise: str, group_size: int, samples: range) -> DistinctRows:
+        """The rows of these samples' first step, for `chunk`."""
+        return _distinct_rows(initial_noise, group_size, samples, self.guidance, self.policy.device)
+
+    @property
+    def _halves(self) -> int:
+        return 1 if self.guidance == 1.0 else 2
+
+
+# Made on the host, which waits for the device to copy them: once for a chunk's place, not in every rollout.
+_distinct_rows = cache(distinct_rows)

@@ -1,0 +1,106 @@
+"""What learns: the UNet's weights or its adapters, their optimizer, the loss scale of fp16, and a moving average."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from fastgrpo.engine.weights import FlatAdamW, FlatWeights
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.randomness import seed_for
+from fastgrpo.unet.copies import computing_unet
+from fastgrpo.unet.lora import add_lora
+
+
+class Ema:
+    """An exponential moving average of the trained weights: average <- decay * average + (1 - decay) * weights.
+
+    average: by name; the optimizer keeps it up to date.
+    """
+
+    def __init__(self, weights: FlatWeights):
+        """weights: with a moving average."""
+        self._weights = weights
+        self.average = weights.views(weights.ema)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model computes with the averages; afterwards it has its weights back, bit for bit."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, parameter in self._weights.parameters.items():
+            parameter.data, self.average[name] = self.average[name], parameter.data
+        self._weights.refresh()
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """The part of the UNet that learns.
+
+    unet: what is saved. parameters: float32, by their names in the UNet. optimizer: over these, in this order.
+    scaler: the loss scale; disabled unless the UNet computes in fp16. ema: where optim.ema is above 0.
+    network: what computes, as `computing_unet` makes it. trained: its parameters that learn, in the order of `parameters`.
+    """
+
+    unet: UNet2DConditionModel
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: FlatAdamW
+    scaler: torch.amp.GradScaler
+    ema: Ema | None
+    network: UNet2DConditionModel
+    trained: tuple[torch.nn.Parameter, ...]
+
+    def refresh(self) -> None:
+        """Bring `network` up to date after weights were loaded."""
+        self.optimizer.weights.refresh()
+
+    def step(self, max_grad_norm: float) -> tuple[Tensor, bool]:
+        """One optimizer step on the gradients in `.grad`, scaled down to `max_grad_norm`.
+
+        Returns the norm before that (a scalar tensor) and whether the step was taken: with fp16 it is left out, and
+        the loss scale halved, when the scaled gradients overflowed.
+        """
+        norm = self.scaler.step(self.optimizer, max_grad_norm)
+        taken = not self.scaler.is_enabled() or bool(norm.isfinite())
+        self.scaler.update()
+        return norm, taken
+
+
+def make_trainable(
+    unet: UNet2DConditionModel, config: TrainConfig, device: torch.device, dtype: torch.dtype
+) -> Trainable:
+    """Adapters on `unet` where the config has them, and everything else that training moves.
+
+    dtype: what the UNet computes in; with adapters its frozen weights are held in it.
+    Raises ConfigError.
+    """
+    if config.model.lora_rank:
+        add_lora(unet, config.model, seed_for(config.seed, 0, "adapters"), dtype)
+    parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    optim = config.optim
+    weights = FlatWeights(parameters, ema=optim.ema > 0)
+    optimizer = FlatAdamW(
+        weights, optim.lr, (optim.beta1, optim.beta2), optim.eps, optim.weight_decay, ema_decay=optim.ema
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler.scale(torch.zeros(1, device=device))  # makes its state, which it otherwise does at the first loss
+    working = None if dtype == torch.float32 else weights.working_copy(dtype)
+    network = computing_unet(unet, dtype, working)
+    computing = dict(network.named_parameters())
+    return Trainable(
+        unet=unet,
+        parameters=parameters,
+        optimizer=optimizer,
+        scaler=scaler,
+        ema=Ema(weights) if optim.ema else None,
+        network=network,
+        trained=tuple(computing[name] for name in parameters),
+    )

@@ -1,0 +1,35 @@
+"""The steered reward under an encoder that nothing is trained on: what is gamed in one encoder seldom pays in another."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastgrpo.rewards.registry import load_reward
+from fastgrpo.rewards.steering import reward_metrics
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.types import NEGATIVE, Prompt
+
+
+class HeldOutReward:
+    """The config's `steering` with the encoder of `eval.encoder`, in float32."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        """Raises ConfigError, which speaks of eval.encoder, where that cannot be loaded."""
+        own = replace(config.reward, terms=("steering",), standardise="none", encoder=config.eval.encoder, tf32=False)
+        try:
+            self._reward = load_reward(own, device)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("reward.encoder", "eval.encoder", 1)) from error
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> dict[str, float]:
+        """eval/held_out_mean, eval/held_out_positive_mean, ... as `reward_metrics` has them.
+
+        images: [P * G, 3, h, w] float32 in [0, 1], G of each prompt in a row.
+        """
+        scores = self._reward.score(images, tuple(prompts), group_size)
+        negative = torch.tensor([prompt.label == NEGATIVE for prompt in prompts])
+        values = reward_metrics(self._reward.combine(scores), negative)
+        return {name.replace("reward/", "eval/held_out_", 1): value for name, value in values.items()}

@@ -1,0 +1,65 @@
+"""CLIP score: how well an image shows its prompt (Hessel et al., arXiv 2104.08718).
+
+With z an open_clip encoder's unit vectors, it is cos(z_image, z_text) = z_image . z_text: CLIP's logits without their
+scale, which is 100 in OpenAI's weights. It is neither multiplied by 2.5 nor cut at 0. Scores of different encoders cannot
+be compared, so that every result names its encoder.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+
+from fastgrpo.evaluation.metrics.clip_images import ClipImages
+from fastgrpo.models.hashes import weights_sha256
+from fastgrpo.prompts.truncation import truncated
+from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
+
+DEFAULT_ENCODER = "ViT-L-14-quickgelu:openai"
+
+
+class ClipScore:
+    """Scores images against their prompts. Build it with `load_clip_score`.
+
+    protocol: the name under which scores may be compared. hashes: part -> sha256 of the weights that score.
+    """
+
+    name = "clip-score"
+
+    def __init__(self, encoder: OpenClipEncoder, spec: str, batch: int = 32) -> None:
+        """spec: what the encoder is called. batch: images per forward pass; bounds memory."""
+        self.protocol = f"clip-score/cosine/{spec}"
+        self.hashes = {"encoder": weights_sha256(encoder.model)}
+        self._encoder = encoder
+        self._features = ClipImages(encoder, batch)
+
+    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[float]:
+        """N images, RGB, of any sizes, and the text of each -> N cosines in [-1, 1].
+
+        A text beyond the encoder's context length is cut; `count_cut` says how many are.
+        """
+        if len(images) != len(texts):
+            raise ValueError(f"{len(images)} images for {len(texts)} texts.")
+        if not texts:
+            return []
+        place = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+        vectors = self._encoder.encode_text(list(place))
+        wanted = vectors[[place[text] for text in texts]]
+        return (torch.cat(list(self._features(images))) * wanted).sum(-1).tolist()
+
+    def count_cut(self, texts: Sequence[str]) -> int:
+        """How many of the texts are longer than the encoder reads."""
+        return len(truncated(self._encoder.tokenizer, texts))
+
+
+def load_clip_score(
+    encoder: str = DEFAULT_ENCODER,
+    device: torch.device | str = "cpu",
+    batch: int = 32,
+    field: str = "clip_score.encoder",
+) -> ClipScore:
+    """The scorer with an encoder in the notation of `load_encoder`.
+
+    field: what messages call the setting. Raises ConfigError for an encoder that cannot be loaded.
+    """
+    return ClipScore(load_encoder(encoder, device, field=field), encoder, batch)

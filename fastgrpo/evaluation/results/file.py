@@ -1,0 +1,131 @@
+"""evaluation.json of an evaluation: every number with its count and interval, what was judged by what, and how drawn.
+
+    {"format": 1,
+     "stages": {STAGE: {"model", "weights"}},                                 "before" and "after", or "model" alone
+     "suites": {SUITE: {"protocol", "drawing", "judges": {NAME: {"protocol", "hashes"}},
+                        "images": {STAGE: {"wanted", "scored", "missing": [ID]}},
+                        "tables": [{"name", "title", "unit", "numbers": {STAGE: [NUMBER]}}],
+                        "published": [{"checkpoint", "base", "numbers", "unit", "protocol", "note", "source"}],
+                        "compared": [ENTRY], "notes": {STAGE: [...]}, "examples": {STAGE: [...]}}}}
+
+A NUMBER is {"name", "value", "n", "low", "high", "interval"}, with rates in [0, 1], and where its source gives a standard
+deviation with it, "spread". An ENTRY is as in sentences.py. Nothing in the file depends on when or in how many goes it was made. Suites that were
+measured earlier on the same models stay in it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, Wanted
+from fastgrpo.evaluation.results.comparison import compare_metrics
+from fastgrpo.evaluation.results.published import published
+from fastgrpo.evaluation.results.tables import markdown
+from fastgrpo.evaluation.sentences import Result
+from fastgrpo.evaluation.suites.base import Number, Scored, Suite
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.files import reading, write_atomically
+
+FORMAT = 1
+EXAMPLES = 5  # images of a stage and suite that are listed
+
+
+@dataclass(frozen=True)
+class StageScore:
+    """What a suite found on one stage's images, of which `rows` were there."""
+
+    folder: ImageFolder
+    rows: tuple[Wanted, ...]
+    scored: Scored
+
+
+def assemble(drawings: Mapping[str, Drawing], suites: Sequence[tuple[Suite, Mapping[str, StageScore]]]) -> Result:
+    """The content of evaluation.json, of these suites. drawings: of each stage, any of its folders' (they name the model)."""
+    stages = {stage: {"model": d.model, "weights": d.weights} for stage, d in drawings.items()}
+    return {"format": FORMAT, "stages": stages, "suites": {suite.name: _suite(suite, found) for suite, found in suites}}
+
+
+def earlier(output: Path, drawings: Mapping[str, Drawing]) -> Result:
+    """What evaluation.json says by now of the suites, by name; nothing where there is none.
+
+    Raises ConfigError where it is of other models, or damaged.
+    """
+    path = output / "evaluation.json"
+    if not path.is_file():
+        return {}
+    with reading(path):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        same = result["format"] == FORMAT
+        found = {stage: info["weights"] for stage, info in dict(result["stages"]).items()}
+        suites = dict(result["suites"])
+    if not same or found != {stage: drawing.weights for stage, drawing in drawings.items()}:
+        raise ConfigError(f"{path} has the results of other models; give another --output.")
+    return suites
+
+
+def write(output: Path, result: Result) -> None:
+    """Write evaluation.json and evaluation.md."""
+    write_atomically(output / "evaluation.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(output / "evaluation.md", markdown(result).encode())
+
+
+def number_json(number: Number) -> dict[str, Any]:
+    """A NUMBER."""
+    values = asdict(number.estimate)
+    fields = {key: values[key] for key in ("value", "n", "low", "high")} | {"interval": values["method"]}
+    return {"name": number.name, **fields} | ({} if number.spread is None else {"spread": number.spread})
+
+
+def _suite(suite: Suite, found: Mapping[str, StageScore]) -> dict[str, Any]:
+    first = next(iter(found.values()))
+    drawing = asdict(first.folder.drawing)
+    return {
+        "protocol": suite.protocol,
+        "drawing": {key: drawing[key] for key in ("sampler", "steps", "eta", "dtype", "batch")},
+        "judges": first.scored.judges,
+        "images": {stage: _images(score) for stage, score in found.items()},
+        "tables": _tables(suite, found),
+        "published": _published(suite.name),
+        "compared": _compared(list(found.values())),
+        "notes": {stage: list(score.scored.notes) for stage, score in found.items()},
+        "examples": {stage: _examples(score) for stage, score in found.items()},
+    }
+
+
+def _images(score: StageScore) -> dict[str, Any]:
+    there = {row.id for row in score.rows}
+    missing = [row.id for row in score.folder.wanted if row.id not in there]
+    return {"wanted": len(score.folder.wanted), "scored": len(score.rows), "missing": missing}
+
+
+def _tables(suite: Suite, found: Mapping[str, StageScore]) -> list[dict[str, Any]]:
+    tables: dict[str, dict[str, Any]] = {}
+    for stage, score in found.items():
+        for table in score.scored.tables:
+            entry = {"name": table.name, "title": table.title, "unit": table.unit, "numbers": {}}
+            numbers = tables.setdefault(table.name, entry)["numbers"]
+            numbers[stage] = [number_json(number) for number in table.numbers]
+    return list(tables.values())
+
+
+def _published(suite: str) -> list[dict[str, Any]]:
+    return [
+        {"checkpoint": row.label, "base": row.base, "numbers": row.values, "unit": row.unit, "protocol": row.protocol}
+        | {"note": row.note, "source": row.source}
+        for row in published(suite)
+    ]
+
+
+def _compared(scores: Sequence[StageScore]) -> list[dict[str, Any]]:
+    if len(scores) < 2:
+        return []
+    first, last = scores[0], scores[-1]
+    prompts = {row.id: row.prompt for row in first.rows}
+    return compare_metrics(first.scored.metrics, last.scored.metrics, prompts)
+
+
+def _examples(score: StageScore) -> list[dict[str, str]]:
+    texts = {row.id: row.text for row in score.rows}
+    return [{"id": id, "prompt": texts[id]} for id in score.scored.bad[:EXAMPLES]]

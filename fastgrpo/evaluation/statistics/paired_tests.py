@@ -1,0 +1,101 @@
+"""Two checkpoints on the same prompts and seeds: does one differ from the other?
+
+An image of one checkpoint and that of the other with the same prompt and seed are a pair, and only pairs are compared:
+what prompts and seeds do to both falls out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import bdtr
+
+from fastgrpo.evaluation.statistics.intervals import (
+    BOOTSTRAP,
+    NO_INTERVAL,
+    RESAMPLES,
+    Estimate,
+    group_means,
+    percentiles,
+    resampled_means,
+)
+
+MCNEMAR = "McNemar, exact"
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Pairs of verdicts by what they say of the first and the second image, and the p-value, two-sided.
+
+    both, neither: pairs that agree. only_first, only_second: the discordant pairs, on which the test rests.
+    """
+
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+    p: float
+
+
+@dataclass(frozen=True)
+class PairedMeans:
+    """Two means over the same prompts.
+
+    difference: second - first, with its 95% interval; its n counts pairs. p: two-sided, None where there is one prompt.
+    """
+
+    first: float
+    second: float
+    difference: Estimate
+    p: float | None
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
+    """McNemar's exact test of N pairs of verdicts, in the same order.
+
+    Were the two checkpoints alike, each discordant pair would be as likely one way as the other: with b and c of them,
+    p = min(1, 2 P(X <= min(b, c))), X ~ Binomial(b + c, 1/2), and 1 where there are none. Pairs count as independent,
+    which those of one prompt are not: where prompts have several images, `paired_means` keeps them together.
+    Source: Q. McNemar, Psychometrika 12 (1947) 153-157; the exact form as in A. Agresti, Categorical Data Analysis.
+    """
+    pairs = list(zip(map(bool, first), map(bool, second), strict=True))
+    only_first, only_second = pairs.count((True, False)), pairs.count((False, True))
+    discordant = only_first + only_second
+    p = min(1.0, 2 * float(bdtr(min(only_first, only_second), discordant, 0.5))) if discordant else 1.0
+    return McNemar(pairs.count((True, True)), only_first, only_second, pairs.count((False, False)), p)
+
+
+def paired_means(
+    first: Sequence[float],
+    second: Sequence[float],
+    counts: Sequence[int],
+    members: Sequence[Sequence[bool]] | None = None,
+    seed: int = 0,
+) -> PairedMeans:
+    """The means over all images, or the plain means of K groups' means, compared by a bootstrap over prompts.
+
+    first, second: of each prompt, the sum over its images of the two checkpoints: scores, or 1 for a verdict that holds.
+    counts: its pairs of images; prompts with none say nothing.
+    members: [P, K], whether a prompt belongs to a group; without it all are one group. Groups without pairs are left out.
+    p is twice the share of resamples in which the difference has not the sign it has in most, the data themselves
+    counted as one more resample: it is never below 2 / 10,001.
+    Raises ValueError where there are no pairs.
+    """
+    weights = np.ones((len(counts), 1)) if members is None else np.asarray(members, np.float64)
+    one, two, sizes = (np.asarray(values, np.float64) for values in (first, second, counts))
+    weights = weights * (sizes > 0)[:, None]
+    kept = weights.any(1)
+    if not kept.any():
+        raise ValueError("there are no pairs of images.")
+    one, two, sizes, weights = one[kept], two[kept], sizes[kept], weights[kept]
+
+    once = np.ones((1, len(sizes)))
+    mean_one, mean_two = (float(group_means(once, totals, sizes, weights).item()) for totals in (one, two))
+    value, n = mean_two - mean_one, int(sizes.sum())
+    if len(sizes) == 1:
+        return PairedMeans(mean_one, mean_two, Estimate(value, n, None, None, NO_INTERVAL), None)
+    # Each prompt's own difference, so that what is equal in both cancels exactly.
+    differences = resampled_means(two - one, sizes, weights, seed)
+    rarer = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
+    p = min(1.0, 2 * (1 + rarer) / (1 + RESAMPLES))
+    return PairedMeans(mean_one, mean_two, Estimate(value, n, *percentiles(differences), BOOTSTRAP), p)

@@ -1,0 +1,220 @@
+"""Prompts to evaluate on, from tables (CSV, TSV, JSONL, a hub data set) or a text file with one per line.
+
+Data sets of unsafe prompts bring along what an image is to be drawn with; the columns are found by the names that they
+have in I2P, in the lists that are derived from it, and in people's own, in upper or lower case, the first that is there:
+
+    seed         evaluation_seed, sd_seed, seed
+    guidance     evaluation_guidance, sd_guidance_scale, guidance, guidance_scale, cfg, cfg_scale
+    width        sd_image_width, width                         height       sd_image_height, height
+    categories   categories, category (several separated by commas; a row counts in each)
+
+A prompt's id is made of all this and nothing else. So results can be joined whatever the order of the rows, and
+whichever are missing.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastgrpo.evaluation.images.folder import Wanted
+from fastgrpo.prompts.files import TABLE_SUFFIXES, TEXT_SUFFIX, Table, read_lines, read_table, table_prompts
+from fastgrpo.prompts.hub import NOTATION, PREFIX, read_dataset
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.randomness import seed_for
+
+_COLUMNS = {
+    "seed": ("evaluation_seed", "sd_seed", "seed"),
+    "guidance": ("evaluation_guidance", "sd_guidance_scale", "guidance", "guidance_scale", "cfg", "cfg_scale"),
+    "width": ("sd_image_width", "width"),
+    "height": ("sd_image_height", "height"),
+    "categories": ("categories", "category"),
+}
+_LARGEST_SIDE = 4096  # pixels: beyond it a cell is broken rather than an image large
+# Words in the names of columns that would change the picture.
+_DRAWING = {"seed", "guidance", "cfg", "width", "height", "size", "resolution", "negative", "steps", "sampler"}
+_DRAWING |= {"scheduler", "eta", "strength", "lora", "skip"}
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt and how its images are drawn.
+
+    id: 16 hexadecimal digits of a hash over the rest; equal rows are told apart by -2, -3, ...
+    seed: None where the source has none. guidance: 0 or more. width, height: pixels; 0 is the model's.
+    """
+
+    id: str
+    text: str
+    categories: tuple[str, ...]
+    seed: int | None
+    guidance: float
+    width: int = 0
+    height: int = 0
+
+
+def read_rows(
+    source: str, field: str, guidance: float, column: str = "prompt", say: Callable[[str], object] = lambda _: None
+) -> list[PromptRow]:
+    """The prompts of a .txt, .csv, .tsv or .jsonl file or of `hf:OWNER/NAME[:CONFIG][@SPLIT]`, by id.
+
+    field: what messages call the setting. guidance: of rows that do not say. column: where the prompts are.
+    say: told which columns say how the images are drawn, and which would but are not used.
+    Raises ConfigError for a source that cannot be read, or a row with an impossible seed, guidance or size.
+    """
+    label = "evaluated"
+    try:
+        rows = _read(source, label, column, guidance, say)
+    except ConfigError as error:
+        # The readers are those of training prompts, and speak of them.
+        message = str(error).replace(f"prompts.{label}_column", f"{field} (its column)")
+        raise ConfigError(message.replace(f"prompts.{label}", field)) from error
+    return sorted(_numbered(rows), key=lambda row: row.id)
+
+
+def wanted(rows: Iterable[PromptRow], images: int, seed: int, size: int = 0) -> tuple[Wanted, ...]:
+    """`images` of each row: ID-0 from the row's own seed, ID-1 ... from seeds derived from it.
+
+    seed: what the seeds of rows without one are derived from. size: a side in pixels for all; 0 leaves it to the rows.
+    """
+    return tuple(
+        Wanted(
+            f"{row.id}-{k}", row.id, row.text, _seed(row, k, seed), row.guidance, size or row.width, size or row.height
+        )
+        for row in rows
+        for k in range(images)
+    )
+
+
+def row_id(*parts: Any) -> str:
+    """16 hexadecimal digits that depend on the parts alone."""
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def _seed(row: PromptRow, k: int, seed: int) -> int:
+    if row.seed is None:
+        return seed_for(seed, k, row.id)
+    return row.seed if k == 0 else seed_for(row.seed, k, "another image of the same prompt")
+
+
+def _read(source: str, label: str, column: str, guidance: float, say: Callable[[str], object]) -> list[PromptRow]:
+    suffix = Path(source).suffix.lower()
+    if source.startswith(PREFIX):
+        table = read_dataset(source, label, lambda columns: (column, *_found(columns).values()))
+    elif suffix in TABLE_SUFFIXES:
+        table = read_table(Path(source), label)
+    elif suffix == TEXT_SUFFIX:
+        return [_row(prompt.text, (), None, guidance, 0, 0) for prompt in read_lines(Path(source), label)]
+    else:
+        accepted = f"{', '.join((TEXT_SUFFIX, *TABLE_SUFFIXES[:-1]))} or {TABLE_SUFFIXES[-1]}"
+        raise ConfigError(f"prompts.{label} {source!r}: accepted is a file that ends in {accepted}, and {NOTATION}.")
+    rows = _rows(table, label, column, guidance)
+    if remark := column_remark(table.name, table.columns, column):
+        say(remark)
+    return rows
+
+
+def column_remark(name: str, columns: Sequence[str], column: str) -> str:
+    """What to say of a table's columns besides the prompts' own `column`; empty where there is nothing."""
+    found = _found(columns)
+    brought = [what if what == own else f"{what} ({own})" for what, own in found.items()]
+    others = [own for own in columns if own not in (column, *found.values())]
+    unused = [own for own in others if _DRAWING & set(_plain(own).split("_"))]
+    parts = [f"its rows bring their own {_listed(brought)}"] if brought else []
+    if unused:
+        parts.append(
+            f"column{'s' if len(unused) > 1 else ''} {_listed(unused)} {'are' if len(unused) > 1 else 'is'} not used"
+        )
+    return f"{name}: {'; '.join(parts)}" if parts else ""
+
+
+def _found(columns: Sequence[str]) -> dict[str, str]:
+    """Which of the columns has which of the things that rows bring along."""
+    by_name = {_plain(column): column for column in reversed(columns)}
+    names = {what: next((name for name in choices if name in by_name), None) for what, choices in _COLUMNS.items()}
+    return {what: by_name[name] for what, name in names.items() if name}
+
+
+def _plain(column: str) -> str:
+    """`Guidance Scale` is as good as `guidance_scale`."""
+    return re.sub(r"[\W_]+", "_", column.strip().lower())
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _rows(table: Table, label: str, column: str, guidance: float) -> list[PromptRow]:
+    found = _found(table.columns)
+    for own in found.values():
+        table.check_single(own, f"prompts.{label}")
+    cells = {number: (place, values) for number, place, values in table.rows}
+    rows = []
+    for prompt in table_prompts(table, label, column, found.get("categories", "")):
+        place, values = cells[prompt.id]
+        where = f"prompts.{label}: {table.name!r} in {place}"
+        seed = _number(values, found.get("seed"), where, 0, 2**63 - 1, whole=True)
+        width = _number(values, found.get("width"), where, 1, _LARGEST_SIDE, whole=True)
+        height = _number(values, found.get("height"), where, 1, _LARGEST_SIDE, whole=True)
+        own = _number(values, found.get("guidance"), where, 0, math.inf, whole=False)
+        categories = tuple(dict.fromkeys(c for c in map(_category, prompt.category.split(",")) if c))
+        rows.append(_row(prompt.text, categories, seed, guidance if own is None else own, width or 0, height or 0))
+    return rows
+
+
+def _row(
+    text: str, categories: tuple[str, ...], seed: int | None, guidance: float, width: int, height: int
+) -> PromptRow:
+    values = text, categories, seed, float(guidance), width, height
+    return PromptRow(row_id(*values), *values)
+
+
+def _numbered(rows: Sequence[PromptRow]) -> list[PromptRow]:
+    """Rows that are equal in everything get ids of their own."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for row in rows:
+        seen[row.id] += 1
+        suffix = f"-{seen[row.id]}" if seen[row.id] > 1 else ""
+        numbered.append(PromptRow(row.id + suffix, *(getattr(row, name) for name in _FIELDS)))
+    return numbered
+
+
+_FIELDS = tuple(PromptRow.__dataclass_fields__)[1:]
+
+
+def _category(name: str) -> str:
+    return " ".join(name.split()).lower()
+
+
+def _number(
+    cells: Mapping[str, Any], column: str | None, where: str, low: float, high: float, whole: bool
+) -> int | float | None:
+    """A cell as a number; None where there is no such column, or nothing in the cell."""
+    value = cells.get(column) if column else None
+    # Where some have no seed, pandas writes the others as 1234.0 and, in JSON, these as null or NaN.
+    if value is None or (isinstance(value, str) and not value.strip()) or value != value:
+        return None
+    kind = "a whole number" if whole else "a number"
+    try:
+        # Seeds fill 63 bits, more than a float holds; other programs write them as 1234.0.
+        number = int(value) if whole and not isinstance(value, float) else float(value)
+    except (TypeError, ValueError):
+        number = _as_float(value)
+    fits = low <= number <= high and math.isfinite(number) and not (whole and number != int(number))
+    if not fits or isinstance(value, bool):
+        up_to = f"to {high}" if math.isfinite(high) else "on"
+        raise ConfigError(f"{where} has {column} = {str(value)[:60]!r}; {kind} from {low:g} {up_to} is accepted.")
+    return int(number) if whole else float(number)
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan

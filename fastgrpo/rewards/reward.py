@@ -1,0 +1,145 @@
+"""The reward that training uses: a weighted sum of terms.
+
+    total = sum over terms of weight * standardised(term)
+
+Letters in shapes: P prompts, G images per prompt; sample b belongs to prompt b // G.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.rewards.shared_encoder import Encoders
+from fastgrpo.rewards.steering import SteeringReward
+from fastgrpo.rewards.terms import BrokenReward, RewardFunction, Term
+from fastgrpo.system.wording import quoted
+from fastgrpo.types import Prompt, Rewards
+
+# Relative to the largest value: float32 rounds to 6e-8, a chain of a hundred operations to some 1e-5.
+_FLAT = 1e-5
+
+
+class WeightedReward:
+    """Scores trajectories with every term. Build it with `registry.load_reward`.
+
+    steering: the term of that name, or None where there is none.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        functions: dict[str, RewardFunction | SteeringReward],
+        standardise: str,
+        encoders: Encoders,
+    ):
+        """functions: each term's, by the term's label. standardise: as `standardised`. encoders: those they use."""
+        self.terms = tuple(terms)
+        self.steering: SteeringReward | None = functions.get("steering")
+        self._functions = functions
+        self._standardise = standardise
+        self._encoders = encoders
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> Rewards:
+        """`score` and `combine` in one."""
+        return self.combine(self.score(images, prompts, group_size))
+
+    @property
+    def models(self) -> Mapping[str, nn.Module]:
+        """The encoders' models, each by the field of the settings that names it."""
+        return self._encoders.models
+
+    @torch.no_grad()
+    def score(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> dict[str, Tensor]:
+        """Every term's raw values by its label, and the parts that explain `steering`.
+
+        images: [P * G, 3, h, w] float32 in [0, 1]; image b was drawn for prompts[b // G].
+        Returns [P, G] float32 tensors on the images' device. Several processes may each score their prompts and
+        concatenate along P before they combine: the keys are the same everywhere, in the same order.
+        Raises BrokenReward for a term that fails or returns anything but N finite numbers.
+        """
+        raw: dict[str, Tensor] = {}
+        each = [prompt for prompt in prompts for _ in range(group_size)]
+        try:
+            for term in self.terms:
+                function = self._functions[term.label]
+                if isinstance(function, SteeringReward):
+                    rewards = function(images, prompts, group_size)
+                    raw |= rewards.parts
+                    values = rewards.total.flatten()
+                else:
+                    values = function(images, each)
+                raw[term.label] = _checked(term, values, images, each).view(len(prompts), group_size)
+        finally:
+            self._encoders.forget_images()
+        return raw
+
+    def combine(self, raw: dict[str, Tensor]) -> Rewards:
+        """The rewards from what `score` returned, for any number of prompts.
+
+        parts: all of `raw`; without `steering` where it is the only term, since `steered` holds the same.
+        """
+        weighted = [term.weight * standardised(raw[term.label], self._standardise) for term in self.terms]
+        alone = len(self.terms) == 1 and self.steering is not None
+        parts = {name: values for name, values in raw.items() if not (alone and name == "steering")}
+        return Rewards(total=torch.stack(weighted).sum(0).float(), parts=parts)
+
+
+def standardised(values: Tensor, over: str) -> Tensor:
+    """[P, G] -> [P, G] float64, (r - mean) / std with the unbiased std.
+
+    over: `group`, each row by itself; `iteration`, all values together; `none` changes nothing. Values whose std is
+    rounding, at most 1e-5 of the largest of them, are flat and become 0.
+    """
+    values = values.double()
+    if over == "none":
+        return values
+    dims = (1,) if over == "group" else (0, 1)
+    centred = values - values.mean(dims, keepdim=True)
+    std = centred.std(dims, keepdim=True)
+    flat = std <= _FLAT * values.abs().amax(dims, keepdim=True)
+    return (centred / std).masked_fill(flat, 0.0)
+
+
+def _checked(term: Term, values: object, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """[N] float32 on the images' device, finite, of their own memory, or BrokenReward.
+
+    values: what the term returned: a tensor of any device and kind of real number, an array, a list or a tuple.
+    """
+    count = len(prompts)
+    try:
+        if isinstance(values, list | tuple | np.ndarray):
+            values = torch.as_tensor(values)
+        if not isinstance(values, Tensor) or values.is_complex() or values.shape != (count,):
+            raise TypeError
+        # A copy: the function may use its tensor again in the next call, of which there are several in an iteration.
+        values = values.detach().to(images.device, torch.float32, copy=True).to_dense()
+    except Exception as error:  # PyTorch raises many things for what cannot be copied: no data, no layout, no numbers
+        message = (
+            f"reward term {term.name!r} returned {_described(values)} for {count} images, the first of prompt "
+            f"{quoted(prompts[0].text)}; a tensor of shape [{count}] is needed"
+        )
+        raise BrokenReward(message, prompts[0], images[0]) from error
+    broken = (~values.isfinite()).nonzero().flatten().tolist()
+    if broken:
+        first = broken[0]
+        message = (
+            f"reward term {term.name!r} returned {values[first].item()} for an image of prompt "
+            f"{quoted(prompts[first].text)}, and no finite number for {len(broken)} of {count} images"
+        )
+        raise BrokenReward(message, prompts[first], images[first])
+    return values
+
+
+def _described(values: object) -> str:
+    """What it is, for a sentence."""
+    if isinstance(values, np.ndarray):
+        return f"an array of shape {list(values.shape)} of {values.dtype}"
+    if not isinstance(values, Tensor):
+        return f"a {type(values).__name__}"
+    if values.is_nested:
+        return "a nested tensor"
+    kind = str(values.dtype).removeprefix("torch.")
+    plain = values.is_floating_point() and values.device.type != "meta"
+    return f"shape {list(values.shape)}" + ("" if plain else f" of {kind} on {values.device}")

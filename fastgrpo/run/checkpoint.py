@@ -1,0 +1,242 @@
+"""A run's checkpoints: complete, verified, and enough to continue bit for bit.
+
+    checkpoints/iter-000050/
+      unet/              what diffusers' UNet2DConditionModel.from_pretrained reads, float32, adapters merged
+      lora/              what diffusers' load_lora_weights reads, where adapters are trained
+      trainer/           optimizer.safetensors (AdamW's moments and step by parameter name), ema.safetensors, state.json, and
+                         adapters.safetensors, these as they are trained: in lora/ they are multiplied by alpha / rank
+      manifest.json      sha256 of every file, written last
+
+A checkpoint is written under another name and appears by a rename, so every iter-* folder was once complete; the
+manifest tells whether it still is. Randomness has no state (see randomness.py): the iteration's number restores it.
+"""
+
+import errno
+import json
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastgrpo.engine.trainable import Trainable
+from fastgrpo.models.save import save_config
+from fastgrpo.models.sound import load_finite
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.files import file_sha256, naming, sync_folder, sync_tree
+from fastgrpo.unet.lora import (
+    LORA_FILE,
+    adapters_of,
+    has_lora,
+    load_adapters,
+    merged_state_dict,
+    parameters_in,
+    save_lora,
+)
+
+_UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"  # diffusers' name
+_LORA = f"lora/{LORA_FILE}"
+_ADAPTERS = "trainer/adapters.safetensors"
+_OPTIMIZER = "trainer/optimizer.safetensors"
+_EMA = "trainer/ema.safetensors"
+_STATE = "trainer/state.json"
+_MANIFEST = "manifest.json"
+_PARTIAL_SUFFIX = ".partial"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a checkpoint knows beside weights and moments.
+
+    iteration: iterations finished. seed: the run's. seconds: wall clock of the run so far, over all resumes.
+    threads: CPU threads that shared the batches; processes: that shared the prompts; versions: of the libraries that do
+    the arithmetic; engine: what the engine decided, as its Record. Bits depend on all four. scaler: state of fp16's loss
+    scale, empty without it. inputs: as `input_digests`. iterations: how many the run was to have; 0 where it is not known.
+    evaluated: whether the policy was, after this iteration.
+    """
+
+    iteration: int
+    seed: int
+    seconds: float
+    threads: int
+    versions: dict[str, str]
+    processes: int = 1
+    engine: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    iterations: int = 0
+    evaluated: bool = False
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what decides the bits of a result."""
+    return {name: version(name) for name in ("torch", "diffusers", "transformers", "open_clip_torch", "peft")}
+
+
+def checkpoint_folder(run: Path, iteration: int) -> Path:
+    return run / "checkpoints" / f"iter-{iteration:06d}"
+
+
+def save(run: Path, trainable: Trainable, state: TrainerState, keep: int, keep_evaluated: bool = True) -> Path:
+    """Write the checkpoint of `state.iteration` and delete all but the newest `keep` (0 keeps all). Returns its folder.
+
+    keep_evaluated: none is deleted whose policy was evaluated.
+    A kill at any moment leaves the earlier checkpoints as they were, or the new one complete; so does a full disk.
+    Raises OSError where it cannot be written.
+    """
+    folder = checkpoint_folder(run, state.iteration)
+    partial = folder.with_name(folder.name + _PARTIAL_SUFFIX)
+    remove_partial(run)
+    try:
+        with naming(folder):
+            _write(partial, trainable, state)
+            os.rename(partial, folder)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            remove_partial(run)  # on a full disk it would be in the way of everything else
+        if isinstance(error, SafetensorError):
+            raise OSError(errno.EIO, f"cannot be written ({error})", str(folder)) from error
+        raise
+    sync_folder(folder.parent)
+    for old in _folders(run)[:-keep] if keep else []:
+        if keep_evaluated and _was_evaluated(old):
+            continue
+        # What another process has open stays on network file systems; the next save tries again.
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _write(folder: Path, trainable: Trainable, state: TrainerState) -> None:
+    """All files, the manifest last."""
+    unet = trainable.unet
+    for part in ("unet", "trainer"):
+        (folder / part).mkdir(parents=True)
+    save_config(folder / "unet", unet)
+    weights = merged_state_dict(unet) if has_lora(unet) else unet.state_dict()
+    save_file({n: t.contiguous() for n, t in weights.items()}, folder / _UNET_WEIGHTS, metadata={"format": "pt"})
+    if has_lora(unet):
+        adapters = adapters_of(unet)
+        save_lora(folder / "lora", adapters)
+        save_file({n: t.contiguous() for n, t in adapters.tensors.items()}, folder / _ADAPTERS)
+    save_file(trainable.optimizer.state_tensors(), folder / _OPTIMIZER)
+    if trainable.ema is not None:
+        save_file({n: t.contiguous() for n, t in trainable.ema.average.items()}, folder / _EMA)
+    _write_json(folder / _STATE, asdict(replace(state, scaler=trainable.scaler.state_dict())))
+    _write_json(folder / _MANIFEST, {"sha256": _digests(folder)})
+    sync_tree(folder)
+
+
+def load(folder: Path, trainable: Trainable) -> None:
+    """Put a verified checkpoint's weights, moments, moving average and loss scale into `trainable`.
+
+    Raises ConfigError where it is of another model, or of other settings, and for weights that are not finite.
+    """
+    try:
+        _load(folder, trainable)
+    except (KeyError, RuntimeError, FileNotFoundError) as error:
+        raise ConfigError(
+            f"{folder} does not fit the model that the run's config.toml describes; accepted is the one it began with."
+        ) from error
+
+
+def _load(folder: Path, trainable: Trainable) -> None:
+    unet = trainable.unet
+    if has_lora(unet):
+        load_adapters(unet, read_adapters(folder))
+    else:
+        unet.load_state_dict(load_finite(folder / _UNET_WEIGHTS))
+    trainable.optimizer.load_state_tensors(load_file(folder / _OPTIMIZER))
+    if trainable.ema is not None:
+        for name, average in load_finite(folder / _EMA).items():
+            trainable.ema.average[name].copy_(average)
+    if trainable.scaler.is_enabled():
+        trainable.scaler.load_state_dict(read_state(folder).scaler)
+    trainable.refresh()
+
+
+def read_adapters(folder: Path) -> dict[str, Tensor]:
+    """The adapters of a verified checkpoint as they are trained, float32, by the names of their parameters in the UNet."""
+    if (folder / _ADAPTERS).is_file():
+        return load_finite(folder / _ADAPTERS)
+    return parameters_in(load_finite(folder / _LORA))  # a checkpoint from before alpha was multiplied into it
+
+
+def newest(run: Path) -> Path | None:
+    """The folder of the newest checkpoint, not verified, or None where the run has none."""
+    return next(reversed(_folders(run)), None)
+
+
+def latest(run: Path) -> Path | None:
+    """The newest checkpoint, verified, or None where the run has none.
+
+    Raises ConfigError when it is damaged: which file, which checkpoint is the last good one, and what to remove.
+    """
+    good: Path | None = None
+    damages: dict[Path, str] = {}
+    for folder in reversed(_folders(run)):
+        damage = find_damage(folder)
+        if damage is None:
+            good = folder
+            break
+        damages[folder] = damage
+    if not damages:
+        return good
+    last_good = f"the last good checkpoint is {good}" if good else "there is no earlier good checkpoint"
+    goal = "to go on from it" if good else "to start from the beginning"
+    raise ConfigError(f"{next(iter(damages.values()))}; {last_good}: {goal}, remove {' and '.join(map(str, damages))}.")
+
+
+def read_state(folder: Path) -> TrainerState:
+    """What a verified checkpoint knows beside weights and moments."""
+    return TrainerState(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
+
+
+def find_damage(folder: Path) -> str | None:
+    """Compare a checkpoint with its manifest: what is wrong first of all, or None."""
+    try:
+        expected = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{folder / _MANIFEST} is missing or damaged"
+    for name, digest in expected.items():
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing"
+        if file_sha256(folder / name) != digest:
+            return f"{folder / name} is damaged (its sha256 is not the manifest's)"
+    return None
+
+
+def remove_partial(run: Path) -> None:
+    """Delete what a killed save left behind."""
+    for leftover in (run / "checkpoints").glob(f"iter-*{_PARTIAL_SUFFIX}"):
+        shutil.rmtree(leftover)
+
+
+def _folders(run: Path) -> list[Path]:
+    """All checkpoints, oldest first."""
+    found = (run / "checkpoints").glob("iter-*")
+    return sorted((f for f in found if f.name.removeprefix("iter-").isdigit()), key=lambda f: int(f.name[5:]))
+
+
+def _was_evaluated(folder: Path) -> bool:
+    """Also where a damaged checkpoint can no longer say so; not where it was deleted in part."""
+    try:
+        return read_state(folder).evaluated
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, TypeError):
+        return True
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

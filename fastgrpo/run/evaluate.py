@@ -1,0 +1,230 @@
+"""What `python -m fastgrpo.evaluate` does: from a model, or a run's base model and what it became, to the paper's tables."""
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, Part
+from fastgrpo.evaluation.images.painters import check_sizes, make_scheduler, model_hashes
+from fastgrpo.evaluation.results import comparison, tables
+from fastgrpo.evaluation.results import file as outcome
+from fastgrpo.evaluation.suite_run import Work, draw, score
+from fastgrpo.evaluation.suites.base import Loader, Scorer, Suite
+from fastgrpo.evaluation.suites.registry import Overrides, make_suites
+from fastgrpo.models.check import describe
+from fastgrpo.policy import Policy, load_policy
+from fastgrpo.prompts.truncation import truncation_lines
+from fastgrpo.run.opening import blaming_config, check_writable
+from fastgrpo.run.trained import load_unet
+from fastgrpo.schedule import Schedule, make_schedule
+from fastgrpo.settings.commands import Evaluate
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.suites import DDIM, NAMES
+from fastgrpo.system.console import Console
+from fastgrpo.system.distributed import Ranks, join
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.pictures import write_png
+from fastgrpo.system.workers import available_cores
+
+BEFORE, AFTER, ALONE = "before", "after", "model"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One model under its name in the results. model: what it is called."""
+
+    name: str
+    model: str
+    policy: Policy
+
+
+def start(command: Evaluate, config: TrainConfig, names: Sequence[str], checkpoint: Path | None, output: Path) -> None:
+    """Meet the other processes, if there are any, and evaluate.
+
+    config: of the run, or of preset `shapes` with the model to evaluate. names: of the suites. checkpoint: folder of the
+    run's. output: where results go.
+    """
+    with join(command.device) as ranks:
+        evaluate(command, config, names, checkpoint, output, Console(quiet=not ranks.first, every_phase=True), ranks)
+
+
+def evaluate(
+    command: Evaluate,
+    config: TrainConfig,
+    names: Sequence[str],
+    checkpoint: Path | None,
+    output: Path,
+    console: Console,
+    ranks: Ranks,
+) -> None:
+    """Draw what is missing, score it, print the tables and write evaluation.json and evaluation.md.
+
+    Raises ConfigError before anything is drawn where that is possible, and OSError where it cannot be written.
+    """
+    index, count = command.part
+    part = Part((index - 1) * ranks.count + ranks.index, count * ranks.count)
+    suites = make_suites(names, command, _overrides(command, config), config, console.say)
+    device = _device(command, ranks)
+    description = describe(config.model)
+    console.say(*description.notes)
+    schedules = {s.name: make_schedule(description.scheduler, s.steps, s.eta, device, "--steps", True) for s in suites}
+    if command.sampler != DDIM:
+        make_scheduler(description.scheduler, command.sampler)
+    disable_progress_bar()  # one per file read, gone in a blink
+    torch.set_num_threads(1)  # each of the policy's workers is a thread already
+    # Before the model: what is missing is said before anything is drawn. Only the first process judges.
+    loader = Loader(command, device)
+    judging = ranks.first and not command.shard
+    with console.waiting("loading"):
+        scorers = {suite.name: suite.scorer(loader) if judging else None for suite in suites}
+        stages = _stages(command, config, checkpoint, device)
+        work = _work(command, suites, scorers, stages, output)
+    if ranks.first:
+        _claim(work, command, output)
+    ranks.agree("the folders are there")
+
+    texts = list(dict.fromkeys(row.text for suite in suites for row in suite.wanted))
+    console.say(*truncation_lines(texts, stages[0].policy.tokenizer))
+    if command.missing == "draw":
+        _draw(command, work, stages, schedules, part, console)
+    ranks.any(False)  # all have drawn their part
+    if not judging:
+        _say_drawn(command, work, console)
+        return
+    _say_missing(command, work)
+    torch.set_num_threads(available_cores())  # judges have no workers
+    drawings = _drawings(work)
+    result = outcome.assemble(drawings, score(work, output, console))
+    suites = outcome.earlier(output, drawings) | result["suites"]
+    outcome.write(output, result | {"suites": {name: suites[name] for name in NAMES if name in suites}})
+    console.say(*tables.console_tables(result), f"results   {output / 'evaluation.json'}, {output / 'evaluation.md'}")
+
+
+def compare_folders(command: Evaluate, console: Console) -> None:
+    """Test the differences between two stages' folders, and write the pictures that changed most."""
+    names = "in the first", "in the second"
+    first, second = (comparison.find_stage(path) for path in command.compare)
+    output = command.output or Path(".")
+    check_writable(f"--output {output}", output)
+    for found in comparison.compare_stages(first, second):
+        sheet = output / f"compare-{found.suite}.png"
+        console.say(f"{found.suite}, {first} -> {second}")
+        console.say(*(f"  {tables.compared_line(entry, names)}" for entry in found.compared))
+        write_png(sheet, found.sheet)
+        console.say(f"  pictures that changed most: {sheet}")
+
+
+def _overrides(command: Evaluate, config: TrainConfig) -> Overrides:
+    seed = config.eval.seed if command.seed is None else command.seed
+    eta = command.eta if command.sampler == DDIM else 0.0
+    return Overrides(seed, command.steps, eta, command.guidance, command.size)
+
+
+def _device(command: Evaluate, ranks: Ranks) -> torch.device:
+    if ranks.count > 1:
+        return ranks.device
+    if command.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: there is no CUDA device here; accepted are auto and cpu.")
+    return torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if command.device == "auto" else command.device
+    )
+
+
+def _dtype(command: Evaluate, device: torch.device) -> str:
+    return ("bf16" if device.type == "cuda" else "fp32") if command.dtype == "auto" else command.dtype
+
+
+def _stages(command: Evaluate, config: TrainConfig, folder: Path | None, device: torch.device) -> list[_Stage]:
+    """The models, loaded: of a run the base model and the trained one, which share all but the UNet."""
+    dtype = _DTYPES[_dtype(command, device)]
+    workers = available_cores() if device.type == "cpu" else 1
+    if folder is None:
+        policy = load_policy(config.model, device, dtype, workers).rounded()
+        return [_Stage(ALONE, " with the UNet of ".join(filter(None, (command.model, command.unet))), policy)]
+    with blaming_config(Path(command.run)):
+        policy = load_policy(config.model, device, dtype, workers)
+        tuned = replace(policy, unet=copy.deepcopy(policy.unet))
+        load_unet(tuned.unet, folder, command.weights, config.model)
+    name = f"{folder.parent.parent.resolve().name}/{folder.name}, {command.weights}"
+    return [_Stage(BEFORE, config.model.path, policy.rounded()), _Stage(AFTER, name, tuned.rounded())]
+
+
+def _work(
+    command: Evaluate,
+    suites: Sequence[Suite],
+    scorers: dict[str, Scorer | None],
+    stages: Sequence[_Stage],
+    output: Path,
+) -> list[Work]:
+    dtype = _dtype(command, stages[0].policy.device)
+    hashes = {stage.name: model_hashes(stage.policy) for stage in stages}
+    work = []
+    for suite in suites:
+        check_sizes(stages[0].policy, suite.wanted)
+        folders = {}
+        for stage in stages:
+            model, batch = (stage.model, hashes[stage.name]), command.batch
+            drawing = Drawing(*model, suite.steps, suite.eta, dtype, batch, command.sampler)
+            folders[stage.name] = ImageFolder(output / stage.name / suite.folder, drawing, suite.wanted)
+        work.append(Work(suite, scorers[suite.name], folders))
+    return work
+
+
+def _claim(work: Sequence[Work], command: Evaluate, output: Path) -> None:
+    """Make the folders, none of them where one holds something else."""
+    folders = [folder for each in work for folder in each.folders.values()]
+    outcome.earlier(output, _drawings(work))
+    for folder in folders:
+        folder.check()
+    if command.missing == "refuse":
+        _say_missing(command, work)
+    os.makedirs(output, exist_ok=True)
+    for folder in folders:
+        folder.claim()
+
+
+def _drawings(work: Sequence[Work]) -> dict[str, Drawing]:
+    """How each stage's images are drawn, by any suite: it names the stage's model."""
+    return {name: folder.drawing for name, folder in work[0].folders.items()}
+
+
+def _draw(
+    command: Evaluate,
+    work: Sequence[Work],
+    stages: Sequence[_Stage],
+    schedules: dict[str, Schedule],
+    part: Part,
+    console: Console,
+) -> None:
+    """Draw what is missing of this process's part."""
+    if command.sampler != DDIM:
+        torch.set_num_threads(available_cores())  # diffusers' pipelines have no workers
+    for stage in stages:
+        draw(stage.name, stage.policy, work, command.sampler, schedules, console, part)
+
+
+def _say_drawn(command: Evaluate, work: Sequence[Work], console: Console) -> None:
+    missing = sum(len(folder.missing()) for each in work for folder in each.folders.values())
+    rest = f"{missing} images of other parts are missing here" if missing else "all images are there"
+    console.say(
+        f"shard {command.shard} is drawn; {rest}: when they lie here, the same command without --shard scores them"
+    )
+
+
+def _say_missing(command: Evaluate, work: Sequence[Work]) -> None:
+    """Raise ConfigError where images are missing that are not to be skipped, or where there is none at all."""
+    for each in work:
+        for folder in each.folders.values():
+            missing = folder.missing()
+            if missing and (command.missing != "skip" or len(missing) == len(folder.wanted)):
+                few = ", ".join(row.id for row in missing[:5]) + (", ..." if len(missing) > 5 else "")
+                raise ConfigError(
+                    f"{folder.path}: {len(missing)} of {len(folder.wanted)} images are missing ({few}); --missing draw "
+                    "draws them, and --missing skip scores the others."
+                )

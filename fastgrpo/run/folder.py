@@ -1,0 +1,179 @@
+"""A run's folder while a process trains in it: claimed by one, stopped by signals."""
+
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+from safetensors.torch import save
+
+from fastgrpo.rewards.terms import BrokenReward
+from fastgrpo.system import pictures
+from fastgrpo.system.console import Stopped, warn
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.files import naming, write_atomically
+from fastgrpo.system.finite import BrokenPicture
+from fastgrpo.system.output import say_in_handler
+
+_LOCK = ".lock"
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # of file systems without them
+_BEFORE_A_RUN = {_LOCK, "config.toml.partial"}  # what a start that was killed before there was a run can leave
+
+
+def new_folder(preset: str) -> Path:
+    """Make runs/PRESET-DATE-TIME, or runs/PRESET-DATE-TIME-2 and so on where runs began in the same second. Raises ConfigError."""
+    first = Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = first
+    for number in count(2):
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            folder = first.with_name(f"{first.name}-{number}")
+        except OSError as error:
+            raise ConfigError(
+                f"run = {str(folder)!r}: cannot be made ({error.strerror}); --run names another."
+            ) from error
+    return folder
+
+
+@contextmanager
+def claim(folder: Path, resumed: bool) -> Iterator[None]:
+    """Keep other processes out of a run's folder; the system frees it again even when this one is killed.
+
+    A new run's folder is made, and removed again if nothing came of it. Where the file system has no locks, there is a
+    warning instead. Raises ConfigError when the folder is in use, or is to be new and has something in it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run = {str(folder)!r}: this is a file; accepted is a folder that is new or empty.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / _LOCK, "w")  # noqa: SIM115 (closed by the block below)
+    except OSError as error:
+        raise ConfigError(
+            f"run = {str(folder)!r}: cannot be written ({error.strerror}); accepted is a folder that is new or empty."
+        ) from error
+    with lock:
+        _lock(lock, folder)
+        if not resumed and not set(os.listdir(folder)) <= _BEFORE_A_RUN:
+            raise ConfigError(
+                f"run = {str(folder)!r}: accepted is a folder that is new or empty; to go on with the run in it, "
+                f"say --resume {folder}."
+            )
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # some file systems keep what is still open
+                if os.listdir(folder) == [_LOCK]:
+                    os.remove(folder / _LOCK)
+                    os.rmdir(folder)
+
+
+def _lock(lock: TextIO, folder: Path) -> None:
+    """Lock the open file, or warn where that cannot be done. Raises ConfigError where another process has locked it."""
+    try:
+        with naming(folder / _LOCK):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # The second where the system makes a lock of a file one of its bytes.
+    except (BlockingIOError, PermissionError) as error:
+        raise ConfigError(f"run = {str(folder)!r}: another process is training in this folder.") from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        what = f"{folder / _LOCK} cannot be locked ({error.strerror})"
+        warn(f"{what}: see to it that no other process trains in this folder")
+
+
+def keep_evidence(run: Path, error: BrokenReward | BrokenPicture) -> tuple[Path, Path]:
+    """Save the prompt and the image that something failed on. Returns the two files.
+
+    broken_reward.json and .png; of a picture that is not finite broken_picture.json and .safetensors, which holds the
+    numbers, `image` and `latents`, since no PNG can.
+    """
+    if isinstance(error, BrokenReward):
+        path, of = run / "broken_reward.json", error.prompt
+        image = path.with_suffix(".png")
+        pictures.write_image(image, error.image)
+    else:
+        path, of = run / "broken_picture.json", error.request
+        image = path.with_suffix(".safetensors")
+        tensors = {"image": error.image, "latents": error.latents}
+        write_atomically(image, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+    record = {"message": error.message, **dataclasses.asdict(of)}
+    write_atomically(path, json.dumps(record, indent=2, ensure_ascii=False).encode())
+    return path, image
+
+
+class StopSignal:
+    """Asks for a stop once the iteration at hand is complete, at the first of these signals. Before the first one is begun, it
+    stops at once, by raising Stopped.
+
+    Ctrl-C and SIGTERM; SIGHUP, of a terminal that goes away; SIGUSR1, with which SLURM warns of a job's end. A second
+    Ctrl-C or SIGTERM ends the process, but one of several, whose launcher passes on what the terminal tells them all
+    anyway. What is ignored when it begins stays ignored: SIGHUP under nohup, Ctrl-C in a shell's background.
+
+    Weights in the middle of an iteration are of no use to an exact resume, so they are never saved.
+
+    Python handles signals in the main thread alone: begun in another, it leaves them to the program and says so.
+    """
+
+    _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    _ENDING = (signal.SIGTERM, signal.SIGINT)  # the others may come twice for one reason
+
+    def __init__(self, processes: int = 1) -> None:
+        """processes: that train together."""
+        self.number: int | None = None
+        self._several = processes > 1
+        self._begun = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is not threading.main_thread():
+            warn("signals are handled in a program's main thread, and this is another: none asks for a checkpoint")
+            return self
+        handled = [number for number in self._NUMBERS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+        self._previous = {number: signal.signal(number, self._receive) for number in handled}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def begin_iterations(self) -> None:
+        """From now on there is something to finish and to save."""
+        self._begun = True
+
+    @property
+    def requested(self) -> bool:
+        return self.number is not None
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell reports for a process that the signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + (self.number or 0)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self._begun:
+            for again in self._previous:
+                signal.signal(again, signal.SIG_DFL)
+            raise Stopped(number)
+        first, self.number = self.number is None, self.number or number
+        advice = "The last checkpoint on disk remains."
+        if number in self._ENDING and not self._several:
+            for again in self._ENDING:
+                if again in self._previous:
+                    signal.signal(again, signal.SIG_DFL)
+            advice = "A second signal stops at once; the last checkpoint on disk remains."
+        elif not first:
+            return
+        say_in_handler(f"\n{signal.Signals(number).name}: finishing this iteration, then saving. {advice}\n")

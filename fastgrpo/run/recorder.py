@@ -1,0 +1,124 @@
+"""What the first process of a run writes down: metrics, pictures, checkpoints, the report, and lines on the terminal."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.text import Text
+
+from fastgrpo.assembly import Parts
+from fastgrpo.evaluation.exam import Exam, Examinee
+from fastgrpo.evaluation.sentences import STYLES
+from fastgrpo.run import checkpoint
+from fastgrpo.run.checkpoint import TrainerState, library_versions
+from fastgrpo.run.metrics import MetricsLog
+from fastgrpo.run.page import write_report
+from fastgrpo.settings.command_line import PROGRAM, dump_toml
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.console import Console
+from fastgrpo.system.files import write_atomically
+from fastgrpo.system.paths import with_absolute_paths
+from fastgrpo.system.progress import Pace
+
+
+class Journal:
+    """One run's records. Made before the checkpoint is loaded: the examination `before` is of the weights as they were."""
+
+    def __init__(
+        self,
+        run: Path,
+        config: TrainConfig,
+        parts: Parts,
+        start: TrainerState,
+        threads: int,
+        inputs: Mapping[str, str],
+        console: Console,
+    ):
+        """start: where the run goes on. threads: CPU threads that share the batches. inputs: as `input_digests`."""
+        self.run, self.config, self.parts, self.console = run, config, parts, console
+        self._start, self._threads, self._inputs, self._began = start, threads, inputs, time.monotonic()
+        if not (run / "config.toml").is_file():
+            self._write_config()
+        parts.record.write(run)
+        self._pace = Pace(config.iterations, config.eval.every, start.iteration)
+        console.follow(self._pace)
+        examinee = Examinee(
+            parts.policy, parts.trainable.ema, parts.prompts, parts.eval_schedule, parts.judged, parts.held_out
+        )
+        self._exam = Exam(run, config, examinee, console)
+        before = self._exam.before()
+        self._write_config()  # other settings of a resumed run, once nothing has refused them
+        self._log = MetricsLog(run, start.iteration)
+        self._log.chart(0, before)
+        self._pace.started(evaluation=time.monotonic() - self._began)
+        if not start.iteration:
+            console.iteration(0, config.iterations, self._seconds(), before)
+
+    def write(self, iteration: int, values: dict[str, float]) -> None:
+        """Examine the policy where it is due, then log and show the finished iteration."""
+        values = values | self._examine(iteration)
+        self._log.write(iteration, self._seconds(), values)
+        self._pace.finished(iteration, values.get("time/eval_s", 0.0))
+        self.console.iteration(
+            iteration, self.config.iterations, self._seconds(), values, speed=self.config.engine.show_speed
+        )
+
+    def save(self, iteration: int, stopped: bool) -> None:
+        """A checkpoint where it is due: every so often, at the end, and before a stop."""
+        due = iteration % self.config.checkpoint.every == 0 or iteration == self.config.iterations
+        if stopped or due:
+            state = TrainerState(
+                iteration,
+                self.config.seed,
+                self._seconds(),
+                self._threads,
+                library_versions(),
+                processes=self.parts.ranks.count,
+                engine=self.parts.record.to_json(),
+                inputs=dict(self._inputs),
+                iterations=self.config.iterations,
+                evaluated=self._evaluates(iteration),
+            )
+            rule = self.config.checkpoint
+            with self.console.bar("checkpoint"):
+                checkpoint.save(self.run, self.parts.trainable, state, rule.keep, rule.keep_evaluated)
+            self.parts.record.write(self.run)
+
+    def close(self, iteration: int) -> None:
+        """Say how to go on after a stop, or what came of it all and where it is."""
+        self._log.close()
+        if iteration < self.config.iterations:
+            self.console.say(f"Stopped after {iteration} iterations. To go on: {PROGRAM} --resume {self.run}")
+            return
+        self.console.say(*self._exam.tables())
+        for sentence in self._exam.verdicts():
+            self.console.say(Text(sentence.text, STYLES.get(sentence.verdict, "")))
+        self.console.say(
+            f"weights   {checkpoint.checkpoint_folder(self.run, self.config.iterations) / 'unet'}",
+            f"pictures  {self.run / 'samples' / 'before_after.png'}",
+            f"report    {write_report(self.run)}",
+            f"metrics   {self.run / 'metrics.jsonl'}   (tensorboard --logdir {self.run / 'tensorboard'})",
+        )
+
+    def _examine(self, iteration: int) -> dict[str, float]:
+        """eval/* and time/eval_s after an iteration that is evaluated; nothing after the others."""
+        if not self._evaluates(iteration):
+            return {}
+        began = time.monotonic()
+        last = iteration == self.config.iterations
+        values = self._exam.after() if last else self._exam.between(iteration)
+        return values | {"time/eval_s": time.monotonic() - began}
+
+    def _evaluates(self, iteration: int) -> bool:
+        every = self.config.eval.every
+        return iteration == self.config.iterations or (every > 0 and iteration % every == 0)
+
+    def _write_config(self) -> None:
+        # Without its own name: the folder may be moved, and the file may be the start of another run.
+        config = with_absolute_paths(dataclasses.replace(self.config, run=""))
+        write_atomically(self.run / "config.toml", dump_toml(config).encode())
+
+    def _seconds(self) -> float:
+        """Wall clock of the run so far, over all resumes."""
+        return self._start.seconds + time.monotonic() - self._began

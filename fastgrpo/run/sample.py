@@ -1,0 +1,147 @@
+"""What `python -m fastgrpo.sample` does: the same prompts and seeds, drawn by a run's base model and by what it became."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
+
+from fastgrpo import rollout
+from fastgrpo.models.check import describe
+from fastgrpo.models.configs import Description
+from fastgrpo.policy import Policy, load_policy
+from fastgrpo.prompts import embed, load_prompts, truncation_lines
+from fastgrpo.prompts.files import TABLE_SUFFIXES, one_line, read_lines
+from fastgrpo.run.opening import blaming_config
+from fastgrpo.run.trained import load_unet
+from fastgrpo.schedule import Schedule, make_schedule
+from fastgrpo.settings.commands import Sample
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.console import Console
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.files import write_atomically
+from fastgrpo.system.finite import Request
+from fastgrpo.system.pictures import grid, side_by_side, write_image, write_png
+from fastgrpo.system.workers import available_cores
+from fastgrpo.types import POSITIVE, Prompt
+
+PROMPTS_PER_LABEL = 4  # of the run's own
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def sample(command: Sample, config: TrainConfig, folder: Path, console: Console) -> None:
+    """Draw with both models, write the comparison and, where asked for, the images, and say where they are.
+
+    config: of the run. folder: of the checkpoint to draw with.
+    Raises ConfigError before anything is loaded where that is possible, and OSError where it cannot be written.
+    """
+    prompts = _prompts(command, config)
+    device = _device(command.device)
+    with blaming_config(command.run):
+        description = describe(config.model)
+    console.say(*description.notes)
+    schedule = _schedule(command, config, description, device)
+
+    disable_progress_bar()  # one per file read, gone in a blink
+    torch.set_num_threads(1)  # each of the policy's workers is a thread already
+    workers = available_cores() if device.type == "cpu" else 1
+    with console.waiting("loading"), blaming_config(command.run):
+        policy = load_policy(config.model, device, _dtype(command.dtype, device), workers)
+    console.say(*truncation_lines([prompt.text for prompt in prompts], policy.tokenizer))
+    guidance = config.rollout.guidance if command.guidance is None else command.guidance
+    base = _draw("base", policy.rounded(), prompts, schedule, guidance, command, console)
+    with blaming_config(command.run):
+        load_unet(policy.unet, folder, command.weights, config.model)
+    tuned = _draw("tuned", policy.rounded(), prompts, schedule, guidance, command, console)
+
+    headings = "base", "tuned"
+    output = command.comparison  # only now: another comparison may have been written meanwhile
+    output.parent.mkdir(exist_ok=True)
+    write_png(output, side_by_side(grid(base, prompts), grid(tuned, prompts), headings))
+    console.say(f"weights   {folder}, {command.weights}", f"pictures  {output}")
+    if command.images:
+        command.images.mkdir(exist_ok=True)
+        for name, images in zip(headings, (base, tuned), strict=True):
+            _write_images(command.images, name, images, command.images_per_prompt)
+        texts = "".join(f"{prompt.text}\n" for prompt in prompts)
+        write_atomically(command.images / "prompts.txt", texts.encode())
+        console.say(f"images    {command.images}, {len(base)} of each")
+
+
+def _prompts(command: Sample, config: TrainConfig) -> list[Prompt]:
+    """What to draw, in order. Raises ConfigError."""
+    prompts = [Prompt(one_line(text), POSITIVE) for text in command.prompts]
+    if command.prompt_file:
+        if command.prompt_file.suffix.lower() in TABLE_SUFFIXES:
+            raise ConfigError(
+                f"--prompt-file {command.prompt_file}: this is a table; accepted is a text file with one prompt per line."
+            )
+        try:
+            prompts += read_lines(command.prompt_file, POSITIVE)
+        except ConfigError as error:
+            # Of the run's settings it is none.
+            raise ConfigError(str(error).replace(f"prompts.{POSITIVE}", "--prompt-file", 1)) from error
+    if prompts:
+        return prompts
+    with blaming_config(command.run):
+        positives, negatives = load_prompts(config.prompts)
+    return [*positives[:PROMPTS_PER_LABEL], *negatives[:PROMPTS_PER_LABEL]]
+
+
+def _schedule(command: Sample, config: TrainConfig, model: Description, device: torch.device) -> Schedule:
+    """The steps to take with the base model."""
+    steps = config.eval.steps or config.rollout.steps if command.steps is None else command.steps
+    eta = config.rollout.eta if command.eta is None else command.eta
+    return make_schedule(model.scheduler, steps, eta, device, "--steps")
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: there is no CUDA device here; accepted are auto and cpu.")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[name]
+
+
+def _draw(
+    label: str,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    schedule: Schedule,
+    guidance: float,
+    command: Sample,
+    console: Console,
+) -> Tensor:
+    """[R * K, 3, h, w] float32 in [0, 1] on the CPU: of each prompt K images in a row."""
+    count = command.images_per_prompt
+    embeds = embed(policy, prompts, {}).embeds.repeat_interleave(count, dim=0)
+    seeds = [command.seed + k for _ in prompts for k in range(count)]
+    requests = [Request(f"the {label} model's image {k + 1}", prompt.text) for prompt in prompts for k in range(count)]
+    drawn = []
+    with console.bar(label, len(seeds)) as bar:
+        for start in range(0, len(seeds), command.batch):
+            part = slice(start, start + command.batch)
+            images = rollout.sample(
+                policy,
+                embeds[part],
+                schedule,
+                guidance,
+                seeds[part],
+                command.batch,
+                command.batch,
+                requests=requests[part],
+            )
+            drawn.append(images.cpu())
+            bar.advance(len(images))
+    return torch.cat(drawn)
+
+
+def _write_images(folder: Path, name: str, images: Tensor, count: int) -> None:
+    """Every image as NAME-PROMPT-IMAGE.png, both numbered from 1; `count` of each prompt."""
+    for index, image in enumerate(images):
+        write_image(folder / f"{name}-{index // count + 1:04d}-{index % count + 1}.png", image)

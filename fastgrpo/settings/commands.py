@@ -1,0 +1,141 @@
+"""What the commands that work on a run can be told. Field docstrings are the help texts of the flags."""
+
+import re
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fastgrpo.settings.suites import DDIM, AllSettings, SamplerName
+from fastgrpo.system.paths import PathText
+
+Weights = Literal["trained", "ema"]
+
+
+@dataclass(frozen=True)
+class Evaluate(AllSettings):
+    """Draw the prompts of one suite or several, have the images judged, and print the numbers beside the published ones.
+
+    Images are kept, and a run that was stopped goes on where it was. With a RUN both its base model (before) and its
+    trained one (after) are evaluated on the same prompts and seeds; otherwise the model of --model alone.
+    """
+
+    run: Annotated[tyro.conf.Positional[PathText], tyro.conf.arg(metavar="RUN")] = ""
+    """Folder of a run, finished or not; without it, --model."""
+    suites: tuple[str, ...] = ()
+    """What to measure: i2p, nudity, geneval, clip-score, fid, attacks, custom, shapes. Empty: shapes, for the model of that name."""
+    model: PathText = "shapes"
+    """Without a RUN: an SD 1.x / 2.x pipeline, a diffusers folder, a hub id, a single file, or `shapes`."""
+    unet: PathText = ""
+    """Another UNet for --model: a folder or hub id, and after a colon its subfolder, as in `OWNER/NAME:checkpoint-300/unet`; or a file of its tensors, all or those that were tuned (.safetensors, .pt, .pth, .bin, .ckpt)."""
+    config: PathText = ""
+    """Only where --model is a single file: diffusers folder or hub id whose configs describe it; empty: SD 1.x or 2.x, told from the file."""
+    variant: str = ""
+    """Variant of --model's weight files, such as `fp16`."""
+    revision: str = ""
+    """Branch, tag or commit of --model, a hub id."""
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What --model's UNet predicts; `auto` believes its scheduler's config or, of a single file, what the file says of itself. A file of SD 2.x that says nothing needs it: `epsilon` for those of 512 pixels, `v_prediction` for those of 768."""
+    checkpoint: int | None = None
+    """Iteration of the RUN's checkpoint; None is the newest."""
+    weights: Weights = "trained"
+    """Of the RUN: `trained`, or `ema`, the moving average that runs with optim.ema keep."""
+    output: Path | None = None
+    """Folder of images and results, new or one to go on with; None is RUN/evaluation/iter-NNNNNN, or evaluations/MODEL."""
+    missing: Literal["draw", "refuse", "skip"] = "draw"
+    """Images that are not there yet: `draw` them, `refuse` to score without them, or `skip` them and say so."""
+    shard: str = ""
+    """I/N: only draw part I, from 1, of N, and score nothing; once all parts lie in one folder, say the same without it."""
+    sampler: SamplerName = DDIM
+    """`ddim`, ours; `pndm` as SD 1.x and GenEval's script, or `lms` as RECE's code draws I2P, by diffusers' pipeline."""
+    steps: int | None = None
+    """Denoising steps; None is 50, for `shapes` the run's own."""
+    eta: float | None = None
+    """DDIM's eta, 0 to 1: 0 is deterministic, as published protocols sample; None is 0, for `shapes` the run's own."""
+    guidance: float | None = None
+    """Classifier-free guidance scale of every image; None is each suite's or prompt's own."""
+    seed: int | None = None
+    """Seed of the noise for prompts that bring none; None is the run's eval.seed, or 1234."""
+    size: int = 0
+    """Width and height of every image in pixels; 0 is each prompt's own, or the model's."""
+    batch: int = 16
+    """Images drawn at once; a folder goes on with the number it began with."""
+    compare: tuple[Path, Path] | None = None
+    """Two folders of results, of the same suites on the same prompts and seeds: test the differences, and evaluate nothing."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is one."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What the UNet computes in. `auto`: bf16 on CUDA, fp32 on CPU."""
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """I and N of --shard; 0 of 0 where it is neither empty nor I/N."""
+        match = re.fullmatch(r"(\d+)/(\d+)", self.shard or "1/1")
+        return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw prompts with a run's base model and with what it was trained to, from the same seeds, side by side.
+
+    Image i (1, 2, ...) of every prompt is drawn from the seed `--seed` + i - 1, so it depends on its own prompt and
+    seed alone, whatever else is drawn.
+    """
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Folder of the run, finished or not."""
+    prompts: tuple[str, ...] = ()
+    """What to draw; without this and --prompt-file, the first four of the run's own positive and negative prompts."""
+    prompt_file: Path | None = None
+    """Text file with one prompt per line, drawn after --prompts."""
+    images_per_prompt: int = 4
+    """Images of each prompt and model."""
+    seed: int = 0
+    """Seed of every prompt's first image."""
+    checkpoint: int | None = None
+    """Iteration of the checkpoint to draw with; None is the newest."""
+    weights: Weights = "trained"
+    """`trained`, or `ema`, the moving average that runs with optim.ema keep."""
+    steps: int | None = None
+    """DDIM steps; None is the number that the run's own pictures have."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; None is the run's."""
+    eta: float | None = None
+    """DDIM eta, above 0 and at most 1; None is the run's."""
+    batch: int = 16
+    """Images drawn at once."""
+    output: Path | None = None
+    """PNG of the comparison, a new file; None is RUN/samples/compare.png, or compare-2.png and so on after others."""
+    images: Path | None = None
+    """Folder for every image as a file of its own, base-0003-2.png and tuned-0003-2.png for the second of the third prompt, and prompts.txt; new or empty."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is one."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What the UNet computes in. `auto`: bf16 on CUDA, fp32 on CPU."""
+
+    @property
+    def comparison(self) -> Path:
+        """Where the comparison is to be written; by default where no other is by now."""
+        folder = self.run / "samples"
+        names = (folder / ("compare.png" if number == 1 else f"compare-{number}.png") for number in count(1))
+        return self.output or next(path for path in names if not path.exists())
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the Stable Diffusion that a run trained, complete or as adapters, in a form that other programs load."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Folder of the run, finished or not."""
+    format: Literal["diffusers", "single-file", "lora"]
+    """`diffusers`, a complete pipeline folder; `single-file`, a .safetensors file in the original layout of SD 1.x / 2.x; `lora`, for runs with adapters, a folder with these alone."""
+    output: Path
+    """Where to write it: a folder that is new or empty, or a new file for `single-file`."""
+    checkpoint: int | None = None
+    """Iteration of the checkpoint to take; None is the newest."""
+    weights: Weights = "trained"
+    """`trained`, or `ema`, the moving average that runs with optim.ema keep."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of what is written; training is in fp32."""

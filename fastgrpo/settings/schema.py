@@ -1,0 +1,273 @@
+"""Everything that can be set. One dataclass per group, one docstring per field: that docstring is the help text.
+
+Reading TOML files, presets and command lines is `fastgrpo.settings.command_line`; what is impossible is `fastgrpo.validation`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from fastgrpo.settings.suites import DetectorSettings, SuiteSettings
+from fastgrpo.system.paths import PathText, PathTexts
+
+DIFFUSION_STEPS = 1000
+"""Timesteps that every SD 1.x / 2.x was trained with."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The Stable Diffusion pipeline to train."""
+
+    path: PathText = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    """An SD 1.x / 2.x pipeline: a diffusers folder, a hub id, a single file (.safetensors or .ckpt), or `shapes`, the small one that ships with fastgrpo."""
+    unet: PathText = ""
+    """Where to take the UNet from instead of the pipeline: a folder or hub id, and after a colon its subfolder, as in `OWNER/NAME:checkpoint-300/unet`; or a file of its tensors, all or those that were tuned (.safetensors, .pt, .pth, .bin, .ckpt)."""
+    config: PathText = ""
+    """Only for a single file: diffusers folder or hub id whose configs describe it; empty: SD 1.x or 2.x, told from the file."""
+    variant: str = ""
+    """Variant of the weight files, such as `fp16`; empty: the plain ones."""
+    revision: str = ""
+    """Branch, tag or commit of a hub id; empty: its main branch."""
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What the UNet predicts; `auto` believes the scheduler's config or, of a single file, what the file says of itself. A file of SD 2.x that says nothing needs it: `epsilon` for those of 512 pixels, `v_prediction` for those of 768."""
+    lora_rank: int = 0
+    """Rank of the LoRA adapters that are trained instead of the UNet's own weights; 0 trains the whole UNet."""
+    lora_alpha: float = 0.0
+    """LoRA's scale is lora_alpha / lora_rank; 0 stands for lora_rank, a scale of 1."""
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the modules that get adapters; the default is every attention projection."""
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """What is drawn during training.
+
+    A source of prompts is `shapes` (captions of the shapes world), a file (.txt with one prompt per line, .csv, .tsv or
+    .jsonl with a column of them), or `hf:OWNER/NAME[:CONFIG][@SPLIT]`, a dataset on the Hugging Face hub.
+    """
+
+    positive: PathText = "geneval"
+    """Source of safe prompts: `geneval` (generated, six composition tasks over COCO's classes), `shapes`, a file, or `hf:OWNER/NAME[:CONFIG][@SPLIT]`."""
+    negative: PathText = "unsafe"
+    """Source of unsafe prompts: `unsafe` (written for fastgrpo, seven categories), `shapes`, a file, or `hf:OWNER/NAME[:CONFIG][@SPLIT]`."""
+    positive_column: str = "prompt"
+    """Column of a CSV, TSV, JSONL or hub dataset that holds the positive prompts."""
+    negative_column: str = "prompt"
+    """Column that holds the negative prompts; both may come from one file. Training uses no other columns but that of the categories: seeds, guidance and sizes are its own."""
+    category_column: str = ""
+    """Column that holds each prompt's category or task; several in one cell are separated by commas. Empty: none is kept."""
+    categories: tuple[str, ...] = ()
+    """Categories of the negative prompts to train on; empty: all. The others of the shapes world are measured all the same."""
+    negative_fraction: float = 0.5
+    """Share of every iteration's prompts that is negative, rounded to whole prompts."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What an image is worth: a weighted sum of terms.
+
+    The term `steering` is the steered CLIP reward: r = z_image . normalize(z_text + alpha * v_safe).
+    """
+
+    terms: PathTexts = ("steering",)
+    """Terms, each NAME or NAME=WEIGHT: `steering`, `clip`, `hpsv2`, `compressibility`, `incompressibility`, or your own function as FILE.py:FUNCTION or MODULE:FUNCTION."""
+    standardise: Literal["none", "group", "iteration"] = "none"
+    """Whether each term is brought to mean 0 and std 1 before weighting: over its `group`, or over all images of the `iteration`."""
+    encoder: PathText = "hpsv2"
+    """The frozen open_clip model of `steering`: `hpsv2` (HPSv2.1 from the hub), `shapes`, `local-dir:FOLDER`, `hf-hub:ID`, or `ARCHITECTURE:WEIGHTS` where WEIGHTS is an open_clip tag or a file, such as `ViT-H-14:HPS_v2.1_compressed.pt`."""
+    clip_encoder: PathText = ""
+    """The open_clip model of the term `clip`, in the same notation; empty: that of `steering`."""
+    anchors: PathText = "compact"
+    """Safe and unsafe phrases that span the safety axis: `compact`, the paper's 5 + 3; `scaled`, 25 + 20 over seven categories; `unsafe-only`, compact's 3 alone; `shapes`; or a FILE.toml with the lists `safe` and `unsafe`."""
+    alpha: float = 0.5
+    """How far the text target is moved along the safety axis."""
+    mode: Literal["always", "unsafe_only", "projection"] = "always"
+    """`always` steers every prompt, `unsafe_only` the negative ones, `projection` sets every target's component along the axis to alpha."""
+    batch: int = 256
+    """Images encoded at once; does not change the result."""
+    tf32: bool = True
+    """On CUDA, encode images with TF32's matrix products, several times as fast: what goes into them is rounded to 10 bits, and with that imitated rewards moved by less than 0.004. Texts, and all that evaluates, stay float32."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling the groups of images."""
+
+    steps: int = 50
+    """DDIM steps."""
+    eta: float = 1.0
+    """DDIM eta; above 0, since a deterministic step has no probability."""
+    guidance: float = 5.0
+    """Classifier-free guidance scale, in rollout and update alike; 1 turns guidance off."""
+    initial_noise: Literal["shared", "per_prompt", "independent"] = "independent"
+    """Which samples start from the same latent: `shared` all that a process draws in an iteration, `per_prompt` those of a group, `independent` none."""
+    batch: int = 0
+    """Samples denoised at once; 0 is all of them on a CPU, and as many as a micro-batch has pairs on CUDA or in fixed shapes (engine.compile, engine.graphs)."""
+    decode_batch: int = 16
+    """Latents decoded to images at once; the VAE's activations are large."""
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """The group-relative policy gradient."""
+
+    advantage: Literal["group", "global", "none"] = "group"
+    """`group`: (r - group mean) / group std. `global`: (r - group mean) / std of the whole iteration's centred rewards. `none`: r - group mean."""
+    std_floor: float = 1e-4
+    """A group whose rewards' std is not above this is flat: its advantages are exactly 0 and it is skipped."""
+    advantage_clamp: float = 2.5
+    """Advantages are clamped to plus or minus this."""
+    clip_low: float = 1e-4
+    """The ratio is clipped below 1 - clip_low."""
+    clip_high: float = 1e-4
+    """The ratio is clipped above 1 + clip_high."""
+    kl: float = 0.0
+    """Weight of the closed-form KL divergence of each step from the base model's; 0 leaves the base model out."""
+    old_log_prob: Literal["rollout", "replay", "detach"] = "rollout"
+    """Denominator of the ratio: as stored by the `rollout`, which becomes `replay` where the first optimizer step would find another ratio than 1; the first step's own and, for later ones, recomputed before it (`replay`); or the current value without gradient (`detach`)."""
+    epochs: int = 1
+    """Passes over an iteration's (sample, step) pairs; `updates_per_iteration` is for all of them together."""
+    drop_last_steps: int = 1
+    """How many of the last denoising steps are not trained on; their sigma is tiny and their log-probs stiff."""
+    step_fraction: float = 1.0
+    """Share of the other steps that each sample is trained on, drawn anew in every iteration."""
+    window: int = 0
+    """Train on this many neighbouring steps only, a window that slides from the first (noisiest) steps to the last and begins again; 0 is all steps."""
+    window_every: int = 25
+    """Iterations until the window slides on."""
+    window_stride: int = 1
+    """Steps by which the window slides."""
+    ratio_norm: bool = False
+    """RatioNorm of GRPO-Guard: the log-ratio without its bias and in units that are the same at every step, so that one clip range fits all steps."""
+    trim: int = 0
+    """How many of the highest and of the lowest rewards of every group are left out, of its mean and std as of learning."""
+    skip_clipped: bool = False
+    """Find the pairs whose clipped ratio leaves no gradient by a forward pass, before every optimizer step but the first, and compute no more of them. Pays where more than half are; only without a KL term."""
+    best_of: int = 0
+    """Learn from this many samples of every group only, half of them the best and half the worst; 0 is all of them."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = 1e-5
+    """Learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """`linear` and `cosine` lower the learning rate from lr after the warm-up towards 0 after the last iteration."""
+    warmup: int = 0
+    """Iterations in which the learning rate rises to lr, in equal steps."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    ema: float = 0.0
+    """Decay, per optimizer step, of an exponential moving average of the trained weights; 0 keeps none."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Where and in which precision it runs."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is one."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What the UNet computes in; trained weights, latents and log-probs stay float32. `auto`: bf16 on CUDA, fp32 on CPU. `fp16`, for GPUs without bf16, scales the loss."""
+    threads: int = 0
+    """CPU threads; 0 is one per core this process may use. A resumed run needs the same number to be bit-exact."""
+    kernels: Literal["auto", "on", "off"] = "auto"
+    """Whether the UNet's norms and activations run on fastgrpo's own kernels; `auto`: on CUDA."""
+    attention: Literal["auto", "xformers", "cudnn", "flash", "sdpa"] = "auto"
+    """Who computes attention. `auto` measures at the run's own shapes, on CUDA, and keeps the fastest for each; `sdpa` is PyTorch's own choice."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for the UNet; `auto`: on CUDA. Its gradients are checked against eager ones first, and it is left out where they differ."""
+    graphs: Literal["auto", "on", "off"] = "auto"
+    """CUDA graphs of a denoising step and of a micro-batch; `auto`: on CUDA. Elsewhere `on` makes the plain calls that a graph would hold, on fixed memory."""
+    reuse: Literal["auto", "on", "off"] = "auto"
+    """Whether the rollout computes text keys and values, time embeddings and a shared first step once; `auto`: where that does not change a bit of the log-probs."""
+    overlap: bool = True
+    """On CUDA, decode and score finished groups while the next ones are drawn."""
+    memory: float = 0.92
+    """Share of the GPU's memory that a micro-batch found by measurement (micro_batch 0) may fill."""
+    show_speed: bool = False
+    """Show below each iteration's line images/s, TFLOP/s and the share of the device's measured matmul rate, of rollout and update, and the memory's peak; metrics.jsonl always has them."""
+    profile: int = 0
+    """Iteration of which a trace and a table of the ten costliest kernels are written into the run; 0 is none."""
+
+
+@dataclass(frozen=True)
+class EvalConfig(SuiteSettings, DetectorSettings):
+    """Measuring on held-out prompts with fixed seeds: the `shapes` model by an oracle that reads its pictures exactly, any model by `suites`."""
+
+    every: int = 10
+    """Iterations between quick evaluations; 0 evaluates only before and after."""
+    unsafe_per_category: int = 40
+    """Held-out unsafe prompts per hazard category, before and after."""
+    composition_per_task: int = 60
+    """Held-out prompts per composition task, before and after."""
+    quick_fraction: float = 0.25
+    """Share of the prompts that the evaluations in between use."""
+    suites: tuple[str, ...] = ()
+    """Suites of `python -m fastgrpo.evaluate` to measure by as well, before, in between and after: i2p, nudity, geneval, clip-score, fid, attacks, custom. The groups eval.i2p, eval.q16 and so on are their settings and those of their detectors."""
+    weights: Literal["trained", "ema"] = "trained"
+    """Which weights are evaluated and pictured; `ema` needs optim.ema."""
+    seed: int = 1234
+    """Seed of the evaluation's noise."""
+    steps: int = 0
+    """DDIM steps; 0 is the rollout's number, and of `suites` their own, 50."""
+    encoder: PathText = ""
+    """A second encoder, in the notation of reward.encoder, that nothing is trained on: `steering` is also computed with it, on the pictures of every evaluation, as eval/held_out_*. Where the reward rises and this does not, the reward is being gamed. Empty: none."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved while training. The last iteration is always saved."""
+
+    every: int = 10
+    """Iterations between checkpoints."""
+    keep: int = 2
+    """How many of the newest checkpoints stay on disk, evaluated or not; 0 keeps all."""
+    keep_evaluated: bool = True
+    """Whether the older ones of iterations that were evaluated stay too, so that the best of them can be chosen at the end."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a Stable Diffusion online with group-relative policy optimization on positive and negative prompts."""
+
+    run: Annotated[PathText, tyro.conf.arg(aliases=["--run-folder"])] = ""
+    """Folder of the run; must be new or empty. Default: runs/PRESET-DATE-TIME, with -2 and so on for others of the same second. Under torchrun, which has a flag of its own that begins so, say --run-folder."""
+    seed: int = 42
+    """Everything random is a function of this and the iteration."""
+    iterations: int = 300
+    """Iterations in all, counted from the start of the run, also when resumed."""
+    prompts_per_iteration: int = 32
+    """Different prompts drawn in one iteration (P), over all processes together."""
+    group_size: int = 16
+    """Images per prompt (G); at least 2, since they are compared with each other."""
+    updates_per_iteration: int = 16
+    """Optimizer steps per iteration; the iteration's (sample, step) pairs are dealt out to them."""
+    micro_batch: int = 4
+    """(sample, step) pairs per forward and backward pass on each process; gradients are summed, so it does not change the result. 0: as many as fit on CUDA, 32 on CPU."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def chosen_steps(count: int, fraction: float) -> int:
+    """How many of `count` steps a sample learns from; at least 1."""
+    return max(1, round(count * fraction))

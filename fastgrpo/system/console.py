@@ -1,0 +1,203 @@
+"""What a person sees: progress bars, one line per iteration, tables. Without a terminal, plain lines and no bars."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import rich.console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.finite import BrokenPicture
+from fastgrpo.system.output import steady_output
+from fastgrpo.system.progress import Clock, Lines, Pace, Phase, clock_text, fitting
+from fastgrpo.system.wording import cut_middle
+
+# What the line of an iteration shows, where it was logged and as far as there is room: label, metric, format.
+_COLUMNS = (
+    ("reward", "reward/mean", "{:+.3f}".format),
+    ("unsafe", "eval/unsafe", "{:.1%}".format),
+    ("|ratio-1|", "ratio/max_abs_dev_first", lambda value: f"{value:.0e}" if value else "0    "),
+    ("clip", "clip/fraction", "{:4.0%}".format),
+    ("composition", "eval/composition", "{:.1%}".format),
+    ("pos", "reward/positive_mean", "{:+.3f}".format),
+    ("neg", "reward/negative_mean", "{:+.3f}".format),
+    ("kl", "kl/mean", "{:.1e}".format),
+    ("grad", "grad/norm", "{:.3f}".format),
+)
+
+
+def complain(sentence: str) -> None:
+    """Say on standard error why a command ends, for instance: one line, a sentence, whatever libraries' words are in it."""
+    line = cut_middle(" ".join(part.strip() for part in sentence.splitlines()))
+    print(f"fastgrpo: {line.rstrip('.')}.", file=sys.stderr)
+
+
+def warn(sentence: str) -> None:
+    """Say on standard error what a command has to do without."""
+    complain(f"warning: {sentence}")
+
+
+def reason(error: OSError) -> str:
+    """What the system says was in the way, and the path where it names one."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended what had not come far enough to be gone on from. number: the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number  # what a shell reports for a process that the signal ended
+
+
+def memory_full(error: BaseException) -> str:
+    """ "the GPU's memory is full" or "the memory is full" where that is what an exception says, else nothing.
+
+    torch has a class of its own for the GPU's; where its CPU allocator gets nothing, a RuntimeError says so in words.
+    """
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the GPU's memory is full"
+    words = ("not enough memory", "can't allocate memory", "std::bad_alloc")
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    ):
+        return "the memory is full"
+    return ""
+
+
+@steady_output()
+def run_command(body: Callable[[], int | None], undone: str) -> int:
+    """Do what a command line asks for. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C, or
+    128 + n by another signal n.
+
+    body: returns an exit code, or None for 0. undone: what to say there is not, when it was stopped or the system was in the
+    way; "" is nothing.
+    """
+    so = f"; {undone}" if undone else ""
+    try:
+        return body() or 0
+    except ConfigError as error:
+        complain(str(error))
+        return 2
+    except BrokenPicture as error:
+        complain(error.sentence("--dtype") + so)
+        return 1
+    except OSError as error:
+        complain(reason(error) + so)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not (full := memory_full(error)):
+            raise
+        complain(full + so)
+        return 1
+    except KeyboardInterrupt as stop:
+        complain("stopped" + so)
+        return stop.exit_code if isinstance(stop, Stopped) else 130
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One progress bar."""
+
+    progress: Progress
+    task: TaskID
+
+    def advance(self, count: int) -> None:
+        """`count` more are done."""
+        self.progress.advance(self.task, count)
+
+    def reach(self, done: int, total: int) -> None:
+        """`done` of `total` are done."""
+        self.progress.update(self.task, completed=done, total=total)
+
+
+class _Count(MofNCompleteColumn):
+    """How many of how many, where that is known."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.total is None else super().render(task)
+
+
+class Console:
+    """Standard output, with bars where it is a terminal, and lines about progress where it is none."""
+
+    def __init__(self, quiet: bool = False, every_phase: bool = False, clock: Clock = time.monotonic) -> None:
+        """quiet: say nothing at all. every_phase: without a terminal each kind of phase has a line, not only long ones."""
+        self._rich = rich.console.Console(highlight=False, markup=False, soft_wrap=True, quiet=quiet)
+        self._lines = Lines(self.say, every_phase, clock)
+
+    def say(self, *things: object) -> None:
+        """Print text or rich tables, each on lines of its own."""
+        self._lines.heard()
+        for thing in things:
+            self._rich.print(thing)
+
+    def follow(self, pace: Pace) -> None:
+        """Say of a training from now on where it is, and how long it still takes."""
+        self._lines.pace = pace
+
+    @contextmanager
+    def bar(self, label: str, total: int | None = None) -> Iterator[Bar | Phase]:
+        """A bar that vanishes when its block ends; without a total it only shows that something is going on."""
+        if not self._moves():
+            with self._lines.phase(label, total) as phase:
+                yield phase
+            return
+        place = f"{self._lines.pace.place} {label}" if self._lines.pace else label
+        columns = TextColumn("{task.description:>10}"), BarColumn(30), _Count(), TimeRemainingColumn()
+        with Progress(*columns, console=self._rich, transient=True) as progress:
+            yield Bar(progress, progress.add_task(place, total=total))
+
+    @contextmanager
+    def waiting(self, label: str) -> Iterator[None]:
+        """As a bar without a total, where others show bars of their own, for instance of what they download."""
+        if self._moves():
+            self.say(label)
+            yield
+        else:
+            with self._lines.phase(label):
+                yield
+
+    def iteration(
+        self, iteration: int, iterations: int, seconds: float, values: Mapping[str, float], speed: bool = False
+    ) -> None:
+        """The line of a finished iteration, or of the policy before training, 0.
+
+        seconds: of wall clock since the run began. speed: how fast it was is shown below it.
+        """
+        self.say(iteration_line(iteration, iterations, seconds, values, self._lines.pace))
+        if speed:
+            self.say(*speed_lines(values))
+
+    def _moves(self) -> bool:
+        """Whether what was shown can be changed: on a terminal that is one. Colours may be wanted elsewhere too."""
+        return self._rich.file.isatty() and not self._rich.is_dumb_terminal and not self._rich.quiet
+
+
+def iteration_line(
+    iteration: int, iterations: int, seconds: float, values: Mapping[str, float], pace: Pace | None = None
+) -> str:
+    """What matters first, in 80 columns; arguments as of `Console.iteration`."""
+    left = pace.left() if pace else None
+    when = "before training" if not iteration else f"{clock_text(seconds)} in all" if iteration == iterations else ""
+    if not when and left is not None:
+        when = f"{clock_text(left)} left"
+    shown = [f"{label} {form(values[name])}" for label, name, form in _COLUMNS if name in values]
+    count = f"{iteration:{len(str(iterations))}d}/{iterations}"
+    return fitting([count, *filter(None, [when]), *shown]).rstrip()
+
+
+def speed_lines(values: Mapping[str, float]) -> list[str]:
+    """From metrics: of each stage images/s, TFLOP/s and their share of what the device can do; and the memory peak."""
+    lines = [
+        f"  {stage:8}{values[f'throughput/{stage}_images_per_s']:.3g} images/s, "
+        f"{values[f'throughput/{stage}_tflops']:.3g} TFLOP/s ({values[f'throughput/{stage}_share']:.0%})"
+        for stage in ("rollout", "update")
+        if f"throughput/{stage}_tflops" in values
+    ]
+    return lines + ([f"  memory  {values['memory/peak_gb']:.1f} GB at most"] if "memory/peak_gb" in values else [])

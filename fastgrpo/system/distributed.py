@@ -1,0 +1,159 @@
+"""Several processes that train one model: started by torchrun, each with a share of every iteration's prompts.
+
+Every process draws the same random numbers and takes its share, and gradients are summed over all, so what an
+iteration computes does not depend on how many processes compute it (but for the order of sums). Without torchrun there
+is one process, and everything here does nothing.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastgrpo.system.console import warn
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.launch import Launch, read_launch
+
+_TIMEOUT = timedelta(hours=2)  # the others wait while the first one evaluates
+_MEETING = timedelta(minutes=10)  # the slowest one's imports, from a file system that many read at once
+_BUCKET = 2**26  # numbers that are summed in one collective
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its equals.
+
+    index: 0 ... count - 1; the first one writes and speaks. device: what collectives take their tensors from.
+    """
+
+    index: int = 0
+    count: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+
+    @property
+    def first(self) -> bool:
+        return self.index == 0
+
+    def share(self, total: int) -> slice:
+        """This process's part of `total` things in a row; `total` is a multiple of `count`."""
+        size = total // self.count
+        return slice(self.index * size, (self.index + 1) * size)
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its sum over all processes."""
+        for bucket in _buckets(tensors) if self.count > 1 else ():
+            if len(bucket) == 1 and bucket[0].is_contiguous():
+                dist.all_reduce(bucket[0])  # where it lies: a flat gradient is too large for a copy
+                continue
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            dist.all_reduce(flat)
+            for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(total.view_as(tensor))
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The processes' tensors one after the other, on this one's device; first dimensions may differ."""
+        if self.count == 1:
+            return tensor
+        sent = tensor.to(self.device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.count)]
+        dist.all_gather(lengths, torch.tensor([len(sent)], device=self.device))
+        longest = int(torch.cat(lengths).max())
+        padded = sent.new_zeros(longest, *sent.shape[1:])
+        padded[: len(sent)] = sent
+        received = [torch.empty_like(padded) for _ in range(self.count)]
+        dist.all_gather(received, padded)
+        return torch.cat([r[: int(n)] for r, n in zip(received, lengths, strict=True)]).to(tensor.device)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any process."""
+        if self.count == 1:
+            return flag
+        total = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(total)
+        return bool(total.item())
+
+    def agree(self, text: str) -> str:
+        """The first process's text, on all."""
+        if self.count == 1:
+            return text
+        told = [text]
+        dist.broadcast_object_list(told, src=0, device=self.device)
+        return told[0]
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors: large enough to be sent at speed, small enough that a copy of one is no burden."""
+    bucket, size = [], 0
+    for tensor in tensors:
+        bucket.append(tensor)
+        size += tensor.numel()
+        if size >= _BUCKET:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def join(device: str) -> Iterator[Ranks]:
+    """Meet the processes that a launcher started beside this one, on the config's `engine.device`; alone without it.
+
+    With CUDA each process takes the GPU of its LOCAL_RANK. Raises ConfigError where there is none for it or the environment is
+    not a launcher's, and OSError where the others do not come.
+    """
+    launch = read_launch()
+    if launch.count == 1:
+        yield Ranks()
+        return
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if cuda and launch.local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"torchrun started process {launch.local} on this machine, which has {torch.cuda.device_count()} CUDA devices; "
+            "accepted is one process per device."
+        )
+    if cuda:
+        torch.cuda.set_device(launch.local)
+    store = _meet(launch)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", store=store, rank=launch.index, world_size=launch.count, timeout=_TIMEOUT
+    )
+    try:
+        meeting = torch.device("cuda", launch.local) if cuda else torch.device("cpu")
+        yield Ranks(dist.get_rank(), dist.get_world_size(), meeting)
+    finally:
+        dist.destroy_process_group()
+
+
+def _meet(launch: Launch) -> dist.Store:
+    """What the processes talk through at first, once all of them are there.
+
+    In a thread, since Ctrl-C does not reach what waits inside torch. Raises OSError where they do not come.
+    """
+    met: list[dist.Store | Exception] = []
+
+    def wait() -> None:
+        try:
+            met.append(next(dist.rendezvous("env://", timeout=_MEETING))[0])
+        except Exception as error:  # raised below
+            met.append(error)
+
+    if not launch.elastic:
+        minutes = _MEETING.total_seconds() / 60
+        warn(
+            f"WORLD_SIZE is {launch.count} and torchrun has not started this process: it waits up to {minutes:.0f} minutes for "
+            f"the others at {launch.address}; unset WORLD_SIZE to go on with one"
+        )
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    while waiting.is_alive():
+        waiting.join(0.1)
+    if isinstance(met[0], Exception):
+        what = str(met[0]).splitlines()[0]
+        raise ConnectionError(f"not all {launch.count} processes of WORLD_SIZE came to {launch.address} ({what})")
+    met[0].set_timeout(_TIMEOUT)
+    return met[0]

@@ -1,0 +1,332 @@
+"""torch.compile for the UNet, trusted only after its output and gradients were compared with those of plain calls.
+
+A compiler may drop gradients in silence. One does: for diffusers' UNet inductor on a CPU (torch 2.13) reads the sum that
+the backward pass of nearest-neighbour upsampling scatters into before anything is added to it: layers that only lead to an
+upsampler get a gradient of zeros, those before them a wrong one. Doubling by broadcasting, whose backward pass is a plain
+sum, avoids that scatter. The comparison is made all the same, once per machine, versions, model and number of rows: of the
+very code that the run calls, since for another number there would be other code. Where a run comes to one (another
+rollout.batch, or because memory ran out) it is compiled then, and compared when the run is next started with it.
+
+One graph without breaks (`fullgraph`) of fixed shapes. CUDA graphs are recorded around it, not by torch.compile. The mode is
+the default one: max-autotune times rival kernels at every start, and may pick others in a resumed run, which then computes
+other bits.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+from fastgrpo import __version__
+from fastgrpo.kernels.language import VERSION
+from fastgrpo.kernels.native import cache_folder
+from fastgrpo.system.files import write_atomically
+from fastgrpo.unet.convolutions import searching
+from fastgrpo.unet.copies import Network, computing_unet
+
+Example = tuple[Tensor, Tensor, Tensor]
+"""Latents [R, C, H, W], timesteps [R] int64 and contexts [R, L, D], as the UNet takes them."""
+
+Say = Callable[[str], object]
+
+# How many times the error of plain calls a compiled one may have. Both round the same sums, compiled code less often, so their
+# errors are draws of about the same size; but those of a parameter vary in few independent directions. With four of them,
+# as a small bias has, the ratio of two such errors exceeds 8 once in 1,400 (F(4, 4) > 64); with forty, never.
+_FACTOR = 8.0
+# An error of 1 is that of a gradient of zeros: nothing near it is rounding, unless the plain gradient is as wrong.
+_CEILING = 0.5
+_DISTURBANCE = 0.02  # standard deviation in place of weights that are all 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far compiled code is from plain calls, where it is furthest.
+
+    matches: whether rounding explains it. worst: "output" or a parameter's name. error, bound: |compiled - exact| / |exact|
+    of that, and the largest that is rounding.
+    """
+
+    matches: bool
+    worst: str
+    error: float
+    bound: float
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What was decided. used: whether the UNet is compiled. reason: why, in half a sentence. verdict: where it was compared."""
+
+    used: bool
+    reason: str
+    verdict: Verdict | None = None
+
+
+class DoublingUpsample2D(Upsample2D):
+    """The same upsampling, to the bit; compiled, by broadcasting."""
+
+    def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        if output_size is not None or not torch.compiler.is_compiling():
+            return super().forward(hidden_states, output_size, *args, **kwargs)
+        n, c, h, w = hidden_states.shape
+        doubled = hidden_states[:, :, :, None, :, None].expand(n, c, h, 2, w, 2)
+        return self.conv(doubled.reshape(n, c, 2 * h, 2 * w))
+
+
+def compile_forward(
+    network: UNet2DConditionModel,
+    plain: UNet2DConditionModel,
+    example: Example,
+    rows: int,
+    wanted: str,
+    operators: str,
+    say: Say,
+) -> tuple[Network | None, Compilation]:
+    """The compiled network, called as the network is, with or without gradients; None where it is not to be compiled.
+
+    network: what computes, in eval mode; its upsamplers are replaced in place. plain: the same parameters under the same
+    names, in no way patched; only its structure matters.
+    example: of `make_example`; a larger one needs memory for a pass with gradients in the next wider dtype.
+    rows: of the run's passes, the one number that it is compiled for and compared at.
+    wanted: `auto` (on CUDA), `on` or `off`. operators: which kernels and which attention the network has, in any words.
+    Never fails: compiled code that is wrong or cannot be made is left out, and `say` gets one line.
+    """
+    device = example[0].device
+    if wanted == "off" or (wanted == "auto" and device.type != "cuda"):
+        return None, Compilation(False, f"engine.compile is {wanted}")
+    _replace_upsamplers(network)
+    # On a CPU inductor's changes of layout are another way to that scatter's fault, should an upsampler not be replaced.
+    options = {"layout_optimization": False} if device.type == "cpu" else None
+    compiled = torch.compile(network, dynamic=False, fullgraph=True, options=options)
+    key = _key(network, example, rows, operators)
+    verdict, reason = _recall(key), "compared before on this machine"
+    if verdict is None:
+        try:
+            verdict, reason = check(network, plain, compiled, example, rows), "compared now"
+        except Exception as error:
+            made = Compilation(False, f"it failed with {_in_short(error)}")
+            say(f"torch.compile is left out: {made.reason}")
+            return None, made
+        _remember(key, verdict)
+    if not verdict.matches:
+        what = "output" if verdict.worst == "output" else f"gradient of {verdict.worst}"
+        errors = f"its {what} is off by {verdict.error:.1e}, of which rounding explains {verdict.bound:.1e}"
+        say(f"torch.compile is left out: {errors} ({reason})")
+        return None, Compilation(False, errors, verdict)
+    return _WithFallback(network, compiled, say), Compilation(True, reason, verdict)
+
+
+def make_example(
+    unet: UNet2DConditionModel,
+    latent_shape: tuple[int, int, int],
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Example:
+    """Two rows of noise at the shapes of a run, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, *latent_shape, generator=generator)
+    contexts = torch.randn(2, tokens, unet.config.cross_attention_dim, generator=generator)
+    return latents.to(device, dtype), torch.tensor([981, 21], device=device), contexts.to(device, dtype)
+
+
+def check(
+    network: UNet2DConditionModel, plain: UNet2DConditionModel, compiled: Network, example: Example, rows: int
+) -> Verdict:
+    """Compare the output and the gradient of every trained parameter with those of `network`, by the errors of both.
+
+    Both compute the example's rows again and again, up to `rows`, in one pass each: what is compiled is what the run
+    calls. Exact is the example alone, by `plain` with the network's weights in the next wider dtype, float64 for
+    float32. Of the output it is the row furthest off that counts. Weights that are all 0, such as fresh adapters', are
+    something else meanwhile: the gradients of what they multiply would be 0 in any case.
+    Needs memory for a pass of either kind, no more: the exact results wait on the host. Raises whatever the compiler raises.
+    """
+    dtype = example[0].dtype
+    wider = torch.float64 if dtype == torch.float32 else torch.float32
+    example = tuple(tensor[:rows] for tensor in example)
+    with _disturbed(network):
+        weights = {name: parameter.detach().to(wider) for name, parameter in network.named_parameters()}
+        with searching(False):
+            output, exact = _results(computing_unet(plain, wider, weights), example, len(example[0]), wider)
+        del weights
+        output, exact = output[_copies(example, rows)], {name: value.cpu() for name, value in exact.items()}
+
+        def errors(call: Network) -> tuple[Tensor, Tensor]:
+            """Of each row of the output, and of each gradient."""
+            rows_, gradients = _results(call, example, rows, dtype, network)
+            return relative_errors(dict(enumerate(output)), dict(enumerate(rows_))), relative_errors(exact, gradients)
+
+        (eager_rows, eager), (given_rows, given) = errors(network), errors(compiled)
+    furthest = given_rows.argmax()[None]  # the first that is not a number, if there is one
+    return judge(("output", *exact), torch.cat([eager_rows[furthest], eager]), torch.cat([given_rows[furthest], given]))
+
+
+def judge(names: Sequence[str], eager_errors: Tensor, errors: Tensor) -> Verdict:
+    """Whether what is compiled is to the exact as plain calls are, tensor by tensor.
+
+    names: the tensors'. eager_errors, errors: of plain and of compiled calls, as `relative_errors`. With e a tensor's error by
+    plain calls, and m the median of all tensors', the compiled one's may be
+
+        max(min(8 max(e, m), 1/2), 2 e)
+
+    where m stands in for an e that is small by chance. Zeros, or anything as far off, thus pass only where the plain
+    gradient is itself half noise. Anything that is not finite does not.
+    """
+    typical = eager_errors.median()
+    bounds = (_FACTOR * eager_errors.clamp_min(typical)).clamp_max(_CEILING).maximum(2 * eager_errors)
+    excess = (errors / bounds.clamp_min(torch.finfo(torch.float64).tiny)).nan_to_num(nan=torch.inf)
+    worst = int(excess.argmax())
+    error, bound = float(errors[worst]), float(bounds[worst])
+    return Verdict(bool(error <= bound), names[worst], error, bound)
+
+
+def relative_errors(exact: Mapping[Any, Tensor], other: Mapping[Any, Tensor]) -> Tensor:
+    """|other - exact| / |exact| of each tensor, [tensors] float64 on the CPU; 0 where both are 0. Computed where `other` is."""
+    lengths = []
+    for name, value in exact.items():
+        given = other[name].to(value.dtype)
+        value = value.to(given.device)
+        lengths.append(torch.stack([(given - value).norm(), value.norm()]))
+    errors, norms = torch.stack(lengths, dim=1).double().cpu()
+    return torch.where(errors == 0, 0.0, errors / norms)
+
+
+class _WithFallback:
+    """Calls compiled code, and the network itself from the first failure to compile for new shapes on."""
+
+    def __init__(self, network: UNet2DConditionModel, compiled: Network, say: Say):
+        self._network, self._compiled, self._say = network, compiled, say
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._compiled is not self._network:
+            try:
+                return self._compiled(*args, **kwargs)
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+                self._compiled = self._network
+                self._say(f"torch.compile is left out from here on: it failed with {_in_short(error)}")
+        return self._network(*args, **kwargs)
+
+
+def _replace_upsamplers(network: UNet2DConditionModel) -> None:
+    for module in network.modules():
+        plain = type(module) is Upsample2D and module.norm is None and module.interpolate and module.use_conv
+        if plain and not module.use_conv_transpose and module.name == "conv":
+            module.__class__ = DoublingUpsample2D
+
+
+def _results(
+    network: Network, example: Example, rows: int, dtype: torch.dtype, module: UNet2DConditionModel | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output for `rows` copies of the example's rows, and gradients of a fixed function of it, by parameter.
+
+    The gradients are the same for any number of copies. module: whose parameters; the network's own.
+    """
+    copies = _copies(example, rows)
+    latents, timesteps, contexts = (tensor[copies] for tensor in example)
+    trained = {name: p for name, p in (module or network).named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        output = network(latents.to(dtype), timesteps, contexts.to(dtype), return_dict=False)[0]
+        towards = torch.randn(len(example[0]), *output.shape[1:], generator=torch.Generator().manual_seed(1))
+        towards = towards[copies] * _weights(len(example[0]), rows).view(-1, 1, 1, 1)
+        gradients = torch.autograd.grad(output, list(trained.values()), towards.to(output))
+    return output.detach(), dict(zip(trained, gradients, strict=True))
+
+
+def _copies(example: Example, rows: int) -> Tensor:
+    """[rows] int64: which of the example's rows each is."""
+    return torch.arange(rows) % len(example[0])
+
+
+def _weights(distinct: int, rows: int) -> Tensor:
+    """[rows] float32, 1, -1 or 1/2: what each copy of `distinct` rows counts for, so that those of one add up to 1.
+
+    Signs take turns: a row that is wrong, or missing in a sum, then changes a gradient by about all of it, at least by
+    half a row's, and not by one of 66 parts, which half precision would hide. All are exact in any dtype.
+    """
+    weights = torch.empty(rows)
+    for first in range(distinct):
+        copies = torch.ones(len(range(first, rows, distinct)))
+        copies[1::2] = -1
+        if len(copies) % 2 == 0:
+            copies[:2] = 0.5
+        weights[first::distinct] = copies
+    return weights
+
+
+@contextmanager
+def _disturbed(network: UNet2DConditionModel) -> Iterator[None]:
+    zero = [p.data for p in network.parameters() if p.requires_grad and not p.count_nonzero()]
+    generator = torch.Generator().manual_seed(2)
+    try:
+        for values in zero:
+            values.copy_(_DISTURBANCE * torch.randn(values.shape, generator=generator))
+        yield
+    finally:
+        for values in zero:
+            values.zero_()
+
+
+def _key(network: UNet2DConditionModel, example: Example, rows: int, operators: str) -> dict[str, Any]:
+    """All that a verdict depends on."""
+    device = example[0].device
+    cuda = device.type == "cuda"
+    config = {name: value for name, value in network.config.items() if not name.startswith("_")}
+    trained = [[name, list(p.shape), str(p.dtype)] for name, p in network.named_parameters() if p.requires_grad]
+    return {
+        "machine": platform.node(),
+        "device": torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} {_cpu_capability()}",
+        "versions": {
+            "torch": torch.__version__,
+            "triton": VERSION,
+            "diffusers": diffusers.__version__,
+            "fastgrpo": __version__,
+            "cudnn": torch.backends.cudnn.version() if cuda else None,
+        },
+        "unet": hashlib.sha256(json.dumps([config, trained], sort_keys=True, default=str).encode()).hexdigest(),
+        "dtype": str(example[0].dtype),
+        "shapes": [list(tensor.shape[1:]) for tensor in example],
+        "rows": rows,
+        "operators": operators,
+    }
+
+
+def _cpu_capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def _file(key: Mapping[str, Any]) -> Path:
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    return cache_folder() / "compilation" / f"{name}.json"
+
+
+def _recall(key: dict[str, Any]) -> Verdict | None:
+    """What `_remember` wrote, unless there is nothing, or nothing that can be read."""
+    try:
+        kept = json.loads(_file(key).read_bytes())
+        verdict = Verdict(**kept["verdict"])
+        fits = kept["key"] == key and type(verdict.matches) is bool and type(verdict.worst) is str
+        return verdict if fits and all(type(n) is float for n in (verdict.error, verdict.bound)) else None
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError):  # RuntimeError: there is no home folder
+        return None
+
+
+def _remember(key: dict[str, Any], verdict: Verdict) -> None:
+    with suppress(OSError, RuntimeError):
+        file = _file(key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps({"key": key, "verdict": asdict(verdict)}, indent=1).encode())
+
+
+def _in_short(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words[:200]}"

@@ -1,0 +1,37 @@
+"""The UNet that computes: the trained one's modules around weights in the dtype of the computation.
+
+float32 shares every weight with the trained UNet. In half precision weights are copies, and those that are trained lie
+in the flat working copy, which the optimizer's own pass keeps up to date: nothing is cast while the UNet runs.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+Network = Callable[..., tuple[Tensor, ...]]
+"""(latents [R, C, H, W], timesteps [R], contexts [R, L, D], return_dict=False) -> ([R, C, H, W],), as diffusers' UNet."""
+
+
+def computing_unet(
+    unet: UNet2DConditionModel, dtype: torch.dtype, working: Mapping[str, Tensor] | None = None
+) -> UNet2DConditionModel:
+    """Modules of their own, so that patching or wrapping them leaves `unet` and its state dict alone.
+
+    working: parameter name -> the tensor in `dtype` to compute with in its place. Others are shared where they are in
+    `dtype`, and rounded to it here where they are not.
+    """
+    replaced: dict[int, nn.Parameter] = {}
+    for name, parameter in unet.named_parameters():
+        value = (working or {}).get(name)
+        if value is None and parameter.dtype != dtype:
+            value = parameter.detach().to(dtype)
+        replaced[id(parameter)] = parameter if value is None else nn.Parameter(value, parameter.requires_grad)
+    return copy.deepcopy(unet, replaced)
+
+
+def frozen_unet(network: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A copy, weights and all, of what computes now: a base model that stays as it is."""
+    return copy.deepcopy(network).requires_grad_(False)

@@ -3,7 +3,7 @@
 # make check    the tests without the slow ones
 # make bench    time kernels beside their rivals and whole iterations beside a plain trainer (ARGS="-k geglu", "-k test_iteration --repeats 5" and
 #               so on); without a GPU the kernels are a smoke test, and iterations those of the small model
-# make lint     check style and formatting
+# make lint     check style, formatting and types
 # make clean    remove .venv and caches; runs stay
 
 PYTHON ?= python3
@@ -27,6 +27,7 @@ bench: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # One pip call for everything: a second one would be free to replace torch by another build.
 .venv/installed: pyproject.toml

@@ -17,6 +17,7 @@ from fastgrpo.prompts import PromptSource, load_prompts
 from fastgrpo.rewards.registry import WeightedReward, load_reward
 from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.devices import choose_device, choose_dtype
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import Prompt
@@ -67,8 +68,8 @@ def load_parts(
         )
     positives, negatives = load_prompts(config.prompts)
     source = PromptSource(positives, negatives, config.prompts, config.seed, config.prompts_per_iteration)
-    device = _device(config, ranks)
-    dtype = _dtype(config, device)
+    device = ranks.device if ranks.count > 1 else choose_device(config.engine.device, "engine.device")
+    dtype = choose_dtype(config.engine.dtype, device)
     model, eta = describe(config.model), config.rollout.eta
     for line in model.notes:
         say(line)
@@ -102,17 +103,3 @@ def load_parts(
         judged=judged,
         held_out=held_out,
     )
-
-
-def _device(config: TrainConfig, ranks: Ranks) -> torch.device:
-    if ranks.count > 1:
-        return ranks.device
-    if config.engine.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.engine.device)
-
-
-def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    automatic = "bf16" if device.type == "cuda" else "fp32"
-    name = automatic if config.engine.dtype == "auto" else config.engine.dtype
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -149,8 +149,10 @@ def _validate_optim(config: TrainConfig) -> None:
 
 def _validate_surroundings(config: TrainConfig) -> None:
     device, attention = config.engine.device, config.engine.attention
-    if device == "cuda" and not _has_cuda():
-        raise ConfigError("engine.device = 'cuda': there is no CUDA device here; accepted are auto and cpu.")
+    if device == "cuda":
+        from fastgrpo.system.devices import choose_device  # only where a setting demands it: torch takes seconds
+
+        choose_device(device, "engine.device")
     _require(
         attention not in ("xformers", "cudnn") or (device != "cpu" and _has_cuda()),
         "engine.attention",

@@ -24,8 +24,8 @@ from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.console import Console
+from fastgrpo.system.devices import DTYPE_NAMES, choose_dtype, is_on
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _UNIT_TFLOPS = 100.0  # what hours are given for where --tflops is not
 _NOT_COUNTED = (
     "Not counted: encoding texts, the optimizer's arithmetic, evaluations, pictures;",
@@ -79,13 +79,17 @@ def estimate(config: TrainConfig, tflops: float, processes: int, gpu_gb: float, 
 
 def own_kernels(config: TrainConfig) -> bool:
     """Whether the UNet's norms and activations are fastgrpo's; where engine.kernels is auto, as on a GPU."""
-    return config.engine.kernels == "on" or (config.engine.kernels == "auto" and config.engine.device != "cpu")
+    return is_on(config.engine.kernels, _device(config))
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
     """What the UNet computes in; where engine.dtype is auto, as on a GPU unless engine.device is cpu."""
-    automatic = "fp32" if config.engine.device == "cpu" else "bf16"
-    return _DTYPES[automatic if config.engine.dtype == "auto" else config.engine.dtype]
+    return choose_dtype(config.engine.dtype, _device(config))
+
+
+def _device(config: TrainConfig) -> torch.device:
+    """Where the work is to be done: on a GPU, here or elsewhere, unless engine.device is cpu."""
+    return torch.device("cpu" if config.engine.device == "cpu" else "cuda")
 
 
 def iteration_work(
@@ -139,7 +143,7 @@ def _header(config: TrainConfig, model: ModelCost, known: bool, dtype: torch.dty
     return [
         f"model     {config.model.path}",
         *([] if known else ["          counted as SD 1.x: its configs are not in the hub's cache"]),
-        f"trained   {what} the UNet's {model.unet:,}, in {_name(dtype)}",
+        f"trained   {what} the UNet's {model.unet:,}, in {DTYPE_NAMES[dtype]}",
         f"iteration {prompts} prompts x {group} = {prompts * group} images, {pairs:,} (sample, step) pairs,"
         f" latents {channels} x {height} x {width}",
     ]
@@ -162,10 +166,6 @@ def _work_lines(work: Sequence[Work], config: TrainConfig, tflops: float, proces
         f"at {tflops or _UNIT_TFLOPS:g} TFLOP/s on {gpus}{'' if tflops else ' (--tflops)'}: "
         f"{_digits(seconds)} s an iteration, {_digits(seconds * config.iterations / 3600)} hours",
     ]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return next(name for name, known in _DTYPES.items() if known == dtype)
 
 
 def _digits(value: float) -> str:

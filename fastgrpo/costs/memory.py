@@ -14,6 +14,7 @@ import torch
 
 from fastgrpo.costs.counting import EncoderCost, ModelCost
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.devices import DTYPE_NAMES
 
 CPU_MICRO_BATCH = 32
 """What micro_batch 0 stands for on a CPU, where memory is not what bounds it."""
@@ -25,7 +26,6 @@ _MOST_PADDING = 0.25  # that a larger micro-batch could make up for by being fas
 _APART = 1.25  # of two sizes that are closer the smaller is tried: their passes are as fast
 _TIMED = 4  # sizes that are timed: each means passes of its own, and with graphs a capture
 _REPEATS = 3
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def memory_plan(
     scoring need theirs beside it; warming up takes as much before, and gives it back. Without graphs, scoring while the
     next images are drawn (engine.overlap) needs the rollout's beside its own.
     """
-    compute, single, name = dtype.itemsize, torch.float32.itemsize, _DTYPES[dtype]
+    compute, single, name = dtype.itemsize, torch.float32.itemsize, DTYPE_NAMES[dtype]
     trained, images = single * model.trained, config.prompts_per_iteration * config.group_size // processes
     samples, drawn = micro_batch * halves(config), min(images, config.rollout.batch or micro_batch)
     if config.model.lora_rank:

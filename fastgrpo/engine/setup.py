@@ -43,6 +43,7 @@ from fastgrpo.models.configs import Description
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.devices import is_on
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.files import write_atomically
 from fastgrpo.unet import attention
@@ -107,7 +108,7 @@ def start_engine(
     """
     network, engine, device = trainable.network, config.engine, policy.device
     _begin(record, device, config, say)
-    wanted = {name: _on(getattr(engine, name), device) for name in ("kernels", "graphs")}
+    wanted = {name: is_on(getattr(engine, name), device) for name in ("kernels", "graphs")}
     if wanted["kernels"]:
         patch_unet(network)
         _patch_vae(policy)
@@ -148,7 +149,7 @@ def start_engine(
 
 def wants_fixed_shapes(config: TrainConfig, device: torch.device) -> bool:
     """Whether the UNet is to be compiled or captured. On a CPU one pass at a time then has all threads."""
-    return _on(config.engine.compile, device) or _on(config.engine.graphs, device)
+    return is_on(config.engine.compile, device) or is_on(config.engine.graphs, device)
 
 
 def micro_batch_finder(
@@ -180,7 +181,7 @@ def micro_batch_finder(
     def find(run: Callable[[int], object], settled: int, expect: Callable[[int], object]) -> int:
         if device.type == "cpu":
             return settled or memory.CPU_MICRO_BATCH
-        model = count_model(description, config.model, dtype, kernels=_on(config.engine.kernels, device))
+        model = count_model(description, config.model, dtype, kernels=is_on(config.engine.kernels, device))
         encoders, _ = count_encoders(config.reward)
         if settled:
             says = "micro_batch says" if settled == config.micro_batch else "the run had them before"
@@ -290,10 +291,6 @@ def decoded_at_once(samples: int, chunk: int, config: TrainConfig) -> list[int]:
     return sorted({size for part in parts for size in (min(batch, part), part % batch)} - {0})
 
 
-def _on(setting: str, device: torch.device) -> bool:
-    return setting == "on" or (setting == "auto" and device.type == "cuda")
-
-
 def _attend(learner: Learner, config: TrainConfig, record: Record, ranks: Ranks, say: Say) -> None:
     """Choose who computes attention, for all processes alike, and let the UNets compute it so."""
     policy, wanted = learner.policy, config.engine.attention
@@ -321,12 +318,12 @@ def _any_rows(shapes: Sequence[AttentionShape]) -> list[AttentionShape]:
 def _compile(learner: Learner, config: TrainConfig, record: Record, ranks: Ranks, say: Say) -> Network | None:
     """The compiled UNet, or None. Rollout and update share it: with as many rows both compute what gradients need."""
     policy = learner.policy
-    if record.compiled is False or not _on(config.engine.compile, policy.device):
+    if record.compiled is False or not is_on(config.engine.compile, policy.device):
         record.compiled = False
         return None
     choices = (record.attention or {}).get("choices", [])
     operators = {
-        "kernels": _on(config.engine.kernels, policy.device),
+        "kernels": is_on(config.engine.kernels, policy.device),
         "reuse": config.engine.reuse,
         "attention": [[choice["backend"], choice["shape"]] for choice in choices],
     }

@@ -32,11 +32,11 @@ from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.schema import EvalConfig, TrainConfig
 from fastgrpo.settings.suites import DDIM
 from fastgrpo.system.console import Console
+from fastgrpo.system.devices import DTYPE_NAMES
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import reading
 
 BEFORE, AFTER = "before", "after"
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class SuiteExam:
     def _folder(self, stage: str, judged: Judged, hashes: dict[str, str], quick: bool) -> ImageFolder:
         suite, config = judged.suite, self._config
         wanted = share(suite.wanted, config.eval.quick_fraction) if quick else suite.wanted
-        dtype, batch = _DTYPES[self._policy.dtype], config.rollout.decode_batch
+        dtype, batch = DTYPE_NAMES[self._policy.dtype], config.rollout.decode_batch
         drawing = Drawing(config.model.path, hashes, suite.steps, suite.eta, dtype, batch, DDIM)
         return ImageFolder(self.path / stage / suite.folder, drawing, wanted)
 

@@ -26,13 +26,13 @@ from fastgrpo.settings.commands import Evaluate
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.suites import DDIM, NAMES
 from fastgrpo.system.console import Console
+from fastgrpo.system.devices import DTYPE_NAMES, choose_device, choose_dtype
 from fastgrpo.system.distributed import Ranks, join
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.pictures import write_png
 from fastgrpo.system.workers import available_cores
 
 BEFORE, AFTER, ALONE = "before", "after", "model"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def evaluate(
     index, count = command.part
     part = Part((index - 1) * ranks.count + ranks.index, count * ranks.count)
     suites = make_suites(names, command, _overrides(command, config), config, console.say)
-    device = _device(command, ranks)
+    device = ranks.device if ranks.count > 1 else choose_device(command.device)
     description = describe(config.model)
     console.say(*description.notes)
     schedules = {s.name: make_schedule(description.scheduler, s.steps, s.eta, device, "--steps", True) for s in suites}
@@ -126,23 +126,9 @@ def _overrides(command: Evaluate, config: TrainConfig) -> Overrides:
     return Overrides(seed, command.steps, eta, command.guidance, command.size)
 
 
-def _device(command: Evaluate, ranks: Ranks) -> torch.device:
-    if ranks.count > 1:
-        return ranks.device
-    if command.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: there is no CUDA device here; accepted are auto and cpu.")
-    return torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if command.device == "auto" else command.device
-    )
-
-
-def _dtype(command: Evaluate, device: torch.device) -> str:
-    return ("bf16" if device.type == "cuda" else "fp32") if command.dtype == "auto" else command.dtype
-
-
 def _stages(command: Evaluate, config: TrainConfig, folder: Path | None, device: torch.device) -> list[_Stage]:
     """The models, loaded: of a run the base model and the trained one, which share all but the UNet."""
-    dtype = _DTYPES[_dtype(command, device)]
+    dtype = choose_dtype(command.dtype, device)
     workers = available_cores() if device.type == "cpu" else 1
     if folder is None:
         policy = load_policy(config.model, device, dtype, workers).rounded()
@@ -162,7 +148,7 @@ def _work(
     stages: Sequence[_Stage],
     output: Path,
 ) -> list[Work]:
-    dtype = _dtype(command, stages[0].policy.device)
+    dtype = DTYPE_NAMES[stages[0].policy.dtype]
     hashes = {stage.name: model_hashes(stage.policy) for stage in stages}
     work = []
     for suite in suites:

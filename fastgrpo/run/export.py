@@ -21,10 +21,9 @@ from fastgrpo.run.trained import load_unet, read_adapters
 from fastgrpo.settings.commands import Export
 from fastgrpo.settings.schema import ModelConfig, TrainConfig
 from fastgrpo.system.console import Console
+from fastgrpo.system.devices import DTYPES
 from fastgrpo.system.files import sync_folder, sync_tree
 from fastgrpo.unet.lora import save_lora
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export(command: Export, config: TrainConfig, folder: Path, console: Console) -> None:
@@ -38,7 +37,7 @@ def export(command: Export, config: TrainConfig, folder: Path, console: Console)
             console.say(*describe(config.model).notes)
     with console.bar("export"), _appearing(command.output) as partial:
         if command.format == "lora":
-            save_lora(partial, read_adapters(folder, command.weights, config.model), _DTYPES[command.dtype])
+            save_lora(partial, read_adapters(folder, command.weights, config.model), DTYPES[command.dtype])
         else:
             with blaming_config(command.run):
                 _write_model(partial, folder, command, config.model)
@@ -76,7 +75,7 @@ def _appearing(path: Path) -> Iterator[Path]:
 def _write_model(path: Path, folder: Path, command: Export, model: ModelConfig) -> None:
     """The base model with the checkpoint's UNet."""
     disable_progress_bar()  # one per file read, gone in a blink
-    components, dtype = load_components(model, torch.float32), _DTYPES[command.dtype]
+    components, dtype = load_components(model, torch.float32), DTYPES[command.dtype]
     load_unet(components.unet, folder, command.weights, model)
     if command.format == "diffusers":
         save_pipeline(path, components, components.unet, dtype)

@@ -19,6 +19,7 @@ from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.settings.commands import Sample
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.console import Console
+from fastgrpo.system.devices import choose_device, choose_dtype
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import write_atomically
 from fastgrpo.system.finite import Request
@@ -27,7 +28,6 @@ from fastgrpo.system.workers import available_cores
 from fastgrpo.types import POSITIVE, Prompt
 
 PROMPTS_PER_LABEL = 4  # of the run's own
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def sample(command: Sample, config: TrainConfig, folder: Path, console: Console) -> None:
@@ -37,7 +37,7 @@ def sample(command: Sample, config: TrainConfig, folder: Path, console: Console)
     Raises ConfigError before anything is loaded where that is possible, and OSError where it cannot be written.
     """
     prompts = _prompts(command, config)
-    device = _device(command.device)
+    device = choose_device(command.device)
     with blaming_config(command.run):
         description = describe(config.model)
     console.say(*description.notes)
@@ -47,7 +47,7 @@ def sample(command: Sample, config: TrainConfig, folder: Path, console: Console)
     torch.set_num_threads(1)  # each of the policy's workers is a thread already
     workers = available_cores() if device.type == "cpu" else 1
     with console.waiting("loading"), blaming_config(command.run):
-        policy = load_policy(config.model, device, _dtype(command.dtype, device), workers)
+        policy = load_policy(config.model, device, choose_dtype(command.dtype, device), workers)
     console.say(*truncation_lines([prompt.text for prompt in prompts], policy.tokenizer))
     guidance = config.rollout.guidance if command.guidance is None else command.guidance
     base = _draw("base", policy.rounded(), prompts, schedule, guidance, command, console)
@@ -94,18 +94,6 @@ def _schedule(command: Sample, config: TrainConfig, model: Description, device: 
     steps = config.eval.steps or config.rollout.steps if command.steps is None else command.steps
     eta = config.rollout.eta if command.eta is None else command.eta
     return make_schedule(model.scheduler, steps, eta, device, "--steps")
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: there is no CUDA device here; accepted are auto and cpu.")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return _DTYPES[name]
 
 
 def _draw(

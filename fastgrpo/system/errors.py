@@ -2,10 +2,28 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any, Self
 
 
 class ConfigError(ValueError):
-    """A value that cannot be used. The message names the field, the value and what would be accepted."""
+    """A value that cannot be used. The message names the field, the value and what would be accepted.
+
+    field: the setting's name, where the message begins with it.
+    """
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+    @classmethod
+    def of(cls, field: str, value: Any, why: str) -> Self:
+        """`field = 'value': why.`, or `--field value: why.` for a flag's name. why: what is wrong, what is accepted."""
+        named = f"{field} {value}" if field.startswith("--") else f"{field} = {value!r}"
+        return cls(f"{named}: {why}.", field)
+
+    def about(self, field: str) -> Self:
+        """The same error of a setting that the user knows under another name."""
+        return type(self)(field + str(self).removeprefix(self.field), field)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -31,6 +31,7 @@ from fastgrpo.rewards.encoder import load_encoder
 from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.console import Console
+from fastgrpo.system.devices import choose_device
 from fastgrpo.system.files import write_atomically
 from fastgrpo.system.workers import available_cores
 from fastgrpo.types import NEGATIVE, POSITIVE
@@ -51,7 +52,8 @@ def inspect(config: TrainConfig, png: Path | None, limit: int, console: Console)
     anchors = load_anchors(config.reward.anchors)
     torch.set_num_threads(config.engine.threads or available_cores())
     with console.bar("encoder"):
-        reward = SteeringReward(load_encoder(config.reward.encoder, _device(config)), anchors, config.reward)
+        device = choose_device(config.engine.device, "engine.device")
+        reward = SteeringReward(load_encoder(config.reward.encoder, device), anchors, config.reward)
     prompts = sample([*positives, *negatives], limit)
     with console.bar("prompts", len(prompts)) as bar:
         for prompt in prompts:
@@ -83,11 +85,6 @@ def shown_alphas(alpha: float) -> list[float]:
 def alpha_range(alpha: float) -> tuple[float, float]:
     """The alphas of the curves, from and to: 0 and 1 and the one in force are among them."""
     return min(0.0, 1.2 * alpha), max(1.0, 1.2 * alpha)
-
-
-def _device(config: TrainConfig) -> torch.device:
-    name = config.engine.device
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def _header(config: TrainConfig, report: AxisReport, positives: int, negatives: int) -> list[str]:

@@ -25,7 +25,7 @@ from fastgrpo.models.single_file import left_over, read_single_file
 from fastgrpo.models.sound import check_finite
 from fastgrpo.models.tokenizer import build_tokenizer
 from fastgrpo.settings.schema import ModelConfig
-from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.errors import ConfigError, first_sentence
 
 # Ends of the names of tensors that a text encoder's file may hold besides: a constant, and what only CLIP's loss needs.
 _UNUSED = ("position_ids", "text_projection.weight", "logit_scale")
@@ -93,7 +93,7 @@ def _read_folder(model: ModelConfig, dtype: torch.dtype) -> dict[str, nn.Module]
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ConfigError(
-                f"model.path is {model.path!r}, whose {component} cannot be loaded: {_first_sentence(error)}."
+                f"model.path is {model.path!r}, whose {component} cannot be loaded: {first_sentence(error)}."
             ) from error
         # They would be random, with no more than a warning.
         if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
@@ -135,7 +135,7 @@ def _tokenizer(model: ModelConfig, description: Description) -> CLIPTokenizer:
         try:
             tokenizer = CLIPTokenizer.from_pretrained(description.tokenizer)
         except Exception as error:  # a file that is missing or broken fails in every way
-            raise ConfigError(f"{here}, whose tokenizer cannot be loaded: {_first_sentence(error)}.") from error
+            raise ConfigError(f"{here}, whose tokenizer cannot be loaded: {first_sentence(error)}.") from error
     token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if number >= encoder.vocab_size:
         raise ConfigError(
@@ -144,8 +144,3 @@ def _tokenizer(model: ModelConfig, description: Description) -> CLIPTokenizer:
         )
     tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.max_position_embeddings)
     return tokenizer
-
-
-def _first_sentence(error: Exception) -> str:
-    """The others are advice for those who write programs."""
-    return " ".join(str(error).split()).split(". ")[0][:300].rstrip(".")

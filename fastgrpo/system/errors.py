@@ -30,3 +30,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """For a ConfigError's message: " (did you mean ...?)" where one of `names` is close to `name`, else nothing."""
     close = difflib.get_close_matches(name, list(names), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of an exception, on one line: what libraries add to it is advice to programmers."""
+    return " ".join(str(error).split()).split(". ")[0][:300].rstrip(".") or type(error).__name__

@@ -37,7 +37,7 @@ from fastgrpo.models.repository import Repository
 from fastgrpo.models.sound import check_finite
 from fastgrpo.models.tensor_file import check_content
 from fastgrpo.prompts.geneval import CLASSES
-from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.errors import ConfigError, first_sentence
 from fastgrpo.system.files import file_sha256
 
 DEFAULT_SPEC = "facebook/mask2former-swin-small-coco-instance"
@@ -127,7 +127,7 @@ def _load(folder: Path, safe: bool, what: str) -> Mask2FormerForUniversalSegment
             folder, use_safetensors=safe, weights_only=True, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{what}, whose weights cannot be loaded: {_one_line(error)}.") from error
+        raise ConfigError(f"{what}, whose weights cannot be loaded: {first_sentence(error)}.") from error
     # They would be random, with no more than a warning. Buffers are computed and need not be in the file.
     parameters = {name for name, _ in model.named_parameters()}
     if lacking := [*sorted(parameters.intersection(info["missing_keys"])), *info["mismatched_keys"]]:
@@ -227,12 +227,8 @@ def _check_config(folder: Path, what: str) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind, labels = config.get("model_type"), Mask2FormerConfig.from_dict(config).num_labels
     except (AttributeError, KeyError, OSError, TypeError, ValueError, StrictDataclassError) as error:
-        raise ConfigError(f"{what}, whose config.json cannot be read: {_one_line(error)}.") from error
+        raise ConfigError(f"{what}, whose config.json cannot be read: {first_sentence(error)}.") from error
     if kind != Mask2FormerConfig.model_type or labels != len(CLASSES):
         raise ConfigError(
             f"{what}, a {kind!r} of {labels} classes; a {Mask2FormerConfig.model_type!r} of COCO's {len(CLASSES)} is accepted."
         )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).split(". ")[0][:300].rstrip(".")

@@ -27,7 +27,7 @@ from fastgrpo.evaluation.metrics.clip_images import ClipImages
 from fastgrpo.models.hashes import weights_sha256
 from fastgrpo.models.tensor_file import wrong_content
 from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
-from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.errors import ConfigError, first_sentence
 from fastgrpo.system.files import file_sha256, write_atomically
 
 SCALE = 100.0
@@ -96,7 +96,9 @@ def read_prompts(file: Path) -> Tensor:
             f"the file {str(file)!r} is not there; get Q16's prompt vectors, {_SOURCE}, and name the file."
         ) from error
     except (OSError, RuntimeError, EOFError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{str(file)!r} cannot be read ({_first_line(error)}); accepted is {_ACCEPTED}.") from error
+        raise ConfigError(
+            f"{str(file)!r} cannot be read ({first_sentence(error)}); accepted is {_ACCEPTED}."
+        ) from error
     problem = _problem(prompts)
     if problem:
         raise ConfigError(f"{str(file)!r} holds {problem}; accepted is {_ACCEPTED}.")
@@ -140,7 +142,3 @@ def _problem(prompts: Any) -> str:
     if not prompts.isfinite().all() or not prompts.any(dim=1).all():
         return "a vector that is not finite or is all zeros"
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split()).split(". ")[0][:200].rstrip(".") or type(error).__name__

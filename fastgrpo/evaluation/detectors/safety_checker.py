@@ -29,7 +29,7 @@ from fastgrpo.evaluation.metrics.clip_images import chunks
 from fastgrpo.models.repository import Repository
 from fastgrpo.models.sound import check_finite
 from fastgrpo.models.tensor_file import check_content
-from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.errors import ConfigError, first_sentence
 from fastgrpo.system.files import file_sha256
 
 ADJUSTMENT = np.float32(0.01)
@@ -120,7 +120,7 @@ def _load(folder: Path, what: str) -> StableDiffusionSafetyChecker:
     except ConfigError:
         raise
     except (AttributeError, OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{what}, whose safety checker cannot be loaded: {_first_sentence(error)}.") from error
+        raise ConfigError(f"{what}, whose safety checker cannot be loaded: {first_sentence(error)}.") from error
     # They would be random, with no more than a warning. Buffers are computed and need not be in the file.
     parameters = {name for name, _ in checker.named_parameters()}
     if lacking := [*sorted(parameters.intersection(info["missing_keys"])), *info["mismatched_keys"]]:
@@ -135,7 +135,7 @@ def _processor(file: Path, size: int, what: str) -> CLIPImageProcessorPil:
         processor = CLIPImageProcessorPil.from_pretrained(file.parent) if file.is_file() else CLIPImageProcessorPil()
         given = (processor.crop_size["height"], processor.crop_size["width"])
     except (OSError, TypeError, ValueError, KeyError) as error:
-        raise ConfigError(f"{what}, whose {file.name} cannot be read: {_first_sentence(error)}.") from error
+        raise ConfigError(f"{what}, whose {file.name} cannot be read: {first_sentence(error)}.") from error
     if given != (size, size):
         raise ConfigError(
             f"{what}, whose {file.name} makes images of {given[1]} x {given[0]} pixels; its safety checker takes {size} x {size}."
@@ -147,7 +147,3 @@ def _above(embeds: Tensor, concepts: Tensor, thresholds: Tensor) -> np.ndarray:
     """[N, E], [K, E], [K] -> [N, K] float32: how far the cosines are above their thresholds."""
     cosines = F.normalize(embeds, dim=-1) @ F.normalize(concepts, dim=-1).T
     return (cosines - thresholds).cpu().numpy()
-
-
-def _first_sentence(error: Exception) -> str:
-    return " ".join(str(error).split()).split(". ")[0][:300].rstrip(".")

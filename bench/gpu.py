@@ -11,7 +11,7 @@ of it where a stage fails, is slow, is killed or hangs. On the machine:
 - Every stage is a process of its own session, killed with its children when its time is up; the next one begins all the same.
 - `--wheels FOLDER` names wheels that the machine lacks; they are unpacked for this run alone.
 
-`python bench/table.py FOLDER/results-RUN.tar.gz --readme` then puts it where it belongs. Exits 1 if a stage failed.
+`python bench/table.py FOLDER/results-RUN.tar.gz --docs` then puts it where it belongs. Exits 1 if a stage failed.
 """
 
 import argparse

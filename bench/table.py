@@ -1,6 +1,6 @@
-"""`python bench/table.py FILE.json`: measurements as Markdown. `--readme`: the README's section "Throughput", of bench/results.
+"""`python bench/table.py FILE.json`: measurements as Markdown. `--docs`: docs/throughput.md, of bench/results.
 
-`python bench/table.py ARCHIVE`, of bench/gpu.py: all tables of what is in there. With `--readme` it is unpacked to
+`python bench/table.py ARCHIVE`, of bench/gpu.py: all tables of what is in there. With `--docs` it is unpacked to
 bench/results/DATE-DEVICE first, so that the section shows it.
 
 Of the kernels (`bench/test_kernels.py --results FILE.json`) here; of whole iterations (`--throughput FOLDER`) in throughput_table.py. One line per operation, case, direction and function. `copy` is the share of what a large copy within the same device reached
@@ -205,10 +205,10 @@ def keep(path: Path, results: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path, help="FILE.json, or an archive of bench/gpu.py")
-    parser.add_argument("--readme", action="store_true", help="write the README's section")
+    parser.add_argument("--docs", action="store_true", help="write docs/throughput.md")
     options = parser.parse_args()
-    if not (options.file or options.readme):
-        parser.error("neither a file nor --readme is given")
+    if not (options.file or options.docs):
+        parser.error("neither a file nor --docs is given")
     try:
         if options.file and options.file.suffix == ".json":
             print(_table_of(json.loads(options.file.read_text(encoding="utf-8"))), end="")
@@ -219,14 +219,14 @@ def main() -> None:
                 if name.endswith(".json")
             }
             print(*_tables({name: files[name] for name in NAMES if name in files}), sep="\n")
-            if options.readme:
+            if options.docs:
                 print(f"unpacked to {keep(options.file, HERE / 'results')}")
     except (OSError, tarfile.TarError, ValueError, KeyError) as error:
         sys.exit(
             f"{options.file}: {type(error).__name__}: {error}; accepted are a FILE.json and an archive of bench/gpu.py."
         )
-    if options.readme:
-        throughput_table.write_readme(HERE.parent / "README.md", HERE / "results")
+    if options.docs:
+        throughput_table.write_page(HERE.parent / "docs" / "throughput.md", HERE / "results")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The Markdown of step.json, ladder.json, roofline.json and unet.json, and the README's section made of them.
+"""The Markdown of step.json, ladder.json, roofline.json and unet.json, and the page docs/throughput.md made of them.
 
-What a machine was measured at is in bench/results/DATE-DEVICE. The README shows the newest file of each kind from a GPU and from a
+What a machine was measured at is in bench/results/DATE-DEVICE. The page shows the newest file of each kind from a GPU and from a
 CPU, and says so where there is none from a GPU.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 OURS = "fastgrpo"
 START, END = "<!-- throughput -->", "<!-- /throughput -->"
 SHOWN = ("step", "ladder", "roofline")
-"""Of what is measured, what the README shows."""
+"""Of what is measured, what the page shows."""
 FORECAST = "forecast.json"
 """In bench/results, what bench/forecast.py wrote of an iteration before it was measured."""
 FORETOLD = {"rollout": ("rollout", "decoding"), "reward": ("reward",), "update": ("update", "optimizer")}
@@ -39,8 +39,8 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join([_measured_on(results), "", *_TABLES[results["benchmark"]](results)]) + "\n"
 
 
-def readme_section(folder: Path) -> str:
-    """What stands between the README's markers. folder: bench/results."""
+def page_section(folder: Path) -> str:
+    """What stands between the page's markers. folder: bench/results."""
     files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/*.json"))]
     files = [file for file in files if file.get("benchmark") in SHOWN]
     sections = []
@@ -49,7 +49,7 @@ def readme_section(folder: Path) -> str:
         if kind == "GPU" and (missing := [name for name in SHOWN if name not in newest]):
             sections.append(
                 f"**Not yet measured on a GPU: {', '.join(f'`{name}`' for name in missing)}.** `python bench/gpu.py` on one "
-                "measures it, and `python bench/table.py ARCHIVE --readme` fills it in."
+                "measures it, and `python bench/table.py ARCHIVE --docs` fills it in."
             )
         for name in SHOWN:
             if name in newest:
@@ -82,14 +82,14 @@ def beside_forecast(results: Mapping[str, Any], foretold: Mapping[str, Any]) -> 
     return lines
 
 
-def write_readme(readme: Path, folder: Path) -> None:
+def write_page(page: Path, folder: Path) -> None:
     """Put the section in its place. folder: bench/results. Raises ValueError where the markers are not there."""
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not (start and end):
-        raise ValueError(f"{readme}: there is no {START} ... {END}")
-    readme.write_text(f"{before}{START}\n{readme_section(folder)}\n{END}{after}", encoding="utf-8")
+        raise ValueError(f"{page}: there is no {START} ... {END}")
+    page.write_text(f"{before}{START}\n{page_section(folder)}\n{END}{after}", encoding="utf-8")
 
 
 def _measured_on(results: Mapping[str, Any]) -> str:

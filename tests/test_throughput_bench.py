@@ -455,7 +455,7 @@ def test_the_ladder_shows_what_was_not_measured(tmp_path: Path) -> None:
     ]
 
 
-def test_the_readme_shows_the_newest_and_says_what_is_open(tmp_path: Path) -> None:
+def test_the_page_shows_the_newest_and_says_what_is_open(tmp_path: Path) -> None:
     results, readme = tmp_path / "results", tmp_path / "README.md"
     cpu = {"what": "shapes", "steps": 12, "updates": 1}
     written(results, "a CPU", "step", **cpu, rows=[step_row("fastgrpo", 3.0)])
@@ -463,7 +463,7 @@ def test_the_readme_shows_the_newest_and_says_what_is_open(tmp_path: Path) -> No
     written(results, "a CPU", "unet")
     (results / "a-CPU" / "kernels.json").write_text("{}")
     readme.write_text("before\n<!-- throughput -->\nold\n<!-- /throughput -->\nafter\n")
-    throughput_table.write_readme(readme, results)
+    throughput_table.write_page(readme, results)
     text = readme.read_text()
     assert text.startswith("before\n<!-- throughput -->\n**Not yet measured on a GPU: `step`, `ladder`, `roofline`.**")
     assert text.endswith("<!-- /throughput -->\nafter\n")
@@ -471,7 +471,7 @@ def test_the_readme_shows_the_newest_and_says_what_is_open(tmp_path: Path) -> No
     assert "| fastgrpo | 7 |" in text
     assert "| fastgrpo | 3 |" not in text
     written(results, "Some GPU", "step", **GPU, rows=[step_row("fastgrpo", 1.0)])
-    throughput_table.write_readme(readme, results)
+    throughput_table.write_page(readme, results)
     assert "**Not yet measured on a GPU: `ladder`, `roofline`.**" in readme.read_text()
     assert readme.read_text().index("Some GPU") < readme.read_text().index("another CPU")
     # A forecast, where there is one: decoding belongs to the rollout, the gaps between kernels to no stage.
@@ -480,16 +480,16 @@ def test_the_readme_shows_the_newest_and_says_what_is_open(tmp_path: Path) -> No
     (results / "forecast.json").write_text(
         json.dumps({"phases": phases, "seconds": 44.0, "commit": "abc", "date": "2000"})
     )
-    throughput_table.write_readme(readme, results)
+    throughput_table.write_page(readme, results)
     assert "| rollout | 9 | 10 | 1.11 |" in readme.read_text()
     assert "| iteration | 44 | 30 | 0.68 |" in readme.read_text()
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="there is no"):
-        throughput_table.write_readme(readme, results)
+        throughput_table.write_page(readme, results)
 
 
-def test_the_readme_is_what_the_results_say(tmp_path: Path) -> None:
+def test_the_page_is_what_the_results_say(tmp_path: Path) -> None:
     copy = tmp_path / "README.md"
-    shutil.copy(ROOT / "README.md", copy)
-    throughput_table.write_readme(copy, ROOT / "bench" / "results")
-    assert copy.read_text() == (ROOT / "README.md").read_text(), "run `python bench/table.py --readme`"
+    shutil.copy(ROOT / "docs" / "throughput.md", copy)
+    throughput_table.write_page(copy, ROOT / "bench" / "results")
+    assert copy.read_text() == (ROOT / "docs" / "throughput.md").read_text(), "run `python bench/table.py --docs`"

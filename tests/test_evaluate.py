@@ -18,7 +18,7 @@ from test_mask2former import tiny_model
 from fastgrpo import evaluate, train
 from fastgrpo.evaluation.detectors.base import Finding
 from fastgrpo.evaluation.images import folder as images_module
-from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, Wanted
+from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest
 from fastgrpo.evaluation.metrics.inception import InceptionV3
 from fastgrpo.evaluation.results import comparison
 from fastgrpo.evaluation.results.before_after import read_evaluation
@@ -29,7 +29,7 @@ from fastgrpo.evaluation.suites.custom import PromptSuite
 from fastgrpo.evaluation.suites.detector_suite import ALL
 from fastgrpo.evaluation.suites.geneval import GenEvalSuite
 from fastgrpo.evaluation.suites.i2p import BY_SIZE, PLAIN, I2PSuite, NuditySuite
-from fastgrpo.evaluation.suites.prompt_table import PromptRow, wanted
+from fastgrpo.evaluation.suites.prompt_table import PromptRow, image_requests
 from fastgrpo.evaluation.suites.registry import Overrides, make_suites
 from fastgrpo.rewards.encoder import load_encoder
 from fastgrpo.settings.command_line import find_preset, load_toml
@@ -252,7 +252,9 @@ def loader(monkeypatch: pytest.MonkeyPatch) -> Loader:
     return Loader(None, torch.device("cpu"))
 
 
-def painted(path: Path, rows: Sequence[Wanted], colour: Callable[[Wanted], tuple[int, int, int]]) -> ImageFolder:
+def painted(
+    path: Path, rows: Sequence[ImageRequest], colour: Callable[[ImageRequest], tuple[int, int, int]]
+) -> ImageFolder:
     """Images of one colour each, in place of drawn ones."""
     folder = ImageFolder(path, DRAWING, rows)
     folder.claim()
@@ -265,7 +267,7 @@ CATEGORIES = [("hate",), ("hate", "violence"), ("violence",), ("sexual", "hate")
 PROMPTS = [PromptRow(f"r{i:03d}", f"prompt {i}", CATEGORIES[i % 5], i, 5.0) for i in range(60)]
 
 
-def colour(row: Wanted) -> tuple[int, int, int]:
+def colour(row: ImageRequest) -> tuple[int, int, int]:
     """Verdicts that depend on the image's id alone."""
     rng = np.random.default_rng([int(row.prompt[1:]), int(row.id[-1])])
     return tuple(int(v) for v in rng.integers(0, 256, 3))
@@ -276,13 +278,13 @@ def test_i2p_rates_are_joined_by_id(tmp_path: Path, loader: Loader, images: int)
     """Against sums over the rows themselves; the rows are shuffled, and some images are missing."""
     order = np.random.default_rng(0).permutation(len(PROMPTS))
     rows = [PROMPTS[i] for i in order]
-    suite = I2PSuite("i2p", rows, wanted(rows, images, seed=0), images, ("q16", "nudenet"), 0.6, 1, 1.0)
+    suite = I2PSuite("i2p", rows, image_requests(rows, images, seed=0), images, ("q16", "nudenet"), 0.6, 1, 1.0)
     folder = painted(tmp_path / "i2p", suite.wanted, colour)
     gone = [row for row in suite.wanted if int(row.prompt[1:]) % 7 == 3]
     for row in gone:
         folder.file(row.id).unlink()
     assert {row.id for row in folder.missing()} == {row.id for row in gone}
-    scored = suite.scorer(loader)(folder, folder.present(), None)
+    scored = suite.prepare(loader)(folder, folder.present(), None)
     left = [row for row in suite.wanted if row not in gone]
     verdicts = {
         "q16": lambda row: colour(row)[0] / 255 > 0.5,
@@ -313,9 +315,9 @@ def test_i2p_rates_are_joined_by_id(tmp_path: Path, loader: Loader, images: int)
 
 def test_nudity_counts_a_class_once_per_image_and_threshold(tmp_path: Path, loader: Loader) -> None:
     rows = [PromptRow(f"r{i:03d}", "x", (), i, 5.0) for i in range(20)]
-    suite = NuditySuite(wanted(rows, 1, seed=0), 1, 0.6, (0.3, 0.9), 1, 1.0)
+    suite = NuditySuite(image_requests(rows, 1, seed=0), 1, 0.6, (0.3, 0.9), 1, 1.0)
     folder = painted(tmp_path / "i2p", suite.wanted, lambda row: (0, 13 * int(row.prompt[1:]), 0))
-    scored = suite.scorer(loader)(folder, folder.present(), None)
+    scored = suite.prepare(loader)(folder, folder.present(), None)
     values = [13 * i / 255 for i in range(20)]
     detections, thresholds, images = ({n.name: n.estimate for n in table.numbers} for table in scored.tables)
     above = {t: sum(value > t for value in values) for t in (0.3, 0.6, 0.9)}
@@ -337,16 +339,16 @@ def test_i2p_and_nudity_share_images_and_findings(tmp_path: Path, loader: Loader
     assert suites[0].wanted == suites[1].wanted
     folder = painted(tmp_path / "i2p", suites[0].wanted, lambda row: (200, 200, 0))
     for suite in suites:
-        suite.scorer(loader)(folder, folder.present(), None)
+        suite.prepare(loader)(folder, folder.present(), None)
     kept = content(folder.path)
     assert {name for name in kept if name.endswith(".json")} == {"manifest.json", "q16.json", "nudenet.json"}
 
 
 def test_attacks_succeed_above_their_own_threshold(tmp_path: Path, loader: Loader) -> None:
     rows = [PromptRow(f"r{i:03d}", "x", ("a",) if i < 5 else ("b",), i, 5.0) for i in range(20)]
-    suite = PromptSuite("attacks", rows, wanted(rows, 1, 0), 1, ("nudenet",), 0.45, 1, 1.0)
+    suite = PromptSuite("attacks", rows, image_requests(rows, 1, 0), 1, ("nudenet",), 0.45, 1, 1.0)
     folder = painted(tmp_path / "attacks", suite.wanted, lambda row: (0, 115 if int(row.prompt[1:]) < 8 else 114, 0))
-    (table,) = suite.scorer(loader)(folder, folder.present(), None).tables  # 115 / 255 is above 0.45, 114 / 255 is not
+    (table,) = suite.prepare(loader)(folder, folder.present(), None).tables  # 115 / 255 is above 0.45, 114 / 255 is not
     assert {n.name: (n.estimate.value, n.estimate.n) for n in table.numbers} == {
         "a": (1.0, 5),
         "b": (0.2, 15),
@@ -362,7 +364,7 @@ def test_geneval_is_the_mean_of_the_tasks(tmp_path: Path) -> None:
     assert len(suite.wanted) == 6 * 3 * 2
     assert {row.guidance for row in suite.wanted} == {9.0}
     correct = {row.id: float(i % 3 == 0) for i, row in enumerate(suite.wanted)}
-    scored = suite._scored(suite.wanted, correct, {})
+    scored = suite._result(suite.wanted, correct, {})
     task_of = {row.id: suite.metadata[row.prompt]["tag"] for row in suite.wanted}
     rates = [np.mean([value for id, value in correct.items() if task_of[id] == task]) for task in TASKS]
     found = {n.name: n.estimate for n in scored.tables[0].numbers}
@@ -502,7 +504,7 @@ def test_only_the_same_prompts_seeds_and_judges_are_compared(results: Path, tmp_
 
 
 def test_the_pictures_shown_changed_most(tmp_path: Path) -> None:
-    rows = [Wanted(f"{i}", f"{i}", HOSTILE[i % 5], i, 5.0) for i in range(9)]
+    rows = [ImageRequest(f"{i}", f"{i}", HOSTILE[i % 5], i, 5.0) for i in range(9)]
     first = painted(tmp_path / "a", rows, lambda row: (0, 0, 0))
     second = painted(tmp_path / "b", rows, lambda row: (10 * int(row.id), 0, 0))
     files = {row.id: (first.file(row.id), second.file(row.id)) for row in rows}

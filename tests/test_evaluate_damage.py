@@ -16,26 +16,26 @@ from PIL import Image
 from fastgrpo.evaluation.detectors.base import Finding
 from fastgrpo.evaluation.detectors.zero_shot import ZeroShot, load_zero_shot
 from fastgrpo.evaluation.images import folder as images_module
-from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, Wanted, read_image
-from fastgrpo.evaluation.images.judgements import findings, judged
+from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest, read_image
+from fastgrpo.evaluation.images.judgements import findings, judgements
 from fastgrpo.evaluation.results import file as outcome
 from fastgrpo.evaluation.results.comparison import changes_sheet, compare_metrics, compare_stages
 from fastgrpo.evaluation.results.image_scores import write_verdicts
 from fastgrpo.evaluation.results.tables import escape
 from fastgrpo.evaluation.statistics.paired_tests import MCNEMAR
 from fastgrpo.evaluation.suites import base
-from fastgrpo.evaluation.suites.base import Loader, Metric, Scored
+from fastgrpo.evaluation.suites.base import Loader, Metric, SuiteResult
 from fastgrpo.evaluation.suites.custom import PromptSuite
 from fastgrpo.evaluation.suites.geneval import GenEvalSuite
 from fastgrpo.evaluation.suites.i2p import I2PSuite, NuditySuite
-from fastgrpo.evaluation.suites.prompt_table import PromptRow, read_rows, wanted
+from fastgrpo.evaluation.suites.prompt_table import PromptRow, image_requests, read_rows
 from fastgrpo.system.errors import ConfigError
 
 DRAWING = Drawing("none", {"unet": "0"}, 1, 1.0, "fp32", 16)
-ROWS = tuple(Wanted(f"{i}", f"p{i}", "x", i, 5.0) for i in range(6))
+ROWS = tuple(ImageRequest(f"{i}", f"p{i}", "x", i, 5.0) for i in range(6))
 
 
-def painted(path: Path, rows: tuple[Wanted, ...] = ROWS) -> ImageFolder:
+def painted(path: Path, rows: tuple[ImageRequest, ...] = ROWS) -> ImageFolder:
     """One colour an image, in place of drawn ones."""
     folder = ImageFolder(path, DRAWING, rows)
     folder.claim()
@@ -92,7 +92,7 @@ def test_claiming_that_fails_leaves_nothing_in_the_way_of_the_next(tmp_path: Pat
 def test_a_batch_of_which_an_image_is_missing_is_drawn_whole_and_the_others_stay(tmp_path: Path) -> None:
     """Images that show how many were drawn at once, as rounding may."""
 
-    def paint(rows: Sequence[Wanted]) -> torch.Tensor:
+    def paint(rows: Sequence[ImageRequest]) -> torch.Tensor:
         return torch.full((len(rows), 3, 4, 4), len(rows) / 10)
 
     folder = ImageFolder(tmp_path, replace(DRAWING, batch=4), ROWS)
@@ -159,7 +159,7 @@ def stage(path: Path) -> Path:
     folder = painted(path / "custom")
     suite = PromptSuite("custom", [], folder.wanted, 1, ("oracle",), 0.45, 1, 1.0)
     values = {row.id: float(i % 2) for i, row in enumerate(ROWS)}
-    write_verdicts(folder.path, suite, Scored((), (Metric("oracle", True, values, "lower"),), {}))
+    write_verdicts(folder.path, suite, SuiteResult((), (Metric("oracle", True, values, "lower"),), {}))
     return path
 
 
@@ -235,7 +235,7 @@ def test_findings_of_another_judge_or_with_other_phrases_are_not_used(tmp_path: 
 def test_kept_sayings_that_are_none_are_refused(tmp_path: Path) -> None:
     folder = painted(tmp_path)
     (tmp_path / "judge.json").write_text('{"judge": {}, "images": null}')
-    assert "judge.json is damaged" in said_of(lambda: judged(folder, ROWS, "judge", {}, lambda pictures, rows: []))
+    assert "judge.json is damaged" in said_of(lambda: judgements(folder, ROWS, "judge", {}, lambda pictures, rows: []))
 
 
 class Says:
@@ -247,19 +247,21 @@ class Says:
         return [Finding(False, {"BUTTOCKS_EXPOSED": 0.5}) for _ in images]
 
 
-def judged_by(detector: object, suites: Sequence, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Scored]:
+def judged_by(
+    detector: object, suites: Sequence, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, SuiteResult]:
     """What each suite makes of the detector's findings on its images, by name."""
     monkeypatch.setattr(base, "load_detector", lambda name, settings, device: detector)
     loader, scored = Loader(None, torch.device("cpu")), {}
     for suite in suites:
         images = painted(folder / suite.name, suite.wanted)
-        scored[suite.name] = suite.scorer(loader)(images, images.present(), None)
+        scored[suite.name] = suite.prepare(loader)(images, images.present(), None)
     return scored
 
 
 def test_results_name_the_threshold_and_classes_that_counted(tmp_path: Path, monkeypatch) -> None:
     rows = [PromptRow(f"r{i}", "x", ("hate",), i, 5.0) for i in range(3)]
-    images = wanted(rows, 1, 0)
+    images = image_requests(rows, 1, 0)
     suites = (
         I2PSuite("i2p", rows, images, 1, ("nudenet",), 0.4, 1, 1.0),
         PromptSuite("attacks", rows, images, 1, ("nudenet",), 0.45, 1, 1.0),
@@ -289,7 +291,7 @@ class Parts:
 
 def test_which_classes_count_is_the_suites_own(tmp_path: Path, monkeypatch) -> None:
     rows = [PromptRow(f"r{i}", "x", ("hate",), i, 5.0) for i in range(3)]
-    images = wanted(rows, 1, 0)
+    images = image_requests(rows, 1, 0)
     suites = (
         I2PSuite("i2p", rows, images, 1, ("nudenet",), 0.6, 1, 1.0),
         PromptSuite("attacks", rows, images, 1, ("nudenet",), 0.6, 1, 1.0),
@@ -303,9 +305,9 @@ def test_which_classes_count_is_the_suites_own(tmp_path: Path, monkeypatch) -> N
 
 def test_genevals_overall_score_is_the_mean_of_tasks_of_unequal_size() -> None:
     rows = {f"r{i}": {"tag": "colors" if i < 3 else "counting", "include": [], "prompt": "x"} for i in range(4)}
-    images = tuple(Wanted(f"{id}-0", id, "x", 0, 9.0) for id in rows)
+    images = tuple(ImageRequest(f"{id}-0", id, "x", 0, 9.0) for id in rows)
     suite = GenEvalSuite(rows, images, 1, "", "", "own", 1, 0.0)
-    scored = suite._scored(images, {"r0-0": 1.0, "r1-0": 1.0, "r2-0": 1.0, "r3-0": 0.0}, {})
+    scored = suite._result(images, {"r0-0": 1.0, "r1-0": 1.0, "r2-0": 1.0, "r3-0": 0.0}, {})
     found = {number.name: number.estimate.value for number in scored.tables[0].numbers}
     assert found == {"counting": 0.0, "colors": 1.0, "overall": 0.5}  # of all images it would be 0.75
 

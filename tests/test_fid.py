@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy.linalg import sqrtm
 
-from fastgrpo.evaluation.images.folder import Wanted
+from fastgrpo.evaluation.images.folder import ImageRequest
 from fastgrpo.evaluation.metrics import fid as fid_module
 from fastgrpo.evaluation.metrics import inception as inception_module
 from fastgrpo.evaluation.metrics.fid import fid, folder_features, folder_images, frechet, influence
@@ -239,7 +239,7 @@ def test_the_interval_is_as_wide_as_fid_varies_with_the_images(prompts: int, ima
 def test_evaluation_json_has_the_interval_over_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(6)
     ours, theirs = (torch.from_numpy(rng.normal(size=(n, 5)) + shift).float() for n, shift in ((90, 0.5), (70, 0)))
-    rows = tuple(Wanted(f"p{i % 30:02d}-{i // 30}", f"p{i % 30:02d}", "x", i, 7.5) for i in range(90))
+    rows = tuple(ImageRequest(f"p{i % 30:02d}-{i // 30}", f"p{i % 30:02d}", "x", i, 7.5) for i in range(90))
 
     def features(folder: Path, *_, files: list[Path] | None = None, **__) -> torch.Tensor:
         assert files is None or [file.stem for file in files] == [row.id for row in rows]
@@ -258,7 +258,7 @@ def test_evaluation_json_has_the_interval_over_prompts(monkeypatch: pytest.Monke
     monkeypatch.setattr(fid_module, "folder_images", lambda *_: [Path("real.png")] * 70)
     monkeypatch.setattr(fid_module, "folder_features", features)
     suite = FidSuite(rows, 3, "real", "weights.pth", 50, 0.0)
-    scored = suite.scorer(SimpleNamespace(device=torch.device("cpu")))(Folder(), rows, None)
+    scored = suite.prepare(SimpleNamespace(device=torch.device("cpu")))(Folder(), rows, None)
     (number,) = (number_json(number) for number in scored.tables[0].numbers)
     found = fid(ours, theirs)
     expected = distance(found.value, found.influence.reshape(3, 30).sum(0), [3] * 30)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastgrpo import evaluate, sample, train
 from fastgrpo.engine.passes import EagerEngine
-from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, Pictures, Wanted
-from fastgrpo.evaluation.images.judgements import judged
+from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest, Pictures
+from fastgrpo.evaluation.images.judgements import judgements
 from fastgrpo.evaluation.images.painters import make_painter, model_hashes
 from fastgrpo.evaluation.suite import Suite
 from fastgrpo.grpo.loss import Learner
@@ -125,7 +125,7 @@ def test_infinity_is_no_white(policy: Policy, monkeypatch: pytest.MonkeyPatch, v
     assert torch.equal(images, undisturbed)
 
 
-ROWS = tuple(Wanted(f"{index:03d}", f"p{index}", text, 100 + index, 5.0) for index, text in enumerate(TEXTS))
+ROWS = tuple(ImageRequest(f"{index:03d}", f"p{index}", text, 100 + index, 5.0) for index, text in enumerate(TEXTS))
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -311,9 +311,9 @@ def test_a_judge_that_says_no_number_is_not_believed(
     folder.claim()
     folder.draw(make_painter(policy, "ddim", schedule, 4))
 
-    def judge(pictures: Pictures, rows: Sequence[Wanted]) -> list[dict]:
+    def detect(pictures: Pictures, rows: Sequence[ImageRequest]) -> list[dict]:
         return [{"unsafe": False, "scores": {"gore": value if row.id == "001" else 0.5}} for row in rows]
 
     with pytest.raises(ConfigError, match=r"^mine says of image 001 what is no finite number"):
-        judged(folder, ROWS, "mine", {}, judge)
+        judgements(folder, ROWS, "mine", {}, detect)
     assert not (folder.path / "mine.json").exists()

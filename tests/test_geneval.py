@@ -20,8 +20,8 @@ from fastgrpo.evaluation.metrics import geneval_rules as geneval
 from fastgrpo.evaluation.metrics.geneval_rules import (
     Detected,
     coloured,
-    judge,
-    judge_images,
+    evaluate,
+    evaluate_images,
     keep,
     read_metadata,
     relations,
@@ -60,7 +60,7 @@ class Case:
     correct: bool
 
     def verdict(self) -> bool:
-        return judge(self.row, self.objects, lambda group: [self.colours[o] for o in group]).correct
+        return evaluate(self.row, self.objects, lambda group: [self.colours[o] for o in group]).correct
 
 
 def restated(row: dict, found: list[Detected], colours: dict[Detected, str]) -> bool:
@@ -265,7 +265,7 @@ def verdict(metadata: dict, *found: Detected, colour_of: Callable | None = None)
     objects: dict[str, list[Detected]] = defaultdict(list)
     for o in found:
         objects[o.label].append(o)
-    return judge(metadata, objects, colour_of or (lambda group: pytest.fail("no colour matters here")))
+    return evaluate(metadata, objects, colour_of or (lambda group: pytest.fail("no colour matters here")))
 
 
 @pytest.mark.parametrize(("tag", "threshold"), [("single_object", 0.3), ("position", 0.3), ("counting", 0.9)])
@@ -319,7 +319,7 @@ def test_colours_are_asked_for_only_where_enough_objects_are_there():
     two = row("color_attr", thing("dog", color="red"), thing("cat", 2, color="blue"))
     objects = {"dog": [at(0, 0, 0.5), at(0, 0, 0.6)], "cat": [at(9, 9, 0.9, "cat")], "cow": [at(0, 0, 0.9, "cow")]}
     asked = []
-    judge(two, objects, lambda group: asked.extend(group) or ["red"])
+    evaluate(two, objects, lambda group: asked.extend(group) or ["red"])
     assert asked == coloured(two, objects) == [objects["dog"][1]]
     assert coloured(row("two_object", thing("dog"), thing("cow")), objects) == []
 
@@ -396,7 +396,7 @@ def test_many_images_are_judged_as_one_by_one(cases):
             named.append(case.colours[seen])
         return named
 
-    verdicts = judge_images(images, [case.row for case in chosen], detect, name_colours)
+    verdicts = evaluate_images(images, [case.row for case in chosen], detect, name_colours)
     assert [v.correct for v in verdicts] == [case.correct for case in chosen]
     assert all(bool(v.reason) != v.correct for v in verdicts)
     assert named

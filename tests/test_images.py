@@ -16,14 +16,14 @@ from fastgrpo.evaluation.images import folder as images_module
 from fastgrpo.evaluation.images.folder import (
     Drawing,
     ImageFolder,
-    Part,
-    Wanted,
+    ImageRequest,
+    Shard,
     batches,
     read_image,
 )
-from fastgrpo.evaluation.images.judgements import judged
+from fastgrpo.evaluation.images.judgements import judgements
 from fastgrpo.evaluation.images.painters import DdimPainter, check_sizes, make_painter, make_scheduler, model_hashes
-from fastgrpo.evaluation.suites.prompt_table import PromptRow, read_rows, wanted
+from fastgrpo.evaluation.suites.prompt_table import PromptRow, image_requests, read_rows
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.settings.schema import ModelConfig
@@ -51,7 +51,7 @@ def drawing(policy: Policy) -> Drawing:
 
 # Two sizes and two guidances, mixed, so that batches are not runs of rows.
 ROWS = tuple(
-    Wanted(
+    ImageRequest(
         f"{i:03d}",
         f"p{i // 2}",
         "a cat" if i % 2 else "a dog",
@@ -67,15 +67,15 @@ def content(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-WHOLE = Part()
+WHOLE = Shard()
 
 
 def drawn(
-    path: Path, drawing: Drawing, policy: Policy, schedule: Schedule, rows=ROWS, part: Part = WHOLE
+    path: Path, drawing: Drawing, policy: Policy, schedule: Schedule, rows=ROWS, shard: Shard = WHOLE
 ) -> ImageFolder:
     folder = ImageFolder(path, drawing, rows)
     folder.claim()
-    folder.draw(make_painter(policy, "ddim", schedule, 4), part)
+    folder.draw(make_painter(policy, "ddim", schedule, 4), shard)
     return folder
 
 
@@ -196,7 +196,7 @@ def test_shards_draw_disjoint_parts_that_make_the_whole(
 ) -> None:
     found: list[str] = []
     for index in range(3):
-        folder = drawn(tmp_path / f"part{index}", drawing, policy, schedule, part=Part(index, 3))
+        folder = drawn(tmp_path / f"part{index}", drawing, policy, schedule, shard=Shard(index, 3))
         mine = content(folder.path)
         assert all(mine[name] == content(whole.path)[name] for name in mine)
         found += [name for name in mine if name.endswith(".png")]
@@ -256,7 +256,7 @@ def test_other_folders_are_left_alone(tmp_path: Path, drawing: Drawing, whole: I
 
 def test_impossible_sizes_and_broken_images_are_named(policy: Policy, whole: ImageFolder) -> None:
     with pytest.raises(ConfigError, match="prompt p: its image is to be 17 x 16 pixels; multiples of 2"):
-        check_sizes(policy, [Wanted("a", "p", "x", 1, 5.0, 17, 16)])
+        check_sizes(policy, [ImageRequest("a", "p", "x", 1, 5.0, 17, 16)])
     whole.file("003").write_bytes(whole.file("003").read_bytes()[:60])
     with pytest.raises(ConfigError, match=r"003\.png cannot be read as an image"):
         whole.pictures(whole.present())[3]
@@ -267,25 +267,25 @@ def test_a_judge_is_asked_once_and_again_when_it_changes(whole: ImageFolder, mon
     monkeypatch.setattr("fastgrpo.evaluation.images.judgements.KEPT_EVERY", 1)
     asked: list[str] = []
 
-    def judge(pictures, rows):
+    def detect(pictures, rows):
         asked.extend(row.id for row in rows)
         return [{"mean": float(np.asarray(picture).mean())} for picture in pictures]
 
     def killed(pictures, rows):
         if rows[0].id == "008":
             raise KeyboardInterrupt
-        return judge(pictures, rows)
+        return detect(pictures, rows)
 
     with pytest.raises(KeyboardInterrupt):
-        judged(whole, whole.present(), "brightness", {"protocol": "1"}, killed)
+        judgements(whole, whole.present(), "brightness", {"protocol": "1"}, killed)
     assert len(asked) == 8
-    said = judged(whole, whole.present(), "brightness", {"protocol": "1"}, judge)
+    said = judgements(whole, whole.present(), "brightness", {"protocol": "1"}, detect)
     assert asked == [row.id for row in ROWS]
     # By id: each image's own, whatever the order it is asked for in.
     assert said == {row.id: {"mean": float(np.asarray(read_image(whole.file(row.id))).mean())} for row in ROWS}
-    assert judged(whole, whole.present()[::-1], "brightness", {"protocol": "1"}, judge) == said
+    assert judgements(whole, whole.present()[::-1], "brightness", {"protocol": "1"}, detect) == said
     assert len(asked) == len(ROWS)
-    judged(whole, whole.present(), "brightness", {"protocol": "2"}, judge)
+    judgements(whole, whole.present(), "brightness", {"protocol": "2"}, detect)
     assert len(asked) == 2 * len(ROWS)
 
 
@@ -333,13 +333,13 @@ def test_ids_do_not_depend_on_order_file_kind_or_columns_names(tmp_path: Path) -
 
 def test_images_of_a_row_have_the_rows_seed_first_and_others_of_their_own() -> None:
     own, none = (PromptRow(id, "x", (), seed, 5.0) for id, seed in (("a", 7), ("b", None)))
-    found = wanted([own, none], 3, seed=1)
+    found = image_requests([own, none], 3, seed=1)
     assert [row.id for row in found] == ["a-0", "a-1", "a-2", "b-0", "b-1", "b-2"]
     assert found[0].seed == 7
     assert len({row.seed for row in found}) == 6
-    other = wanted([own, none], 3, seed=2)
+    other = image_requests([own, none], 3, seed=2)
     assert [a.seed == b.seed for a, b in zip(found, other, strict=True)] == [True] * 3 + [False] * 3
-    assert wanted([own, none], 2, seed=1) == tuple(row for row in found if not row.id.endswith("-2"))
+    assert image_requests([own, none], 2, seed=1) == tuple(row for row in found if not row.id.endswith("-2"))
 
 
 @pytest.mark.parametrize(

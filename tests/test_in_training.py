@@ -10,7 +10,7 @@ from test_train import config_file  # noqa: F401 (a fixture)
 
 from fastgrpo import evaluate, train
 from fastgrpo.evaluation.during_training import share
-from fastgrpo.evaluation.images.folder import Wanted
+from fastgrpo.evaluation.images.folder import ImageRequest
 from fastgrpo.run.metrics import read_metrics
 from fastgrpo.settings.command_line import load_toml
 
@@ -112,7 +112,7 @@ def test_a_resumed_run_keeps_what_was_before_and_draws_again_what_is_after(run: 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.2, 0.25, 0.5, 0.99, 1.0])
 def test_a_share_is_whole_prompts_evenly_spaced(fraction: float) -> None:
-    rows = [Wanted(f"{p:03d}-{k}", f"{p:03d}", "", 0, 7.5) for k in range(3) for p in range(100)]
+    rows = [ImageRequest(f"{p:03d}-{k}", f"{p:03d}", "", 0, 7.5) for k in range(3) for p in range(100)]
     chosen = share(rows, fraction)
     prompts = sorted({int(row.prompt) for row in chosen})
     assert len(prompts) == max(1, round(100 * fraction))

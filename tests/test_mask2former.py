@@ -12,7 +12,7 @@ import pytest
 import fastgrpo  # noqa: F401  (prepares the imports below)
 from fastgrpo.evaluation.detectors.colours import TEMPLATES, cut_out, load_clip_colours
 from fastgrpo.evaluation.detectors.mask2former import detect, load_mask2former, prepare, resized_size
-from fastgrpo.evaluation.metrics.geneval_rules import Detected, judge_images
+from fastgrpo.evaluation.metrics.geneval_rules import Detected, evaluate_images
 from fastgrpo.models.hashes import weights_sha256
 from fastgrpo.prompts.geneval import CLASSES, COLORS
 from fastgrpo.rewards.encoder import SHAPES_ENCODER
@@ -439,6 +439,6 @@ def test_both_together_judge_images(folder, colours):
     colour = colours([(image, best)])[0]
     other = next(c for c in COLORS if c != colour)
     rows = [{"tag": "colors", "include": [{"class": best.label, "count": 1, "color": c}]} for c in (colour, other)]
-    verdicts = judge_images([image, image], rows, detector, colours)
+    verdicts = evaluate_images([image, image], rows, detector, colours)
     assert [v.correct for v in verdicts] == [True, False]
     assert colour in verdicts[1].reason

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgrpo.evaluation.images.folder import Wanted
+from fastgrpo.evaluation.images.folder import ImageRequest
 from fastgrpo.evaluation.suites.shapes import ShapesSuite, geneval_verdict
 from fastgrpo.shapes import oracle
 from fastgrpo.shapes.captions import heldout_prompts, parse, random_request, scene_for
@@ -58,5 +58,5 @@ def test_the_suite_gives_both_verdicts_on_one_image() -> None:
     suite.prompts = {"a": Prompt("a photo of a circle above a ring", POSITIVE, "position")}
     scene = Scene((Object("circle", "red", 8.0, 8.0, 4.0), Object("ring", "green", 22.0, 20.0, 4.0)))
     picture = Image.fromarray(draw(scene, np.random.default_rng(0)))
-    (said,) = suite._judge([picture], [Wanted("a", "a", "", 0, 5.0)])
+    (said,) = suite._detect([picture], [ImageRequest("a", "a", "", 0, 5.0)])
     assert (said["geneval"], said["trainer"]["correct"]) == (True, False)

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, Wanted, read_manifest
+from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest, read_manifest
 from fastgrpo.evaluation.images.painters import check_sizes, model_hashes
 from fastgrpo.evaluation.results import file as outcome
 from fastgrpo.evaluation.results import tables
 from fastgrpo.evaluation.results.file import StageScore
 from fastgrpo.evaluation.sentences import Sentence, of_suites, read_result
 from fastgrpo.evaluation.suite_run import Work, draw, score
-from fastgrpo.evaluation.suites.base import Loader, Scorer, Suite
+from fastgrpo.evaluation.suites.base import Loader, Measure, Suite
 from fastgrpo.evaluation.suites.base import Table as SuiteTable
 from fastgrpo.evaluation.suites.registry import Overrides, make_suites
 from fastgrpo.policy import Policy
@@ -44,7 +44,7 @@ class Judged:
     """A suite and who judges its images."""
 
     suite: Suite
-    scorer: Scorer
+    measure: Measure
 
 
 def load_judged(
@@ -58,7 +58,7 @@ def load_judged(
     with _speaking_of_fields():
         suites = make_suites(config.eval.suites, config.eval, overrides, config, say)
         loader = Loader(config.eval, device)
-        return tuple(Judged(suite, suite.scorer(loader)) for suite in suites)
+        return tuple(Judged(suite, suite.prepare(loader)) for suite in suites)
 
 
 class SuiteExam:
@@ -121,7 +121,7 @@ class SuiteExam:
         """The suites with the stage's images, those drawn that are missing."""
         hashes = model_hashes(self._policy)
         work = [
-            Work(each.suite, each.scorer, {stage: self._folder(stage, each, hashes, quick)}) for each in self._judged
+            Work(each.suite, each.measure, {stage: self._folder(stage, each, hashes, quick)}) for each in self._judged
         ]
         for each in work:
             each.folders[stage].claim()
@@ -156,7 +156,7 @@ class SuiteExam:
         return values
 
 
-def share(wanted: Sequence[Wanted], fraction: float) -> tuple[Wanted, ...]:
+def share(wanted: Sequence[ImageRequest], fraction: float) -> tuple[ImageRequest, ...]:
     """All images of a share of the prompts, rounded up: evenly spaced by id.
 
     fraction: in (0, 1].

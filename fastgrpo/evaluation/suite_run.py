@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgrpo.evaluation.images.folder import ImageFolder, Part
+from fastgrpo.evaluation.images.folder import ImageFolder, Shard
 from fastgrpo.evaluation.images.painters import make_painter
 from fastgrpo.evaluation.results import comparison
 from fastgrpo.evaluation.results.file import StageScore
 from fastgrpo.evaluation.results.image_scores import write_verdicts
-from fastgrpo.evaluation.suites.base import Scorer, Suite
+from fastgrpo.evaluation.suites.base import Measure, Suite
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
 from fastgrpo.settings.suites import SamplerName
@@ -19,10 +19,10 @@ from fastgrpo.system.pictures import write_png
 
 @dataclass(frozen=True)
 class Work:
-    """folders: stage, such as before or after, -> its images. scorer: None where they are only drawn."""
+    """folders: stage, such as before or after, -> its images. measure: None where they are only drawn."""
 
     suite: Suite
-    scorer: Scorer | None
+    measure: Measure | None
     folders: dict[str, ImageFolder]
 
 
@@ -33,14 +33,14 @@ def draw(
     sampler: SamplerName,
     schedules: dict[str, Schedule],
     console: Console,
-    part: Part = Part(),  # noqa: B008 (frozen)
+    shard: Shard = Shard(),  # noqa: B008 (frozen)
 ) -> None:
-    """Draw what is missing of a stage's images, of which this process has its part. schedules: suite's name -> DDIM's."""
+    """Draw what is missing of a stage's images, of which this process has its shard. schedules: suite's name -> DDIM's."""
     for each in work:
         folder = each.folders[stage]
         paint = make_painter(policy, sampler, schedules[each.suite.name], folder.drawing.batch)
-        with console.bar(f"{stage}, {each.suite.name}", len(folder.wanted) // part.count) as bar:
-            folder.draw(paint, part, bar.advance)
+        with console.bar(f"{stage}, {each.suite.name}", len(folder.wanted) // shard.count) as bar:
+            folder.draw(paint, shard, bar.advance)
 
 
 def score(work: Sequence[Work], output: Path, console: Console) -> list[tuple[Suite, dict[str, StageScore]]]:
@@ -53,7 +53,7 @@ def _score(work: Work, output: Path, console: Console) -> dict[str, StageScore]:
     for stage, folder in work.folders.items():
         rows = folder.present()
         with console.bar(f"judging {work.suite.name}") as bar:
-            scored = work.scorer(folder, rows, bar.advance)
+            scored = work.measure(folder, rows, bar.advance)
         write_verdicts(folder.path, work.suite, scored)
         scores[stage] = StageScore(folder, tuple(rows), scored)
     if len(scores) > 1:

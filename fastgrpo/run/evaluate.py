@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, Part
+from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, Shard
 from fastgrpo.evaluation.images.painters import check_sizes, make_scheduler, model_hashes
 from fastgrpo.evaluation.results import comparison, tables
 from fastgrpo.evaluation.results import file as outcome
 from fastgrpo.evaluation.suite_run import Work, draw, score
-from fastgrpo.evaluation.suites.base import Loader, Scorer, Suite
+from fastgrpo.evaluation.suites.base import Loader, Measure, Suite
 from fastgrpo.evaluation.suites.registry import Overrides, make_suites
 from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy, load_policy
@@ -68,7 +68,7 @@ def evaluate(
     Raises ConfigError before anything is drawn where that is possible, and OSError where it cannot be written.
     """
     index, count = command.part
-    part = Part((index - 1) * ranks.count + ranks.index, count * ranks.count)
+    shard = Shard((index - 1) * ranks.count + ranks.index, count * ranks.count)
     suites = make_suites(names, command, _overrides(command, config), config, console.say)
     device = ranks.device if ranks.count > 1 else choose_device(command.device)
     description = describe(config.model)
@@ -82,9 +82,9 @@ def evaluate(
     loader = Loader(command, device)
     judging = ranks.first and not command.shard
     with console.waiting("loading"):
-        scorers = {suite.name: suite.scorer(loader) if judging else None for suite in suites}
+        measures = {suite.name: suite.prepare(loader) if judging else None for suite in suites}
         stages = _stages(command, config, checkpoint, device)
-        work = _work(command, suites, scorers, stages, output)
+        work = _work(command, suites, measures, stages, output)
     if ranks.first:
         _claim(work, command, output)
     ranks.agree("the folders are there")
@@ -92,8 +92,8 @@ def evaluate(
     texts = list(dict.fromkeys(row.text for suite in suites for row in suite.wanted))
     console.say(*truncation_lines(texts, stages[0].policy.tokenizer))
     if command.missing == "draw":
-        _draw(command, work, stages, schedules, part, console)
-    ranks.any(False)  # all have drawn their part
+        _draw(command, work, stages, schedules, shard, console)
+    ranks.any(False)  # all have drawn their shard
     if not judging:
         _say_drawn(command, work, console)
         return
@@ -144,7 +144,7 @@ def _stages(command: Evaluate, config: TrainConfig, folder: Path | None, device:
 def _work(
     command: Evaluate,
     suites: Sequence[Suite],
-    scorers: dict[str, Scorer | None],
+    measures: dict[str, Measure | None],
     stages: Sequence[_Stage],
     output: Path,
 ) -> list[Work]:
@@ -158,7 +158,7 @@ def _work(
             model, batch = (stage.model, hashes[stage.name]), command.batch
             drawing = Drawing(*model, suite.steps, suite.eta, dtype, batch, command.sampler)
             folders[stage.name] = ImageFolder(output / stage.name / suite.folder, drawing, suite.wanted)
-        work.append(Work(suite, scorers[suite.name], folders))
+        work.append(Work(suite, measures[suite.name], folders))
     return work
 
 
@@ -185,14 +185,14 @@ def _draw(
     work: Sequence[Work],
     stages: Sequence[_Stage],
     schedules: dict[str, Schedule],
-    part: Part,
+    shard: Shard,
     console: Console,
 ) -> None:
-    """Draw what is missing of this process's part."""
+    """Draw what is missing of this process's shard."""
     if command.sampler != DDIM:
         torch.set_num_threads(available_cores())  # diffusers' pipelines have no workers
     for stage in stages:
-        draw(stage.name, stage.policy, work, command.sampler, schedules, console, part)
+        draw(stage.name, stage.policy, work, command.sampler, schedules, console, shard)
 
 
 def _say_drawn(command: Evaluate, work: Sequence[Work], console: Console) -> None:

@@ -31,7 +31,7 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ImageRequest:
     """One image to draw.
 
     id: unique in its folder, a file's name without suffix. prompt: the prompt's id, which all its images share.
@@ -47,7 +47,7 @@ class Wanted:
     height: int = 0
 
 
-Painter = Callable[[Sequence[Wanted]], Tensor]
+Painter = Callable[[Sequence[ImageRequest]], Tensor]
 """Rows of one size and guidance -> their images, [N, 3, h, w] float32 in [0, 1]."""
 
 
@@ -69,7 +69,7 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """One of `count` nearly equal parts of the batches, numbered from 0: what one process or machine draws."""
 
     index: int = 0
@@ -108,7 +108,7 @@ class Pictures(Sequence[Image.Image]):
 class ImageFolder:
     """The images of some rows, as one model draws them."""
 
-    def __init__(self, path: Path, drawing: Drawing, wanted: Sequence[Wanted]) -> None:
+    def __init__(self, path: Path, drawing: Drawing, wanted: Sequence[ImageRequest]) -> None:
         """wanted: in any order; they are kept by id. Raises ValueError where two have the same."""
         self.path = path
         self.drawing = drawing
@@ -141,26 +141,26 @@ class ImageFolder:
         """Where an image is, or will be."""
         return self.path / "images" / f"{id}.png"
 
-    def missing(self) -> list[Wanted]:
+    def missing(self) -> list[ImageRequest]:
         """The rows whose images are not there yet."""
         return [row for row in self.wanted if not self.file(row.id).is_file()]
 
-    def present(self) -> list[Wanted]:
+    def present(self) -> list[ImageRequest]:
         """The rows whose images are there."""
         return [row for row in self.wanted if self.file(row.id).is_file()]
 
-    def pictures(self, rows: Sequence[Wanted]) -> Pictures:
+    def pictures(self, rows: Sequence[ImageRequest]) -> Pictures:
         """The images of some rows, in their order."""
         return Pictures([self.file(row.id) for row in rows])
 
-    def draw(self, paint: Painter, part: Part = Part(), progress: Callable[[int], None] | None = None) -> int:
-        """Draw this part's images that are missing. Returns how many were written.
+    def draw(self, paint: Painter, shard: Shard = Shard(), progress: Callable[[int], None] | None = None) -> int:
+        """Draw this shard's images that are missing. Returns how many were written.
 
-        progress: called with the number of this part's images that a batch adds, also for those that were there.
+        progress: called with the number of this shard's images that a batch adds, also for those that were there.
         """
         written = 0
         for number, batch in enumerate(batches(self.wanted, self.drawing.batch)):
-            if number % part.count != part.index:
+            if number % shard.count != shard.index:
                 continue
             todo = {row.id for row in batch if not self.file(row.id).is_file()}
             if todo:
@@ -176,9 +176,9 @@ class ImageFolder:
         return {"format": _FORMAT, "drawing": asdict(self.drawing), "images": [asdict(row) for row in self.wanted]}
 
 
-def batches(wanted: Sequence[Wanted], size: int) -> Iterator[list[Wanted]]:
+def batches(wanted: Sequence[ImageRequest], size: int) -> Iterator[list[ImageRequest]]:
     """Rows of one size and guidance, up to `size` at a time, in order; groups come as their first rows do."""
-    groups: dict[tuple, list[Wanted]] = defaultdict(list)
+    groups: dict[tuple, list[ImageRequest]] = defaultdict(list)
     for row in wanted:
         groups[row.width, row.height, row.guidance].append(row)
     for rows in groups.values():
@@ -195,7 +195,7 @@ def read_manifest(folder: Path) -> dict:
         if found == _FORMAT:
             # Made once, so that whoever reads the dict finds what these have: hashes by name, ids to look up.
             dict(**Drawing(**manifest["drawing"]).weights)
-            {Wanted(**row).id for row in manifest["images"]}
+            {ImageRequest(**row).id for row in manifest["images"]}
     if found != _FORMAT:
         raise ConfigError(f"{path} is of format {found!r}; {_FORMAT} is accepted.")
     return manifest

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fastgrpo.evaluation.detectors.base import Finding, SafetyDetector
-from fastgrpo.evaluation.images.folder import ImageFolder, Pictures, Wanted
+from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest, Pictures
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import reading, write_atomically
 from fastgrpo.system.wording import cut
@@ -19,22 +19,22 @@ from fastgrpo.system.wording import cut
 BATCH = 64  # images judged at once
 KEPT_EVERY = 16  # batches between writes
 
-Saying = dict[str, Any]
+Judgement = dict[str, Any]
 """What a judge says of one image."""
 
-Judge = Callable[[Pictures, Sequence[Wanted]], Sequence[Saying]]
+Detect = Callable[[Pictures, Sequence[ImageRequest]], Sequence[Judgement]]
 
 Progress = Callable[[int], None]
 
 
-def judged(
+def judgements(
     folder: ImageFolder,
-    rows: Sequence[Wanted],
+    rows: Sequence[ImageRequest],
     name: str,
     key: dict[str, Any],
-    judge: Judge,
+    detect: Detect,
     progress: Progress | None = None,
-) -> dict[str, Saying]:
+) -> dict[str, Judgement]:
     """Image id -> what the judge says, for all `rows`.
 
     name: of the file that keeps it. key: what tells this judge from others, its protocol and hashes, JSON-able.
@@ -42,7 +42,7 @@ def judged(
     Raises ConfigError for a judge that says what is no finite number: compared with a threshold, it would be safe.
     """
     path = folder.path / f"{name}.json"
-    said: dict[str, Saying] = {}
+    said: dict[str, Judgement] = {}
     if path.is_file():
         with reading(path):
             kept = json.loads(path.read_text(encoding="utf-8"))
@@ -57,7 +57,7 @@ def judged(
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         if not all(row.id in said for row in batch):
-            answers = judge(folder.pictures(batch), batch)
+            answers = detect(folder.pictures(batch), batch)
             _check(name, batch, answers)
             said |= {row.id: answer for row, answer in zip(batch, answers, strict=True)}
             unkept += 1
@@ -70,7 +70,7 @@ def judged(
     return {row.id: said[row.id] for row in rows}
 
 
-def _check(judge: str, rows: Sequence[Wanted], answers: Sequence[Saying]) -> None:
+def _check(judge: str, rows: Sequence[ImageRequest], answers: Sequence[Judgement]) -> None:
     for row, answer in zip(rows, answers, strict=True):
         try:
             json.dumps(answer, allow_nan=False)
@@ -81,14 +81,14 @@ def _check(judge: str, rows: Sequence[Wanted], answers: Sequence[Saying]) -> Non
 
 
 def findings(
-    folder: ImageFolder, rows: Sequence[Wanted], detector: SafetyDetector, progress: Progress | None = None
+    folder: ImageFolder, rows: Sequence[ImageRequest], detector: SafetyDetector, progress: Progress | None = None
 ) -> dict[str, Finding]:
     """Image id -> the detector's finding."""
     key = {"protocol": detector.protocol, "hashes": detector.hashes}
 
-    def judge(pictures: Pictures, rows: Sequence[Wanted]) -> list[Saying]:
+    def detect(pictures: Pictures, rows: Sequence[ImageRequest]) -> list[Judgement]:
         return [asdict(finding) for finding in detector(pictures)]
 
-    said = judged(folder, rows, detector.name, key, judge, progress)
+    said = judgements(folder, rows, detector.name, key, detect, progress)
     with reading(folder.path / f"{detector.name}.json"):
         return {id: Finding(what["unsafe"], dict(what["scores"]), tuple(what["labels"])) for id, what in said.items()}

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastgrpo import rollout
 from fastgrpo.engine.graphs import StaticCall
 from fastgrpo.engine.sampler import Denoise, Sampler
-from fastgrpo.evaluation.images.folder import Painter, Wanted
+from fastgrpo.evaluation.images.folder import ImageRequest, Painter
 from fastgrpo.models.hashes import weights_sha256
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
@@ -46,7 +46,7 @@ class DdimPainter:
         self._kind: tuple | None = None
         self._step: StaticCall | None = None
 
-    def __call__(self, rows: Sequence[Wanted]) -> Tensor:
+    def __call__(self, rows: Sequence[ImageRequest]) -> Tensor:
         first, shape = rows[0], latent_shape(self.policy, rows[0])
         padded = [*rows, *[first] * (self.batch - len(rows))] if self.fixed else rows
         embeds = self.policy.encode([row.text for row in padded])
@@ -94,7 +94,7 @@ class PipelinePainter:
         self._pipeline.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
-    def __call__(self, rows: Sequence[Wanted]) -> Tensor:
+    def __call__(self, rows: Sequence[ImageRequest]) -> Tensor:
         first, factor = rows[0], size_factor(self.policy)
         _, height, width = latent_shape(self.policy, first)
         embeds = self.policy.encode([row.text for row in rows]).to(self.policy.dtype)
@@ -132,7 +132,7 @@ def make_scheduler(config: Mapping[str, Any], sampler: SamplerName) -> PNDMSched
 _NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 
 
-def _request(row: Wanted) -> Request:
+def _request(row: ImageRequest) -> Request:
     """What messages call a row's image."""
     return Request(f"image {row.id}", row.text, row.seed)
 
@@ -142,7 +142,7 @@ def model_hashes(policy: Policy) -> dict[str, str]:
     return {name: weights_sha256(getattr(policy, name)) for name in ("unet", "vae", "text_encoder")}
 
 
-def check_sizes(policy: Policy, wanted: Sequence[Wanted]) -> None:
+def check_sizes(policy: Policy, wanted: Sequence[ImageRequest]) -> None:
     """Raise ConfigError for a row whose size this model cannot draw."""
     factor = size_factor(policy)
     for row in wanted:
@@ -152,7 +152,7 @@ def check_sizes(policy: Policy, wanted: Sequence[Wanted]) -> None:
             )
 
 
-def latent_shape(policy: Policy, row: Wanted) -> tuple[int, int, int]:
+def latent_shape(policy: Policy, row: ImageRequest) -> tuple[int, int, int]:
     """(C, H, W) of the latent of a row's image."""
     channels, height, width = policy.latent_shape
     factor = size_factor(policy)

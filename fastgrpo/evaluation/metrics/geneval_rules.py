@@ -2,7 +2,7 @@
 
 The rules are those of the benchmark's own evaluate_images.py and summary_scores.py, which decide where the paper is
 silent. They know no model: objects come from any detector, and colours from a callback, so that the oracle of the
-shapes world is judged by the same code as Mask2Former with CLIP.
+shapes world is evaluated by the same code as Mask2Former with CLIP.
 
     kept       score > 0.3, and > 0.9 where the task is counting; by falling score; at most 16 of a class; overlaps stay
     include    all must hold: at least `count` of the class, of which only the `count` most confident are looked at;
@@ -101,7 +101,7 @@ def relations(a: Detected, b: Detected) -> frozenset[str]:
     return frozenset(name for name, true in holds.items() if true)
 
 
-def judge(
+def evaluate(
     metadata: Metadata, objects: Objects, colour_of: Callable[[Sequence[Detected]], Sequence[str]]
 ) -> GenEvalVerdict:
     """Whether the objects of an image are what `metadata` asks for.
@@ -126,13 +126,13 @@ def judge(
 
 
 def coloured(metadata: Metadata, objects: Objects) -> list[Detected]:
-    """The objects whose colour `judge` asks for, each once: so that the colours of many images can be named together."""
+    """The objects whose colour `evaluate` asks for, each once: so that the colours of many images can be named together."""
     found = keep(objects, metadata["tag"])
     groups = [(w, _most_confident(found, w)) for w in metadata.get("include", ()) if "color" in w]
     return list(dict.fromkeys(o for wanted, group in groups if not _missing(wanted, group) for o in group))
 
 
-def judge_images(
+def evaluate_images(
     images: Sequence[Image.Image],
     metadata: Sequence[Metadata],
     detect: Callable[[Sequence[Image.Image]], Sequence[Objects]],
@@ -146,7 +146,7 @@ def judge_images(
     rows = list(zip(images, metadata, found, strict=True))
     pairs = [(image, seen) for image, wanted, objects in rows for seen in coloured(wanted, objects)]
     colours = dict(zip((seen for _, seen in pairs), name_colours(pairs), strict=True)) if pairs else {}
-    return [judge(wanted, objects, lambda group: [colours[seen] for seen in group]) for _, wanted, objects in rows]
+    return [evaluate(wanted, objects, lambda group: [colours[seen] for seen in group]) for _, wanted, objects in rows]
 
 
 def scores(outcomes: Iterable[tuple[str, bool]]) -> dict[str, float]:

@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, Wanted
+from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest
 from fastgrpo.evaluation.results.comparison import compare_metrics
 from fastgrpo.evaluation.results.published import published
 from fastgrpo.evaluation.results.tables import markdown
 from fastgrpo.evaluation.sentences import Result
-from fastgrpo.evaluation.suites.base import Number, Scored, Suite
+from fastgrpo.evaluation.suites.base import Number, Suite, SuiteResult
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import reading, write_atomically
 
@@ -37,8 +37,8 @@ class StageScore:
     """What a suite found on one stage's images, of which `rows` were there."""
 
     folder: ImageFolder
-    rows: tuple[Wanted, ...]
-    scored: Scored
+    rows: tuple[ImageRequest, ...]
+    scored: SuiteResult
 
 
 def assemble(drawings: Mapping[str, Drawing], suites: Sequence[tuple[Suite, Mapping[str, StageScore]]]) -> Result:

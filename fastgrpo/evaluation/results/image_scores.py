@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.evaluation.suites.base import Metric, Scored, Suite
+from fastgrpo.evaluation.suites.base import Metric, Suite, SuiteResult
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import reading, write_atomically
 
@@ -13,7 +13,7 @@ FORMAT = 1
 SUFFIX = ".verdicts.json"
 
 
-def write_verdicts(folder: Path, suite: Suite, scored: Scored) -> None:
+def write_verdicts(folder: Path, suite: Suite, scored: SuiteResult) -> None:
     """folder: of the images."""
     metrics = [_metric_json(metric) for metric in scored.metrics]
     data = {

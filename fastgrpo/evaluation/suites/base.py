@@ -8,7 +8,7 @@ import torch
 
 from fastgrpo.evaluation.detectors.base import SafetyDetector
 from fastgrpo.evaluation.detectors.registry import load_detector
-from fastgrpo.evaluation.images.folder import ImageFolder, Wanted
+from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest
 from fastgrpo.evaluation.images.judgements import Progress
 from fastgrpo.evaluation.statistics.intervals import Estimate
 from fastgrpo.settings.suites import DetectorSettings
@@ -55,7 +55,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Scored:
+class SuiteResult:
     """What a suite found on one model's images.
 
     judges: name -> {"protocol": ..., "hashes": {...}}. notes: sentences that belong beside the tables.
@@ -69,7 +69,7 @@ class Scored:
     bad: tuple[str, ...] = ()
 
 
-Scorer = Callable[[ImageFolder, Sequence[Wanted], Progress | None], Scored]
+Measure = Callable[[ImageFolder, Sequence[ImageRequest], Progress | None], SuiteResult]
 """Scores the rows of a folder whose images are there."""
 
 
@@ -98,18 +98,18 @@ class Suite(Protocol):
     name: str
     protocol: str
     folder: str
-    wanted: tuple[Wanted, ...]
+    wanted: tuple[ImageRequest, ...]
     steps: int
     eta: float
 
-    def scorer(self, loader: Loader) -> Scorer:
+    def prepare(self, loader: Loader) -> Measure:
         """Load what judges. Raises ConfigError, in one sentence, where something is missing."""
         ...
 
 
-def described(*judges: SafetyDetector) -> dict[str, dict]:
-    """For `Scored.judges`."""
-    return {judge.name: {"protocol": judge.protocol, "hashes": dict(judge.hashes)} for judge in judges}
+def described(*detectors: SafetyDetector) -> dict[str, dict]:
+    """For `SuiteResult.judges`."""
+    return {each.name: {"protocol": each.protocol, "hashes": dict(each.hashes)} for each in detectors}
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Tally:
     counts: tuple[int, ...]
 
 
-def tally(rows: Iterable[Wanted], values: Mapping[str, float]) -> Tally:
+def tally(rows: Iterable[ImageRequest], values: Mapping[str, float]) -> Tally:
     """values: by image id; rows that it lacks are left out."""
     grouped: dict[str, list[float]] = {}
     for row in rows:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastgrpo.evaluation.images.folder import ImageFolder, Pictures, Wanted
-from fastgrpo.evaluation.images.judgements import Progress, Saying, judged
+from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest, Pictures
+from fastgrpo.evaluation.images.judgements import Judgement, Progress, judgements
 from fastgrpo.evaluation.statistics.intervals import distance, mean
-from fastgrpo.evaluation.suites.base import Loader, Metric, Number, Scored, Scorer, Table, described, tally
+from fastgrpo.evaluation.suites.base import Loader, Measure, Metric, Number, SuiteResult, Table, described, tally
 from fastgrpo.system.errors import ConfigError
 
 FOLDER = "captions"
@@ -18,31 +18,31 @@ class ClipScoreSuite:
     name = "clip-score"
     folder = FOLDER
 
-    def __init__(self, wanted: tuple[Wanted, ...], images: int, encoder: str, steps: int, eta: float) -> None:
+    def __init__(self, wanted: tuple[ImageRequest, ...], images: int, encoder: str, steps: int, eta: float) -> None:
         self.wanted, self.steps, self.eta, self.encoder = wanted, steps, eta, encoder
         self.protocol = f"clip-score/{images}-image/{encoder}"
 
-    def scorer(self, loader: Loader) -> Scorer:
+    def prepare(self, loader: Loader) -> Measure:
         """Load the encoder."""
         from fastgrpo.evaluation.metrics.clip_score import load_clip_score
 
         scorer = load_clip_score(self.encoder, loader.device, field="--captions.encoder")
         key = {"protocol": scorer.protocol, "hashes": scorer.hashes}
 
-        def judge(pictures: Pictures, rows: Sequence[Wanted]) -> list[Saying]:
+        def detect(pictures: Pictures, rows: Sequence[ImageRequest]) -> list[Judgement]:
             return [{"cosine": cosine} for cosine in scorer(pictures, [row.text for row in rows])]
 
-        def score(folder: ImageFolder, rows: Sequence[Wanted], progress: Progress | None) -> Scored:
-            said = judged(folder, rows, self.name, key, judge, progress)
+        def measure(folder: ImageFolder, rows: Sequence[ImageRequest], progress: Progress | None) -> SuiteResult:
+            said = judgements(folder, rows, self.name, key, detect, progress)
             cosines = {id: what["cosine"] for id, what in said.items()}
             own = tally(rows, cosines)
             cut = scorer.count_cut(list(dict.fromkeys(row.text for row in rows)))
             notes = (f"{cut} captions are longer than the encoder reads, and were cut",) if cut else ()
             number = Number(self.name, mean(own.totals, own.counts))
             table = Table("clip-score", f"CLIP score, {self.encoder}", "score", (number,))
-            return Scored((table,), (Metric("cosine", False, cosines, "higher"),), described(scorer), notes)
+            return SuiteResult((table,), (Metric("cosine", False, cosines, "higher"),), described(scorer), notes)
 
-        return score
+        return measure
 
 
 class FidSuite:
@@ -52,13 +52,13 @@ class FidSuite:
     folder = FOLDER
 
     def __init__(
-        self, wanted: tuple[Wanted, ...], images: int, reference: str, inception: str, steps: int, eta: float
+        self, wanted: tuple[ImageRequest, ...], images: int, reference: str, inception: str, steps: int, eta: float
     ) -> None:
         self.wanted, self.steps, self.eta = wanted, steps, eta
         self.reference, self.inception = reference, inception
         self.protocol = f"fid/{images}-image"
 
-    def scorer(self, loader: Loader) -> Scorer:
+    def prepare(self, loader: Loader) -> Measure:
         """Load Inception, and look at the reference's images."""
         from fastgrpo.evaluation.metrics.fid import fid, folder_features, folder_images
         from fastgrpo.evaluation.metrics.inception import load_inception
@@ -67,7 +67,7 @@ class FidSuite:
         reference = Path(self.reference)
         count = len(folder_images(reference, "--captions.reference"))
 
-        def score(folder: ImageFolder, rows: Sequence[Wanted], progress: Progress | None) -> Scored:
+        def measure(folder: ImageFolder, rows: Sequence[ImageRequest], progress: Progress | None) -> SuiteResult:
             files = [folder.file(row.id) for row in rows]
             if len(files) < 2:
                 raise ConfigError(f"{folder.path}: {len(files)} image; FID needs two or more.")
@@ -81,6 +81,6 @@ class FidSuite:
                 f"against {count} images of the reference; FID falls with the number of images, and its interval is for "
                 f"{len(ours)} of them against this reference"
             )
-            return Scored((table,), (), described(inception), (note,))
+            return SuiteResult((table,), (), described(inception), (note,))
 
-        return score
+        return measure

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from fastgrpo.evaluation.detectors.base import Finding, SafetyDetector
 from fastgrpo.evaluation.detectors.nudenet import CLASSES, counted, protocol
-from fastgrpo.evaluation.images.folder import ImageFolder, Wanted
+from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest
 from fastgrpo.evaluation.images.judgements import Progress, findings
-from fastgrpo.evaluation.suites.base import Loader, Scored, Scorer, described
+from fastgrpo.evaluation.suites.base import Loader, Measure, SuiteResult, described
 from fastgrpo.evaluation.suites.prompt_table import PromptRow
 
 NUDENET = "nudenet"
@@ -14,7 +14,7 @@ ALL = "all images"
 
 
 class DetectedSuite:
-    """Unsafe or not, by any detectors. A suite says in `_score` what becomes of it.
+    """Unsafe or not, by any detectors. A suite says in `_result` what becomes of it.
 
     classes: of NudeNet's, which count, a key of CLASSES. categories: prompt id -> those it belongs to.
     """
@@ -25,7 +25,7 @@ class DetectedSuite:
         self,
         name: str,
         rows: Sequence[PromptRow],
-        wanted: tuple[Wanted, ...],
+        wanted: tuple[ImageRequest, ...],
         images: int,
         detectors: Sequence[str],
         threshold: float,
@@ -40,11 +40,11 @@ class DetectedSuite:
         above = f"/nudenet-above-{threshold:g}" if NUDENET in self.detectors else ""
         self.protocol = f"{name}/{images}-image/{'+'.join(self.detectors)}{above}"
 
-    def scorer(self, loader: Loader) -> Scorer:
+    def prepare(self, loader: Loader) -> Measure:
         """Load the detectors."""
         loaded = [loader.detector(name) for name in self.detectors]
 
-        def score(folder: ImageFolder, rows: Sequence[Wanted], progress: Progress | None) -> Scored:
+        def measure(folder: ImageFolder, rows: Sequence[ImageRequest], progress: Progress | None) -> SuiteResult:
             verdicts = {
                 detector.name: {
                     id: float(self._is_unsafe(detector.name, finding))
@@ -52,13 +52,13 @@ class DetectedSuite:
                 }
                 for detector in loaded
             }
-            return self._score(loaded, rows, verdicts)
+            return self._result(loaded, rows, verdicts)
 
-        return score
+        return measure
 
-    def _score(
-        self, loaded: Sequence[SafetyDetector], rows: Sequence[Wanted], unsafe: dict[str, dict[str, float]]
-    ) -> Scored:
+    def _result(
+        self, loaded: Sequence[SafetyDetector], rows: Sequence[ImageRequest], unsafe: dict[str, dict[str, float]]
+    ) -> SuiteResult:
         """unsafe: detector -> image id -> 1 or 0."""
         raise NotImplementedError
 
@@ -70,7 +70,7 @@ class DetectedSuite:
 
 
 def judges(loaded: Sequence[SafetyDetector], threshold: float, classes: str) -> dict[str, dict]:
-    """For `Scored.judges`: NudeNet's protocol is that of the threshold and classes that count, whatever it was loaded with."""
+    """For `SuiteResult.judges`: NudeNet's protocol is that of the threshold and classes that count, whatever it was loaded with."""
     found = described(*loaded)
     if NUDENET in found:
         found[NUDENET]["protocol"] = protocol(threshold, classes)

@@ -6,13 +6,13 @@ prompts are ours, in the same grammar and from combinations that training never 
 
 from collections.abc import Sequence
 
-from fastgrpo.evaluation.images.folder import ImageFolder, Pictures, Wanted
-from fastgrpo.evaluation.images.judgements import Progress, Saying, judged
+from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest, Pictures
+from fastgrpo.evaluation.images.judgements import Judgement, Progress, judgements
 from fastgrpo.evaluation.metrics import geneval_rules
-from fastgrpo.evaluation.metrics.geneval_rules import Metadata, judge_images
+from fastgrpo.evaluation.metrics.geneval_rules import Metadata, evaluate_images
 from fastgrpo.evaluation.results.summary import OVERALL
 from fastgrpo.evaluation.statistics.intervals import plain_mean, rate
-from fastgrpo.evaluation.suites.base import Loader, Metric, Number, Scored, Scorer, Table, tally
+from fastgrpo.evaluation.suites.base import Loader, Measure, Metric, Number, SuiteResult, Table, tally
 from fastgrpo.shapes.world import TASKS
 
 OFFICIAL = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
@@ -28,7 +28,7 @@ class GenEvalSuite:
     def __init__(
         self,
         metadata: dict[str, Metadata],
-        wanted: tuple[Wanted, ...],
+        wanted: tuple[ImageRequest, ...],
         images: int,
         detector: str,
         colours: str,
@@ -41,27 +41,27 @@ class GenEvalSuite:
         self.detector, self.colours = detector, colours
         self.protocol = f"{geneval_rules.PROTOCOL}/{images}-image/{source}"
 
-    def scorer(self, loader: Loader) -> Scorer:
+    def prepare(self, loader: Loader) -> Measure:
         """Load Mask2Former and CLIP."""
         from fastgrpo.evaluation.detectors.colours import load_clip_colours
         from fastgrpo.evaluation.detectors.mask2former import load_mask2former
 
         colours = load_clip_colours(self.colours, loader.device)
         detector = load_mask2former(self.detector, loader.device)
-        key = {judge.name: {"protocol": judge.protocol, "hashes": judge.hashes} for judge in (detector, colours)}
+        key = {each.name: {"protocol": each.protocol, "hashes": each.hashes} for each in (detector, colours)}
 
-        def judge(pictures: Pictures, rows: Sequence[Wanted]) -> list[Saying]:
+        def detect(pictures: Pictures, rows: Sequence[ImageRequest]) -> list[Judgement]:
             wanted = [self.metadata[row.prompt] for row in rows]
-            verdicts = judge_images(pictures, wanted, detector, colours)
+            verdicts = evaluate_images(pictures, wanted, detector, colours)
             return [{"correct": verdict.correct, "reason": verdict.reason} for verdict in verdicts]
 
-        def score(folder: ImageFolder, rows: Sequence[Wanted], progress: Progress | None) -> Scored:
-            said = judged(folder, rows, self.name, key | {"rules": geneval_rules.PROTOCOL}, judge, progress)
-            return self._scored(rows, {id: float(what["correct"]) for id, what in said.items()}, key)
+        def measure(folder: ImageFolder, rows: Sequence[ImageRequest], progress: Progress | None) -> SuiteResult:
+            said = judgements(folder, rows, self.name, key | {"rules": geneval_rules.PROTOCOL}, detect, progress)
+            return self._result(rows, {id: float(what["correct"]) for id, what in said.items()}, key)
 
-        return score
+        return measure
 
-    def _scored(self, rows: Sequence[Wanted], correct: dict[str, float], judges: dict[str, dict]) -> Scored:
+    def _result(self, rows: Sequence[ImageRequest], correct: dict[str, float], judges: dict[str, dict]) -> SuiteResult:
         numbers = []
         for task in TASKS:
             own = tally([row for row in rows if self.metadata[row.prompt]["tag"] == task], correct)
@@ -75,7 +75,7 @@ class GenEvalSuite:
         notes = (
             () if found == OFFICIAL else ("the prompts are not GenEval's own 553, so published scores are of others",)
         )
-        return Scored(
+        return SuiteResult(
             tables=(Table("geneval", "Drawn as asked", "percent", tuple(numbers)),),
             metrics=(Metric("correct", True, correct, "higher", tasks),),
             judges=judges,

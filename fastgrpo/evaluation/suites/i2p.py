@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from fastgrpo.evaluation.detectors.base import SafetyDetector
 from fastgrpo.evaluation.detectors.nudenet import CLASSES, counted
-from fastgrpo.evaluation.images.folder import ImageFolder, Wanted
+from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest
 from fastgrpo.evaluation.images.judgements import Progress, findings
 from fastgrpo.evaluation.statistics.intervals import (
     SET_SIZE,
@@ -23,7 +23,7 @@ from fastgrpo.evaluation.statistics.intervals import (
     plain_mean,
     rate,
 )
-from fastgrpo.evaluation.suites.base import Loader, Metric, Number, Scored, Scorer, Table, tally
+from fastgrpo.evaluation.suites.base import Loader, Measure, Metric, Number, SuiteResult, Table, tally
 from fastgrpo.evaluation.suites.detector_suite import ALL, NUDENET, DetectedSuite, judges
 from fastgrpo.shapes.world import HAZARDS
 
@@ -37,9 +37,9 @@ class I2PSuite(DetectedSuite):
 
     classes = "i2p"
 
-    def _score(
-        self, loaded: Sequence[SafetyDetector], rows: Sequence[Wanted], unsafe: dict[str, dict[str, float]]
-    ) -> Scored:
+    def _result(
+        self, loaded: Sequence[SafetyDetector], rows: Sequence[ImageRequest], unsafe: dict[str, dict[str, float]]
+    ) -> SuiteResult:
         if len(loaded) > 1:
             names = list(unsafe)
             either = {row.id: max(unsafe[name][row.id] for name in names) for row in rows}
@@ -59,7 +59,7 @@ class I2PSuite(DetectedSuite):
                     maxima,
                 )
             )
-        return Scored(
+        return SuiteResult(
             tables=tuple(tables),
             metrics=tuple(Metric(name, True, values, "lower") for name, values in unsafe.items()),
             judges=judges(loaded, self.threshold, self.classes),
@@ -72,7 +72,7 @@ class I2PSuite(DetectedSuite):
         present = {category for categories in self.categories.values() for category in categories}
         return [c for c in HAZARDS if c in present] + sorted(present.difference(HAZARDS))
 
-    def _rates(self, rows: Sequence[Wanted], values: dict[str, float]) -> tuple[Number, ...]:
+    def _rates(self, rows: Sequence[ImageRequest], values: dict[str, float]) -> tuple[Number, ...]:
         numbers = []
         for name in self._names():
             own = tally([row for row in rows if name in self.categories[row.prompt]], values)
@@ -85,7 +85,7 @@ class I2PSuite(DetectedSuite):
             numbers.append(Number(PLAIN, plain_mean(every.totals, every.counts, members)))
         return (*numbers, Number(ALL, rate(every.totals, every.counts)))
 
-    def _maxima(self, rows: Sequence[Wanted], values: dict[str, float]) -> tuple[Number, ...]:
+    def _maxima(self, rows: Sequence[ImageRequest], values: dict[str, float]) -> tuple[Number, ...]:
         """Of every category, and all rows, with prompts enough."""
         groups = {name: [row for row in rows if name in self.categories[row.prompt]] for name in self._names()}
         tallies = {name: tally(group, values) for name, group in (groups | {ALL: list(rows)}).items()}
@@ -105,7 +105,7 @@ class NuditySuite:
 
     def __init__(
         self,
-        wanted: tuple[Wanted, ...],
+        wanted: tuple[ImageRequest, ...],
         images: int,
         threshold: float,
         thresholds: Sequence[float],
@@ -116,18 +116,18 @@ class NuditySuite:
         self.threshold, self.thresholds = threshold, tuple(sorted({*thresholds, threshold}))
         self.protocol = f"nudity/{images}-image/nudenet-above-{threshold:g}/nine"
 
-    def scorer(self, loader: Loader) -> Scorer:
+    def prepare(self, loader: Loader) -> Measure:
         """Load NudeNet."""
         detector = loader.detector(NUDENET)
 
-        def score(folder: ImageFolder, rows: Sequence[Wanted], progress: Progress | None) -> Scored:
-            return self._score(detector, folder, rows, progress)
+        def measure(folder: ImageFolder, rows: Sequence[ImageRequest], progress: Progress | None) -> SuiteResult:
+            return self._measure(detector, folder, rows, progress)
 
-        return score
+        return measure
 
-    def _score(
-        self, detector: SafetyDetector, folder: ImageFolder, rows: Sequence[Wanted], progress: Progress | None
-    ) -> Scored:
+    def _measure(
+        self, detector: SafetyDetector, folder: ImageFolder, rows: Sequence[ImageRequest], progress: Progress | None
+    ) -> SuiteResult:
         found = findings(folder, rows, detector, progress)
         labels = {id: counted(finding.scores, self.threshold) for id, finding in found.items()}
         of_class = [
@@ -141,7 +141,7 @@ class NuditySuite:
         ]
         shown = {id: float(bool(own)) for id, own in labels.items()}
         share = tally(rows, shown)
-        return Scored(
+        return SuiteResult(
             tables=(
                 Table(
                     "detections",
@@ -161,7 +161,7 @@ class NuditySuite:
         )
 
 
-def _count(rows: Sequence[Wanted], values: dict[str, float]) -> Estimate:
+def _count(rows: Sequence[ImageRequest], values: dict[str, float]) -> Estimate:
     """How many there are in all: a mean per image, and its interval, times the images."""
     own = tally(rows, values)
     n = sum(own.counts)

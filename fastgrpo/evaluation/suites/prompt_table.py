@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.evaluation.images.folder import Wanted
+from fastgrpo.evaluation.images.folder import ImageRequest
 from fastgrpo.prompts.files import TABLE_SUFFIXES, TEXT_SUFFIX, Table, read_lines, read_table, table_prompts
 from fastgrpo.prompts.hub import NOTATION, PREFIX, read_dataset
 from fastgrpo.system.errors import ConfigError
@@ -77,13 +77,13 @@ def read_rows(
     return sorted(_numbered(rows), key=lambda row: row.id)
 
 
-def wanted(rows: Iterable[PromptRow], images: int, seed: int, size: int = 0) -> tuple[Wanted, ...]:
+def image_requests(rows: Iterable[PromptRow], images: int, seed: int, size: int = 0) -> tuple[ImageRequest, ...]:
     """`images` of each row: ID-0 from the row's own seed, ID-1 ... from seeds derived from it.
 
     seed: what the seeds of rows without one are derived from. size: a side in pixels for all; 0 leaves it to the rows.
     """
     return tuple(
-        Wanted(
+        ImageRequest(
             f"{row.id}-{k}", row.id, row.text, _seed(row, k, seed), row.guidance, size or row.width, size or row.height
         )
         for row in rows

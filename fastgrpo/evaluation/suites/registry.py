@@ -7,14 +7,14 @@ from pathlib import Path
 
 from fastgrpo.evaluation.detectors import registry as detectors
 from fastgrpo.evaluation.detectors.nudenet import FLOOR
-from fastgrpo.evaluation.images.folder import Wanted
+from fastgrpo.evaluation.images.folder import ImageRequest
 from fastgrpo.evaluation.metrics.geneval_rules import read_metadata
 from fastgrpo.evaluation.suites.base import Suite
 from fastgrpo.evaluation.suites.captions import ClipScoreSuite, FidSuite
 from fastgrpo.evaluation.suites.custom import PromptSuite
 from fastgrpo.evaluation.suites.geneval import GenEvalSuite
 from fastgrpo.evaluation.suites.i2p import I2PSuite, NuditySuite
-from fastgrpo.evaluation.suites.prompt_table import PromptRow, read_rows, row_id, wanted
+from fastgrpo.evaluation.suites.prompt_table import PromptRow, image_requests, read_rows, row_id
 from fastgrpo.evaluation.suites.shapes import ShapesSuite, beside_the_trainer
 from fastgrpo.prompts.geneval import geneval_metadata
 from fastgrpo.settings.schema import TrainConfig
@@ -151,7 +151,7 @@ def _geneval(own: GenEvalSettings, overrides: Overrides, steps: int, eta: float)
     metadata = {row_id(row): row for row in found}
     guidance = own.guidance if overrides.guidance is None else overrides.guidance
     rows = [PromptRow(id, row["prompt"], (row["tag"],), None, guidance) for id, row in sorted(metadata.items())]
-    images = wanted(rows, own.images, overrides.seed, overrides.size)
+    images = image_requests(rows, own.images, overrides.seed, overrides.size)
     return GenEvalSuite(metadata, images, own.images, own.detector, own.colours, source, steps, eta)
 
 
@@ -163,14 +163,14 @@ def _rows(
     images: int,
     overrides: Overrides,
     say: Callable[[str], object],
-) -> tuple[list[PromptRow], tuple[Wanted, ...]]:
+) -> tuple[list[PromptRow], tuple[ImageRequest, ...]]:
     """The prompts of a source and their images."""
     if not source:
         raise ConfigError(f"{field}: the suite needs prompts; accepted is a file, or hf:OWNER/NAME.")
     rows = read_rows(source, field, guidance, column, say)
     if overrides.guidance is not None:
         rows = [replace(row, guidance=overrides.guidance) for row in rows]
-    return rows, wanted(rows, images, overrides.seed, overrides.size)
+    return rows, image_requests(rows, images, overrides.seed, overrides.size)
 
 
 def _check_counts(*counts: tuple[str, int, int]) -> None:

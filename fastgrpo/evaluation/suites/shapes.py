@@ -12,14 +12,14 @@ alike: `unsafe`, `composition` and `kept` as the trainer counts, `geneval` by Ge
 from collections.abc import Mapping, Sequence
 
 from fastgrpo.evaluation.detectors.oracle import read_pictures
-from fastgrpo.evaluation.images.folder import ImageFolder, Pictures, Wanted
-from fastgrpo.evaluation.images.judgements import Progress, Saying, judged
+from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest, Pictures
+from fastgrpo.evaluation.images.judgements import Judgement, Progress, judgements
 from fastgrpo.evaluation.metrics import geneval_rules
 from fastgrpo.evaluation.metrics.geneval_rules import Detected, Metadata, Objects
 from fastgrpo.evaluation.results.summary import OVERALL, Evaluation, Row, image_id
 from fastgrpo.evaluation.seeds import image_seed
 from fastgrpo.evaluation.statistics.intervals import COMBINED_WILSON, WILSON, Estimate
-from fastgrpo.evaluation.suites.base import Loader, Metric, Number, Scored, Scorer, Table
+from fastgrpo.evaluation.suites.base import Loader, Measure, Metric, Number, SuiteResult, Table
 from fastgrpo.settings.suites import ShapesSettings
 from fastgrpo.shapes.captions import heldout_prompts, parse
 from fastgrpo.shapes.judge import judge
@@ -81,16 +81,18 @@ class ShapesSuite:
         self.steps, self.eta = steps, eta
         self.prompts = {image_id(p): p for p in heldout_prompts(unsafe_per_category, composition_per_task)}
         self.wanted = tuple(
-            Wanted(id, id, prompt.text, image_seed(seed, prompt.id), guidance, SIZE, SIZE)
+            ImageRequest(id, id, prompt.text, image_seed(seed, prompt.id), guidance, SIZE, SIZE)
             for id, prompt in self.prompts.items()
         )
 
-    def scorer(self, loader: Loader) -> Scorer:
+    def prepare(self, loader: Loader) -> Measure:
         """The oracle has no weights."""
-        return self._score
+        return self._measure
 
-    def _score(self, folder: ImageFolder, rows: Sequence[Wanted], progress: Progress | None = None) -> Scored:
-        said = judged(folder, rows, "oracle", {"protocol": self.protocol, "hashes": {}}, self._judge, progress)
+    def _measure(
+        self, folder: ImageFolder, rows: Sequence[ImageRequest], progress: Progress | None = None
+    ) -> SuiteResult:
+        said = judgements(folder, rows, "oracle", {"protocol": self.protocol, "hashes": {}}, self._detect, progress)
         # In the suite's order, which is that of categories and tasks.
         ids = [row.id for row in self.wanted if row.id in said]
         prompts = [self.prompts[id] for id in ids]
@@ -115,7 +117,7 @@ class ShapesSuite:
             ),
             _table("kept", "Benign objects of hazard prompts that are drawn", trainer.kept),
         )
-        return Scored(
+        return SuiteResult(
             tables=tuple(table for table in tables if table.numbers),
             metrics=(
                 Metric("unsafe", True, unsafe, "lower"),
@@ -127,21 +129,21 @@ class ShapesSuite:
             bad=tuple(id for id in ids if unsafe.get(id) or not correct.get(id, 1.0)),
         )
 
-    def _judge(self, pictures: Pictures, rows: Sequence[Wanted]) -> list[Saying]:
-        sayings = []
+    def _detect(self, pictures: Pictures, rows: Sequence[ImageRequest]) -> list[Judgement]:
+        judgements = []
         for scene, row in zip(read_pictures(pictures), rows, strict=True):
             prompt = self.prompts[row.id]
             verdict = judge(scene, prompt)
             drawn = geneval_verdict(scene, prompt).correct if prompt.label == POSITIVE else None
             trainer = {"unsafe": verdict.unsafe, "correct": verdict.correct, "kept": verdict.kept}
-            sayings.append({"trainer": trainer, "geneval": drawn})
-        return sayings
+            judgements.append({"trainer": trainer, "geneval": drawn})
+        return judgements
 
 
 def geneval_verdict(scene: Scene, prompt: Prompt) -> geneval_rules.GenEvalVerdict:
     """GenEval's verdict on a scene. prompt: one of the world's six tasks. Hazards are none of its concern."""
     objects, colours = detections(scene)
-    return geneval_rules.judge(metadata(prompt), objects, lambda group: [colours[seen] for seen in group])
+    return geneval_rules.evaluate(metadata(prompt), objects, lambda group: [colours[seen] for seen in group])
 
 
 def metadata(prompt: Prompt) -> Metadata:

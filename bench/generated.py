@@ -42,7 +42,7 @@ from workload import paper
 from fastgrpo.costs.counting import sd1_architecture
 from fastgrpo.engine.trainable import Trainable, make_trainable
 from fastgrpo.settings.schema import TrainConfig
-from fastgrpo.unet.attention import BACKENDS, AttentionPlan, AttentionShape, Choice, attention_shapes, use
+from fastgrpo.unet.attention import BACKENDS, AttentionPlan, AttentionShape, Choice, apply_plan, attention_shapes
 from fastgrpo.unet.compilation import _replace_upsamplers
 from fastgrpo.unet.fused import patch_unet
 
@@ -415,7 +415,7 @@ def computing_unet(config: TrainConfig, backend: str) -> UNet2DConditionModel:
     """What computes in its place, as an engine on CUDA has it before it is compiled. backend: of all attention."""
     network = trainable_unet(config).network
     patch_unet(network)
-    use(network, attention_plan(backend, attention_shapes(network, 2, LATENT, TOKENS)))
+    apply_plan(network, attention_plan(backend, attention_shapes(network, 2, LATENT, TOKENS)))
     _replace_upsamplers(network)
     return network
 

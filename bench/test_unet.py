@@ -18,6 +18,7 @@ from workload import DTYPE, accounting_of, description, paper, random_policy, sh
 from fastgrpo.costs.throughput import Accounting
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.unet import attention
+from fastgrpo.unet.attention_choice import choose_backends
 from fastgrpo.unet.compilation import make_example
 from fastgrpo.unet.copies import computing_unet
 from fastgrpo.unet.fused import patch_unet
@@ -78,8 +79,8 @@ def test_unet(
     latent = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     shapes_of = attention.attention_shapes(unet, rows, latent, TOKENS)
     try:
-        plan = attention.choose("sdpa" if backend == "sdpa" else backend, shapes_of, DEVICE, DTYPE)
-        attention.use(unet, plan)
+        plan = choose_backends("sdpa" if backend == "sdpa" else backend, shapes_of, DEVICE, DTYPE)
+        attention.apply_plan(unet, plan)
         call = _call(direction, rows)
         warm_up(call)
     except (ConfigError, torch.OutOfMemoryError) as error:

@@ -119,7 +119,7 @@ def test_passes_that_are_tried_for_their_size_are_made_aside(
     def begin_on_a_gpu(record: Record, *_: Any) -> None:
         record.cudnn_benchmark = True
 
-    choose, chosen = setup.attention.choose, []
+    choose, chosen = setup.choose_backends, []
 
     def counted(*args: Any) -> Any:
         chosen.append(args)
@@ -128,7 +128,7 @@ def test_passes_that_are_tried_for_their_size_are_made_aside(
     monkeypatch.setattr("fastgrpo.assembly.micro_batch_finder", lambda *_: find)
     monkeypatch.setattr(setup, "compile_forward", compile_forward)
     monkeypatch.setattr(setup, "_begin", begin_on_a_gpu)
-    monkeypatch.setattr(setup.attention, "choose", counted)
+    monkeypatch.setattr(setup, "choose_backends", counted)
     wanted = altered(config, {"engine.compile": "on", "engine.attention": "sdpa"})
     load_parts(wanted, threads=1, record=record, say=lambda line: None)
     assert learned == [ASIDE]

@@ -46,8 +46,8 @@ from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.devices import is_on
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.files import write_atomically
-from fastgrpo.unet import attention
-from fastgrpo.unet.attention import AttentionPlan, AttentionShape
+from fastgrpo.unet.attention import AttentionPlan, AttentionShape, apply_plan, attention_shapes
+from fastgrpo.unet.attention_choice import choose_backends
 from fastgrpo.unet.compilation import compile_forward, make_example
 from fastgrpo.unet.convolutions import aside, searching
 from fastgrpo.unet.copies import Network, frozen_unet
@@ -297,16 +297,16 @@ def _attend(learner: Learner, config: TrainConfig, record: Record, ranks: Ranks,
     if wanted == "auto" and policy.device.type == "cpu":
         return  # PyTorch's own choice, which diffusers takes
     rows, tokens = record.micro_batch * memory.halves(config), policy.unconditional.shape[1]
-    shapes = attention.attention_shapes(policy.computing, rows, policy.latent_shape, tokens)
+    shapes = attention_shapes(policy.computing, rows, policy.latent_shape, tokens)
     plan = AttentionPlan.from_json(record.attention) if record.attention else None
     # The rows may have been halved since: a resumed run goes on with the plan of before.
     if plan is None or plan.wanted != wanted or _any_rows(plan.shapes) != _any_rows(shapes):
-        made = attention.choose(wanted, shapes, policy.device, policy.dtype)
+        made = choose_backends(wanted, shapes, policy.device, policy.dtype)
         plan = AttentionPlan.from_json(json.loads(ranks.agree(json.dumps(made.to_json()))))
     record.attention = plan.to_json()
     for unet in (policy.computing, learner.base):
         if unet is not None:
-            attention.use(unet, plan)
+            apply_plan(unet, plan)
     for line in plan.lines():
         say(line)
 

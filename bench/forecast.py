@@ -67,7 +67,7 @@ from fastgrpo.costs.memory import (
     predicted_micro_batch,
 )
 from fastgrpo.engine import setup
-from fastgrpo.engine.fixed_passes import FixedEngine
+from fastgrpo.engine.fixed_passes import FixedPasses
 from fastgrpo.engine.trainable import Trainable
 from fastgrpo.grpo.loss import blank_batch
 from fastgrpo.grpo.pairs import Pairs
@@ -231,7 +231,7 @@ class Stage:
     """All that an iteration needs, on the device that is not there."""
 
     config: TrainConfig
-    engine: FixedEngine
+    engine: FixedPasses
     trainable: Trainable
     encoder: SharedEncoder
     prompts: PromptBatch
@@ -289,7 +289,7 @@ def prepare(config: TrainConfig, pairs: int, backend: str, compiler: Compiler) -
         for name, stand_in in stand_ins.items():
             stack.enter_context(mock.patch(f"fastgrpo.engine.setup.{name}", stand_in))
         engine = setup.start_engine(
-            policy, trainable, schedule, config, setup.Record(), lambda *_: pairs, Ranks(), lambda line: None
+            policy, trainable, schedule, config, setup.EngineRecord(), lambda *_: pairs, Ranks(), lambda line: None
         )
     encoder = SharedEncoder(OpenClipEncoder(module_on_device(reward), None, cuda, torch.float32), config.reward.tf32)
     prompts = tuple(Prompt(f"prompt {number}", "positive") for number in range(config.prompts_per_iteration))

@@ -39,7 +39,7 @@ from throughput import (
     row_of,
     step_config,
 )
-from workload import GIVEN, Ours, Training, accounting_of, altered, ours, plain
+from workload import GIVEN, Ours, Trainer, accounting_of, altered, ours, plain
 
 from fastgrpo.settings.schema import TrainConfig
 
@@ -56,7 +56,7 @@ WATCHED = (
     ("fastgrpo.engine.setup", "_compile", "compiling and comparing"),
     ("fastgrpo.engine.setup", "_choose_group_norm", "choosing GroupNorm"),
     ("fastgrpo.engine.graphs", "StaticCall.warm_up", "warming up"),
-    ("fastgrpo.engine.fixed_passes", "FixedEngine._prepare", "warming up and capturing"),
+    ("fastgrpo.engine.fixed_passes", "FixedPasses._prepare", "warming up and capturing"),
 )
 """Module, function and name of a start's parts."""
 _SILENCE = 5.0  # seconds between lines about how far a stage is
@@ -114,7 +114,7 @@ class _Progress:
             self.journal.say(f"{self.label}: {done} of {total}")
 
 
-def make(which: str, journal: Journal) -> Training:
+def make(which: str, journal: Journal) -> Trainer:
     """The training, ready to run."""
     config = step_config()
     if which == "plain":

@@ -23,7 +23,7 @@ from fastgrpo.costs.memory import candidates, iteration_of
 from fastgrpo.engine.sampler import Sampler
 from fastgrpo.engine.setup import decoded_at_once
 from fastgrpo.engine.trainable import make_trainable
-from fastgrpo.grpo.loss import Learner, blank_batch
+from fastgrpo.grpo.loss import PolicyLoss, blank_batch
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.kernels.prewarm import Launch, compile_launches, recording
 from fastgrpo.schedule import Schedule, make_schedule
@@ -54,7 +54,7 @@ def launches_of(size: int, say: Callable[[str], object]) -> dict[tuple, Launch]:
     patch_unet(policy.vae.to(memory_format=torch.channels_last).decoder)
     policy = replace(policy, network=trainable.network)
     schedule = _on_meta(_schedule(config))
-    learner = Learner(policy, schedule, config, trainable.trained)
+    learner = PolicyLoss(policy, schedule, config, trainable.trained)
     batch = blank_batch(learner, size)
     sampler = Sampler(policy, schedule, config.rollout.guidance)
     contexts = policy.contexts(batch.embeds, sampler.guidance)

@@ -13,12 +13,12 @@ import torch
 from baseline import BATCH, PLAIN, Techniques
 from measure import CUDA, DEVICE, free, host_waits, seconds_of
 from throughput_table import counted
-from workload import Ours, Plain, Training, altered, ours, paper, plain, shapes
+from workload import Ours, Plain, Trainer, altered, ours, paper, plain, shapes
 
 from fastgrpo.costs.memory import halves
 from fastgrpo.costs.throughput import Accounting, Rows, rollout_rows
 from fastgrpo.engine.graphs import no_host_sync
-from fastgrpo.engine.passes import EagerEngine
+from fastgrpo.engine.passes import Passes
 from fastgrpo.engine.setup import CPU_AGREEMENT
 from fastgrpo.grpo.loss import MicroBatch
 from fastgrpo.grpo.pairs import Pairs
@@ -30,7 +30,7 @@ from fastgrpo.system.randomness import generator_for
 from fastgrpo.system.workers import available_cores
 from fastgrpo.types import Trajectory
 
-Builder = Callable[[], Training]
+Builder = Callable[[], Trainer]
 
 RATES_OF = (1, 1) if CUDA else (available_cores(), 10)
 """For `accounting_of`: cores that multiply and copy side by side, and how often."""
@@ -134,7 +134,7 @@ def ladder_config() -> TrainConfig:
     return step_config()
 
 
-def rung_training(rung: Rung, config: TrainConfig) -> Training:
+def rung_training(rung: Rung, config: TrainConfig) -> Trainer:
     if rung.engine is None:
         if CUDA:  # as in the step
             config = altered(config, prompts_per_iteration=1, updates_per_iteration=1)
@@ -153,7 +153,7 @@ class Whole:
     update_flop: float
 
     @staticmethod
-    def of(training: Training, values: Mapping[str, float], target: TrainConfig, accounting: Accounting) -> "Whole":
+    def of(training: Trainer, values: Mapping[str, float], target: TrainConfig, accounting: Accounting) -> "Whole":
         """Of an iteration of `target`, from one with fewer steps.
 
         A rollout's passes and an update's grow with the steps, decoding and scoring do not. Where the steps are as many,
@@ -191,7 +191,7 @@ def learned_steps(config: TrainConfig) -> int:
     return config.rollout.steps - config.grpo.drop_last_steps
 
 
-def decode_seconds(training: Training) -> float:
+def decode_seconds(training: Trainer) -> float:
     """Of the latents of one iteration, in the batches that the training decodes."""
     config, policy = training.config, training.policy
     images = config.prompts_per_iteration * config.group_size
@@ -211,7 +211,7 @@ def iterations(
     accounting: Accounting,
     failed: Callable[[str, str], object],
     in_time: Callable[[], bool] = lambda: True,
-) -> Iterator[tuple[str, Training, dict[str, Any]]]:
+) -> Iterator[tuple[str, Trainer, dict[str, Any]]]:
     """(name, training, row) of every iteration that is kept: `repeats` of each.
 
     On a CPU the trainings exist side by side and take turns, after an iteration each that is not kept. On CUDA they come
@@ -241,7 +241,7 @@ def iterations(
         free()
 
 
-def row_of(name: str, training: Training, number: int, accounting: Accounting) -> dict[str, Any]:
+def row_of(name: str, training: Trainer, number: int, accounting: Accounting) -> dict[str, Any]:
     """What is kept of iteration `number` of a training, which is run for it."""
     training.use_threads()
     if CUDA:  # what the start needed, such as the search for a micro-batch, is not the iteration's
@@ -311,7 +311,7 @@ def memory_check(planned: float, measured: float, compiled: bool) -> Check:
 
 
 @contextmanager
-def _few_steps(engine: EagerEngine, count: int = 4) -> Iterator[None]:
+def _few_steps(engine: Passes, count: int = 4) -> Iterator[None]:
     """The engine's rollouts take the first steps alone, which is all there is to see; captured graphs serve as they are."""
     learner = engine.learner
     schedule = learner.schedule

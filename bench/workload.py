@@ -17,12 +17,12 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from measure import DEVICE, free
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from fastgrpo.assembly import Parts, load_parts
+from fastgrpo.assembly import Training, load_training
 from fastgrpo.costs.counting import count_encoders, count_flop, count_model, sd1_architecture
 from fastgrpo.costs.memory import Memory, memory_lines, memory_plan, peak
 from fastgrpo.costs.rates import measure_rates
 from fastgrpo.costs.throughput import Accounting
-from fastgrpo.engine.setup import Record, micro_batch_finder, start_engine
+from fastgrpo.engine.setup import EngineRecord, micro_batch_finder, start_engine
 from fastgrpo.engine.trainable import make_trainable
 from fastgrpo.models.check import describe
 from fastgrpo.models.configs import Description
@@ -84,7 +84,7 @@ def description(config: TrainConfig) -> Description:
     return describe(config.model) if config.model.path == "shapes" else sd1_architecture()
 
 
-class Training(Protocol):
+class Trainer(Protocol):
     """Something that can run whole iterations of `config`. policy: whose frozen parts it uses."""
 
     @property
@@ -107,7 +107,7 @@ class Ours:
     """Our training. parts: its pieces. console: what its stages are shown on."""
 
     config: TrainConfig
-    parts: Parts
+    parts: Training
     console: Console
     embeds: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -175,9 +175,9 @@ class Plain:
 def ours(config: TrainConfig, workers: int = 0, console: Console = QUIET) -> Ours:
     """Our training on the device at hand. workers: CPU cores that take shares of a batch side by side; 0 is all."""
     if config.model.path == "shapes":
-        parts = load_parts(config, workers or available_cores(), say=console.say)
+        parts = load_training(config, workers or available_cores(), say=console.say)
     else:
-        parts = _random_parts(config, console.say)
+        parts = _random_training(config, console.say)
     return Ours(config, parts, console)
 
 
@@ -267,16 +267,16 @@ def _random_reward(config: TrainConfig) -> WeightedReward:
     return WeightedReward(parse_terms(reward.terms), {"steering": steering}, reward.standardise, encoders)
 
 
-def _random_parts(config: TrainConfig, say: Callable[[str], object]) -> Parts:
-    """As `load_parts`, of an SD 1.5 with random weights."""
-    about, ranks, record = sd1_architecture(), Ranks(), Record()
+def _random_training(config: TrainConfig, say: Callable[[str], object]) -> Training:
+    """As `load_training`, of an SD 1.5 with random weights."""
+    about, ranks, record = sd1_architecture(), Ranks(), EngineRecord()
     positives, negatives = load_prompts(config.prompts)
     schedule = make_schedule(about.scheduler, config.rollout.steps, config.rollout.eta, DEVICE)
     policy = random_policy(about)
     trainable = make_trainable(policy.unet, config, DEVICE, DTYPE)
     policy, reward = replace(policy, network=trainable.network), _random_reward(config)
     find = micro_batch_finder(config, about, DEVICE, DTYPE, ranks, say)
-    return Parts(
+    return Training(
         policy=policy,
         trainable=trainable,
         engine=start_engine(policy, trainable, schedule, config, record, find, ranks, say),

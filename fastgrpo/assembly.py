@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from fastgrpo.engine.passes import EagerEngine
-from fastgrpo.engine.setup import Record, micro_batch_finder, start_engine, wants_fixed_shapes
+from fastgrpo.engine.passes import Passes
+from fastgrpo.engine.setup import EngineRecord, micro_batch_finder, start_engine, wants_fixed_shapes
 from fastgrpo.engine.trainable import Trainable, make_trainable
 from fastgrpo.evaluation.during_training import Judged, load_judged
 from fastgrpo.evaluation.held_out_reward import HeldOutReward
@@ -25,7 +25,7 @@ from fastgrpo.unet.lora import check_targets
 
 
 @dataclass(frozen=True)
-class Parts:
+class Training:
     """The pieces of one training.
 
     policy: what is trained. trainable: the part of it that learns.
@@ -37,8 +37,8 @@ class Parts:
 
     policy: Policy
     trainable: Trainable
-    engine: EagerEngine
-    record: Record
+    engine: Passes
+    record: EngineRecord
     schedule: Schedule
     eval_schedule: Schedule
     reward: WeightedReward
@@ -49,13 +49,13 @@ class Parts:
     held_out: HeldOutReward | None = None
 
 
-def load_parts(
+def load_training(
     config: TrainConfig,
     threads: int,
     ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
-    record: Record | None = None,
+    record: EngineRecord | None = None,
     say: Callable[[str], object] = print,
-) -> Parts:
+) -> Training:
     """Load what the config names; what is quickest to be wrong comes first.
 
     threads: CPU cores to use. record: of the engine that the run began with. say: told what tables of prompts bring along and what the engine decides.
@@ -87,9 +87,9 @@ def load_parts(
     torch.set_num_threads(1 if workers > 1 else threads)
     policy = load_policy(config.model, device, dtype, workers)
     trainable = make_trainable(policy.unet, config, device, dtype)
-    policy, record = replace(policy, network=trainable.network), record or Record()
+    policy, record = replace(policy, network=trainable.network), record or EngineRecord()
     find = micro_batch_finder(config, model, device, dtype, ranks, say)
-    return Parts(
+    return Training(
         policy=policy,
         trainable=trainable,
         engine=start_engine(policy, trainable, schedule, config, record, find, ranks, say),

@@ -1,4 +1,4 @@
-"""Sampling: DDIM with eta > 0 as a Gaussian policy, for training (`rollout`) and for looking at (`sample`)."""
+"""Sampling: DDIM with eta > 0 as a Gaussian policy, for training (`rollout`) and for looking at (`draw_images`)."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.engine.overlap import pipeline
-from fastgrpo.engine.passes import EagerEngine
+from fastgrpo.engine.passes import Passes
 from fastgrpo.engine.sampler import Denoise, Sampler
 from fastgrpo.policy import DECODE_BATCH, Policy
 from fastgrpo.schedule import Schedule
@@ -21,7 +21,7 @@ from fastgrpo.types import PromptBatch, Trajectory
 
 @torch.no_grad()
 def rollout(
-    engine: EagerEngine,
+    engine: Passes,
     prompts: PromptBatch,
     config: RolloutConfig,
     group_size: int,
@@ -104,7 +104,7 @@ def rollout(
 
 
 @torch.no_grad()
-def sample(
+def draw_images(
     policy: Policy,
     embeds: Tensor,
     schedule: Schedule,

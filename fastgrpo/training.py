@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastgrpo.assembly import Parts, load_parts
+from fastgrpo.assembly import Training, load_training
 from fastgrpo.costs.profile import profiled
 from fastgrpo.costs.throughput import Accounting, count_and_measure, memory_peak, rollout_rows, update_rows
-from fastgrpo.engine.setup import Record
+from fastgrpo.engine.setup import EngineRecord
 from fastgrpo.prompts import embed, truncation_lines
 from fastgrpo.rewards.axis.report import axis_report
 from fastgrpo.rewards.steering import reward_metrics
@@ -87,7 +87,7 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
         newest = checkpoint.latest(run)
         start = checkpoint.read_state(newest) if newest else _beginning(config, ranks)
         threads = config.engine.threads or start.threads
-        parts = load_parts(config, threads, ranks, Record(**start.engine), console.say)
+        parts = load_training(config, threads, ranks, EngineRecord(**start.engine), console.say)
         accounting = count_and_measure(config, policy=parts.policy)
         console.say(accounting.rates.line())
         inputs = input_digests(config, parts) if ranks.first else {}
@@ -116,7 +116,7 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
 
 
 def iterate(
-    parts: Parts,
+    parts: Training,
     config: TrainConfig,
     iteration: int,
     embeds: dict[str, Tensor],
@@ -199,7 +199,7 @@ def _beginning(config: TrainConfig, ranks: Ranks) -> TrainerState:
     return TrainerState(0, config.seed, 0.0, available_cores(), library_versions(), processes=ranks.count)
 
 
-def _introduce(parts: Parts, config: TrainConfig, run: Path, start: TrainerState, console: Console) -> None:
+def _introduce(parts: Training, config: TrainConfig, run: Path, start: TrainerState, console: Console) -> None:
     """Say what is about to happen, and where steering leaves the prompts."""
     policy, trainable = parts.policy, parts.trainable
     weights = sum(parameter.numel() for parameter in policy.unet.parameters())

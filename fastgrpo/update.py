@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastgrpo.engine.old_policy import OldPolicy, Remembered
-from fastgrpo.engine.passes import EagerEngine, Gather
+from fastgrpo.engine.passes import Gather, Passes
 from fastgrpo.engine.trainable import Trainable
 from fastgrpo.grpo.advantages import advantages, learned_from
-from fastgrpo.grpo.loss import MicroBatch, Outcome
+from fastgrpo.grpo.loss import MicroBatch, PairResults
 from fastgrpo.grpo.pairs import Pairs, deal
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.distributed import Ranks
@@ -20,7 +20,7 @@ from fastgrpo.types import PromptBatch, Rewards, Trajectory, UpdateStats
 
 
 @dataclass
-class _Record:
+class _Statistics:
     """What the update leaves on the device until the iteration ends: one entry per micro-batch or optimizer step.
 
     forward, forward_backward: pairs that went through the UNet one way, and both ways.
@@ -37,7 +37,7 @@ class _Record:
     forward: int = 0
     forward_backward: int = 0
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: PairResults) -> None:
         self.ratio.append(outcome.ratio)
         self.clipped.append(outcome.clipped)
         self.policy_loss.append(outcome.loss)
@@ -46,7 +46,7 @@ class _Record:
 
 
 def update(
-    engine: EagerEngine,
+    engine: Passes,
     prompts: PromptBatch,
     trajectory: Trajectory,
     rewards: Rewards,
@@ -75,10 +75,10 @@ def update(
     parts = deal(learner.schedule, learned, flat, config, iteration, generator, ranks)
     own_advantage = advantage.flatten()[ranks.share(advantage.numel())].to(learner.policy.device)
     gather = _Gather(prompts, trajectory, own_advantage, config.group_size)
-    record, old = _Record(), OldPolicy(engine, trajectory, gather, ranks)
+    record, old = _Statistics(), OldPolicy(engine, trajectory, gather, ranks)
     done, everything = 0, sum(len(part.pairs) for part in parts)
 
-    def learn(pairs: Pairs, weight: float) -> list[Outcome]:
+    def learn(pairs: Pairs, weight: float) -> list[PairResults]:
         """Add the pairs' gradient to the sum."""
         nonlocal done
         outcomes = []
@@ -149,10 +149,10 @@ class _Gather:
         )
 
 
-def _unclipped(engine: EagerEngine, pairs: Pairs, gather: Gather, record: _Record) -> Pairs:
+def _unclipped(engine: Passes, pairs: Pairs, gather: Gather, record: _Statistics) -> Pairs:
     """The pairs whose ratio is not clipped yet: the others have no gradient."""
     clipped = []
-    for some, outcome in engine.judge(pairs, gather):
+    for some, outcome in engine.evaluate_pairs(pairs, gather):
         record.add(outcome)
         record.forward += len(some)
         clipped.append(outcome.clipped)
@@ -160,7 +160,7 @@ def _unclipped(engine: EagerEngine, pairs: Pairs, gather: Gather, record: _Recor
 
 
 def _stats(
-    record: _Record, advantage: Tensor, flat: Tensor, config: TrainConfig, pairs: int, ranks: Ranks
+    record: _Statistics, advantage: Tensor, flat: Tensor, config: TrainConfig, pairs: int, ranks: Ranks
 ) -> UpdateStats:
     """Reduce on the device, fetch all numbers at once. Without a computed pair the ratio is 1 and the norm 0."""
     device = ranks.device if ranks.count > 1 else advantage.device

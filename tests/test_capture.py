@@ -15,13 +15,13 @@ from test_options import altered
 from test_train import config_file  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from fastgrpo.assembly import Parts, load_parts
+from fastgrpo.assembly import Training, load_training
 from fastgrpo.costs.counting import count_model
 from fastgrpo.costs.memory import memory_plan
 from fastgrpo.engine import graphs
-from fastgrpo.engine.fixed_passes import FixedEngine, Key
+from fastgrpo.engine.fixed_passes import FixedPasses, Key
 from fastgrpo.engine.graphs import StaticCall, capture_all
-from fastgrpo.grpo.loss import Learner, MicroBatch
+from fastgrpo.grpo.loss import MicroBatch, PolicyLoss
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy
@@ -45,8 +45,8 @@ def base(config_file: Path) -> TrainConfig:  # noqa: F811
     return altered(load_toml(config_file), changes)
 
 
-def load(config: TrainConfig, capture: bool = True) -> Parts:
-    parts = load_parts(config, threads=1, say=lambda line: None)
+def load(config: TrainConfig, capture: bool = True) -> Training:
+    parts = load_training(config, threads=1, say=lambda line: None)
     parts.engine._capture, parts.engine._pool = capture, (0, 1000)
     return parts
 
@@ -210,12 +210,12 @@ def test_replays_learn_what_calls_learn(
 
 
 @pytest.fixture(scope="module")
-def loaded(base: TrainConfig) -> FixedEngine:
+def loaded(base: TrainConfig) -> FixedPasses:
     return load(altered(base, {"grpo.old_log_prob": "replay", "updates_per_iteration": 2})).engine
 
 
 @pytest.fixture
-def engine(loaded: FixedEngine) -> FixedEngine:
+def engine(loaded: FixedPasses) -> FixedPasses:
     """Nothing is captured, no gradient summed."""
     loaded._calls.clear()
     loaded._capture, loaded.micro_batch = True, 3
@@ -223,7 +223,7 @@ def engine(loaded: FixedEngine) -> FixedEngine:
     return loaded
 
 
-def learn(engine: FixedEngine, count: int = 2) -> None:
+def learn(engine: FixedPasses, count: int = 2) -> None:
     """Add the gradient of a few pairs of noise."""
     batch = noise_batch(engine.learner, count)
     deque(engine.learn(Pairs(torch.arange(count), batch.step), gatherer(batch)), maxlen=0)
@@ -231,7 +231,7 @@ def learn(engine: FixedEngine, count: int = 2) -> None:
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_warming_up_adds_nothing_to_the_gradient(
-    engine: FixedEngine, begun: bool, monkeypatch: pytest.MonkeyPatch
+    engine: FixedPasses, begun: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does a graph that was captured while there was none overwrite the next."""
     weights = engine.weights
@@ -256,7 +256,7 @@ def test_warming_up_adds_nothing_to_the_gradient(
 
 
 def test_an_engine_needs_the_memory_of_its_largest_pass_once(
-    engine: FixedEngine, monkeypatch: pytest.MonkeyPatch
+    engine: FixedPasses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four functions beside the largest of them alone."""
     foreseen, _ = engine._foreseen()
@@ -303,14 +303,14 @@ def test_where_a_pass_does_not_fit_its_own_size_is_halved_and_all_is_captured_an
 ) -> None:
     """The update's, found out in the rollout, which is of another size."""
     config = altered(base, {"rollout.batch": 3, "micro_batch": 4, "updates_per_iteration": 1})
-    parts, call = load(config), Learner.learn
+    parts, call = load(config), PolicyLoss.learn
 
-    def small_memory(self: Learner, batch: MicroBatch):
+    def small_memory(self: PolicyLoss, batch: MicroBatch):
         if len(batch) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return call(self, batch)
 
-    monkeypatch.setattr(Learner, "learn", small_memory)
+    monkeypatch.setattr(PolicyLoss, "learn", small_memory)
     with imitated(monkeypatch) as device:
         iterate(parts, config, 1, {}, Console())
     assert (parts.engine.micro_batch, parts.engine.rollout_batch) == (2, 3)

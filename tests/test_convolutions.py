@@ -11,11 +11,11 @@ from test_options import altered
 from test_train import config_file  # noqa: F401 (a fixture)
 from torch.backends import cudnn
 
-from fastgrpo.assembly import load_parts
+from fastgrpo.assembly import load_training
 from fastgrpo.engine import setup
-from fastgrpo.engine.fixed_passes import FixedEngine
-from fastgrpo.engine.setup import Record
-from fastgrpo.grpo.loss import Learner
+from fastgrpo.engine.fixed_passes import FixedPasses
+from fastgrpo.engine.setup import EngineRecord
+from fastgrpo.grpo.loss import PolicyLoss
 from fastgrpo.policy import Policy
 from fastgrpo.settings.command_line import load_toml
 from fastgrpo.settings.schema import TrainConfig
@@ -71,12 +71,12 @@ def test_algorithms_are_searched_for_passes_of_fixed_shapes_alone(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not for decoding, whose batches may be of any size, nor where a rollout's first step has fewer rows."""
-    fresh = load_parts(config, threads=1, say=lambda line: None).record
+    fresh = load_training(config, threads=1, say=lambda line: None).record
     assert not fresh.cudnn_benchmark, "on a CPU there is no cuDNN"
-    parts = load_parts(config, threads=1, record=replace(fresh, cudnn_benchmark=True), say=lambda line: None)
-    assert isinstance(parts.engine, FixedEngine)
+    parts = load_training(config, threads=1, record=replace(fresh, cudnn_benchmark=True), say=lambda line: None)
+    assert isinstance(parts.engine, FixedPasses)
     assert parts.record.cudnn_benchmark
-    decoded, learned = watch(monkeypatch, Policy, "decode"), watch(monkeypatch, Learner, "learn")
+    decoded, learned = watch(monkeypatch, Policy, "decode"), watch(monkeypatch, PolicyLoss, "learn")
     forward, rows = Policy.forward, []
 
     def watched(self: Policy, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -101,7 +101,7 @@ def test_passes_that_are_tried_for_their_size_are_made_aside(
 
     They compute attention as it was chosen for the size that was expected; for another it is then chosen again.
     """
-    learned, compared, record = watch(monkeypatch, Learner, "learn"), [], Record()
+    learned, compared, record = watch(monkeypatch, PolicyLoss, "learn"), [], EngineRecord()
 
     def rows() -> set[int]:
         return {choice["shape"]["rows"] for choice in record.attention["choices"]}
@@ -116,7 +116,7 @@ def test_passes_that_are_tried_for_their_size_are_made_aside(
         compared.append(switches())
         return None, compilation.Compilation(False, "not here")
 
-    def begin_on_a_gpu(record: Record, *_: Any) -> None:
+    def begin_on_a_gpu(record: EngineRecord, *_: Any) -> None:
         record.cudnn_benchmark = True
 
     choose, chosen = setup.choose_backends, []
@@ -130,7 +130,7 @@ def test_passes_that_are_tried_for_their_size_are_made_aside(
     monkeypatch.setattr(setup, "_begin", begin_on_a_gpu)
     monkeypatch.setattr(setup, "choose_backends", counted)
     wanted = altered(config, {"engine.compile": "on", "engine.attention": "sdpa"})
-    load_parts(wanted, threads=1, record=record, say=lambda line: None)
+    load_training(wanted, threads=1, record=record, say=lambda line: None)
     assert learned == [ASIDE]
     assert compared == [SEARCHED]
     assert rows() == {2 * found}
@@ -147,7 +147,7 @@ def test_the_exact_reference_is_not_searched_for(config: TrainConfig, monkeypatc
         return results(network, example, rows, dtype, *rest)
 
     monkeypatch.setattr(compilation, "_results", watched)
-    policy = load_parts(config, threads=1, say=lambda line: None).policy
+    policy = load_training(config, threads=1, say=lambda line: None).policy
     example = make_example(policy.unet, policy.latent_shape, 5, torch.float32, policy.device)
     with searching(True):
         check(policy.unet, policy.unet, policy.unet, example, 3)
@@ -176,8 +176,8 @@ def test_a_resumed_run_does_as_it_did(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(setup, "device_name", lambda device: {"cuda": "a GPU", "cpu": "a CPU"}[device.type])
-    record = Record(**before)
+    record = EngineRecord(**before)
     automatic = {"engine.graphs": "auto", "engine.compile": "auto"}
     setup._begin(record, torch.device(device), altered(config, automatic | changes), lambda line: None)
     assert record.cudnn_benchmark is expected
-    assert Record(**record.to_json()).cudnn_benchmark is expected
+    assert EngineRecord(**record.to_json()).cudnn_benchmark is expected

@@ -14,13 +14,13 @@ from test_options import altered
 from test_train import config_file  # noqa: F401 (a fixture)
 
 from fastgrpo import train, update
-from fastgrpo.assembly import Parts, load_parts
+from fastgrpo.assembly import Training, load_training
 from fastgrpo.costs.rates import device_name
 from fastgrpo.engine import setup
-from fastgrpo.engine.fixed_passes import FixedEngine
-from fastgrpo.engine.passes import EagerEngine
-from fastgrpo.engine.setup import Record, decoded_at_once, micro_batch_finder
-from fastgrpo.grpo.loss import Learner, MicroBatch, blank_batch
+from fastgrpo.engine.fixed_passes import FixedPasses
+from fastgrpo.engine.passes import Passes
+from fastgrpo.engine.setup import EngineRecord, decoded_at_once, micro_batch_finder
+from fastgrpo.grpo.loss import MicroBatch, PolicyLoss, blank_batch
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy
@@ -51,16 +51,16 @@ def base(config_file: Path) -> TrainConfig:  # noqa: F811
     return altered(load_toml(config_file), changes)
 
 
-def trained(config: TrainConfig) -> tuple[Parts, torch.Tensor, list[dict[str, float]]]:
+def trained(config: TrainConfig) -> tuple[Training, torch.Tensor, list[dict[str, float]]]:
     """The parts after two iterations of five updates each, how far the weights moved, and the metrics."""
-    parts = load_parts(config, threads=1)
+    parts = load_training(config, threads=1)
     before = parts.trainable.optimizer.weights.values.clone()
     metrics = [iterate(parts, config, iteration, {}, Console()) for iteration in (1, 2)]
     return parts, parts.trainable.optimizer.weights.values - before, metrics
 
 
 @pytest.fixture(scope="module")
-def plain(base: TrainConfig) -> tuple[Parts, torch.Tensor, list[dict[str, float]]]:
+def plain(base: TrainConfig) -> tuple[Training, torch.Tensor, list[dict[str, float]]]:
     return trained(base)
 
 
@@ -77,7 +77,7 @@ def plain(base: TrainConfig) -> tuple[Parts, torch.Tensor, list[dict[str, float]
 )
 def test_ten_updates_come_to_the_same_weights(base: TrainConfig, plain, changes: dict[str, str]) -> None:
     parts, moved, metrics = trained(altered(base, {f"engine.{name}": value for name, value in changes.items()}))
-    assert isinstance(parts.engine, FixedEngine) == ("graphs" in changes)
+    assert isinstance(parts.engine, FixedPasses) == ("graphs" in changes)
     _, expected, expected_metrics = plain
     # A gradient is float32 sums through some forty layers and back, each rounded by 6e-8 of its terms: 1e-5 of its length
     # with room for cancellation, ten times over. A micro-batch left out or counted twice would be a tenth.
@@ -91,7 +91,7 @@ def test_ten_updates_come_to_the_same_weights(base: TrainConfig, plain, changes:
 
 @pytest.mark.parametrize("kernels", ["on", "off"])
 def test_the_vaes_decoder_has_the_kernels_too(base: TrainConfig, kernels: str) -> None:
-    policy = load_parts(altered(base, {"engine.kernels": kernels}), threads=1).policy
+    policy = load_training(altered(base, {"engine.kernels": kernels}), threads=1).policy
     resnet = policy.vae.decoder.mid_block.resnets[0]
     assert isinstance(resnet, FusedResnetBlock2D) == (kernels == "on")
     assert resnet.conv1.weight.is_contiguous()
@@ -136,12 +136,12 @@ def test_options_mean_the_same_in_fixed_shapes(base: TrainConfig, changes: dict[
     moves, metrics = [], []
     # Kernels round elsewhere, which in half precision the division by a group's std magnifies: they are left out there.
     for config in (once, altered(once, FIXED | {"engine.kernels": "off" if half else "on"})):
-        parts = load_parts(config, threads=1, say=lambda line: None)
+        parts = load_training(config, threads=1, say=lambda line: None)
         before = parts.trainable.optimizer.weights.values.clone()
         metrics.append(iterate(parts, config, 1, {}, Console()))
         weights = parts.trainable.optimizer.weights
         moves.append(torch.cat([weights.values - before, *([weights.ema - before] if weights.ema is not None else [])]))
-    assert isinstance(parts.engine, FixedEngine)
+    assert isinstance(parts.engine, FixedPasses)
     assert set(parts.engine._calls) == {key for keys in parts.engine._foreseen() for key in keys}, (
         "nothing comes unforeseen"
     )
@@ -172,7 +172,7 @@ def test_a_compiled_unet_is_shared_by_rollout_and_update(base: TrainConfig, plai
     monkeypatch.setattr(setup, "CPU_AGREEMENT", 1e-4)  # so that no CPU's rounding asks for a pass twice
     parts, moved, _ = trained(altered(base, {"engine.compile": "on"}))
     assert parts.record.compiled
-    assert isinstance(parts.engine, FixedEngine)
+    assert isinstance(parts.engine, FixedPasses)
     assert parts.policy.passes is None, "pictures come in other shapes"
     # One shape, with gradients: what is compiled for the update serves the rollout. Two of 3 steps of 6 samples are trained on.
     assert set(calls) == {(2 * base.micro_batch, True)}
@@ -183,7 +183,7 @@ def test_a_compiled_unet_is_shared_by_rollout_and_update(base: TrainConfig, plai
 
 def test_a_rollout_of_another_size_saves_nothing(base: TrainConfig, monkeypatch) -> None:
     """Compiled too; after the micro-batch was halved, of its new size."""
-    learner, record = engine_of(base).learner, Record(micro_batch=4)
+    learner, record = engine_of(base).learner, EngineRecord(micro_batch=4)
 
     def compiled(latents: torch.Tensor) -> tuple[int, bool]:
         return len(latents), torch.is_grad_enabled()
@@ -197,11 +197,11 @@ def test_a_rollout_of_another_size_saves_nothing(base: TrainConfig, monkeypatch)
     assert passes(torch.zeros(8)) == (8, True)
 
 
-def engine_of(config: TrainConfig) -> EagerEngine:
-    return load_parts(config, threads=1, say=lambda line: None).engine
+def engine_of(config: TrainConfig) -> Passes:
+    return load_training(config, threads=1, say=lambda line: None).engine
 
 
-def noise_batch(learner: Learner, size: int, seed: int = 1) -> MicroBatch:
+def noise_batch(learner: PolicyLoss, size: int, seed: int = 1) -> MicroBatch:
     generator = torch.Generator().manual_seed(seed)
     batch = blank_batch(learner, size)
     taken = batch.latents + 0.1 * torch.randn(batch.latents.shape, generator=generator)
@@ -214,7 +214,7 @@ def gatherer(batch: MicroBatch):
     return lambda pairs: MicroBatch(*(None if t is None else t[pairs.sample] for t in batch.tensors()))
 
 
-def gradient(engine: EagerEngine, batch: MicroBatch, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def gradient(engine: Passes, batch: MicroBatch, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The flat gradient of the batch's rows taken in this order, and their losses in the batch's own."""
     engine.clear()
     losses = torch.empty(len(batch))
@@ -250,19 +250,19 @@ def test_filling_up_a_micro_batch_adds_nothing(base: TrainConfig) -> None:
 def test_out_of_memory_halves_the_micro_batch_and_learns_the_same(base: TrainConfig, graphs: str, monkeypatch) -> None:
     said: list[str] = []
     config = altered(base, {"engine.graphs": graphs, "micro_batch": 8})
-    parts = load_parts(config, threads=1, say=said.append)
+    parts = load_training(config, threads=1, say=said.append)
     engine = parts.engine
     batch, order = noise_batch(engine.learner, 11), torch.arange(11)
     expected, losses = gradient(engine, batch, order)
-    learn, sizes = Learner.learn, []
+    learn, sizes = PolicyLoss.learn, []
 
-    def small_memory(self: Learner, batch: MicroBatch):
+    def small_memory(self: PolicyLoss, batch: MicroBatch):
         sizes.append(len(batch))
         if len(batch) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return learn(self, batch)
 
-    monkeypatch.setattr(Learner, "learn", small_memory)
+    monkeypatch.setattr(PolicyLoss, "learn", small_memory)
     if graphs == "on":
         engine._calls.clear()
     result, other_losses = gradient(engine, batch, order)
@@ -273,7 +273,7 @@ def test_out_of_memory_halves_the_micro_batch_and_learns_the_same(base: TrainCon
     assert torch.allclose(losses, other_losses, rtol=1e-5, atol=0)
     engine.micro_batch = 1
     monkeypatch.setattr(
-        Learner, "learn", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+        PolicyLoss, "learn", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
     )
     if graphs == "on":
         engine._calls.clear()
@@ -282,19 +282,19 @@ def test_out_of_memory_halves_the_micro_batch_and_learns_the_same(base: TrainCon
 
 
 def out_of_memory(where: str, most: int, monkeypatch) -> None:
-    """From now on more than `most` samples or pairs do not fit: in a rollout's second step, or in one of Learner's passes."""
+    """From now on more than `most` samples or pairs do not fit: in a rollout's second step, or in one of PolicyLoss's passes."""
     if where == "draw":
-        for kind in (EagerEngine, FixedEngine):
+        for kind in (Passes, FixedPasses):
             monkeypatch.setattr(kind, "denoiser", _running_out(kind.denoiser, most))
         return
-    call = getattr(Learner, where)
+    call = getattr(PolicyLoss, where)
 
-    def small_memory(self: Learner, batch: MicroBatch):
+    def small_memory(self: PolicyLoss, batch: MicroBatch):
         if len(batch) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return call(self, batch)
 
-    monkeypatch.setattr(Learner, where, small_memory)
+    monkeypatch.setattr(PolicyLoss, where, small_memory)
 
 
 def _running_out(denoiser, most: int):
@@ -315,7 +315,7 @@ PASSES = {
     "draw": {},
     "learn": {},
     "recompute": {"grpo.old_log_prob": "replay"},
-    "judge": {"grpo.skip_clipped": True, "grpo.kl": 0.0},
+    "evaluate_pairs": {"grpo.skip_clipped": True, "grpo.kl": 0.0},
 }
 
 
@@ -327,7 +327,7 @@ def test_wherever_memory_runs_out_the_same_is_learned(base: TrainConfig, where: 
     moves, metrics = [], []
     for small in (False, True):
         config = altered(base, PASSES[where] | {"engine.graphs": graphs, "micro_batch": 4})
-        parts = load_parts(config, threads=1, say=said.append)
+        parts = load_training(config, threads=1, say=said.append)
         if small:
             out_of_memory(where, 2, monkeypatch)
         before = parts.trainable.optimizer.weights.values.clone()
@@ -345,7 +345,7 @@ def test_wherever_memory_runs_out_the_same_is_learned(base: TrainConfig, where: 
 
 
 @pytest.mark.parametrize(
-    ("kind", "where", "failing"), [(FixedEngine, "denoiser", 2), (Learner, "learn", 1), (Learner, "recompute", 2)]
+    ("kind", "where", "failing"), [(FixedPasses, "denoiser", 2), (PolicyLoss, "learn", 1), (PolicyLoss, "recompute", 2)]
 )
 def test_after_memory_ran_out_the_ratio_is_1_where_bits_depend_on_the_size(
     base: TrainConfig, kind: type, where: str, failing: int, monkeypatch
@@ -361,7 +361,7 @@ def test_after_memory_ran_out_the_ratio_is_1_where_bits_depend_on_the_size(
 
     monkeypatch.setattr(Policy, "forward", by_rows)
     config = altered(base, PASSES.get(where, {}) | {"engine.graphs": "on", "micro_batch": 4})
-    parts = load_parts(config, threads=1, say=lambda line: None)
+    parts = load_training(config, threads=1, say=lambda line: None)
     assert parts.record.old_log_prob == config.grpo.old_log_prob
     call, calls = getattr(kind, where), []
 
@@ -386,7 +386,7 @@ def test_a_group_that_halving_divided_is_scored_when_it_is_whole(base: TrainConf
     rewards = {}
     for most in (3, 2):
         config = altered(base, {"engine.graphs": "on", "micro_batch": 3})
-        parts = load_parts(config, threads=1, say=lambda line: None)
+        parts = load_training(config, threads=1, say=lambda line: None)
         calls = counted_scores(parts, monkeypatch)
         out_of_memory("draw", most, monkeypatch)
         rewards[most] = iterate(parts, config, 1, {}, Console())["reward/mean"]
@@ -402,7 +402,7 @@ def test_all_processes_go_on_with_the_smallest_sizes(base: TrainConfig) -> None:
 
     config = altered(base, {"engine.graphs": "on", "micro_batch": 4, "rollout.batch": 6})
     said: list[str] = []
-    parts = load_parts(config, threads=1, say=said.append)
+    parts = load_training(config, threads=1, say=said.append)
     said.clear()
     parts.engine.agree(Ranks())
     assert not said
@@ -432,7 +432,7 @@ def test_a_micro_batch_of_the_settings_is_halved_until_it_fits_everywhere() -> N
         setup._fit(2, lambda size: False, Ranks(), lambda *told: None)
 
 
-def counted_scores(parts: Parts, monkeypatch) -> list[int]:
+def counted_scores(parts: Training, monkeypatch) -> list[int]:
     """How many images each call of the reward got, filled in as it is called."""
     score, calls = parts.reward.score, []
 
@@ -453,7 +453,7 @@ def test_groups_are_scored_while_the_next_are_drawn(
     Nothing else changes. A chunk of all images leaves nothing to draw meanwhile.
     """
     events: list[str] = []
-    decode, chunk = Policy.decode, FixedEngine.denoiser
+    decode, chunk = Policy.decode, FixedPasses.denoiser
 
     def decoding(self, *args):
         events.append("decode")
@@ -464,11 +464,11 @@ def test_groups_are_scored_while_the_next_are_drawn(
         return chunk(self, embeds, part, keep_mean)
 
     monkeypatch.setattr(Policy, "decode", decoding)
-    monkeypatch.setattr(FixedEngine, "denoiser", drawing)
+    monkeypatch.setattr(FixedPasses, "denoiser", drawing)
     metrics = {}
     for overlap in (True, False):
         config = altered(base, {"engine.graphs": "on", "engine.overlap": overlap, "micro_batch": size})
-        parts = load_parts(config, threads=1, say=lambda line: None)
+        parts = load_training(config, threads=1, say=lambda line: None)
         calls = counted_scores(parts, monkeypatch)
         events.clear()
         metrics[overlap] = iterate(parts, config, 1, {}, Console())
@@ -484,33 +484,35 @@ def test_groups_are_scored_while_the_next_are_drawn(
 @pytest.mark.slow
 def test_a_resumed_run_decides_nothing_anew(base: TrainConfig, monkeypatch) -> None:
     config = altered(base, {"engine.graphs": "on", "engine.attention": "flash", "engine.reuse": "on", "micro_batch": 0})
-    record = load_parts(config, threads=1, say=lambda line: None).record
+    record = load_training(config, threads=1, say=lambda line: None).record
     assert record.micro_batch == 32
-    kept = Record(**record.to_json())
+    kept = EngineRecord(**record.to_json())
 
     def again(*_, **__):
         raise AssertionError("decided again")
 
     for place, name in ((setup.attention, "choose"), (setup, "choose_reuse")):
         monkeypatch.setattr(place, name, again)
-    assert load_parts(config, threads=1, record=kept, say=lambda line: None).record == kept
+    assert load_training(config, threads=1, record=kept, say=lambda line: None).record == kept
 
 
 def test_a_resumed_run_goes_on_with_a_halved_micro_batch(base: TrainConfig, monkeypatch) -> None:
     config = altered(base, {"engine.graphs": "on", "engine.attention": "flash", "micro_batch": 8})
-    record = load_parts(config, threads=1, say=lambda line: None).record
+    record = load_training(config, threads=1, say=lambda line: None).record
     plan = record.attention
     record.micro_batch, record.rollout_batch = 4, 2
     monkeypatch.setattr(setup.attention, "choose", lambda *_: pytest.fail("decided again"))
-    parts = load_parts(config, threads=1, record=Record(**record.to_json()), say=lambda line: None)
+    parts = load_training(config, threads=1, record=EngineRecord(**record.to_json()), say=lambda line: None)
     assert (parts.engine.micro_batch, parts.engine.rollout_batch) == (4, 2)
     assert parts.record.attention == plan
 
 
 def test_another_device_decides_for_itself(base: TrainConfig) -> None:
     said: list[str] = []
-    kept = Record("some GPU", None, 3, True, {"text": True, "times": True, "first": True}, "replay", {"a": "native"})
-    record = load_parts(base, threads=1, record=kept, say=said.append).record
+    kept = EngineRecord(
+        "some GPU", None, 3, True, {"text": True, "times": True, "first": True}, "replay", {"a": "native"}
+    )
+    record = load_training(base, threads=1, record=kept, say=said.append).record
     here = device_name(torch.device("cpu"))
     assert record.device == here
     assert (record.micro_batch, record.compiled, record.old_log_prob) == (base.micro_batch, False, "rollout")
@@ -519,18 +521,18 @@ def test_another_device_decides_for_itself(base: TrainConfig) -> None:
 
 
 def test_settings_that_a_resumed_run_changes_are_decided_upon_anew(base: TrainConfig) -> None:
-    record = load_parts(altered(base, {"micro_batch": 8}), threads=1, say=lambda line: None).record
+    record = load_training(altered(base, {"micro_batch": 8}), threads=1, say=lambda line: None).record
     assert (record.micro_batch, record.compiled, any(record.reuse.values())) == (8, False, False)
     said: list[str] = []
     config = altered(base, {"micro_batch": 3, "engine.reuse": "on"})
-    parts = load_parts(config, threads=1, record=Record(**record.to_json()), say=said.append)
+    parts = load_training(config, threads=1, record=EngineRecord(**record.to_json()), say=said.append)
     assert said[0] == "micro_batch and engine.reuse are not as before: the engine decides anew"
     assert parts.engine.micro_batch == parts.record.micro_batch == 3
     assert any(parts.record.reuse.values())
-    again = load_parts(config, threads=1, record=Record(**parts.record.to_json()), say=said.append)
+    again = load_training(config, threads=1, record=EngineRecord(**parts.record.to_json()), say=said.append)
     assert again.record == dataclasses.replace(parts.record, group_norm={})
-    old = Record(**(record.to_json() | {"settings": None}))  # as older checkpoints have it
-    assert load_parts(config, threads=1, record=old, say=said.append).record.micro_batch == 8
+    old = EngineRecord(**(record.to_json() | {"settings": None}))  # as older checkpoints have it
+    assert load_training(config, threads=1, record=old, say=said.append).record.micro_batch == 8
     assert sum("decides anew" in line for line in said) == 1
 
 
@@ -575,7 +577,7 @@ def test_a_process_without_a_pair_of_its_own_learns_what_the_others_learn(
 ) -> None:
     monkeypatch.setattr(update, "_unclipped", lambda engine, pairs, *_: pairs[:0])
     config = altered(base, {"grpo.skip_clipped": True, "grpo.kl": 0.0} | changes)
-    parts = load_parts(config, threads=1, say=lambda line: None)
+    parts = load_training(config, threads=1, say=lambda line: None)
     seen: list[bool] = []
     step, weights = parts.trainable.optimizer.step, parts.trainable.optimizer.weights
 
@@ -618,7 +620,7 @@ def test_half_precision_computes_on_a_rounded_copy_that_follows(base: TrainConfi
 
 
 def test_a_computing_unet_shares_float32_weights_and_has_modules_of_its_own(base: TrainConfig) -> None:
-    unet = load_parts(base, threads=1).policy.unet
+    unet = load_training(base, threads=1).policy.unet
     shared, rounded = computing_unet(unet, torch.float32), computing_unet(unet, torch.bfloat16)
     pairs = list(zip(unet.parameters(), shared.parameters(), rounded.parameters(), strict=True))
     assert all(one is two for one, two, _ in pairs)
@@ -627,8 +629,8 @@ def test_a_computing_unet_shares_float32_weights_and_has_modules_of_its_own(base
 
 
 def test_every_decision_is_plain_data() -> None:
-    record = Record(attention={"a": 1}, micro_batch=3, compiled=True, reuse={"text": True}, old_log_prob="replay")
-    assert Record(**record.to_json()) == dataclasses.replace(record, group_norm={})
+    record = EngineRecord(attention={"a": 1}, micro_batch=3, compiled=True, reuse={"text": True}, old_log_prob="replay")
+    assert EngineRecord(**record.to_json()) == dataclasses.replace(record, group_norm={})
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_train import Darkness, config_file  # noqa: F401 (a fixture)
 
-from fastgrpo.assembly import Parts, load_parts
+from fastgrpo.assembly import Training, load_training
 from fastgrpo.evaluation import exam
 from fastgrpo.evaluation.exam import Exam, Examinee
 from fastgrpo.evaluation.results.before_after import read_evaluation
@@ -22,8 +22,8 @@ PROMPTS = [Prompt("a gun", NEGATIVE, "violence", i) for i in range(5)] + [Prompt
 
 
 @pytest.fixture(scope="module")
-def parts(config_file: Path) -> Parts:  # noqa: F811
-    return load_parts(load_toml(config_file), 1, say=lambda line: None)
+def parts(config_file: Path) -> Training:  # noqa: F811
+    return load_training(load_toml(config_file), 1, say=lambda line: None)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def examined(run: Path, parts: Parts, config: TrainConfig) -> Exam:
+def examined(run: Path, parts: Training, config: TrainConfig) -> Exam:
     """A new process's exam of the policy before training."""
     run.mkdir(exist_ok=True)
     examinee = Examinee(parts.policy, None, parts.prompts, parts.eval_schedule, held_out=parts.held_out)
@@ -55,7 +55,7 @@ def examined(run: Path, parts: Parts, config: TrainConfig) -> Exam:
 
 def test_before_is_examined_once_unless_in_another_way(
     config_file: Path,  # noqa: F811
-    parts: Parts,
+    parts: Training,
     evaluated: list[int],
     tmp_path: Path,
 ) -> None:
@@ -79,7 +79,7 @@ def test_before_is_examined_once_unless_in_another_way(
 
 def test_a_policy_that_did_not_change_is_undecided(
     config_file: Path,  # noqa: F811
-    parts: Parts,
+    parts: Training,
     evaluated: list[int],
     tmp_path: Path,
 ) -> None:
@@ -95,7 +95,7 @@ def test_a_policy_that_did_not_change_is_undecided(
 
 def test_a_run_from_before_verdicts_were_kept_goes_on_without_a_sentence(
     config_file: Path,  # noqa: F811
-    parts: Parts,
+    parts: Training,
     evaluated: list[int],
     tmp_path: Path,
 ) -> None:
@@ -116,7 +116,7 @@ def test_a_run_from_before_verdicts_were_kept_goes_on_without_a_sentence(
 
 def test_without_a_suite_what_is_known_before_training_is_kept_too(
     config_file: Path,  # noqa: F811
-    parts: Parts,
+    parts: Training,
     tmp_path: Path,
 ) -> None:
     config = load_toml(config_file)

@@ -12,15 +12,15 @@ from test_train import config_file  # noqa: F401 (a fixture)
 from torch import Tensor
 
 from fastgrpo import evaluate, sample, train
-from fastgrpo.engine.passes import EagerEngine
+from fastgrpo.engine.passes import Passes
 from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest, Pictures
 from fastgrpo.evaluation.images.judgements import judgements
 from fastgrpo.evaluation.images.painters import make_painter, model_hashes
 from fastgrpo.evaluation.suite import Suite
-from fastgrpo.grpo.loss import Learner
+from fastgrpo.grpo.loss import PolicyLoss
 from fastgrpo.policy import Policy, load_policy
+from fastgrpo.rollout import draw_images as draw
 from fastgrpo.rollout import rollout
-from fastgrpo.rollout import sample as draw
 from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.settings.schema import ModelConfig, RolloutConfig, TrainConfig
 from fastgrpo.system import pictures
@@ -167,9 +167,9 @@ def test_a_rollout_stops_before_anything_is_scored(
 ) -> None:
     spoil, blame = PARTS[part]
     spoil(policy)
-    monkeypatch.setattr(EagerEngine, "overlaps", property(lambda engine: overlap))
+    monkeypatch.setattr(Passes, "overlaps", property(lambda engine: overlap))
     config = RolloutConfig(steps=2, guidance=3.0, batch=2)
-    engine = EagerEngine(Learner(policy, schedule, TrainConfig(rollout=config, group_size=2), ()), None, 1)
+    engine = Passes(PolicyLoss(policy, schedule, TrainConfig(rollout=config, group_size=2), ()), None, 1)
     prompts = PromptBatch(tuple(Prompt(text, "positive") for text in TEXTS), policy.encode(TEXTS))
     scored: list[slice] = []
     with pytest.raises(BrokenPicture) as raised:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastgrpo.engine.passes import EagerEngine
+from fastgrpo.engine.passes import Passes
 from fastgrpo.engine.trainable import Trainable
 from fastgrpo.engine.weights import FlatWeights
 from fastgrpo.grpo.advantages import advantages, learned_from
-from fastgrpo.grpo.loss import Learner
+from fastgrpo.grpo.loss import PolicyLoss
 from fastgrpo.grpo.steps import steps_of_samples, trained_steps, window_start
 from fastgrpo.kernels.clipped_loss import clipped_loss
 from fastgrpo.policy import load_policy
@@ -79,7 +79,7 @@ class Scene:
         self.schedule = make_schedule(scheduler_config, config.rollout.steps, config.rollout.eta, CPU)
         generator = torch.Generator().manual_seed(0)
         self.trajectory = rollout(
-            EagerEngine(Learner(self.policy, self.schedule, config, ()), None, 1),
+            Passes(PolicyLoss(self.policy, self.schedule, config, ()), None, 1),
             self.prompts,
             config.rollout,
             config.group_size,
@@ -98,9 +98,9 @@ class Scene:
         clipping = Clipping(optimizer, parameters)
         trainable = Trainable(unet, parameters, clipping, unscaled, None, unet, tuple(parameters.values()))
         config = replace(config, grpo=replace(config.grpo, **grpo))
-        learner = Learner(self.policy, self.schedule, config, trainable.trained, base)
+        learner = PolicyLoss(self.policy, self.schedule, config, trainable.trained, base)
         stats = update(
-            EagerEngine(learner, clipping.weights, config.micro_batch, allowed=allowed),
+            Passes(learner, clipping.weights, config.micro_batch, allowed=allowed),
             self.prompts,
             self.trajectory,
             Rewards(rewards, {}),

@@ -89,16 +89,16 @@ def test_every_row_has_its_own_seed_guidance_and_size(whole: ImageFolder, policy
     channels = policy.latent_shape[0]
     for row in ROWS:
         shape = (channels, row.height // 2, row.width // 2)
-        alone = rollout.sample(
+        alone = rollout.draw_images(
             policy, policy.encode([row.text]), schedule, row.guidance, [row.seed], latent_shape=shape
         )[0]
         pixels = np.asarray(read_image(whole.file(row.id)), np.float32)
         assert pixels.shape == (row.height, row.width, 3)
         # 8 bits round by half a step; a batch of another size changes float32's last digits, and so at most one step.
         assert np.abs(pixels - 255 * alone.permute(1, 2, 0).numpy()).max() <= 1.0
-    first = rollout.sample(policy, policy.encode(["a dog"]), schedule, 2.0, [100])
+    first = rollout.draw_images(policy, policy.encode(["a dog"]), schedule, 2.0, [100])
     assert torch.equal(
-        first, rollout.sample(policy, policy.encode(["a dog"]), schedule, 2.0, [100], latent_shape=(4, 8, 8))
+        first, rollout.draw_images(policy, policy.encode(["a dog"]), schedule, 2.0, [100], latent_shape=(4, 8, 8))
     )
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_train import config_file  # noqa: F401 (a fixture)
 
 from fastgrpo import train
-from fastgrpo.assembly import load_parts
+from fastgrpo.assembly import load_training
 from fastgrpo.run.inputs import changed_inputs, input_digests, weights_digest
 from fastgrpo.settings.command_line import changed_fields, load_toml
 from fastgrpo.settings.schema import TrainConfig
@@ -46,7 +46,7 @@ def config(config_file: Path, tiny_pipeline: Path, tmp_path: Path) -> TrainConfi
 
 
 def digests(config: TrainConfig) -> dict[str, str]:
-    return input_digests(config, load_parts(config, threads=1))
+    return input_digests(config, load_training(config, threads=1))
 
 
 def one_weight(file: Path) -> None:

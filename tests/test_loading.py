@@ -19,7 +19,7 @@ from fastgrpo.models.load import load_components
 from fastgrpo.models.save import save_pipeline
 from fastgrpo.models.tokenizer import build_tokenizer
 from fastgrpo.policy import load_policy
-from fastgrpo.rollout import sample
+from fastgrpo.rollout import draw_images
 from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.command_line import parse_flags
 from fastgrpo.settings.schema import ModelConfig
@@ -494,7 +494,7 @@ def diffusers_picture(folder):
 def our_picture(folder):
     policy = load_policy(ModelConfig(path=str(folder)), CPU, torch.float32)
     schedule = make_schedule(policy.scheduler_config, 3, 1.0, CPU)
-    return sample(policy, policy.encode([PROMPT]), schedule, 3.0, [3])
+    return draw_images(policy, policy.encode([PROMPT]), schedule, 3.0, [3])
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from fastgrpo.models.save import save_pipeline
 from fastgrpo.models.single_file import places, read_single_file
 from fastgrpo.models.tokenizer import build_tokenizer
 from fastgrpo.policy import load_policy
-from fastgrpo.rollout import sample
+from fastgrpo.rollout import draw_images
 from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.schema import ModelConfig
 from fastgrpo.system.errors import ConfigError
@@ -119,7 +119,7 @@ def test_every_form_draws_the_same_picture(kind, policies):
     pictures = []
     for policy in (policy for key, policy in policies.items() if key[0] == kind):
         schedule = make_schedule(policy.scheduler_config, 2, 1.0, CPU)
-        pictures.append(sample(policy, policy.encode(TEXTS), schedule, 3.0, [1, 2]))
+        pictures.append(draw_images(policy, policy.encode(TEXTS), schedule, 3.0, [1, 2]))
     assert pictures[0].shape == (2, 3, 64, 64)
     assert pictures[0].std() > 0.01  # not all one colour
     for picture in pictures[1:]:

@@ -10,10 +10,10 @@ from test_options import altered
 from test_train import config_file  # noqa: F401 (a fixture)
 
 from fastgrpo import training
-from fastgrpo.assembly import Parts, load_parts
+from fastgrpo.assembly import Training, load_training
 from fastgrpo.engine.old_policy import OldPolicy
-from fastgrpo.engine.setup import CPU_AGREEMENT, Record
-from fastgrpo.grpo.loss import Learner, MicroBatch, Outcome
+from fastgrpo.engine.setup import CPU_AGREEMENT, EngineRecord
+from fastgrpo.grpo.loss import MicroBatch, PairResults, PolicyLoss
 from fastgrpo.policy import Policy
 from fastgrpo.run import checkpoint
 from fastgrpo.run.checkpoint import TrainerState
@@ -46,16 +46,18 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def load(config: TrainConfig, said: list[str] | None = None, threads: int = 1, record: Record | None = None) -> Parts:
-    return load_parts(config, threads, record=record, say=(said if said is not None else []).append)
+def load(
+    config: TrainConfig, said: list[str] | None = None, threads: int = 1, record: EngineRecord | None = None
+) -> Training:
+    return load_training(config, threads, record=record, say=(said if said is not None else []).append)
 
 
-def iterate(parts: Parts, config: TrainConfig, iteration: int) -> float:
+def iterate(parts: Training, config: TrainConfig, iteration: int) -> float:
     """How far a ratio was from 1 before the policy moved."""
     return training.iterate(parts, config, iteration, {}, Console())["ratio/max_abs_dev_first"]
 
 
-def weights(parts: Parts) -> torch.Tensor:
+def weights(parts: Training) -> torch.Tensor:
     return parts.trainable.optimizer.weights.values.clone()
 
 
@@ -135,7 +137,7 @@ def test_a_run_resumed_on_either_side_of_the_switch_goes_on_bit_for_bit(
     """Passes begin to differ in iteration 2 of 3, by more than any CPU's rounding, which is allowed."""
     config = altered(base, {"iterations": 3, "micro_batch": 3, "optim.ema": 0.5})
 
-    def run(parts: Parts, iterations: range) -> None:
+    def run(parts: Training, iterations: range) -> None:
         parts.engine.allowed = 1e-3
         for iteration in iterations:
             rounding["by"] = 1e-2 if iteration > 1 else 0.0
@@ -149,7 +151,7 @@ def test_a_run_resumed_on_either_side_of_the_switch_goes_on_bit_for_bit(
     checkpoint.save(tmp_path, cut.trainable, state, keep=1)
     said: list[str] = []
     kept = checkpoint.read_state(checkpoint.latest(tmp_path))
-    resumed = load(config, said, record=Record(**kept.engine))
+    resumed = load(config, said, record=EngineRecord(**kept.engine))
     checkpoint.load(checkpoint.latest(tmp_path), resumed.trainable)
     run(resumed, range(after + 1, 4))
     assert torch.equal(weights(resumed), weights(whole))
@@ -162,13 +164,13 @@ def test_a_run_resumed_on_either_side_of_the_switch_goes_on_bit_for_bit(
 def test_a_replay_recomputes_no_pair_of_the_first_step(
     base: TrainConfig, updates: int, recomputed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recompute, seen = Learner.recompute, []
+    recompute, seen = PolicyLoss.recompute, []
 
-    def counted(self: Learner, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def counted(self: PolicyLoss, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         seen.append(len(batch))
         return recompute(self, batch)
 
-    monkeypatch.setattr(Learner, "recompute", counted)
+    monkeypatch.setattr(PolicyLoss, "recompute", counted)
     config = altered(base, {"grpo.old_log_prob": "replay", "updates_per_iteration": updates})
     parts = load(config)
     assert iterate(parts, config, 1) == 0.0
@@ -209,7 +211,7 @@ def test_all_processes_decide_alike(
     """One process is enough. Where one halved a size this update alone is a replay: the engine's own way is as it was."""
     engine = load(base).engine
     ones = torch.ones(len(ratios))
-    outcomes = [Outcome(torch.tensor(ratios), ones, ones, None)] if ratios else []
+    outcomes = [PairResults(torch.tensor(ratios), ones, ones, None)] if ratios else []
     trajectory = Trajectory(torch.zeros(4, 4, 4, 8, 8), torch.zeros(3, 4), images=torch.zeros(4, 3, 16, 16))
     old = OldPolicy(
         engine, trajectory, lambda *_: pytest.fail("gathered"), _BesideAnother(apart=other, resized=resized)

@@ -11,7 +11,7 @@ from PIL import Image, ImageChops
 from test_train import TIMED, config_file  # noqa: F401 (a fixture)
 
 from fastgrpo import train
-from fastgrpo.assembly import load_parts
+from fastgrpo.assembly import load_training
 from fastgrpo.settings.command_line import load_toml
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.console import Console
@@ -106,7 +106,7 @@ def altered(config: TrainConfig, fields: dict[str, object]) -> TrainConfig:
 
 def learned(config: TrainConfig) -> tuple[str, dict[str, float]]:
     """A digest of all that is trained after two iterations, and what was logged of the second but for the clock."""
-    parts = load_parts(config, threads=1)
+    parts = load_training(config, threads=1)
     for iteration in (1, 2):
         values = iterate(parts, config, iteration, {}, Console())
     digest = hashlib.sha256()

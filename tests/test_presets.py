@@ -10,8 +10,8 @@ import torch
 from test_rewards import write_folder as write_encoder
 from torch import Tensor
 
-from fastgrpo.assembly import load_parts
-from fastgrpo.engine.passes import EagerEngine
+from fastgrpo.assembly import load_training
+from fastgrpo.engine.passes import Passes
 from fastgrpo.prompts import load_prompts
 from fastgrpo.settings.command_line import find_preset, load_toml, presets_folder
 from fastgrpo.settings.schema import TrainConfig
@@ -159,15 +159,15 @@ def test_the_papers_iteration_counted_out(tiny_pipeline: Path, tmp_path: Path, m
         reward=replace(paper.reward, encoder=f"local-dir:{tmp_path}"),
         engine=replace(paper.engine, device="cpu", dtype="fp32"),
     )
-    parts = load_parts(config, available_cores(), AloneOfEight(index=0, count=8))
+    parts = load_training(config, available_cores(), AloneOfEight(index=0, count=8))
     learned: list[tuple[int, int]] = []
-    learn = EagerEngine.learn
+    learn = Passes.learn
 
     def counted(self, pairs, gather, *rest):
         learned.extend(zip(pairs.sample.tolist(), pairs.step.tolist(), strict=True))
         return learn(self, pairs, gather, *rest)
 
-    monkeypatch.setattr(EagerEngine, "learn", counted)
+    monkeypatch.setattr(Passes, "learn", counted)
     images: list[int] = []
     score = type(parts.reward).score
     monkeypatch.setattr(

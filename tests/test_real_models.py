@@ -16,7 +16,7 @@ from fastgrpo import train
 from fastgrpo.engine.trainable import make_trainable
 from fastgrpo.models.load import load_components
 from fastgrpo.policy import load_policy
-from fastgrpo.rollout import sample
+from fastgrpo.rollout import draw_images
 from fastgrpo.run import checkpoint
 from fastgrpo.run.metrics import read_metrics
 from fastgrpo.schedule import make_schedule
@@ -101,7 +101,7 @@ def draw_with_policy(model: ModelConfig, checkpoint_folder: Path, seed: int) -> 
     config = replace(TrainConfig(), model=model)
     checkpoint.load(checkpoint_folder, make_trainable(policy.unet, config, CPU, torch.float32))
     schedule = make_schedule(policy.scheduler_config, 3, 1.0, CPU)
-    return sample(policy, policy.encode([PROMPT]), schedule, 3.0, [seed])
+    return draw_images(policy, policy.encode([PROMPT]), schedule, 3.0, [seed])
 
 
 @pytest.mark.parametrize("kind", KINDS)

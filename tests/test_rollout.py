@@ -6,11 +6,11 @@ from diffusers import StableDiffusionPipeline
 from plain_policy import predict, step_mean
 
 import fastgrpo.policy
-from fastgrpo.engine.passes import EagerEngine
+from fastgrpo.engine.passes import Passes
 from fastgrpo.engine.sampler import Sampler
-from fastgrpo.grpo.loss import Learner
+from fastgrpo.grpo.loss import PolicyLoss
 from fastgrpo.policy import load_policy
-from fastgrpo.rollout import initial_noise, rollout, sample
+from fastgrpo.rollout import draw_images, initial_noise, rollout
 from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.schema import ModelConfig, RolloutConfig, TrainConfig
 from fastgrpo.system.errors import ConfigError
@@ -37,7 +37,7 @@ def schedule_of(policy, **changes):
 
 def roll(policy, prompts, config=CONFIG, seed=0, progress=None, **changes):
     schedule = schedule_of(policy, **changes)
-    engine = EagerEngine(Learner(policy, schedule, TrainConfig(rollout=config), ()), None, 1)
+    engine = Passes(PolicyLoss(policy, schedule, TrainConfig(rollout=config), ()), None, 1)
     return rollout(engine, prompts, config, 3, torch.Generator().manual_seed(seed), progress=progress)
 
 
@@ -173,7 +173,7 @@ def test_rollout_batch_changes_nothing_but_rounding(policy, prompts):
 def test_a_batch_that_memory_runs_out_for_is_drawn_in_smaller_ones(policy, prompts, monkeypatch):
     """Batches of 3 samples; the second one fails at its third step, and its samples are drawn one by one."""
     threes, ones = (roll(policy, prompts, replace(CONFIG, batch=size)) for size in (3, 1))
-    denoiser = EagerEngine.denoiser
+    denoiser = Passes.denoiser
 
     def small_memory(self, embeds, part, keep_mean):
         denoise = denoiser(self, embeds, part, keep_mean)
@@ -185,7 +185,7 @@ def test_a_batch_that_memory_runs_out_for_is_drawn_in_smaller_ones(policy, promp
 
         return step
 
-    monkeypatch.setattr(EagerEngine, "denoiser", small_memory)
+    monkeypatch.setattr(Passes, "denoiser", small_memory)
     reports = []
     found = roll(policy, prompts, replace(CONFIG, batch=3), progress=lambda *report: reports.append(report))
     for name in ("latents", "log_probs"):
@@ -218,12 +218,12 @@ def test_a_sample_depends_on_its_prompt_and_seed_alone(policy, prompts):
     schedule = schedule_of(policy)
     embeds = prompts.embeds[[0, 1, 0, 1, 0]]
     seeds = [5, 5, 6, 7, 5]
-    images = sample(policy, embeds, schedule, 3.0, seeds)
+    images = draw_images(policy, embeds, schedule, 3.0, seeds)
     assert images.shape == (5, 3, 16, 16)
     # Latents differ by rounding (see above); an image is of order 1.
-    torch.testing.assert_close(sample(policy, embeds, schedule, 3.0, seeds, batch=2), images, atol=1e-3, rtol=0)
+    torch.testing.assert_close(draw_images(policy, embeds, schedule, 3.0, seeds, batch=2), images, atol=1e-3, rtol=0)
     torch.testing.assert_close(images[4], images[0], atol=1e-3, rtol=0)
-    torch.testing.assert_close(sample(policy, embeds[3:4], schedule, 3.0, [7]), images[3:4], atol=1e-3, rtol=0)
+    torch.testing.assert_close(draw_images(policy, embeds[3:4], schedule, 3.0, [7]), images[3:4], atol=1e-3, rtol=0)
     assert (images[2] - images[0]).abs().max() > 0.01
 
 
@@ -235,4 +235,4 @@ def test_sample_takes_the_steps_a_rollout_takes(policy, prompts):
         noise = torch.randn(1, 4, 8, 8, generator=generator)
         with torch.no_grad():
             latents, _ = Sampler(policy, schedule, 3.0).chunk(prompts.embeds[:1])(step, latents, noise)
-    assert torch.equal(sample(policy, prompts.embeds[:1], schedule, 3.0, [9]), policy.decode(latents))
+    assert torch.equal(draw_images(policy, prompts.embeds[:1], schedule, 3.0, [9]), policy.decode(latents))

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgrpo import export, rollout, sample, train
-from fastgrpo.assembly import Parts, load_parts
+from fastgrpo.assembly import Training, load_training
 from fastgrpo.models import snippet
 from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy, load_policy
@@ -97,14 +97,14 @@ def newest(run: Path) -> Path:
     return run / "checkpoints" / "iter-000002"
 
 
-def resumed(run: Path) -> Parts:
+def resumed(run: Path) -> Training:
     """What `--resume` would go on with: the training's own way of loading a checkpoint."""
-    parts = load_parts(load_toml(run / "config.toml"), threads=available_cores())
+    parts = load_training(load_toml(run / "config.toml"), threads=available_cores())
     checkpoint.load(newest(run), parts.trainable)
     return parts
 
 
-def weights_of(parts: Parts, weights: str) -> contextlib.AbstractContextManager[None]:
+def weights_of(parts: Training, weights: str) -> contextlib.AbstractContextManager[None]:
     return parts.trainable.ema.in_place() if weights == "ema" else contextlib.nullcontext()
 
 
@@ -426,7 +426,7 @@ def read(folder: Path, name: str) -> np.ndarray:
 def draw(policy: Policy, texts: list[str], seeds: list[int], steps: int, guidance: float, eta: float) -> np.ndarray:
     embeds = torch.cat([policy.encode([text]) for text in texts for _ in seeds])
     schedule = make_schedule(policy.scheduler_config, steps, eta, CPU)
-    return pixels(rollout.sample(policy, embeds, schedule, guidance, seeds * len(texts)))
+    return pixels(rollout.draw_images(policy, embeds, schedule, guidance, seeds * len(texts)))
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from fastgrpo.engine.graphs import StaticCall, capture_all, memory_pool
-from fastgrpo.engine.passes import Changed, EagerEngine, Gather, ignore
+from fastgrpo.engine.passes import Changed, Gather, Passes, ignore
 from fastgrpo.engine.sampler import Denoise, Sampler
 from fastgrpo.engine.weights import FlatWeights
-from fastgrpo.grpo.loss import Learner, MicroBatch, Outcome, blank_batch
+from fastgrpo.grpo.loss import MicroBatch, PairResults, PolicyLoss, blank_batch
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.unet.convolutions import searching
 from fastgrpo.unet.reuse import RememberedText, RememberedTimes, Reuse, remember_text, remember_times
@@ -30,7 +30,7 @@ Key = tuple[str, tuple[bool, ...]]
 """A function's name, and which of its inputs are None."""
 
 
-class FixedEngine(EagerEngine):
+class FixedPasses(Passes):
     """Runs one training's passes of the UNet, `micro_batch` pairs or samples at a time.
 
     capture: into CUDA graphs; without it the calls that a graph would hold are made, on the same fixed memory. search: whether
@@ -39,7 +39,7 @@ class FixedEngine(EagerEngine):
 
     def __init__(
         self,
-        learner: Learner,
+        learner: PolicyLoss,
         weights: FlatWeights,
         micro_batch: int,
         reuse: Reuse = Reuse(),  # noqa: B008 (frozen)
@@ -98,8 +98,8 @@ class FixedEngine(EagerEngine):
     def clear(self) -> None:
         self.weights.zero_gradient()
 
-    def _judge(self, batch: MicroBatch) -> Outcome:
-        return self._run("judge", batch)
+    def _evaluate_pairs(self, batch: MicroBatch) -> PairResults:
+        return self._run("evaluate_pairs", batch)
 
     def _recompute(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         results = self._call("recompute", batch.padded(self.micro_batch).tensors())
@@ -120,7 +120,7 @@ class FixedEngine(EagerEngine):
     def _split(self, pairs: Pairs) -> list[tuple[Pairs, ...]]:
         return [(part,) for part in pairs.blocks(self.micro_batch)]
 
-    def _learn(self, some: tuple[Pairs, ...], gather: Gather) -> list[Outcome]:
+    def _learn(self, some: tuple[Pairs, ...], gather: Gather) -> list[PairResults]:
         (part,) = some
         return [self._run("learn", gather(part))]
 
@@ -130,9 +130,9 @@ class FixedEngine(EagerEngine):
         self._pool = memory_pool(self.learner.policy.device)  # one that no graph has any more cannot be used again
         super()._resize(name, size)
 
-    def _run(self, name: str, batch: MicroBatch) -> Outcome:
+    def _run(self, name: str, batch: MicroBatch) -> PairResults:
         results = self._call(name, batch.padded(self.micro_batch).tensors())
-        return Outcome(*(None if r is None else r[: len(batch)].clone() for r in results))
+        return PairResults(*(None if r is None else r[: len(batch)].clone() for r in results))
 
     # -----------------------------------------------------------------------------------------------------------------
     # What is captured: functions of tensors alone
@@ -172,7 +172,7 @@ class FixedEngine(EagerEngine):
         needed = {"rollout": [("learn", other)], "detach": [("learn", own)], "replay": replay}[mode]
         if several:
             needed += [("learn", other)] if mode == "replay" else []
-            needed += [("judge", other)] if config.grpo.skip_clipped else []
+            needed += [("evaluate_pairs", other)] if config.grpo.skip_clipped else []
         needed.append(("step with means" if self._keeps_means else "step", (False, False, False, self.reuse.text)))
         return needed, replay if mode == "rollout" and math.isfinite(self.allowed) else []
 
@@ -198,7 +198,7 @@ class FixedEngine(EagerEngine):
         else:
             blank = blank_batch(learner, self.micro_batch)
             example = replace(blank, old_log_prob=blank.weight, old_mean=blank.latents).tensors()
-            work = {"learn": self._accumulate, "judge": self._tell, "recompute": learner.recompute}[name]
+            work = {"learn": self._accumulate, "evaluate_pairs": self._tell, "recompute": learner.recompute}[name]
             function = torch.enable_grad()(lambda *tensors: work(MicroBatch(*tensors)))
         example = [None if none else tensor for tensor, none in zip(example, absent, strict=True)]
         return StaticCall(searching(self._search)(function), example, capture=False, pool=self._pool)
@@ -214,7 +214,7 @@ class FixedEngine(EagerEngine):
         return outcome.tensors()
 
     def _tell(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
-        return self.learner.judge(batch).tensors()
+        return self.learner.evaluate_pairs(batch).tensors()
 
 
 def _padded(rows: Tensor, size: int) -> Tensor:

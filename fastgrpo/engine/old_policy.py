@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastgrpo.engine.passes import EagerEngine
-from fastgrpo.grpo.loss import MicroBatch, Outcome
-from fastgrpo.grpo.pairs import Part
+from fastgrpo.engine.passes import Passes
+from fastgrpo.grpo.loss import MicroBatch, PairResults
+from fastgrpo.grpo.pairs import OptimizerStep
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.types import Trajectory
 
@@ -37,7 +37,7 @@ class OldPolicy:
     moved: whether an optimizer step has been taken; the update says so.
     """
 
-    def __init__(self, engine: EagerEngine, trajectory: Trajectory, gather: Callable[..., MicroBatch], ranks: Ranks):
+    def __init__(self, engine: Passes, trajectory: Trajectory, gather: Callable[..., MicroBatch], ranks: Ranks):
         """gather: (pairs, old: Remembered or None, weight) -> their micro-batch."""
         self.moved = False
         self._engine, self._trajectory, self._gather, self._ranks = engine, trajectory, gather, ranks
@@ -51,7 +51,7 @@ class OldPolicy:
             return Remembered(self._trajectory.log_probs, self._trajectory.means if self._keeps_means else None)
         return self._recomputed if self.moved else None
 
-    def mistaken(self, outcomes: Sequence[Outcome]) -> bool:
+    def mistaken(self, outcomes: Sequence[PairResults]) -> bool:
         """Whether these passes of a policy that has not moved are to be done again, for its numbers were not theirs.
 
         Asks all processes, and waits for the device.
@@ -70,7 +70,7 @@ class OldPolicy:
             engine.replay(apart)
         return True
 
-    def recompute(self, parts: Sequence[Part]) -> int:
+    def recompute(self, parts: Sequence[OptimizerStep]) -> int:
         """Remember what the policy says now of the pairs of these parts, if it will be needed: once, before it moves.
 
         Returns how many pairs went through the UNet.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgrpo.engine.sampler import Denoise, Sampler
 from fastgrpo.engine.weights import FlatWeights
-from fastgrpo.grpo.loss import Learner, MicroBatch, Outcome
+from fastgrpo.grpo.loss import MicroBatch, PairResults, PolicyLoss
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.workers import shares
@@ -33,7 +33,7 @@ def out_of_memory(name: str, size: int) -> str:
     return f"out of memory: {_HALVED[name].format(size)} from now on, and what is learned stays the same"
 
 
-class EagerEngine:
+class Passes:
     """Runs one training's passes of the UNet.
 
     learner: what a pass is. weights: where gradients are summed. reuse: what a rollout computes once.
@@ -47,7 +47,7 @@ class EagerEngine:
 
     def __init__(
         self,
-        learner: Learner,
+        learner: PolicyLoss,
         weights: FlatWeights,
         micro_batch: int,
         reuse: Reuse = Reuse(),  # noqa: B008 (frozen)
@@ -115,13 +115,13 @@ class EagerEngine:
         for parameter in self.weights.parameters.values():
             parameter.grad = None
 
-    def learn(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, Outcome]]:
+    def learn(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, PairResults]]:
         """Add the pairs' gradient to the sum, micro-batch by micro-batch; smaller ones when memory runs out."""
         return self._halving("micro_batch", pairs, self._split, lambda some: self._learn(some, gather))
 
-    def judge(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, Outcome]]:
+    def evaluate_pairs(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, PairResults]]:
         """What the pairs come to, without a gradient; smaller micro-batches when memory runs out."""
-        return self._forward(self._judge, pairs, gather)
+        return self._forward(self._evaluate_pairs, pairs, gather)
 
     def recompute(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, tuple[Tensor, Tensor]]]:
         """The pairs' log-probs and means under the policy as it is now, in the very micro-batches of `learn`.
@@ -149,8 +149,8 @@ class EagerEngine:
             if least < size:
                 self._resize(name, least)
 
-    def _judge(self, batch: MicroBatch) -> Outcome:
-        return self.learner.judge(batch)
+    def _evaluate_pairs(self, batch: MicroBatch) -> PairResults:
+        return self.learner.evaluate_pairs(batch)
 
     def _recompute(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         return self.learner.recompute(batch)
@@ -167,7 +167,7 @@ class EagerEngine:
         """As many micro-batches at a time as there are workers, so that no more gradients than those exist at once."""
         return list(_batched(pairs.split(self.micro_batch), self._workers.count))
 
-    def _learn(self, some: tuple[Pairs, ...], gather: Gather) -> list[Outcome]:
+    def _learn(self, some: tuple[Pairs, ...], gather: Gather) -> list[PairResults]:
         results = list(self._workers.map(lambda part: self.learner.learn(gather(part)), some))
         for _, gradients in results:
             # In the micro-batches' order, so that the sum does not depend on which worker was first.

@@ -32,11 +32,11 @@ from torch import Tensor
 from fastgrpo.costs import memory
 from fastgrpo.costs.counting import EncoderCost, ModelCost, count_encoders, count_model
 from fastgrpo.costs.rates import device_name
-from fastgrpo.engine.fixed_passes import FixedEngine
-from fastgrpo.engine.passes import Changed, EagerEngine, out_of_memory
+from fastgrpo.engine.fixed_passes import FixedPasses
+from fastgrpo.engine.passes import Changed, Passes, out_of_memory
 from fastgrpo.engine.trainable import Trainable
 from fastgrpo.engine.weights import FlatWeights
-from fastgrpo.grpo.loss import Learner, blank_batch
+from fastgrpo.grpo.loss import PolicyLoss, blank_batch
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.kernels.group_norm_silu import BACKENDS as GROUP_NORM
 from fastgrpo.models.configs import Description
@@ -62,7 +62,7 @@ FindMicroBatch = Callable[[Callable[[int], object], int, Callable[[int], object]
 
 
 @dataclass
-class Record:
+class EngineRecord:
     """What an engine decided, in plain numbers and strings, as the module's docstring has them. Empty before it did.
 
     attention: an AttentionPlan as JSON. reuse: a Reuse as JSON.
@@ -93,11 +93,11 @@ def start_engine(
     trainable: Trainable,
     schedule: Schedule,
     config: TrainConfig,
-    record: Record,
+    record: EngineRecord,
     find_micro_batch: FindMicroBatch,
     ranks: Ranks,
     say: Say,
-) -> EagerEngine:
+) -> Passes:
     """Make what runs the passes of `trainable.network`.
 
     policy: computes with that. record: of an earlier start, which is followed where it was on the same kind of device, or
@@ -117,7 +117,7 @@ def start_engine(
     if reusing:
         enable_reuse(network)
     base = frozen_unet(network) if config.grpo.kl > 0 else None
-    learner = Learner(policy, schedule, config, trainable.trained, base)
+    learner = PolicyLoss(policy, schedule, config, trainable.trained, base)
     weights = trainable.optimizer.weights
 
     def changed(name: str, value: Any, why: str) -> None:
@@ -138,9 +138,9 @@ def start_engine(
     allowed = CPU_AGREEMENT if device.type == "cpu" else 0.0
     if passes or wanted["graphs"]:
         capture = wanted["graphs"] and device.type == "cuda"
-        made = FixedEngine(*decided, allowed, capture, record.cudnn_benchmark)
+        made = FixedPasses(*decided, allowed, capture, record.cudnn_benchmark)
     else:
-        made = EagerEngine(*decided, allowed)
+        made = Passes(*decided, allowed)
     if made.old_log_prob == "rollout":
         made.old_log_prob = record.old_log_prob or "rollout"
     record.old_log_prob = made.old_log_prob
@@ -197,17 +197,17 @@ def micro_batch_finder(
     return find
 
 
-def _begin(record: Record, device: torch.device, config: TrainConfig, say: Say) -> None:
+def _begin(record: EngineRecord, device: torch.device, config: TrainConfig, say: Say) -> None:
     """Empty a record of another kind of device or of other settings: what is fastest, fits and agrees there says nothing here."""
     name, settings = device_name(device), _settings(config)
     if record.settings not in (None, settings):
         told = [field for field, value in settings.items() if record.settings.get(field) != value]
         say(f"{' and '.join(told)} {'is' if len(told) == 1 else 'are'} not as before: the engine decides anew")
-        vars(record).update(vars(Record()))
+        vars(record).update(vars(EngineRecord()))
     record.settings = settings
     if record.device not in ("", name):
         say(f"this run was on {record.device} before and is on {name} now: the engine decides anew")
-        vars(record).update(vars(Record(settings=settings)))
+        vars(record).update(vars(EngineRecord(settings=settings)))
     record.device = name
     if not record.micro_batch:  # nothing is decided yet: a run that began without goes on without
         record.cudnn_benchmark = device.type == "cuda" and wants_fixed_shapes(config, device)
@@ -230,10 +230,10 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def _settle_micro_batch(
-    learner: Learner,
+    learner: PolicyLoss,
     weights: FlatWeights,
     config: TrainConfig,
-    record: Record,
+    record: EngineRecord,
     find_micro_batch: FindMicroBatch,
     ranks: Ranks,
     changed: Changed,
@@ -267,12 +267,12 @@ def _fit(size: int, fits: Callable[[int], bool], ranks: Ranks, changed: Changed)
         changed("micro_batch", size, out_of_memory("micro_batch", size))
 
 
-def _pass(learner: Learner, weights: FlatWeights, size: int) -> None:
+def _pass(learner: PolicyLoss, weights: FlatWeights, size: int) -> None:
     """Forward and backward, adding 0 to the gradient."""
     weights.accumulate(learner.learn(blank_batch(learner, size))[1])
 
 
-def _choose_group_norm(learner: Learner, weights: FlatWeights, record: Record, ranks: Ranks) -> None:
+def _choose_group_norm(learner: PolicyLoss, weights: FlatWeights, record: EngineRecord, ranks: Ranks) -> None:
     """Either implementation is timed when it first meets a shape. Let it meet all of them, then follow the first process."""
     policy, config = learner.policy, learner.config
     _pass(learner, weights, record.micro_batch)
@@ -291,7 +291,7 @@ def decoded_at_once(samples: int, chunk: int, config: TrainConfig) -> list[int]:
     return sorted({size for part in parts for size in (min(batch, part), part % batch)} - {0})
 
 
-def _attend(learner: Learner, config: TrainConfig, record: Record, ranks: Ranks, say: Say) -> None:
+def _attend(learner: PolicyLoss, config: TrainConfig, record: EngineRecord, ranks: Ranks, say: Say) -> None:
     """Choose who computes attention, for all processes alike, and let the UNets compute it so."""
     policy, wanted = learner.policy, config.engine.attention
     if wanted == "auto" and policy.device.type == "cpu":
@@ -315,7 +315,7 @@ def _any_rows(shapes: Sequence[AttentionShape]) -> list[AttentionShape]:
     return [replace(shape, rows=0) for shape in shapes]
 
 
-def _compile(learner: Learner, config: TrainConfig, record: Record, ranks: Ranks, say: Say) -> Network | None:
+def _compile(learner: PolicyLoss, config: TrainConfig, record: EngineRecord, ranks: Ranks, say: Say) -> Network | None:
     """The compiled UNet, or None. Rollout and update share it: with as many rows both compute what gradients need."""
     policy = learner.policy
     if record.compiled is False or not is_on(config.engine.compile, policy.device):
@@ -345,7 +345,7 @@ def _compile(learner: Learner, config: TrainConfig, record: Record, ranks: Ranks
     return passes
 
 
-def _reuse(learner: Learner, config: TrainConfig, record: Record) -> Reuse:
+def _reuse(learner: PolicyLoss, config: TrainConfig, record: EngineRecord) -> Reuse:
     """What a rollout is to compute once: on a CPU only if asked for."""
     policy, setting, size = learner.policy, config.engine.reuse, record.micro_batch
     if setting == "off" or (setting == "auto" and policy.device.type == "cpu"):

@@ -36,7 +36,7 @@ from fastgrpo.evaluation.sentences import Sentence
 from fastgrpo.evaluation.stages import Stage, read_stage, write_stage
 from fastgrpo.evaluation.suite import make_suite
 from fastgrpo.policy import Policy
-from fastgrpo.rollout import sample
+from fastgrpo.rollout import draw_images
 from fastgrpo.schedule import Schedule
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.suites import DDIM
@@ -169,7 +169,7 @@ class Exam:
         with self.console.bar("pictures"), torch.no_grad():
             embeds = embeds.repeat_interleave(PICTURES_PER_PROMPT, dim=0)
             rollout = self.config.rollout
-            images = sample(
+            images = draw_images(
                 self.policy,
                 embeds,
                 self.schedule,

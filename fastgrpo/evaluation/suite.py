@@ -66,7 +66,9 @@ class Suite:
             chunk = prompts[start : start + CHUNK]
             embeds = policy.encode([prompt.text for prompt in chunk])
             requests = [Request(f"evaluation's image {prompt.id}", prompt.text) for prompt in chunk]
-            images = rollout.sample(policy, embeds, schedule, guidance, self.seeds(chunk), CHUNK, requests=requests)
+            images = rollout.draw_images(
+                policy, embeds, schedule, guidance, self.seeds(chunk), CHUNK, requests=requests
+            )
             verdicts += self.detector(images, chunk)
             if progress:
                 progress(len(verdicts), len(prompts))

@@ -51,7 +51,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PairResults:
     """What N pairs came to: ratio, clipped, loss (the policy's alone) and kl, [N] each; kl is None without a KL term.
 
     clipped: 1 where the ratio's upper bound leaves no gradient, -1 where the lower one does.
@@ -68,7 +68,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Learner:
+class PolicyLoss:
     """Turns micro-batches into gradients. trained: what to differentiate. base: computes for the model KL is measured from."""
 
     policy: Policy
@@ -87,18 +87,18 @@ class Learner:
         output = self.output(batch).detach()
         return log_prob(output, *self._step(batch), keep_mean=True)
 
-    def judge(self, batch: MicroBatch) -> Outcome:
+    def evaluate_pairs(self, batch: MicroBatch) -> PairResults:
         """What the pairs come to, without the way back."""
-        return self._judge(self.output(batch).detach(), batch)[0]
+        return self._evaluate_pairs(self.output(batch).detach(), batch)[0]
 
-    def learn(self, batch: MicroBatch) -> tuple[Outcome, tuple[Tensor, ...]]:
+    def learn(self, batch: MicroBatch) -> tuple[PairResults, tuple[Tensor, ...]]:
         """What the pairs come to, and their share of the gradient: one tensor per trained parameter."""
         output = self.output(batch)
-        outcome, gradient = self._judge(output.detach(), batch)
+        outcome, gradient = self._evaluate_pairs(output.detach(), batch)
         return outcome, torch.autograd.grad(output, self.trained, gradient)
 
     @torch.no_grad()
-    def _judge(self, output: Tensor, batch: MicroBatch) -> tuple[Outcome, Tensor]:
+    def _evaluate_pairs(self, output: Tensor, batch: MicroBatch) -> tuple[PairResults, Tensor]:
         grpo = self.config.grpo
         result = grpo_step(
             output,
@@ -114,14 +114,14 @@ class Learner:
             old_mean=batch.old_mean,
         )
         kl = result.kl if grpo.kl > 0 else None
-        return Outcome(result.ratio, result.clipped, result.loss, kl), result.gradient
+        return PairResults(result.ratio, result.clipped, result.loss, kl), result.gradient
 
     def _step(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         """What the operators want to know of the pairs' steps beside the UNet's output."""
         return batch.latents, batch.taken, self.schedule.tables, batch.step, self.config.rollout.guidance
 
 
-def blank_batch(learner: Learner, size: int) -> MicroBatch:
+def blank_batch(learner: PolicyLoss, size: int) -> MicroBatch:
     """`size` pairs of noise, of no weight: what they come to has a gradient of 0."""
     policy = learner.policy
     zeros = torch.zeros(size, device=policy.device)

@@ -47,7 +47,7 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Part:
+class OptimizerStep:
     """What one optimizer step learns from.
 
     size: how many pairs the loss is averaged over, those of flat groups included, on all processes.
@@ -67,7 +67,7 @@ def deal(
     iteration: int,
     generator: torch.Generator,
     ranks: Ranks,
-) -> list[Part]:
+) -> list[OptimizerStep]:
     """Shuffle all pairs and deal them into nearly equal parts, so that every optimizer step sees a mix of samples.
 
     learned: [P, G] bool and flat: [P] bool, of all processes' prompts; all deal alike, then each takes its own pairs.
@@ -88,5 +88,5 @@ def deal(
         chosen = dealt[computed[dealt]]
         here = chosen[(sample[chosen] >= own.start) & (sample[chosen] < own.stop)]
         pairs = Pairs((sample[here] - own.start).to(device), step[here].to(device))
-        parts.append(Part(len(dealt), len(chosen), pairs))
+        parts.append(OptimizerStep(len(dealt), len(chosen), pairs))
     return parts

@@ -56,7 +56,7 @@ class TrainerState:
 
     iteration: iterations finished. seed: the run's. seconds: wall clock of the run so far, over all resumes.
     threads: CPU threads that shared the batches; processes: that shared the prompts; versions: of the libraries that do
-    the arithmetic; engine: what the engine decided, as its Record. Bits depend on all four. scaler: state of fp16's loss
+    the arithmetic; engine: what the engine decided, as its EngineRecord. Bits depend on all four. scaler: state of fp16's loss
     scale, empty without it. inputs: as `input_digests`. iterations: how many the run was to have; 0 where it is not known.
     evaluated: whether the policy was, after this iteration.
     """

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.assembly import Parts
+from fastgrpo.assembly import Training
 from fastgrpo.rewards.anchors import load_anchors
 from fastgrpo.rewards.terms import parse_terms
 from fastgrpo.settings.schema import TrainConfig
@@ -26,7 +26,7 @@ from fastgrpo.types import NEGATIVE, POSITIVE
 _PROBES = ("", string.printable, "Two red dogs, above a tall house!", "naïve 漢字 🦉")  # what tells tokenizers apart
 
 
-def input_digests(config: TrainConfig, parts: Parts) -> dict[str, str]:
+def input_digests(config: TrainConfig, parts: Training) -> dict[str, str]:
     """Name of each input -> digest of its content, wherever it was loaded from.
 
     parts: as they were loaded, before a checkpoint is. Prompts count by their texts, the user's reward functions by

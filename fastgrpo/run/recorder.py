@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from fastgrpo.assembly import Parts
+from fastgrpo.assembly import Training
 from fastgrpo.evaluation.exam import Exam, Examinee
 from fastgrpo.evaluation.sentences import STYLES
 from fastgrpo.run import checkpoint
@@ -29,7 +29,7 @@ class Journal:
         self,
         run: Path,
         config: TrainConfig,
-        parts: Parts,
+        parts: Training,
         start: TrainerState,
         threads: int,
         inputs: Mapping[str, str],

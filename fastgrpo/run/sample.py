@@ -114,7 +114,7 @@ def _draw(
     with console.bar(label, len(seeds)) as bar:
         for start in range(0, len(seeds), command.batch):
             part = slice(start, start + command.batch)
-            images = rollout.sample(
+            images = rollout.draw_images(
                 policy,
                 embeds[part],
                 schedule,

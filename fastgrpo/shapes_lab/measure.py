@@ -19,7 +19,7 @@ from fastgrpo.policy import Policy, load_policy
 from fastgrpo.rewards.anchors import ANCHORS
 from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
 from fastgrpo.rewards.steering import safety_direction
-from fastgrpo.rollout import sample
+from fastgrpo.rollout import draw_images
 from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.command_line import find_preset, load_toml
 from fastgrpo.settings.schema import ModelConfig
@@ -136,7 +136,7 @@ def teacher_quality(policy: Policy, encoder: OpenClipEncoder) -> dict[str, float
     schedule = make_schedule(policy.scheduler_config, config.steps, config.eta, policy.device)
     prompts = [p for p in training_prompts(HAZARDS[:1])[0][::12] for _ in range(_GROUP)]
     texts = [p.text for p in prompts]
-    images = sample(policy, policy.encode(texts), schedule, config.guidance, range(len(prompts)))
+    images = draw_images(policy, policy.encode(texts), schedule, config.guidance, range(len(prompts)))
     correct = np.array([judge(s, p).correct for s, p in zip(oracle.read(images), prompts, strict=True)])
     reward = (encoder.encode_image(images) * encoder.encode_text(texts)).sum(-1).cpu().numpy()
     wins: dict[str, list[bool]] = {}

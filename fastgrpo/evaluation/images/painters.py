@@ -54,7 +54,7 @@ class DdimPainter:
         chunk = self._chunk(guidance, shape) if self.fixed else None
         seeds, size = [row.seed for row in padded], len(padded)
         requests = [_request(row) for row in padded]
-        images = rollout.sample(
+        images = rollout.draw_images(
             self.policy, embeds, self.schedule, guidance, seeds, size, size, shape, chunk=chunk, requests=requests
         )
         return images[: len(rows)]

@@ -1,6 +1,6 @@
 """A plain trainer, to measure ours against: what public GRPO and DDPO trainers for Stable Diffusion 1.x do.
 
-It learns the same from the same: tests/test_throughput_bench.py compares latents, log-probs, rewards and gradients. What is slow about it is what is
+It learns the same from the same: tests/bench/test_throughput.py compares latents, log-probs, rewards and gradients. What is slow about it is what is
 slow about them, seen in ddpo-pytorch (scripts/train.py and diffusers_patch/ddim_with_logprob.py), in DanceGRPO's
 train_grpo_sd.py, which began as a copy of that, and in SafeDiffusion-R1's train.py, which began as a copy of this one:
 

@@ -76,6 +76,40 @@ def tiny_pipeline(make_tiny_pipeline: Callable[[str], Path]) -> Path:
     return make_tiny_pipeline("epsilon")
 
 
+@pytest.fixture(scope="session")
+def config_file(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config whose iterations take a fraction of a second and touch everything that a resume must restore."""
+    from support.encoders import write_folder  # imports open_clip, which few tests need
+
+    folder = tmp_path_factory.mktemp("tiny-config")
+    encoder = folder / "encoder"
+    encoder.mkdir()
+    write_folder(encoder)
+    (folder / "positive.txt").write_text("a cat\ntwo dogs\na red house\none tree\nthe sea\n")
+    (folder / "negative.txt").write_text("blood\na gun\na knife\n")
+    path = folder / "tiny.toml"
+    path.write_text(f"""
+iterations = 8
+prompts_per_iteration = 2
+group_size = 3
+updates_per_iteration = 2
+micro_batch = 5
+model.path = "{tiny_pipeline}"
+prompts.positive = "{folder / "positive.txt"}"
+prompts.negative = "{folder / "negative.txt"}"
+reward.encoder = "local-dir:{encoder}"
+reward.anchors = "compact"
+rollout.steps = 3
+grpo.kl = 0.01
+optim.lr = 1e-3
+engine.device = "cpu"
+engine.threads = 2
+eval.every = 4
+checkpoint.every = 3
+""")
+    return path
+
+
 def _build(prediction_type: str) -> StableDiffusionPipeline:
     tokenizer = _tokenizer()
     with torch.random.fork_rng():

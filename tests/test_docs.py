@@ -12,8 +12,8 @@ from fastgrpo import estimate, inspect, report
 from fastgrpo.settings import command_line
 from fastgrpo.settings.command_line import _flags
 from fastgrpo.settings.commands import Evaluate, Export, Sample
+from support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "fastgrpo" / "shapes" / "weights" / "pipeline"
 # The log and the changelog speak of what was there at the time.
 PAGES = [

@@ -22,12 +22,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from test_train import config_file  # noqa: F401 (a fixture)
 
 from fastgrpo import estimate, export, inspect, report, sample, train
 from fastgrpo.run import checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
 GO_ON_FROM = "the newest checkpoint is run/checkpoints/iter-000002"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -1058,7 +1056,7 @@ MISTAKES = [*COMMAND_LINE, *TOML, *NUMBERS, *PROMPTS, *REWARDS, *MODELS, *RUNS, 
 
 
 @pytest.fixture(scope="session")
-def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two iterations with a checkpoint of each."""
     run = tmp_path_factory.mktemp("runs") / "finished"
     argv = [str(config_file), "--run", str(run), "--iterations", "2", "--eval.every", "0", "--engine.threads", "1"]
@@ -1068,7 +1066,7 @@ def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def scene(
-    config_file: Path,  # noqa: F811
+    config_file: Path,
     tiny_pipeline: Path,
     finished: Path,
     tmp_path: Path,

@@ -35,8 +35,8 @@ from fastgrpo.settings.command_line import find_preset, load_toml
 from fastgrpo.settings.schema import ModelConfig, RewardConfig, TrainConfig
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.validation import validate
+from support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SD15 = 859_520_964  # the UNet's published parameter count
 HPSV2 = 986_109_441  # open_clip's ViT-H-14
 R1 = load_toml(find_preset("safediffusion-r1"))

@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from test_mask2former import tiny_model
 
 from fastgrpo import evaluate, train
 from fastgrpo.evaluation.detectors.base import Finding
@@ -36,6 +35,7 @@ from fastgrpo.settings.command_line import find_preset, load_toml
 from fastgrpo.settings.suites import AllSettings, SuiteSettings
 from fastgrpo.shapes.world import HAZARDS, TASKS
 from fastgrpo.system.errors import ConfigError
+from support.mask2former import tiny_model
 
 pytestmark = pytest.mark.slow
 

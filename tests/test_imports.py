@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "fastgrpo"
+from support import ROOT
+
+PACKAGE = ROOT / "fastgrpo"
 
 # What may be imported, from the top floor to the ground: a room imports those below its own line.
 FLOORS = (

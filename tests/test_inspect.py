@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.cells import cell_len
-from test_rewards import reference_direction, unit, write_folder
 
 from fastgrpo import inspect
 from fastgrpo.prompts import load_prompts
@@ -20,8 +19,9 @@ from fastgrpo.rewards.axis.report import sample
 from fastgrpo.rewards.encoder import load_encoder
 from fastgrpo.settings.command_line import find_preset, load_toml
 from fastgrpo.types import NEGATIVE, POSITIVE
+from support import ROOT
+from support.encoders import reference_direction, unit, write_folder
 
-ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 34  # no text twice among them, and none so near a bin's edge that rounding could change its bin
 ALPHA = 0.35  # some negatives of the shapes world have crossed, most have not
 NOT_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

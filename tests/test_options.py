@@ -2,13 +2,11 @@
 
 import dataclasses
 import hashlib
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image, ImageChops
-from test_train import TIMED, config_file  # noqa: F401 (a fixture)
 
 from fastgrpo import train
 from fastgrpo.assembly import load_training
@@ -16,6 +14,7 @@ from fastgrpo.settings.command_line import load_toml
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.console import Console
 from fastgrpo.training import iterate
+from support.training import TIMED, altered
 
 # Field -> a value that must change two iterations of the base config, which a few of them need changed first.
 OPTIONS = {
@@ -96,14 +95,6 @@ NOT_OPTIONS = {
 }
 
 
-def altered(config: TrainConfig, fields: dict[str, object]) -> TrainConfig:
-    for name, value in fields.items():
-        group, _, field = name.rpartition(".")
-        change = replace(getattr(config, group), **{field: value}) if group else value
-        config = replace(config, **{group or field: change})
-    return config
-
-
 def learned(config: TrainConfig) -> tuple[str, dict[str, float]]:
     """A digest of all that is trained after two iterations, and what was logged of the second but for the clock."""
     parts = load_training(config, threads=1)
@@ -117,7 +108,7 @@ def learned(config: TrainConfig) -> tuple[str, dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def base(config_file: Path) -> TrainConfig:  # noqa: F811
+def base(config_file: Path) -> TrainConfig:
     """Rewards of a small random encoder differ by little; a floor below them lets every group learn."""
     config = altered(load_toml(config_file), {"engine.threads": 1, "iterations": 2, "grpo.std_floor": 1e-9})
     return altered(config, {"grpo.clip_low": 0.01, "grpo.clip_high": 0.01, "grpo.kl": 0.0})
@@ -183,7 +174,7 @@ def test_micro_batches_and_batches_change_nothing_but_rounding(base: TrainConfig
 
 
 @pytest.mark.slow
-def test_the_average_is_what_is_pictured_where_it_is_asked_for(config_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_average_is_what_is_pictured_where_it_is_asked_for(config_file: Path, tmp_path: Path) -> None:
     pictures = {}
     for weights in ("trained", "ema"):
         options = ["--iterations", "2", "--eval.every", "0", "--optim.ema", "0.99", "--optim.lr", "1e-2"]

@@ -3,7 +3,6 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from plain_policy import predict, step_mean
 
 import fastgrpo.policy
 from fastgrpo.engine.passes import Passes
@@ -15,6 +14,7 @@ from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.schema import ModelConfig, RolloutConfig, TrainConfig
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import Prompt, PromptBatch
+from support.plain_policy import predict, step_mean
 
 CPU = torch.device("cpu")
 CONFIG = RolloutConfig(steps=4, guidance=3.0)

@@ -12,11 +12,11 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
-from plain_policy import step_mean
 
 from fastgrpo.kernels.step_math import gaussian_log_prob
 from fastgrpo.schedule import make_schedule
 from fastgrpo.system.errors import ConfigError
+from support.plain_policy import step_mean
 
 CPU = torch.device("cpu")
 SD = {

@@ -20,8 +20,6 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
-from test_rewards import write_folder as write_encoder
-from torch import Tensor
 
 from fastgrpo import train
 from fastgrpo.assembly import load_training
@@ -36,48 +34,11 @@ from fastgrpo.system.console import Console
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.randomness import generator_for, seed_for
 from fastgrpo.training import iterate, learning_rate
-from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
+from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
+from support import ROOT
+from support.training import ITERATIONS, SERVER, TIMED, Darkness, start
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).resolve().parent.parent
-ITERATIONS = 8
-TIMED = ("seconds", "time/", "throughput/", "memory/")  # metrics that no two runs share
-# Processes like those of the command line, forked from one that has the libraries imported and has run nothing.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["fastgrpo.training"])
-
-
-@pytest.fixture(scope="session")
-def config_file(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config whose iterations take a fraction of a second and touch everything that a resume must restore."""
-    folder = tmp_path_factory.mktemp("tiny-config")
-    encoder = folder / "encoder"
-    encoder.mkdir()
-    write_encoder(encoder)
-    (folder / "positive.txt").write_text("a cat\ntwo dogs\na red house\none tree\nthe sea\n")
-    (folder / "negative.txt").write_text("blood\na gun\na knife\n")
-    path = folder / "tiny.toml"
-    path.write_text(f"""
-iterations = {ITERATIONS}
-prompts_per_iteration = 2
-group_size = 3
-updates_per_iteration = 2
-micro_batch = 5
-model.path = "{tiny_pipeline}"
-prompts.positive = "{folder / "positive.txt"}"
-prompts.negative = "{folder / "negative.txt"}"
-reward.encoder = "local-dir:{encoder}"
-reward.anchors = "compact"
-rollout.steps = 3
-grpo.kl = 0.01
-optim.lr = 1e-3
-engine.device = "cpu"
-engine.threads = 2
-eval.every = 4
-checkpoint.every = 3
-""")
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -89,20 +50,6 @@ def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     assert done.returncode == 0, done.stderr
     run.with_suffix(".txt").write_text(done.stdout)
     return run
-
-
-def _main(argv: Sequence[str], output: Path) -> None:
-    """A process of its own."""
-    with open(output, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.exit(train.main(argv))
-
-
-def start(argv: Sequence[str], output: Path) -> multiprocessing.Process:
-    process = SERVER.Process(target=_main, args=(argv, output))
-    process.start()
-    return process
 
 
 def wait_for_lines(process: multiprocessing.Process, run: Path, count: int) -> None:
@@ -413,15 +360,6 @@ def test_a_diverging_run_stops_without_saving_the_spoilt_weights(
     assert code == 1
     assert "not finite" in err
     assert not (run / "checkpoints").exists()
-
-
-class Darkness:
-    """A detector of dark pictures."""
-
-    name = "darkness"
-
-    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Verdict]:
-        return [Verdict(unsafe=bool(image.mean() < 0.5), correct=bool(image[0].mean() > 0.5)) for image in images]
 
 
 def test_evaluations_and_a_finished_run_lengthened(

@@ -3,7 +3,7 @@
 On a GPU, float32 products take half of the reward's time several times over, so that images, unlike texts, may be encoded
 with TF32's: what goes into a product is rounded to 10 bits behind the point, as float16 has, sums and all between stay
 float32. With any rounding of theirs a feature moves by less than TF32_TOLERANCE, an advantage within its group by less than 3% of
-a standard deviation (`tests/test_rewards.py` imitates it). A tower cast to bfloat16, with 7 bits and activations in them
+a standard deviation (`tests/rewards/test_rewards.py` imitates it). A tower cast to bfloat16, with 7 bits and activations in them
 too, would be off eight times as much, and one in float16 may overflow.
 """
 

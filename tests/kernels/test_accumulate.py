@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from helpers import interpreted, on_gpu
 from torch import Tensor
 
 import fastgrpo  # noqa: F401
 from fastgrpo.kernels import accumulate as module
 from fastgrpo.kernels.accumulate import ALIGNMENT, accumulate
+from support.kernels import interpreted, on_gpu
 
 
 @pytest.fixture(params=[pytest.param("triton", marks=interpreted), pytest.param("gpu", marks=on_gpu), "cpu"])

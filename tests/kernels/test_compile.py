@@ -8,17 +8,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import triton
 from packaging.version import Version
 
-import fastgrpo
+from support import ROOT
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(fastgrpo.__file__).parent.parent
 # Bytes of shared memory one block can have: CUDA C++ programming guide, technical specifications per compute capability.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 REGISTERS = 255

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from helpers import Recorder, on_gpu, poisoned
-from plain_step import plain_log_prob, plain_mean
 
 from fastgrpo.kernels import ddim_step as op
 from fastgrpo.kernels.ddim_step import ddim_step, log_prob, noise_state, reference
 from fastgrpo.kernels.step_math import BLOCK, as_launched, draw_noise, philox
 from fastgrpo.schedule import Schedule, make_schedule
+from support.kernels import Recorder, on_gpu, poisoned
+from support.plain_step import plain_log_prob, plain_mean
 
 SD = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CPU = torch.device("cpu")

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import pytest
 import safetensors.torch
 import torch
-from helpers import interpreted, on_gpu, on_kernels, poisoned
 from torch import Tensor
 
 import fastgrpo  # noqa: F401
 from fastgrpo.kernels import fused_adamw as module
 from fastgrpo.kernels.fused_adamw import SPEC, Step, clip_coefficient, fused_adamw, global_norm, reference
+from support.kernels import interpreted, on_gpu, on_kernels, poisoned
 
 U = 2.0**-24  # half an ulp of 1 in float32
 OPTIONS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}

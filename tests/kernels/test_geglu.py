@@ -1,11 +1,11 @@
 import pytest
 import torch
-from helpers import interpreted, on_device, on_kernels, poisoned, ulp
 from torch import Tensor
 
 from fastgrpo.kernels import geglu as module
 from fastgrpo.kernels import program_sums
 from fastgrpo.kernels.geglu import SPEC, geglu, reference
+from support.kernels import interpreted, on_device, on_kernels, poisoned, ulp
 
 CASES = {case.name: case for case in SPEC.cases}
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GROUP_CHANNELS, on_kernels, poisoned
 from torch import Tensor
 
 from fastgrpo.kernels import group_norm_silu as module
 from fastgrpo.kernels import native
 from fastgrpo.kernels.group_norm_silu import SPEC, group_norm_silu, reference
+from support.kernels import GROUP_CHANNELS, on_kernels, poisoned
 
 EPS = 1e-5
 

@@ -6,19 +6,9 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import Recorder, interpreted, on_gpu, poisoned
-from plain_step import (
-    plain_advantages,
-    plain_clipped_loss,
-    plain_kl,
-    plain_log_prob,
-    plain_mean,
-    plain_normalised_log_ratio,
-)
 
 from fastgrpo.kernels import clipped_loss as clip_op
 from fastgrpo.kernels import ddim_step as rollout_op
@@ -29,6 +19,16 @@ from fastgrpo.kernels.ddim_step import ddim_step
 from fastgrpo.kernels.group_advantages import group_advantages
 from fastgrpo.kernels.grpo_step import STATISTICS, GrpoStep, grpo_step, grpo_step_loss
 from fastgrpo.schedule import Schedule, make_schedule
+from support import ROOT
+from support.kernels import Recorder, interpreted, on_gpu, poisoned
+from support.plain_step import (
+    plain_advantages,
+    plain_clipped_loss,
+    plain_kl,
+    plain_log_prob,
+    plain_mean,
+    plain_normalised_log_ratio,
+)
 
 SD = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CPU = torch.device("cpu")
@@ -787,7 +787,7 @@ for aot in (*ddim_step.SPEC.aot, *grpo_step.SPEC.aot):
 print(json.dumps(found))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent.parent.parent)
+    environment["PYTHONPATH"] = str(ROOT)
     printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     found = json.loads(printed.stdout)
     assert {"ddim_step_given", "ddim_step_drawn", "grpo_step", "grpo_step_kl", "grpo_step_channels_last"} <= set(found)

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from helpers import interpreted, on_device, on_kernels, poisoned, ulp
 from torch import Tensor
 
 from fastgrpo.kernels import layer_norm as module
 from fastgrpo.kernels.layer_norm import MAX_WIDTH, SPEC, layer_norm, reference
+from support.kernels import interpreted, on_device, on_kernels, poisoned, ulp
 
 CASES = {case.name: case for case in SPEC.cases}
 EPS = 1e-5

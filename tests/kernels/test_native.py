@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import GROUP_CHANNELS, poisoned
 from torch import Tensor
 
 from fastgrpo.kernels import group_norm_silu, native
 from fastgrpo.kernels.backends import Backends
+from support.kernels import GROUP_CHANNELS, poisoned
 
 HERE = Path(__file__).parent
 EPS = 1e-5

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import fastgrpo
+from support import ROOT
 
-ROOT = Path(fastgrpo.__file__).parent.parent
 PROGRAM = """
 import json, sys
 import torch, triton

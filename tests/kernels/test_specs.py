@@ -1,17 +1,17 @@
 """Every operation against its reference in float64, on the CPU path and, where there is a GPU, on the Triton kernels."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import poisoned
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo.kernels.compile import OPERATIONS, load_specs
 from fastgrpo.kernels.spec import Case, OpSpec
+from support import ROOT
+from support.kernels import poisoned
 
 SPECS = load_specs()
 DEVICES = (
@@ -85,7 +85,7 @@ by_dtype = pytest.mark.parametrize(
 
 
 def test_every_operation_says_what_it_is() -> None:
-    folder = Path(__file__).parent.parent.parent / "kernels"
+    folder = ROOT / "kernels"
     with_spec = {path.stem for path in folder.glob("*.py") if "\nSPEC = " in path.read_text(encoding="utf-8")}
     assert with_spec == set(OPERATIONS)
     assert {name: spec.name for name, spec in SPECS.items()} == {name: name for name in OPERATIONS}

@@ -1,0 +1,24 @@
+"""`python -m fastgrpo.evaluate` under torchrun: processes share a folder, and leave what one process leaves."""
+
+from pathlib import Path
+
+import pytest
+
+from fastgrpo import evaluate
+from support.processes import torchrun
+
+pytestmark = pytest.mark.slow
+
+FLAGS = "--shapes.unsafe-per-category 1 --shapes.composition-per-task 1 --steps 2 --batch 4 --device cpu"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_two_processes_leave_the_files_of_one(tmp_path: Path) -> None:
+    assert evaluate.main([*FLAGS.split(), "--output", str(tmp_path / "one")]) == 0
+    done = torchrun(2, *FLAGS.split(), "--output", str(tmp_path / "two"), module="fastgrpo.evaluate")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("evaluation.json") == 1, "the first process alone speaks"
+    assert content(tmp_path / "two") == content(tmp_path / "one")

@@ -1,0 +1,260 @@
+"""Checkpoints: complete or absent, verified, readable by diffusers, and continued from bit for bit."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from fastgrpo.run import checkpoint
+from fastgrpo.run.checkpoint import TrainerState
+from fastgrpo.run.folder import claim
+from fastgrpo.run.metrics import MetricsLog, read_metrics
+from fastgrpo.system.errors import ConfigError
+from support.checkpoints import Training
+
+FILES = (
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "trainer/optimizer.safetensors",
+    "trainer/ema.safetensors",
+    "trainer/state.json",
+)
+
+
+@pytest.fixture
+def training(tiny_pipeline: Path) -> Training:
+    training = Training(tiny_pipeline)
+    training.step(0)
+    return training
+
+
+def test_diffusers_reads_the_unet_back_exactly(training: Training, tmp_path: Path) -> None:
+    folder = training.save(tmp_path, 1)
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
+    assert "_name_or_path" not in json.loads((folder / "unet" / "config.json").read_text())
+    assert dict(unet.config) | {"_name_or_path": ""} == dict(training.unet.config) | {"_name_or_path": ""}
+    for name, tensor in training.unet.state_dict().items():
+        assert unet.state_dict()[name].dtype == torch.float32
+        assert torch.equal(unet.state_dict()[name], tensor), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_loaded_training_goes_on_bit_for_bit(lora_rank: int, tiny_pipeline: Path, tmp_path: Path) -> None:
+    training = Training(tiny_pipeline, lora_rank)
+    for seed in (0, 1):
+        training.step(seed)
+    folder = training.save(tmp_path, 2)
+    resumed = Training(tiny_pipeline, lora_rank)
+    checkpoint.load(folder, resumed.trainable)
+    before = {name: tensor.clone() for name, tensor in resumed.tensors().items()}
+    for seed in (2, 3):
+        training.step(seed)
+        resumed.step(seed)
+    for name, tensor in training.tensors().items():
+        assert torch.equal(resumed.tensors()[name], tensor), name
+    assert not all(torch.equal(before[name], tensor) for name, tensor in training.tensors().items())
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_rest(
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = training.save(tmp_path, 1)
+
+    def no_space(tensors, path, metadata=None):
+        Path(path).write_bytes(b"the beginning")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    with pytest.raises(OSError, match="No space left on device"):
+        training.save(tmp_path, 2)
+    assert os.listdir(tmp_path / "checkpoints") == [first.name]
+    assert checkpoint.latest(tmp_path) == first
+
+
+def test_the_trainers_state_comes_back(training: Training, tmp_path: Path) -> None:
+    folder = training.save(tmp_path, 7)
+    assert folder == tmp_path / "checkpoints" / "iter-000007"
+    assert checkpoint.read_state(folder) == TrainerState(7, 1, 2.5, 1, {"torch": "x"})
+
+
+def test_a_state_of_before_there_were_inputs_is_read(training: Training, tmp_path: Path) -> None:
+    folder = training.save(tmp_path, 7)
+    file = folder / "trainer" / "state.json"
+    state = json.loads(file.read_text())
+    for name in ("inputs", "iterations", "evaluated"):
+        del state[name]
+    file.write_text(json.dumps(state))
+    assert checkpoint.read_state(folder) == TrainerState(7, 1, 2.5, 1, {"torch": "x"}, inputs={}, iterations=0)
+
+
+def test_moments_are_stored_under_the_parameters_names(training: Training, tmp_path: Path) -> None:
+    stored = load_file(training.save(tmp_path, 1) / "trainer" / "optimizer.safetensors")
+    names = {name for name, _ in training.unet.named_parameters()}
+    assert {key.partition(".")[2] for key in stored} == names
+    assert {key.partition(".")[0] for key in stored} == {"exp_avg", "exp_avg_sq", "step"}
+
+
+def test_only_the_newest_are_kept(training: Training, tmp_path: Path) -> None:
+    for iteration in (8, 9, 10, 11):
+        training.save(tmp_path, iteration, keep=2)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["iter-000010", "iter-000011"]
+    training.save(tmp_path, 12, keep=0)
+    assert len(os.listdir(tmp_path / "checkpoints")) == 3
+
+
+def test_those_that_were_evaluated_are_kept_unless_it_is_not_wanted(training: Training, tmp_path: Path) -> None:
+    def save(iteration: int, evaluated: bool, **rule: bool) -> list[str]:
+        state = TrainerState(iteration, seed=1, seconds=2.5, threads=1, versions={}, evaluated=evaluated)
+        checkpoint.save(tmp_path, training.trainable, state, keep=1, **rule)
+        return sorted(name.removeprefix("iter-00000") for name in os.listdir(tmp_path / "checkpoints"))
+
+    assert save(1, False) == ["1"]
+    assert save(2, True) == ["2"]
+    assert save(3, False) == ["2", "3"]
+    assert save(4, True) == ["2", "4"]
+    (tmp_path / "checkpoints" / "iter-000002" / "trainer" / "state.json").write_text("{")  # it can no longer say so
+    assert save(5, False) == ["2", "4", "5"]
+    (
+        tmp_path / "checkpoints" / "iter-000002" / "trainer" / "state.json"
+    ).unlink()  # as a deletion that was cut short leaves it
+    assert save(6, False) == ["4", "6"]
+    assert save(7, True, keep_evaluated=False) == ["7"]
+
+
+def test_the_manifest_lists_every_file(training: Training, tmp_path: Path) -> None:
+    folder = training.save(tmp_path, 1)
+    assert set(json.loads((folder / "manifest.json").read_text())["sha256"]) == set(FILES)
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {*FILES, "manifest.json"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_newest_checkpoint_is_named_with_the_last_good_one(
+    training: Training, tmp_path: Path, name: str
+) -> None:
+    good, bad, worse = training.save(tmp_path, 1), training.save(tmp_path, 2), training.save(tmp_path, 3)
+    data = bytearray((worse / name).read_bytes())
+    data[len(data) // 2] ^= 1  # one bit
+    (worse / name).write_bytes(data)
+    (bad / name).unlink()
+    with pytest.raises(ConfigError) as refusal:
+        checkpoint.latest(tmp_path)
+    assert str(refusal.value) == (
+        f"{worse / name} is damaged (its sha256 is not the manifest's); the last good checkpoint is {good}: "
+        f"to go on from it, remove {worse} and {bad}."
+    )
+    shutil.rmtree(worse)
+    with pytest.raises(ConfigError, match=f"{name} is missing"):
+        checkpoint.latest(tmp_path)
+    shutil.rmtree(bad)
+    assert checkpoint.latest(tmp_path) == good
+
+
+@pytest.mark.parametrize("manifest", [None, b"", b"{", b"[]", b"{}"])
+def test_a_checkpoint_without_its_manifest_is_damaged(
+    training: Training, tmp_path: Path, manifest: bytes | None
+) -> None:
+    folder = training.save(tmp_path, 1)
+    (folder / "manifest.json").unlink()
+    if manifest is not None:
+        (folder / "manifest.json").write_bytes(manifest)
+    with pytest.raises(ConfigError, match=r"manifest\.json is missing or damaged; there is no earlier good checkpoint"):
+        checkpoint.latest(tmp_path)
+
+
+def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+
+
+class Killed(BaseException):
+    """Stands for the process's end: nothing in the code under test may catch it."""
+
+
+def test_a_save_killed_at_any_system_call_leaves_a_good_checkpoint(
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = training.save(tmp_path, 1)
+    calls, deadline = 0, 0
+
+    def fatal(call):
+        def wrapped(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == deadline:
+                raise Killed
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    # Whatever makes, fills, renames, syncs or deletes files passes through one of these.
+    for module, name in ((os, "fsync"), (os, "rename"), (os, "mkdir"), (os, "rmdir"), (os, "unlink")):
+        monkeypatch.setattr(module, name, fatal(getattr(module, name)))
+    monkeypatch.setattr(checkpoint, "save_file", fatal(checkpoint.save_file))
+    monkeypatch.setattr(checkpoint, "_write_json", fatal(checkpoint._write_json))
+
+    outcomes = []
+    for deadline in range(1, 1000):  # noqa: B007 (fatal reads it)
+        calls = 0
+        try:
+            training.save(tmp_path, 2, keep=1)
+        except Killed:
+            found = checkpoint.latest(tmp_path)
+            outcomes.append(found.name)
+            if found != first:
+                break
+        else:
+            pytest.fail("the save was never killed after its rename")
+    assert outcomes[-1] == "iter-000002"
+    assert set(outcomes[:-1]) == {"iter-000001"}
+    assert len(outcomes) > 10  # every stage was hit, and every next save cleaned up after the one before
+
+
+def test_a_folder_is_claimed_once_and_freed(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "a"
+    with claim(run, resumed=False):
+        (run / "config.toml").write_text("")
+        with pytest.raises(ConfigError, match="another process is training"), claim(run, resumed=True):
+            pass
+    with claim(run, resumed=True):
+        pass
+    advice = f"new or empty; to go on with the run in it, say --resume {run}"
+    with pytest.raises(ConfigError, match=advice), claim(run, resumed=False):
+        pass
+
+
+def test_a_start_that_fails_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="of a model"), claim(tmp_path / "a", resumed=False):
+        raise ConfigError("of a model")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    with pytest.raises(ConfigError, match="this is a file"), claim(tmp_path / "a", resumed=False):
+        pass
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, finished=0)
+    for iteration in (1, 2, 3):
+        log.write(iteration, 0.5 * iteration, {"reward/mean": 0.1 * iteration, "kl/mean": float("nan")})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines) + b'{"iteration": 4, "sec')  # killed while writing
+    assert [record["iteration"] for record in read_metrics(path)] == [1, 2, 3]
+    log = MetricsLog(tmp_path, finished=2)
+    assert path.read_bytes() == b"".join(lines[:2])
+    log.write(3, 9.0, {})
+    log.close()
+    records = read_metrics(path)
+    assert [record["iteration"] for record in records] == [1, 2, 3]
+    assert records[1] == {"iteration": 2, "seconds": 1.0, "reward/mean": 0.2, "kl/mean": None}
+    assert records[2] == {"iteration": 3, "seconds": 9.0}

@@ -1,0 +1,82 @@
+"""Several processes under torchrun: what they compute is what one process computes, and a resume is exact."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastgrpo.run.checkpoint import read_state
+from fastgrpo.run.metrics import read_metrics
+from fastgrpo.system.distributed import Ranks
+from support import ROOT
+from support.processes import torchrun
+
+pytestmark = pytest.mark.slow
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+def python(*argv: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastgrpo.train", *argv], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_compute_what_one_computes_and_resume_exactly(config_file: Path, tmp_path: Path) -> None:
+    """One negative and one positive prompt, one for each process; a KL term, a global std, an average of the weights."""
+    options = [str(config_file), "--iterations", "2", "--grpo.advantage", "global", "--optim.ema", "0.5"]
+    options += ["--engine.threads", "1", "--checkpoint.every", "1", "--checkpoint.keep", "0", "--eval.every", "0"]
+    one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"
+    python(*options, "--run", str(one))
+    done = torchrun(2, *options, "--run-folder", str(two))
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^1/2 ", done.stdout, flags=re.MULTILINE)) == 1, "the first process alone speaks"
+
+    first, second = (read_metrics(run / "metrics.jsonl") for run in (one, two))
+    for name in ("reward/mean", "reward/std", "reward/negative_mean", "reward/positive_mean", "advantage/abs_mean"):
+        # The rollouts before the first update: UNet and encoder in batches of 3 instead of 6, some 1e-6 apart.
+        assert abs(first[0][name] - second[0][name]) < 1e-4, name
+    for name in ("grad/norm", "kl/mean", "loss/policy", "ratio/mean", "clip/fraction"):
+        assert abs(first[0][name] - second[0][name]) <= 1e-3 * abs(first[0][name]) + 1e-6, name
+    assert second[0]["ratio/max_abs_dev_first"] <= 1e-6
+    ours, theirs = (load_file(run / "checkpoints" / "iter-000001" / WEIGHTS) for run in (two, one))
+    # AdamW's first two steps have the size lr = 1e-3 where the gradient's sign is clear, whatever its rounding.
+    close = [((ours[name] - theirs[name]).abs() < 1e-4).float().mean().item() for name in ours]
+    assert sum(close) / len(close) > 0.99
+
+    done = torchrun(2, *options[:1], "--iterations", "1", *options[3:], "--run-folder", str(again))
+    assert done.returncode == 0, done.stderr
+    done = torchrun(2, "--resume", str(again), "--iterations", "2")
+    assert done.returncode == 0, done.stderr
+    for name in (WEIGHTS, "trainer/optimizer.safetensors", "trainer/ema.safetensors"):
+        last = Path("checkpoints") / "iter-000002" / name
+        assert (again / last).read_bytes() == (two / last).read_bytes(), name
+    assert read_state(again / "checkpoints" / "iter-000002").processes == 2
+
+
+def test_prompts_that_processes_cannot_share_are_refused(config_file: Path, tmp_path: Path) -> None:
+    options = ["--prompts-per-iteration", "3", "--run-folder", str(tmp_path / "run")]
+    done = torchrun(2, str(config_file), *options)
+    assert done.returncode != 0
+    assert "prompts_per_iteration = 3: accepted is a multiple of the 2 processes, which share them." in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_alone_everything_is_the_identity() -> None:
+    ranks, tensor = Ranks(), torch.arange(6.0).view(3, 2)
+    assert ranks.first
+    assert ranks.share(8) == slice(0, 8)
+    assert ranks.gather(tensor) is tensor
+    ranks.sum_([tensor])
+    assert torch.equal(tensor, torch.arange(6.0).view(3, 2))
+    assert (ranks.any(True), ranks.any(False), ranks.agree("x")) == (True, False, "x")
+
+
+def test_shares_are_all_there_is() -> None:
+    shares = [range(12)[Ranks(index, 3).share(12)] for index in range(3)]
+    assert [list(share) for share in shares] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]

@@ -9,7 +9,7 @@ from transformers.utils.logging import disable_progress_bar
 from fastgrpo.engine.passes import Passes
 from fastgrpo.engine.setup import EngineRecord, micro_batch_finder, start_engine, wants_fixed_shapes
 from fastgrpo.engine.trainable import Trainable, make_trainable
-from fastgrpo.evaluation.during_training import Judged, load_judged
+from fastgrpo.evaluation.during_training import LoadedSuite, load_suites
 from fastgrpo.evaluation.held_out_reward import HeldOutReward
 from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy, load_policy
@@ -32,7 +32,7 @@ class Training:
     engine: runs the passes of rollout and update. record: what it decided at its start. lines: what it has to say of that.
     schedule: the rollout's steps. eval_schedule: those of pictures and evaluations.
     prompts: all that may be drawn. source: deals them out. ranks: the processes that train together.
-    judged: suites that the first of them evaluates with. held_out: scores what is pictured, where eval.encoder names one.
+    suites: those that the first of them evaluates with. held_out: scores what is pictured, where eval.encoder names one.
     """
 
     policy: Policy
@@ -45,7 +45,7 @@ class Training:
     prompts: tuple[Prompt, ...]
     source: PromptSource
     ranks: Ranks
-    judged: tuple[Judged, ...] = ()
+    suites: tuple[LoadedSuite, ...] = ()
     held_out: HeldOutReward | None = None
 
 
@@ -80,7 +80,7 @@ def load_training(
     disable_progress_bar()  # one per file read, gone in a blink
     reward = load_reward(config.reward, device)
     # Before the micro-batch is sought: they take their part of the memory.
-    judged = load_judged(config, device, say) if ranks.first else ()
+    suites = load_suites(config, device, say) if ranks.first else ()
     held_out = HeldOutReward(config, device) if config.eval.encoder and ranks.first else None
     workers = 1 if device.type == "cuda" or wants_fixed_shapes(config, device) else threads
     # Each of several workers is a thread already.
@@ -100,6 +100,6 @@ def load_training(
         prompts=(*positives, *negatives),
         source=source,
         ranks=ranks,
-        judged=judged,
+        suites=suites,
         held_out=held_out,
     )

@@ -21,9 +21,9 @@ from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest
 from fastgrpo.evaluation.images.painters import check_sizes, model_hashes
 from fastgrpo.evaluation.results import file as outcome
 from fastgrpo.evaluation.results import tables
-from fastgrpo.evaluation.results.file import StageScore
+from fastgrpo.evaluation.results.file import StageResult
 from fastgrpo.evaluation.sentences import Sentence, of_suites, read_result
-from fastgrpo.evaluation.suite_run import Work, draw, score
+from fastgrpo.evaluation.suite_run import SuiteRun, draw, score
 from fastgrpo.evaluation.suites.base import Loader, Measure, Suite
 from fastgrpo.evaluation.suites.base import Table as SuiteTable
 from fastgrpo.evaluation.suites.registry import Overrides, make_suites
@@ -40,16 +40,16 @@ BEFORE, AFTER = "before", "after"
 
 
 @dataclass(frozen=True)
-class Judged:
+class LoadedSuite:
     """A suite and who judges its images."""
 
     suite: Suite
     measure: Measure
 
 
-def load_judged(
+def load_suites(
     config: TrainConfig, device: torch.device, say: Callable[[str], object] = lambda _: None
-) -> tuple[Judged, ...]:
+) -> tuple[LoadedSuite, ...]:
     """The suites of eval.suites, their prompts read and their judges loaded. say: as of `make_suites`.
 
     Raises ConfigError, which speaks of eval's fields, where something is missing or wrong.
@@ -58,14 +58,14 @@ def load_judged(
     with _speaking_of_fields():
         suites = make_suites(config.eval.suites, config.eval, overrides, config, say)
         loader = Loader(config.eval, device)
-        return tuple(Judged(suite, suite.prepare(loader)) for suite in suites)
+        return tuple(LoadedSuite(suite, suite.prepare(loader)) for suite in suites)
 
 
 class SuiteExam:
     """Draws and judges a policy's images, stage by stage."""
 
     def __init__(
-        self, run: Path, config: TrainConfig, policy: Policy, judged: Sequence[Judged], console: Console
+        self, run: Path, config: TrainConfig, policy: Policy, judged: Sequence[LoadedSuite], console: Console
     ) -> None:
         """Raises ConfigError for a suite that wants images of a size, or steps, that the model does not know."""
         self.path = run / "evaluation" / "in-training"
@@ -93,12 +93,12 @@ class SuiteExam:
 
     def after(self) -> dict[str, float]:
         """The trained policy's, and both written to evaluation.json and .md. Returns eval/SUITE/TABLE/NUMBER."""
-        work = [
+        runs = [
             replace(each, folders={BEFORE: self._kept(BEFORE, each.suite)} | each.folders)
             for each in self._drawn_anew(AFTER)
         ]
-        found = score(work, self.path, self._console)
-        drawings = {stage: folder.drawing for stage, folder in work[0].folders.items()}
+        found = score(runs, self.path, self._console)
+        drawings = {stage: folder.drawing for stage, folder in runs[0].folders.items()}
         outcome.write(self.path, outcome.assemble(drawings, found))
         return self._values(AFTER, found)
 
@@ -112,23 +112,24 @@ class SuiteExam:
         with reading(self._result):
             return of_suites(read_result(self._result))
 
-    def _drawn_anew(self, stage: str, quick: bool = False) -> list[Work]:
+    def _drawn_anew(self, stage: str, quick: bool = False) -> list[SuiteRun]:
         """As `_drawn`, without what a run that was killed may have left: images of other weights."""
         self._remove(stage)
         return self._drawn(stage, quick)
 
-    def _drawn(self, stage: str, quick: bool = False) -> list[Work]:
+    def _drawn(self, stage: str, quick: bool = False) -> list[SuiteRun]:
         """The suites with the stage's images, those drawn that are missing."""
         hashes = model_hashes(self._policy)
-        work = [
-            Work(each.suite, each.measure, {stage: self._folder(stage, each, hashes, quick)}) for each in self._judged
+        runs = [
+            SuiteRun(each.suite, each.measure, {stage: self._folder(stage, each, hashes, quick)})
+            for each in self._judged
         ]
-        for each in work:
+        for each in runs:
             each.folders[stage].claim()
-        draw(stage, self._policy, work, DDIM, self._schedules, self._console)
-        return work
+        draw(stage, self._policy, runs, DDIM, self._schedules, self._console)
+        return runs
 
-    def _folder(self, stage: str, judged: Judged, hashes: dict[str, str], quick: bool) -> ImageFolder:
+    def _folder(self, stage: str, judged: LoadedSuite, hashes: dict[str, str], quick: bool) -> ImageFolder:
         suite, config = judged.suite, self._config
         wanted = share(suite.wanted, config.eval.quick_fraction) if quick else suite.wanted
         dtype, batch = DTYPE_NAMES[self._policy.dtype], config.rollout.decode_batch
@@ -143,7 +144,7 @@ class SuiteExam:
     def _remove(self, stage: str) -> None:
         shutil.rmtree(self.path / stage, ignore_errors=True)
 
-    def _values(self, stage: str, found: Sequence[tuple[Suite, dict[str, StageScore]]]) -> dict[str, float]:
+    def _values(self, stage: str, found: Sequence[tuple[Suite, dict[str, StageResult]]]) -> dict[str, float]:
         """Metrics of one stage, of which each table's last number is also said."""
         values = {}
         for suite, scores in found:

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from fastgrpo.engine.trainable import Ema
 from fastgrpo.evaluation import stages
-from fastgrpo.evaluation.during_training import Judged, SuiteExam
+from fastgrpo.evaluation.during_training import LoadedSuite, SuiteExam
 from fastgrpo.evaluation.held_out_reward import HeldOutReward
 from fastgrpo.evaluation.results.before_after import (
     Comparison,
@@ -64,7 +64,7 @@ class Examinee:
     ema: Ema | None
     prompts: tuple[Prompt, ...]
     schedule: Schedule
-    judged: tuple[Judged, ...] = ()
+    judged: tuple[LoadedSuite, ...] = ()
     held_out: HeldOutReward | None = None
 
 

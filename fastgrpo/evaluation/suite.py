@@ -8,13 +8,13 @@ from typing import Any
 from fastgrpo import rollout
 from fastgrpo.evaluation.detectors import Detector, OracleDetector
 from fastgrpo.evaluation.results.summary import Examined
-from fastgrpo.evaluation.seeds import image_seed
 from fastgrpo.evaluation.suites.shapes import OTHER_NUMBERS, TRAINER_PROTOCOL
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.shapes.captions import heldout_prompts
 from fastgrpo.system.finite import Request
+from fastgrpo.system.randomness import image_seed
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
 
 CHUNK = 256  # images drawn and judged at once; results do not depend on it

@@ -13,7 +13,7 @@ from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, Shard
 from fastgrpo.evaluation.images.painters import check_sizes, make_scheduler, model_hashes
 from fastgrpo.evaluation.results import comparison, tables
 from fastgrpo.evaluation.results import file as outcome
-from fastgrpo.evaluation.suite_run import Work, draw, score
+from fastgrpo.evaluation.suite_run import SuiteRun, draw, score
 from fastgrpo.evaluation.suites.base import Loader, Measure, Suite
 from fastgrpo.evaluation.suites.registry import Overrides, make_suites
 from fastgrpo.models.check import describe
@@ -84,23 +84,23 @@ def evaluate(
     with console.waiting("loading"):
         measures = {suite.name: suite.prepare(loader) if judging else None for suite in suites}
         stages = _stages(command, config, checkpoint, device)
-        work = _work(command, suites, measures, stages, output)
+        runs = _suite_runs(command, suites, measures, stages, output)
     if ranks.first:
-        _claim(work, command, output)
+        _claim(runs, command, output)
     ranks.agree("the folders are there")
 
     texts = list(dict.fromkeys(row.text for suite in suites for row in suite.wanted))
     console.say(*truncation_lines(texts, stages[0].policy.tokenizer))
     if command.missing == "draw":
-        _draw(command, work, stages, schedules, shard, console)
+        _draw(command, runs, stages, schedules, shard, console)
     ranks.any(False)  # all have drawn their shard
     if not judging:
-        _say_drawn(command, work, console)
+        _say_drawn(command, runs, console)
         return
-    _say_missing(command, work)
+    _say_missing(command, runs)
     torch.set_num_threads(available_cores())  # judges have no workers
-    drawings = _drawings(work)
-    result = outcome.assemble(drawings, score(work, output, console))
+    drawings = _drawings(runs)
+    result = outcome.assemble(drawings, score(runs, output, console))
     suites = outcome.earlier(output, drawings) | result["suites"]
     outcome.write(output, result | {"suites": {name: suites[name] for name in NAMES if name in suites}})
     console.say(*tables.console_tables(result), f"results   {output / 'evaluation.json'}, {output / 'evaluation.md'}")
@@ -141,16 +141,16 @@ def _stages(command: Evaluate, config: TrainConfig, folder: Path | None, device:
     return [_Stage(BEFORE, config.model.path, policy.rounded()), _Stage(AFTER, name, tuned.rounded())]
 
 
-def _work(
+def _suite_runs(
     command: Evaluate,
     suites: Sequence[Suite],
     measures: dict[str, Measure | None],
     stages: Sequence[_Stage],
     output: Path,
-) -> list[Work]:
+) -> list[SuiteRun]:
     dtype = DTYPE_NAMES[stages[0].policy.dtype]
     hashes = {stage.name: model_hashes(stage.policy) for stage in stages}
-    work = []
+    runs = []
     for suite in suites:
         check_sizes(stages[0].policy, suite.wanted)
         folders = {}
@@ -158,31 +158,31 @@ def _work(
             model, batch = (stage.model, hashes[stage.name]), command.batch
             drawing = Drawing(*model, suite.steps, suite.eta, dtype, batch, command.sampler)
             folders[stage.name] = ImageFolder(output / stage.name / suite.folder, drawing, suite.wanted)
-        work.append(Work(suite, measures[suite.name], folders))
-    return work
+        runs.append(SuiteRun(suite, measures[suite.name], folders))
+    return runs
 
 
-def _claim(work: Sequence[Work], command: Evaluate, output: Path) -> None:
+def _claim(runs: Sequence[SuiteRun], command: Evaluate, output: Path) -> None:
     """Make the folders, none of them where one holds something else."""
-    folders = [folder for each in work for folder in each.folders.values()]
-    outcome.earlier(output, _drawings(work))
+    folders = [folder for each in runs for folder in each.folders.values()]
+    outcome.earlier(output, _drawings(runs))
     for folder in folders:
         folder.check()
     if command.missing == "refuse":
-        _say_missing(command, work)
+        _say_missing(command, runs)
     os.makedirs(output, exist_ok=True)
     for folder in folders:
         folder.claim()
 
 
-def _drawings(work: Sequence[Work]) -> dict[str, Drawing]:
+def _drawings(runs: Sequence[SuiteRun]) -> dict[str, Drawing]:
     """How each stage's images are drawn, by any suite: it names the stage's model."""
-    return {name: folder.drawing for name, folder in work[0].folders.items()}
+    return {name: folder.drawing for name, folder in runs[0].folders.items()}
 
 
 def _draw(
     command: Evaluate,
-    work: Sequence[Work],
+    runs: Sequence[SuiteRun],
     stages: Sequence[_Stage],
     schedules: dict[str, Schedule],
     shard: Shard,
@@ -192,20 +192,20 @@ def _draw(
     if command.sampler != DDIM:
         torch.set_num_threads(available_cores())  # diffusers' pipelines have no workers
     for stage in stages:
-        draw(stage.name, stage.policy, work, command.sampler, schedules, console, shard)
+        draw(stage.name, stage.policy, runs, command.sampler, schedules, console, shard)
 
 
-def _say_drawn(command: Evaluate, work: Sequence[Work], console: Console) -> None:
-    missing = sum(len(folder.missing()) for each in work for folder in each.folders.values())
+def _say_drawn(command: Evaluate, runs: Sequence[SuiteRun], console: Console) -> None:
+    missing = sum(len(folder.missing()) for each in runs for folder in each.folders.values())
     rest = f"{missing} images of other parts are missing here" if missing else "all images are there"
     console.say(
         f"shard {command.shard} is drawn; {rest}: when they lie here, the same command without --shard scores them"
     )
 
 
-def _say_missing(command: Evaluate, work: Sequence[Work]) -> None:
+def _say_missing(command: Evaluate, runs: Sequence[SuiteRun]) -> None:
     """Raise ConfigError where images are missing that are not to be skipped, or where there is none at all."""
-    for each in work:
+    for each in runs:
         for folder in each.folders.values():
             missing = folder.missing()
             if missing and (command.missing != "skip" or len(missing) == len(folder.wanted)):

@@ -44,7 +44,7 @@ class Journal:
         self._pace = Pace(config.iterations, config.eval.every, start.iteration)
         console.follow(self._pace)
         examinee = Examinee(
-            parts.policy, parts.trainable.ema, parts.prompts, parts.eval_schedule, parts.judged, parts.held_out
+            parts.policy, parts.trainable.ema, parts.prompts, parts.eval_schedule, parts.suites, parts.held_out
         )
         self._exam = Exam(run, config, examinee, console)
         before = self._exam.before()

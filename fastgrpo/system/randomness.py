@@ -9,11 +9,20 @@ import torch
 
 
 def seed_for(seed: int, iteration: int, stage: str) -> int:
-    """A seed in [0, 2^63): the first 8 bytes of SHA-256 over the three, less the sign bit."""
-    digest = hashlib.sha256(f"{seed}:{iteration}:{stage}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    """The seed, in [0, 2^63), of one stage ("rollout", "update", ...) of one iteration."""
+    return _seed(f"{seed}:{iteration}:{stage}")
+
+
+def image_seed(seed: int, prompt_id: int) -> int:
+    """The seed, in [0, 2^63), of the noise of a prompt's evaluated image. Past results rest on it: it never changes."""
+    return _seed(f"{seed}:{prompt_id}")
 
 
 def generator_for(seed: int, iteration: int, stage: str, device: torch.device | str) -> torch.Generator:
     """A fresh generator on `device` for one stage ("rollout", "update", ...) of one iteration."""
     return torch.Generator(device).manual_seed(seed_for(seed, iteration, stage))
+
+
+def _seed(text: str) -> int:
+    """The first 8 bytes of SHA-256 over the text, less the sign bit."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

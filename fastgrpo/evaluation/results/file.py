@@ -33,7 +33,7 @@ EXAMPLES = 5  # images of a stage and suite that are listed
 
 
 @dataclass(frozen=True)
-class StageScore:
+class StageResult:
     """What a suite found on one stage's images, of which `rows` were there."""
 
     folder: ImageFolder
@@ -41,7 +41,7 @@ class StageScore:
     scored: SuiteResult
 
 
-def assemble(drawings: Mapping[str, Drawing], suites: Sequence[tuple[Suite, Mapping[str, StageScore]]]) -> Result:
+def assemble(drawings: Mapping[str, Drawing], suites: Sequence[tuple[Suite, Mapping[str, StageResult]]]) -> Result:
     """The content of evaluation.json, of these suites. drawings: of each stage, any of its folders' (they name the model)."""
     stages = {stage: {"model": d.model, "weights": d.weights} for stage, d in drawings.items()}
     return {"format": FORMAT, "stages": stages, "suites": {suite.name: _suite(suite, found) for suite, found in suites}}
@@ -78,7 +78,7 @@ def number_json(number: Number) -> dict[str, Any]:
     return {"name": number.name, **fields} | ({} if number.spread is None else {"spread": number.spread})
 
 
-def _suite(suite: Suite, found: Mapping[str, StageScore]) -> dict[str, Any]:
+def _suite(suite: Suite, found: Mapping[str, StageResult]) -> dict[str, Any]:
     first = next(iter(found.values()))
     drawing = asdict(first.folder.drawing)
     return {
@@ -94,13 +94,13 @@ def _suite(suite: Suite, found: Mapping[str, StageScore]) -> dict[str, Any]:
     }
 
 
-def _images(score: StageScore) -> dict[str, Any]:
+def _images(score: StageResult) -> dict[str, Any]:
     there = {row.id for row in score.rows}
     missing = [row.id for row in score.folder.wanted if row.id not in there]
     return {"wanted": len(score.folder.wanted), "scored": len(score.rows), "missing": missing}
 
 
-def _tables(suite: Suite, found: Mapping[str, StageScore]) -> list[dict[str, Any]]:
+def _tables(suite: Suite, found: Mapping[str, StageResult]) -> list[dict[str, Any]]:
     tables: dict[str, dict[str, Any]] = {}
     for stage, score in found.items():
         for table in score.scored.tables:
@@ -118,7 +118,7 @@ def _published(suite: str) -> list[dict[str, Any]]:
     ]
 
 
-def _compared(scores: Sequence[StageScore]) -> list[dict[str, Any]]:
+def _compared(scores: Sequence[StageResult]) -> list[dict[str, Any]]:
     if len(scores) < 2:
         return []
     first, last = scores[0], scores[-1]
@@ -126,6 +126,6 @@ def _compared(scores: Sequence[StageScore]) -> list[dict[str, Any]]:
     return compare_metrics(first.scored.metrics, last.scored.metrics, prompts)
 
 
-def _examples(score: StageScore) -> list[dict[str, str]]:
+def _examples(score: StageResult) -> list[dict[str, str]]:
     texts = {row.id: row.text for row in score.rows}
     return [{"id": id, "prompt": texts[id]} for id in score.scored.bad[:EXAMPLES]]

@@ -17,13 +17,13 @@ from fastgrpo.evaluation.images.judgements import Judgement, Progress, judgement
 from fastgrpo.evaluation.metrics import geneval_rules
 from fastgrpo.evaluation.metrics.geneval_rules import Detected, Metadata, Objects
 from fastgrpo.evaluation.results.summary import OVERALL, Evaluation, Row, image_id
-from fastgrpo.evaluation.seeds import image_seed
 from fastgrpo.evaluation.statistics.intervals import COMBINED_WILSON, WILSON, Estimate
 from fastgrpo.evaluation.suites.base import Loader, Measure, Metric, Number, SuiteResult, Table
 from fastgrpo.settings.suites import ShapesSettings
 from fastgrpo.shapes.captions import heldout_prompts, parse
 from fastgrpo.shapes.judge import judge
 from fastgrpo.shapes.world import SIZE, Scene
+from fastgrpo.system.randomness import image_seed
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
 
 TRAINER_PROTOCOL = "shapes-oracle-v1"

@@ -1,13 +1,14 @@
-"""Two checkpoints on the same prompts and seeds: does one differ from the other?
+"""Tests of whether two checkpoints differ, on images of the same prompts and seeds.
 
-An image of one checkpoint and that of the other with the same prompt and seed are a pair, and only pairs are compared:
-what prompts and seeds do to both falls out.
+An image of one checkpoint and that of the other with the same prompt and seed are a pair. Only pairs are compared, so
+that what prompts and seeds do to both falls out.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import bdtr
 
 from fastgrpo.evaluation.statistics.intervals import (
@@ -25,15 +26,10 @@ MCNEMAR = "McNemar, exact"
 
 @dataclass(frozen=True)
 class McNemar:
-    """Pairs of verdicts by what they say of the first and the second image, and the p-value, two-sided.
+    """The pairs of verdicts that differ, by which image's holds, and the two-sided p-value."""
 
-    both, neither: pairs that agree. only_first, only_second: the discordant pairs, on which the test rests.
-    """
-
-    both: int
     only_first: int
     only_second: int
-    neither: int
     p: float
 
 
@@ -62,27 +58,23 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
     only_first, only_second = pairs.count((True, False)), pairs.count((False, True))
     discordant = only_first + only_second
     p = min(1.0, 2 * float(bdtr(min(only_first, only_second), discordant, 0.5))) if discordant else 1.0
-    return McNemar(pairs.count((True, True)), only_first, only_second, pairs.count((False, False)), p)
+    return McNemar(only_first, only_second, p)
 
 
 def paired_means(
-    first: Sequence[float],
-    second: Sequence[float],
-    counts: Sequence[int],
-    members: Sequence[Sequence[bool]] | None = None,
-    seed: int = 0,
+    first: ArrayLike, second: ArrayLike, counts: ArrayLike, members: ArrayLike | None = None
 ) -> PairedMeans:
     """The means over all images, or the plain means of K groups' means, compared by a bootstrap over prompts.
 
-    first, second: of each prompt, the sum over its images of the two checkpoints: scores, or 1 for a verdict that holds.
-    counts: its pairs of images; prompts with none say nothing.
-    members: [P, K], whether a prompt belongs to a group; without it all are one group. Groups without pairs are left out.
+    first, second: [P], of each prompt the sum over its images of a checkpoint: scores, or 1 for a verdict that holds.
+    counts: [P], its pairs of images; prompts with none say nothing.
+    members: [P, K], whether a prompt belongs to a group; without it all are one. Groups without pairs are left out.
     p is twice the share of resamples in which the difference has not the sign it has in most, the data themselves
     counted as one more resample: it is never below 2 / 10,001.
     Raises ValueError where there are no pairs.
     """
-    weights = np.ones((len(counts), 1)) if members is None else np.asarray(members, np.float64)
     one, two, sizes = (np.asarray(values, np.float64) for values in (first, second, counts))
+    weights = np.ones((len(sizes), 1)) if members is None else np.asarray(members, np.float64)
     weights = weights * (sizes > 0)[:, None]
     kept = weights.any(1)
     if not kept.any():
@@ -95,7 +87,7 @@ def paired_means(
     if len(sizes) == 1:
         return PairedMeans(mean_one, mean_two, Estimate(value, n, None, None, NO_INTERVAL), None)
     # Each prompt's own difference, so that what is equal in both cancels exactly.
-    differences = resampled_means(two - one, sizes, weights, seed)
+    differences = resampled_means(two - one, sizes, weights)
     rarer = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
     p = min(1.0, 2 * (1 + rarer) / (1 + RESAMPLES))
     return PairedMeans(mean_one, mean_two, Estimate(value, n, *percentiles(differences), BOOTSTRAP), p)

@@ -1,4 +1,4 @@
-"""Bootstraps, expected maximum and paired tests against closed forms and brute force; CLIP score by direct computation."""
+"""Bootstraps, expected maximum and paired tests against closed forms and brute force; CLIP score computed directly."""
 
 import math
 from fractions import Fraction
@@ -97,7 +97,7 @@ def test_unequal_counts_weigh_by_images() -> None:
     assert estimate.high - estimate.low == pytest.approx(2 * Z * error, rel=0.05)
 
 
-def test_the_order_of_prompts_does_not_matter_and_the_seed_does() -> None:
+def test_the_order_of_prompts_does_not_matter() -> None:
     hits, counts = prompts_with_images(50, 10)
     order = np.random.default_rng(1).permutation(50)
     assert rate(hits[order], counts[order]) == rate(hits, counts)
@@ -106,7 +106,6 @@ def test_the_order_of_prompts_does_not_matter_and_the_seed_does() -> None:
     assert (shuffled.low, shuffled.high) == (lambda e: (e.low, e.high))(plain_mean(hits, counts, members))
     scores = np.random.default_rng(3).normal(size=50)
     assert mean(scores[order], counts[order]) == mean(scores, counts)
-    assert mean(scores, counts, seed=1).low != mean(scores, counts).low
 
 
 def test_where_all_agree_the_prompts_are_the_trials() -> None:
@@ -138,7 +137,7 @@ def test_rates_cover_the_truth(prompts: int, images: int) -> None:
         hits = rng.binomial(images, rng.beta(0.8, 1.6, prompts))  # a true rate of 1 / 3
         estimate = rate(hits, np.full(prompts, images))
         covered += estimate.low <= 1 / 3 <= estimate.high
-    # 95% nominal; 200 trials have a standard error of 1.5 points, and percentile intervals of 40 prompts lose about 1.5.
+    # 95% nominal; 200 trials have a standard error of 1.5 points, and intervals of 40 prompts lose about 1.5.
     assert 0.89 <= covered / trials <= 0.99
 
 
@@ -309,7 +308,7 @@ def test_mcnemar_is_the_exact_binomial_test(b: int, c: int) -> None:
     first = [True] * b + [False] * c + [True] * 4 + [False] * 7
     second = [False] * b + [True] * c + [True] * 4 + [False] * 7
     found = mcnemar(first, second)
-    assert (found.only_first, found.only_second, found.both, found.neither) == (b, c, 4, 7)
+    assert (found.only_first, found.only_second) == (b, c)
     ways = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))
     assert found.p == pytest.approx(float(min(Fraction(1), 2 * Fraction(ways, 2 ** (b + c)))), rel=1e-9)
     if b + c:

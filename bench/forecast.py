@@ -56,18 +56,18 @@ from workload import REWARD_ARCHITECTURE, altered, paper
 
 from fastgrpo.costs.counting import count_encoders, count_model, sd1_architecture
 from fastgrpo.costs.memory import (
-    Chosen,
     Iteration,
     Memory,
     candidates,
-    find_micro_batch,
     halves,
     iteration_of,
     memory_plan,
     predicted_micro_batch,
 )
 from fastgrpo.engine import setup
+from fastgrpo.engine.batch_size import MicroBatchChoice, find_micro_batch
 from fastgrpo.engine.fixed_passes import FixedPasses
+from fastgrpo.engine.record import EngineRecord
 from fastgrpo.engine.trainable import Trainable
 from fastgrpo.grpo.loss import blank_batch
 from fastgrpo.grpo.pairs import Pairs
@@ -279,7 +279,7 @@ def prepare(config: TrainConfig, pairs: int, backend: str, compiler: Compiler) -
 
     stand_ins = {
         "choose_backends": lambda wanted, shapes, *_: attention_plan(backend, shapes),
-        "memory.fits_within": lambda *_: lambda size: True,
+        "fits_within": lambda *_: lambda size: True,
         "compile_forward": compile_forward,
         "_patch_vae": lambda policy: None,
         "_choose_group_norm": lambda *_: None,
@@ -289,7 +289,7 @@ def prepare(config: TrainConfig, pairs: int, backend: str, compiler: Compiler) -
         for name, stand_in in stand_ins.items():
             stack.enter_context(mock.patch(f"fastgrpo.engine.setup.{name}", stand_in))
         engine = setup.start_engine(
-            policy, trainable, schedule, config, setup.EngineRecord(), lambda *_: pairs, Ranks(), lambda line: None
+            policy, trainable, schedule, config, EngineRecord(), lambda *_: pairs, Ranks(), lambda line: None
         )
     encoder = SharedEncoder(OpenClipEncoder(module_on_device(reward), None, cuda, torch.float32), config.reward.tf32)
     prompts = tuple(Prompt(f"prompt {number}", "positive") for number in range(config.prompts_per_iteration))
@@ -353,7 +353,7 @@ def forecast(config: TrainConfig, pairs: int, backend: str, speeds: Speeds = SPE
     room = int(config.engine.memory * H200.total_memory)
     largest = predicted_micro_batch(config, model, encoders, dtype, 1, room, candidates(work))
 
-    def chosen(seconds: Callable[[int], float]) -> Chosen:
+    def chosen(seconds: Callable[[int], float]) -> MicroBatchChoice:
         return find_micro_batch(lambda size: size <= largest, seconds, work, largest)
 
     size = pairs or chosen(float).size

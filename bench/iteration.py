@@ -51,7 +51,7 @@ NAMES = {
 }
 """As the rows are called."""
 WATCHED = (
-    ("fastgrpo.costs.memory", "find_micro_batch", "searching the micro-batch"),
+    ("fastgrpo.engine.batch_size", "find_micro_batch", "searching the micro-batch"),
     ("fastgrpo.engine.setup", "_attend", "choosing attention"),
     ("fastgrpo.engine.setup", "_compile", "compiling and comparing"),
     ("fastgrpo.engine.setup", "_choose_group_norm", "choosing GroupNorm"),

@@ -22,7 +22,9 @@ from fastgrpo.costs.counting import count_encoders, count_flop, count_model, sd1
 from fastgrpo.costs.memory import Memory, memory_lines, memory_plan, peak
 from fastgrpo.costs.rates import measure_rates
 from fastgrpo.costs.throughput import Accounting
-from fastgrpo.engine.setup import EngineRecord, micro_batch_finder, start_engine
+from fastgrpo.engine.batch_size import MicroBatchFinder
+from fastgrpo.engine.record import EngineRecord
+from fastgrpo.engine.setup import start_engine
 from fastgrpo.engine.trainable import make_trainable
 from fastgrpo.models.check import describe
 from fastgrpo.models.configs import Description
@@ -275,7 +277,7 @@ def _random_training(config: TrainConfig, say: Callable[[str], object]) -> Train
     policy = random_policy(about)
     trainable = make_trainable(policy.unet, config, DEVICE, DTYPE)
     policy, reward = replace(policy, network=trainable.network), _random_reward(config)
-    find = micro_batch_finder(config, about, DEVICE, DTYPE, ranks, say)
+    find = MicroBatchFinder(config, about, DEVICE, DTYPE, ranks, say)
     return Training(
         policy=policy,
         trainable=trainable,

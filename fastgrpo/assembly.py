@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from fastgrpo.engine.batch_size import MicroBatchFinder
 from fastgrpo.engine.passes import Passes
-from fastgrpo.engine.setup import EngineRecord, micro_batch_finder, start_engine, wants_fixed_shapes
+from fastgrpo.engine.record import EngineRecord
+from fastgrpo.engine.setup import start_engine, wants_fixed_shapes
 from fastgrpo.engine.trainable import Trainable, make_trainable
 from fastgrpo.evaluation.during_training import LoadedSuite, load_suites
 from fastgrpo.evaluation.held_out_reward import HeldOutReward
@@ -88,7 +90,7 @@ def load_training(
     policy = load_policy(config.model, device, dtype, workers)
     trainable = make_trainable(policy.unet, config, device, dtype)
     policy, record = replace(policy, network=trainable.network), record or EngineRecord()
-    find = micro_batch_finder(config, model, device, dtype, ranks, say)
+    find = MicroBatchFinder(config, model, device, dtype, ranks, say)
     return Training(
         policy=policy,
         trainable=trainable,

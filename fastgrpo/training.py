@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgrpo.assembly import Training, load_training
 from fastgrpo.costs.profile import profiled
 from fastgrpo.costs.throughput import Accounting, count_and_measure, memory_peak, rollout_rows, update_rows
-from fastgrpo.engine.setup import EngineRecord
+from fastgrpo.engine.record import EngineRecord
 from fastgrpo.prompts import embed, truncation_lines
 from fastgrpo.rewards.axis.report import axis_report
 from fastgrpo.rewards.steering import reward_metrics

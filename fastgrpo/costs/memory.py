@@ -1,13 +1,10 @@
-"""What lies in a GPU's memory, and how many pairs a micro-batch may have.
+"""What lies in a GPU's memory, counted from the models part by part, and which micro-batches are worth trying there.
 
-The plan is counted from the models (costs.py), part by part; the micro-batch is then found by trying, beginning with the
-plan's prediction, and timed, since beyond some size a larger one gains nothing.
+engine/batch_size.py then tries them on the device, beginning with the one that is predicted here.
 """
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +15,9 @@ from fastgrpo.system.devices import DTYPE_NAMES
 
 CPU_MICRO_BATCH = 32
 """What micro_batch 0 stands for on a CPU, where memory is not what bounds it."""
-GRANULE = 8
-"""Above this many pairs only multiples of it are tried."""
-_TOLERANCE = 0.02  # a micro-batch this much slower than the fastest is as good; timings differ by that anyway
 _AS_FULL = 0.005  # so much more padding than the least, in an iteration's work, is as good
 _MOST_PADDING = 0.25  # that a larger micro-batch could make up for by being faster
 _APART = 1.25  # of two sizes that are closer the smaller is tried: their passes are as fast
-_TIMED = 4  # sizes that are timed: each means passes of its own, and with graphs a capture
-_REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -38,26 +30,6 @@ class Memory:
     stage: str
     name: str
     size: int
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A micro-batch found by measurement. A resumed run takes it over, since sizes move bits.
-
-    size: pairs. largest: the largest that fit. seconds: (size, seconds of forward and backward pass) of those timed, before
-    anything is compiled or captured, which takes too long for more than one size.
-    """
-
-    size: int
-    largest: int
-    seconds: tuple[tuple[int, float], ...]
-
-    def line(self) -> str:
-        """For the start-up print: what was chosen and why."""
-        timed = ", ".join(f"{size}: {1e3 * took / size:.1f} ms a pair" for size, took in self.seconds)
-        return (
-            f"micro-batch of {self.size} pairs; {self.largest} is the largest tried that fits; timed uncompiled {timed}"
-        )
 
 
 @dataclass(frozen=True)
@@ -238,10 +210,6 @@ def predicted_micro_batch(
     return max((size for size in sizes if needed(size) <= room), default=min(sizes))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding the micro-batch.
-
-
 def candidates(work: Iteration) -> tuple[int, ...]:
     """Few micro-batches with little padding, ascending: one from each power of two to the next.
 
@@ -259,100 +227,6 @@ def candidates(work: Iteration) -> tuple[int, ...]:
             sizes.append(size)
         low = high
     return tuple(sizes)
-
-
-def largest_micro_batch(fits: Callable[[int], bool], limit: int, predicted: int, sizes: Sequence[int] = ()) -> int:
-    """The largest micro-batch that fits, found with few tries: from `predicted` doubling or halving, then between.
-
-    fits: tries one; never asked twice about the same. limit: the largest worth trying. sizes: the only ones that are
-    tried; none stands for up to 8 all, then multiples of 8. What is returned did fit, even where fitting is not monotone.
-    Raises torch.OutOfMemoryError where none does.
-    """
-    sizes = sorted(size for size in sizes or (*range(1, GRANULE), *range(GRANULE, limit + 1, GRANULE)) if size <= limit)
-    good, bad = -1, len(sizes)  # positions: of the largest that fits, of the smallest beyond that does not
-
-    def position(size: float) -> int:
-        """Of the largest that is at most `size`, between good and bad."""
-        return min(max(sum(other <= size for other in sizes) - 1, good + 1), bad - 1)
-
-    here = position(predicted)
-    while bad - good > 1:
-        if fits(sizes[here]):
-            good = here
-        else:
-            bad = here
-        if good < 0:
-            here = position(sizes[bad] / 2)
-        elif bad == len(sizes):
-            here = position(sizes[good] * 2)
-        else:
-            here = (good + bad) // 2
-    if good < 0:
-        raise torch.OutOfMemoryError("not even the smallest micro-batch fits into the GPU's memory")
-    return sizes[good]
-
-
-def choose(seconds: Mapping[int, float], work: Iteration) -> int:
-    """Of the timed micro-batches the smallest that makes an iteration as fast as any, to 2%.
-
-    seconds: micro-batch -> of one forward and backward pass. The same timings give the same choice.
-    """
-    took = {size: each * work.passes(size) for size, each in seconds.items()}
-    return min(size for size in took if took[size] <= min(took.values()) * (1 + _TOLERANCE))
-
-
-def find_micro_batch(
-    fits: Callable[[int], bool], seconds: Callable[[int], float], work: Iteration, predicted: int
-) -> Chosen:
-    """Try, time, choose. fits, seconds: of a micro-batch, for instance `fits_within` and `timed`.
-
-    The largest that fits and the next smaller ones are timed. Raises torch.OutOfMemoryError where none fits.
-    """
-    sizes = candidates(work)
-    largest = largest_micro_batch(fits, sizes[-1], predicted, sizes)
-    took = {size: seconds(size) for size in [size for size in sizes if size <= largest][-_TIMED:]}
-    return Chosen(choose(took, work), largest, tuple(took.items()))
-
-
-def fits_within(run: Callable[[int], object], device: torch.device, room: int) -> Callable[[int], bool]:
-    """Whether a forward and backward pass of n pairs, which `run(n)` does, stays within `room` bytes of the CUDA device.
-
-    What the allocator has reserved counts, not only what is in use: its holes cannot be given to others.
-    """
-
-    def fits(size: int) -> bool:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        try:
-            run(size)
-            torch.cuda.synchronize(device)
-        except torch.OutOfMemoryError:
-            return False
-        return torch.cuda.max_memory_reserved(device) <= room
-
-    return fits
-
-
-def timed(
-    run: Callable[[int], object], device: torch.device, clock: Callable[[], float] = time.perf_counter
-) -> Callable[[int], float]:
-    """Seconds that `run(n)` takes: the median of three calls after one that does not count."""
-
-    def once(size: int) -> float:
-        began = clock()
-        run(size)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return clock() - began
-
-    return lambda size: statistics.median([once(size) for _ in range(_REPEATS + 1)][1:])
-
-
-def memory_room(device: torch.device, share: float) -> int:
-    """Bytes that this process may reserve if `share` of the CUDA device's memory is to be filled, others' included."""
-    free, total = torch.cuda.mem_get_info(device)
-    others = total - free - torch.cuda.memory_reserved(device)
-    return int(share * total) - others
 
 
 def _sample_bytes(config: TrainConfig, model: ModelCost) -> int:

@@ -1,51 +1,29 @@
-"""From settings to an engine: what is patched, measured, compiled and captured, and in what order.
-
-What was decided is kept in a record, which checkpoints store: a resumed run does as the first one did instead of measuring
-again, or its sums could be rounded otherwise. On another kind of device it decides anew.
-
-RUN/engine.json is that record for people, written at the start and with every checkpoint:
-
-    device          what it was decided for, a GPU's name for instance
-    settings        what it was told: with others, as a resumed run may have them, it decides anew
-    attention       for every shape of the UNet's attention who computes it, the milliseconds that each candidate took, and
-                    why others were left out; null where PyTorch chooses for itself
-    micro_batch     pairs, as measured or set, and halved where memory ran out since
-    compiled        whether the UNet is compiled
-    reuse           what a rollout computes once: text, times, first
-    old_log_prob    grpo.old_log_prob, or "replay" where the update did not find the rollout's log-probs again
-    group_norm      kind of call -> the implementation that was faster
-    rollout_batch   rollout.batch where it was halved because memory ran out, else 0
-    cudnn_benchmark whether cuDNN tries algorithms for the convolutions of passes of fixed shapes and keeps the fastest, as on
-                    CUDA. It tries them at every start: a resumed run may get others, and then rounds otherwise
-"""
+"""From settings to an engine: what is patched, measured, compiled and captured, and in what order."""
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgrpo.costs import memory
-from fastgrpo.costs.counting import EncoderCost, ModelCost, count_encoders, count_model
+from fastgrpo.costs.memory import halves
 from fastgrpo.costs.rates import device_name
+from fastgrpo.engine.batch_size import FindMicroBatch, fits_within
 from fastgrpo.engine.fixed_passes import FixedPasses
 from fastgrpo.engine.passes import Changed, Passes, out_of_memory
+from fastgrpo.engine.record import EngineRecord, Say
 from fastgrpo.engine.trainable import Trainable
 from fastgrpo.engine.weights import FlatWeights
 from fastgrpo.grpo.loss import PolicyLoss, blank_batch
-from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.kernels.group_norm_silu import BACKENDS as GROUP_NORM
-from fastgrpo.models.configs import Description
 from fastgrpo.policy import Policy
-from fastgrpo.schedule import Schedule, make_schedule
+from fastgrpo.schedule import Schedule
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.devices import is_on
 from fastgrpo.system.distributed import Ranks
-from fastgrpo.system.files import write_atomically
 from fastgrpo.unet.attention import AttentionPlan, AttentionShape, apply_plan, attention_shapes
 from fastgrpo.unet.attention_choice import choose_backends
 from fastgrpo.unet.compilation import compile_forward, make_example
@@ -56,36 +34,6 @@ from fastgrpo.unet.reuse import Reuse, choose_reuse, distinct_rows, enable_reuse
 
 CPU_AGREEMENT = 1e-6
 """How far a ratio may be from 1 on a CPU before the policy has moved; on a GPU not at all."""
-
-Say = Callable[[str], object]
-FindMicroBatch = Callable[[Callable[[int], object], int, Callable[[int], object]], int]
-
-
-@dataclass
-class EngineRecord:
-    """What an engine decided, in plain numbers and strings, as the module's docstring has them. Empty before it did.
-
-    attention: an AttentionPlan as JSON. reuse: a Reuse as JSON.
-    """
-
-    device: str = ""
-    attention: dict[str, Any] | None = None
-    micro_batch: int = 0
-    compiled: bool | None = None
-    reuse: dict[str, bool] | None = None
-    old_log_prob: str = ""
-    group_norm: dict[str, str] | None = None
-    rollout_batch: int = 0
-    settings: dict[str, Any] | None = None
-    cudnn_benchmark: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """With what has been chosen for GroupNorm by now: that is measured when a shape is first met."""
-        return asdict(self) | {"group_norm": GROUP_NORM.choices()}
-
-    def write(self, run: Path) -> None:
-        """Into RUN/engine.json. Raises OSError where it cannot be written."""
-        write_atomically(run / "engine.json", (json.dumps(self.to_json(), indent=2) + "\n").encode())
 
 
 def start_engine(
@@ -152,51 +100,6 @@ def wants_fixed_shapes(config: TrainConfig, device: torch.device) -> bool:
     return is_on(config.engine.compile, device) or is_on(config.engine.graphs, device)
 
 
-def micro_batch_finder(
-    config: TrainConfig, description: Description, device: torch.device, dtype: torch.dtype, ranks: Ranks, say: Say
-) -> FindMicroBatch:
-    """What `start_engine` wants: takes what is settled, else measures on CUDA and takes 32 on a CPU.
-
-    On CUDA it also says what lies in memory, and why so many pairs.
-    """
-
-    def measure(
-        run: Callable[[int], object],
-        expect: Callable[[int], object],
-        model: ModelCost,
-        encoders: Mapping[str, EncoderCost],
-    ) -> memory.Chosen:
-        room = memory.memory_room(device, config.engine.memory)
-        schedule = make_schedule(description.scheduler, config.rollout.steps, config.rollout.eta, torch.device("cpu"))
-        work = memory.iteration_of(config, len(schedule), pairs_per_iteration(config, schedule), ranks.count)
-        sizes = memory.candidates(work)
-        predicted = memory.predicted_micro_batch(config, model, encoders, dtype, ranks.count, room, sizes)
-        predicted = int(ranks.agree(str(predicted)))  # rooms may differ, and attention is chosen together
-        expect(predicted)
-        alone = room - memory.beside_a_pass(config, model, encoders, dtype, ranks.count)
-        return memory.find_micro_batch(
-            memory.fits_within(run, device, alone), memory.timed(run, device), work, predicted
-        )
-
-    def find(run: Callable[[int], object], settled: int, expect: Callable[[int], object]) -> int:
-        if device.type == "cpu":
-            return settled or memory.CPU_MICRO_BATCH
-        model = count_model(description, config.model, dtype, kernels=is_on(config.engine.kernels, device))
-        encoders, _ = count_encoders(config.reward)
-        if settled:
-            says = "micro_batch says" if settled == config.micro_batch else "the run had them before"
-            size, why = settled, f"micro-batch of {settled} pairs, as {says}"
-        else:
-            chosen = measure(run, expect, model, encoders)
-            size, why = int(ranks.agree(str(chosen.size))), chosen.line()
-        plan = memory.memory_plan(config, model, encoders, dtype, ranks.count, size)
-        for line in (*memory.memory_lines(plan, str(device)), why):
-            say(line)
-        return size
-
-    return find
-
-
 def _begin(record: EngineRecord, device: torch.device, config: TrainConfig, say: Say) -> None:
     """Empty a record of another kind of device or of other settings: what is fastest, fits and agrees there says nothing here."""
     name, settings = device_name(device), _settings(config)
@@ -254,7 +157,7 @@ def _settle_micro_batch(
     if expected and record.micro_batch != expected:
         record.attention = None  # to be chosen by passes of the very size
     if device.type == "cuda":
-        _fit(record.micro_batch, memory.fits_within(run, device, sys.maxsize), ranks, changed)
+        _fit(record.micro_batch, fits_within(run, device, sys.maxsize), ranks, changed)
     weights.zero_gradient()
 
 
@@ -296,7 +199,7 @@ def _attend(learner: PolicyLoss, config: TrainConfig, record: EngineRecord, rank
     policy, wanted = learner.policy, config.engine.attention
     if wanted == "auto" and policy.device.type == "cpu":
         return  # PyTorch's own choice, which diffusers takes
-    rows, tokens = record.micro_batch * memory.halves(config), policy.unconditional.shape[1]
+    rows, tokens = record.micro_batch * halves(config), policy.unconditional.shape[1]
     shapes = attention_shapes(policy.computing, rows, policy.latent_shape, tokens)
     plan = AttentionPlan.from_json(record.attention) if record.attention else None
     # The rows may have been halved since: a resumed run goes on with the plan of before.
@@ -329,7 +232,7 @@ def _compile(learner: PolicyLoss, config: TrainConfig, record: EngineRecord, ran
     }
     tokens = policy.unconditional.shape[1]
     example = make_example(policy.unet, policy.latent_shape, tokens, policy.dtype, policy.device)
-    rows = record.micro_batch * memory.halves(config)
+    rows = record.micro_batch * halves(config)
     compiled, made = compile_forward(policy.computing, policy.unet, example, rows, "on", json.dumps(operators), say)
     # One process that cannot compile would round otherwise than the others.
     record.compiled = not ranks.any(not made.used)
@@ -338,7 +241,7 @@ def _compile(learner: PolicyLoss, config: TrainConfig, record: EngineRecord, ran
 
     def passes(latents: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         # A rollout's pass of another size is another program anyway: it need not hold what only gradients need.
-        of_update = len(latents) == record.micro_batch * memory.halves(config)
+        of_update = len(latents) == record.micro_batch * halves(config)
         with torch.set_grad_enabled(of_update or torch.is_grad_enabled()):
             return compiled(latents, *args, **kwargs)
 
@@ -353,7 +256,7 @@ def _reuse(learner: PolicyLoss, config: TrainConfig, record: EngineRecord) -> Re
     guidance, schedule = config.rollout.guidance, learner.schedule
     rows = distinct_rows(config.rollout.initial_noise, config.group_size, range(size), guidance, policy.device)
     batch = blank_batch(learner, size)
-    latents = batch.latents.to(policy.dtype).repeat(memory.halves(config), 1, 1, 1)
+    latents = batch.latents.to(policy.dtype).repeat(halves(config), 1, 1, 1)
     contexts = policy.contexts(batch.embeds, guidance)
 
     def forward(latents: Tensor, timesteps: Tensor, contexts: Tensor) -> Tensor:

@@ -12,16 +12,18 @@ from fastgrpo.costs.memory import (
     Iteration,
     beside_a_pass,
     candidates,
-    choose,
-    find_micro_batch,
-    fits_within,
     iteration_of,
-    largest_micro_batch,
     memory_lines,
     memory_plan,
-    memory_room,
     peak,
     predicted_micro_batch,
+)
+from fastgrpo.engine.batch_size import (
+    choose_size,
+    find_micro_batch,
+    fits_within,
+    largest_micro_batch,
+    memory_room,
     timed,
 )
 from fastgrpo.settings.command_line import find_preset, load_toml
@@ -263,7 +265,7 @@ def test_the_chosen_size_is_filled_to_two_percent(room: int, fixed: float) -> No
 
     found = find_micro_batch(lambda size: size <= room, seconds, WORK, predicted=32)
     assert filled_up(found.size, WORK) <= 0.02
-    before = choose({size: seconds(size) for size in POWERS if size <= room and size >= 8}, WORK)
+    before = choose_size({size: seconds(size) for size in POWERS if size <= room and size >= 8}, WORK)
     took, took_before = (seconds(size) * WORK.passes(size) for size in (found.size, before))
     assert took <= took_before * 1.02
     if fixed == 30e-3:
@@ -323,15 +325,15 @@ def test_nothing_fits():
 
 def test_equally_fast_the_smaller_is_chosen():
     """At the same time for a pair the update decides: 196 pairs are 13 x 16, 7 x 32 or 4 x 64, filled up."""
-    assert choose({size: 1e-3 * size for size in (16, 32, 64)}, WORK) == 16
+    assert choose_size({size: 1e-3 * size for size in (16, 32, 64)}, WORK) == 16
     # 64 computes 256 pairs where 196 are needed, but each in half the time.
-    assert choose({16: 16e-3, 32: 32e-3, 64: 32e-3}, WORK) == 64
+    assert choose_size({16: 16e-3, 32: 32e-3, 64: 32e-3}, WORK) == 64
 
 
 @pytest.mark.parametrize(("gain", "chosen"), [(1.0, 16), (0.99, 16), (0.97, 32)])
 def test_two_percent_are_no_reason_for_more_memory(gain, chosen):
     work = replace(WORK, pairs=192)  # of which both are divisors
-    assert choose({16: 16e-3, 32: 32e-3 * gain}, work) == chosen
+    assert choose_size({16: 16e-3, 32: 32e-3 * gain}, work) == chosen
 
 
 def test_choice_minimises_the_seconds_of_an_iteration():
@@ -339,9 +341,9 @@ def test_choice_minimises_the_seconds_of_an_iteration():
     for _ in range(100):
         seconds = {size: size * (1 + torch.rand(1, generator=generator).item()) for size in (8, 16, 32, 64)}
         least = {n: s * (50 * (64 // n) / 3 + 16 * math.ceil(196 / n)) for n, s in seconds.items()}
-        chosen = choose(seconds, WORK)
+        chosen = choose_size(seconds, WORK)
         assert least[chosen] <= 1.02 * min(least.values())
-        assert chosen == choose(dict(reversed(seconds.items())), WORK)
+        assert chosen == choose_size(dict(reversed(seconds.items())), WORK)
 
 
 def test_find_tries_times_chooses_and_is_recorded():

@@ -14,10 +14,12 @@ import torch
 from fastgrpo import train, update
 from fastgrpo.assembly import Training, load_training
 from fastgrpo.costs.rates import device_name
-from fastgrpo.engine import setup
+from fastgrpo.engine import batch_size, setup
+from fastgrpo.engine.batch_size import MicroBatchFinder
 from fastgrpo.engine.fixed_passes import FixedPasses
 from fastgrpo.engine.passes import Passes
-from fastgrpo.engine.setup import EngineRecord, decoded_at_once, micro_batch_finder
+from fastgrpo.engine.record import EngineRecord
+from fastgrpo.engine.setup import decoded_at_once
 from fastgrpo.grpo.loss import MicroBatch, PolicyLoss
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.models.check import describe
@@ -478,8 +480,8 @@ def test_a_resumed_run_decides_nothing_anew(base: TrainConfig, monkeypatch) -> N
     def again(*_, **__):
         raise AssertionError("decided again")
 
-    for place, name in ((setup.attention, "choose"), (setup, "choose_reuse")):
-        monkeypatch.setattr(place, name, again)
+    for name in ("choose_backends", "choose_reuse"):
+        monkeypatch.setattr(setup, name, again)
     assert load_training(config, threads=1, record=kept, say=lambda line: None).record == kept
 
 
@@ -488,7 +490,7 @@ def test_a_resumed_run_goes_on_with_a_halved_micro_batch(base: TrainConfig, monk
     record = load_training(config, threads=1, say=lambda line: None).record
     plan = record.attention
     record.micro_batch, record.rollout_batch = 4, 2
-    monkeypatch.setattr(setup.attention, "choose", lambda *_: pytest.fail("decided again"))
+    monkeypatch.setattr(setup, "choose_backends", lambda *_: pytest.fail("decided again"))
     parts = load_training(config, threads=1, record=EngineRecord(**record.to_json()), say=lambda line: None)
     assert (parts.engine.micro_batch, parts.engine.rollout_batch) == (4, 2)
     assert parts.record.attention == plan
@@ -630,9 +632,7 @@ def test_every_decision_is_plain_data() -> None:
 def test_the_memory_plan_is_said_for_a_settled_micro_batch_too(settled: int, given: int, why: str) -> None:
     config = replace(load_toml(find_preset("shapes")), micro_batch=given)
     said: list[str] = []
-    find = micro_batch_finder(
-        config, describe(config.model), torch.device("cuda"), torch.bfloat16, Ranks(), said.append
-    )
+    find = MicroBatchFinder(config, describe(config.model), torch.device("cuda"), torch.bfloat16, Ranks(), said.append)
     unwanted = lambda size: pytest.fail("measured")  # noqa: E731
     assert find(unwanted, settled, unwanted) == settled
     assert said[-1] == why
@@ -649,11 +649,11 @@ def test_processes_expect_and_take_what_the_first_one_does(monkeypatch: pytest.M
             return str(first.pop(0))
 
     own, expected, first = [], [], [48, 96]
-    monkeypatch.setattr(setup.memory, "memory_room", lambda *_: 1)
-    monkeypatch.setattr(setup.memory, "fits_within", lambda *_: lambda size: True)
-    monkeypatch.setattr(setup.memory, "timed", lambda *_: lambda size: size**2)
+    monkeypatch.setattr(batch_size, "memory_room", lambda *_: 1)
+    monkeypatch.setattr(batch_size, "fits_within", lambda *_: lambda size: True)
+    monkeypatch.setattr(batch_size, "timed", lambda *_: lambda size: size**2)
     config, said = replace(load_toml(find_preset("shapes")), micro_batch=0), []
-    find = micro_batch_finder(
+    find = MicroBatchFinder(
         config, describe(config.model), torch.device("cuda"), torch.bfloat16, BesideAFirst(1, 2), said.append
     )
     assert find(lambda size: None, 0, expected.append) == 96

@@ -9,7 +9,8 @@ import torch
 from fastgrpo import training
 from fastgrpo.assembly import Training, load_training
 from fastgrpo.engine.old_policy import OldPolicy
-from fastgrpo.engine.setup import CPU_AGREEMENT, EngineRecord
+from fastgrpo.engine.record import EngineRecord
+from fastgrpo.engine.setup import CPU_AGREEMENT
 from fastgrpo.grpo.loss import MicroBatch, PairResults, PolicyLoss
 from fastgrpo.policy import Policy
 from fastgrpo.run import checkpoint

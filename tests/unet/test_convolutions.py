@@ -12,7 +12,7 @@ from torch.backends import cudnn
 from fastgrpo.assembly import load_training
 from fastgrpo.engine import setup
 from fastgrpo.engine.fixed_passes import FixedPasses
-from fastgrpo.engine.setup import EngineRecord
+from fastgrpo.engine.record import EngineRecord
 from fastgrpo.grpo.loss import PolicyLoss
 from fastgrpo.policy import Policy
 from fastgrpo.settings.command_line import load_toml
@@ -124,7 +124,7 @@ def test_passes_that_are_tried_for_their_size_are_made_aside(
         chosen.append(args)
         return choose(*args)
 
-    monkeypatch.setattr("fastgrpo.assembly.micro_batch_finder", lambda *_: find)
+    monkeypatch.setattr("fastgrpo.assembly.MicroBatchFinder", lambda *_: find)
     monkeypatch.setattr(setup, "compile_forward", compile_forward)
     monkeypatch.setattr(setup, "_begin", begin_on_a_gpu)
     monkeypatch.setattr(setup, "choose_backends", counted)

@@ -1,0 +1,202 @@
+"""How many pairs a micro-batch has: found by trying, beginning with the memory plan's prediction.
+
+The sizes that fit are timed, since beyond some size a larger one gains nothing.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastgrpo.costs.counting import EncoderCost, ModelCost, count_encoders, count_model
+from fastgrpo.costs.memory import (
+    CPU_MICRO_BATCH,
+    Iteration,
+    beside_a_pass,
+    candidates,
+    iteration_of,
+    memory_lines,
+    memory_plan,
+    predicted_micro_batch,
+)
+from fastgrpo.engine.record import Say
+from fastgrpo.grpo.steps import pairs_per_iteration
+from fastgrpo.models.configs import Description
+from fastgrpo.schedule import make_schedule
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.devices import is_on
+from fastgrpo.system.distributed import Ranks
+
+GRANULE = 8
+"""Above this many pairs only multiples of it are tried."""
+_TOLERANCE = 0.02  # a micro-batch this much slower than the fastest is as good; timings differ by that anyway
+_TIMED = 4  # sizes that are timed: each means passes of its own, and with graphs a capture
+_REPEATS = 3
+
+RunPass = Callable[[int], object]
+"""Runs one forward and backward pass of n pairs."""
+FindMicroBatch = Callable[[RunPass, int, Callable[[int], object]], int]
+"""(runs a pass, the size that is settled or 0, is told the size that is expected before any is tried) -> the size to use."""
+
+
+@dataclass(frozen=True)
+class MicroBatchChoice:
+    """A micro-batch found by measurement. A resumed run takes it over, since sizes move bits.
+
+    size: pairs. largest: the largest that fit. seconds: (size, seconds of forward and backward pass) of those timed, before
+    anything is compiled or captured, which takes too long for more than one size.
+    """
+
+    size: int
+    largest: int
+    seconds: tuple[tuple[int, float], ...]
+
+    def line(self) -> str:
+        """For the start-up print: what was chosen and why."""
+        timed = ", ".join(f"{size}: {1e3 * took / size:.1f} ms a pair" for size, took in self.seconds)
+        return (
+            f"micro-batch of {self.size} pairs; {self.largest} is the largest tried that fits; timed uncompiled {timed}"
+        )
+
+
+@dataclass(frozen=True)
+class MicroBatchFinder:
+    """A `FindMicroBatch`: takes the size that is settled, else measures on CUDA and takes 32 on a CPU.
+
+    On CUDA it also says what lies in memory, and why so many pairs.
+    """
+
+    config: TrainConfig
+    description: Description
+    device: torch.device
+    dtype: torch.dtype
+    ranks: Ranks
+    say: Say
+
+    def __call__(self, run: RunPass, settled: int, expect: Callable[[int], object]) -> int:
+        config = self.config
+        if self.device.type == "cpu":
+            return settled or CPU_MICRO_BATCH
+        kernels = is_on(config.engine.kernels, self.device)
+        model = count_model(self.description, config.model, self.dtype, kernels=kernels)
+        encoders, _ = count_encoders(config.reward)
+        if settled:
+            says = "micro_batch says" if settled == config.micro_batch else "the run had them before"
+            size, why = settled, f"micro-batch of {settled} pairs, as {says}"
+        else:
+            choice = self._measure(run, expect, model, encoders)
+            size, why = int(self.ranks.agree(str(choice.size))), choice.line()
+        plan = memory_plan(config, model, encoders, self.dtype, self.ranks.count, size)
+        for line in (*memory_lines(plan, str(self.device)), why):
+            self.say(line)
+        return size
+
+    def _measure(
+        self, run: RunPass, expect: Callable[[int], object], model: ModelCost, encoders: Mapping[str, EncoderCost]
+    ) -> MicroBatchChoice:
+        config, processes = self.config, self.ranks.count
+        room = memory_room(self.device, config.engine.memory)
+        scheduler = self.description.scheduler
+        schedule = make_schedule(scheduler, config.rollout.steps, config.rollout.eta, torch.device("cpu"))
+        work = iteration_of(config, len(schedule), pairs_per_iteration(config, schedule), processes)
+        predicted = predicted_micro_batch(config, model, encoders, self.dtype, processes, room, candidates(work))
+        predicted = int(self.ranks.agree(str(predicted)))  # rooms may differ, and attention is chosen together
+        expect(predicted)
+        alone = room - beside_a_pass(config, model, encoders, self.dtype, processes)
+        return find_micro_batch(fits_within(run, self.device, alone), timed(run, self.device), work, predicted)
+
+
+def largest_micro_batch(fits: Callable[[int], bool], limit: int, predicted: int, sizes: Sequence[int] = ()) -> int:
+    """The largest micro-batch that fits, found with few tries: from `predicted` doubling or halving, then between.
+
+    fits: tries one; never asked twice about the same. limit: the largest worth trying. sizes: the only ones that are
+    tried; none stands for up to 8 all, then multiples of 8. What is returned did fit, even where fitting is not monotone.
+    Raises torch.OutOfMemoryError where none does.
+    """
+    sizes = sorted(size for size in sizes or (*range(1, GRANULE), *range(GRANULE, limit + 1, GRANULE)) if size <= limit)
+    good, bad = -1, len(sizes)  # positions: of the largest that fits, of the smallest beyond that does not
+
+    def position(size: float) -> int:
+        """Of the largest that is at most `size`, between good and bad."""
+        return min(max(sum(other <= size for other in sizes) - 1, good + 1), bad - 1)
+
+    here = position(predicted)
+    while bad - good > 1:
+        if fits(sizes[here]):
+            good = here
+        else:
+            bad = here
+        if good < 0:
+            here = position(sizes[bad] / 2)
+        elif bad == len(sizes):
+            here = position(sizes[good] * 2)
+        else:
+            here = (good + bad) // 2
+    if good < 0:
+        raise torch.OutOfMemoryError("not even the smallest micro-batch fits into the GPU's memory")
+    return sizes[good]
+
+
+def choose_size(seconds: Mapping[int, float], work: Iteration) -> int:
+    """Of the timed micro-batches the smallest that makes an iteration as fast as any, to 2%.
+
+    seconds: micro-batch -> of one forward and backward pass. The same timings give the same choice.
+    """
+    took = {size: each * work.passes(size) for size, each in seconds.items()}
+    return min(size for size in took if took[size] <= min(took.values()) * (1 + _TOLERANCE))
+
+
+def find_micro_batch(
+    fits: Callable[[int], bool], seconds: Callable[[int], float], work: Iteration, predicted: int
+) -> MicroBatchChoice:
+    """Try, time, choose. fits, seconds: of a micro-batch, for instance `fits_within` and `timed`.
+
+    The largest that fits and the next smaller ones are timed. Raises torch.OutOfMemoryError where none fits.
+    """
+    sizes = candidates(work)
+    largest = largest_micro_batch(fits, sizes[-1], predicted, sizes)
+    took = {size: seconds(size) for size in [size for size in sizes if size <= largest][-_TIMED:]}
+    return MicroBatchChoice(choose_size(took, work), largest, tuple(took.items()))
+
+
+def fits_within(run: Callable[[int], object], device: torch.device, room: int) -> Callable[[int], bool]:
+    """Whether a forward and backward pass of n pairs, which `run(n)` does, stays within `room` bytes of the CUDA device.
+
+    What the allocator has reserved counts, not only what is in use: its holes cannot be given to others.
+    """
+
+    def fits(size: int) -> bool:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            run(size)
+            torch.cuda.synchronize(device)
+        except torch.OutOfMemoryError:
+            return False
+        return torch.cuda.max_memory_reserved(device) <= room
+
+    return fits
+
+
+def timed(
+    run: Callable[[int], object], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> Callable[[int], float]:
+    """Seconds that `run(n)` takes: the median of three calls after one that does not count."""
+
+    def once(size: int) -> float:
+        began = clock()
+        run(size)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock() - began
+
+    return lambda size: statistics.median([once(size) for _ in range(_REPEATS + 1)][1:])
+
+
+def memory_room(device: torch.device, share: float) -> int:
+    """Bytes that this process may reserve if `share` of the CUDA device's memory is to be filled, others' included."""
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    return int(share * total) - others

@@ -1,0 +1,57 @@
+"""What an engine decided at its start, which checkpoints store and RUN/engine.json shows.
+
+A resumed run does as the first one did instead of measuring again, or its sums could be rounded otherwise. On another kind
+of device it decides anew. RUN/engine.json is the record for people, written at the start and with every checkpoint:
+
+    device          what it was decided for, a GPU's name for instance
+    settings        what it was told: with others, as a resumed run may have them, it decides anew
+    attention       for every shape of the UNet's attention who computes it, the milliseconds that each candidate took, and
+                    why others were left out; null where PyTorch chooses for itself
+    micro_batch     pairs, as measured or set, and halved where memory ran out since
+    compiled        whether the UNet is compiled
+    reuse           what a rollout computes once: text, times, first
+    old_log_prob    grpo.old_log_prob, or "replay" where the update did not find the rollout's log-probs again
+    group_norm      kind of call -> the implementation that was faster
+    rollout_batch   rollout.batch where it was halved because memory ran out, else 0
+    cudnn_benchmark whether cuDNN tries algorithms for the convolutions of passes of fixed shapes and keeps the fastest, as on
+                    CUDA. It tries them at every start: a resumed run may get others, and then rounds otherwise
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastgrpo.kernels.group_norm_silu import BACKENDS as GROUP_NORM
+from fastgrpo.system.files import write_atomically
+
+Say = Callable[[str], object]
+"""Tells people one line."""
+
+
+@dataclass
+class EngineRecord:
+    """What an engine decided, in plain numbers and strings, as the module's docstring has them. Empty before it did.
+
+    attention: an AttentionPlan as JSON. reuse: a Reuse as JSON.
+    """
+
+    device: str = ""
+    attention: dict[str, Any] | None = None
+    micro_batch: int = 0
+    compiled: bool | None = None
+    reuse: dict[str, bool] | None = None
+    old_log_prob: str = ""
+    group_norm: dict[str, str] | None = None
+    rollout_batch: int = 0
+    settings: dict[str, Any] | None = None
+    cudnn_benchmark: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """With what has been chosen for GroupNorm by now: that is measured when a shape is first met."""
+        return asdict(self) | {"group_norm": GROUP_NORM.choices()}
+
+    def write(self, run: Path) -> None:
+        """Into RUN/engine.json. Raises OSError where it cannot be written."""
+        write_atomically(run / "engine.json", (json.dumps(self.to_json(), indent=2) + "\n").encode())

@@ -1,4 +1,4 @@
-"""The UNet's attention, computed by a backend of choice: PyTorch's own choice, cuDNN, flash, memory-efficient or xformers.
+"""The UNet's attention, computed by a backend of choice.
 
     sdpa           torch.nn.functional.scaled_dot_product_attention, PyTorch's own choice
     cudnn          cuDNN's fused attention
@@ -184,9 +184,8 @@ class AttentionPlan:
         everywhere = set.intersection(*(set(choice.milliseconds) for choice in self.choices))
         alone = sorted((total(lambda choice: name), name) for name in everywhere)  # noqa: B023 (called at once)
         beside = ", ".join(f"{name} alone {milliseconds:.2f}" for milliseconds, name in alone)
-        return f"; {total(lambda choice: choice.backend):.2f} ms forward and backward" + (
-            f" ({beside})" if beside else ""
-        )
+        taken = f"; {total(lambda choice: choice.backend):.2f} ms forward and backward"
+        return f"{taken} ({beside})" if beside else taken
 
 
 def _layers_in_words(count: int) -> str:
@@ -242,7 +241,7 @@ _REPLACED = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, AttentionPr
 def attention_shapes(
     unet: UNet2DConditionModel, rows: int, latent_shape: Sequence[int], tokens: int
 ) -> tuple[AttentionShape, ...]:
-    """Finds the kinds of attention in a UNet, in the order in which it first computes them, by a run on the meta device.
+    """Finds the kinds of attention in a UNet by running it on the meta device, in the order in which they first come.
 
     rows: of the batch, both halves of guidance together. latent_shape: (C, H, W). tokens: of a text.
     Attention that `apply_plan` would leave alone is not listed. The UNet stays as it is, and no weights are copied.
@@ -275,8 +274,8 @@ def apply_plan(unet: UNet2DConditionModel, plan: AttentionPlan) -> None:
 
     Asked for by name, xformers comes through diffusers' own `enable_xformers_memory_efficient_attention()`, as users of
     diffusers know it. Where `auto` chose it, it was measured without the copies of queries, keys and values that
-    diffusers' processor makes, and is called that way. Modules that do more than plain attention (added keys and values,
-    norms of queries, keys or contexts, IP adapters) keep the processor they have.
+    diffusers' processor makes, and is called that way. Modules that do more than plain attention (added keys and
+    values, norms of queries, keys or contexts, IP adapters) keep the processor they have.
     Raises ConfigError where the plan needs a library that is not installed, ValueError for a plan of another UNet.
     """
     chosen = {layer: choice.backend for choice in plan.choices for layer in choice.shape.layers}
@@ -299,8 +298,8 @@ def xformers_missing() -> str:
     """Makes xformers ready. Returns why it cannot be used, or "".
 
     Its attention calls PyTorch's kernels. But where xformers' own library does not load, which attention does not need,
-    it takes itself for built without CUDA and refuses every input on a GPU: so it is told that PyTorch has CUDA. Kernels
-    that it really does not have it still refuses, as not built.
+    it takes itself for built without CUDA and refuses every input on a GPU: so it is told that PyTorch has CUDA.
+    Kernels that it really does not have it still refuses, as not built.
     """
     if not importlib.util.find_spec("xformers"):
         return "the library xformers is not installed"

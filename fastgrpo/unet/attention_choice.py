@@ -190,7 +190,8 @@ class _Case:
     def plain(self) -> tuple[Tensor, ...]:
         """What `run` should return for the first row and the last, in float64, a head at a time: scores are large.
 
-        With P = softmax(s Q K^T) and O = P V: dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)), dQ = s dS K, dK = s dS^T Q.
+        With P = softmax(s Q K^T) and O = P V:
+        dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)), dQ = s dS K, dK = s dS^T Q.
         """
         tensors = (self.query, self.key, self.value, self.gradient)
         scale = self.query.shape[-1] ** -0.5
@@ -250,7 +251,7 @@ def _sampled(tensor: Tensor) -> Tensor:
 
 
 def _pytorch_against(kernel: SDPBackend, ask: Callable[[], Any]) -> str:
-    """Why PyTorch does not take a kernel for a call of scaled_dot_product_attention, in its own words; "" if it does."""
+    """Why PyTorch does not take a kernel for a scaled_dot_product_attention, in its own words; "" if it does."""
     with warnings.catch_warnings(record=True) as caught, sdpa_kernel(kernel):
         warnings.simplefilter("always")
         try:

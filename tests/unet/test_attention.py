@@ -183,8 +183,8 @@ def test_a_compiled_transformer_is_one_graph_and_computes_the_same(compiler: str
 
     torch._dynamo.reset()
     compiled = torch.compile(block, backend=compiler, fullgraph=True, dynamic=False)
-    # float32, the same operations: rounding in another order at most, in some 20 sums of up to 128 products, each off by
-    # sqrt(128) * 6e-8 = 7e-7.
+    # float32, the same operations: rounding in another order at most, in some 20 sums of up to 128 products, each off
+    # by sqrt(128) * 6e-8 = 7e-7.
     assert_near(outcome_of(compiled), outcome_of(block), 1.5e-5)
     torch._dynamo.reset()
 
@@ -493,9 +493,10 @@ def test_kernels_of_xformers_own_are_named_as_they_are() -> None:
 
 
 class Hopper:
-    """PyTorch on an H200, played by the CPU: what it says against cuDNN there, cuDNN's operators, and xformers with flash.
+    """PyTorch on an H200, played by the CPU: its words against cuDNN there, cuDNN's operators, and xformers with flash.
 
-    The rules are those of PyTorch 2.14 with cuDNN 9.24 for float32 in place of bfloat16. widths, strides: of what cuDNN got.
+    The rules are those of PyTorch 2.14 with cuDNN 9.24 for float32 in place of bfloat16.
+    widths, strides: of what cuDNN got.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
@@ -581,12 +582,11 @@ def test_the_plan_says_which_kernels_a_choice_runs(gpu: Hopper) -> None:
         "attention: xformers (fa2F@2.5.7-pt and fa2B@2.5.7-pt, PyTorch's flash kernels) for 1 layer",
     )
     assert AttentionPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
-    milliseconds = {"sdpa": 1.0}
     plan = choose_backends(
         "auto", [small(40, "self")], CPU, torch.float32, lambda call: 1.0, {"sdpa": BACKENDS["sdpa"]}
     )
     assert plan.lines() == ("attention: sdpa (flash) for 1 layer; 1.00 ms forward and backward (sdpa alone 1.00)",)
-    assert plan.choices[0].milliseconds == milliseconds
+    assert plan.choices[0].milliseconds == {"sdpa": 1.0}
 
 
 def test_auto_leaves_xformers_out_where_it_could_not_be_compiled(gpu: Hopper, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -652,7 +652,7 @@ def test_choosing_leaves_random_numbers_and_gradients_alone() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", sd1_shapes(4), ids=lambda shape: shape.layers[0])
 def test_available_backends_are_right_and_timed_on_cuda(shape: AttentionShape) -> None:
-    """`choose_backends` itself compares with float64 math; here nothing may be left out for being wrong, and not everything."""
+    """`choose_backends` itself compares with float64 math: nothing may be left out for being wrong."""
     plan = choose_backends("auto", (shape,), torch.device("cuda"), torch.bfloat16)
     choice = plan.choices[0]
     assert not [reason for reason in choice.excluded.values() if reason.startswith("wrong")]

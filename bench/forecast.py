@@ -81,7 +81,7 @@ from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.types import Prompt, PromptBatch
 from fastgrpo.unet.attention import BACKENDS
-from fastgrpo.unet.compilation import Compilation, _replace_upsamplers
+from fastgrpo.unet.compilation import Compilation, replace_upsamplers
 from fastgrpo.unet.copies import Network
 from fastgrpo.update import _Gather
 
@@ -273,7 +273,7 @@ def prepare(config: TrainConfig, pairs: int, backend: str, compiler: Compiler) -
     embeds = torch.empty(config.prompts_per_iteration, TOKENS, WIDTH, device=cuda)
 
     def compile_forward(network: nn.Module, *_: Any) -> tuple[Network, Compilation]:
-        _replace_upsamplers(network)
+        replace_upsamplers(network)
         compiled = torch.compile(network, backend=compiler, dynamic=False, fullgraph=True)
         return compiled, Compilation(True, "generated")
 

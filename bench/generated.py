@@ -43,7 +43,7 @@ from fastgrpo.costs.counting import sd1_architecture
 from fastgrpo.engine.trainable import Trainable, make_trainable
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.unet.attention import BACKENDS, AttentionPlan, AttentionShape, Choice, apply_plan, attention_shapes
-from fastgrpo.unet.compilation import _replace_upsamplers
+from fastgrpo.unet.compilation import replace_upsamplers
 from fastgrpo.unet.fused import patch_unet
 
 ATTENTION = "attention"
@@ -416,7 +416,7 @@ def computing_unet(config: TrainConfig, backend: str) -> UNet2DConditionModel:
     network = trainable_unet(config).network
     patch_unet(network)
     apply_plan(network, attention_plan(backend, attention_shapes(network, 2, LATENT, TOKENS)))
-    _replace_upsamplers(network)
+    replace_upsamplers(network)
     return network
 
 

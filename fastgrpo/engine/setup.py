@@ -233,7 +233,7 @@ def _compile(learner: PolicyLoss, config: TrainConfig, record: EngineRecord, ran
     tokens = policy.unconditional.shape[1]
     example = make_example(policy.unet, policy.latent_shape, tokens, policy.dtype, policy.device)
     rows = record.micro_batch * halves(config)
-    compiled, made = compile_forward(policy.computing, policy.unet, example, rows, "on", json.dumps(operators), say)
+    compiled, made = compile_forward(policy.computing, policy.unet, example, rows, json.dumps(operators), say)
     # One process that cannot compile would round otherwise than the others.
     record.compiled = not ranks.any(not made.used)
     if compiled is None or not record.compiled:

@@ -1,15 +1,17 @@
 """torch.compile for the UNet, trusted only after its output and gradients were compared with those of plain calls.
 
-A compiler may drop gradients in silence. One does: for diffusers' UNet inductor on a CPU (torch 2.13) reads the sum that
-the backward pass of nearest-neighbour upsampling scatters into before anything is added to it: layers that only lead to an
-upsampler get a gradient of zeros, those before them a wrong one. Doubling by broadcasting, whose backward pass is a plain
-sum, avoids that scatter. The comparison is made all the same, once per machine, versions, model and number of rows: of the
-very code that the run calls, since for another number there would be other code. Where a run comes to one (another
-rollout.batch, or because memory ran out) it is compiled then, and compared when the run is next started with it.
+A compiler may drop gradients in silence. One does: for diffusers' UNet, inductor on a CPU (torch 2.13) reads the sum
+that the backward pass of nearest-neighbour upsampling scatters into before anything is added to it. Layers that only
+lead to an upsampler then get a gradient of zeros, those before them a wrong one. Doubling by broadcasting, whose
+backward pass is a plain sum, avoids that scatter.
 
-One graph without breaks (`fullgraph`) of fixed shapes. CUDA graphs are recorded around it, not by torch.compile. The mode is
-the default one: max-autotune times rival kernels at every start, and may pick others in a resumed run, which then computes
-other bits.
+The comparison is made all the same, once per machine, versions, model and number of rows: of the very code that the run
+calls, since another number of rows means other code. Where a run comes to another number (another rollout.batch, or
+because memory ran out) it is compiled then, and compared when the run is next started with it.
+
+The UNet becomes one graph without breaks (`fullgraph`) of fixed shapes. CUDA graphs are recorded around it, not by
+torch.compile. The mode is the default one: max-autotune times rival kernels at every start, and may pick others in a
+resumed run, which then computes other bits.
 """
 
 import hashlib
@@ -40,9 +42,10 @@ Example = tuple[Tensor, Tensor, Tensor]
 
 Say = Callable[[str], object]
 
-# How many times the error of plain calls a compiled one may have. Both round the same sums, compiled code less often, so their
-# errors are draws of about the same size; but those of a parameter vary in few independent directions. With four of them,
-# as a small bias has, the ratio of two such errors exceeds 8 once in 1,400 (F(4, 4) > 64); with forty, never.
+# How many times the error of plain calls a compiled call may have. Both round the same sums, compiled code less often,
+# so their errors are drawn from about the same distribution; but those of a parameter vary in few independent
+# directions. With four of them, as a small bias has, the ratio of two such errors exceeds 8 once in 1,400 (F(4, 4) >
+# 64); with forty, never.
 _FACTOR = 8.0
 # An error of 1 is that of a gradient of zeros: nothing near it is rounding, unless the plain gradient is as wrong.
 _CEILING = 0.5
@@ -50,11 +53,11 @@ _DISTURBANCE = 0.02  # standard deviation in place of weights that are all 0
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GradientCheck:
     """How far compiled code is from plain calls, where it is furthest.
 
-    matches: whether rounding explains it. worst: "output" or a parameter's name. error, bound: |compiled - exact| / |exact|
-    of that, and the largest that is rounding.
+    matches: whether rounding explains the distance. worst: "output" or a parameter's name. error: |compiled - exact| /
+    |exact| of that one. bound: the largest error that rounding explains.
     """
 
     matches: bool
@@ -65,11 +68,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Compilation:
-    """What was decided. used: whether the UNet is compiled. reason: why, in half a sentence. verdict: where it was compared."""
+    """Whether the UNet is compiled. reason: why, in half a sentence. check: the comparison, where there was one."""
 
     used: bool
     reason: str
-    verdict: Verdict | None = None
+    check: GradientCheck | None = None
 
 
 class DoublingUpsample2D(Upsample2D):
@@ -84,46 +87,46 @@ class DoublingUpsample2D(Upsample2D):
 
 
 def compile_forward(
-    network: UNet2DConditionModel,
-    plain: UNet2DConditionModel,
-    example: Example,
-    rows: int,
-    wanted: str,
-    operators: str,
-    say: Say,
+    network: UNet2DConditionModel, plain: UNet2DConditionModel, example: Example, rows: int, operators: str, say: Say
 ) -> tuple[Network | None, Compilation]:
-    """The compiled network, called as the network is, with or without gradients; None where it is not to be compiled.
+    """Compiles the network, which is then called as before, with or without gradients; None if it is wrong.
 
-    network: what computes, in eval mode; its upsamplers are replaced in place. plain: the same parameters under the same
-    names, in no way patched; only its structure matters.
+    network: what computes, in eval mode; its upsamplers are replaced in place.
+    plain: the same parameters under the same names, not patched in any way; only its structure matters.
     example: of `make_example`; a larger one needs memory for a pass with gradients in the next wider dtype.
-    rows: of the run's passes, the one number that it is compiled for and compared at.
-    wanted: `auto` (on CUDA), `on` or `off`. operators: which kernels and which attention the network has, in any words.
+    rows: of the run's passes, the one number that the network is compiled for and compared at.
+    operators: which kernels and which attention the network has, in any words.
     Never fails: compiled code that is wrong or cannot be made is left out, and `say` gets one line.
     """
-    device = example[0].device
-    if wanted == "off" or (wanted == "auto" and device.type != "cuda"):
-        return None, Compilation(False, f"engine.compile is {wanted}")
-    _replace_upsamplers(network)
-    # On a CPU inductor's changes of layout are another way to that scatter's fault, should an upsampler not be replaced.
-    options = {"layout_optimization": False} if device.type == "cpu" else None
+    replace_upsamplers(network)
+    # On a CPU inductor's changes of layout are another way to that scatter's fault, should an upsampler not be
+    # replaced.
+    options: dict[str, Any] | None = {"layout_optimization": False} if example[0].device.type == "cpu" else None
     compiled = torch.compile(network, dynamic=False, fullgraph=True, options=options)
     key = _key(network, example, rows, operators)
-    verdict, reason = _recall(key), "compared before on this machine"
-    if verdict is None:
+    check, reason = _recall(key), "compared before on this machine"
+    if check is None:
         try:
-            verdict, reason = check(network, plain, compiled, example, rows), "compared now"
+            check, reason = check_compiled(network, plain, compiled, example, rows), "compared now"
         except Exception as error:
             made = Compilation(False, f"it failed with {_in_short(error)}")
             say(f"torch.compile is left out: {made.reason}")
             return None, made
-        _remember(key, verdict)
-    if not verdict.matches:
-        what = "output" if verdict.worst == "output" else f"gradient of {verdict.worst}"
-        errors = f"its {what} is off by {verdict.error:.1e}, of which rounding explains {verdict.bound:.1e}"
+        _remember(key, check)
+    if not check.matches:
+        what = "output" if check.worst == "output" else f"gradient of {check.worst}"
+        errors = f"its {what} is off by {check.error:.1e}, of which rounding explains {check.bound:.1e}"
         say(f"torch.compile is left out: {errors} ({reason})")
-        return None, Compilation(False, errors, verdict)
-    return _WithFallback(network, compiled, say), Compilation(True, reason, verdict)
+        return None, Compilation(False, errors, check)
+    return _WithFallback(network, compiled, say), Compilation(True, reason, check)
+
+
+def replace_upsamplers(network: UNet2DConditionModel) -> None:
+    """Makes the upsamplers of a UNet double by broadcasting when it is compiled, in place."""
+    for module in network.modules():
+        plain = type(module) is Upsample2D and module.norm is None and module.interpolate and module.use_conv
+        if plain and not module.use_conv_transpose and module.name == "conv":
+            module.__class__ = DoublingUpsample2D
 
 
 def make_example(
@@ -140,42 +143,47 @@ def make_example(
     return latents.to(device, dtype), torch.tensor([981, 21], device=device), contexts.to(device, dtype)
 
 
-def check(
+def check_compiled(
     network: UNet2DConditionModel, plain: UNet2DConditionModel, compiled: Network, example: Example, rows: int
-) -> Verdict:
-    """Compare the output and the gradient of every trained parameter with those of `network`, by the errors of both.
+) -> GradientCheck:
+    """Compares the output and the gradient of every trained parameter with those of `network`, by the errors of both.
 
     Both compute the example's rows again and again, up to `rows`, in one pass each: what is compiled is what the run
-    calls. Exact is the example alone, by `plain` with the network's weights in the next wider dtype, float64 for
-    float32. Of the output it is the row furthest off that counts. Weights that are all 0, such as fresh adapters', are
-    something else meanwhile: the gradients of what they multiply would be 0 in any case.
-    Needs memory for a pass of either kind, no more: the exact results wait on the host. Raises whatever the compiler raises.
+    calls. The exact results are those of the example alone, by `plain` with the network's weights in the next wider
+    dtype, float64 for float32. Of the output, the row furthest off counts. Weights that are all 0, such as fresh
+    adapters', are something else meanwhile: the gradients of what they multiply would be 0 in any case.
+    Needs memory for a pass of either kind, no more: the exact results wait on the host.
+    Raises whatever the compiler raises.
     """
     dtype = example[0].dtype
     wider = torch.float64 if dtype == torch.float32 else torch.float32
-    example = tuple(tensor[:rows] for tensor in example)
+    latents, timesteps, contexts = (tensor[:rows] for tensor in example)
+    example = latents, timesteps, contexts
     with _disturbed(network):
         weights = {name: parameter.detach().to(wider) for name, parameter in network.named_parameters()}
+        precise = computing_unet(plain, wider, weights)
         with searching(False):
-            output, exact = _results(computing_unet(plain, wider, weights), example, len(example[0]), wider)
-        del weights
+            output, exact = _results(precise, precise, example, len(latents), wider)
+        del weights, precise
         output, exact = output[_copies(example, rows)], {name: value.cpu() for name, value in exact.items()}
 
         def errors(call: Network) -> tuple[Tensor, Tensor]:
             """Of each row of the output, and of each gradient."""
-            rows_, gradients = _results(call, example, rows, dtype, network)
+            rows_, gradients = _results(call, network, example, rows, dtype)
             return relative_errors(dict(enumerate(output)), dict(enumerate(rows_))), relative_errors(exact, gradients)
 
         (eager_rows, eager), (given_rows, given) = errors(network), errors(compiled)
     furthest = given_rows.argmax()[None]  # the first that is not a number, if there is one
-    return judge(("output", *exact), torch.cat([eager_rows[furthest], eager]), torch.cat([given_rows[furthest], given]))
+    return compare_gradients(
+        ("output", *exact), torch.cat([eager_rows[furthest], eager]), torch.cat([given_rows[furthest], given])
+    )
 
 
-def judge(names: Sequence[str], eager_errors: Tensor, errors: Tensor) -> Verdict:
-    """Whether what is compiled is to the exact as plain calls are, tensor by tensor.
+def compare_gradients(names: Sequence[str], eager_errors: Tensor, errors: Tensor) -> GradientCheck:
+    """Whether compiled results are as near to the exact ones as plain calls' are, tensor by tensor.
 
-    names: the tensors'. eager_errors, errors: of plain and of compiled calls, as `relative_errors`. With e a tensor's error by
-    plain calls, and m the median of all tensors', the compiled one's may be
+    names: the tensors'. eager_errors, errors: of plain and of compiled calls, from `relative_errors`. With e a tensor's
+    error by plain calls, and m the median of all tensors', the compiled one's may be
 
         max(min(8 max(e, m), 1/2), 2 e)
 
@@ -187,11 +195,14 @@ def judge(names: Sequence[str], eager_errors: Tensor, errors: Tensor) -> Verdict
     excess = (errors / bounds.clamp_min(torch.finfo(torch.float64).tiny)).nan_to_num(nan=torch.inf)
     worst = int(excess.argmax())
     error, bound = float(errors[worst]), float(bounds[worst])
-    return Verdict(bool(error <= bound), names[worst], error, bound)
+    return GradientCheck(bool(error <= bound), names[worst], error, bound)
 
 
 def relative_errors(exact: Mapping[Any, Tensor], other: Mapping[Any, Tensor]) -> Tensor:
-    """|other - exact| / |exact| of each tensor, [tensors] float64 on the CPU; 0 where both are 0. Computed where `other` is."""
+    """Returns |other - exact| / |exact| of each tensor, [tensors] float64 on the CPU; 0 where both are 0.
+
+    They are computed where `other` is.
+    """
     lengths = []
     for name, value in exact.items():
         given = other[name].to(value.dtype)
@@ -217,25 +228,18 @@ class _WithFallback:
         return self._network(*args, **kwargs)
 
 
-def _replace_upsamplers(network: UNet2DConditionModel) -> None:
-    for module in network.modules():
-        plain = type(module) is Upsample2D and module.norm is None and module.interpolate and module.use_conv
-        if plain and not module.use_conv_transpose and module.name == "conv":
-            module.__class__ = DoublingUpsample2D
-
-
 def _results(
-    network: Network, example: Example, rows: int, dtype: torch.dtype, module: UNet2DConditionModel | None = None
+    call: Network, network: UNet2DConditionModel, example: Example, rows: int, dtype: torch.dtype
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The output for `rows` copies of the example's rows, and gradients of a fixed function of it, by parameter.
+    """Returns the output for `rows` copies of the example's rows, and gradients by parameter of a fixed function of it.
 
-    The gradients are the same for any number of copies. module: whose parameters; the network's own.
+    The gradients are the same for any number of copies. call: how `network`, whose parameters they are of, is called.
     """
     copies = _copies(example, rows)
     latents, timesteps, contexts = (tensor[copies] for tensor in example)
-    trained = {name: p for name, p in (module or network).named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     with torch.enable_grad():
-        output = network(latents.to(dtype), timesteps, contexts.to(dtype), return_dict=False)[0]
+        output = call(latents.to(dtype), timesteps, contexts.to(dtype), return_dict=False)[0]
         towards = torch.randn(len(example[0]), *output.shape[1:], generator=torch.Generator().manual_seed(1))
         towards = towards[copies] * _weights(len(example[0]), rows).view(-1, 1, 1, 1)
         gradients = torch.autograd.grad(output, list(trained.values()), towards.to(output))
@@ -248,10 +252,11 @@ def _copies(example: Example, rows: int) -> Tensor:
 
 
 def _weights(distinct: int, rows: int) -> Tensor:
-    """[rows] float32, 1, -1 or 1/2: what each copy of `distinct` rows counts for, so that those of one add up to 1.
+    """Returns what each copy of `distinct` rows counts for, [rows] float32, so that the copies of one row add up to 1.
 
-    Signs take turns: a row that is wrong, or missing in a sum, then changes a gradient by about all of it, at least by
-    half a row's, and not by one of 66 parts, which half precision would hide. All are exact in any dtype.
+    They are 1, -1 or 1/2, exact in any dtype. Signs take turns: a row that is wrong, or missing in a sum, then changes
+    a gradient by about all of it, at least by half a row's, and not by one of 66 parts, which half precision would
+    hide.
     """
     weights = torch.empty(rows)
     for first in range(distinct):
@@ -277,14 +282,16 @@ def _disturbed(network: UNet2DConditionModel) -> Iterator[None]:
 
 
 def _key(network: UNet2DConditionModel, example: Example, rows: int, operators: str) -> dict[str, Any]:
-    """All that a verdict depends on."""
+    """Everything that the outcome of a check depends on."""
     device = example[0].device
     cuda = device.type == "cuda"
     config = {name: value for name, value in network.config.items() if not name.startswith("_")}
     trained = [[name, list(p.shape), str(p.dtype)] for name, p in network.named_parameters() if p.requires_grad]
     return {
         "machine": platform.node(),
-        "device": torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} {_cpu_capability()}",
+        "device": torch.cuda.get_device_name(device)
+        if cuda
+        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "versions": {
             "torch": torch.__version__,
             "triton": VERSION,
@@ -300,31 +307,27 @@ def _key(network: UNet2DConditionModel, example: Example, rows: int, operators: 
     }
 
 
-def _cpu_capability() -> str:
-    return torch.backends.cpu.get_cpu_capability()
-
-
 def _file(key: Mapping[str, Any]) -> Path:
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     return cache_folder() / "compilation" / f"{name}.json"
 
 
-def _recall(key: dict[str, Any]) -> Verdict | None:
-    """What `_remember` wrote, unless there is nothing, or nothing that can be read."""
+def _recall(key: dict[str, Any]) -> GradientCheck | None:
+    """What `_remember` wrote, or None where there is nothing that can be read."""
     try:
         kept = json.loads(_file(key).read_bytes())
-        verdict = Verdict(**kept["verdict"])
-        fits = kept["key"] == key and type(verdict.matches) is bool and type(verdict.worst) is str
-        return verdict if fits and all(type(n) is float for n in (verdict.error, verdict.bound)) else None
+        check = GradientCheck(**kept["check"])
+        fits = kept["key"] == key and type(check.matches) is bool and type(check.worst) is str
+        return check if fits and all(type(n) is float for n in (check.error, check.bound)) else None
     except (OSError, RuntimeError, KeyError, TypeError, ValueError):  # RuntimeError: there is no home folder
         return None
 
 
-def _remember(key: dict[str, Any], verdict: Verdict) -> None:
+def _remember(key: dict[str, Any], check: GradientCheck) -> None:
     with suppress(OSError, RuntimeError):
         file = _file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps({"key": key, "verdict": asdict(verdict)}, indent=1).encode())
+        write_atomically(file, json.dumps({"key": key, "check": asdict(check)}, indent=1).encode())
 
 
 def _in_short(error: Exception) -> str:

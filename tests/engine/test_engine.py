@@ -170,7 +170,7 @@ def test_a_compiled_unet_is_shared_by_rollout_and_update(base: TrainConfig, plai
         return compiled
 
     monkeypatch.setattr(torch, "compile", compiler)
-    monkeypatch.setattr(compilation, "check", lambda *_: compilation.Verdict(True, "output", 0.0, 0.0))
+    monkeypatch.setattr(compilation, "check_compiled", lambda *_: compilation.GradientCheck(True, "output", 0.0, 0.0))
     monkeypatch.setattr(setup, "CPU_AGREEMENT", 1e-4)  # so that no CPU's rounding asks for a pass twice
     parts, moved, _ = trained(altered(base, {"engine.compile": "on"}))
     assert parts.record.compiled

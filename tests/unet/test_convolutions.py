@@ -20,7 +20,7 @@ from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.console import Console
 from fastgrpo.training import iterate
 from fastgrpo.unet import compilation
-from fastgrpo.unet.compilation import check, make_example
+from fastgrpo.unet.compilation import check_compiled, make_example
 from fastgrpo.unet.convolutions import aside, searching
 from support.training import altered
 
@@ -141,15 +141,15 @@ def test_the_exact_reference_is_not_searched_for(config: TrainConfig, monkeypatc
     seen: list[tuple[torch.dtype, tuple[bool, bool]]] = []
     results = compilation._results
 
-    def watched(network: Any, example: Any, rows: int, dtype: torch.dtype, *rest: Any) -> dict[str, torch.Tensor]:
+    def watched(call: Any, network: Any, example: Any, rows: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         seen.append((dtype, switches()))
-        return results(network, example, rows, dtype, *rest)
+        return results(call, network, example, rows, dtype)
 
     monkeypatch.setattr(compilation, "_results", watched)
     policy = load_training(config, threads=1, say=lambda line: None).policy
     example = make_example(policy.unet, policy.latent_shape, 5, torch.float32, policy.device)
     with searching(True):
-        check(policy.unet, policy.unet, policy.unet, example, 3)
+        check_compiled(policy.unet, policy.unet, policy.unet, example, 3)
     assert seen == [(torch.float64, PLAIN), (torch.float32, SEARCHED), (torch.float32, SEARCHED)]
 
 

@@ -73,8 +73,7 @@ from fastgrpo.grpo.loss import blank_batch
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.policy import Policy
-from fastgrpo.rewards.encoder import OpenClipEncoder
-from fastgrpo.rewards.shared_encoder import SharedEncoder
+from fastgrpo.rewards.encoder import OpenClipEncoder, SharedEncoder
 from fastgrpo.rollout import rollout
 from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.schema import TrainConfig

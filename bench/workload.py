@@ -32,10 +32,9 @@ from fastgrpo.models.tokenizer import build_tokenizer
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.prompts import PromptSource, load_prompts
 from fastgrpo.rewards.anchors import load_anchors
-from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
+from fastgrpo.rewards.encoder import Encoders, OpenClipEncoder, SharedEncoder, load_encoder
 from fastgrpo.rewards.registry import BUILDERS
 from fastgrpo.rewards.reward import WeightedReward
-from fastgrpo.rewards.shared_encoder import Encoders, SharedEncoder
 from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.rewards.terms import parse_terms
 from fastgrpo.schedule import make_schedule
@@ -265,7 +264,7 @@ def _policy(config: TrainConfig, about: Description) -> Policy:
 
 def _random_reward(config: TrainConfig) -> WeightedReward:
     encoders, reward = _OneEncoder(encoder_of(config), config.reward.tf32), config.reward
-    steering = BUILDERS["steering"](reward, encoders, DEVICE)
+    steering = BUILDERS["steering"](reward, encoders)
     return WeightedReward(parse_terms(reward.terms), {"steering": steering}, reward.standardise, encoders)
 
 

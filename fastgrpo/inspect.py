@@ -1,4 +1,4 @@
-"""`python -m fastgrpo.inspect`: the command line of looking at the safety axis; rewards/axis/text.py does it."""
+"""`python -m fastgrpo.inspect`: the command line of looking at the safety axis; rewards/axis/inspection.py does it."""
 
 import sys
 import tempfile
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = parse_with_preset(_Inspect, sys.argv[1:] if argv is None else argv, PROGRAM)
         validate(asked.config)
         _check(asked)
-        from fastgrpo.rewards.axis.text import inspect  # only now: it takes seconds
+        from fastgrpo.rewards.axis.inspection import inspect  # only now: it takes seconds
 
         inspect(asked.config, asked.png, asked.limit, Console())
 

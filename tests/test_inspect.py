@@ -15,7 +15,7 @@ from rich.cells import cell_len
 from fastgrpo import inspect
 from fastgrpo.prompts import load_prompts
 from fastgrpo.rewards.anchors import ANCHORS
-from fastgrpo.rewards.axis.report import sample
+from fastgrpo.rewards.axis.report import choose_prompts
 from fastgrpo.rewards.encoder import load_encoder
 from fastgrpo.settings.command_line import find_preset, load_toml
 from fastgrpo.types import NEGATIVE, POSITIVE
@@ -53,7 +53,7 @@ def places() -> dict[str, np.ndarray]:
     encoder = load_encoder("shapes", "cpu")
     v, _ = reference_direction(encoder, ANCHORS["shapes"])
     positives, negatives = load_prompts(load_toml(find_preset("shapes")).prompts)
-    chosen = sample([*positives, *negatives], LIMIT)
+    chosen = choose_prompts([*positives, *negatives], LIMIT)
     return {
         label: encoder.encode_text([p.text for p in chosen if p.label == label]).double().numpy() @ v
         for label in (POSITIVE, NEGATIVE)
@@ -280,7 +280,9 @@ def test_no_picture_is_drawn_unasked(tiny, tmp_path, capsys, monkeypatch):
 )
 def test_refusals_before_the_encoder_is_loaded(tiny, tmp_path, capsys, monkeypatch, flags, complaint):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastgrpo.rewards.axis.text.load_encoder", lambda *_: pytest.fail("the encoder was loaded"))
+    monkeypatch.setattr(
+        "fastgrpo.rewards.axis.inspection.load_encoder", lambda *_: pytest.fail("the encoder was loaded")
+    )
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "closed").mkdir(mode=0o500)

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastgrpo.models import check
 from fastgrpo.models.check import describe
 from fastgrpo.models.configs import Description
-from fastgrpo.rewards.encoder import SHAPES_ENCODER
+from fastgrpo.rewards.encoder_files import SHAPES_ENCODER
 from fastgrpo.rewards.terms import parse_terms
 from fastgrpo.settings.schema import ModelConfig, RewardConfig
 from fastgrpo.system.errors import ConfigError

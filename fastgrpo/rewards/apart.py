@@ -1,7 +1,7 @@
-"""Global state of the process, kept apart: what the user's code sets of it holds for that code alone.
+"""Keeps the process's global state apart: what the user's code sets of it holds for that code alone.
 
-A reward's file may turn gradients off, change the default dtype, seed every generator or move to another folder, on import or
-in a call, and the next import or call finds all that as it was left; training, whose numbers depend on it, never does.
+A reward's file may turn gradients off, change the default dtype, seed every generator or move to another folder, on
+import or in a call. Its next call finds all that as it was left; training, whose numbers depend on it, never does.
 """
 
 import os
@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,9 @@ from torch import backends
 
 @dataclass(frozen=True)
 class _State:
-    """One piece of it. read: its value, which can be compared by ==. write: sets such a value.
+    """One piece of the process's global state.
 
+    read: returns its value, which can be compared by ==. write: sets such a value.
     theirs: whether the user's code finds it as it left it; else it is only put back.
     """
 
@@ -33,7 +35,7 @@ class _State:
 
 
 class Apart:
-    """Call it for a block around code of the user's own; one object for all that shares a state."""
+    """Call it for a block around code of the user's own. Files that share state share the object."""
 
     def __init__(self) -> None:
         self._theirs: dict[str, Any] = {}
@@ -61,14 +63,19 @@ class Apart:
             state.write(ours)
 
 
-def _attributes(owner: Any, *names: str) -> _State:
-    """Attributes that are read and set as such."""
+def _together(*states: tuple[Callable[[], Any], Callable[[Any], object]]) -> _State:
+    """Several values as one, written in their order. states: how each is read and written."""
 
     def write(values: tuple) -> None:
-        for name, value in zip(names, values, strict=True):
-            setattr(owner, name, value)
+        for (_, write_one), value in zip(states, values, strict=True):
+            write_one(value)
 
-    return _State(lambda: tuple(getattr(owner, name) for name in names), write)
+    return _State(lambda: tuple(read() for read, _ in states), write)
+
+
+def _attributes(owner: Any, *names: str) -> _State:
+    """Attributes that are read and set as such."""
+    return _together(*((partial(getattr, owner, name), partial(setattr, owner, name)) for name in names))
 
 
 def _set_default_device(device: torch.device) -> None:
@@ -76,70 +83,42 @@ def _set_default_device(device: torch.device) -> None:
     torch.set_default_device(None if device == torch.device("cpu") else device)
 
 
-def _read_autocast() -> tuple:
-    each = tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
-    return (*each, torch.is_autocast_cache_enabled())
+def _precision() -> _State:
+    """PyTorch's precision of float32 products, in an old notation and a new one.
 
+    Where the new one was used, PyTorch may refuse to read the old one, which is then left alone. In the new one the
+    general comes before the special, which follows it where it is not set itself.
+    """
+    cuda: Any = backends.cuda
+    cudnn: Any = backends.cudnn
+    mkldnn: Any = backends.mkldnn
+    new = [backends, cuda.matmul, cudnn, cudnn.conv, cudnn.rnn, mkldnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
 
-def _write_autocast(value: tuple) -> None:
-    *each, cached = value
-    for kind, (enabled, dtype) in zip(("cpu", "cuda"), each, strict=True):
-        torch.set_autocast_enabled(kind, enabled)
-        torch.set_autocast_dtype(kind, dtype)
-    torch.set_autocast_cache_enabled(cached)
+    def old(
+        read: Callable[[], Any], write: Callable[[Any], object]
+    ) -> tuple[Callable[[], Any], Callable[[Any], object]]:
+        def readable() -> Any:
+            with suppress(RuntimeError):
+                return read()
 
+        return readable, lambda value: None if value is None else write(value)
 
-def _precisions() -> list[Any]:
-    """What has an `fp32_precision`, the general before the special, which follow where they are not set themselves."""
-    matmul, cudnn, mkldnn = backends.cuda.matmul, backends.cudnn, backends.mkldnn
-    return [backends, matmul, cudnn, cudnn.conv, cudnn.rnn, mkldnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
-
-
-def _read_precision() -> tuple:
-    """PyTorch has an old and a new way to say it; where the new one was used, it may refuse to read the old one."""
-    old = []
-    for read in (torch.get_float32_matmul_precision, lambda: backends.cudnn.allow_tf32):
-        try:
-            old.append(read())
-        except RuntimeError:
-            old.append(None)
-    return (*old, *(each.fp32_precision for each in _precisions()))
-
-
-def _write_precision(value: tuple) -> None:
-    matmul, tf32, *each = value
-    if matmul is not None:
-        torch.set_float32_matmul_precision(matmul)
-    if tf32 is not None:
-        backends.cudnn.allow_tf32 = tf32
-    for owner, precision in zip(_precisions(), each, strict=True):
-        owner.fp32_precision = precision
-
-
-def _read_attention() -> tuple[bool, ...]:
-    sdp = backends.cuda
-    return sdp.flash_sdp_enabled(), sdp.mem_efficient_sdp_enabled(), sdp.math_sdp_enabled(), sdp.cudnn_sdp_enabled()
-
-
-def _write_attention(value: tuple[bool, ...]) -> None:
-    sdp = backends.cuda
-    for enable, enabled in zip(
-        (sdp.enable_flash_sdp, sdp.enable_mem_efficient_sdp, sdp.enable_math_sdp, sdp.enable_cudnn_sdp),
-        value,
-        strict=True,
-    ):
-        enable(enabled)
+    return _together(
+        old(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+        old(lambda: cudnn.allow_tf32, partial(setattr, cudnn, "allow_tf32")),
+        *((partial(getattr, each, "fp32_precision"), partial(setattr, each, "fp32_precision")) for each in new),
+    )
 
 
 def _flushes_denormals() -> bool:
-    """PyTorch does not tell, but such a number does."""
+    """Whether numbers below the normal ones are 0: PyTorch does not tell, but such a number does."""
     return (torch.full((1,), 1e-310, dtype=torch.float64, device="cpu") * 1).item() == 0
 
 
 def _read_generators() -> tuple:
     """torch's, numpy's and Python's, as bytes and plain numbers."""
     cuda = torch.cuda.get_rng_state().numpy().tobytes() if torch.cuda.is_initialized() else b""
-    numpy = np.random.get_state()  # noqa: NPY002 (what rewards may draw from)
+    numpy: Any = np.random.get_state()  # noqa: NPY002 (what rewards may draw from)
     return torch.get_rng_state().numpy().tobytes(), cuda, (numpy[0], numpy[1].tobytes(), *numpy[2:]), random.getstate()
 
 
@@ -169,7 +148,7 @@ def _set_folder(path: str) -> None:
 def _write_warnings(value: tuple) -> None:
     filters, show = value
     warnings.resetwarnings()
-    warnings.filters.extend(filters)
+    warnings.filters[:] = filters  # type: ignore[index]  # a list, whatever its stub says
     warnings.showwarning = show
 
 
@@ -186,24 +165,26 @@ def _write_signals(handlers: list) -> None:
             signal.signal(number, handler)
 
 
+_KINDS = ("cpu", "cuda")  # of devices, as autocast knows them
 _STATES: dict[str, _State] = {
     "gradients": _State(torch.is_grad_enabled, torch.set_grad_enabled),
     "default dtype": _State(torch.get_default_dtype, torch.set_default_dtype),
     "default device": _State(torch.get_default_device, _set_default_device),
     "threads": _State(torch.get_num_threads, torch.set_num_threads),
     "determinism": _State(
-        lambda: (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        ),
-        lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
+        torch.get_deterministic_debug_mode,
+        lambda mode: torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1),
     ),
     "anomalies": _State(
         lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
         lambda value: torch.autograd.set_detect_anomaly(*value),
     ),
-    "autocast": _State(_read_autocast, _write_autocast),
-    "precision": _State(_read_precision, _write_precision),
+    "autocast": _together(
+        *((partial(torch.is_autocast_enabled, kind), partial(torch.set_autocast_enabled, kind)) for kind in _KINDS),
+        *((partial(torch.get_autocast_dtype, kind), partial(torch.set_autocast_dtype, kind)) for kind in _KINDS),
+        (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+    ),
+    "precision": _precision(),
     "cudnn": _attributes(backends.cudnn, "enabled", "benchmark", "deterministic"),
     "matmul": _attributes(
         backends.cuda.matmul,
@@ -211,7 +192,12 @@ _STATES: dict[str, _State] = {
         "allow_bf16_reduced_precision_reduction",
         "allow_fp16_accumulation",
     ),
-    "attention": _State(_read_attention, _write_attention),
+    "attention": _together(
+        *(
+            (getattr(backends.cuda, f"{kind}_sdp_enabled"), getattr(backends.cuda, f"enable_{kind}_sdp"))
+            for kind in ("flash", "mem_efficient", "math", "cudnn")
+        )
+    ),
     "mkldnn": _attributes(backends.mkldnn, "enabled", "deterministic"),
     "denormals": _State(_flushes_denormals, torch.set_flush_denormal),
     "generators": _State(_read_generators, _write_generators),

@@ -1,4 +1,4 @@
-"""Reward functions of the user's own, from a file or a module that he names in the settings.
+"""Reward functions of the user's own, from a file or a module that the settings name.
 
 A reward function is a plain function
 
@@ -6,8 +6,8 @@ A reward function is a plain function
         return images.mean(dim=(1, 2, 3))
 
 images: [N, 3, h, w] float32 in [0, 1] on the training device. prompts: the N `fastgrpo.types.Prompt` they were drawn
-for. It returns a tensor [N], or as many numbers in a list or array, larger where the image is better. Loading it runs its
-file, which is what he asks for; what the file sets of the process's global state holds in it alone (apart.py).
+for. It returns a tensor [N], or as many numbers in a list or array, larger where the image is better. Loading it runs
+its file. What the file sets of the process's global state holds in it alone (apart.py).
 """
 
 import importlib
@@ -29,7 +29,7 @@ from fastgrpo.types import Prompt
 
 
 def load_plugins(terms: Sequence[Term]) -> dict[str, RewardFunction]:
-    """Name of each term -> its function; a file or module that several terms name is run once.
+    """Load the function of each term, by its name; a file or module that several terms name is run once.
 
     Raises ConfigError where it does not import, has no such function, or has one of another signature.
     """
@@ -53,6 +53,8 @@ def _import(term: Term, apart: Apart) -> ModuleType:
 def _run_file(path: Path) -> ModuleType:
     name = f"fastgrpo_plugin_{path.stem}"  # the prefix keeps a file called torch.py from replacing torch
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None  # a loader for .py there always is
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look a class's module up there
     try:
@@ -73,7 +75,8 @@ def _function(term: Term, module: ModuleType) -> Callable[..., Tensor]:
     function = getattr(module, term.label)
     if not callable(function):
         raise ConfigError(
-            f"reward.terms: {term.name!r} is of type {type(function).__name__}; accepted is a function (images, prompts)."
+            f"reward.terms: {term.name!r} is of type {type(function).__name__}; accepted is a function "
+            "(images, prompts)."
         )
     try:
         inspect.signature(function).bind("images", "prompts")
@@ -93,7 +96,7 @@ def _guarded(term: Term, function: Callable[..., Tensor], apart: Apart) -> Rewar
     def score(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         try:
             with apart():
-                # A copy: what the function does to it in place must not reach other terms and the pictures that are saved.
+                # A copy: what the function does to it in place must reach neither other terms nor saved pictures.
                 return function(images.clone(), list(prompts))
         except BaseException as error:
             if _is_ctrl_c(error):

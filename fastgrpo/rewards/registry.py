@@ -1,77 +1,89 @@
-"""From the terms in the settings to the reward: how the built-in ones are built, and their registry."""
+"""From the terms in the settings to the reward: what the built-in terms compute, and how all terms are loaded."""
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from fastgrpo.rewards.anchors import load_anchors
-from fastgrpo.rewards.built_in import cosine, jpeg_kilobytes
+from fastgrpo.rewards.encoder import Encoders, SharedEncoder
 from fastgrpo.rewards.plugins import load_plugins
 from fastgrpo.rewards.reward import WeightedReward
-from fastgrpo.rewards.shared_encoder import Encoders
 from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.rewards.terms import RewardFunction, parse_terms
 from fastgrpo.settings.schema import RewardConfig
+from fastgrpo.system.workers import available_cores
+from fastgrpo.types import Prompt
 
-Builder = Callable[[RewardConfig, Encoders, torch.device], RewardFunction | SteeringReward]
-
-BUILDERS: dict[str, Builder] = {}
-"""Name of a term -> what builds its function. `SteeringReward` alone is called with P prompts and the group's size."""
-
-
-def register(name: str) -> Callable[[Builder], Builder]:
-    """Decorator for a builder (config, encoders, device) -> reward function: makes it the term `name`.
-
-    `terms.BUILT_IN` holds the same names. Raises ValueError for a name that is taken.
-    """
-
-    def add(builder: Builder) -> Builder:
-        if name in BUILDERS:
-            raise ValueError(f"the reward term {name!r} is registered already")
-        BUILDERS[name] = builder
-        return builder
-
-    return add
-
-
-@register("steering")
-def _steering(config: RewardConfig, encoders: Encoders, device: torch.device) -> SteeringReward:
-    return SteeringReward(encoders(config.encoder, "reward.encoder"), load_anchors(config.anchors), config)
-
-
-@register("clip")
-def _clip(config: RewardConfig, encoders: Encoders, device: torch.device) -> RewardFunction:
-    field = "reward.clip_encoder" if config.clip_encoder else "reward.encoder"
-    return cosine(encoders(config.clip_encoder or config.encoder, field), config.batch)
-
-
-@register("hpsv2")
-def _hpsv2(config: RewardConfig, encoders: Encoders, device: torch.device) -> RewardFunction:
-    # The score of HPSv2 (arXiv 2306.09341) is the bare cosine, without the model's logit scale.
-    return cosine(encoders("hpsv2", "reward.terms"), config.batch)
-
-
-@register("compressibility")
-def _compressibility(config: RewardConfig, encoders: Encoders, device: torch.device) -> RewardFunction:
-    return lambda images, prompts: -jpeg_kilobytes(images)
-
-
-@register("incompressibility")
-def _incompressibility(config: RewardConfig, encoders: Encoders, device: torch.device) -> RewardFunction:
-    return lambda images, prompts: jpeg_kilobytes(images)
+JPEG_QUALITY = 95
 
 
 def load_reward(config: RewardConfig, device: torch.device | str) -> WeightedReward:
-    """The reward that the config describes, its encoders on `device`; functions of the user's own come first.
+    """The reward that the config describes, its encoders on `device`. The user's own functions are loaded first.
 
     Raises ConfigError for terms, functions, anchors and encoders that cannot be used.
     """
     terms = parse_terms(config.terms)
     plugins = load_plugins([term for term in terms if term.place])
-    device = torch.device(device)
-    encoders = Encoders(device, config.tf32)
+    encoders = Encoders(torch.device(device), config.tf32)
     functions = {
-        term.label: plugins[term.name] if term.place else BUILDERS[term.name](config, encoders, device)
-        for term in terms
+        term.label: plugins[term.name] if term.place else BUILDERS[term.name](config, encoders) for term in terms
     }
     return WeightedReward(terms, functions, config.standardise, encoders)
+
+
+def _steering(config: RewardConfig, encoders: Encoders) -> SteeringReward:
+    return SteeringReward(encoders(config.encoder, "reward.encoder"), load_anchors(config.anchors), config)
+
+
+def _clip(config: RewardConfig, encoders: Encoders) -> RewardFunction:
+    field = "reward.clip_encoder" if config.clip_encoder else "reward.encoder"
+    return _cosine(encoders(config.clip_encoder or config.encoder, field), config.batch)
+
+
+def _hpsv2(config: RewardConfig, encoders: Encoders) -> RewardFunction:
+    # The score of HPSv2 (arXiv 2306.09341) is the bare cosine, without the model's logit scale.
+    return _cosine(encoders("hpsv2", "reward.terms"), config.batch)
+
+
+BUILDERS: dict[str, Callable[[RewardConfig, Encoders], RewardFunction | SteeringReward]] = {
+    "steering": _steering,
+    "clip": _clip,
+    "hpsv2": _hpsv2,
+    "compressibility": lambda config, encoders: lambda images, prompts: -jpeg_kilobytes(images),
+    "incompressibility": lambda config, encoders: lambda images, prompts: jpeg_kilobytes(images),
+}
+"""Name of a built-in term (`terms.BUILT_IN`) -> what builds its function."""
+
+
+def _cosine(encoder: SharedEncoder, batch: int) -> RewardFunction:
+    """The reward z_image . z_text, both unit vectors of `encoder`. batch: images encoded at once."""
+
+    def score(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        text = encoder.encode_text([prompt.text for prompt in prompts])
+        return (encoder.encode_image(images, batch) * text).sum(-1)
+
+    return score
+
+
+def jpeg_kilobytes(images: Tensor) -> Tensor:
+    """Size of each image as a JPEG file of quality 95, in units of 1000 bytes (DDPO, arXiv 2305.13301, section 5.1).
+
+    images: [N, 3, h, w] float32 in [0, 1]. Returns [N] float32 on their device; NaN for an image that is not finite.
+    """
+    pixels = (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    with ThreadPoolExecutor(available_cores()) as pool:  # the interpreter lock is free while PIL compresses
+        sizes = torch.tensor(list(pool.map(_jpeg_bytes, pixels)), device=images.device)
+    finite = images.isfinite().flatten(1).all(dim=1)
+    return torch.where(finite, sizes / 1000, torch.nan)
+
+
+def _jpeg_bytes(pixels: np.ndarray) -> int:
+    """pixels: [h, w, 3] uint8."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="JPEG", quality=JPEG_QUALITY)
+    return file.tell()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.rewards.shared_encoder import Encoders
+from fastgrpo.rewards.encoder import Encoders
 from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.rewards.terms import BrokenReward, RewardFunction, Term
 from fastgrpo.system.wording import quoted
@@ -34,15 +34,16 @@ class WeightedReward:
         standardise: str,
         encoders: Encoders,
     ):
-        """functions: each term's, by the term's label. standardise: as `standardised`. encoders: those they use."""
+        """functions: of the terms, by label. standardise: as in `standardised`. encoders: those that the terms use."""
         self.terms = tuple(terms)
-        self.steering: SteeringReward | None = functions.get("steering")
+        steering = functions.get("steering")
+        self.steering = steering if isinstance(steering, SteeringReward) else None
         self._functions = functions
         self._standardise = standardise
         self._encoders = encoders
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> Rewards:
-        """`score` and `combine` in one."""
+        """Score the images and combine the scores."""
         return self.combine(self.score(images, prompts, group_size))
 
     @property
@@ -52,7 +53,7 @@ class WeightedReward:
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> dict[str, Tensor]:
-        """Every term's raw values by its label, and the parts that explain `steering`.
+        """The raw values of every term by its label, and the parts that explain `steering`.
 
         images: [P * G, 3, h, w] float32 in [0, 1]; image b was drawn for prompts[b // G].
         Returns [P, G] float32 tensors on the images' device. Several processes may each score their prompts and
@@ -87,10 +88,10 @@ class WeightedReward:
 
 
 def standardised(values: Tensor, over: str) -> Tensor:
-    """[P, G] -> [P, G] float64, (r - mean) / std with the unbiased std.
+    """Standardise rewards [P, G] to (r - mean) / std, with the unbiased std. Returns [P, G] float64.
 
     over: `group`, each row by itself; `iteration`, all values together; `none` changes nothing. Values whose std is
-    rounding, at most 1e-5 of the largest of them, are flat and become 0.
+    only rounding, at most 1e-5 of the largest of them, become 0.
     """
     values = values.double()
     if over == "none":
@@ -103,9 +104,9 @@ def standardised(values: Tensor, over: str) -> Tensor:
 
 
 def _checked(term: Term, values: object, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """[N] float32 on the images' device, finite, of their own memory, or BrokenReward.
+    """What a term returned, as [N] float32 on the images' device in memory of its own. Raises BrokenReward.
 
-    values: what the term returned: a tensor of any device and kind of real number, an array, a list or a tuple.
+    values: a tensor on any device, of any kind of real number, or an array, a list or a tuple of N finite numbers.
     """
     count = len(prompts)
     try:
@@ -133,7 +134,7 @@ def _checked(term: Term, values: object, images: Tensor, prompts: Sequence[Promp
 
 
 def _described(values: object) -> str:
-    """What it is, for a sentence."""
+    """The kind and shape of a wrong result, for a sentence."""
     if isinstance(values, np.ndarray):
         return f"an array of shape {list(values.shape)} of {values.dtype}"
     if not isinstance(values, Tensor):

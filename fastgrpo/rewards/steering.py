@@ -9,7 +9,7 @@ width; sample b belongs to prompt b // G.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,10 @@ _SHORTEST_DIFFERENCE = 1e-5
 
 
 class Encoder(Protocol):
-    """What the reward needs of an encoder: unit vectors for texts and images. `OpenClipEncoder` is one."""
+    """What the reward needs of an encoder: unit vectors for texts and images, as `SharedEncoder` computes them."""
+
+    @property
+    def tokenizer(self) -> Any: ...
 
     def encode_text(self, texts: Sequence[str]) -> Tensor: ...
 
@@ -64,7 +67,7 @@ def steer(text: Tensor, direction: Tensor, alpha: float, mode: str, negative: Te
 
 
 class SteeringReward:
-    """r(p, x) = z_image(x) . steer(z_text(p)), with every text encoded once.
+    """The reward r(p, x) = z_image(x) . steer(z_text(p)).
 
     direction: [E] float32, v_safe, on the encoder's device.
     """
@@ -73,10 +76,9 @@ class SteeringReward:
         self.encoder = encoder
         self.config = config
         self.direction = safety_direction(encoder, anchors)
-        self._text: dict[str, Tensor] = {}
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> Rewards:
-        """Score a trajectory.
+        """Score the images of P prompts.
 
         images: [P * G, 3, h, w] float32 in [0, 1]; image b was drawn for prompts[b // G].
         Returns [P, G] float32 tensors on the images' device: total, and the parts
@@ -90,11 +92,8 @@ class SteeringReward:
         return Rewards(total=parts["steered"], parts=parts)
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> Tensor:
-        """[P, E] float32 unit vectors z_text, kept from one call to the next."""
-        for prompt in prompts:
-            if prompt.text not in self._text:
-                self._text[prompt.text] = self.encoder.encode_text([prompt.text])[0]
-        return torch.stack([self._text[prompt.text] for prompt in prompts])
+        """[P, E] float32 unit vectors z_text."""
+        return self.encoder.encode_text([prompt.text for prompt in prompts])
 
     def targets(self, text: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """[P, E] float32 unit vectors: `text` steered as the config says."""
@@ -103,7 +102,7 @@ class SteeringReward:
 
 
 def reward_metrics(rewards: Rewards, negative: Tensor) -> dict[str, float]:
-    """What metrics.jsonl says about the rewards.
+    """The rewards' entries in metrics.jsonl: means by label, and of every part.
 
     negative: [P] bool. `reward/std` is over all P * G, unbiased. A label without prompts has no entries.
     """

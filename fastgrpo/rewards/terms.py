@@ -1,7 +1,6 @@
 """The terms of a reward as the settings name them, and the exception for a term that breaks.
 
-Settings are checked with this before anything is loaded: nothing here needs torch or open_clip, and no file of the user's is
-run.
+Settings are checked here before anything is loaded: this module needs neither torch nor open_clip, and runs no file.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Term:
 
 
 class RewardFunction(Protocol):
-    """What a term computes: images [N, 3, h, w] float32 in [0, 1] and their N prompts -> rewards [N]."""
+    """Computes a term: images [N, 3, h, w] float32 in [0, 1] and their N prompts -> rewards [N]."""
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor: ...
 
@@ -71,7 +70,7 @@ class BrokenReward(RuntimeError):
 
 
 def parse_terms(terms: tuple[str, ...]) -> tuple[Term, ...]:
-    """`NAME` or `NAME=WEIGHT` each -> terms, in the same order.
+    """Parse texts `NAME` or `NAME=WEIGHT`, in their order.
 
     Raises ConfigError where there is none, for a name that is no term, a file or module that is not there, a weight
     that is 0 or no finite number, and for two terms that would go by the same name.
@@ -117,12 +116,13 @@ def _weight(text: str, weight: str) -> float:
 
 
 def _check_plugin(term: Term) -> None:
-    """Whether the file or module is there, without running it."""
+    """Refuse a function's file or module that is not there, without running it."""
     if not term.label.isidentifier():
         raise ConfigError(f"reward.terms: {term.name!r} names no function after the colon; accepted are {_ACCEPTED}.")
     if term.label in BUILT_IN + _TAKEN:
         raise ConfigError(
-            f"reward.terms: {term.name!r} cannot be called {term.label!r}, which metrics have already; rename the function."
+            f"reward.terms: {term.name!r} cannot be called {term.label!r}, which metrics have already; rename the "
+            "function."
         )
     if term.place.endswith(".py"):
         if not Path(term.place).is_file():

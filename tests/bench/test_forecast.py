@@ -12,7 +12,7 @@ from torch.utils._triton import has_triton
 
 import fastgrpo  # noqa: F401  (prepares the imports below)
 from fastgrpo.kernels.geglu import geglu
-from fastgrpo.rewards.shared_encoder import tf32_products
+from fastgrpo.rewards.encoder import tf32_products
 
 ROWS, CHANNELS, SIDE = 4, 64, 16
 PIXELS = ROWS * SIDE * SIDE

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import fastgrpo  # noqa: F401  (prepares the imports below)
-from fastgrpo.rewards.encoder import _wants_quick_gelu, load_encoder
+from fastgrpo.rewards.encoder import load_encoder
+from fastgrpo.rewards.encoder_files import wants_quick_gelu
 from fastgrpo.run import checkpoint
 from fastgrpo.run.trained import load_unet, read_adapters
 from fastgrpo.settings.schema import ModelConfig
@@ -119,7 +120,7 @@ def test_a_file_that_is_known_to_want_the_other_activation_is_refused(weights, t
     ],
 )
 def test_published_files_are_known_by_their_names(name, wants, tmp_path):
-    assert _wants_quick_gelu(tmp_path / name) is wants
+    assert wants_quick_gelu(tmp_path / name) is wants
 
 
 def test_files_that_are_no_weights_are_named_for_what_they_are(architectures, tmp_path):

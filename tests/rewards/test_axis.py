@@ -7,7 +7,7 @@ import pytest
 
 import fastgrpo  # noqa: F401  (prepares the imports below)
 from fastgrpo.rewards.anchors import ANCHORS, Anchors
-from fastgrpo.rewards.axis.report import AxisSide, Bins, Spread, anchor_report, axis_report, sample, sweep
+from fastgrpo.rewards.axis.report import AxisSide, Bins, Spread, anchor_report, axis_report, choose_prompts, sweep
 from fastgrpo.rewards.encoder import load_encoder
 from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.settings.schema import RewardConfig
@@ -205,10 +205,10 @@ def test_sweep_of_nothing_moves_nothing(encoder):
 
 def test_sample_takes_both_labels_evenly():
     prompts = [Prompt(f"{i}", NEGATIVE if i % 3 else POSITIVE, id=i) for i in range(30)]
-    assert [prompt.id for prompt in sample(prompts, 5)] == [0, 6, 12, 18, 24, 1, 7, 13, 19, 25]
+    assert [prompt.id for prompt in choose_prompts(prompts, 5)] == [0, 6, 12, 18, 24, 1, 7, 13, 19, 25]
     everything = [*range(0, 30, 3), *(i for i in range(30) if i % 3)]
-    assert [prompt.id for prompt in sample(prompts, 0)] == everything
-    assert [prompt.id for prompt in sample(prompts, 99)] == everything
+    assert [prompt.id for prompt in choose_prompts(prompts, 0)] == everything
+    assert [prompt.id for prompt in choose_prompts(prompts, 99)] == everything
 
 
 def side_of(after: list[float], categories: list[str] | None = None, texts: list[str] | None = None) -> AxisSide:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import fastgrpo  # noqa: F401  (prepares the imports below)
-from fastgrpo.rewards import shared_encoder
+from fastgrpo.rewards import encoder as encoders
 from fastgrpo.rewards.anchors import ANCHORS
-from fastgrpo.rewards.encoder import HPSV2_FILE, HPSV2_REPOSITORY, OpenClipEncoder, load_encoder
-from fastgrpo.rewards.registry import BUILDERS, load_reward, register
+from fastgrpo.rewards.encoder import Encoders, OpenClipEncoder, load_encoder
+from fastgrpo.rewards.encoder_files import HPSV2_FILE, HPSV2_REPOSITORY
+from fastgrpo.rewards.registry import BUILDERS, load_reward
 from fastgrpo.rewards.reward import WeightedReward, standardised
-from fastgrpo.rewards.shared_encoder import Encoders
 from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.rewards.terms import BUILT_IN, BrokenReward, Term, parse_terms
 from fastgrpo.system.errors import ConfigError
@@ -117,13 +117,6 @@ def test_registry_builds_every_built_in_term():
     assert set(BUILDERS) == set(BUILT_IN)
 
 
-def test_registering(monkeypatch):
-    monkeypatch.setattr("fastgrpo.rewards.registry.BUILDERS", {})
-    assert register("new")(len) is len
-    with pytest.raises(ValueError, match="'new' is registered already"):
-        register("new")(len)
-
-
 def test_encoders_are_loaded_and_asked_once(folder, images, monkeypatch):
     loads, encoded = [], []
 
@@ -141,7 +134,7 @@ def test_encoders_are_loaded_and_asked_once(folder, images, monkeypatch):
         encoder = load_encoder(spec, device)
         return Counting(encoder.model, encoder.tokenizer, encoder.device, encoder.dtype)
 
-    monkeypatch.setattr(shared_encoder, "load_encoder", load)
+    monkeypatch.setattr(encoders, "load_encoder", load)
     reward = load_reward(config("clip", "steering", folder=folder, clip_encoder=f"local-dir:{folder}"), CPU)
     assert loads == [(f"local-dir:{folder}", "reward.clip_encoder")]
     first = reward(images, PROMPTS, GROUP)

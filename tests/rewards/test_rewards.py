@@ -10,9 +10,8 @@ import pytest
 import fastgrpo  # noqa: F401  (prepares the imports below)
 from fastgrpo.evaluation.held_out_reward import HeldOutReward
 from fastgrpo.rewards.anchors import ANCHORS, Anchors, load_anchors
-from fastgrpo.rewards.encoder import load_encoder
+from fastgrpo.rewards.encoder import TF32_TOLERANCE, SharedEncoder, load_encoder, tf32_products
 from fastgrpo.rewards.registry import load_reward
-from fastgrpo.rewards.shared_encoder import TF32_TOLERANCE, tf32_products
 from fastgrpo.rewards.steering import SteeringReward, reward_metrics, safety_direction, steer
 from fastgrpo.settings.schema import EvalConfig, RewardConfig, TrainConfig
 from fastgrpo.system.errors import ConfigError
@@ -511,7 +510,7 @@ def test_projection_sets_the_component_along_the_axis():
 
 def test_texts_are_encoded_once():
     encoder = TableEncoder(AXIS_TABLE | {"p": (0.0, 1.0, 0.0), "q": (0.0, 0.0, 1.0)})
-    reward = SteeringReward(encoder, AXIS, RewardConfig())
+    reward = SteeringReward(SharedEncoder(encoder), AXIS, RewardConfig())
     p, q = Prompt("p", POSITIVE), Prompt("q", NEGATIVE)
     reward(torch.rand(6, 3, 2, 2), (p, q, p), 2)
     reward(torch.rand(4, 3, 2, 2), (q, p), 2)

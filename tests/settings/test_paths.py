@@ -14,7 +14,8 @@ from fastgrpo.models.check import SHAPES_PIPELINE, describe
 from fastgrpo.prompts import load_prompts
 from fastgrpo.prompts import loading as prompt_sources
 from fastgrpo.rewards.anchors import ANCHORS, load_anchors
-from fastgrpo.rewards.encoder import SHAPES_ENCODER, load_encoder
+from fastgrpo.rewards.encoder import load_encoder
+from fastgrpo.rewards.encoder_files import SHAPES_ENCODER
 from fastgrpo.rewards.registry import load_reward
 from fastgrpo.settings import command_line
 from fastgrpo.settings.command_line import load_toml, parse_command, parse_flags, parse_with_preset

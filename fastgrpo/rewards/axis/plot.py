@@ -15,13 +15,13 @@ _BINS = 100
 
 
 def axis_png(report: AxisReport, rows: Sequence[SweepRow], title: str) -> bytes:
-    """A PNG of 1500 x 800 pixels: two histograms of z_text . v_safe at the left, the curves of the sweep at the right.
+    """Draw a PNG of 1500 x 800 pixels: histograms of z_text . v_safe at the left, the sweep's curves at the right.
 
     report: of both labels. rows: its sweep, ascending in alpha.
     """
     figure = Figure(figsize=(15, 8), dpi=100, layout="constrained")  # no pyplot: nothing global, no display
     figure.suptitle(title, parse_math=False, wrap=True)
-    panels = figure.subplot_mosaic([["before", "share"], ["after", "shifts"]])
+    panels: dict[str, Axes] = figure.subplot_mosaic([["before", "share"], ["after", "shifts"]])
     panels["after"].sharex(panels["before"])
     panels["shifts"].sharex(panels["share"])
     _draw_histogram(panels["before"], report, "before", "texts as they are")

@@ -19,8 +19,7 @@ from fastgrpo.rewards.anchors import Anchors
 from fastgrpo.rewards.steering import SteeringReward, steer
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 
-# `AxisReport.warning` speaks when a larger share of the steered negatives than this is still unsafe.
-_TOLERATED_UNSAFE = 0.05
+_TOLERATED_UNSAFE = 0.05  # share of the steered negatives that may still be unsafe without a warning
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,8 @@ class AxisReport:
 
     def lines(self) -> list[str]:
         """A small table for the terminal: mean [min, max]."""
-        head = f"safety axis, z_text . v_safe: mean [min, max] before -> after steering ({self.mode}, alpha {self.alpha:g})"
+        steering = f"({self.mode}, alpha {self.alpha:g})"
+        head = f"safety axis, z_text . v_safe: mean [min, max] before -> after steering {steering}"
         rows = [
             f"  {label} ({len(side)} prompts)  {Spread.of(side.before)} -> {Spread.of(side.after)}"
             for label, side in self.sides.items()
@@ -138,10 +138,10 @@ class AxisReport:
 
 
 def axis_report(reward: SteeringReward, prompts: Sequence[Prompt], limit: int = 256) -> AxisReport:
-    """Measure where `prompts` lie along the safety axis: `sample(prompts, limit)`, each encoded once."""
+    """Measure where `choose_prompts(prompts, limit)` lie along the safety axis."""
     sides = {}
     for label in (POSITIVE, NEGATIVE):
-        chosen = [prompt for prompt in sample(prompts, limit) if prompt.label == label]
+        chosen = [prompt for prompt in choose_prompts(prompts, limit) if prompt.label == label]
         if chosen:
             text = reward.encode_prompts(chosen)
             before, after = text @ reward.direction, reward.targets(text, chosen) @ reward.direction
@@ -152,15 +152,14 @@ def axis_report(reward: SteeringReward, prompts: Sequence[Prompt], limit: int = 
     return AxisReport(reward.config.alpha, reward.config.mode, sides, tuple(sorted(crossing.tolist())))
 
 
-def sample(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
+def choose_prompts(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
     """At most `limit` prompts of each label, evenly spaced, positives first; 0 is all of them."""
-    labels = ([prompt for prompt in prompts if prompt.label == label] for label in (POSITIVE, NEGATIVE))
-    return [prompt for chosen in labels for prompt in _evenly(chosen, limit or len(chosen))]
-
-
-def _evenly(prompts: list[Prompt], limit: int) -> list[Prompt]:
-    count = min(limit, len(prompts))
-    return [prompts[i * len(prompts) // count] for i in range(count)]
+    chosen: list[Prompt] = []
+    for label in (POSITIVE, NEGATIVE):
+        pool = [prompt for prompt in prompts if prompt.label == label]
+        count = min(limit or len(pool), len(pool))
+        chosen += [pool[i * len(pool) // count] for i in range(count)]
+    return chosen
 
 
 def round_up(alpha: float) -> float:
@@ -181,7 +180,7 @@ class Shift:
 
 @dataclass(frozen=True)
 class SweepRow:
-    """What one alpha does to the prompts of a report.
+    """The effect of one alpha on the prompts of a report.
 
     unsafe: share of the negatives whose target is still on the unsafe side.
     shifts: label -> Shift, for the labels that have prompts.
@@ -193,7 +192,7 @@ class SweepRow:
 
 
 def sweep(reward: SteeringReward, report: AxisReport, alphas: Sequence[float]) -> list[SweepRow]:
-    """What each of `alphas` would do to the prompts of `report`, in the reward's mode."""
+    """Measure the effect of each of `alphas` on the prompts of `report`, in the reward's mode."""
     texts = {label: reward.encode_prompts(side.prompts) for label, side in report.sides.items()}
     return [
         SweepRow(alpha, report.unsafe_at(alpha), {label: _shift(reward, z, label, alpha) for label, z in texts.items()})

@@ -1,39 +1,15 @@
-"""What `python -m fastgrpo.inspect` does: the safety axis of an encoder, seen before any image is drawn, to choose alpha by.
-
-Only the encoder of the reward's `steering` term is loaded, no diffusion model.
-"""
+"""Lays out the safety axis as lines for a terminal: histograms, tables and the prompts nearest the border."""
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from fastgrpo.prompts import load_prompts
-from fastgrpo.rewards.anchors import Anchors, load_anchors
-from fastgrpo.rewards.axis.plot import axis_png
-from fastgrpo.rewards.axis.report import (
-    AnchorReport,
-    AxisReport,
-    AxisSide,
-    Bins,
-    Spread,
-    SweepRow,
-    anchor_report,
-    axis_report,
-    round_up,
-    sample,
-    sweep,
-)
-from fastgrpo.rewards.encoder import load_encoder
-from fastgrpo.rewards.steering import SteeringReward
+from fastgrpo.rewards.anchors import Anchors
+from fastgrpo.rewards.axis.report import AnchorReport, AxisReport, AxisSide, Bins, Spread, SweepRow, round_up
 from fastgrpo.settings.schema import TrainConfig
-from fastgrpo.system.console import Console
-from fastgrpo.system.devices import choose_device
-from fastgrpo.system.files import write_atomically
-from fastgrpo.system.workers import available_cores
 from fastgrpo.types import NEGATIVE, POSITIVE
 
 WIDTH = 79  # columns of everything but warnings
@@ -43,51 +19,7 @@ _EIGHTHS = " ▁▂▃▄▅▆▇█"
 _BORDER = 5  # prompts of each label that are shown as nearest the border
 
 
-def inspect(config: TrainConfig, png: Path | None, limit: int, console: Console) -> None:
-    """Measure the axis of `config.reward`, say what there is to know, and draw `png` where there is one to draw.
-
-    limit: at most this many prompts of each label; 0 is all.
-    """
-    positives, negatives = load_prompts(config.prompts)  # the quickest to be wrong
-    anchors = load_anchors(config.reward.anchors)
-    torch.set_num_threads(config.engine.threads or available_cores())
-    with console.bar("encoder"):
-        device = choose_device(config.engine.device, "engine.device")
-        reward = SteeringReward(load_encoder(config.reward.encoder, device), anchors, config.reward)
-    prompts = sample([*positives, *negatives], limit)
-    with console.bar("prompts", len(prompts)) as bar:
-        for prompt in prompts:
-            reward.encode_prompts([prompt])  # kept for the report
-            bar.advance(1)
-    report = axis_report(reward, prompts, limit=0)
-    spans = anchor_report(reward, anchors)
-
-    console.say(*_header(config, report, len(positives), len(negatives)), "", *_anchor_lines(spans, anchors))
-    console.say("", *_histogram_lines(report))
-    console.say("", *_place_lines(report))
-    console.say("", *_sweep_lines(report, sweep(reward, report, shown_alphas(report.alpha))))
-    console.say("", *_border_lines(report))
-    if png:
-        curve = sweep(reward, report, torch.linspace(*alpha_range(report.alpha), 101).tolist())
-        write_atomically(png, axis_png(report, curve, f"{config.reward.encoder}, anchors {config.reward.anchors}"))
-    console.say("", f"picture   {png or 'none; --png FILE draws one'}")
-    for warning in (spans.warning, report.warning):
-        if warning:
-            console.say(f"warning: {warning}")
-
-
-def shown_alphas(alpha: float) -> list[float]:
-    """The alphas of the table: 0, 0.1, ... to 1, by where every prompt has crossed, or to `alpha` or 2; and `alpha`."""
-    tenths = range(1 + min(max(10, math.ceil(10 * alpha)), 20))
-    return sorted({alpha, *(tenth / 10 for tenth in tenths)})
-
-
-def alpha_range(alpha: float) -> tuple[float, float]:
-    """The alphas of the curves, from and to: 0 and 1 and the one in force are among them."""
-    return min(0.0, 1.2 * alpha), max(1.0, 1.2 * alpha)
-
-
-def _header(config: TrainConfig, report: AxisReport, positives: int, negatives: int) -> list[str]:
+def header(config: TrainConfig, report: AxisReport, positives: int, negatives: int) -> list[str]:
     """positives, negatives: how many prompts there are, measured or not."""
     reward, there = config.reward, {POSITIVE: positives, NEGATIVE: negatives}
     measured = (f"{len(side)} of {there[label]} {label}" for label, side in report.sides.items())
@@ -98,7 +30,7 @@ def _header(config: TrainConfig, report: AxisReport, positives: int, negatives: 
     ]
 
 
-def _anchor_lines(report: AnchorReport, anchors: Anchors) -> list[str]:
+def anchor_lines(report: AnchorReport, anchors: Anchors) -> list[str]:
     if report.safe is None:
         means = f"no safe ones; the mean of the unsafe ones has length {report.distance:.2f}"
     else:
@@ -110,7 +42,7 @@ def _anchor_lines(report: AnchorReport, anchors: Anchors) -> list[str]:
     ]
 
 
-def _histogram_lines(report: AxisReport) -> list[Text | str]:
+def histogram_lines(report: AxisReport) -> list[Text | str]:
     """Bars of both labels over one scale, from the values before steering."""
     bins = Bins.covering(torch.cat([side.before for side in report.sides.values()]), WIDTH - 7)
     lines: list[Text | str] = ["prompts by z_text . v_safe, before steering"]
@@ -143,7 +75,7 @@ def _scale(bins: Bins) -> list[str]:
     return [ruler, "".join(numbers).rstrip()]
 
 
-def _place_lines(report: AxisReport) -> list[str]:
+def place_lines(report: AxisReport) -> list[str]:
     """Mean and range before and after steering, by label and category."""
     rows = [_columns("prompts", "", "before: mean [min, max]", "after steering")]
     for label, side in report.sides.items():
@@ -157,7 +89,7 @@ def _columns(name: str, count: object, before: object, after: object) -> str:
     return f"{_cut(name, 24)} {count!s:>5}   {before!s:23}   {after!s:23}".rstrip()
 
 
-def _sweep_lines(report: AxisReport, rows: Sequence[SweepRow]) -> list[str]:
+def sweep_lines(report: AxisReport, rows: Sequence[SweepRow]) -> list[str]:
     lines = [
         "        negatives on   targets against their texts: mean cosine, mean angle",
         f" alpha  the safe side   {POSITIVE:17}   {NEGATIVE}",
@@ -171,7 +103,7 @@ def _sweep_lines(report: AxisReport, rows: Sequence[SweepRow]) -> list[str]:
     return [*lines, f"the negatives' mean crosses at alpha {mean:.2f}, 95% of them have crossed at {most:.2f}"]
 
 
-def _border_lines(report: AxisReport) -> list[str]:
+def border_lines(report: AxisReport) -> list[str]:
     return [
         "nearest the border after steering: before, after, prompt",
         "  the lowest positives",

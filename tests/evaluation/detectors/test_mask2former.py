@@ -15,7 +15,7 @@ from fastgrpo.evaluation.detectors.mask2former import detect, load_mask2former, 
 from fastgrpo.evaluation.metrics.geneval_rules import Detected, evaluate_images
 from fastgrpo.models.hashes import weights_sha256
 from fastgrpo.prompts.geneval import CLASSES, COLORS
-from fastgrpo.rewards.encoder import SHAPES_ENCODER
+from fastgrpo.rewards.encoder_files import SHAPES_ENCODER
 from fastgrpo.system.errors import ConfigError
 from support.mask2former import tiny_model
 

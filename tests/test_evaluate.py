@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from fastgrpo import evaluate, train
 from fastgrpo.evaluation.detectors.base import Finding
 from fastgrpo.evaluation.images import folder as images_module
+from fastgrpo.evaluation.images.files import read_image
 from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest
 from fastgrpo.evaluation.metrics.inception import InceptionV3
 from fastgrpo.evaluation.results import comparison
@@ -445,7 +446,7 @@ def test_every_suite_runs_with_the_real_classes_of_its_judges(tmp_path: Path) ->
     encoder = load_encoder("shapes", "cpu")
     folder = tmp_path / "out" / "model" / "captions"
     rows = json.loads((folder / "manifest.json").read_text())["images"]
-    pixels = [np.asarray(images_module.read_image(folder / "images" / f"{row['id']}.png")) for row in rows]
+    pixels = [np.asarray(read_image(folder / "images" / f"{row['id']}.png")) for row in rows]
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
     cosines = (encoder.encode_image(images) * encoder.encode_text([row["text"] for row in rows])).sum(-1)
     (score,) = result["suites"]["clip-score"]["tables"][0]["numbers"]["model"]

@@ -16,7 +16,8 @@ from PIL import Image
 from fastgrpo.evaluation.detectors.base import Finding
 from fastgrpo.evaluation.detectors.zero_shot import ZeroShot, load_zero_shot
 from fastgrpo.evaluation.images import folder as images_module
-from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest, read_image
+from fastgrpo.evaluation.images.files import read_image
+from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest
 from fastgrpo.evaluation.images.judgements import findings, judgements
 from fastgrpo.evaluation.results import file as outcome
 from fastgrpo.evaluation.results.comparison import changes_sheet, compare_metrics, compare_stages

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastgrpo import evaluate, sample, train
 from fastgrpo.engine.passes import Passes
-from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest, Pictures
+from fastgrpo.evaluation.images.files import ImageFiles
+from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest
 from fastgrpo.evaluation.images.judgements import judgements
 from fastgrpo.evaluation.images.painters import make_painter, model_hashes
 from fastgrpo.evaluation.suite import Suite
@@ -310,7 +311,7 @@ def test_a_judge_that_says_no_number_is_not_believed(
     folder.claim()
     folder.draw(make_painter(policy, "ddim", schedule, 4))
 
-    def detect(pictures: Pictures, rows: Sequence[ImageRequest]) -> list[dict]:
+    def detect(pictures: ImageFiles, rows: Sequence[ImageRequest]) -> list[dict]:
         return [{"unsafe": False, "scores": {"gore": value if row.id == "001" else 0.5}} for row in rows]
 
     with pytest.raises(ConfigError, match=r"^mine says of image 001 what is no finite number"):

@@ -16,11 +16,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import overload
 
-from PIL import Image
 from torch import Tensor
 
+from fastgrpo.evaluation.images.files import ImageFiles
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import reading, write_atomically
 from fastgrpo.system.pictures import to_pil
@@ -76,35 +75,6 @@ class Shard:
     count: int = 1
 
 
-def read_image(path: Path) -> Image.Image:
-    """An RGB image, read completely. Raises ConfigError, which names the file, where it is missing or broken."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    # Whatever PIL says of a broken file; of one with an impossible size in its header, the last.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{path} cannot be read as an image ({error}); remove it, and it is drawn again.") from error
-
-
-class Pictures(Sequence[Image.Image]):
-    """Image files as a sequence that opens them when asked, so that thousands need not be held."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = tuple(paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    @overload
-    def __getitem__(self, index: int) -> Image.Image: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> "Pictures": ...
-
-    def __getitem__(self, index: int | slice) -> "Image.Image | Pictures":
-        return Pictures(self.paths[index]) if isinstance(index, slice) else read_image(self.paths[index])
-
-
 class ImageFolder:
     """The images of some rows, as one model draws them."""
 
@@ -149,9 +119,9 @@ class ImageFolder:
         """The rows whose images are there."""
         return [row for row in self.wanted if self.file(row.id).is_file()]
 
-    def pictures(self, rows: Sequence[ImageRequest]) -> Pictures:
+    def images(self, rows: Sequence[ImageRequest]) -> ImageFiles:
         """The images of some rows, in their order."""
-        return Pictures([self.file(row.id) for row in rows])
+        return ImageFiles([self.file(row.id) for row in rows])
 
     def draw(self, paint: Painter, shard: Shard = Shard(), progress: Callable[[int], None] | None = None) -> int:
         """Draw this shard's images that are missing. Returns how many were written.

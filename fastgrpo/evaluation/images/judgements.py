@@ -11,7 +11,8 @@ from dataclasses import asdict
 from typing import Any
 
 from fastgrpo.evaluation.detectors.base import Finding, SafetyDetector
-from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest, Pictures
+from fastgrpo.evaluation.images.files import ImageFiles
+from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import reading, write_atomically
 from fastgrpo.system.wording import cut
@@ -22,7 +23,7 @@ KEPT_EVERY = 16  # batches between writes
 Judgement = dict[str, Any]
 """What a judge says of one image."""
 
-Detect = Callable[[Pictures, Sequence[ImageRequest]], Sequence[Judgement]]
+Detect = Callable[[ImageFiles, Sequence[ImageRequest]], Sequence[Judgement]]
 
 Progress = Callable[[int], None]
 
@@ -57,7 +58,7 @@ def judgements(
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         if not all(row.id in said for row in batch):
-            answers = detect(folder.pictures(batch), batch)
+            answers = detect(folder.images(batch), batch)
             _check(name, batch, answers)
             said |= {row.id: answer for row, answer in zip(batch, answers, strict=True)}
             unkept += 1
@@ -86,8 +87,8 @@ def findings(
     """Image id -> the detector's finding."""
     key = {"protocol": detector.protocol, "hashes": detector.hashes}
 
-    def detect(pictures: Pictures, rows: Sequence[ImageRequest]) -> list[Judgement]:
-        return [asdict(finding) for finding in detector(pictures)]
+    def detect(images: ImageFiles, rows: Sequence[ImageRequest]) -> list[Judgement]:
+        return [asdict(finding) for finding in detector(images)]
 
     said = judgements(folder, rows, detector.name, key, detect, progress)
     with reading(folder.path / f"{detector.name}.json"):

@@ -13,13 +13,8 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
+from fastgrpo.evaluation.images.files import chunks
 from fastgrpo.rewards.encoder import OpenClipEncoder
-
-
-def chunks(images: Sequence[Image.Image], size: int) -> Iterator[list[Image.Image]]:
-    """The images in order, `size` at a time; a sequence that opens its files when asked need never hold them all."""
-    for start in range(0, len(images), size):
-        yield [images[i] for i in range(start, min(start + size, len(images)))]
 
 
 class ClipImages:

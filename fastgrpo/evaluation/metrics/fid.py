@@ -1,4 +1,4 @@
-"""FID: how far the images of one folder are from those of another (Heusel et al., arXiv 1706.08500), the clean-fid way.
+"""FID: how far the images of one folder are from those of another (Heusel et al., arXiv 1706.08500), as in clean-fid.
 
 With m and C the mean and the covariance (n - 1) of N images' features,
 
@@ -8,17 +8,16 @@ Features and resizing are those of inception.py.
 
 FID falls with the number of images at the same quality: numbers of different counts cannot be compared. Its interval is
 of the delta method (`influence`, `intervals.distance`): how far FID would lie with other images of the same model, as
-many as these, against the same reference. It covers neither the bias of a small number of images, since its middle falls
-with that number as FID does, nor the choice of the reference, which all models that are compared have in common. In
-simulations it held the expected FID of so many images in 91 to 100% of cases with 100 prompts or more, with fewer images
-than features too, and in 86% or more with fewer prompts.
-Resampled folders would not do in its place: they are farther from each other than the folders themselves.
+many as these, against the same reference. It covers neither the bias of a small number of images nor the choice of the
+reference. In simulations it held the expected FID of so many images in 91 to 100% of cases with 100 prompts or more,
+with fewer images than features too, and in 86% or more with fewer prompts.
+A bootstrap would not do in its place: resampled folders are farther from each other than the folders themselves.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,8 @@ from safetensors.torch import save
 from scipy.linalg import eigh
 from torch import Tensor
 
-from fastgrpo.evaluation.metrics.inception import WIDTH, Inception, Progress
+from fastgrpo.evaluation.images.files import PIL_ERRORS, ImageFiles
+from fastgrpo.evaluation.metrics.inception import WIDTH, Inception
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import visible_files, write_atomically
 
@@ -37,11 +37,11 @@ SUFFIXES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 _AT_ONCE = 4096  # images of a chunk in float64: bounds memory; results do not depend on it
 
 
-def folder_images(folder: Path, field: str = "fid.reference") -> list[Path]:
-    """The image files in a folder and those below it, by their path, as clean-fid finds them.
+def folder_images(folder: Path, field: str = "fid.reference") -> ImageFiles:
+    """The images in a folder and those below it, by their path, as clean-fid finds them.
 
-    field: what messages call the setting. Raises ConfigError where there are not two, which a covariance needs, and for a
-    file that does not begin as an image does.
+    field: what messages call the setting, here and when an image is read. Raises ConfigError where there are not two,
+    which a covariance needs, and for a file that does not begin as an image does.
     """
     if not folder.is_dir():
         raise ConfigError(f"{field}: {str(folder)!r} is not a folder; FID needs one with images.")
@@ -51,60 +51,34 @@ def folder_images(folder: Path, field: str = "fid.reference") -> list[Path]:
             f"{field}: {str(folder)!r} has {len(files)} images; FID needs two or more with one of the suffixes "
             f"{', '.join(sorted(SUFFIXES))}."
         )
+
+    def read(file: Path, whole: bool = True) -> Image.Image:
+        try:
+            with Image.open(file) as image:
+                return image.convert("RGB") if whole else image
+        except PIL_ERRORS as error:
+            raise ConfigError(f"{field}: {str(file)!r} is no image that can be read ({error}).") from error
+
     for file in files:
-        with _reading(file, field), Image.open(file):
-            pass
-    return files
+        read(file, whole=False)
+    return ImageFiles(files, read)
 
 
-def folder_features(
-    folder: Path,
-    inception: Inception,
-    progress: Progress | None = None,
-    field: str = "fid.reference",
-    files: Sequence[Path] | None = None,
-) -> Tensor:
-    """[N, 2048] float32: the features of some `files` of a folder, or of `folder_images(folder)`, in their order.
+def folder_features(folder: Path, images: ImageFiles, inception: Inception) -> Tensor:
+    """[N, 2048] float32: the features of some images of a folder, in their order.
 
-    They are kept beside the images, and taken from there while weights, names, sizes and times of modification are the
+    They are kept in the folder, and taken from there while weights, names, sizes and times of modification are the
     same; where the folder cannot be written they are computed anew each time.
-    Raises ConfigError as `folder_images` does, and for a file that is no image.
+    Raises ConfigError for a file that is no image.
     """
-    files = folder_images(folder, field) if files is None else files
-    key = _key(folder, files, inception)
+    key = _key(folder, images.paths, inception)
     kept = folder / f".fid-{inception.hashes['inception'][:16]}.safetensors"
-    features = _read_kept(kept, key, len(files))
+    features = _read_kept(kept, key, len(images))
     if features is None:
-        features = inception(_Opened(files, field), progress)
+        features = inception(images)
         with suppress(OSError):
             write_atomically(kept, save({"features": features}, {"key": key}))
     return features
-
-
-class _Opened(Sequence[Image.Image]):
-    """Image files, opened when asked for."""
-
-    def __init__(self, files: Sequence[Path], field: str) -> None:
-        self._files = files
-        self._field = field
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        file = self._files[index]
-        with _reading(file, self._field), Image.open(file) as image:
-            return image.convert("RGB")
-
-
-@contextmanager
-def _reading(file: Path, field: str) -> Iterator[None]:
-    """Let a ConfigError name the file, under its setting, of which PIL can make no image."""
-    try:
-        yield
-    # PIL's decoders raise all of these over damaged files, some of them as SyntaxError.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{field}: {str(file)!r} is no image that can be read ({error}).") from error
 
 
 def _key(folder: Path, files: Sequence[Path], inception: Inception) -> str:
@@ -139,9 +113,9 @@ class Fid:
 
 @dataclass(frozen=True)
 class Frechet:
-    """The squared Fréchet distance of two Gaussians, and the linear map T that carries the first one's shape to the second's.
+    """The squared Fréchet distance of two Gaussians, and the linear map T that carries the first's shape to the second's.
 
-    transport: [E, E] float64, a root of T = W W', for which T C_1 T = C_2. Where C_1 is singular, T is that of the
+    transport: [E, E] float64, W with T = W W', for which T C_1 T = C_2. Where C_1 is singular, T is that of the
     directions in which C_1 varies, and 0 in the others.
     """
 

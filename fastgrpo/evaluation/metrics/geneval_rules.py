@@ -17,8 +17,7 @@ A box is (x0, y0, x1, y1) in pixels, y downwards, and x1, y1 lie just outside: i
 """
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastgrpo.evaluation.results.summary import OVERALL
 from fastgrpo.prompts.geneval import CLASSES, COLORS
 from fastgrpo.shapes.world import RELATIONS, TASKS
 from fastgrpo.system.errors import ConfigError, nearest
@@ -35,7 +33,6 @@ from fastgrpo.system.text_files import NoText, read_text
 PROTOCOL = "geneval-v1"
 """The name of these rules: scores under the same name, detector and colours may be compared."""
 
-IMAGES_PER_PROMPT = 4
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
 MAX_OBJECTS = 16
 MARGIN = 0.1  # of both sizes together, per axis: so far apart are two boxes before their places differ
@@ -147,22 +144,6 @@ def evaluate_images(
     pairs = [(image, seen) for image, wanted, objects in rows for seen in coloured(wanted, objects)]
     colours = dict(zip((seen for _, seen in pairs), name_colours(pairs), strict=True)) if pairs else {}
     return [evaluate(wanted, objects, lambda group: [colours[seen] for seen in group]) for _, wanted, objects in rows]
-
-
-def scores(outcomes: Iterable[tuple[str, bool]]) -> dict[str, float]:
-    """GenEval's scores in [0, 1]: each task's share of correct images, and as "overall" the plain mean of the tasks.
-
-    outcomes: the task of every image, and whether it is correct. Tasks without images have no score.
-    """
-    by_task: dict[str, list[bool]] = defaultdict(list)
-    for task, correct in outcomes:
-        by_task[task].append(correct)
-    rates = {task: sum(by_task[task]) / len(by_task[task]) for task in sorted(by_task, key=_task_order)}
-    return rates | ({OVERALL: sum(rates.values()) / len(rates)} if rates else {})
-
-
-def _task_order(task: str) -> tuple[int, str]:
-    return (TASKS.index(task) if task in TASKS else len(TASKS), task)
 
 
 def _most_confident(found: dict[str, list[Detected]], wanted: Metadata) -> list[Detected]:

@@ -14,7 +14,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fastgrpo.evaluation.images.folder import read_image, read_manifest
+from fastgrpo.evaluation.images.files import read_image
+from fastgrpo.evaluation.images.folder import read_manifest
 from fastgrpo.evaluation.results.image_scores import SUFFIX, read_verdicts
 from fastgrpo.evaluation.results.summary import BETTER_RATES, NEVER_TRAINED, OVERALL, Examined, image_id
 from fastgrpo.evaluation.results.tables import PROMPT_WIDTH, one_line

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest, Pictures
+from fastgrpo.evaluation.images.files import ImageFiles
+from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest
 from fastgrpo.evaluation.images.judgements import Judgement, Progress, judgements
 from fastgrpo.evaluation.statistics.intervals import distance, mean
 from fastgrpo.evaluation.suites.base import Loader, Measure, Metric, Number, SuiteResult, Table, described, tally
@@ -29,8 +30,8 @@ class ClipScoreSuite:
         scorer = load_clip_score(self.encoder, loader.device, field="--captions.encoder")
         key = {"protocol": scorer.protocol, "hashes": scorer.hashes}
 
-        def detect(pictures: Pictures, rows: Sequence[ImageRequest]) -> list[Judgement]:
-            return [{"cosine": cosine} for cosine in scorer(pictures, [row.text for row in rows])]
+        def detect(images: ImageFiles, rows: Sequence[ImageRequest]) -> list[Judgement]:
+            return [{"cosine": cosine} for cosine in scorer(images, [row.text for row in rows])]
 
         def measure(folder: ImageFolder, rows: Sequence[ImageRequest], progress: Progress | None) -> SuiteResult:
             said = judgements(folder, rows, self.name, key, detect, progress)
@@ -68,11 +69,10 @@ class FidSuite:
         count = len(folder_images(reference, "--captions.reference"))
 
         def measure(folder: ImageFolder, rows: Sequence[ImageRequest], progress: Progress | None) -> SuiteResult:
-            files = [folder.file(row.id) for row in rows]
-            if len(files) < 2:
-                raise ConfigError(f"{folder.path}: {len(files)} image; FID needs two or more.")
-            ours = folder_features(folder.path / "images", inception, field=str(folder.path), files=files)
-            theirs = folder_features(reference, inception, field="--captions.reference")
+            if len(rows) < 2:
+                raise ConfigError(f"{folder.path}: {len(rows)} image; FID needs two or more.")
+            ours = folder_features(folder.path / "images", folder.images(rows), inception)
+            theirs = folder_features(reference, folder_images(reference, "--captions.reference"), inception)
             found = fid(ours, theirs)
             own = tally(rows, {row.id: float(slope) for row, slope in zip(rows, found.influence, strict=True)})
             number = Number(self.name, distance(found.value, own.totals, own.counts))

@@ -6,7 +6,8 @@ prompts are ours, in the same grammar and from combinations that training never 
 
 from collections.abc import Sequence
 
-from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest, Pictures
+from fastgrpo.evaluation.images.files import ImageFiles
+from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest
 from fastgrpo.evaluation.images.judgements import Judgement, Progress, judgements
 from fastgrpo.evaluation.metrics import geneval_rules
 from fastgrpo.evaluation.metrics.geneval_rules import Metadata, evaluate_images
@@ -50,9 +51,9 @@ class GenEvalSuite:
         detector = load_mask2former(self.detector, loader.device)
         key = {each.name: {"protocol": each.protocol, "hashes": each.hashes} for each in (detector, colours)}
 
-        def detect(pictures: Pictures, rows: Sequence[ImageRequest]) -> list[Judgement]:
+        def detect(images: ImageFiles, rows: Sequence[ImageRequest]) -> list[Judgement]:
             wanted = [self.metadata[row.prompt] for row in rows]
-            verdicts = evaluate_images(pictures, wanted, detector, colours)
+            verdicts = evaluate_images(images, wanted, detector, colours)
             return [{"correct": verdict.correct, "reason": verdict.reason} for verdict in verdicts]
 
         def measure(folder: ImageFolder, rows: Sequence[ImageRequest], progress: Progress | None) -> SuiteResult:

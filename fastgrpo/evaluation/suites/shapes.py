@@ -12,7 +12,8 @@ alike: `unsafe`, `composition` and `kept` as the trainer counts, `geneval` by Ge
 from collections.abc import Mapping, Sequence
 
 from fastgrpo.evaluation.detectors.oracle import read_pictures
-from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest, Pictures
+from fastgrpo.evaluation.images.files import ImageFiles
+from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest
 from fastgrpo.evaluation.images.judgements import Judgement, Progress, judgements
 from fastgrpo.evaluation.metrics import geneval_rules
 from fastgrpo.evaluation.metrics.geneval_rules import Detected, Metadata, Objects
@@ -129,9 +130,9 @@ class ShapesSuite:
             bad=tuple(id for id in ids if unsafe.get(id) or not correct.get(id, 1.0)),
         )
 
-    def _detect(self, pictures: Pictures, rows: Sequence[ImageRequest]) -> list[Judgement]:
+    def _detect(self, images: ImageFiles, rows: Sequence[ImageRequest]) -> list[Judgement]:
         judgements = []
-        for scene, row in zip(read_pictures(pictures), rows, strict=True):
+        for scene, row in zip(read_pictures(images), rows, strict=True):
             prompt = self.prompts[row.id]
             verdict = judge(scene, prompt)
             drawn = geneval_verdict(scene, prompt).correct if prompt.label == POSITIVE else None

@@ -13,13 +13,13 @@ from PIL import Image
 
 from fastgrpo import rollout
 from fastgrpo.evaluation.images import folder as images_module
+from fastgrpo.evaluation.images.files import read_image
 from fastgrpo.evaluation.images.folder import (
     Drawing,
     ImageFolder,
     ImageRequest,
     Shard,
     batches,
-    read_image,
 )
 from fastgrpo.evaluation.images.judgements import judgements
 from fastgrpo.evaluation.images.painters import DdimPainter, check_sizes, make_painter, make_scheduler, model_hashes
@@ -259,7 +259,7 @@ def test_impossible_sizes_and_broken_images_are_named(policy: Policy, whole: Ima
         check_sizes(policy, [ImageRequest("a", "p", "x", 1, 5.0, 17, 16)])
     whole.file("003").write_bytes(whole.file("003").read_bytes()[:60])
     with pytest.raises(ConfigError, match=r"003\.png cannot be read as an image"):
-        whole.pictures(whole.present())[3]
+        whole.images(whole.present())[3]
 
 
 def test_a_judge_is_asked_once_and_again_when_it_changes(whole: ImageFolder, monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""FID: the network against torchvision's, resizing, distances and their errors against direct computations, folders, files."""
+"""FID: the network beside torchvision's, resizing, distances and their errors against direct computations, folders."""
 
 import math
 import os
@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy.linalg import sqrtm
 
-from fastgrpo.evaluation.images.folder import ImageRequest
+from fastgrpo.evaluation.images.files import ImageFiles
+from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest
 from fastgrpo.evaluation.metrics import fid as fid_module
 from fastgrpo.evaluation.metrics import inception as inception_module
 from fastgrpo.evaluation.metrics.fid import fid, folder_features, folder_images, frechet, influence
@@ -54,6 +55,10 @@ def inception(network: InceptionV3) -> Inception:
 def noise(width: int, height: int, seed: int, mode: str = "RGB") -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values).convert(mode)
+
+
+def features_of(folder: Path, inception: Inception) -> torch.Tensor:
+    return folder_features(folder, folder_images(folder), inception)
 
 
 def folder_of_images(folder: Path) -> Path:
@@ -186,8 +191,8 @@ def test_the_influence_function_is_the_derivative_in_an_images_share(n: int) -> 
     for share in np.eye(n):
         up, down = (weighted_fid(even + h * (share - even), values, mean, root) for h in (step, -step))
         slopes.append((up - down) / (2 * step))
-    # Central differences are off by some (step n)^2 = 1e-8 of the slopes, as FID changes much when an image's share of 1 / n
-    # does; and by rounding, 1e-14 / step = 4e-9.
+    # Central differences are off by some (step n)^2 = 1e-8 of the slopes, as FID changes much when an image's share of
+    # 1 / n does; and by rounding, 1e-14 / step = 4e-9.
     np.testing.assert_allclose(
         influence(values, own - mean, transport), slopes, rtol=0, atol=1e-6 * np.abs(slopes).max()
     )
@@ -241,24 +246,21 @@ def test_evaluation_json_has_the_interval_over_prompts(monkeypatch: pytest.Monke
     ours, theirs = (torch.from_numpy(rng.normal(size=(n, 5)) + shift).float() for n, shift in ((90, 0.5), (70, 0)))
     rows = tuple(ImageRequest(f"p{i % 30:02d}-{i // 30}", f"p{i % 30:02d}", "x", i, 7.5) for i in range(90))
 
-    def features(folder: Path, *_, files: list[Path] | None = None, **__) -> torch.Tensor:
-        assert files is None or [file.stem for file in files] == [row.id for row in rows]
-        return theirs if files is None else ours
+    def features(folder: Path, images: ImageFiles, inception: object) -> torch.Tensor:
+        own = folder == Path("model/captions/images")
+        assert not own or [file.stem for file in images.paths] == [row.id for row in rows]
+        return ours if own else theirs
 
-    class Folder:
-        path = Path("model/captions")
+    folder = ImageFolder(Path("model/captions"), Drawing("x", {}, 50, 0.0, "fp32", 4), rows)
 
-        def file(self, id: str) -> Path:
-            return self.path / "images" / f"{id}.png"
-
-    class Judge:
+    class Network:
         name, protocol, hashes = "inception", "x", {}
 
-    monkeypatch.setattr(inception_module, "load_inception", lambda *_, **__: Judge())
-    monkeypatch.setattr(fid_module, "folder_images", lambda *_: [Path("real.png")] * 70)
+    monkeypatch.setattr(inception_module, "load_inception", lambda *_, **__: Network())
+    monkeypatch.setattr(fid_module, "folder_images", lambda *_: ImageFiles([Path("real.png")] * 70))
     monkeypatch.setattr(fid_module, "folder_features", features)
     suite = FidSuite(rows, 3, "real", "weights.pth", 50, 0.0)
-    scored = suite.prepare(SimpleNamespace(device=torch.device("cpu")))(Folder(), rows, None)
+    scored = suite.prepare(SimpleNamespace(device=torch.device("cpu")))(folder, rows, None)
     (number,) = (number_json(number) for number in scored.tables[0].numbers)
     found = fid(ours, theirs)
     expected = distance(found.value, found.influence.reshape(3, 30).sum(0), [3] * 30)
@@ -276,10 +278,8 @@ def test_evaluation_json_has_the_interval_over_prompts(monkeypatch: pytest.Monke
 def test_features_of_a_folder_and_its_distance_by_direct_computation(inception: Inception, tmp_path: Path) -> None:
     folder = folder_of_images(tmp_path / "reference")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() == ".png")
-    assert folder_images(folder) == files
-    done = []
-    features = folder_features(folder, inception, lambda *progress: done.append(progress))
-    assert done == [(2, 5), (4, 5), (5, 5)]
+    assert list(folder_images(folder).paths) == files
+    features = features_of(folder, inception)
 
     double = InceptionV3().double().eval()
     double.load_state_dict(inception.network.state_dict())
@@ -320,22 +320,22 @@ def test_features_are_kept_beside_the_images_until_something_changes(
     )
     inception = Inception(network, {"inception": "a" * 64}, "cpu")
 
-    first = folder_features(folder, inception)
-    assert torch.equal(folder_features(folder, inception), first)
+    first = features_of(folder, inception)
+    assert torch.equal(features_of(folder, inception), first)
     assert seen == [3]
     # Of the same size on disk: only the time tells.
     noise(20, 20, 9).save(folder / "1.bmp")
     os.utime(folder / "1.bmp", ns=(1, 1))
-    changed = folder_features(folder, inception)
+    changed = features_of(folder, inception)
     assert seen == [3, 3]
     assert [torch.equal(a, b) for a, b in zip(first, changed, strict=True)] == [True, False, True]
     (folder / "2.bmp").rename(folder / "3.bmp")
-    folder_features(folder, inception)
-    folder_features(folder, Inception(network, {"inception": "b" * 64}, "cpu"))
+    features_of(folder, inception)
+    features_of(folder, Inception(network, {"inception": "b" * 64}, "cpu"))
     assert seen == [3, 3, 3, 3]
     for kept in folder.glob(".fid-*"):
         kept.write_bytes(b"\x00" * 40)
-    folder_features(folder, inception)
+    features_of(folder, inception)
     assert seen == [3] * 5
     assert not list(folder.glob("*.partial"))
 
@@ -346,7 +346,7 @@ def test_a_file_that_is_no_image_is_named_and_nothing_is_kept(inception: Incepti
     for broken in (b"not an image", b"", content[: len(content) // 2]):
         (tmp_path / "b.png").write_bytes(broken)
         with pytest.raises(ConfigError, match=r"fid\.reference: '.*b\.png' is no image that can be read \(.+\)\.$"):
-            folder_features(tmp_path, inception)
+            features_of(tmp_path, inception)
         if len(broken) < 20:  # what does not even begin as one is found before anything is drawn
             with pytest.raises(ConfigError, match=r"--captions\.reference: '.*b\.png' is no image that can be read"):
                 folder_images(tmp_path, "--captions.reference")
@@ -371,15 +371,15 @@ def test_which_files_of_a_folder_are_its_images(tmp_path: Path) -> None:
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_bytes(b"\x00\x05\x16\x07 no image")
     expected = ["a.png", "b/c.JPG", "b/d/e.webp", "g.png", "link/f.png"]
-    assert [file.relative_to(folder).as_posix() for file in folder_images(folder)] == expected
+    assert [file.relative_to(folder).as_posix() for file in folder_images(folder).paths] == expected
 
 
 def test_features_of_images_behind_a_link(inception: Inception, tmp_path: Path) -> None:
     (tmp_path / "reference").mkdir()
     folder = folder_of_images(tmp_path / "images")
     (tmp_path / "reference" / "link").symlink_to(folder)
-    behind = folder_features(tmp_path / "reference", inception)
-    assert torch.equal(behind, folder_features(folder, inception))
+    behind = features_of(tmp_path / "reference", inception)
+    assert torch.equal(behind, features_of(folder, inception))
 
 
 def test_folders_that_will_not_do_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""Image files, opened when they are needed: thousands need not be held at once."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import overload
+
+from PIL import Image
+
+from fastgrpo.system.errors import ConfigError
+
+# Whatever PIL says of a broken file; of one with an impossible size in its header, the last.
+PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def read_image(path: Path) -> Image.Image:
+    """An RGB image that was drawn, read completely. Raises ConfigError, which names the file, for none or a broken one."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except PIL_ERRORS as error:
+        raise ConfigError(f"{path} cannot be read as an image ({error}); remove it, and it is drawn again.") from error
+
+
+class ImageFiles(Sequence[Image.Image]):
+    """Image files as a sequence that reads each when asked for it."""
+
+    def __init__(self, paths: Sequence[Path], read: Callable[[Path], Image.Image] = read_image) -> None:
+        self.paths = tuple(paths)
+        self._read = read
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "ImageFiles": ...
+
+    def __getitem__(self, index: int | slice) -> "Image.Image | ImageFiles":
+        return ImageFiles(self.paths[index], self._read) if isinstance(index, slice) else self._read(self.paths[index])
+
+
+def chunks(images: Sequence[Image.Image], size: int) -> Iterator[list[Image.Image]]:
+    """The images in order, `size` at a time."""
+    for start in range(0, len(images), size):
+        yield list(images[start : start + size])

@@ -249,7 +249,7 @@ class Told:
 @pytest.fixture
 def loader(monkeypatch: pytest.MonkeyPatch) -> Loader:
     told = {"q16": Told("q16", 0), "nudenet": Told("nudenet", 1, "BUTTOCKS_EXPOSED")}
-    monkeypatch.setattr(base, "load_detector", lambda name, settings, device: told[name])
+    monkeypatch.setattr(base, "load_detector", lambda name, settings, device, named: told[name])
     return Loader(None, torch.device("cpu"))
 
 
@@ -524,8 +524,8 @@ def test_the_pictures_shown_changed_most(tmp_path: Path) -> None:
     ("flags", "says"),
     [
         ("--suites i2p", "--i2p.prompts"),  # the data set, offline
-        ("--suites i2p --i2p.prompts {rows} --i2p.detectors q16", "q16.prompts: the file 'prompts.p' is not there"),
-        ("--suites attacks --attacks.prompts {rows} --attacks.detectors safety-checker", "safety_checker.source is"),
+        ("--suites i2p --i2p.prompts {rows} --i2p.detectors q16", "--q16.prompts: the file 'prompts.p' is not there"),
+        ("--suites attacks --attacks.prompts {rows} --attacks.detectors safety-checker", "--safety-checker.source is"),
         ("--suites geneval --geneval.detector nobody/nothing --geneval.colours shapes", "--geneval.detector is 'nobody/nothing'"),
         ("--suites clip-score --captions.prompts {rows}", "--captions.encoder"),
         ("--suites fid --captions.prompts {rows}", "there is one image to draw; FID needs two"),

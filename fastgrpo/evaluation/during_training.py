@@ -5,12 +5,9 @@ RUN/evaluation/in-training/
   evaluation.json, .md  before and after, with the test of the difference
 """
 
-import dataclasses
 import math
-import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,11 +26,10 @@ from fastgrpo.evaluation.suites.base import Table as SuiteTable
 from fastgrpo.evaluation.suites.registry import Overrides, make_suites
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import make_schedule
-from fastgrpo.settings.schema import EvalConfig, TrainConfig
+from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.suites import DDIM
 from fastgrpo.system.console import Console
 from fastgrpo.system.devices import DTYPE_NAMES
-from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import reading
 
 BEFORE, AFTER = "before", "after"
@@ -55,10 +51,9 @@ def load_suites(
     Raises ConfigError, which speaks of eval's fields, where something is missing or wrong.
     """
     overrides = Overrides(config.eval.seed, config.eval.steps or None)
-    with _speaking_of_fields():
-        suites = make_suites(config.eval.suites, config.eval, overrides, config, say)
-        loader = Loader(config.eval, device)
-        return tuple(LoadedSuite(suite, suite.prepare(loader)) for suite in suites)
+    suites = make_suites(config.eval.suites, config.eval, overrides, config, say, "eval.{}".format)
+    loader = Loader(config.eval, device, "eval.{}".format)
+    return tuple(LoadedSuite(suite, suite.prepare(loader)) for suite in suites)
 
 
 class SuiteExam:
@@ -171,15 +166,3 @@ def share(wanted: Sequence[ImageRequest], fraction: float) -> tuple[ImageRequest
 def _said(table: SuiteTable) -> str:
     """A table's last number, which is of all images."""
     return f"{table.name} {tables.number_text(outcome.number_json(table.numbers[-1]), table.unit)}"
-
-
-@contextmanager
-def _speaking_of_fields() -> Iterator[None]:
-    """Messages that name a flag of `fastgrpo.evaluate` name the config's field instead."""
-    names = "|".join(field.name.replace("_", "[_-]") for field in dataclasses.fields(EvalConfig))
-    try:
-        yield
-    except ConfigError as error:
-        flag = rf"(?:--|^)((?:{names})(?:\.[\w-]+)?)(?=[\s:=])"
-        sentence = re.sub(flag, lambda found: "eval." + found[1].replace("-", "_"), str(error))
-        raise ConfigError(sentence) from error

@@ -22,7 +22,7 @@ class HeldOutReward:
         try:
             self._reward = load_reward(own, device)
         except ConfigError as error:
-            raise ConfigError(str(error).replace("reward.encoder", "eval.encoder", 1)) from error
+            raise error.about("eval.encoder") from error
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> dict[str, float]:
         """eval/held_out_mean, eval/held_out_positive_mean, ... as `reward_metrics` has them.

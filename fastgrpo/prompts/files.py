@@ -20,11 +20,12 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 class Table:
     """Rows with named columns. What has no name, such as the index that pandas writes first, is no column.
 
-    name: what to call it in messages. columns: in the order of the file.
+    field: the setting that names it, and name: its own, both for messages. columns: in the order of the file.
     rows: (id, place, cells): the prompt's id, what to call the row in messages, and column -> value. A row may lack
         columns.
     """
 
+    field: str
     name: str
     columns: tuple[str, ...]
     rows: tuple[tuple[int, str, Mapping[str, Any]], ...]
@@ -42,56 +43,61 @@ def named(columns: Sequence[str]) -> tuple[str, ...]:
     return tuple(column for column in columns if column.strip())
 
 
-def read_lines(path: Path, label: str) -> list[Prompt]:
+def read_lines(path: Path, label: str, field: str = "") -> list[Prompt]:
     """One prompt per line of a text file; blank lines are skipped and ids are line numbers, from 1.
 
+    field: the setting that names the file, for messages; empty: the prompts' own of a training.
     Raises ConfigError for a file that cannot be read, is not UTF-8 text, or holds no prompt.
     """
-    lines = enumerate(_read(path, label).split("\n"), start=1)
+    field = field or f"prompts.{label}"
+    lines = enumerate(_read(path, field).split("\n"), start=1)
     prompts = [Prompt(one_line(line), label, id=number) for number, line in lines if line.strip()]
     if not prompts:
-        raise ConfigError(f"prompts.{label}: {str(path)!r} holds no prompt; one per line is needed.")
+        raise ConfigError(f"{field}: {str(path)!r} holds no prompt; one per line is needed.")
     return prompts
 
 
-def read_table(path: Path, label: str) -> Table:
+def read_table(path: Path, field: str) -> Table:
     """A .csv, .tsv (both with a header) or .jsonl file (one object per line).
 
+    field: the setting that names the file, for messages.
     Ids are those of the rows after the header, from 1; of a JSONL file the line numbers.
     Raises ConfigError for a file that cannot be read, is not UTF-8 text, or is not of its suffix's kind.
     """
-    text = _read(path, label)
+    text = _read(path, field)
     if path.suffix.lower() == ".jsonl":
-        return _read_jsonl(text, str(path), label)
-    return _read_rows(text, str(path), label, tabs=path.suffix.lower() == ".tsv")
+        return _read_jsonl(text, str(path), field)
+    return _read_rows(text, str(path), field, tabs=path.suffix.lower() == ".tsv")
 
 
-def table_prompts(table: Table, label: str, column: str, category_column: str) -> list[Prompt]:
+def table_prompts(table: Table, label: str, column: str, category_column: str, column_field: str = "") -> list[Prompt]:
     """The prompts of a table's column; blank ones are skipped.
 
     category_column: where each one's category is; "" or a column that the table lacks: they have none.
+    column_field: the setting that names the column, for messages; empty: a training's.
     Raises ConfigError where the column is missing, a value is not text, or there is no prompt.
     """
+    column_field = column_field or f"prompts.{label}_column"
     if column not in table.columns:
         columns = ", ".join(table.columns) or "none"
         raise ConfigError(
-            f"prompts.{label}_column: {table.name!r} has no column {column!r}{nearest(column, table.columns)}; "
+            f"{column_field}: {table.name!r} has no column {column!r}{nearest(column, table.columns)}; "
             f"there are {columns}."
         )
-    table.check_single(column, f"prompts.{label}_column")
+    table.check_single(column, column_field)
     table.check_single(category_column, "prompts.category_column")
     prompts = []
     for number, place, cells in table.rows:
         if column not in cells:
-            raise ConfigError(f"prompts.{label}: {table.name!r} has no {column!r} in {place}.")
+            raise ConfigError(f"{table.field}: {table.name!r} has no {column!r} in {place}.")
         value = cells[column]
         if not (value is None or _is_text(value)):
             shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-            raise ConfigError(f"prompts.{label}: {table.name!r} has {column!r} = {shown} in {place}; text is needed.")
+            raise ConfigError(f"{table.field}: {table.name!r} has {column!r} = {shown} in {place}; text is needed.")
         if value and value.strip():
             prompts.append(Prompt(one_line(value), label, _category(cells.get(category_column)), number))
     if not prompts:
-        raise ConfigError(f"prompts.{label}: {table.name!r} holds no prompt in its column {column!r}.")
+        raise ConfigError(f"{table.field}: {table.name!r} holds no prompt in its column {column!r}.")
     return prompts
 
 
@@ -112,18 +118,18 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
-def _read(path: Path, label: str) -> str:
+def _read(path: Path, field: str) -> str:
     try:
         return read_text(path)
     except OSError as error:
         raise ConfigError(
-            f"prompts.{label}: cannot read {str(path)!r} ({error.strerror}); a UTF-8 text file is needed."
+            f"{field}: cannot read {str(path)!r} ({error.strerror}); a UTF-8 text file is needed."
         ) from error
     except NoText as error:
-        raise ConfigError(f"prompts.{label}: {str(path)!r} {error}.") from error
+        raise ConfigError(f"{field}: {str(path)!r} {error}.") from error
 
 
-def _read_rows(text: str, name: str, label: str, tabs: bool) -> Table:
+def _read_rows(text: str, name: str, field: str, tabs: bool) -> Table:
     """tabs: between the cells, instead of commas."""
     columns: list[str] = []
     rows = []
@@ -133,34 +139,33 @@ def _read_rows(text: str, name: str, label: str, tabs: bool) -> Table:
                 continue
             if not columns:
                 columns = [cell.strip() for cell in cells]
-                _check_delimiter(columns, name, label, tabs)
+                _check_delimiter(columns, name, field, tabs)
             elif len(cells) == len(columns):
                 values = {column: cell for column, cell in zip(columns, cells, strict=True) if column}
                 rows.append((len(rows) + 1, f"line {line}", values))
             else:
                 raise ConfigError(
-                    f"prompts.{label}: {name!r} has {len(cells)} cells in line {line} and {len(columns)} in its header; a "
+                    f"{field}: {name!r} has {len(cells)} cells in line {line} and {len(columns)} in its header; a "
                     f"cell with {'tabs' if tabs else 'commas'}, quotes or line ends in it must be quoted."
                 )
     except BrokenTable as error:
-        raise ConfigError(f"prompts.{label}: {name!r} {error}.") from error
+        raise ConfigError(f"{field}: {name!r} {error}.") from error
     if not columns:
-        raise ConfigError(f"prompts.{label}: {name!r} holds no prompt; a header and rows are needed.")
-    return Table(name, named(columns), tuple(rows))
+        raise ConfigError(f"{field}: {name!r} holds no prompt; a header and rows are needed.")
+    return Table(field, name, named(columns), tuple(rows))
 
 
-def _check_delimiter(columns: Sequence[str], name: str, label: str, tabs: bool) -> None:
+def _check_delimiter(columns: Sequence[str], name: str, field: str, tabs: bool) -> None:
     """Refuse a header of one cell that has several in it, by other delimiters than the file's suffix stands for."""
     others = {";": "semicolons"} | ({",": "commas"} if tabs else {"\t": "tabs"})
     found = next((other for mark, other in others.items() if mark in columns[0]), None) if len(columns) == 1 else None
     if found:
         raise ConfigError(
-            f"prompts.{label}: {name!r} has {found} between its columns; accepted are commas in a .csv and tabs in a .tsv "
-            "file."
+            f"{field}: {name!r} has {found} between its columns; accepted are commas in a .csv and tabs in a .tsv file."
         )
 
 
-def _read_jsonl(text: str, name: str, label: str) -> Table:
+def _read_jsonl(text: str, name: str, field: str) -> Table:
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -168,11 +173,11 @@ def _read_jsonl(text: str, name: str, label: str) -> Table:
         try:
             cells = json.loads(line)
         except (ValueError, RecursionError) as error:  # a number too long for int() is a ValueError
-            raise ConfigError(f"prompts.{label}: {name!r} is broken in line {number}: {error}.") from error
+            raise ConfigError(f"{field}: {name!r} is broken in line {number}: {error}.") from error
         if not isinstance(cells, dict):
-            raise ConfigError(f"prompts.{label}: {name!r} has no JSON object in line {number}, as every line must.")
+            raise ConfigError(f"{field}: {name!r} has no JSON object in line {number}, as every line must.")
         rows.append((number, f"line {number}", {column: cells[column] for column in named(list(cells))}))
     if not rows:
-        raise ConfigError(f"prompts.{label}: {name!r} holds no prompt; one JSON object per line is needed.")
+        raise ConfigError(f"{field}: {name!r} holds no prompt; one JSON object per line is needed.")
     columns = dict.fromkeys(column for _, _, cells in rows for column in cells)
-    return Table(name, tuple(columns), tuple(rows))
+    return Table(field, name, tuple(columns), tuple(rows))

@@ -22,34 +22,36 @@ Wanted = Callable[[tuple[str, ...]], Iterable[str]]
 """From the columns that there are to the ones to read, or more."""
 
 
-def read_dataset(source: str, label: str, wanted: Wanted) -> Table:
+def read_dataset(source: str, field: str, wanted: Wanted) -> Table:
     """One split of a data set; ids are row numbers, from 1.
 
-    source: as above; without CONFIG the only or default one, without SPLIT `train`. SPLIT may be a slice, `train[:100]`.
+    field: the setting that names it, for messages. source: as above; without CONFIG the only or default one, without SPLIT `train`. SPLIT may be a slice, `train[:100]`.
         A folder OWNER/NAME below the working directory is read instead of the hub.
     wanted: which columns to read; others, such as images, are not even decoded. Classes are given by name.
     Raises ConfigError for another notation, without the library, and for what it cannot load.
     """
     match = _SOURCE.fullmatch(source)
     if match is None:
-        raise ConfigError(f"prompts.{label} = {source!r}: accepted is {NOTATION}.")
+        raise ConfigError(f"{field} = {source!r}: accepted is {NOTATION}.")
     try:
         import datasets
     except ImportError as error:
         raise ConfigError(
-            f"prompts.{label} = {source!r}: this needs the library datasets: "
+            f"{field} = {source!r}: this needs the library datasets: "
             'pip install "fastgrpo[datasets]", or export the prompts to a file.'
         ) from error
     try:
         data = datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train")
     except Exception as error:  # the library's own, the hub's, the network's: whichever, the data set is not there
         reason = " ".join(str(error).split()).rstrip(".")[:_LONGEST] or type(error).__name__
-        raise ConfigError(f"prompts.{label} = {source!r}: cannot be loaded: {reason}.") from error
+        raise ConfigError(f"{field} = {source!r}: cannot be loaded: {reason}.") from error
     columns = named(data.column_names)
     read = set(wanted(columns))
     data = data.select_columns([column for column in columns if column in read])
     rows = ({column: _with_names(value, data.features[column]) for column, value in cells.items()} for cells in data)
-    return Table(source, columns, tuple((number, f"row {number}", row) for number, row in enumerate(rows, start=1)))
+    return Table(
+        field, source, columns, tuple((number, f"row {number}", row) for number, row in enumerate(rows, start=1))
+    )
 
 
 def _with_names(value: Any, feature: Any) -> Any:

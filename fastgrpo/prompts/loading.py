@@ -47,10 +47,10 @@ def _table(source: str, label: str, column: str, category_column: str) -> Table 
     if source in _NAMES[label]:
         return None
     if source.startswith(PREFIX):
-        return read_dataset(source, label, lambda _: (column, category_column))
+        return read_dataset(source, f"prompts.{label}", lambda _: (column, category_column))
     suffix = Path(source).suffix.lower()
     if suffix in TABLE_SUFFIXES:
-        return read_table(Path(source), label)
+        return read_table(Path(source), f"prompts.{label}")
     if suffix == TEXT_SUFFIX:
         return None
     names, suffixes = _NAMES[label], (TEXT_SUFFIX, *TABLE_SUFFIXES)

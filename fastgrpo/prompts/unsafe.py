@@ -14,4 +14,4 @@ _FILE = Path(__file__).with_name("unsafe.jsonl")
 
 def unsafe_prompts() -> list[Prompt]:
     """As many negative prompts of each category; ids are line numbers of the file, from 1."""
-    return table_prompts(read_table(_FILE, NEGATIVE), NEGATIVE, "text", "category")
+    return table_prompts(read_table(_FILE, "prompts.negative"), NEGATIVE, "text", "category")

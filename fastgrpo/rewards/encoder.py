@@ -110,7 +110,7 @@ def load_encoder(
         model, tokenizer = load_open_clip(spec, torch.device(device), dtype)
         return OpenClipEncoder(model, tokenizer, device, dtype)
     except ConfigError as error:
-        raise ConfigError(f"{field}: {error}") from error
+        raise ConfigError(f"{field}: {error}", field) from error
 
 
 class SharedEncoder:

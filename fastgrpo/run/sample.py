@@ -77,11 +77,7 @@ def _prompts(command: Sample, config: TrainConfig) -> list[Prompt]:
             raise ConfigError(
                 f"--prompt-file {command.prompt_file}: this is a table; accepted is a text file with one prompt per line."
             )
-        try:
-            prompts += read_lines(command.prompt_file, POSITIVE)
-        except ConfigError as error:
-            # Of the run's settings it is none.
-            raise ConfigError(str(error).replace(f"prompts.{POSITIVE}", "--prompt-file", 1)) from error
+        prompts += read_lines(command.prompt_file, POSITIVE, "--prompt-file")
     if prompts:
         return prompts
     with blaming_config(command.run):

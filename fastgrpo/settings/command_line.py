@@ -21,7 +21,7 @@ import tyro
 
 from fastgrpo._version import __version__
 from fastgrpo.settings.schema import TrainConfig
-from fastgrpo.system.errors import ConfigError, nearest
+from fastgrpo.system.errors import ConfigError, flag, nearest
 from fastgrpo.system.paths import PathText, expand_home, with_homes
 from fastgrpo.system.text_files import NoText, read_text
 
@@ -153,7 +153,7 @@ def _parse_resume(argv: Sequence[str]) -> tuple[TrainConfig, Path]:
     own = load_toml(file)
     asked = parse_flags(_Start, flags, PROGRAM, default=_Start(preset="", config=own))
     changed = [asked.preset] if asked.preset else []
-    changed += [_flag(name) for name in changed_fields(own, asked.config) if not _may_change(name)]
+    changed += [flag(name) for name in changed_fields(own, asked.config) if not _may_change(name)]
     if changed:
         raise ConfigError(
             f"{changed[0]}: a resumed run keeps what decides its result; with --resume {_LATER} are accepted."
@@ -180,10 +180,6 @@ def changed_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
 def _may_change(name: str) -> bool:
     """Whether a resumed run may have another value of the field."""
     return name in _SIZES or (name.startswith(("engine.", "eval.", "checkpoint.")) and name not in _PRECISION)
-
-
-def _flag(field: str) -> str:
-    return "--" + field.replace("_", "-")
 
 
 def presets_folder() -> Path:

@@ -22,8 +22,13 @@ class ConfigError(ValueError):
         return cls(f"{named}: {why}.", field)
 
     def about(self, field: str) -> Self:
-        """The same error of a setting that the user knows under another name."""
-        return type(self)(field + str(self).removeprefix(self.field), field)
+        """The same error, its setting called `field`; one that begins with no setting stays as it is."""
+        return type(self)(field + str(self).removeprefix(self.field), field) if self.field else self
+
+
+def flag(field: str) -> str:
+    """A setting's name on the command line: --eval.quick-fraction of eval.quick_fraction."""
+    return "--" + field.replace("_", "-")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -252,7 +252,7 @@ def judged_by(
     detector: object, suites: Sequence, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, SuiteResult]:
     """What each suite makes of the detector's findings on its images, by name."""
-    monkeypatch.setattr(base, "load_detector", lambda name, settings, device: detector)
+    monkeypatch.setattr(base, "load_detector", lambda name, settings, device, named: detector)
     loader, scored = Loader(None, torch.device("cpu")), {}
     for suite in suites:
         images = painted(folder / suite.name, suite.wanted)

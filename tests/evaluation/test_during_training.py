@@ -126,9 +126,9 @@ def test_a_share_is_whole_prompts_evenly_spaced(fraction: float) -> None:
         ("i3p", "eval.suites = 'i3p': accepted is any of i2p, nudity"),
         ("custom custom", "eval.suites = 'custom': accepted is every suite once"),
         ("custom", "eval.custom.prompts: the suite needs prompts"),
-        ("custom --eval.custom.images 0", "eval.custom.images 0: accepted is 1 or more"),
+        ("custom --eval.custom.images 0", "eval.custom.images = 0: accepted is 1 or more"),
         ("i2p --eval.i2p.prompts none.csv", "eval.i2p.prompts: cannot read 'none.csv'"),
-        ("geneval --eval.geneval.per-task 0", "eval.geneval.per_task 0: accepted is 1 or more"),
+        ("geneval --eval.geneval.per-task 0", "eval.geneval.per_task = 0: accepted is 1 or more"),
     ],
 )
 def test_mistakes_name_the_field_before_a_model_is_loaded(

@@ -74,7 +74,7 @@ class ClipColours:
 
 
 def load_clip_colours(
-    spec: str = DEFAULT_SPEC, device: torch.device | str = "cpu", field: str = "--geneval.colours"
+    spec: str = DEFAULT_SPEC, device: torch.device | str = "cpu", field: str = "geneval.colours"
 ) -> ClipColours:
     """CLIP as `spec` names it, in the notation of `load_encoder`.
 

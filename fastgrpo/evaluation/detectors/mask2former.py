@@ -104,7 +104,7 @@ class Mask2Former:
 
 
 def load_mask2former(
-    spec: str = DEFAULT_SPEC, device: torch.device | str = "cpu", batch: int = 8, field: str = "--geneval.detector"
+    spec: str = DEFAULT_SPEC, device: torch.device | str = "cpu", batch: int = 8, field: str = "geneval.detector"
 ) -> Mask2Former:
     """The detector in a folder or hub repository of a Mask2Former for COCO's instances; no code of it is run.
 

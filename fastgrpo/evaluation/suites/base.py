@@ -12,6 +12,7 @@ from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest
 from fastgrpo.evaluation.images.judgements import Progress
 from fastgrpo.evaluation.statistics.intervals import Estimate
 from fastgrpo.settings.suites import DetectorSettings
+from fastgrpo.system.errors import flag
 
 Unit = Literal["percent", "count", "score"]
 Better = Literal["lower", "higher"]
@@ -74,17 +75,21 @@ Measure = Callable[[ImageFolder, Sequence[ImageRequest], Progress | None], Suite
 
 
 class Loader:
-    """Loads safety detectors, each once however many suites ask for it."""
+    """Loads safety detectors, each once however many suites ask for it.
 
-    def __init__(self, settings: DetectorSettings, device: torch.device) -> None:
+    named: from a setting, such as "q16.encoder", to what messages call it.
+    """
+
+    def __init__(self, settings: DetectorSettings, device: torch.device, named: Callable[[str], str] = flag) -> None:
         self.settings = settings
         self.device = device
+        self.named = named
         self._loaded: dict[str, SafetyDetector] = {}
 
     def detector(self, name: str) -> SafetyDetector:
         """Raises ConfigError where there is no such detector, or something that it needs is missing."""
         if name not in self._loaded:
-            self._loaded[name] = load_detector(name, self.settings, self.device)
+            self._loaded[name] = load_detector(name, self.settings, self.device, self.named)
         return self._loaded[name]
 
 

@@ -27,7 +27,7 @@ class ClipScoreSuite:
         """Load the encoder."""
         from fastgrpo.evaluation.metrics.clip_score import load_clip_score
 
-        scorer = load_clip_score(self.encoder, loader.device, field="--captions.encoder")
+        scorer = load_clip_score(self.encoder, loader.device, field=loader.named("captions.encoder"))
         key = {"protocol": scorer.protocol, "hashes": scorer.hashes}
 
         def detect(images: ImageFiles, rows: Sequence[ImageRequest]) -> list[Judgement]:
@@ -64,15 +64,15 @@ class FidSuite:
         from fastgrpo.evaluation.metrics.fid import fid, folder_features, folder_images
         from fastgrpo.evaluation.metrics.inception import load_inception
 
-        inception = load_inception(self.inception, loader.device, field="--captions.inception")
+        inception = load_inception(self.inception, loader.device, field=loader.named("captions.inception"))
         reference = Path(self.reference)
-        count = len(folder_images(reference, "--captions.reference"))
+        count = len(folder_images(reference, loader.named("captions.reference")))
 
         def measure(folder: ImageFolder, rows: Sequence[ImageRequest], progress: Progress | None) -> SuiteResult:
             if len(rows) < 2:
                 raise ConfigError(f"{folder.path}: {len(rows)} image; FID needs two or more.")
             ours = folder_features(folder.path / "images", folder.images(rows), inception)
-            theirs = folder_features(reference, folder_images(reference, "--captions.reference"), inception)
+            theirs = folder_features(reference, folder_images(reference, loader.named("captions.reference")), inception)
             found = fid(ours, theirs)
             own = tally(rows, {row.id: float(slope) for row, slope in zip(rows, found.influence, strict=True)})
             number = Number(self.name, distance(found.value, own.totals, own.counts))

@@ -47,8 +47,8 @@ class GenEvalSuite:
         from fastgrpo.evaluation.detectors.colours import load_clip_colours
         from fastgrpo.evaluation.detectors.mask2former import load_mask2former
 
-        colours = load_clip_colours(self.colours, loader.device)
-        detector = load_mask2former(self.detector, loader.device)
+        colours = load_clip_colours(self.colours, loader.device, field=loader.named("geneval.colours"))
+        detector = load_mask2former(self.detector, loader.device, field=loader.named("geneval.detector"))
         key = {each.name: {"protocol": each.protocol, "hashes": each.hashes} for each in (detector, colours)}
 
         def detect(images: ImageFiles, rows: Sequence[ImageRequest]) -> list[Judgement]:

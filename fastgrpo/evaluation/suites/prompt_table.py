@@ -27,6 +27,7 @@ from fastgrpo.prompts.files import TABLE_SUFFIXES, TEXT_SUFFIX, Table, read_line
 from fastgrpo.prompts.hub import NOTATION, PREFIX, read_dataset
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.randomness import seed_for
+from fastgrpo.types import POSITIVE
 
 _COLUMNS = {
     "seed": ("evaluation_seed", "sd_seed", "seed"),
@@ -67,13 +68,7 @@ def read_rows(
     say: told which columns say how the images are drawn, and which would but are not used.
     Raises ConfigError for a source that cannot be read, or a row with an impossible seed, guidance or size.
     """
-    label = "evaluated"
-    try:
-        rows = _read(source, label, column, guidance, say)
-    except ConfigError as error:
-        # The readers are those of training prompts, and speak of them.
-        message = str(error).replace(f"prompts.{label}_column", f"{field} (its column)")
-        raise ConfigError(message.replace(f"prompts.{label}", field)) from error
+    rows = _read(source, field, column, guidance, say)
     return sorted(_numbered(rows), key=lambda row: row.id)
 
 
@@ -102,18 +97,18 @@ def _seed(row: PromptRow, k: int, seed: int) -> int:
     return row.seed if k == 0 else seed_for(row.seed, k, "another image of the same prompt")
 
 
-def _read(source: str, label: str, column: str, guidance: float, say: Callable[[str], object]) -> list[PromptRow]:
+def _read(source: str, field: str, column: str, guidance: float, say: Callable[[str], object]) -> list[PromptRow]:
     suffix = Path(source).suffix.lower()
     if source.startswith(PREFIX):
-        table = read_dataset(source, label, lambda columns: (column, *_found(columns).values()))
+        table = read_dataset(source, field, lambda columns: (column, *_found(columns).values()))
     elif suffix in TABLE_SUFFIXES:
-        table = read_table(Path(source), label)
+        table = read_table(Path(source), field)
     elif suffix == TEXT_SUFFIX:
-        return [_row(prompt.text, (), None, guidance, 0, 0) for prompt in read_lines(Path(source), label)]
+        return [_row(prompt.text, (), None, guidance, 0, 0) for prompt in read_lines(Path(source), POSITIVE, field)]
     else:
         accepted = f"{', '.join((TEXT_SUFFIX, *TABLE_SUFFIXES[:-1]))} or {TABLE_SUFFIXES[-1]}"
-        raise ConfigError(f"prompts.{label} {source!r}: accepted is a file that ends in {accepted}, and {NOTATION}.")
-    rows = _rows(table, label, column, guidance)
+        raise ConfigError(f"{field} {source!r}: accepted is a file that ends in {accepted}, and {NOTATION}.")
+    rows = _rows(table, column, guidance)
     if remark := column_remark(table.name, table.columns, column):
         say(remark)
     return rows
@@ -149,15 +144,15 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def _rows(table: Table, label: str, column: str, guidance: float) -> list[PromptRow]:
+def _rows(table: Table, column: str, guidance: float) -> list[PromptRow]:
     found = _found(table.columns)
     for own in found.values():
-        table.check_single(own, f"prompts.{label}")
+        table.check_single(own, table.field)
     cells = {number: (place, values) for number, place, values in table.rows}
     rows = []
-    for prompt in table_prompts(table, label, column, found.get("categories", "")):
+    for prompt in table_prompts(table, POSITIVE, column, found.get("categories", ""), f"{table.field} (its column)"):
         place, values = cells[prompt.id]
-        where = f"prompts.{label}: {table.name!r} in {place}"
+        where = f"{table.field}: {table.name!r} in {place}"
         seed = _number(values, found.get("seed"), where, 0, 2**63 - 1, whole=True)
         width = _number(values, found.get("width"), where, 1, _LARGEST_SIDE, whole=True)
         height = _number(values, found.get("height"), where, 1, _LARGEST_SIDE, whole=True)

@@ -26,7 +26,7 @@ from fastgrpo.settings.suites import (
     SuiteSettings,
 )
 from fastgrpo.shapes.world import SIZE
-from fastgrpo.system.errors import ConfigError, nearest
+from fastgrpo.system.errors import ConfigError, flag, nearest
 
 DETECTORS = (*detectors.NAMES, detectors.ORACLE)
 STEPS, ETA = 50, 0.0
@@ -49,16 +49,18 @@ def make_suites(
     overrides: Overrides,
     config: TrainConfig,
     say: Callable[[str], object] = lambda _: None,
+    named: Callable[[str], str] = flag,
 ) -> list[Suite]:
     """The suites of these names, in order.
 
     settings: AllSettings where `shapes` is among them. config: of the run, or of preset `shapes`, for that suite.
     say: told, once for each table of prompts, which of its columns say how the images are drawn.
+    named: from a setting, such as "i2p.images", to what messages call it.
 
     Raises ConfigError for prompts that cannot be read.
     """
     remarks: list[str] = []
-    suites = [_make(name, settings, overrides, config, remarks.append) for name in names]
+    suites = [_make(name, settings, overrides, config, remarks.append, named) for name in names]
     for remark in dict.fromkeys(remarks):  # suites may share a table
         say(remark)
     return suites
@@ -70,6 +72,7 @@ def _make(
     overrides: Overrides,
     config: TrainConfig,
     say: Callable[[str], object],
+    named: Callable[[str], str],
 ) -> Suite:
     steps = STEPS if overrides.steps is None else overrides.steps
     eta = ETA if overrides.eta is None else overrides.eta
@@ -77,35 +80,39 @@ def _make(
         case "shapes":
             return _shapes(settings.shapes, overrides, config)
         case "geneval":
-            return _geneval(settings.geneval, overrides, steps, eta)
+            return _geneval(settings.geneval, overrides, steps, eta, named)
         case "i2p" | "nudity":
             own = settings.i2p
-            _check_counts(("--i2p.images", own.images, 1))
-            _check_thresholds("--i2p.threshold", own.threshold)
-            rows, wanted = _rows(own.prompts, "--i2p.prompts", "prompt", GUIDANCE, own.images, overrides, say)
+            _check_counts((named("i2p.images"), own.images, 1))
+            _check_thresholds(named("i2p.threshold"), own.threshold)
+            rows, wanted = _rows(own.prompts, named("i2p.prompts"), "prompt", GUIDANCE, own.images, overrides, say)
             if name == "nudity":
-                _check_thresholds("--i2p.thresholds", *own.thresholds)
+                _check_thresholds(named("i2p.thresholds"), *own.thresholds)
                 return NuditySuite(wanted, own.images, own.threshold, own.thresholds, steps, eta)
-            _check_detectors("--i2p.detectors", own.detectors)
-            _check_categories(own.prompts, rows)
+            _check_detectors(named("i2p.detectors"), own.detectors)
+            _check_categories(named("i2p.prompts"), own.prompts, rows)
             return I2PSuite(name, rows, wanted, own.images, own.detectors, own.threshold, steps, eta)
         case "clip-score" | "fid":
             own = settings.captions
-            _check_counts(("--captions.images", own.images, 1))
-            _check_guidance("--captions.guidance", own.guidance)
-            _, wanted = _rows(own.prompts, "--captions.prompts", own.column, own.guidance, own.images, overrides, say)
+            _check_counts((named("captions.images"), own.images, 1))
+            _check_guidance(named("captions.guidance"), own.guidance)
+            _, wanted = _rows(
+                own.prompts, named("captions.prompts"), own.column, own.guidance, own.images, overrides, say
+            )
             if name == "clip-score":
                 return ClipScoreSuite(wanted, own.images, own.encoder, steps, eta)
             if len(wanted) < 2:
-                raise ConfigError("--captions.prompts: there is one image to draw; FID needs two or more.")
+                raise ConfigError(f"{named('captions.prompts')}: there is one image to draw; FID needs two or more.")
             return FidSuite(wanted, own.images, own.reference, own.inception, steps, eta)
         case _:
             own = settings.attacks if name == "attacks" else settings.custom
-            _check_counts((f"--{name}.images", own.images, 1))
-            _check_guidance(f"--{name}.guidance", own.guidance)
-            _check_detectors(f"--{name}.detectors", own.detectors)
-            _check_thresholds(f"--{name}.threshold", own.threshold)
-            rows, wanted = _rows(own.prompts, f"--{name}.prompts", own.column, own.guidance, own.images, overrides, say)
+            _check_counts((named(f"{name}.images"), own.images, 1))
+            _check_guidance(named(f"{name}.guidance"), own.guidance)
+            _check_detectors(named(f"{name}.detectors"), own.detectors)
+            _check_thresholds(named(f"{name}.threshold"), own.threshold)
+            rows, wanted = _rows(
+                own.prompts, named(f"{name}.prompts"), own.column, own.guidance, own.images, overrides, say
+            )
             return PromptSuite(name, rows, wanted, own.images, own.detectors, own.threshold, steps, eta)
 
 
@@ -141,9 +148,11 @@ def _trainers_shapes(config: TrainConfig) -> dict[str, float]:
     }
 
 
-def _geneval(own: GenEvalSettings, overrides: Overrides, steps: int, eta: float) -> GenEvalSuite:
-    _check_counts(("--geneval.images", own.images, 1), ("--geneval.per-task", own.per_task, 1))
-    _check_guidance("--geneval.guidance", own.guidance)
+def _geneval(
+    own: GenEvalSettings, overrides: Overrides, steps: int, eta: float, named: Callable[[str], str]
+) -> GenEvalSuite:
+    _check_counts((named("geneval.images"), own.images, 1), (named("geneval.per_task"), own.per_task, 1))
+    _check_guidance(named("geneval.guidance"), own.guidance)
     if own.metadata:
         found, source = read_metadata(Path(own.metadata)), Path(own.metadata).name
     else:
@@ -174,34 +183,32 @@ def _rows(
 
 
 def _check_counts(*counts: tuple[str, int, int]) -> None:
-    for flag, value, low in counts:
+    for field, value, low in counts:
         if value < low:
-            raise ConfigError(f"{flag} {value}: accepted is {low} or more.")
+            raise ConfigError.of(field, value, f"accepted is {low} or more")
 
 
-def _check_guidance(flag: str, value: float) -> None:
+def _check_guidance(field: str, value: float) -> None:
     if not 0 <= value < math.inf:
-        raise ConfigError(f"{flag} {value}: accepted is 0 or more.")
+        raise ConfigError.of(field, value, "accepted is 0 or more")
 
 
-def _check_thresholds(flag: str, *values: float) -> None:
+def _check_thresholds(field: str, *values: float) -> None:
     for value in values:
         if not FLOOR <= value < 1:
-            raise ConfigError(
-                f"{flag} {value}: at least {FLOOR}, below which NudeNet reports nothing, and below 1 is accepted."
-            )
+            why = f"at least {FLOOR}, below which NudeNet reports nothing, and below 1 is accepted"
+            raise ConfigError.of(field, value, why)
 
 
-def _check_detectors(flag: str, names: Sequence[str]) -> None:
+def _check_detectors(field: str, names: Sequence[str]) -> None:
     for name in names:
         if name not in DETECTORS:
-            raise ConfigError(
-                f"{flag} {name}: no such detector{nearest(name, DETECTORS)}; there are {', '.join(DETECTORS)}."
-            )
+            why = f"no such detector{nearest(name, DETECTORS)}; there are {', '.join(DETECTORS)}"
+            raise ConfigError.of(field, name, why)
     if not names or len(set(names)) < len(names):
-        raise ConfigError(f"{flag} {' '.join(names) or 'nothing'}: accepted is one detector or more, each once.")
+        raise ConfigError(f"{field} {' '.join(names) or 'nothing'}: accepted is one detector or more, each once.")
 
 
-def _check_categories(source: str, rows: Sequence[PromptRow]) -> None:
+def _check_categories(field: str, source: str, rows: Sequence[PromptRow]) -> None:
     if not any(row.categories for row in rows):
-        raise ConfigError(f"--i2p.prompts: {source!r} has no categories; a column `categories` is needed, as in I2P.")
+        raise ConfigError(f"{field}: {source!r} has no categories; a column `categories` is needed, as in I2P.")

@@ -1125,7 +1125,7 @@ def forbid_loading(patch: pytest.MonkeyPatch, loaded: str) -> None:
         pytest.fail("the mistake could have been found earlier")  # a BaseException, so nothing catches it
 
     if loaded != "model":
-        for module in ("policy", "commands.export"):
+        for module in ("policy", "run.export"):
             patch.setattr(f"fastgrpo.{module}.load_components", too_early)
     if loaded == "nothing":
         patch.setattr(open_clip, "create_model", too_early)

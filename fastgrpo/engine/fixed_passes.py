@@ -24,7 +24,7 @@ from fastgrpo.engine.weights import FlatWeights
 from fastgrpo.grpo.loss import MicroBatch, PairResults, PolicyLoss, blank_batch
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.unet.convolutions import searching
-from fastgrpo.unet.reuse import RememberedText, RememberedTimes, Reuse, remember_text, remember_times
+from fastgrpo.unet.reuse import RememberedText, RememberedTimes, Reuse
 
 Key = tuple[str, tuple[bool, ...]]
 """A function's name, and which of its inputs are None."""
@@ -110,11 +110,11 @@ class FixedPasses(Passes):
         unet, timesteps = self.learner.policy.computing, self.learner.schedule.timesteps
         if self.reuse.text:
             if self._text is None:
-                self._text = remember_text(unet, contexts)
+                self._text = RememberedText(unet, contexts)
             self._text.update(contexts)
         if self.reuse.times:
             if self._times is None:
-                self._times = remember_times(unet, timesteps, contexts)
+                self._times = RememberedTimes(unet, timesteps, contexts)
             self._times.update()
 
     def _split(self, pairs: Pairs) -> list[tuple[Pairs, ...]]:

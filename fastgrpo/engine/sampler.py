@@ -17,8 +17,6 @@ from fastgrpo.unet.reuse import (
     Reuse,
     distinct_rows,
     forward_distinct,
-    remember_text,
-    remember_times,
 )
 
 Denoise = Callable[[int, Tensor, Tensor], tuple[Tensor, ...]]
@@ -71,9 +69,9 @@ class Sampler:
         contexts = self.policy.contexts(embeds, self.guidance)
         unet, text, times = self.policy.computing, contexts, None
         if reuse.text:
-            text = remember_text(unet, contexts)
+            text = RememberedText(unet, contexts)
         if reuse.times:
-            times = remember_times(unet, self.schedule.timesteps, contexts)
+            times = RememberedTimes(unet, self.schedule.timesteps, contexts)
         positions = torch.arange(len(self.schedule), device=embeds.device)
 
         def denoise(step: int, latents: Tensor, noise: Tensor) -> tuple[Tensor, ...]:

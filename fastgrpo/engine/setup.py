@@ -1,5 +1,6 @@
 """From settings to an engine: what is patched, measured, compiled and captured, and in what order."""
 
+import copy
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from fastgrpo.unet.attention import AttentionPlan, AttentionShape, apply_plan, a
 from fastgrpo.unet.attention_choice import choose_backends
 from fastgrpo.unet.compilation import compile_forward, make_example
 from fastgrpo.unet.convolutions import aside, searching
-from fastgrpo.unet.copies import Network, frozen_unet
+from fastgrpo.unet.copies import Network
 from fastgrpo.unet.fused import patch_unet
 from fastgrpo.unet.reuse import Reuse, choose_reuse, distinct_rows, enable_reuse
 
@@ -64,7 +65,7 @@ def start_engine(
     reusing = engine.reuse == "on" or (engine.reuse == "auto" and device.type == "cuda")
     if reusing:
         enable_reuse(network)
-    base = frozen_unet(network) if config.grpo.kl > 0 else None
+    base = copy.deepcopy(network).requires_grad_(False) if config.grpo.kl > 0 else None
     learner = PolicyLoss(policy, schedule, config, trainable.trained, base)
     weights = trainable.optimizer.weights
 
@@ -255,6 +256,8 @@ def _reuse(learner: PolicyLoss, config: TrainConfig, record: EngineRecord) -> Re
         return Reuse()
     guidance, schedule = config.rollout.guidance, learner.schedule
     rows = distinct_rows(config.rollout.initial_noise, config.group_size, range(size), guidance, policy.device)
+    if setting == "on":
+        return Reuse(text=True, times=True, first=rows.saved > 0)
     batch = blank_batch(learner, size)
     latents = batch.latents.to(policy.dtype).repeat(halves(config), 1, 1, 1)
     contexts = policy.contexts(batch.embeds, guidance)
@@ -268,7 +271,6 @@ def _reuse(learner: PolicyLoss, config: TrainConfig, record: EngineRecord) -> Re
 
     with torch.no_grad():
         return choose_reuse(
-            setting,
             forward,
             policy.computing,
             schedule.timesteps,

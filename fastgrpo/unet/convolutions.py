@@ -1,15 +1,16 @@
 """Which algorithm cuDNN takes for a convolution.
 
-For each kind that it meets (shapes, dtype, layout, alignment) it keeps, in every thread, the algorithm of the first time: what
-heuristics name, or under `torch.backends.cudnn.benchmark` the fastest of ten that it then tries, in tens of milliseconds. That
-pays where shapes stay the same. Three things follow.
+For each kind that it meets (shapes, dtype, layout, alignment) it keeps, in every thread, the algorithm of the first
+time: what heuristics name, or under `torch.backends.cudnn.benchmark` the fastest of ten that it then tries, in tens of
+milliseconds. That pays where shapes stay the same. Three things follow.
 
 - What was met without that flag keeps its algorithm when the flag is set later. Passes that only try something are made
   `aside`.
 - It has to be met before a CUDA graph is captured, since trying waits for the device. A graph's warm-up sees to that.
-- Rollout and update meet the same kinds, in one thread, so the forward pass of both has the same algorithms, and the ratio of a
-  policy that has not moved stays 1. Another process may find others the fastest, and round otherwise; what was found cannot
-  be stored.
+- Rollout and update meet the same kinds, in one thread, so the forward pass of both has the same algorithms, and the
+ratio of a
+  policy that has not moved stays 1. Another process may find others the fastest, and round otherwise; what was found
+  cannot be stored.
 """
 
 from collections.abc import Iterator

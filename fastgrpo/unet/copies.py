@@ -12,16 +12,16 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 Network = Callable[..., tuple[Tensor, ...]]
-"""(latents [R, C, H, W], timesteps [R], contexts [R, L, D], return_dict=False) -> ([R, C, H, W],), as diffusers' UNet."""
+"""(latents [R, C, H, W], timesteps [R], contexts [R, L, D], return_dict=False) -> ([R, C, H, W],): diffusers' UNet."""
 
 
 def computing_unet(
     unet: UNet2DConditionModel, dtype: torch.dtype, working: Mapping[str, Tensor] | None = None
 ) -> UNet2DConditionModel:
-    """Modules of their own, so that patching or wrapping them leaves `unet` and its state dict alone.
+    """Returns a UNet with modules of its own, so that patching or wrapping them leaves `unet` and its state dict alone.
 
-    working: parameter name -> the tensor in `dtype` to compute with in its place. Others are shared where they are in
-    `dtype`, and rounded to it here where they are not.
+    working: parameter name -> the tensor in `dtype` to compute with in its place. Other parameters are shared where
+    they are in `dtype`, and rounded to it here where they are not.
     """
     replaced: dict[int, nn.Parameter] = {}
     for name, parameter in unet.named_parameters():
@@ -30,8 +30,3 @@ def computing_unet(
             value = parameter.detach().to(dtype)
         replaced[id(parameter)] = parameter if value is None else nn.Parameter(value, parameter.requires_grad)
     return copy.deepcopy(unet, replaced)
-
-
-def frozen_unet(network: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A copy, weights and all, of what computes now: a base model that stays as it is."""
-    return copy.deepcopy(network).requires_grad_(False)

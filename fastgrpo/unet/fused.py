@@ -1,24 +1,24 @@
 """diffusers' UNet with its normalisations and activations computed by this project's operators.
 
-    ResnetBlock2D                    GroupNorm + SiLU, and time embedding + GroupNorm + SiLU, are one operator each; the bias of
-                                     the convolution between them comes with the time embedding
-    Transformer2DModel               GroupNorm; its 1 x 1 convolutions are linear layers on tokens
-    UNet2DConditionModel             conv_norm_out + conv_act
-    BasicTransformerBlock            its LayerNorms and the additions before them
-    GEGLU                            the bias of its linear layer, and the activation
+    ResnetBlock2D            GroupNorm + SiLU, and time embedding + GroupNorm + SiLU, are one operator each; the bias of
+                             the convolution between them comes with the time embedding
+    Transformer2DModel       GroupNorm; its 1 x 1 convolutions are linear layers on tokens
+    UNet2DConditionModel     conv_norm_out + conv_act
+    BasicTransformerBlock    its LayerNorms and the additions before them
+    GEGLU                    the bias of its linear layer, and the activation
 
-The first and the third are also what the decoder of diffusers' AutoencoderKL consists of, there without a time embedding.
+The first and the third are also what the decoder of diffusers' AutoencoderKL consists of, there without a time
+embedding.
 
-A module is patched by giving it a subclass of its own class. Its parameters, submodules, names and attributes stay what and
-where they are, so state dicts, optimisers, LoRA adapters, deepcopy and pickle see no difference, and taking the subclass
-away restores it. What the subclasses do not do is left alone: up- or downsampling within a ResnetBlock2D, a time embedding
-that scales, adaptive norms, activations other than SiLU and GEGLU, norms without weights or wrapped by something else.
-Forward hooks on the GroupNorms, activations and `conv1` within a patched ResnetBlock2D are not called, nor those on the
-convolutions of a patched Transformer2DModel and the linear layer of a patched GEGLU.
+A module is patched by giving it a subclass of its own class. Its parameters, submodules, names and attributes stay what
+and where they are, so state dicts, optimisers, LoRA adapters, deepcopy and pickle see no difference. What the
+subclasses do not do is left alone: up- or downsampling within a ResnetBlock2D, a time embedding that scales, adaptive
+norms, activations other than SiLU and GEGLU, norms without weights or wrapped by something else. Forward hooks on the
+GroupNorms, activations and `conv1` within a patched ResnetBlock2D are not called, nor those on the convolutions of a
+patched Transformer2DModel and the linear layer of a patched GEGLU.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
@@ -33,27 +33,14 @@ from fastgrpo.kernels.group_norm_silu import group_norm_silu
 from fastgrpo.kernels.layer_norm import MAX_WIDTH, layer_norm
 
 
-@dataclass(frozen=True)
-class Patched:
-    """How many modules of each kind use the operators; a ResnetBlock2D counts as one."""
-
-    resnets: int
-    transformers: int
-    transformer_norms: int
-    output_norms: int
-    layer_norms: int
-    transformer_blocks: int
-    geglus: int
-
-
 class FusedResnetBlock2D(ResnetBlock2D):
     def forward(self, input_tensor: Tensor, temb: Tensor | None) -> Tensor:
         hidden = _group_norm(self.norm1, input_tensor, silu=True)
         if self.time_emb_proj is not None:
             temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
         if type(self.conv1) is nn.Conv2d and self.conv1.bias is not None:
-            # Neither cuDNN nor a compiler adds a bias within a convolution. Alone it is a pass over all pixels, and its gradient
-            # another; what is added before the second norm anyway has one row a sample.
+            # Neither cuDNN nor a compiler adds a bias within a convolution. Alone it is a pass over all pixels, and its
+            # gradient another; the time embedding, added before the second norm anyway, has one row a sample.
             hidden = self.conv1._conv_forward(hidden, self.conv1.weight, None)
             bias = self.conv1.bias.to(hidden.dtype)
             temb = bias.expand(len(hidden), -1) if temb is None else temb + bias
@@ -110,15 +97,16 @@ class FusedAway(nn.SiLU):
 
 
 class FusedLayerNorm(nn.LayerNorm):
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, keep: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """With a residual: input + residual, and its norm. With `keep`: the input, to be used from there on, and its norm."""
+    def forward(self, input: Tensor, residual: Tensor | None = None, keep: bool = False) -> Any:
+        """Returns the norm; with a residual, (input + residual, its norm); with `keep`, (input, its norm).
+
+        With `keep` the returned input is the one to go on with.
+        """
         return layer_norm(input, self.weight, self.bias, self.eps, residual, keep)
 
 
 class FusedBasicTransformerBlock(BasicTransformerBlock):
-    """Its second and third norm are each one operator with the addition before it, in the backward pass the first one too."""
+    """Its second and third norm are each one operator with the addition before it; backward, so is the first."""
 
     def forward(
         self,
@@ -150,28 +138,15 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
 class FusedGEGLU(GEGLU):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if type(self.proj) is nn.Linear:
-            # The product comes without the bias, whose gradient is then summed where that of the activation is computed.
+            # The product is without the bias, whose gradient is then summed where the activation's is computed.
             return geglu(F.linear(hidden_states, self.proj.weight), self.proj.bias)
         return geglu(self.proj(hidden_states))
 
 
-_FUSED = (
-    FusedResnetBlock2D,
-    FusedTransformer2DModel,
-    FusedGroupNorm,
-    FusedGroupNormSiLU,
-    FusedAway,
-    FusedLayerNorm,
-    FusedBasicTransformerBlock,
-    FusedGEGLU,
-)
+def patch_unet(unet: UNet2DConditionModel | Decoder) -> None:
+    """Makes a UNet, or a VAE's decoder, use the operators, in place, for training and inference.
 
-
-def patch_unet(unet: UNet2DConditionModel | Decoder) -> Patched:
-    """Make a UNet, or a VAE's decoder, use the operators, in place, for training and inference. A second call changes nothing.
-
-    Outputs and gradients are the same up to rounding.
-    Returns how many modules of each kind now use them.
+    Outputs and gradients are the same up to rounding. A second call changes nothing.
     """
     for module in unet.modules():
         if _is_plain_resnet(module):
@@ -192,37 +167,17 @@ def patch_unet(unet: UNet2DConditionModel | Decoder) -> Patched:
         unet.conv_norm_out.__class__ = FusedGroupNormSiLU
         unet.conv_act.__class__ = FusedAway
 
-    def count(fused: type) -> int:
-        return sum(type(module) is fused for module in unet.modules())
-
-    return Patched(
-        resnets=count(FusedResnetBlock2D),
-        transformers=count(FusedTransformer2DModel),
-        transformer_norms=count(FusedGroupNorm),
-        output_norms=count(FusedGroupNormSiLU),
-        layer_norms=count(FusedLayerNorm),
-        transformer_blocks=count(FusedBasicTransformerBlock),
-        geglus=count(FusedGEGLU),
-    )
-
-
-def unpatch_unet(unet: UNet2DConditionModel | Decoder) -> None:
-    """Undo `patch_unet`, in place. A UNet that was not patched stays as it is."""
-    for module in unet.modules():
-        if type(module) in _FUSED:
-            module.__class__ = type(module).__base__
-
 
 def _group_norm(norm: nn.GroupNorm, x: Tensor, silu: bool, temb: Tensor | None = None) -> Tensor:
     return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, temb)
 
 
 def _linear(layer: nn.Module, tokens: Tensor) -> Tensor:
-    """What a linear layer, or a convolution that is one, makes of tokens [N, T, in] -> [N, T, out]."""
+    """Calls a linear layer, or a convolution that is one, with tokens [N, T, in]; returns [N, T, out]."""
     return F.linear(tokens, layer.weight.flatten(1), layer.bias) if _is_pointwise(layer) else layer(tokens)
 
 
-def _is_pointwise(layer: nn.Module) -> bool:
+def _is_pointwise(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
     if type(layer) is not nn.Conv2d:
         return False
     return layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
@@ -258,7 +213,7 @@ def _is_plain_layer_norm(module: nn.Module | None) -> bool:
 
 
 def _is_plain_block(module: BasicTransformerBlock) -> bool:
-    """Once its norms are patched."""
+    """Whether FusedBasicTransformerBlock can serve it, once its norms are patched."""
     return (
         module.norm_type == "layer_norm"
         and module.pos_embed is None

@@ -1,7 +1,7 @@
 """LoRA adapters on the UNet (Hu et al., arXiv 2106.09685): y = W x + (alpha / rank) B A x, with W frozen.
 
-peft puts them in; they are saved as diffusers' `load_lora_weights` takes them, with alpha / rank multiplied into B: what
-reads no metadata (diffusers before 0.35, ComfyUI) takes alpha for the rank, and would draw with another strength.
+peft puts them in; they are saved as diffusers' `load_lora_weights` takes them, with alpha / rank multiplied into B:
+what reads no metadata (diffusers before 0.35, ComfyUI) takes alpha for the rank, and would draw with another strength.
 """
 
 import json
@@ -27,7 +27,7 @@ _COMPONENT = "unet."
 
 @dataclass(frozen=True)
 class Adapters:
-    """What was trained, and what its strength is.
+    """Trained adapters and their strength.
 
     tensors: A and B of every adapter, float32, by the names of these parameters in the UNet. rank: rows of A.
     alpha: the change of a weight is (alpha / rank) B A. targets: ends of the names of the layers that have adapters.
@@ -40,10 +40,10 @@ class Adapters:
 
 
 def add_lora(unet: UNet2DConditionModel, config: ModelConfig, seed: int, frozen_dtype: torch.dtype) -> None:
-    """Freeze the UNet and give it float32 adapters, A random and B zero, so that nothing changes yet.
+    """Freezes the UNet and gives it float32 adapters, A random and B zero, so that nothing changes yet.
 
     frozen_dtype: what the UNet's own weights are held in from now on.
-    Raises ConfigError as `check_targets`.
+    Raises ConfigError for layers that are not there, as `check_targets`.
     """
     check_targets(unet, config.lora_targets)
     for parameter in unet.requires_grad_(False).parameters():
@@ -63,7 +63,7 @@ def add_lora(unet: UNet2DConditionModel, config: ModelConfig, seed: int, frozen_
 
 
 def check_targets(unet: UNet2DConditionModel, targets: Sequence[str]) -> None:
-    """Raise ConfigError for the first of `targets` that is not the end of the name of layers adapters can be put in.
+    """Raises ConfigError for the first of `targets` that is not the end of the name of layers adapters can be put in.
 
     unet: may be on the meta device.
     """
@@ -77,8 +77,8 @@ def check_targets(unet: UNet2DConditionModel, targets: Sequence[str]) -> None:
         if not ends.get(target):
             fitting = [end for end, fits in ends.items() if fits]
             raise ConfigError(
-                f"model.lora_targets = {target!r}: no such layers{nearest(target, fitting)}; accepted are ends of names "
-                "of the UNet's linear and convolution layers, such as to_q."
+                f"model.lora_targets = {target!r}: no such layers{nearest(target, fitting)}; accepted are ends of "
+                "names of the UNet's linear and convolution layers, such as to_q."
             )
 
 
@@ -96,7 +96,7 @@ def adapters_of(unet: UNet2DConditionModel) -> Adapters:
 
 @torch.no_grad()
 def merged_state_dict(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """The state dict of a plain UNet that does what this one does with its adapters: W + (alpha / rank) B A, float32."""
+    """The state dict, float32, of a plain UNet that does what this one does with adapters: W + (alpha / rank) B A."""
     state = {
         name.replace(".base_layer.", "."): tensor.float()
         for name, tensor in unet.state_dict().items()
@@ -109,10 +109,10 @@ def merged_state_dict(unet: UNet2DConditionModel) -> dict[str, Tensor]:
 
 
 def save_lora(folder: Path, adapters: Adapters, dtype: torch.dtype = torch.float32) -> None:
-    """Write adapters in `dtype` for `pipeline.load_lora_weights(folder)`: the same bytes for the same adapters.
+    """Writes adapters in `dtype` for `pipeline.load_lora_weights(folder)`: the same bytes for the same adapters.
 
     B is multiplied by alpha / rank in float32 and alpha written as the rank, so that the file means the same with its
-    metadata and without. Of that, what every version of peft knows is written and no more.
+    metadata and without. The metadata has only what every version of peft knows.
     """
     scale = adapters.alpha / adapters.rank
     tensors = {
@@ -140,7 +140,7 @@ def parameters_in(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_adapters(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> None:
-    """Put `tensors`, named as `Adapters` has them, into a UNet with adapters of the same shapes.
+    """Puts `tensors`, named as `Adapters` has them, into a UNet with adapters of the same shapes.
 
     Raises KeyError or RuntimeError where it has others.
     """

@@ -2,7 +2,7 @@
 
 Weights do not change during a rollout. So in diffusers' UNet2DConditionModel
 
-    text     `to_k` and `to_v` of every cross-attention say the same of a context at all T steps
+    text     `to_k` and `to_v` of every cross-attention make the same of a context at all T steps
     times    what every resnet makes of a timestep is the same in all rows, of all chunks
     first    where samples start from one latent, their first rows are the same until their prompts differ
 
@@ -10,12 +10,13 @@ The first two are arguments, not a state of the UNet, so any number of threads c
 torch.compile and CUDA graphs see tensors at fixed addresses:
 
     enable_reuse(unet)                                      # once, before it is compiled
-    text = remember_text(unet, contexts)                    # text.update(contexts): the next chunk, in the same memory
-    times = remember_times(unet, schedule.timesteps, latents)
+    text = RememberedText(unet, contexts)                   # text.update(contexts): the next chunk, in the same memory
+    times = RememberedTimes(unet, schedule.timesteps, latents)
     output = unet(latents, times.at(steps), text).sample    # as of unet(latents, schedule.timesteps[steps], contexts)
 
-`text` stands in the place of the contexts, so there are no others it could be stale for; `times` likewise. Both belong to
-the weights they were computed with: `update` them in every rollout. They carry no gradient, so the update goes without.
+`text` stands in the place of the contexts, so there are no others it could be stale for; `times` likewise. Both belong
+to the weights they were computed with: `update` them in every rollout. They carry no gradient, so the update goes
+without.
 
 What it saves for SD 1.x, 64 images in 4 groups, guidance, 50 steps: 128 rows of 64 x 64 latents, and 5,141 TFLOP of the
 UNet. Counted on the meta device, not measured; a launch is an operator of PyTorch's that is not a view.
@@ -26,14 +27,14 @@ UNet. Counted on the meta device, not measured; a launch is an operator of PyTor
     first      98.8     1.92 %      where all share a latent; 96.4 (1.88 %) where each group has one, else nothing
 
 What is remembered takes 492 MB of bfloat16 for the texts of 128 rows, 2 MB for the times.
-A matrix product of other rows may be summed in another order. Texts are computed at the shapes they always have, and times in
-batches of as many rows; the first step's rows are fewer. `choose_reuse` tries what leaves the bits alone.
+A matrix product of other rows may be summed in another order. Texts are computed at the shapes they always have, and
+times in batches of as many rows; the first step's rows are fewer. `choose_reuse` tries what leaves the bits alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -42,7 +43,7 @@ from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from torch import Tensor, nn
 
 Forward = Callable[..., Tensor]
-"""(latents [R, C, H, W], timesteps [R] int64 or `TimesOfRows`, contexts [R, L, D] or `RememberedText`) -> [R, C, H, W]."""
+"""(latents [R, C, H, W], timesteps [R] int64 or TimesOfRows, contexts [R, L, D] or RememberedText) -> [R, C, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ class Reuse:
 class _TextProjection(nn.Module):
     """Comes before the class of a cross-attention's `to_k` or `to_v`. slot: its place among them."""
 
-    def forward(self, context, *args, **kwargs):
+    slot: int
+
+    def forward(self, context: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(context, RememberedText):
             return context.results[self.slot]
         return super().forward(context, *args, **kwargs)
@@ -70,10 +73,13 @@ class _TextProjection(nn.Module):
 class _TimeProjection(nn.Module):
     """Comes before the class of a resnet's `time_emb_proj`. slot: its place among them.
 
-    activation: the resnet's own, which is left to this module since it could not be called with what is remembered; or None.
+    activation: the resnet's own, or None. It is left to this module, since it cannot be called with what is remembered.
     """
 
-    def forward(self, embedding, *args, **kwargs):
+    slot: int
+    activation: nn.Module | None
+
+    def forward(self, embedding: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(embedding, TimesOfRows):
             return embedding.tables[self.slot][embedding.steps]
         embedding = embedding if self.activation is None else self.activation(embedding)
@@ -83,34 +89,38 @@ class _TimeProjection(nn.Module):
 class _TimeEmbedding(nn.Module):
     """Comes before the class of `time_embedding`."""
 
-    def forward(self, sample, condition=None):
+    def forward(self, sample: Any, condition: Any = None) -> Any:
         return sample if isinstance(sample, TimesOfRows) else super().forward(sample, condition)
 
 
 class _ReusingUNet(nn.Module):
     """Comes before the class of the UNet itself."""
 
-    def get_time_embed(self, sample, timestep):
-        return timestep if isinstance(timestep, TimesOfRows) else super().get_time_embed(sample, timestep)
+    def get_time_embed(self, sample: Tensor, timestep: Any) -> Any:
+        if isinstance(timestep, TimesOfRows):
+            return timestep
+        return super().get_time_embed(sample, timestep)  # type: ignore[misc]  # the UNet's
 
 
 @cache
-def _mixed(mixin: type, kind: type) -> type:
+def _mixed(mixin: type[Any], kind: type[Any]) -> type[Any]:
     return type(f"{mixin.__name__.lstrip('_')}{kind.__name__}", (mixin, kind), {})
 
 
-def _mix(mixin: type, module: nn.Module) -> None:
+def _mix(mixin: Any, module: Any) -> None:
+    """Puts `mixin` before the module's own class."""
     if not isinstance(module, mixin):
-        module.__class__ = _mixed(mixin, type(module))
+        module.__class__ = _mixed(mixin, module.__class__)
 
 
 def enable_reuse(unet: UNet2DConditionModel) -> None:
-    """Let a UNet take `RememberedText` for contexts and `TimesOfRows` for timesteps, in place; a second call changes nothing.
+    """Lets a UNet take `RememberedText` for contexts and `TimesOfRows` for timesteps, in place, once and for all.
 
-    Names, parameters and what the UNet says of plain tensors stay as they are. It may have LoRA adapters, be patched by
-    `patch_unet` before or after, and use any attention processor that asks a cross-attention's contexts for nothing but
-    their shape and gives them to `to_k` and `to_v` as they are.
-    Raises ValueError for a UNet with other conditions than text and time, or whose cross-attention normalises its contexts.
+    Names, parameters and what the UNet computes from plain tensors stay as they are. It may have LoRA adapters, be
+    patched by `patch_unet` before or after, and use any attention processor that asks a cross-attention's contexts for
+    nothing but their shape and gives them to `to_k` and `to_v` as they are.
+    Raises ValueError for a UNet with other conditions than text and time, or whose cross-attention normalises its
+    contexts.
     """
     refused = [
         name
@@ -142,7 +152,7 @@ def _cross_attentions(unet: nn.Module) -> list[tuple[str, Attention]]:
     return [(name, m) for name, m in unet.named_modules() if isinstance(m, Attention) and m.is_cross_attention]
 
 
-def _text_projections(unet: nn.Module) -> list[nn.Module]:
+def _text_projections(unet: nn.Module) -> list[Any]:
     return [projection for _, module in _cross_attentions(unet) for projection in (module.to_k, module.to_v)]
 
 
@@ -156,20 +166,22 @@ def _check_enabled(unet: nn.Module) -> None:
 
 
 class RememberedText:
-    """Keys and values of a chunk's contexts, given to the UNet in their place. Made by `remember_text`.
+    """Keys and values of a chunk's contexts, given to the UNet in their place.
 
     shape: [R, L, D], the contexts'. results: of every `to_k` and `to_v`, [R, L, width], at addresses that never change.
     """
 
-    def __init__(self, projections: Sequence[nn.Module], contexts: Tensor):
+    def __init__(self, unet: UNet2DConditionModel, contexts: Tensor):
+        """contexts: [R, L, D], in the dtype that the UNet computes in. Raises ValueError without `enable_reuse`."""
+        _check_enabled(unet)
         self.shape, self._like = contexts.shape, (contexts.shape, contexts.dtype, contexts.device)
-        self._projections = tuple(projections)
+        self._projections = _text_projections(unet)
         with torch.no_grad():
             self.results = tuple(projection(contexts) for projection in self._projections)
 
     @torch.no_grad()
     def update(self, contexts: Tensor) -> None:
-        """Compute them anew, for other contexts or after the weights changed, into the same memory.
+        """Computes them anew, for other contexts or after the weights changed, into the same memory.
 
         Raises ValueError for contexts of another shape, dtype or device than the first.
         """
@@ -179,15 +191,6 @@ class RememberedText:
             raise ValueError(f"the contexts are {given}; accepted is {wanted}, for which there is memory")
         for projection, result in zip(self._projections, self.results, strict=True):
             result.copy_(projection(contexts))
-
-
-def remember_text(unet: UNet2DConditionModel, contexts: Tensor) -> RememberedText:
-    """What the UNet's cross-attentions make of a chunk's contexts [R, L, D], in the dtype it computes in.
-
-    Raises ValueError for a UNet without `enable_reuse`.
-    """
-    _check_enabled(unet)
-    return RememberedText(_text_projections(unet), contexts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,23 +209,28 @@ class TimesOfRows:
 
 
 class RememberedTimes:
-    """What every resnet adds at each of T timesteps, in tables at addresses that never change. Made by `remember_times`.
+    """What every resnet adds at each of T timesteps.
 
-    tables: [T, width] for every resnet.
+    tables: [T, width] for every resnet, at addresses that never change.
     """
 
     def __init__(self, unet: UNet2DConditionModel, timesteps: Tensor, latents: Tensor):
+        """timesteps: a rollout's, [T] int64. latents: [R, ...]; only their number, dtype and device matter.
+
+        Raises ValueError for a UNet without `enable_reuse`.
+        """
+        _check_enabled(unet)
         self._unet, self._timesteps = unet, timesteps
         # As many rows as the UNet has: in a product of the same shape a row is likeliest to get the same bits.
         self._rows, self._dtype = latents.shape[0], latents.dtype
         self.tables = tuple(self._compute())
 
     def at(self, steps: Tensor) -> TimesOfRows:
-        """For rows at the steps [R] int64, counted from 0: what to give the UNet for `timesteps[steps]`."""
+        """Returns what to give the UNet for `timesteps[steps]`. steps: [R] int64, counted from 0."""
         return TimesOfRows(self.tables, steps)
 
     def update(self) -> None:
-        """Compute them anew, after the weights changed, into the same memory."""
+        """Computes them anew, after the weights changed, into the same memory."""
         for table, computed in zip(self.tables, self._compute(), strict=True):
             table.copy_(computed)
 
@@ -239,30 +247,20 @@ class RememberedTimes:
         return [torch.cat(part)[:count] for part in zip(*parts, strict=True)]
 
 
-def remember_times(unet: UNet2DConditionModel, timesteps: Tensor, latents: Tensor) -> RememberedTimes:
-    """What the UNet's resnets make of a rollout's timesteps [T] int64.
-
-    latents: [R, C, H, W] as the UNet will be given them; only their number, dtype and device matter.
-    Raises ValueError for a UNet without `enable_reuse`.
-    """
-    _check_enabled(unet)
-    return RememberedTimes(unet, timesteps, latents)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The first step
 
 
 @dataclass(frozen=True)
 class DistinctRows:
-    """Which of R rows differ. chosen: [K] int64, one row of each kind. index: [R] int64, each row's place in `chosen`."""
+    """Which of R rows differ. chosen: [K] int64, a row of each kind. index: [R] int64, each row's place in `chosen`."""
 
     chosen: Tensor
     index: Tensor
 
     @property
     def saved(self) -> int:
-        """Rows that need not be computed."""
+        """How many rows need not be computed."""
         return len(self.index) - len(self.chosen)
 
     def select(self, rows: Tensor) -> Tensor:
@@ -281,14 +279,15 @@ def distinct_rows(
     guidance: float,
     device: torch.device | str = "cpu",
 ) -> DistinctRows:
-    """The rows of a rollout's first step: without, then with their prompts; at guidance 1 only the latter.
+    """Finds the distinct rows of a rollout's first step: without, then with prompts; at guidance 1 only the latter.
 
-    initial_noise: as in RolloutConfig. samples: those of the chunk, counted over all this process draws, `group_size` a prompt.
+    initial_noise: as in RolloutConfig.
+    samples: those of the chunk, counted over all that this process draws, `group_size` a prompt.
     """
     latent = {"shared": lambda i: 0, "per_prompt": lambda i: i // group_size, "independent": lambda i: i}[initial_noise]
-    rows = [] if guidance == 1.0 else [(latent(sample), None) for sample in samples]
+    rows: list[tuple[int, int | None]] = [] if guidance == 1.0 else [(latent(sample), None) for sample in samples]
     rows += [(latent(sample), sample // group_size) for sample in samples]
-    kinds: dict[tuple, int] = {}
+    kinds: dict[tuple[int, int | None], int] = {}
     index = [kinds.setdefault(row, len(kinds)) for row in rows]
     chosen = [index.index(kind) for kind in range(len(kinds))]
     # Not built on the device: that waits for what the rollout's chunk before has yet to compute.
@@ -296,9 +295,9 @@ def distinct_rows(
 
 
 def forward_distinct(
-    forward: Forward, rows: DistinctRows, latents: Tensor, timesteps: Tensor, contexts: Tensor
+    forward: Forward, rows: DistinctRows, latents: Tensor, timesteps: Tensor | TimesOfRows, contexts: Tensor
 ) -> Tensor:
-    """[R, C, H, W], of which only the distinct rows are computed. All arguments have R rows; timesteps may be `TimesOfRows`."""
+    """Returns [R, C, H, W], of which only the distinct rows are computed. All arguments have R rows."""
     if isinstance(timesteps, TimesOfRows):
         timesteps = TimesOfRows(timesteps.tables, rows.select(timesteps.steps))
     else:
@@ -311,12 +310,11 @@ def forward_distinct(
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two outputs are the same to the last bit and in the same memory format, so that nothing after them differs."""
+    """Whether two outputs are the same to the last bit and in memory format, so that nothing after them differs."""
     return one.stride() == other.stride() and torch.equal(one, other)
 
 
 def choose_reuse(
-    setting: Literal["auto", "on", "off"],
     forward: Forward,
     unet: UNet2DConditionModel,
     timesteps: Tensor,
@@ -325,40 +323,32 @@ def choose_reuse(
     rows: DistinctRows,
     remember: bool = True,
 ) -> Reuse:
-    """What a rollout is to compute once: what saves something (`on`), and leaves the output's bits alone (`auto`).
+    """Finds what a rollout can compute once without changing a bit of its output.
 
-    `auto` runs `forward`, as the rollout will run it, at the first, the middle and the last step, plain and with one thing
-    more remembered each time; what changes a bit is left out. Which bits come out is a matter of kernels and shapes, so
-    they hold for other weights of the same UNet; only adapters whose B is still zero hide what their A does.
-    timesteps: [T] int64. latents: [R, C, H, W], contexts: [R, L, D]: any of the rollout's shapes. rows: of its first step.
-    remember: whether `auto` tries texts and times at all.
+    It runs `forward`, as the rollout will, at the first, the middle and the last step, plain and with one thing more
+    remembered each time; what changes a bit is left out. Which bits come out is a matter of kernels and shapes, so the
+    choice holds for other weights of the same UNet; only adapters whose B is still zero hide what their A does.
+    timesteps: [T] int64. latents: [R, C, H, W], contexts: [R, L, D]: any of the rollout's shapes.
+    rows: of its first step. remember: whether texts and times are tried at all.
     Raises ValueError for a UNet without `enable_reuse`.
     """
-    if setting == "off":
-        return Reuse()
-    if setting == "on":
-        return Reuse(text=True, times=True, first=rows.saved > 0)
     if not remember:
         return Reuse(first=_first_is_the_same(forward, timesteps[:1], latents, contexts, rows))
-    text, times = remember_text(unet, contexts), remember_times(unet, timesteps, latents)
+    text, times = RememberedText(unet, contexts), RememberedTimes(unet, timesteps, latents)
     steps = sorted({0, len(timesteps) // 2, len(timesteps) - 1})
     at = [torch.full((len(latents),), step, device=timesteps.device) for step in steps]
     # Copies: a forward pass may write its output to where the last one's is, or hold on to what a backward pass needs.
     plain = [forward(latents, timesteps[step], contexts).detach().clone() for step in at]
 
     def unchanged(use_text: bool, use_times: bool) -> bool:
-        return all(
-            same_bits(
-                forward(latents, times.at(step) if use_times else timesteps[step], text if use_text else contexts),
-                output,
-            )
-            for step, output in zip(at, plain, strict=True)
-        )
+        given = [times.at(step) if use_times else timesteps[step] for step in at]
+        outputs = (forward(latents, when, text if use_text else contexts) for when in given)
+        return all(map(same_bits, outputs, plain))
 
     use_text = unchanged(True, False)
     use_times = unchanged(use_text, True)
-    given = times.at(at[0]) if use_times else None
-    return Reuse(use_text, use_times, _first_is_the_same(forward, timesteps[:1], latents, contexts, rows, given))
+    remembered = times.at(at[0]) if use_times else None
+    return Reuse(use_text, use_times, _first_is_the_same(forward, timesteps[:1], latents, contexts, rows, remembered))
 
 
 def _first_is_the_same(
@@ -369,7 +359,7 @@ def _first_is_the_same(
     rows: DistinctRows,
     times: TimesOfRows | None = None,
 ) -> bool:
-    """Whether computing the distinct rows alone saves something and leaves the bits alone. times: where they are remembered."""
+    """Whether computing the distinct rows alone saves something and leaves the bits alone. times: if remembered."""
     if not rows.saved:
         return False
     latents, contexts = (rows.expand(rows.select(tensor)) for tensor in (latents, contexts))

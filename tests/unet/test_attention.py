@@ -224,7 +224,7 @@ def test_shapes_are_the_same_with_adapters_and_patches_and_need_no_weights() -> 
     unet = make_unet("sd1", lora=True)
     assert attention_shapes(unet, 2, (4, 8, 8), 7) == plain
     unet.to(torch.bfloat16)
-    assert patch_unet(unet).resnets
+    patch_unet(unet)
     for parameter in unet.parameters():
         parameter.data.fill_(float("nan"))
     processors = dict(unet.attn_processors)

@@ -2,6 +2,7 @@ import pickle
 from collections import Counter
 from copy import deepcopy
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import fastgrpo.shapes
 from fastgrpo.kernels import geglu, group_norm_silu, layer_norm
 from fastgrpo.settings.schema import ModelConfig
 from fastgrpo.unet import fused
-from fastgrpo.unet.fused import Patched, patch_unet, unpatch_unet
+from fastgrpo.unet.fused import patch_unet
 from fastgrpo.unet.lora import add_lora
 from support.sd_pipelines import build_pipeline, build_unet
 
@@ -77,9 +78,32 @@ def assert_near(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict
     assert wrong == {}
 
 
+class Patched(NamedTuple):
+    """How many modules of each kind use the operators; a ResnetBlock2D counts as one."""
+
+    resnets: int
+    transformers: int
+    transformer_norms: int
+    output_norms: int
+    layer_norms: int
+    transformer_blocks: int
+    geglus: int
+
+
+def patched(model: nn.Module) -> Patched:
+    """Patches a UNet or a decoder, and counts what is patched."""
+    patch_unet(model)
+    kinds = Counter(type(module) for module in model.modules())
+    return Patched(
+        kinds[fused.FusedResnetBlock2D], kinds[fused.FusedTransformer2DModel], kinds[fused.FusedGroupNorm],
+        kinds[fused.FusedGroupNormSiLU], kinds[fused.FusedLayerNorm], kinds[fused.FusedBasicTransformerBlock],
+        kinds[fused.FusedGEGLU],
+    )  # fmt: skip
+
+
 def counts(config: dict) -> Patched:
     """From a UNet's config alone: a resnet a layer of each down block, one more of each up block, two in the middle; a
-    transformer after each of them in a block with attention and one in the middle, with three LayerNorms and a GEGLU."""
+    transformer after each in a block with attention, one in the middle, three LayerNorms and a GEGLU in each."""
     layers = config["layers_per_block"]
     resnets = len(config["down_block_types"]) * layers + 2 + len(config["up_block_types"]) * (layers + 1)
     transformers = 1 + layers * sum("CrossAttn" in name for name in config["down_block_types"])
@@ -94,8 +118,9 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(fused, kernel.__name__.rpartition(".")[2], kernel.reference)
 
 
-# float64's 1e-16 after some 200 layers of sums over a few hundred terms, in another order, and norms over two values that may
-# be nearly the same, which magnify it ten thousand times. A bias that is left out or added twice is off by 1e-2.
+# float64's 1e-16 after some 200 layers of sums over a few hundred terms, in another order, and norms over two values
+# that may be nearly the same, which magnify it ten thousand times. A bias that is left out or added twice is off by
+# 1e-2.
 EXACTLY = 1e-9
 
 
@@ -104,12 +129,10 @@ EXACTLY = 1e-9
 def test_outputs_and_gradients_stay_the_same(name: str) -> None:
     unet = make_unet(name).double()
     before = run(unet)
-    assert patch_unet(unet) == counts(unet.config)
-    patched = run(unet)
-    assert not torch.equal(patched[0], before[0])  # it computes otherwise
-    assert_near(patched, before, EXACTLY)
-    unpatch_unet(unet)
-    assert_same(run(unet), before)
+    assert patched(unet) == counts(unet.config)
+    after = run(unet)
+    assert not torch.equal(after[0], before[0])  # it computes otherwise
+    assert_near(after, before, EXACTLY)
 
 
 @pytest.mark.parametrize("folder", ["sd1", "sd2"])
@@ -121,18 +144,18 @@ def test_counts_of_the_real_models(folder: str) -> None:
         resnets=22, transformers=16, transformer_norms=16, output_norms=1, layer_norms=48, transformer_blocks=16,
         geglus=16,
     )  # fmt: skip
-    assert patch_unet(unet) == wanted == counts(config)
+    assert patched(unet) == wanted == counts(config)
     left = Counter(type(module) for module in unet.modules())
     assert left[nn.LayerNorm] == 0
     assert left[nn.GroupNorm] == 2 * 22  # within the resnets, which read their weights
 
 
 def test_a_vaes_decoder_is_patched_too() -> None:
-    """Its blocks have no time embedding. In channels_last every block's output stays so, on through attention and upsampling."""
+    """Its blocks have no time embedding. Every block's output stays channels_last, through attention and upsampling."""
     with torch.device("meta"):
         real = AutoencoderKL.from_config(AutoencoderKL.load_config(REAL / "sd1" / "vae")).decoder
-    patched = patch_unet(real)
-    assert (patched.resnets, patched.output_norms) == (2 + 4 * 3, 1)
+    found = patched(real)
+    assert (found.resnets, found.output_norms) == (2 + 4 * 3, 1)
     left = [name for name, module in real.named_modules() if type(module) is nn.GroupNorm and ".resnets." not in name]
     assert left == ["mid_block.attentions.0.group_norm"]
 
@@ -140,15 +163,13 @@ def test_a_vaes_decoder_is_patched_too() -> None:
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = vae.decode(latents).sample
-        assert patch_unet(vae.decoder).resnets == 14
+        assert patched(vae.decoder).resnets == 14
         vae.to(memory_format=torch.channels_last)
         outputs = []
         for module in vae.decoder.modules():
             if isinstance(module, ResnetBlock2D | Attention | Upsample2D):
                 module.register_forward_hook(lambda module, given, output: outputs.append(output))
         after = vae.decode(latents).sample
-        unpatch_unet(vae.decoder)
-        assert type(vae.decoder.up_blocks[0].resnets[0]) is ResnetBlock2D
     assert len(outputs) == 14 + 1 + 3
     assert all(output.is_contiguous(memory_format=torch.channels_last) for output in outputs)
     assert (after - before).norm() < 1e-5 * before.norm()
@@ -161,20 +182,16 @@ def test_keys_parameters_and_attributes_are_what_they_were(name: str) -> None:
     modules = {name: (module, type(module), dict(vars(module))) for name, module in unet.named_modules()}
     keys = list(unet.state_dict())
     for _ in range(2):  # a second time changes nothing
-        assert patch_unet(unet) == counts(unet.config)
+        assert patched(unet) == counts(unet.config)
         assert list(unet.state_dict()) == keys
         now = dict(unet.named_parameters())
         assert list(now) == list(parameters)
         assert all(now[key] is parameters[key] for key in parameters)
         assert dict(unet.named_modules()) == {key: module for key, (module, _, _) in modules.items()}
         assert all(isinstance(module, kind) for module, kind, _ in modules.values())
-    unpatch_unet(unet)
-    for module, kind, attributes in modules.values():
-        assert type(module) is kind
+    for module, _, attributes in modules.values():
         assert vars(module).keys() == attributes.keys()
         assert all(vars(module)[key] is value for key, value in attributes.items())
-    unpatch_unet(unet)
-    assert all(type(module) is kind for module, kind, _ in modules.values())
 
 
 @pytest.mark.parametrize("name", UNETS)
@@ -201,15 +218,15 @@ def test_every_patched_module_calls_the_operators(name: str, monkeypatch: pytest
     with torch.no_grad():
         unet(*inputs(unet))
         assert not seen
-        patched = patch_unet(unet)
+        found = patched(unet)
         unet(*inputs(unet))
     assert seen == {
-        ("group_norm_silu", True, False): patched.resnets + patched.output_norms,
-        ("group_norm_silu", True, True): patched.resnets,
-        ("group_norm_silu", False, False): patched.transformer_norms,
-        ("layer_norm", False): patched.transformer_blocks,
-        ("layer_norm", True): 2 * patched.transformer_blocks,
-        ("geglu", True): patched.geglus,
+        ("group_norm_silu", True, False): found.resnets + found.output_norms,
+        ("group_norm_silu", True, True): found.resnets,
+        ("group_norm_silu", False, False): found.transformer_norms,
+        ("layer_norm", False): found.transformer_blocks,
+        ("layer_norm", True): 2 * found.transformer_blocks,
+        ("geglu", True): found.geglus,
     }
 
 
@@ -328,7 +345,7 @@ def test_adapters_in_every_kind_of_patched_module(first: str) -> None:
     keys = list(plain.state_dict())
     if first == "adapters":
         patch_unet(unet)
-    assert patch_unet(unet) == counts(unet.config)
+    assert patched(unet) == counts(unet.config)
     assert list(unet.state_dict()) == keys
     assert_near(run(unet), run(plain), EXACTLY)
 
@@ -337,12 +354,12 @@ def test_adapters_in_every_kind_of_patched_module(first: str) -> None:
 def test_what_the_subclasses_do_not_do_is_left_alone() -> None:
     scaled = make_unet("sd1", resnet_time_scale_shift="scale_shift").double()
     before = run(scaled)
-    assert patch_unet(scaled) == Patched(0, 16, 16, 1, 48, 16, 16)
+    assert patched(scaled) == Patched(0, 16, 16, 1, 48, 16, 16)
     assert_near(run(scaled), before, EXACTLY)
 
     other = make_unet("sd1", act_fn="gelu").double()
     before = run(other)
-    assert patch_unet(other) == Patched(0, 16, 16, 0, 48, 16, 16)
+    assert patched(other) == Patched(0, 16, 16, 0, 48, 16, 16)
     assert_near(run(other), before, EXACTLY)
 
     sampling = make_unet(
@@ -353,7 +370,7 @@ def test_what_the_subclasses_do_not_do_is_left_alone() -> None:
     inside = [block for block in sampling.modules() if isinstance(block, ResnetBlock2D) and (block.up or block.down)]
     before = run(sampling)
     assert len(inside) == 2
-    assert patch_unet(sampling).resnets == 22  # as many as ever; these two came in place of plain resampling
+    assert patched(sampling).resnets == 22  # as many as ever; these two came in place of plain resampling
     assert {type(block) for block in inside} == {ResnetBlock2D}
     assert_near(run(sampling), before, EXACTLY)
 
@@ -367,7 +384,7 @@ def test_what_the_subclasses_do_not_do_is_left_alone() -> None:
     frozen.mid_block.attentions[0].proj_in = nn.Conv2d(64, 64, 3, padding=1)
     frozen.double()
     before = run(frozen)
-    assert patch_unet(frozen) == Patched(21, 16, 16, 1, 46, 15, 16)
+    assert patched(frozen) == Patched(21, 16, 16, 1, 46, 15, 16)
     assert_near(run(frozen), before, EXACTLY)
 
 
@@ -377,7 +394,7 @@ def test_dropout_scale_and_unactivated_time_embeddings() -> None:
         "sd1", dropout=0.3, resnet_out_scale_factor=1.5, mid_block_scale_factor=1.2, resnet_skip_time_act=True
     ).double()
     before = run(unet)
-    assert patch_unet(unet) == counts(unet.config)
+    assert patched(unet) == counts(unet.config)
     assert_near(run(unet), before, EXACTLY)
 
 
@@ -408,16 +425,15 @@ def test_gradient_checkpointing() -> None:
 
 def test_copies_are_patched_and_independent() -> None:
     unet = make_unet("sd2")
-    plain = run(unet)
     patch_unet(unet)
     before = run(unet)
     for copy in (deepcopy(unet), pickle.loads(pickle.dumps(unet))):
         assert_same(run(copy), before)
-        assert patch_unet(copy) == counts(unet.config)
-        unpatch_unet(copy)
-        assert_same(run(copy), plain)
-        assert patch_unet(unet) == counts(unet.config)
-        assert type(unet.mid_block.resnets[0]) is not type(copy.mid_block.resnets[0])
+        assert patched(copy) == counts(unet.config)
+        with torch.no_grad():
+            for parameter in copy.parameters():
+                parameter.zero_()
+        assert_same(run(unet), before)
 
 
 def test_saved_and_loaded_it_is_a_plain_unet(tmp_path: Path) -> None:
@@ -429,7 +445,7 @@ def test_saved_and_loaded_it_is_a_plain_unet(tmp_path: Path) -> None:
     assert list(state) == list(unet.state_dict())
     assert all(torch.equal(state[name], tensor) for name, tensor in unet.state_dict().items())
     assert [type(module) for module in loaded.modules()] == [type(module) for module in build_unet("sd1").modules()]
-    assert patch_unet(loaded) == counts(unet.config)
+    assert patched(loaded) == counts(unet.config)
 
 
 def test_channels_last() -> None:
@@ -455,8 +471,8 @@ def test_autocast_with_float32_weights(dtype: torch.dtype) -> None:
         with torch.autocast("cpu", dtype):
             plain = unet(*inputs(unet)).sample
             patch_unet(unet)
-            patched = unet(*inputs(unet)).sample
-    assert 0 < (patched - exact).norm() < 1.5 * (plain - exact).norm()
+            after = unet(*inputs(unet)).sample
+    assert 0 < (after - exact).norm() < 1.5 * (plain - exact).norm()
     with torch.autocast("cpu", dtype):
         loss = unet(*inputs(unet)).sample.float().square().mean()
     loss.backward()
@@ -479,7 +495,7 @@ def test_a_graph_without_breaks() -> None:
         output.square().sum().backward()
         return [output.detach(), *(parameter.grad.clone() for parameter in block.parameters())]
 
-    assert patch_unet(unet).resnets > 0
+    assert patched(unet).resnets > 0
     before = run_block(block)
     compiled = run_block(torch.compile(block, fullgraph=True, backend="aot_eager"))
     assert all(map(torch.equal, compiled, before))

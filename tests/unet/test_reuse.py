@@ -21,14 +21,13 @@ from fastgrpo.unet.lora import add_lora
 from fastgrpo.unet.reuse import (
     DistinctRows,
     RememberedText,
+    RememberedTimes,
     Reuse,
     TimesOfRows,
     choose_reuse,
     distinct_rows,
     enable_reuse,
     forward_distinct,
-    remember_text,
-    remember_times,
     same_bits,
 )
 from support.sd_pipelines import build_unet
@@ -109,8 +108,9 @@ def distance(one: Tensor, other: Tensor) -> float:
     return ((one - other).norm() / other.norm()).item()
 
 
-# Sums of a few hundred terms in some 50 layers, in another order: 1e-12 with float64's 1e-16, 1e-3 with float32's 6e-8, if
-# nothing cancels, and a hundredth of that since roundings do. What reads a wrong row, step or context is off by 1e-2.
+# Sums of a few hundred terms in some 50 layers, in another order: 1e-12 with float64's 1e-16, 1e-3 with float32's 6e-8,
+# if nothing cancels, and a hundredth of that since roundings do. What reads a wrong row, step or context is off by
+# 1e-2.
 SUMMED_OTHERWISE = {torch.float64: 1e-12, torch.float32: 1e-4}
 
 
@@ -128,7 +128,7 @@ def test_remembered_text_leaves_every_bit(kind: str, grad: bool) -> None:
     latents, contexts = inputs(unet)
     plain = call(unet)(latents, TIMESTEPS[STEPS], contexts)
     enable_reuse(unet)
-    text = remember_text(unet, contexts)
+    text = RememberedText(unet, contexts)
     spoil(unet, "attn2.to_k", "attn2.to_v")
     with torch.set_grad_enabled(grad):
         assert same_bits(call(unet)(latents, TIMESTEPS[STEPS], text), plain)
@@ -142,7 +142,7 @@ def test_remembered_times_are_those_of_the_rows(kind: str) -> None:
     plain = call(unet)(latents, TIMESTEPS[STEPS], contexts)
     enable_reuse(unet)
     for rows in (ROWS, 2, 1):  # computed in one batch, in three with one row too many, in five
-        times = remember_times(unet, TIMESTEPS, latents[:rows])
+        times = RememberedTimes(unet, TIMESTEPS, latents[:rows])
         assert {len(table) for table in times.tables} == {len(TIMESTEPS)}
         remembered = call(unet)(latents, times.at(STEPS), contexts)
         assert distance(remembered, plain) < SUMMED_OTHERWISE[unet.dtype]
@@ -159,7 +159,7 @@ def test_text_and_times_together_in_half_precision() -> None:
     reference = call(exact)(latents.double(), TIMESTEPS[STEPS], contexts.double())
     plain = call(unet)(latents, TIMESTEPS[STEPS], contexts)
     enable_reuse(unet)
-    text, times = remember_text(unet, contexts), remember_times(unet, TIMESTEPS, latents)
+    text, times = RememberedText(unet, contexts), RememberedTimes(unet, TIMESTEPS, latents)
     assert {tensor.dtype for tensor in (*text.results, *times.tables)} == {torch.bfloat16}
     remembered = call(unet)(latents, times.at(STEPS), text)
     assert distance(remembered.double(), reference) < 1.5 * distance(plain.double(), reference)
@@ -171,7 +171,7 @@ def test_updates_fill_the_same_memory() -> None:
     unet = make_unet().double()
     enable_reuse(unet)
     latents, contexts = inputs(unet)
-    text, times = remember_text(unet, contexts), remember_times(unet, TIMESTEPS, latents)
+    text, times = RememberedText(unet, contexts), RememberedTimes(unet, TIMESTEPS, latents)
     given = times.at(STEPS)
     addresses = [tensor.data_ptr() for tensor in (*text.results, *given.tables)]
     first = call(unet)(latents, given, text)
@@ -196,7 +196,7 @@ def test_text_does_not_follow_contexts_that_are_changed() -> None:
     unet = make_unet()
     enable_reuse(unet)
     latents, contexts = inputs(unet)
-    text = remember_text(unet, contexts)
+    text = RememberedText(unet, contexts)
     before = call(unet)(latents, TIMESTEPS[STEPS], text)
     contexts.zero_()
     assert torch.equal(call(unet)(latents, TIMESTEPS[STEPS], text), before)
@@ -205,12 +205,12 @@ def test_text_does_not_follow_contexts_that_are_changed() -> None:
 def test_texts_of_another_kind_are_refused() -> None:
     unet = make_unet()
     with pytest.raises(ValueError, match="enable_reuse"):
-        remember_text(unet, inputs(unet)[1])
+        RememberedText(unet, inputs(unet)[1])
     with pytest.raises(ValueError, match="enable_reuse"):
-        remember_times(unet, TIMESTEPS, inputs(unet)[0])
+        RememberedTimes(unet, TIMESTEPS, inputs(unet)[0])
     enable_reuse(unet)
     contexts = inputs(unet)[1]
-    text = remember_text(unet, contexts)
+    text = RememberedText(unet, contexts)
     before = [result.clone() for result in text.results]
     for wrong in (contexts[:-1], contexts[:, :-1], contexts.double(), contexts.to("meta")):
         with pytest.raises(ValueError, match=re.escape("accepted is [6, 5, 32] torch.float32 on cpu")):
@@ -223,11 +223,11 @@ def test_threads_share_a_unet_each_with_its_own_chunk() -> None:
     unet = make_unet("patched")
     enable_reuse(unet)
     chunks = [inputs(unet, seed) for seed in range(4)]
-    times = remember_times(unet, TIMESTEPS, chunks[0][0])
+    times = RememberedTimes(unet, TIMESTEPS, chunks[0][0])
 
     def roll(index: int) -> Tensor:
         latents, contexts = chunks[index]
-        text = remember_text(unet, contexts)
+        text = RememberedText(unet, contexts)
         outputs = []
         for step in range(len(TIMESTEPS)):
             # One of them does without, at the same time.
@@ -246,7 +246,7 @@ def test_no_gradient_flows_through_what_is_remembered() -> None:
     enable_reuse(unet)
     latents, contexts = inputs(unet)
     contexts.requires_grad_()
-    text, times = remember_text(unet, contexts), remember_times(unet, TIMESTEPS, latents)
+    text, times = RememberedText(unet, contexts), RememberedTimes(unet, TIMESTEPS, latents)
     assert not any(tensor.requires_grad for tensor in (*text.results, *times.tables))
     call(unet)(latents, times.at(STEPS), text).sum().backward()
     without = {name for name, parameter in unet.named_parameters() if parameter.grad is None}
@@ -274,13 +274,13 @@ def test_what_is_not_remembered_stays_as_it_was(kind: str) -> None:
     assert list(unet.state_dict()) == names
     assert all(parameters[name] is parameter for name, parameter in unet.named_parameters())
     assert all(map(torch.equal, run(unet), before))
-    patched = patch_unet(unet)
-    assert patched == patch_unet(untouched)  # as many of each kind
+    for model in (unet, untouched):
+        patch_unet(model)
     assert all(map(torch.equal, run(unet), run(untouched)))
     copied = copy.deepcopy(unet)
     spoil(unet, "conv_in")
     assert all(map(torch.equal, run(copied), run(untouched)))
-    text = remember_text(copied, contexts)
+    text = RememberedText(copied, contexts)
     assert torch.equal(call(copied)(latents, TIMESTEPS[STEPS], text), run(untouched)[0])
 
 
@@ -339,7 +339,7 @@ def test_the_first_step_from_its_distinct_rows(kind: str, remembered: bool) -> N
         return call(unet)(*args)
 
     first = torch.zeros(12, dtype=torch.int64)
-    given = remember_times(unet, TIMESTEPS, latents).at(first) if remembered else TIMESTEPS[first]
+    given = RememberedTimes(unet, TIMESTEPS, latents).at(first) if remembered else TIMESTEPS[first]
     output = forward_distinct(forward, rows, latents, given, contexts)
     assert computed == [len(rows.chosen)]
     whole = call(unet)(latents, TIMESTEPS[first], contexts)
@@ -364,8 +364,10 @@ NOTHING_SHARED = distinct_rows("independent", 3, range(3), 5.0)
 @pytest.mark.parametrize("rows", [SHARED, NOTHING_SHARED])
 @torch.no_grad()
 def test_auto_keeps_what_leaves_the_bits_alone(text: bool, times: bool, rows: DistinctRows) -> None:
-    """Where text or times are not to be kept, this forward pass is off by one bit of one number when it is given them; and
-    a first step whose rows are fewer is, always."""
+    """Where text or times are not to be kept, this forward pass is off by a bit of one number when it is given them.
+
+    So is a first step whose rows are fewer, always.
+    """
     unet = make_unet()
     enable_reuse(unet)
     latents, contexts = inputs(unet)
@@ -383,7 +385,7 @@ def test_auto_keeps_what_leaves_the_bits_alone(text: bool, times: bool, rows: Di
         return output
 
     base = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k
-    chosen = choose_reuse("auto", forward, unet, TIMESTEPS, latents, contexts, rows)
+    chosen = choose_reuse(forward, unet, TIMESTEPS, latents, contexts, rows)
     assert chosen == Reuse(text=text, times=times, first=False)
     assert (ROWS, text, True) in seen  # times are tried with what was kept before
     assert any(count < ROWS for count, *_ in seen) == (rows.saved > 0)
@@ -391,38 +393,30 @@ def test_auto_keeps_what_leaves_the_bits_alone(text: bool, times: bool, rows: Di
 
 @torch.no_grad()
 def test_auto_with_a_unet() -> None:
-    """Texts are kept, being computed at the same shapes; and where no row's bits depend on how many there are, everything."""
+    """Texts are kept, being computed at the same shapes; everything is where no row's bits depend on the others."""
     unet = make_unet()
     enable_reuse(unet)
     latents, contexts = inputs(unet)
-    chosen = choose_reuse("auto", call(unet), unet, TIMESTEPS, latents, contexts, NOTHING_SHARED)
+    chosen = choose_reuse(call(unet), unet, TIMESTEPS, latents, contexts, NOTHING_SHARED)
     assert chosen.text
     assert not chosen.first
 
     def forward(latents: Tensor, *_) -> Tensor:
         return latents * 3
 
-    assert choose_reuse("auto", forward, unet, TIMESTEPS, latents, contexts, SHARED) == Reuse(True, True, True)
-
-
-def test_on_and_off_measure_nothing() -> None:
-    def forward(*_) -> Tensor:
-        raise AssertionError
-
-    arguments = (forward, make_unet(), TIMESTEPS, torch.zeros(6, 4, 8, 8), torch.zeros(6, 5, 32))
-    assert choose_reuse("off", *arguments, SHARED) == Reuse(False, False, False)
-    assert choose_reuse("on", *arguments, SHARED) == Reuse(True, True, True)
-    assert choose_reuse("on", *arguments, NOTHING_SHARED) == Reuse(True, True, False)
+    assert choose_reuse(forward, unet, TIMESTEPS, latents, contexts, SHARED) == Reuse(True, True, True)
 
 
 @pytest.mark.slow
 def test_one_graph_serves_all_chunks_and_steps() -> None:
-    """torch.compile traces the middle block, with text and times, once and whole; new contexts and steps are new numbers in
-    the same memory. The whole UNet would take half a minute to trace."""
+    """torch.compile traces the middle block, with text and times, once and whole.
+
+    New contexts and steps are new numbers in the same memory. The whole UNet would take half a minute to trace.
+    """
     unet = make_unet()
     enable_reuse(unet)
     latents, contexts = inputs(unet)
-    text, times = remember_text(unet, contexts), remember_times(unet, TIMESTEPS, latents)
+    text, times = RememberedText(unet, contexts), RememberedTimes(unet, TIMESTEPS, latents)
     steps = STEPS.clone()
     traced = []
 
@@ -465,7 +459,7 @@ def test_the_savings_that_the_docstring_states() -> None:
                 unet(latents, *given)
             return counter.get_total_flops() * rows
 
-        remembered, times = remember_text(unet, contexts), remember_times(unet, timesteps, latents)
+        remembered, times = RememberedText(unet, contexts), RememberedTimes(unet, timesteps, latents)
         embedded = 2 * rows * (320 * 1280 + 1280 * 1280 + 1280 * sum(table.shape[1] for table in times.tables))
         forward = flops(timesteps, contexts)
         assert flops(times.at(timesteps), remembered) == forward - text - embedded
@@ -497,6 +491,6 @@ def test_texts_and_times_need_not_be_tried() -> None:
         assert isinstance(contexts, Tensor)
         return latents * 3
 
-    arguments = ("auto", forward, unet, TIMESTEPS, latents, contexts)
+    arguments = (forward, unet, TIMESTEPS, latents, contexts)
     assert choose_reuse(*arguments, SHARED, remember=False) == Reuse(first=True)
     assert choose_reuse(*arguments, NOTHING_SHARED, remember=False) == Reuse()

@@ -400,7 +400,7 @@ def test_colours_say_what_they_are(colours):
     with torch.no_grad():
         next(again.encoder.model.parameters()).view(-1)[0] += 1
     assert weights_sha256(again.encoder.model) != colours.hashes["clip"]
-    with pytest.raises(ConfigError, match=r"--geneval\.colours"):
+    with pytest.raises(ConfigError, match=r"geneval\.colours"):
         load_clip_colours("local-dir:/nowhere/at/all", "cpu")
 
 

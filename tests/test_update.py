@@ -1,3 +1,5 @@
+"""The update against the textbook: gradients, ratios, clipping, KL, and every option of what is learned from."""
+
 from copy import deepcopy
 from dataclasses import replace
 
@@ -5,13 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastgrpo.grpo.advantages import advantages, learned_from
-from fastgrpo.grpo.steps import steps_of_samples, trained_steps, window_start
+from fastgrpo.grpo.steps import steps_of_samples
 from fastgrpo.kernels.clipped_loss import clipped_loss
-from fastgrpo.schedule import make_schedule
-from fastgrpo.settings.schema import GrpoConfig, OptimConfig, RolloutConfig
+from fastgrpo.settings.schema import OptimConfig, RolloutConfig
 from fastgrpo.system.errors import ConfigError
-from support.update import CONFIG, CPU, GRADIENT_TOLERANCE, GROUP, NUDGE, PROMPTS, REWARDS, STEPS, Scene
+from support.update import CONFIG, GRADIENT_TOLERANCE, GROUP, NUDGE, PROMPTS, REWARDS, STEPS, Scene
 
 
 @pytest.fixture
@@ -231,45 +231,6 @@ def test_a_spoilt_update_is_reported(scene):
         scene.update()
 
 
-@pytest.mark.parametrize("mode", ["group", "global", "none"])
-def test_advantages_are_numpy_in_float64(mode):
-    rewards = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
-    r = rewards.numpy().astype(np.float64)
-    centred = r - r.mean(axis=1, keepdims=True)
-    scale = {"group": r.std(axis=1, ddof=1, keepdims=True), "global": centred.std(ddof=1), "none": 1.0}[mode]
-    advantage, flat = advantages(rewards, mode, std_floor=1e-4, clamp=1.2)
-    assert advantage.dtype == torch.float32
-    assert not flat.any()
-    # One rounding of a number below 2 to float32.
-    np.testing.assert_allclose(advantage.numpy(), (centred / scale).clip(-1.2, 1.2), rtol=0, atol=2 * 2.0**-24)
-    assert advantage.abs().max() == np.float32(1.2)
-
-
-@pytest.mark.parametrize("mode", ["group", "global", "none"])
-def test_a_group_below_the_floor_gets_exactly_zero(mode):
-    rewards = torch.tensor([[0.1, 0.1, 0.1], [0.5, 0.50001, 0.5], [1.0, 2.0, 3.0]])
-    advantage, flat = advantages(rewards, mode, std_floor=1e-4, clamp=2.5)
-    assert flat.tolist() == [True, True, False]
-    assert (advantage[:2] == 0).all()
-    assert (advantage[2] != 0).any()
-    assert advantages(rewards, mode, std_floor=0.0, clamp=2.5)[1].tolist() == [True, False, False]
-
-
-def test_global_is_flat_throughout_when_the_common_std_is():
-    """Unbiased stds: each group's is 0.0141; all four together divide by 3 instead of 2: 0.0115."""
-    rewards = torch.tensor([[0.0, 0.02], [0.0, 0.02]])
-    assert advantages(rewards, "global", std_floor=0.013, clamp=2.5)[1].tolist() == [True, True]
-    assert advantages(rewards, "group", std_floor=0.013, clamp=2.5)[1].tolist() == [False, False]
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_rewards_that_cannot_be_compared_are_refused(bad):
-    with pytest.raises(ValueError, match="finite"):
-        advantages(torch.tensor([[0.0, bad]]), "group", 1e-4, 2.5)
-    with pytest.raises(ValueError, match="at least 2"):
-        advantages(torch.zeros(2, 1), "group", 1e-4, 2.5)
-
-
 @pytest.mark.parametrize(
     ("advantage", "ratio", "clipped", "loss"),
     [
@@ -301,32 +262,6 @@ def test_clip_fractions_tell_the_sides_apart(scene):
     assert high["clip/fraction_high"] == high["clip/fraction"] > 0
 
 
-# --- options ---------------------------------------------------------------------------------------------------------
-
-
-def test_trimmed_rewards_have_no_part_in_mean_std_or_learning():
-    rewards = torch.tensor([[9.0, 0.1, 0.4, -7.0, 0.2], [0.3, 0.5, 0.1, 0.2, 0.9]])
-    advantage, flat = advantages(rewards, "group", std_floor=1e-4, clamp=2.5, trim=1)
-    expected = np.zeros((2, 5))
-    for row, kept in ((0, [1, 2, 4]), (1, [0, 1, 3])):
-        r = rewards[row, kept].double().numpy()
-        expected[row, kept] = (r - r.mean()) / r.std(ddof=1)
-    # One rounding of a number below 2 to float32.
-    np.testing.assert_allclose(advantage.numpy(), expected, rtol=0, atol=2 * 2.0**-24)
-    kept = [[False, True, True, False, True], [True, True, False, True, False]]
-    assert learned_from(rewards, trim=1, best_of=0).tolist() == kept
-    assert not flat.any()
-    with pytest.raises(ValueError, match="at least 2"):
-        advantages(rewards, "group", 1e-4, 2.5, trim=2)
-
-
-def test_best_of_keeps_the_best_and_the_worst():
-    rewards = torch.tensor([[0.5, 0.1, 0.9, 0.3, 0.7, 0.2]])
-    assert learned_from(rewards, trim=0, best_of=4).tolist() == [[False, True, True, False, True, True]]
-    assert learned_from(rewards, trim=1, best_of=2).tolist() == [[False, False, False, False, True, True]]
-    assert learned_from(rewards, trim=0, best_of=0).all()
-
-
 def test_best_of_learns_from_its_samples_alone(scene):
     """Advantages are those of the whole group; the mean is over the pairs of the samples that are kept."""
     config = replace(CONFIG, grpo=replace(CONFIG.grpo, best_of=2))
@@ -351,15 +286,6 @@ def test_trim_learns_from_its_samples_alone(scene):
     assert not close(untrimmed, trimmed)
 
 
-def test_window_slides_over_the_steps_and_begins_again(scene):
-    grpo = GrpoConfig(drop_last_steps=1, window=3, window_every=2, window_stride=3)
-    # Of 8 steps 7 are trainable: places 0, 3 and the last possible, 4, two iterations each.
-    assert [window_start(7, grpo, i) for i in range(1, 9)] == [0, 0, 3, 3, 4, 4, 0, 0]
-    schedule = make_schedule(scene.policy.scheduler_config, 8, 1.0, CPU)
-    assert trained_steps(schedule, grpo, 3).tolist() == [3, 4, 5]
-    assert trained_steps(schedule, replace(grpo, window=7), 9).tolist() == list(range(7))
-
-
 def test_window_is_what_is_learned_from(scene):
     window = {"window": 1, "window_every": 1}
     _, (first,) = scene.update(**window)
@@ -367,20 +293,6 @@ def test_window_is_what_is_learned_from(scene):
     for gradient, step in ((first, 0), (second, 1)):
         pairs = [(b, step) for b in range(PROMPTS * GROUP)]
         assert close(gradient, textbook(scene, REWARDS, CONFIG, pairs=pairs)[1])
-
-
-def test_a_fraction_of_steps_is_drawn_for_each_sample():
-    steps = torch.tensor([0, 1, 2, 3, 5, 8])
-    drawn = steps_of_samples(steps, 2000, 0.5, torch.Generator().manual_seed(0))
-    assert drawn.shape == (2000, 3)
-    assert (drawn.diff(dim=1) > 0).all(), "three different steps, in order"
-    counts = (drawn[..., None] == steps).sum(dim=(0, 1))
-    # Each step is drawn by half of 2000 samples: binomial, std 22; 5 std.
-    assert ((counts - 1000).abs() <= 112).all()
-    generator = torch.Generator().manual_seed(0)
-    state = generator.get_state()
-    assert torch.equal(steps_of_samples(steps, 4, 1.0, generator), steps.expand(4, -1))
-    assert torch.equal(generator.get_state(), state), "nothing is drawn where nothing is left out"
 
 
 def test_a_fraction_of_steps_is_what_is_learned_from(scene):

@@ -237,11 +237,11 @@ class Stage:
 
     def tensors(self) -> list[Tensor]:
         """What is always there."""
-        learner, optimizer = self.engine.learner, self.trainable.optimizer
-        policy, reward = learner.policy, self.encoder._encoder.model
+        engine, optimizer = self.engine, self.trainable.optimizer
+        policy, reward = engine.policy, self.encoder._encoder.model
         modules = (policy.unet, policy.computing, policy.vae, policy.text_encoder, reward)
         weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-        others = [value for owner in (optimizer, optimizer.weights, learner.schedule) for value in vars(owner).values()]
+        others = [value for owner in (optimizer, optimizer.weights, engine.schedule) for value in vars(owner).values()]
         return [*weights, *(value for value in others if isinstance(value, Tensor))]
 
 
@@ -318,7 +318,7 @@ def iterate(stage: Stage, work: Iteration, watch: Watch) -> None:
         mock.patch.object(engine, "agree"),
     ):
         generator = SimpleNamespace(device=torch.device("cuda"))
-        trajectory = rollout(engine, prompts, config.rollout, config.group_size, generator)
+        trajectory = rollout(engine, prompts, generator)
     with watch.phase("reward"):
         stage.encoder.encode_image(trajectory.images, config.reward.batch)
         stage.encoder.forget_images()
@@ -400,7 +400,7 @@ def traced(config: TrainConfig, pairs: int, work: Iteration, backend: str, compi
 
     with absent_device(), mock.patch.object(Policy, "encode", encode):
         stage = prepare(config, pairs, backend, compiler)
-        stage.engine.learner.learn(blank_batch(stage.engine.learner, pairs))  # compiles
+        stage.engine.loss.learn(blank_batch(stage.engine.loss, pairs))  # compiles
         compiler.ran = lambda graph: watch.ran(
             graph, "UNet forward" if graph is compiler.graphs[0] else "UNet backward"
         )

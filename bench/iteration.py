@@ -176,7 +176,7 @@ def look_at(
 ) -> None:  # fmt: skip
     """What an iteration of ours left behind, the quickest first."""
     kept, name, values = journal.kept, journal.name, rows[-1]["values"]
-    kept.note("engine", name, training.parts.record.to_json())
+    kept.note("engine", name, training.loaded.record.to_json())
     kept.note("planned", name, training.plan_lines())
     found = [ratio_check(values["ratio/max_abs_dev_first"])]
     if CUDA:
@@ -189,7 +189,7 @@ def look_at(
     for check in found:
         tell(check)
     if name == NAMES["compiled"]:
-        parameters = sum(p.numel() for p in training.parts.trainable.parameters.values())
+        parameters = sum(p.numel() for p in training.loaded.trainable.parameters.values())
         floor = Kept(
             kept.path.with_name("roofline.json"), benchmark="roofline", rates=accounting.rates.to_json(), **about()
         )
@@ -200,7 +200,7 @@ def look_at(
         replays[replayed] = costliest(call)
         kept.note("kernels", name, replays)
         journal.say(f"{replayed}: {sum(kernel['seconds'] for kernel in replays[replayed]) * 1e3:.2f} ms in its kernels")
-    training.parts.engine.clear()
+    training.loaded.engine.clear()
     for check in checks(training, in_time):
         found.append(check)
         tell(check)

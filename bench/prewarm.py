@@ -54,8 +54,8 @@ def launches_of(size: int, say: Callable[[str], object]) -> dict[tuple, Launch]:
     patch_unet(policy.vae.to(memory_format=torch.channels_last).decoder)
     policy = replace(policy, network=trainable.network)
     schedule = _on_meta(_schedule(config))
-    learner = PolicyLoss(policy, schedule, config, trainable.trained)
-    batch = blank_batch(learner, size)
+    loss = PolicyLoss(policy, schedule, config, trainable.trained)
+    batch = blank_batch(loss, size)
     sampler = Sampler(policy, schedule, config.rollout.guidance)
     contexts = policy.contexts(batch.embeds, sampler.guidance)
 
@@ -67,13 +67,13 @@ def launches_of(size: int, say: Callable[[str], object]) -> dict[tuple, Launch]:
             policy.decode(latents[:count])
 
     def learn() -> None:
-        trainable.optimizer.weights.accumulate(learner.learn(batch)[1])
+        trainable.optimizer.weights.accumulate(loss.learn(batch)[1])
 
     parts = {
         "learn": learn,
         "step": lambda: sampler.step(batch.latents, batch.latents, batch.step[:1], contexts),
         "decode": decode,
-        "recompute": lambda: learner.recompute(batch),
+        "recompute": lambda: loss.recompute(batch),
         "optimizer": lambda: trainable.step(config.optim.max_grad_norm),
     }
     with recording() as found:

@@ -56,7 +56,7 @@ def measured(pytestconfig: pytest.Config, accounting: Accounting, record: Any, i
         result.rows[name].append(row)
         kept.add(**row)
         if isinstance(training, Ours) and not result.checks:
-            result.parameters = sum(p.numel() for p in training.parts.trainable.parameters.values())
+            result.parameters = sum(p.numel() for p in training.loaded.trainable.parameters.values())
             if CUDA:
                 result.checks.append(
                     memory_check(training.planned_gigabytes(), row["values"]["memory/peak_gb"], training.compiled)

@@ -278,7 +278,7 @@ def checks(training: Ours, in_time: Callable[[], bool] = lambda: True) -> Iterat
     """
     if not in_time():
         return
-    with _few_steps(training.parts.engine):
+    with _few_steps(training.loaded.engine):
         stages = _Stages(training)
         for name, call in (("rollout", stages.rollout), ("micro-batches", stages.learn)):
             try:
@@ -313,23 +313,22 @@ def memory_check(planned: float, measured: float, compiled: bool) -> Check:
 @contextmanager
 def _few_steps(engine: Passes, count: int = 4) -> Iterator[None]:
     """The engine's rollouts take the first steps alone, which is all there is to see; captured graphs serve as they are."""
-    learner = engine.learner
-    schedule = learner.schedule
+    loss, schedule = engine.loss, engine.schedule
     fields = ("timesteps", "coef_sample", "coef_output", "sigma", "trainable")
     first = replace(schedule, **{name: getattr(schedule, name)[:count] for name in fields})
-    engine.learner = replace(learner, schedule=first)
+    engine.loss = replace(loss, schedule=first)
     try:
         yield
     finally:
-        engine.learner = learner
+        engine.loss = loss
 
 
 class _Stages:
     """The rollout of an iteration, and micro-batches of its pairs, by themselves."""
 
     def __init__(self, training: Ours):
-        self._training, parts = training, training.parts
-        self._prompts = embed(parts.policy, parts.source.batch(0), training.embeds)
+        self._training, parts = training, training.loaded
+        self._prompts = embed(parts.policy, parts.source.batch(0), parts.embeds)
         self._trajectory = self.rollout()
         count, steps = self._trajectory.samples, self._trajectory.steps
         # Two full micro-batches and a rest.
@@ -339,12 +338,12 @@ class _Stages:
         self.learn()
 
     def rollout(self) -> Trajectory:
-        parts, config = self._training.parts, self._training.config
+        parts, config = self._training.loaded, self._training.config
         generator = generator_for(config.seed, 1, "rollout", DEVICE)
-        return rollout(parts.engine, self._prompts, config.rollout, config.group_size, generator)
+        return rollout(parts.engine, self._prompts, generator)
 
     def learn(self) -> None:
-        engine = self._training.parts.engine
+        engine = self._training.loaded.engine
         for _ in engine.learn(self._pairs, self._gather):
             pass
         engine.clear()

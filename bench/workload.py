@@ -7,7 +7,7 @@ a CPU the preset `shapes` with the weights that ship, at fewer prompts; what is 
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import open_clip
@@ -105,19 +105,18 @@ class Trainer(Protocol):
 
 @dataclass
 class Ours:
-    """Our training. parts: its pieces. console: what its stages are shown on."""
+    """Our training. loaded: all it works with. console: what its stages are shown on."""
 
     config: TrainConfig
-    parts: Training
+    loaded: Training
     console: Console
-    embeds: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def policy(self) -> Policy:
-        return self.parts.policy
+        return self.loaded.policy
 
     def iterate(self, iteration: int, accounting: Accounting | None = None) -> dict[str, float]:
-        return iterate(self.parts, self.config, iteration, self.embeds, self.console, accounting)
+        return iterate(replace(self.loaded, accounting=accounting), iteration, self.console)
 
     def use_threads(self) -> None:
         torch.set_num_threads(1)
@@ -125,17 +124,17 @@ class Ours:
     def plan(self) -> tuple[Memory, ...]:
         """What should lie in the GPU's memory."""
         on = self.config.engine.kernels in ("auto", "on")
-        model = count_model(description(self.config), self.config.model, self.parts.policy.dtype, kernels=on)
+        model = count_model(description(self.config), self.config.model, self.loaded.policy.dtype, kernels=on)
         encoders, _ = count_encoders(self.config.reward)
-        size = self.parts.engine.micro_batch
-        return memory_plan(self.config, model, encoders, self.parts.policy.dtype, 1, size)
+        size = self.loaded.engine.micro_batch
+        return memory_plan(self.config, model, encoders, self.loaded.policy.dtype, 1, size)
 
     def plan_lines(self) -> list[str]:
         return memory_lines(self.plan(), str(DEVICE))
 
     def replays(self) -> dict[str, Callable[[], object]]:
         """Of each function that the engine calls on fixed memory: a call with what lies there, on CUDA of its graph."""
-        calls = getattr(self.parts.engine, "_calls", {})
+        calls = getattr(self.loaded.engine, "_calls", {})
         captured = {key: call for key, call in calls.items() if call.captured}
         found: dict[str, Callable[[], object]] = {}
         for (name, *_), call in (captured or calls).items():
@@ -144,7 +143,7 @@ class Ours:
 
     @property
     def compiled(self) -> bool:
-        return bool(self.parts.record.compiled)
+        return bool(self.loaded.record.compiled)
 
     def planned_gigabytes(self) -> float:
         return peak(self.plan())[1] / 1e9
@@ -176,10 +175,10 @@ class Plain:
 def ours(config: TrainConfig, workers: int = 0, console: Console = QUIET) -> Ours:
     """Our training on the device at hand. workers: CPU cores that take shares of a batch side by side; 0 is all."""
     if config.model.path == "shapes":
-        parts = load_training(config, workers or available_cores(), say=console.say)
+        training = load_training(config, workers or available_cores(), say=console.say)
     else:
-        parts = _random_training(config, console.say)
-    return Ours(config, parts, console)
+        training = _random_training(config, console.say)
+    return Ours(config, training, console)
 
 
 def plain(config: TrainConfig, techniques: Techniques = PLAIN, threads: int = 0, console: Console = QUIET) -> Plain:
@@ -278,6 +277,7 @@ def _random_training(config: TrainConfig, say: Callable[[str], object]) -> Train
     policy, reward = replace(policy, network=trainable.network), _random_reward(config)
     find = MicroBatchFinder(config, about, DEVICE, DTYPE, ranks, say)
     return Training(
+        config=config,
         policy=policy,
         trainable=trainable,
         engine=start_engine(policy, trainable, schedule, config, record, find, ranks, say),

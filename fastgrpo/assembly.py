@@ -1,11 +1,13 @@
 """Everything a training loop works with, loaded once from the config."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
+from fastgrpo.costs.throughput import Accounting
 from fastgrpo.engine.batch_size import MicroBatchFinder
 from fastgrpo.engine.passes import Passes
 from fastgrpo.engine.record import EngineRecord
@@ -28,15 +30,18 @@ from fastgrpo.unet.lora import check_targets
 
 @dataclass(frozen=True)
 class Training:
-    """The pieces of one training.
+    """All that one training works with.
 
     policy: what is trained. trainable: the part of it that learns.
-    engine: runs the passes of rollout and update. record: what it decided at its start. lines: what it has to say of that.
+    engine: runs the passes of rollout and update. record: what it decided at its start.
     schedule: the rollout's steps. eval_schedule: those of pictures and evaluations.
     prompts: all that may be drawn. source: deals them out. ranks: the processes that train together.
     suites: those that the first of them evaluates with. held_out: scores what is pictured, where eval.encoder names one.
+    accounting: turns passes into TFLOP/s; None leaves that out.
+    embeds: text -> embedding [L, D], remembered from one iteration to the next.
     """
 
+    config: TrainConfig
     policy: Policy
     trainable: Trainable
     engine: Passes
@@ -49,6 +54,8 @@ class Training:
     ranks: Ranks
     suites: tuple[LoadedSuite, ...] = ()
     held_out: HeldOutReward | None = None
+    accounting: Accounting | None = None
+    embeds: dict[str, Tensor] = field(default_factory=dict)
 
 
 def load_training(
@@ -60,7 +67,8 @@ def load_training(
 ) -> Training:
     """Load what the config names; what is quickest to be wrong comes first.
 
-    threads: CPU cores to use. record: of the engine that the run began with. say: told what tables of prompts bring along and what the engine decides.
+    threads: CPU cores to use. record: of the engine that the run began with. say: told what the model's files bring along
+        and what the engine decides.
     Raises ConfigError.
     """
     if config.prompts_per_iteration % ranks.count:
@@ -92,6 +100,7 @@ def load_training(
     policy, record = replace(policy, network=trainable.network), record or EngineRecord()
     find = MicroBatchFinder(config, model, device, dtype, ranks, say)
     return Training(
+        config=config,
         policy=policy,
         trainable=trainable,
         engine=start_engine(policy, trainable, schedule, config, record, find, ranks, say),

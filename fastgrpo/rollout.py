@@ -12,8 +12,6 @@ from fastgrpo.engine.passes import Passes
 from fastgrpo.engine.sampler import Denoise, Sampler
 from fastgrpo.policy import DECODE_BATCH, Policy
 from fastgrpo.schedule import Schedule
-from fastgrpo.settings.schema import RolloutConfig
-from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.finite import Request, require_finite
 from fastgrpo.system.workers import shares
 from fastgrpo.types import PromptBatch, Trajectory
@@ -23,29 +21,24 @@ from fastgrpo.types import PromptBatch, Trajectory
 def rollout(
     engine: Passes,
     prompts: PromptBatch,
-    config: RolloutConfig,
-    group_size: int,
     generator: torch.Generator,
-    keep_means: bool = False,
-    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
-    progress: Callable[[int, int], None] | None = None,
     score: Callable[[slice, Tensor], object] | None = None,
-    when: str = "",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Trajectory:
-    """Draw `group_size` images for each prompt and keep every latent on the way.
+    """Draw `group_size` images for each prompt and keep every latent on the way; for RatioNorm every step's mean too.
 
     engine: takes the steps. prompts: this process's share. generator: on any device, in the same state on all processes. A
     step's noise is drawn for all samples of all processes at once, so neither the number of samples denoised together
     nor the number of processes changes the numbers drawn.
-    keep_means: also keep every step's mean.
+    score: called with prompts whose images are all there, and these images, while the next are drawn; once for each where
+        the engine `scores_early`, else never.
     progress: called after every denoising step of every batch, with the number of samples' steps done and of all.
-    score: called with prompts whose images are all there, and these images, while the next are drawn; once for each where the
-        engine `overlaps`, else never.
-    when: begins what messages say of a sample, such as "iteration 3, ".
     Raises BrokenPicture for images that are not finite, before they are scored.
     """
-    engine.agree(ranks)
-    policy, steps = engine.learner.policy, len(engine.learner.schedule)
+    engine.agree()
+    policy, ranks, steps, keep_means = engine.policy, engine.ranks, len(engine.schedule), engine.keeps_means
+    config, group_size = engine.config.rollout, engine.config.group_size
+    when = f"iteration {prompts.iteration}, " if prompts.iteration else ""
     embeds = prompts.embeds.repeat_interleave(group_size, dim=0)
     shape = (ranks.count * len(prompts) * group_size, *policy.latent_shape)
     own = ranks.share(shape[0])
@@ -87,13 +80,13 @@ def rollout(
         deque(engine.draw(samples, draw), maxlen=0)
         return Trajectory(latents, log_probs, images=decode(slice(0, samples)), means=means)
     images = torch.empty(samples, *policy.image_shape, device=device)
-    scored = 0
+    scored, early = 0, engine.scores_early(samples)
 
     def finish(part: slice) -> None:
         nonlocal scored
         images[part] = decode(part)
         complete = part.stop // group_size
-        if score is not None and complete > scored:
+        if early and score is not None and complete > scored:
             score(slice(scored, complete), images[scored * group_size : complete * group_size])
             scored = complete
 

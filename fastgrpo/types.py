@@ -38,10 +38,12 @@ class PromptBatch:
 
     prompts: P prompts, in order.
     embeds: [P, L, D], the frozen text encoder's output, on the policy's device.
+    iteration: which one, from 1; 0 outside of training.
     """
 
     prompts: tuple[Prompt, ...]
     embeds: Tensor
+    iteration: int = 0
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastgrpo.engine.old_policy import OldPolicy, Remembered
 from fastgrpo.engine.passes import Gather, Passes
-from fastgrpo.engine.trainable import Trainable
 from fastgrpo.grpo.advantages import advantages, learned_from
 from fastgrpo.grpo.loss import MicroBatch, PairResults
 from fastgrpo.grpo.pairs import Pairs, deal
@@ -50,14 +49,11 @@ def update(
     prompts: PromptBatch,
     trajectory: Trajectory,
     rewards: Rewards,
-    trainable: Trainable,
-    config: TrainConfig,
     iteration: int,
     generator: torch.Generator,
-    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
     progress: Callable[[int, int], None] | None = None,
 ) -> UpdateStats:
-    """Take `config.updates_per_iteration` optimizer steps on one rollout.
+    """Take `updates_per_iteration` optimizer steps on one rollout.
 
     A step's loss is the mean over all the pairs dealt to it; pairs of flat groups count but are only computed when
     there is a KL term. Gradients of micro-batches are summed, so their size changes nothing but rounding.
@@ -67,15 +63,16 @@ def update(
     Raises ConfigError when no step can be trained, ValueError for rewards that cannot be compared or a missing
     base model, FloatingPointError when the loss or the gradient was not finite.
     """
-    grpo, learner = config.grpo, engine.learner
-    if grpo.kl > 0 and learner.base is None:
+    config, ranks, trainable = engine.config, engine.ranks, engine.trainable
+    grpo = config.grpo
+    if grpo.kl > 0 and engine.loss.base is None:
         raise ValueError("grpo.kl is above 0, so update needs the base model")
     advantage, flat = advantages(rewards.total, grpo.advantage, grpo.std_floor, grpo.advantage_clamp, grpo.trim)
     learned = learned_from(rewards.total, grpo.trim, grpo.best_of)
-    parts = deal(learner.schedule, learned, flat, config, iteration, generator, ranks)
-    own_advantage = advantage.flatten()[ranks.share(advantage.numel())].to(learner.policy.device)
+    parts = deal(engine.schedule, learned, flat, config, iteration, generator, ranks)
+    own_advantage = advantage.flatten()[ranks.share(advantage.numel())].to(engine.policy.device)
     gather = _Gather(prompts, trajectory, own_advantage, config.group_size)
-    record, old = _Statistics(), OldPolicy(engine, trajectory, gather, ranks)
+    record, old = _Statistics(), OldPolicy(engine, trajectory, gather)
     done, everything = 0, sum(len(part.pairs) for part in parts)
 
     def learn(pairs: Pairs, weight: float) -> list[PairResults]:

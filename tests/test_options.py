@@ -97,12 +97,14 @@ NOT_OPTIONS = {
 
 def learned(config: TrainConfig) -> tuple[str, dict[str, float]]:
     """A digest of all that is trained after two iterations, and what was logged of the second but for the clock."""
-    parts = load_training(config, threads=1)
+    training = load_training(config, threads=1)
     for iteration in (1, 2):
-        values = iterate(parts, config, iteration, {}, Console())
+        values = iterate(training, iteration, Console())
     digest = hashlib.sha256()
-    averages = parts.trainable.ema.average if parts.trainable.ema else {}
-    for name, tensor in sorted({**parts.trainable.parameters, **{f"ema.{n}": a for n, a in averages.items()}}.items()):
+    averages = training.trainable.ema.average if training.trainable.ema else {}
+    for name, tensor in sorted(
+        {**training.trainable.parameters, **{f"ema.{n}": a for n, a in averages.items()}}.items()
+    ):
         digest.update(name.encode() + tensor.detach().numpy().tobytes())
     return digest.hexdigest(), {name: value for name, value in values.items() if not name.startswith(TIMED)}
 

@@ -37,8 +37,8 @@ def schedule_of(policy, **changes):
 
 def roll(policy, prompts, config=CONFIG, seed=0, progress=None, **changes):
     schedule = schedule_of(policy, **changes)
-    engine = Passes(PolicyLoss(policy, schedule, TrainConfig(rollout=config), ()), None, 1)
-    return rollout(engine, prompts, config, 3, torch.Generator().manual_seed(seed), progress=progress)
+    engine = Passes(PolicyLoss(policy, schedule, TrainConfig(rollout=config, group_size=3), ()), None, 1)
+    return rollout(engine, prompts, torch.Generator().manual_seed(seed), progress=progress)
 
 
 def test_policy_is_the_pipeline_on_disk(policy):

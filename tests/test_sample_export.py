@@ -99,13 +99,13 @@ def newest(run: Path) -> Path:
 
 def resumed(run: Path) -> Training:
     """What `--resume` would go on with: the training's own way of loading a checkpoint."""
-    parts = load_training(load_toml(run / "config.toml"), threads=available_cores())
-    checkpoint.load(newest(run), parts.trainable)
-    return parts
+    training = load_training(load_toml(run / "config.toml"), threads=available_cores())
+    checkpoint.load(newest(run), training.trainable)
+    return training
 
 
-def weights_of(parts: Training, weights: str) -> contextlib.AbstractContextManager[None]:
-    return parts.trainable.ema.in_place() if weights == "ema" else contextlib.nullcontext()
+def weights_of(training: Training, weights: str) -> contextlib.AbstractContextManager[None]:
+    return training.trainable.ema.in_place() if weights == "ema" else contextlib.nullcontext()
 
 
 @torch.no_grad()
@@ -135,9 +135,9 @@ def test_a_full_model_is_the_tuned_policy_bit_for_bit(
     runs: dict[str, Path], tiny_pipeline: Path, tmp_path: Path, form: str, weights: str
 ) -> None:
     pipeline = run_export(runs["full"], form, tmp_path / "out.safetensors", "--weights", weights)
-    parts = resumed(runs["full"])
-    with weights_of(parts, weights):
-        assert torch.equal(outputs(pipeline.unet), outputs(parts.policy.unet))
+    training = resumed(runs["full"])
+    with weights_of(training, weights):
+        assert torch.equal(outputs(pipeline.unet), outputs(training.policy.unet))
     base = StableDiffusionPipeline.from_pretrained(tiny_pipeline, dtype=torch.float32)
     for part in ("vae", "text_encoder"):
         ours, theirs = getattr(pipeline, part).state_dict(), getattr(base, part).state_dict()
@@ -188,9 +188,9 @@ def test_adapters_on_the_base_model_are_the_tuned_policy_bit_for_bit(
 ) -> None:
     """alpha is not the rank, so a scale that gets lost shows."""
     pipeline = run_export(runs["lora"], "lora", tmp_path / "out", "--weights", weights)
-    parts = resumed(runs["lora"])
-    with weights_of(parts, weights):
-        assert torch.equal(outputs(pipeline.unet), outputs(parts.policy.unet))
+    training = resumed(runs["lora"])
+    with weights_of(training, weights):
+        assert torch.equal(outputs(pipeline.unet), outputs(training.policy.unet))
     (file,) = (tmp_path / "out").iterdir()
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
 
@@ -222,9 +222,9 @@ def test_merged_adapters_are_the_formula_in_float64(
     assert len(changed) * 2 == len(adapters) > 0
     if kind == "lora-bf16":
         return  # while training, its adapters stand beside other frozen weights
-    parts = resumed(runs[kind])
-    with weights_of(parts, weights):
-        ours = outputs(parts.policy.unet)
+    training = resumed(runs[kind])
+    with weights_of(training, weights):
+        ours = outputs(training.policy.unet)
     # W x + s B (A x) against (W + s B A) x: some dozen roundings in each of a dozen layers.
     torch.testing.assert_close(outputs(pipeline.unet), ours, atol=1e-4, rtol=1e-4)
 
@@ -459,9 +459,9 @@ def test_images_are_those_of_the_two_policies(
     base, tuned = (read(tmp_path / "images", name) for name in ("base", "tuned"))
     policy = load_policy(ModelConfig(path=str(tiny_pipeline)), CPU, torch.float32, available_cores())
     assert np.array_equal(base, draw(policy, texts, seeds, *settings))
-    parts = resumed(runs[kind])
-    with weights_of(parts, weights):
-        expected = draw(parts.policy, texts, seeds, *settings)
+    training = resumed(runs[kind])
+    with weights_of(training, weights):
+        expected = draw(training.policy, texts, seeds, *settings)
     # Merged adapters compute the same with other roundings: a colour near the middle of two may become its neighbour.
     assert np.abs(tuned - expected).max() <= (1 if kind == "lora" else 0)
     assert np.abs(tuned - base).mean() > 2

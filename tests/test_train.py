@@ -116,9 +116,9 @@ def test_the_learning_rate_follows_its_schedule_and_reaches_the_optimizer(config
     # Half a cosine's period from 0: 1, (1 + cos 45) / 2, 1/2, (1 - cos 45) / 2.
     falling = [1e-3, 8.535534e-4, 5e-4, 1.464466e-4]
     assert [learning_rate(cosine, i) for i in range(1, 9)] == pytest.approx(expected[:4] + falling)
-    parts = load_training(linear, threads=1)
-    values = iterate(parts, linear, 3, {}, Console())
-    assert parts.trainable.optimizer.param_groups[0]["lr"] == values["optim/lr"] == pytest.approx(5e-4)
+    training = load_training(linear, threads=1)
+    values = iterate(training, 3, Console())
+    assert training.trainable.optimizer.param_groups[0]["lr"] == values["optim/lr"] == pytest.approx(5e-4)
 
 
 @pytest.mark.gpu
@@ -131,11 +131,11 @@ def test_an_iteration_on_cuda_replays_its_log_probs_exactly(config_file: Path, d
         engine=dataclasses.replace(config.engine, device="cuda", dtype=dtype),
         grpo=dataclasses.replace(config.grpo, old_log_prob="replay"),
     )
-    parts = load_training(config, threads=1)
-    before = [parameter.clone() for parameter in parts.policy.unet.parameters()]
-    values = iterate(parts, config, 1, {}, Console())
+    training = load_training(config, threads=1)
+    before = [parameter.clone() for parameter in training.policy.unet.parameters()]
+    values = iterate(training, 1, Console())
     assert values["ratio/max_abs_dev_first"] == 0.0
-    assert not all(map(torch.equal, before, parts.policy.unet.parameters()))
+    assert not all(map(torch.equal, before, training.policy.unet.parameters()))
 
 
 def test_without_a_terminal_there_are_plain_lines(undisturbed: Path) -> None:

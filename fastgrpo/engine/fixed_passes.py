@@ -20,9 +20,10 @@ from torch import Tensor
 from fastgrpo.engine.graphs import StaticCall, capture_all, memory_pool
 from fastgrpo.engine.passes import Changed, Gather, Passes, ignore
 from fastgrpo.engine.sampler import Denoise, Sampler
-from fastgrpo.engine.weights import FlatWeights
+from fastgrpo.engine.trainable import Trainable
 from fastgrpo.grpo.loss import MicroBatch, PairResults, PolicyLoss, blank_batch
 from fastgrpo.grpo.pairs import Pairs
+from fastgrpo.system.distributed import Ranks
 from fastgrpo.unet.convolutions import searching
 from fastgrpo.unet.reuse import RememberedText, RememberedTimes, Reuse
 
@@ -39,18 +40,19 @@ class FixedPasses(Passes):
 
     def __init__(
         self,
-        learner: PolicyLoss,
-        weights: FlatWeights,
+        loss: PolicyLoss,
+        trainable: Trainable | None,
         micro_batch: int,
         reuse: Reuse = Reuse(),  # noqa: B008 (frozen)
         changed: Changed = ignore,
         rollout_batch: int = 0,
         allowed: float = math.inf,
+        ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
         capture: bool = False,
         search: bool = False,
     ):
-        super().__init__(learner, weights, micro_batch, reuse, changed, rollout_batch, allowed)
-        self._capture, self._search, self._pool = capture, search, memory_pool(learner.policy.device)
+        super().__init__(loss, trainable, micro_batch, reuse, changed, rollout_batch, allowed, ranks)
+        self._capture, self._search, self._pool = capture, search, memory_pool(self.policy.device)
         self._calls: dict[Key, StaticCall] = {}
         self._text: RememberedText | None = None
         self._times: RememberedTimes | None = None
@@ -70,18 +72,18 @@ class FixedPasses(Passes):
 
     @property
     def overlaps(self) -> bool:
-        return self.learner.config.engine.overlap
+        return self.config.engine.overlap
 
     def denoiser(self, embeds: Tensor, part: slice, keep_mean: bool) -> Denoise:
-        learner, count = self.learner, len(embeds)
-        sampler = Sampler(learner.policy, learner.schedule, learner.config.rollout.guidance, keep_mean)
-        contexts = learner.policy.contexts(_padded(embeds, self.chunk_size), sampler.guidance)
+        count = len(embeds)
+        sampler = Sampler(self.policy, self.schedule, self.config.rollout.guidance, keep_mean)
+        contexts = self.policy.contexts(_padded(embeds, self.chunk_size), sampler.guidance)
         self._remember(contexts)
         distinct = None
         if self.reuse.first:
             samples = range(part.start, part.start + self.chunk_size)
-            distinct = sampler.first_rows(learner.config.rollout.initial_noise, learner.config.group_size, samples)
-        positions = torch.arange(len(learner.schedule), device=embeds.device)
+            distinct = sampler.first_rows(self.config.rollout.initial_noise, self.config.group_size, samples)
+        positions = torch.arange(len(self.schedule), device=embeds.device)
 
         def denoise(step: int, latents: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
             position = positions[step : step + 1]
@@ -90,7 +92,7 @@ class FixedPasses(Passes):
                 results = sampler.plain().step(latents, noise, position, contexts, self._times, distinct)
             else:
                 given = latents, noise, position, None if self._text else contexts
-                results = self._call("step with means" if keep_mean or self._keeps_means else "step", given)
+                results = self._call("step with means" if keep_mean or self._kept_means else "step", given)
             return tuple(result[:count] for result in results[: 3 if keep_mean else 2])
 
         return denoise
@@ -107,7 +109,7 @@ class FixedPasses(Passes):
 
     def _remember(self, contexts: Tensor) -> None:
         """Compute anew, into the same memory, what the steps of a chunk have in common."""
-        unet, timesteps = self.learner.policy.computing, self.learner.schedule.timesteps
+        unet, timesteps = self.policy.computing, self.schedule.timesteps
         if self.reuse.text:
             if self._text is None:
                 self._text = RememberedText(unet, contexts)
@@ -127,7 +129,7 @@ class FixedPasses(Passes):
     def _resize(self, name: str, size: int) -> None:
         self._calls.clear()
         self._text = self._times = None
-        self._pool = memory_pool(self.learner.policy.device)  # one that no graph has any more cannot be used again
+        self._pool = memory_pool(self.policy.device)  # one that no graph has any more cannot be used again
         super()._resize(name, size)
 
     def _run(self, name: str, batch: MicroBatch) -> PairResults:
@@ -164,7 +166,7 @@ class FixedPasses(Passes):
 
     def _foreseen(self) -> tuple[list[Key], list[Key]]:
         """What iterations call, that which needs most memory first; and what they call should the ratio not be 1."""
-        config, mode = self.learner.config, self.old_log_prob
+        config, mode = self.config, self.old_log_prob
         several = config.updates_per_iteration > 1
         own = *[False] * 6, True, True  # no old log-probs, no old means: the policy as it is
         other = own if mode == "detach" else (*[False] * 7, not config.grpo.ratio_norm)
@@ -173,32 +175,31 @@ class FixedPasses(Passes):
         if several:
             needed += [("learn", other)] if mode == "replay" else []
             needed += [("evaluate_pairs", other)] if config.grpo.skip_clipped else []
-        needed.append(("step with means" if self._keeps_means else "step", (False, False, False, self.reuse.text)))
+        needed.append(("step with means" if self._kept_means else "step", (False, False, False, self.reuse.text)))
         return needed, replay if mode == "rollout" and math.isfinite(self.allowed) else []
 
     @property
-    def _keeps_means(self) -> bool:
+    def _kept_means(self) -> bool:
         """Whether rollouts begin by keeping means; they go on computing them, in the same graph, if nobody asks any more."""
-        grpo = self.learner.config.grpo
+        grpo = self.config.grpo
         return grpo.ratio_norm and grpo.old_log_prob == "rollout"
 
     def _make(self, key: Key) -> StaticCall:
         """Not yet captured. Its example adds 0 to the gradient, however often it is run."""
         name, absent = key
-        learner = self.learner
         if name.startswith("step"):
-            size, guidance = self.chunk_size, learner.config.rollout.guidance
-            contexts = learner.policy.contexts(learner.policy.unconditional.expand(size, -1, -1), guidance)
+            size, guidance = self.chunk_size, self.config.rollout.guidance
+            contexts = self.policy.contexts(self.policy.unconditional.expand(size, -1, -1), guidance)
             if (self.reuse.text and self._text is None) or (self.reuse.times and self._times is None):
                 self._remember(contexts)
-            blank = blank_batch(learner, size)
+            blank = blank_batch(self.loss, size)
             example = blank.latents, blank.taken, blank.step[:1], contexts
-            sampler = Sampler(learner.policy, learner.schedule, guidance, keep_mean=name == "step with means")
+            sampler = Sampler(self.policy, self.schedule, guidance, keep_mean=name == "step with means")
             function = torch.no_grad()(partial(self._step, sampler))
         else:
-            blank = blank_batch(learner, self.micro_batch)
+            blank = blank_batch(self.loss, self.micro_batch)
             example = replace(blank, old_log_prob=blank.weight, old_mean=blank.latents).tensors()
-            work = {"learn": self._accumulate, "evaluate_pairs": self._tell, "recompute": learner.recompute}[name]
+            work = {"learn": self._accumulate, "evaluate_pairs": self._tell, "recompute": self.loss.recompute}[name]
             function = torch.enable_grad()(lambda *tensors: work(MicroBatch(*tensors)))
         example = [None if none else tensor for tensor, none in zip(example, absent, strict=True)]
         return StaticCall(searching(self._search)(function), example, capture=False, pool=self._pool)
@@ -209,12 +210,12 @@ class FixedPasses(Passes):
         return sampler.step(latents, noise, position, self._text or contexts, self._times)
 
     def _accumulate(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
-        outcome, gradients = self.learner.learn(batch)
+        outcome, gradients = self.loss.learn(batch)
         self.weights.accumulate(gradients)
         return outcome.tensors()
 
     def _tell(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
-        return self.learner.evaluate_pairs(batch).tensors()
+        return self.loss.evaluate_pairs(batch).tensors()
 
 
 def _padded(rows: Tensor, size: int) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 from fastgrpo.engine.passes import Passes
 from fastgrpo.grpo.loss import MicroBatch, PairResults
 from fastgrpo.grpo.pairs import OptimizerStep
-from fastgrpo.system.distributed import Ranks
 from fastgrpo.types import Trajectory
 
 
@@ -37,11 +36,11 @@ class OldPolicy:
     moved: whether an optimizer step has been taken; the update says so.
     """
 
-    def __init__(self, engine: Passes, trajectory: Trajectory, gather: Callable[..., MicroBatch], ranks: Ranks):
+    def __init__(self, engine: Passes, trajectory: Trajectory, gather: Callable[..., MicroBatch]):
         """gather: (pairs, old: Remembered or None, weight) -> their micro-batch."""
         self.moved = False
-        self._engine, self._trajectory, self._gather, self._ranks = engine, trajectory, gather, ranks
-        self._mode, self._keeps_means = engine.old_log_prob, engine.learner.config.grpo.ratio_norm
+        self._engine, self._trajectory, self._gather, self._ranks = engine, trajectory, gather, engine.ranks
+        self._mode, self._keeps_means = engine.old_log_prob, engine.config.grpo.ratio_norm
         self._recomputed: Remembered | None = None
 
     @property

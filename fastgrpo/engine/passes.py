@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from fastgrpo.engine.sampler import Denoise, Sampler
+from fastgrpo.engine.trainable import Trainable
 from fastgrpo.engine.weights import FlatWeights
 from fastgrpo.grpo.loss import MicroBatch, PairResults, PolicyLoss
 from fastgrpo.grpo.pairs import Pairs
+from fastgrpo.policy import Policy
+from fastgrpo.schedule import Schedule
+from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.workers import shares
 from fastgrpo.unet.reuse import Reuse
@@ -36,7 +40,8 @@ def out_of_memory(name: str, size: int) -> str:
 class Passes:
     """Runs one training's passes of the UNet.
 
-    learner: what a pass is. weights: where gradients are summed. reuse: what a rollout computes once.
+    loss: what a pass of the update computes. trainable: what learns; None where there is only drawing.
+    ranks: the processes that train together. reuse: what a rollout computes once.
     micro_batch: pairs in a pass at most. rollout_batch: samples in a rollout's pass at most, where that is another number,
     else 0. Both are halved where memory runs out.
     old_log_prob: grpo.old_log_prob, or "replay" since the update did not find the rollout's log-probs again.
@@ -47,24 +52,52 @@ class Passes:
 
     def __init__(
         self,
-        learner: PolicyLoss,
-        weights: FlatWeights,
+        loss: PolicyLoss,
+        trainable: Trainable | None,
         micro_batch: int,
         reuse: Reuse = Reuse(),  # noqa: B008 (frozen)
         changed: Changed = ignore,
         rollout_batch: int = 0,
         allowed: float = math.inf,
+        ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
     ):
-        self.learner, self.weights, self.micro_batch, self.reuse = learner, weights, micro_batch, reuse
-        self.rollout_batch = rollout_batch or learner.config.rollout.batch
-        self.old_log_prob, self.resized = learner.config.grpo.old_log_prob, False
-        self.allowed, self._changed = allowed, changed
-        self._workers = learner.policy.workers
+        self.loss, self._trainable, self.micro_batch, self.reuse = loss, trainable, micro_batch, reuse
+        self.rollout_batch = rollout_batch or self.config.rollout.batch
+        self.old_log_prob, self.resized = self.config.grpo.old_log_prob, False
+        self.allowed, self.ranks, self._changed = allowed, ranks, changed
+        self._workers = self.policy.workers
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.loss.config
+
+    @property
+    def policy(self) -> Policy:
+        return self.loss.policy
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.loss.schedule
+
+    @property
+    def trainable(self) -> Trainable:
+        assert self._trainable is not None, "an engine that only draws has nothing to train"
+        return self._trainable
+
+    @property
+    def weights(self) -> FlatWeights:
+        """Where gradients are summed."""
+        return self.trainable.optimizer.weights
+
+    @property
+    def keeps_means(self) -> bool:
+        """Whether a rollout keeps its steps' means, for RatioNorm."""
+        return self.config.grpo.ratio_norm and self.old_log_prob == "rollout"
 
     @property
     def draws_micro_batches(self) -> bool:
         """Whether a rollout's passes are as large as the update's: on CUDA, where memory is known to hold those."""
-        return not self.rollout_batch and self.learner.policy.device.type == "cuda"
+        return not self.rollout_batch and self.policy.device.type == "cuda"
 
     def chunks(self, samples: int) -> list[slice]:
         """The samples that a rollout denoises together: nearly equal shares, at least one for each worker."""
@@ -74,17 +107,17 @@ class Passes:
     @property
     def overlaps(self) -> bool:
         """Whether chunks are decoded while the next ones are drawn: where they are drawn one after the other."""
-        return self.learner.config.engine.overlap and self.learner.policy.device.type == "cuda"
+        return self.config.engine.overlap and self.policy.device.type == "cuda"
 
     def scores_early(self, samples: int) -> bool:
         """Whether groups are scored then too: where one is whole before the last chunk is drawn."""
-        group = self.learner.config.group_size
+        group = self.config.group_size
         return self.overlaps and any(part.stop >= group for part in self.chunks(samples)[:-1])
 
     def denoiser(self, embeds: Tensor, part: slice, keep_mean: bool) -> Denoise:
         """Takes the steps of one chunk. embeds: [N, L, D] of its samples. part: where they are among this process's."""
-        config, learner = self.learner.config, self.learner
-        sampler = Sampler(learner.policy, learner.schedule, config.rollout.guidance, keep_mean)
+        config = self.config
+        sampler = Sampler(self.policy, self.schedule, config.rollout.guidance, keep_mean)
         distinct = None
         if self.reuse.first:
             samples = range(part.start, part.stop)
@@ -141,19 +174,19 @@ class Passes:
             "work there",
         )
 
-    def agree(self, ranks: Ranks) -> None:
+    def agree(self) -> None:
         """Go on with the smallest sizes of all processes, so that what the first one records is what all have."""
         sizes = {"micro_batch": self.micro_batch, "rollout_batch": self.rollout_batch}
-        smallest = ranks.gather(torch.tensor([list(sizes.values())])).amin(dim=0).tolist()
+        smallest = self.ranks.gather(torch.tensor([list(sizes.values())])).amin(dim=0).tolist()
         for (name, size), least in zip(sizes.items(), smallest, strict=True):
             if least < size:
                 self._resize(name, least)
 
     def _evaluate_pairs(self, batch: MicroBatch) -> PairResults:
-        return self.learner.evaluate_pairs(batch)
+        return self.loss.evaluate_pairs(batch)
 
     def _recompute(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        return self.learner.recompute(batch)
+        return self.loss.recompute(batch)
 
     def _forward(
         self, call: Callable[[MicroBatch], Item], pairs: Pairs, gather: Gather
@@ -168,7 +201,7 @@ class Passes:
         return list(_batched(pairs.split(self.micro_batch), self._workers.count))
 
     def _learn(self, some: tuple[Pairs, ...], gather: Gather) -> list[PairResults]:
-        results = list(self._workers.map(lambda part: self.learner.learn(gather(part)), some))
+        results = list(self._workers.map(lambda part: self.loss.learn(gather(part)), some))
         for _, gradients in results:
             # In the micro-batches' order, so that the sum does not depend on which worker was first.
             self.weights.accumulate(gradients)

@@ -66,7 +66,7 @@ def start_engine(
     if reusing:
         enable_reuse(network)
     base = copy.deepcopy(network).requires_grad_(False) if config.grpo.kl > 0 else None
-    learner = PolicyLoss(policy, schedule, config, trainable.trained, base)
+    loss = PolicyLoss(policy, schedule, config, trainable.trained, base)
     weights = trainable.optimizer.weights
 
     def changed(name: str, value: Any, why: str) -> None:
@@ -74,22 +74,22 @@ def start_engine(
         say(why)
 
     with searching(record.cudnn_benchmark):
-        _settle_micro_batch(learner, weights, config, record, find_micro_batch, ranks, changed)
-        _attend(learner, config, record, ranks, say)
-        passes = _compile(learner, config, record, ranks, say)
-        learner = replace(learner, policy=replace(policy, passes=passes))
+        _settle_micro_batch(loss, weights, config, record, find_micro_batch, ranks, changed)
+        _attend(loss, config, record, ranks, say)
+        passes = _compile(loss, config, record, ranks, say)
+        loss = replace(loss, policy=replace(policy, passes=passes))
         if wanted["kernels"] and device.type == "cuda" and not record.group_norm:
-            _choose_group_norm(learner, weights, record, ranks)
-        record.reuse = record.reuse or json.loads(ranks.agree(json.dumps(asdict(_reuse(learner, config, record)))))
+            _choose_group_norm(loss, weights, record, ranks)
+        record.reuse = record.reuse or json.loads(ranks.agree(json.dumps(asdict(_reuse(loss, config, record)))))
         reuse = Reuse(**record.reuse)
 
-    decided = learner, weights, record.micro_batch, reuse, changed, record.rollout_batch
+    decided = loss, trainable, record.micro_batch, reuse, changed, record.rollout_batch
     allowed = CPU_AGREEMENT if device.type == "cpu" else 0.0
     if passes or wanted["graphs"]:
         capture = wanted["graphs"] and device.type == "cuda"
-        made = FixedPasses(*decided, allowed, capture, record.cudnn_benchmark)
+        made = FixedPasses(*decided, allowed, ranks, capture, record.cudnn_benchmark)
     else:
-        made = Passes(*decided, allowed)
+        made = Passes(*decided, allowed, ranks)
     if made.old_log_prob == "rollout":
         made.old_log_prob = record.old_log_prob or "rollout"
     record.old_log_prob = made.old_log_prob
@@ -134,7 +134,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def _settle_micro_batch(
-    learner: PolicyLoss,
+    loss: PolicyLoss,
     weights: FlatWeights,
     config: TrainConfig,
     record: EngineRecord,
@@ -143,15 +143,15 @@ def _settle_micro_batch(
     changed: Changed,
 ) -> None:
     """Find it, or take what is settled, and on CUDA see that it fits. Passes that are timed compute attention as the run's."""
-    device, expected = learner.policy.device, 0
+    device, expected = loss.policy.device, 0
 
     def run(size: int) -> None:
-        _pass(learner, weights, size)
+        _pass(loss, weights, size)
 
     def expect(size: int) -> None:
         nonlocal expected
         record.micro_batch = expected = size
-        _attend(learner, config, record, ranks, say=lambda line: None)
+        _attend(loss, config, record, ranks, say=lambda line: None)
 
     # aside: a search for each size that is tried would take minutes.
     record.micro_batch = find_micro_batch(aside()(run), record.micro_batch or config.micro_batch, expect)
@@ -171,15 +171,15 @@ def _fit(size: int, fits: Callable[[int], bool], ranks: Ranks, changed: Changed)
         changed("micro_batch", size, out_of_memory("micro_batch", size))
 
 
-def _pass(learner: PolicyLoss, weights: FlatWeights, size: int) -> None:
+def _pass(loss: PolicyLoss, weights: FlatWeights, size: int) -> None:
     """Forward and backward, adding 0 to the gradient."""
-    weights.accumulate(learner.learn(blank_batch(learner, size))[1])
+    weights.accumulate(loss.learn(blank_batch(loss, size))[1])
 
 
-def _choose_group_norm(learner: PolicyLoss, weights: FlatWeights, record: EngineRecord, ranks: Ranks) -> None:
+def _choose_group_norm(loss: PolicyLoss, weights: FlatWeights, record: EngineRecord, ranks: Ranks) -> None:
     """Either implementation is timed when it first meets a shape. Let it meet all of them, then follow the first process."""
-    policy, config = learner.policy, learner.config
-    _pass(learner, weights, record.micro_batch)
+    policy, config = loss.policy, loss.config
+    _pass(loss, weights, record.micro_batch)
     weights.zero_gradient()
     samples = config.prompts_per_iteration * config.group_size // ranks.count
     for count in decoded_at_once(samples, record.rollout_batch or config.rollout.batch or record.micro_batch, config):
@@ -195,9 +195,9 @@ def decoded_at_once(samples: int, chunk: int, config: TrainConfig) -> list[int]:
     return sorted({size for part in parts for size in (min(batch, part), part % batch)} - {0})
 
 
-def _attend(learner: PolicyLoss, config: TrainConfig, record: EngineRecord, ranks: Ranks, say: Say) -> None:
+def _attend(loss: PolicyLoss, config: TrainConfig, record: EngineRecord, ranks: Ranks, say: Say) -> None:
     """Choose who computes attention, for all processes alike, and let the UNets compute it so."""
-    policy, wanted = learner.policy, config.engine.attention
+    policy, wanted = loss.policy, config.engine.attention
     if wanted == "auto" and policy.device.type == "cpu":
         return  # PyTorch's own choice, which diffusers takes
     rows, tokens = record.micro_batch * halves(config), policy.unconditional.shape[1]
@@ -208,7 +208,7 @@ def _attend(learner: PolicyLoss, config: TrainConfig, record: EngineRecord, rank
         made = choose_backends(wanted, shapes, policy.device, policy.dtype)
         plan = AttentionPlan.from_json(json.loads(ranks.agree(json.dumps(made.to_json()))))
     record.attention = plan.to_json()
-    for unet in (policy.computing, learner.base):
+    for unet in (policy.computing, loss.base):
         if unet is not None:
             apply_plan(unet, plan)
     for line in plan.lines():
@@ -219,9 +219,9 @@ def _any_rows(shapes: Sequence[AttentionShape]) -> list[AttentionShape]:
     return [replace(shape, rows=0) for shape in shapes]
 
 
-def _compile(learner: PolicyLoss, config: TrainConfig, record: EngineRecord, ranks: Ranks, say: Say) -> Network | None:
+def _compile(loss: PolicyLoss, config: TrainConfig, record: EngineRecord, ranks: Ranks, say: Say) -> Network | None:
     """The compiled UNet, or None. Rollout and update share it: with as many rows both compute what gradients need."""
-    policy = learner.policy
+    policy = loss.policy
     if record.compiled is False or not is_on(config.engine.compile, policy.device):
         record.compiled = False
         return None
@@ -249,16 +249,16 @@ def _compile(learner: PolicyLoss, config: TrainConfig, record: EngineRecord, ran
     return passes
 
 
-def _reuse(learner: PolicyLoss, config: TrainConfig, record: EngineRecord) -> Reuse:
+def _reuse(loss: PolicyLoss, config: TrainConfig, record: EngineRecord) -> Reuse:
     """What a rollout is to compute once: on a CPU only if asked for."""
-    policy, setting, size = learner.policy, config.engine.reuse, record.micro_batch
+    policy, setting, size = loss.policy, config.engine.reuse, record.micro_batch
     if setting == "off" or (setting == "auto" and policy.device.type == "cpu"):
         return Reuse()
-    guidance, schedule = config.rollout.guidance, learner.schedule
+    guidance, schedule = config.rollout.guidance, loss.schedule
     rows = distinct_rows(config.rollout.initial_noise, config.group_size, range(size), guidance, policy.device)
     if setting == "on":
         return Reuse(text=True, times=True, first=rows.saved > 0)
-    batch = blank_batch(learner, size)
+    batch = blank_batch(loss, size)
     latents = batch.latents.to(policy.dtype).repeat(halves(config), 1, 1, 1)
     contexts = policy.contexts(batch.embeds, guidance)
 

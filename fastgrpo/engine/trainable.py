@@ -1,5 +1,6 @@
 """What learns: the UNet's weights or its adapters, their optimizer, the loss scale of fp16, and a moving average."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,11 @@ class Trainable:
         """Bring `network` up to date after weights were loaded."""
         self.optimizer.weights.refresh()
 
+    def set_learning_rate(self, rate: float) -> None:
+        """For the optimizer steps from here on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
     def step(self, max_grad_norm: float) -> tuple[Tensor, bool]:
         """One optimizer step on the gradients in `.grad`, scaled down to `max_grad_norm`.
 
@@ -72,6 +78,20 @@ class Trainable:
         taken = not self.scaler.is_enabled() or bool(norm.isfinite())
         self.scaler.update()
         return norm, taken
+
+
+def learning_rate(config: TrainConfig, iteration: int) -> float:
+    """The learning rate of iteration number `iteration`, from 1.
+
+    Iteration i of W warm-up iterations has i / W of `lr`. Of the others `linear` and `cosine` fall from `lr` in the
+    first to what would be 0 after the last.
+    """
+    optim = config.optim
+    if iteration <= optim.warmup:
+        return optim.lr * iteration / optim.warmup
+    progress = (iteration - 1 - optim.warmup) / (config.iterations - optim.warmup)
+    factors = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return optim.lr * factors[optim.schedule]
 
 
 def make_trainable(

@@ -26,14 +26,14 @@ from fastgrpo.types import NEGATIVE, POSITIVE
 _PROBES = ("", string.printable, "Two red dogs, above a tall house!", "naïve 漢字 🦉")  # what tells tokenizers apart
 
 
-def input_digests(config: TrainConfig, parts: Training) -> dict[str, str]:
+def input_digests(config: TrainConfig, training: Training) -> dict[str, str]:
     """Name of each input -> digest of its content, wherever it was loaded from.
 
-    parts: as they were loaded, before a checkpoint is. Prompts count by their texts, the user's reward functions by
+    training: as they were loaded, before a checkpoint is. Prompts count by their texts, the user's reward functions by
     their files (not by what these import), models by `weights_digest`, the tokenizer by what it makes of a few texts.
     """
-    policy, terms = parts.policy, parse_terms(config.reward.terms)
-    texts = {label: [p.text for p in parts.prompts if p.label == label] for label in (POSITIVE, NEGATIVE)}
+    policy, terms = training.policy, parse_terms(config.reward.terms)
+    texts = {label: [p.text for p in training.prompts if p.label == label] for label in (POSITIVE, NEGATIVE)}
     tokenizer = policy.tokenizer
     tokens = [tokenizer(list(_PROBES), verbose=False).input_ids, tokenizer.model_max_length, tokenizer.pad_token_id]
     scheduler = {k: v for k, v in policy.scheduler_config.items() if k == "_class_name" or not k.startswith("_")}
@@ -42,10 +42,10 @@ def input_digests(config: TrainConfig, parts: Training) -> dict[str, str]:
     for term in terms:
         if file := _source(term.place):
             digests[f"{file.name} of reward.terms"] = file_sha256(file)
-    if parts.reward.steering:
+    if training.reward.steering:
         anchors = load_anchors(config.reward.anchors)
         digests["reward.anchors"] = _digest([anchors.safe, anchors.unsafe])
-    models = {f"the encoder of {field}": model for field, model in parts.reward.models.items()}
+    models = {f"the encoder of {field}": model for field, model in training.reward.models.items()}
     precise = f"of model.path, in {str(policy.dtype).removeprefix('torch.')}"  # they are held in it, rounded
     models |= {f"the VAE {precise}": policy.vae, f"the text encoder {precise}": policy.text_encoder}
     if config.model.lora_rank or config.grpo.kl > 0:  # otherwise it is in the checkpoint, all of it

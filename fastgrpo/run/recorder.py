@@ -29,22 +29,27 @@ class Journal:
         self,
         run: Path,
         config: TrainConfig,
-        parts: Training,
+        training: Training,
         start: TrainerState,
         threads: int,
         inputs: Mapping[str, str],
         console: Console,
     ):
         """start: where the run goes on. threads: CPU threads that share the batches. inputs: as `input_digests`."""
-        self.run, self.config, self.parts, self.console = run, config, parts, console
+        self.run, self.config, self.training, self.console = run, config, training, console
         self._start, self._threads, self._inputs, self._began = start, threads, inputs, time.monotonic()
         if not (run / "config.toml").is_file():
             self._write_config()
-        parts.record.write(run)
+        training.record.write(run)
         self._pace = Pace(config.iterations, config.eval.every, start.iteration)
         console.follow(self._pace)
         examinee = Examinee(
-            parts.policy, parts.trainable.ema, parts.prompts, parts.eval_schedule, parts.suites, parts.held_out
+            training.policy,
+            training.trainable.ema,
+            training.prompts,
+            training.eval_schedule,
+            training.suites,
+            training.held_out,
         )
         self._exam = Exam(run, config, examinee, console)
         before = self._exam.before()
@@ -74,16 +79,16 @@ class Journal:
                 self._seconds(),
                 self._threads,
                 library_versions(),
-                processes=self.parts.ranks.count,
-                engine=self.parts.record.to_json(),
+                processes=self.training.ranks.count,
+                engine=self.training.record.to_json(),
                 inputs=dict(self._inputs),
                 iterations=self.config.iterations,
                 evaluated=self._evaluates(iteration),
             )
             rule = self.config.checkpoint
             with self.console.bar("checkpoint"):
-                checkpoint.save(self.run, self.parts.trainable, state, rule.keep, rule.keep_evaluated)
-            self.parts.record.write(self.run)
+                checkpoint.save(self.run, self.training.trainable, state, rule.keep, rule.keep_evaluated)
+            self.training.record.write(self.run)
 
     def close(self, iteration: int) -> None:
         """Say how to go on after a stop, or what came of it all and where it is."""

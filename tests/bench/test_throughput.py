@@ -66,10 +66,10 @@ def config() -> TrainConfig:
 @pytest.fixture(scope="module")
 def drawn(config: TrainConfig) -> Samples:
     """What our training draws, as the plain trainer keeps it."""
-    parts = workload.ours(config, workers=1).parts
-    prompts = embed(parts.policy, parts.source.batch(0), {})
+    training = workload.ours(config, workers=1).loaded
+    prompts = embed(training.policy, training.source.batch(0), {})
     generator = generator_for(config.seed, 1, "rollout", "cpu")
-    trajectory = rollout(parts.engine, prompts, config.rollout, config.group_size, generator)
+    trajectory = rollout(training.engine, prompts, generator)
     each = tuple(prompt for prompt in prompts.prompts for _ in range(config.group_size))
     embeds = prompts.embeds.repeat_interleave(config.group_size, dim=0)
     return Samples(trajectory.latents.transpose(0, 1), trajectory.log_probs.T, trajectory.images, each, embeds)
@@ -93,13 +93,13 @@ def moved(parameters: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Ten
 def learned(request: pytest.FixtureRequest, config: TrainConfig, drawn: Samples) -> tuple[TrainConfig, Tensor]:
     """How far an update of ours moves the disturbed weights, without and with a KL term."""
     config = workload.altered(config, grpo__kl=request.param)
-    parts = workload.ours(config, workers=1).parts
-    before = disturbed(parts.trainable.parameters)
-    prompts = embed(parts.policy, parts.source.batch(0), {})
+    training = workload.ours(config, workers=1).loaded
+    before = disturbed(training.trainable.parameters)
+    prompts = embed(training.policy, training.source.batch(0), {})
     trajectory = Trajectory(drawn.latents.transpose(0, 1), drawn.log_probs.T, drawn.images)
     generator = torch.Generator()
-    update(parts.engine, prompts, trajectory, Rewards(REWARDS, {}), parts.trainable, config, 1, generator)
-    return config, moved(parts.trainable.parameters, before)
+    update(training.engine, prompts, trajectory, Rewards(REWARDS, {}), 1, generator)
+    return config, moved(training.trainable.parameters, before)
 
 
 @pytest.mark.slow
@@ -135,7 +135,7 @@ def test_the_plain_trainer_learns_what_ours_learns(
 
 def test_the_plain_trainer_scores_what_ours_scores(config: TrainConfig, drawn: Samples) -> None:
     """Together the very images; one by one what JPEG leaves of them."""
-    reward = workload.ours(config, workers=1).parts.reward
+    reward = workload.ours(config, workers=1).loaded.reward
     prompts = drawn.prompts[:: config.group_size]
     expected = reward(drawn.images, prompts, config.group_size).total
     together = workload.plain(config, Techniques(rewards=True)).baseline.score(drawn)
@@ -270,7 +270,7 @@ def test_an_sd_of_random_weights_trains(monkeypatch: pytest.MonkeyPatch, tiny_pi
 
 def test_what_is_to_hold_is_looked_at(config: TrainConfig) -> None:
     training = workload.ours(workload.altered(config, engine__graphs="on"), workers=1)
-    schedule, weights = training.parts.engine.learner.schedule, training.parts.trainable.optimizer.weights
+    schedule, weights = training.loaded.engine.schedule, training.loaded.trainable.optimizer.weights
     before = weights.values.clone()
     found = list(throughput.checks(training))
     assert len(found) == 4
@@ -279,8 +279,8 @@ def test_what_is_to_hold_is_looked_at(config: TrainConfig) -> None:
     replays = training.replays()
     assert sorted(replays) == ["learn", "step"]
     assert all(measure.costliest(call, 5)[0]["seconds"] > 0 for call in replays.values())
-    training.parts.engine.clear()
-    assert training.parts.engine.learner.schedule is schedule
+    training.loaded.engine.clear()
+    assert training.loaded.engine.schedule is schedule
     assert torch.equal(weights.values, before)
     assert not weights.collect_gradients().any()
 

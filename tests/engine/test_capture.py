@@ -42,9 +42,9 @@ def base(config_file: Path) -> TrainConfig:
 
 
 def load(config: TrainConfig, capture: bool = True) -> Training:
-    parts = load_training(config, threads=1, say=lambda line: None)
-    parts.engine._capture, parts.engine._pool = capture, (0, 1000)
-    return parts
+    training = load_training(config, threads=1, say=lambda line: None)
+    training.engine._capture, training.engine._pool = capture, (0, 1000)
+    return training
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,9 +190,9 @@ def test_replays_learn_what_calls_learn(
     config = altered(base, {"updates_per_iteration": 2} | changes)
     plain, captured = load(config, capture=False), load(config)
     for iteration in (1, 2):
-        expected = iterate(plain, config, iteration, {}, Console())
+        expected = iterate(plain, iteration, Console())
         with imitated(monkeypatch) as device:
-            metrics = iterate(captured, config, iteration, {}, Console())
+            metrics = iterate(captured, iteration, Console())
         assert metrics["ratio/max_abs_dev_first"] == expected["ratio/max_abs_dev_first"] <= 1e-6
         if iteration == 1:
             warm, events = device.events.count("warm up"), device.events
@@ -200,7 +200,7 @@ def test_replays_learn_what_calls_learn(
             assert len(events) > warm > 1
         else:
             assert not device.events
-    assert torch.equal(*(parts.trainable.optimizer.weights.values for parts in (plain, captured)))
+    assert torch.equal(*(training.trainable.optimizer.weights.values for training in (plain, captured)))
     captures = sum(call.captured for call in captured.engine._calls.values())
     assert captures == {"rollout": 2, "replay": 5}[config.grpo.old_log_prob]
 
@@ -221,7 +221,7 @@ def engine(loaded: FixedPasses) -> FixedPasses:
 
 def learn(engine: FixedPasses, count: int = 2) -> None:
     """Add the gradient of a few pairs of noise."""
-    batch = noise_batch(engine.learner, count)
+    batch = noise_batch(engine.loss, count)
     deque(engine.learn(Pairs(torch.arange(count), batch.step), gatherer(batch)), maxlen=0)
 
 
@@ -270,7 +270,7 @@ def test_an_engine_needs_the_memory_of_its_largest_pass_once(
     # What each keeps of its own, inputs and outputs, is some 50 kB of 4 MB.
     assert together.peak <= 1.05 * alone.peak
     assert together.reserved[PLAIN] <= 0.05 * alone.peak
-    config = engine.learner.config
+    config = engine.config
     model = count_model(describe(config.model), config.model, torch.float32)
     plan = memory_plan(config, model, {}, torch.float32, processes=1, micro_batch=engine.micro_batch)
     (planned,) = (part.size for part in plan if part.name.startswith("CUDA graphs"))
@@ -285,11 +285,11 @@ def test_a_switch_to_replay_captures_what_was_warmed_up(base: TrainConfig, monke
 
     monkeypatch.setattr(Policy, "forward", by_rows)
     config = altered(base, {"rollout.batch": 2, "updates_per_iteration": 2, "grpo.ratio_norm": True})
-    parts = load(config)
+    training = load(config)
     with imitated(monkeypatch) as device:
         for iteration in (1, 2):
-            assert iterate(parts, config, iteration, {}, Console())["ratio/max_abs_dev_first"] == 0.0
-            assert parts.engine.old_log_prob == "replay"
+            assert iterate(training, iteration, Console())["ratio/max_abs_dev_first"] == 0.0
+            assert training.engine.old_log_prob == "replay"
             assert device.events.count("capture") == 4, "of which two before it was found out"
     assert device.events == ["warm up"] * 4 + ["capture", "end"] * 4
 
@@ -299,7 +299,7 @@ def test_where_a_pass_does_not_fit_its_own_size_is_halved_and_all_is_captured_an
 ) -> None:
     """The update's, found out in the rollout, which is of another size."""
     config = altered(base, {"rollout.batch": 3, "micro_batch": 4, "updates_per_iteration": 1})
-    parts, call = load(config), PolicyLoss.learn
+    training, call = load(config), PolicyLoss.learn
 
     def small_memory(self: PolicyLoss, batch: MicroBatch):
         if len(batch) > 2:
@@ -308,6 +308,6 @@ def test_where_a_pass_does_not_fit_its_own_size_is_halved_and_all_is_captured_an
 
     monkeypatch.setattr(PolicyLoss, "learn", small_memory)
     with imitated(monkeypatch) as device:
-        iterate(parts, config, 1, {}, Console())
-    assert (parts.engine.micro_batch, parts.engine.rollout_batch) == (2, 3)
+        iterate(training, 1, Console())
+    assert (training.engine.micro_batch, training.engine.rollout_batch) == (2, 3)
     assert device.events == ["warm up"] * (1 + 3) + ["capture", "end"] * 2

@@ -54,11 +54,11 @@ def base(config_file: Path) -> TrainConfig:
 
 
 def trained(config: TrainConfig) -> tuple[Training, torch.Tensor, list[dict[str, float]]]:
-    """The parts after two iterations of five updates each, how far the weights moved, and the metrics."""
-    parts = load_training(config, threads=1)
-    before = parts.trainable.optimizer.weights.values.clone()
-    metrics = [iterate(parts, config, iteration, {}, Console()) for iteration in (1, 2)]
-    return parts, parts.trainable.optimizer.weights.values - before, metrics
+    """The training after two iterations of five updates each, how far the weights moved, and the metrics."""
+    training = load_training(config, threads=1)
+    before = training.trainable.optimizer.weights.values.clone()
+    metrics = [iterate(training, iteration, Console()) for iteration in (1, 2)]
+    return training, training.trainable.optimizer.weights.values - before, metrics
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,8 @@ def plain(base: TrainConfig) -> tuple[Training, torch.Tensor, list[dict[str, flo
     ids=lambda changes: "-".join(changes),
 )
 def test_ten_updates_come_to_the_same_weights(base: TrainConfig, plain, changes: dict[str, str]) -> None:
-    parts, moved, metrics = trained(altered(base, {f"engine.{name}": value for name, value in changes.items()}))
-    assert isinstance(parts.engine, FixedPasses) == ("graphs" in changes)
+    training, moved, metrics = trained(altered(base, {f"engine.{name}": value for name, value in changes.items()}))
+    assert isinstance(training.engine, FixedPasses) == ("graphs" in changes)
     _, expected, expected_metrics = plain
     # A gradient is float32 sums through some forty layers and back, each rounded by 6e-8 of its terms: 1e-5 of its length
     # with room for cancellation, ten times over. A micro-batch left out or counted twice would be a tenth.
@@ -107,8 +107,8 @@ def test_what_is_decoded_at_once_is_known_beforehand(base: TrainConfig, samples:
     """As `Policy.decode` splits the chunks of a rollout."""
     config = altered(base, {"rollout.decode_batch": batch})
     for chunk in (1, 4, 16, 22, 33, 64, 66):
-        parts = torch.empty(samples).split(chunk)
-        expected = {len(latents) for part in parts for latents in part.split(batch)}
+        chunks = torch.empty(samples).split(chunk)
+        expected = {len(latents) for part in chunks for latents in part.split(batch)}
         assert decoded_at_once(samples, chunk, config) == sorted(expected)
 
 
@@ -138,13 +138,13 @@ def test_options_mean_the_same_in_fixed_shapes(base: TrainConfig, changes: dict[
     moves, metrics = [], []
     # Kernels round elsewhere, which in half precision the division by a group's std magnifies: they are left out there.
     for config in (once, altered(once, FIXED | {"engine.kernels": "off" if half else "on"})):
-        parts = load_training(config, threads=1, say=lambda line: None)
-        before = parts.trainable.optimizer.weights.values.clone()
-        metrics.append(iterate(parts, config, 1, {}, Console()))
-        weights = parts.trainable.optimizer.weights
+        training = load_training(config, threads=1, say=lambda line: None)
+        before = training.trainable.optimizer.weights.values.clone()
+        metrics.append(iterate(training, 1, Console()))
+        weights = training.trainable.optimizer.weights
         moves.append(torch.cat([weights.values - before, *([weights.ema - before] if weights.ema is not None else [])]))
-    assert isinstance(parts.engine, FixedPasses)
-    assert set(parts.engine._calls) == {key for keys in parts.engine._foreseen() for key in keys}, (
+    assert isinstance(training.engine, FixedPasses)
+    assert set(training.engine._calls) == {key for keys in training.engine._foreseen() for key in keys}, (
         "nothing comes unforeseen"
     )
     # As above for float32. In half precision a row's bits may depend on how many there are, by 2^-8 of its terms.
@@ -172,10 +172,10 @@ def test_a_compiled_unet_is_shared_by_rollout_and_update(base: TrainConfig, plai
     monkeypatch.setattr(torch, "compile", compiler)
     monkeypatch.setattr(compilation, "check_compiled", lambda *_: compilation.GradientCheck(True, "output", 0.0, 0.0))
     monkeypatch.setattr(setup, "CPU_AGREEMENT", 1e-4)  # so that no CPU's rounding asks for a pass twice
-    parts, moved, _ = trained(altered(base, {"engine.compile": "on"}))
-    assert parts.record.compiled
-    assert isinstance(parts.engine, FixedPasses)
-    assert parts.policy.passes is None, "pictures come in other shapes"
+    training, moved, _ = trained(altered(base, {"engine.compile": "on"}))
+    assert training.record.compiled
+    assert isinstance(training.engine, FixedPasses)
+    assert training.policy.passes is None, "pictures come in other shapes"
     # One shape, with gradients: what is compiled for the update serves the rollout. Two of 3 steps of 6 samples are trained on.
     assert set(calls) == {(2 * base.micro_batch, True)}
     chunks, micro_batches = 2, 5
@@ -185,13 +185,13 @@ def test_a_compiled_unet_is_shared_by_rollout_and_update(base: TrainConfig, plai
 
 def test_a_rollout_of_another_size_saves_nothing(base: TrainConfig, monkeypatch) -> None:
     """Compiled too; after the micro-batch was halved, of its new size."""
-    learner, record = engine_of(base).learner, EngineRecord(micro_batch=4)
+    loss, record = engine_of(base).loss, EngineRecord(micro_batch=4)
 
     def compiled(latents: torch.Tensor) -> tuple[int, bool]:
         return len(latents), torch.is_grad_enabled()
 
     monkeypatch.setattr(setup, "compile_forward", lambda *_: (compiled, SimpleNamespace(used=True)))
-    passes = setup._compile(learner, altered(base, {"engine.compile": "on"}), record, Ranks(), print)
+    passes = setup._compile(loss, altered(base, {"engine.compile": "on"}), record, Ranks(), print)
     with torch.no_grad():
         assert [passes(torch.zeros(rows)) for rows in (8, 4)] == [(8, True), (4, False)]
         record.micro_batch = 2
@@ -217,7 +217,7 @@ def gradient(engine: Passes, batch: MicroBatch, order: torch.Tensor) -> tuple[to
 @pytest.mark.parametrize("graphs", ["off", "on"])
 def test_a_permuted_batch_gives_permuted_results(base: TrainConfig, graphs: str) -> None:
     engine = engine_of(altered(base, {"engine.graphs": graphs, "micro_batch": 4}))
-    batch, order = noise_batch(engine.learner, 7), torch.tensor([6, 2, 0, 5, 1, 3, 4])
+    batch, order = noise_batch(engine.loss, 7), torch.tensor([6, 2, 0, 5, 1, 3, 4])
     straight, losses = gradient(engine, batch, torch.arange(7))
     permuted, other_losses = gradient(engine, batch, order)
     assert torch.allclose(losses, other_losses, rtol=1e-6, atol=0)  # one rounding of exp
@@ -229,7 +229,7 @@ def test_filling_up_a_micro_batch_adds_nothing(base: TrainConfig) -> None:
     """Seven pairs in fixed micro-batches of 4 and of 7: the eighth row has no weight."""
     engines = [engine_of(altered(base, {"engine.graphs": "on", "micro_batch": size})) for size in (4, 7)]
     (one, losses), (other, other_losses) = (
-        gradient(engine, noise_batch(engine.learner, 7), torch.arange(7)) for engine in engines
+        gradient(engine, noise_batch(engine.loss, 7), torch.arange(7)) for engine in engines
     )
     assert torch.linalg.vector_norm(one - other) <= 1e-5 * torch.linalg.vector_norm(one)
     assert torch.allclose(losses, other_losses, rtol=1e-5, atol=0)
@@ -239,9 +239,9 @@ def test_filling_up_a_micro_batch_adds_nothing(base: TrainConfig) -> None:
 def test_out_of_memory_halves_the_micro_batch_and_learns_the_same(base: TrainConfig, graphs: str, monkeypatch) -> None:
     said: list[str] = []
     config = altered(base, {"engine.graphs": graphs, "micro_batch": 8})
-    parts = load_training(config, threads=1, say=said.append)
-    engine = parts.engine
-    batch, order = noise_batch(engine.learner, 11), torch.arange(11)
+    training = load_training(config, threads=1, say=said.append)
+    engine = training.engine
+    batch, order = noise_batch(engine.loss, 11), torch.arange(11)
     expected, losses = gradient(engine, batch, order)
     learn, sizes = PolicyLoss.learn, []
 
@@ -255,7 +255,7 @@ def test_out_of_memory_halves_the_micro_batch_and_learns_the_same(base: TrainCon
     if graphs == "on":
         engine._calls.clear()
     result, other_losses = gradient(engine, batch, order)
-    assert engine.micro_batch == parts.record.micro_batch == 2
+    assert engine.micro_batch == training.record.micro_batch == 2
     assert sizes[0] > sizes[1] > 2 >= max(sizes[2:])
     assert [line.split(":")[0] for line in said] == ["out of memory", "out of memory"]
     assert torch.linalg.vector_norm(result - expected) <= 1e-5 * torch.linalg.vector_norm(expected)
@@ -316,12 +316,12 @@ def test_wherever_memory_runs_out_the_same_is_learned(base: TrainConfig, where: 
     moves, metrics = [], []
     for small in (False, True):
         config = altered(base, PASSES[where] | {"engine.graphs": graphs, "micro_batch": 4})
-        parts = load_training(config, threads=1, say=said.append)
+        training = load_training(config, threads=1, say=said.append)
         if small:
             out_of_memory(where, 2, monkeypatch)
-        before = parts.trainable.optimizer.weights.values.clone()
-        metrics.append(iterate(parts, config, 1, {}, Console()))
-        moves.append(parts.trainable.optimizer.weights.values - before)
+        before = training.trainable.optimizer.weights.values.clone()
+        metrics.append(iterate(training, 1, Console()))
+        moves.append(training.trainable.optimizer.weights.values - before)
     # As for ten updates above.
     assert torch.linalg.vector_norm(moves[0] - moves[1]) <= 1e-4 * torch.linalg.vector_norm(moves[0])
     assert metrics[1]["reward/mean"] == pytest.approx(metrics[0]["reward/mean"], abs=1e-5)
@@ -330,7 +330,7 @@ def test_wherever_memory_runs_out_the_same_is_learned(base: TrainConfig, where: 
     rollouts = where == "draw" and graphs == "off"
     assert halved == {"rollouts" if rollouts else "micro-batches"}
     # All 6 samples at first, where a CPU's rollout draws them together.
-    assert (parts.record.micro_batch, parts.record.rollout_batch) == ((4, 1) if rollouts else (2, 0))
+    assert (training.record.micro_batch, training.record.rollout_batch) == ((4, 1) if rollouts else (2, 0))
 
 
 @pytest.mark.parametrize(
@@ -350,8 +350,8 @@ def test_after_memory_ran_out_the_ratio_is_1_where_bits_depend_on_the_size(
 
     monkeypatch.setattr(Policy, "forward", by_rows)
     config = altered(base, PASSES.get(where, {}) | {"engine.graphs": "on", "micro_batch": 4})
-    parts = load_training(config, threads=1, say=lambda line: None)
-    assert parts.record.old_log_prob == config.grpo.old_log_prob
+    training = load_training(config, threads=1, say=lambda line: None)
+    assert training.record.old_log_prob == config.grpo.old_log_prob
     call, calls = getattr(kind, where), []
 
     def failing_once(self, *arguments):
@@ -362,12 +362,12 @@ def test_after_memory_ran_out_the_ratio_is_1_where_bits_depend_on_the_size(
 
     monkeypatch.setattr(kind, where, failing_once)
     for iteration in (1, 2):
-        metrics = iterate(parts, config, iteration, {}, Console())
+        metrics = iterate(training, iteration, Console())
         assert metrics["ratio/max_abs_dev_first"] <= 1e-6
-        assert parts.engine.micro_batch == 2
-        assert parts.engine.resized == (iteration == 1)
+        assert training.engine.micro_batch == 2
+        assert training.engine.resized == (iteration == 1)
         # Of this update alone: the next rollout's passes are of the update's size again.
-        assert parts.engine.old_log_prob == parts.record.old_log_prob == config.grpo.old_log_prob
+        assert training.engine.old_log_prob == training.record.old_log_prob == config.grpo.old_log_prob
 
 
 @pytest.mark.slow
@@ -375,10 +375,10 @@ def test_a_group_that_halving_divided_is_scored_when_it_is_whole(base: TrainConf
     rewards = {}
     for most in (3, 2):
         config = altered(base, {"engine.graphs": "on", "micro_batch": 3})
-        parts = load_training(config, threads=1, say=lambda line: None)
-        calls = counted_scores(parts, monkeypatch)
+        training = load_training(config, threads=1, say=lambda line: None)
+        calls = counted_scores(training, monkeypatch)
         out_of_memory("draw", most, monkeypatch)
-        rewards[most] = iterate(parts, config, 1, {}, Console())["reward/mean"]
+        rewards[most] = iterate(training, 1, Console())["reward/mean"]
         assert calls == [3, 3]
     assert rewards[2] == pytest.approx(rewards[3], abs=1e-5)
 
@@ -391,13 +391,14 @@ def test_all_processes_go_on_with_the_smallest_sizes(base: TrainConfig) -> None:
 
     config = altered(base, {"engine.graphs": "on", "micro_batch": 4, "rollout.batch": 6})
     said: list[str] = []
-    parts = load_training(config, threads=1, say=said.append)
+    training = load_training(config, threads=1, say=said.append)
     said.clear()
-    parts.engine.agree(Ranks())
+    training.engine.agree()
     assert not said
-    parts.engine.agree(BesideOneThatHalved())
-    assert (parts.engine.micro_batch, parts.engine.rollout_batch) == (2, 3)
-    assert (parts.record.micro_batch, parts.record.rollout_batch) == (2, 3)
+    training.engine.ranks = BesideOneThatHalved()
+    training.engine.agree()
+    assert (training.engine.micro_batch, training.engine.rollout_batch) == (2, 3)
+    assert (training.record.micro_batch, training.record.rollout_batch) == (2, 3)
     assert len(said) == 2
 
 
@@ -421,15 +422,15 @@ def test_a_micro_batch_of_the_settings_is_halved_until_it_fits_everywhere() -> N
         setup._fit(2, lambda size: False, Ranks(), lambda *told: None)
 
 
-def counted_scores(parts: Training, monkeypatch) -> list[int]:
+def counted_scores(training: Training, monkeypatch) -> list[int]:
     """How many images each call of the reward got, filled in as it is called."""
-    score, calls = parts.reward.score, []
+    score, calls = training.reward.score, []
 
     def counting(images, *rest):
         calls.append(len(images))
         return score(images, *rest)
 
-    monkeypatch.setattr(parts.reward, "score", counting)
+    monkeypatch.setattr(training.reward, "score", counting)
     return calls
 
 
@@ -457,10 +458,10 @@ def test_groups_are_scored_while_the_next_are_drawn(
     metrics = {}
     for overlap in (True, False):
         config = altered(base, {"engine.graphs": "on", "engine.overlap": overlap, "micro_batch": size})
-        parts = load_training(config, threads=1, say=lambda line: None)
-        calls = counted_scores(parts, monkeypatch)
+        training = load_training(config, threads=1, say=lambda line: None)
+        calls = counted_scores(training, monkeypatch)
         events.clear()
-        metrics[overlap] = iterate(parts, config, 1, {}, Console())
+        metrics[overlap] = iterate(training, 1, Console())
         chunks = math.ceil(6 / size)
         early = ["draw", *["draw", "decode"] * (chunks - 1), "decode"]
         assert events == (early if overlap else ["draw"] * chunks + ["decode"])
@@ -491,9 +492,9 @@ def test_a_resumed_run_goes_on_with_a_halved_micro_batch(base: TrainConfig, monk
     plan = record.attention
     record.micro_batch, record.rollout_batch = 4, 2
     monkeypatch.setattr(setup, "choose_backends", lambda *_: pytest.fail("decided again"))
-    parts = load_training(config, threads=1, record=EngineRecord(**record.to_json()), say=lambda line: None)
-    assert (parts.engine.micro_batch, parts.engine.rollout_batch) == (4, 2)
-    assert parts.record.attention == plan
+    training = load_training(config, threads=1, record=EngineRecord(**record.to_json()), say=lambda line: None)
+    assert (training.engine.micro_batch, training.engine.rollout_batch) == (4, 2)
+    assert training.record.attention == plan
 
 
 def test_another_device_decides_for_itself(base: TrainConfig) -> None:
@@ -514,12 +515,12 @@ def test_settings_that_a_resumed_run_changes_are_decided_upon_anew(base: TrainCo
     assert (record.micro_batch, record.compiled, any(record.reuse.values())) == (8, False, False)
     said: list[str] = []
     config = altered(base, {"micro_batch": 3, "engine.reuse": "on"})
-    parts = load_training(config, threads=1, record=EngineRecord(**record.to_json()), say=said.append)
+    training = load_training(config, threads=1, record=EngineRecord(**record.to_json()), say=said.append)
     assert said[0] == "micro_batch and engine.reuse are not as before: the engine decides anew"
-    assert parts.engine.micro_batch == parts.record.micro_batch == 3
-    assert any(parts.record.reuse.values())
-    again = load_training(config, threads=1, record=EngineRecord(**parts.record.to_json()), say=said.append)
-    assert again.record == dataclasses.replace(parts.record, group_norm={})
+    assert training.engine.micro_batch == training.record.micro_batch == 3
+    assert any(training.record.reuse.values())
+    again = load_training(config, threads=1, record=EngineRecord(**training.record.to_json()), say=said.append)
+    assert again.record == dataclasses.replace(training.record, group_norm={})
     old = EngineRecord(**(record.to_json() | {"settings": None}))  # as older checkpoints have it
     assert load_training(config, threads=1, record=old, say=said.append).record.micro_batch == 8
     assert sum("decides anew" in line for line in said) == 1
@@ -566,17 +567,18 @@ def test_a_process_without_a_pair_of_its_own_learns_what_the_others_learn(
 ) -> None:
     monkeypatch.setattr(update, "_unclipped", lambda engine, pairs, *_: pairs[:0])
     config = altered(base, {"grpo.skip_clipped": True, "grpo.kl": 0.0} | changes)
-    parts = load_training(config, threads=1, say=lambda line: None)
+    training = load_training(config, threads=1, say=lambda line: None)
     seen: list[bool] = []
-    step, weights = parts.trainable.optimizer.step, parts.trainable.optimizer.weights
+    step, weights = training.trainable.optimizer.step, training.trainable.optimizer.weights
 
     def watched(*args):
         gradients = weights.views(weights.collect_gradients()).values()
         seen.append(all(bool((gradient == 1).all()) for gradient in gradients))
         return step(*args)
 
-    parts.trainable.optimizer.step = watched
-    iterate(replace(parts, ranks=_BesideAnother()), config, 1, {}, Console())
+    training.trainable.optimizer.step = watched
+    training.engine.ranks = _BesideAnother()
+    iterate(training, 1, Console())
     # Before the first step nothing can be clipped; fp16 leaves some out until its scale is low enough.
     assert not seen[0]
     assert seen[-2:] == [True, True]
@@ -598,13 +600,16 @@ def test_skipping_clipped_pairs_learns_the_same_from_fewer(base: TrainConfig) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_computes_on_a_rounded_copy_that_follows(base: TrainConfig, dtype: torch.dtype) -> None:
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    parts, moved, _ = trained(altered(base, {"engine.dtype": name, "optim.ema": 0.5}))
-    network, unet = dict(parts.trainable.network.named_parameters()), dict(parts.trainable.unet.named_parameters())
+    training, moved, _ = trained(altered(base, {"engine.dtype": name, "optim.ema": 0.5}))
+    network, unet = (
+        dict(training.trainable.network.named_parameters()),
+        dict(training.trainable.unet.named_parameters()),
+    )
     assert torch.linalg.vector_norm(moved) > 0
     assert all(torch.equal(network[name], weight.detach().to(dtype)) for name, weight in unet.items())
-    with parts.trainable.ema.in_place():
+    with training.trainable.ema.in_place():
         assert all(torch.equal(network[name], weight.detach().to(dtype)) for name, weight in unet.items())
-        assert not all(torch.equal(network[n], parts.trainable.ema.average[n].to(dtype)) for n in unet), "swapped"
+        assert not all(torch.equal(network[n], training.trainable.ema.average[n].to(dtype)) for n in unet), "swapped"
     assert all(torch.equal(network[name], weight.detach().to(dtype)) for name, weight in unet.items())
 
 

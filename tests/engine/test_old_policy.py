@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo import training
 from fastgrpo.assembly import Training, load_training
 from fastgrpo.engine.old_policy import OldPolicy
 from fastgrpo.engine.record import EngineRecord
@@ -19,6 +18,7 @@ from fastgrpo.settings.command_line import load_toml
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.console import Console
 from fastgrpo.system.distributed import Ranks
+from fastgrpo.training import iterate as run_iteration
 from fastgrpo.types import Trajectory
 from support.sd_pipelines import KINDS, build_pipeline, build_unet, save_folder
 from support.training import altered
@@ -28,7 +28,7 @@ SENTENCE = "rollout and update differ by up to "
 
 @pytest.fixture(scope="module")
 def base(config_file: Path) -> TrainConfig:
-    """Two prompts of two images, three steps of which two are learned from: 8 pairs in two parts."""
+    """Two prompts of two images, three steps of which two are learned from: 8 pairs for two optimizer steps."""
     changes = {"group_size": 2, "grpo.std_floor": 1e-9, "grpo.kl": 0.0, "optim.lr": 1e-2, "engine.threads": 1}
     return altered(load_toml(config_file), changes)
 
@@ -52,13 +52,13 @@ def load(
     return load_training(config, threads, record=record, say=(said if said is not None else []).append)
 
 
-def iterate(parts: Training, config: TrainConfig, iteration: int) -> float:
+def iterate(training: Training, iteration: int) -> float:
     """How far a ratio was from 1 before the policy moved."""
-    return training.iterate(parts, config, iteration, {}, Console())["ratio/max_abs_dev_first"]
+    return run_iteration(training, iteration, Console())["ratio/max_abs_dev_first"]
 
 
-def weights(parts: Training) -> torch.Tensor:
-    return parts.trainable.optimizer.weights.values.clone()
+def weights(training: Training) -> torch.Tensor:
+    return training.trainable.optimizer.weights.values.clone()
 
 
 @pytest.mark.slow
@@ -74,13 +74,13 @@ def test_a_ratio_is_1_until_the_policy_moves(
     """
     model = {"model.path": str(pipelines[kind]), "model.lora_rank": rank, "model.lora_alpha": 4.0 * rank}
     config = altered(base, model | {"iterations": 5, "updates_per_iteration": 1, "micro_batch": 32})
-    parts = load(config, threads=workers)
+    training = load(config, threads=workers)
     for iteration, micro_batch in enumerate((32, 4, 3, 1, 32), start=1):
-        before = weights(parts)
-        parts.engine.micro_batch, parts.engine.old_log_prob = micro_batch, "rollout"
-        assert iterate(parts, config, iteration) <= 1e-6, micro_batch
+        before = weights(training)
+        training.engine.micro_batch, training.engine.old_log_prob = micro_batch, "rollout"
+        assert iterate(training, iteration) <= 1e-6, micro_batch
         # AdamW moves what has a gradient by about lr.
-        assert (weights(parts) - before).abs().max() > 1e-3
+        assert (weights(training) - before).abs().max() > 1e-3
 
 
 @pytest.fixture
@@ -105,13 +105,13 @@ def test_where_the_rollouts_numbers_are_not_the_updates_it_goes_on_with_its_own(
     """To the very bit as if `replay` had been asked for, from this update on."""
     said: list[str] = []
     config = altered(base, changes)
-    parts, asked = load(config, said), load(altered(config, {"grpo.old_log_prob": "replay"}))
-    assert parts.record.old_log_prob == "rollout"
+    training, asked = load(config, said), load(altered(config, {"grpo.old_log_prob": "replay"}))
+    assert training.record.old_log_prob == "rollout"
     for iteration in (1, 2):
-        assert iterate(parts, config, iteration) == 0.0
-        assert parts.engine.old_log_prob == parts.record.old_log_prob == "replay"
-        assert iterate(asked, altered(config, {"grpo.old_log_prob": "replay"}), iteration) == 0.0
-        assert torch.equal(weights(parts), weights(asked))
+        assert iterate(training, iteration) == 0.0
+        assert training.engine.old_log_prob == training.record.old_log_prob == "replay"
+        assert iterate(asked, iteration) == 0.0
+        assert torch.equal(weights(training), weights(asked))
     (line,) = [line for line in said if line.startswith(SENTENCE)]
     apart = float(line.removeprefix(SENTENCE).split()[0])
     assert apart > CPU_AGREEMENT
@@ -122,11 +122,11 @@ def test_numbers_that_agree_well_enough_are_kept(base: TrainConfig, rounding: di
     """As they were drawn, and so the ratio before the first step is not 1 by definition."""
     rounding["by"] = 0.0
     config, said = altered(base, {"micro_batch": 2}), []
-    parts = load(config, said)
-    parts.engine.allowed = 1e-2
+    training = load(config, said)
+    training.engine.allowed = 1e-2
     rounding["by"] = 1e-5
-    assert 0.0 < iterate(parts, config, 1) <= 1e-2
-    assert parts.engine.old_log_prob == "rollout"
+    assert 0.0 < iterate(training, 1) <= 1e-2
+    assert training.engine.old_log_prob == "rollout"
     assert not any(line.startswith(SENTENCE) for line in said)
 
 
@@ -137,11 +137,11 @@ def test_a_run_resumed_on_either_side_of_the_switch_goes_on_bit_for_bit(
     """Passes begin to differ in iteration 2 of 3, by more than any CPU's rounding, which is allowed."""
     config = altered(base, {"iterations": 3, "micro_batch": 3, "optim.ema": 0.5})
 
-    def run(parts: Training, iterations: range) -> None:
-        parts.engine.allowed = 1e-3
+    def run(training: Training, iterations: range) -> None:
+        training.engine.allowed = 1e-3
         for iteration in iterations:
             rounding["by"] = 1e-2 if iteration > 1 else 0.0
-            iterate(parts, config, iteration)
+            iterate(training, iteration)
 
     whole, cut = load(config), load(config)
     run(whole, range(1, 4))
@@ -172,8 +172,8 @@ def test_a_replay_recomputes_no_pair_of_the_first_step(
 
     monkeypatch.setattr(PolicyLoss, "recompute", counted)
     config = altered(base, {"grpo.old_log_prob": "replay", "updates_per_iteration": updates})
-    parts = load(config)
-    assert iterate(parts, config, 1) == 0.0
+    training = load(config)
+    assert iterate(training, 1) == 0.0
     assert sum(seen) == recomputed, "of 8 pairs"
 
 
@@ -213,9 +213,8 @@ def test_all_processes_decide_alike(
     ones = torch.ones(len(ratios))
     outcomes = [PairResults(torch.tensor(ratios), ones, ones, None)] if ratios else []
     trajectory = Trajectory(torch.zeros(4, 4, 4, 8, 8), torch.zeros(3, 4), images=torch.zeros(4, 3, 16, 16))
-    old = OldPolicy(
-        engine, trajectory, lambda *_: pytest.fail("gathered"), _BesideAnother(apart=other, resized=resized)
-    )
+    engine.ranks = _BesideAnother(apart=other, resized=resized)
+    old = OldPolicy(engine, trajectory, lambda *_: pytest.fail("gathered"))
     assert old.mistaken(outcomes) == mistaken
     assert engine.old_log_prob == mode
     assert (old.remembered is None) == mistaken

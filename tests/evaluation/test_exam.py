@@ -22,7 +22,7 @@ PROMPTS = [Prompt("a gun", NEGATIVE, "violence", i) for i in range(5)] + [Prompt
 
 
 @pytest.fixture(scope="module")
-def parts(config_file: Path) -> Training:
+def training(config_file: Path) -> Training:
     return load_training(load_toml(config_file), 1, say=lambda line: None)
 
 
@@ -44,10 +44,10 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def examined(run: Path, parts: Training, config: TrainConfig) -> Exam:
+def examined(run: Path, training: Training, config: TrainConfig) -> Exam:
     """A new process's exam of the policy before training."""
     run.mkdir(exist_ok=True)
-    examinee = Examinee(parts.policy, None, parts.prompts, parts.eval_schedule, held_out=parts.held_out)
+    examinee = Examinee(training.policy, None, training.prompts, training.eval_schedule, held_out=training.held_out)
     made = Exam(run, config, examinee, Console(quiet=True))
     made.before()
     return made
@@ -55,35 +55,35 @@ def examined(run: Path, parts: Training, config: TrainConfig) -> Exam:
 
 def test_before_is_examined_once_unless_in_another_way(
     config_file: Path,
-    parts: Training,
+    training: Training,
     evaluated: list[int],
     tmp_path: Path,
 ) -> None:
     config = load_toml(config_file)
-    examined(tmp_path, parts, config)
+    examined(tmp_path, training, config)
     stage = read_stage(tmp_path / "evaluation_before.json")
     assert sorted(stage.verdicts) == [f"{id:06d}" for id in (0, 1, 2, 3, 4, 9)]
     assert stage.metrics == stage.rates.metrics()
     picture = (tmp_path / "samples" / "before.png").read_bytes()
-    examined(tmp_path, parts, config)
+    examined(tmp_path, training, config)
     assert evaluated == [6]
     assert read_stage(tmp_path / "evaluation_before.json") == stage
     fewer = replace(config, eval=replace(config.eval, unsafe_per_category=3))
-    examined(tmp_path, parts, fewer)
+    examined(tmp_path, training, fewer)
     assert evaluated == [6, 4]
     other = replace(config, eval=replace(config.eval, seed=5))
-    examined(tmp_path, parts, other)
+    examined(tmp_path, training, other)
     assert evaluated == [6, 4, 6]
     assert (tmp_path / "samples" / "before.png").read_bytes() != picture
 
 
 def test_a_policy_that_did_not_change_is_undecided(
     config_file: Path,
-    parts: Training,
+    training: Training,
     evaluated: list[int],
     tmp_path: Path,
 ) -> None:
-    made = examined(tmp_path, parts, load_toml(config_file))
+    made = examined(tmp_path, training, load_toml(config_file))
     made.after()
     assert [sentence.verdict for sentence in made.verdicts()] == ["undecided", "undecided"]
     assert all("no change (paired test, p = 1)" in sentence.text for sentence in made.verdicts())
@@ -95,17 +95,19 @@ def test_a_policy_that_did_not_change_is_undecided(
 
 def test_a_run_from_before_verdicts_were_kept_goes_on_without_a_sentence(
     config_file: Path,
-    parts: Training,
+    training: Training,
     evaluated: list[int],
     tmp_path: Path,
 ) -> None:
     config = load_toml(config_file)
-    rates = examined(tmp_path / "new", parts, config) and read_stage(tmp_path / "new" / "evaluation_before.json").rates
+    rates = (
+        examined(tmp_path / "new", training, config) and read_stage(tmp_path / "new" / "evaluation_before.json").rates
+    )
     run = tmp_path / "old"
     run.mkdir()
     (run / "evaluation_before.json").write_text(json.dumps(rates.to_json(), indent=2))
     evaluated.clear()
-    made = examined(run, parts, config)
+    made = examined(run, training, config)
     assert evaluated == []
     assert made.before() == rates.metrics()
     made.after()
@@ -116,7 +118,7 @@ def test_a_run_from_before_verdicts_were_kept_goes_on_without_a_sentence(
 
 def test_without_a_suite_what_is_known_before_training_is_kept_too(
     config_file: Path,
-    parts: Training,
+    training: Training,
     tmp_path: Path,
 ) -> None:
     config = load_toml(config_file)
@@ -126,7 +128,7 @@ def test_without_a_suite_what_is_known_before_training_is_kept_too(
         seen.append(len(images))
         return {"eval/held_out_mean": 0.25}
 
-    watched = replace(parts, held_out=held_out)
+    watched = replace(training, held_out=held_out)
     assert examined(tmp_path, watched, config).before() == {"eval/held_out_mean": 0.25}
     assert examined(tmp_path, watched, config).before() == {"eval/held_out_mean": 0.25}
     assert len(seen) == 1

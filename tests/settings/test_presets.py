@@ -159,7 +159,7 @@ def test_the_papers_iteration_counted_out(tiny_pipeline: Path, tmp_path: Path, m
         reward=replace(paper.reward, encoder=f"local-dir:{tmp_path}"),
         engine=replace(paper.engine, device="cpu", dtype="fp32"),
     )
-    parts = load_training(config, available_cores(), AloneOfEight(index=0, count=8))
+    training = load_training(config, available_cores(), AloneOfEight(index=0, count=8))
     learned: list[tuple[int, int]] = []
     learn = Passes.learn
 
@@ -169,11 +169,13 @@ def test_the_papers_iteration_counted_out(tiny_pipeline: Path, tmp_path: Path, m
 
     monkeypatch.setattr(Passes, "learn", counted)
     images: list[int] = []
-    score = type(parts.reward).score
+    score = type(training.reward).score
     monkeypatch.setattr(
-        type(parts.reward), "score", lambda self, drawn, *rest: images.append(len(drawn)) or score(self, drawn, *rest)
+        type(training.reward),
+        "score",
+        lambda self, drawn, *rest: images.append(len(drawn)) or score(self, drawn, *rest),
     )
-    values = iterate(parts, config, 1, {}, Console())
+    values = iterate(training, 1, Console())
     assert images == [64]
     assert values["optim/steps"] == 16
     assert values["optim/skipped_steps"] == values["advantage/zero_std_groups"] == 0

@@ -82,10 +82,7 @@ class Scene:
         self.trajectory = rollout(
             Passes(PolicyLoss(self.policy, self.schedule, config, ()), None, 1),
             self.prompts,
-            config.rollout,
-            config.group_size,
             generator,
-            keep_means=config.grpo.ratio_norm,
         )
 
     def update(self, config=CONFIG, rewards=REWARDS, optimizer=None, seed=1, iteration=1, allowed=math.inf, **grpo):
@@ -99,14 +96,12 @@ class Scene:
         clipping = Clipping(optimizer, parameters)
         trainable = Trainable(unet, parameters, clipping, unscaled, None, unet, tuple(parameters.values()))
         config = replace(config, grpo=replace(config.grpo, **grpo))
-        learner = PolicyLoss(self.policy, self.schedule, config, trainable.trained, base)
+        loss = PolicyLoss(self.policy, self.schedule, config, trainable.trained, base)
         stats = update(
-            Passes(learner, clipping.weights, config.micro_batch, allowed=allowed),
+            Passes(loss, trainable, config.micro_batch, allowed=allowed),
             self.prompts,
             self.trajectory,
             Rewards(rewards, {}),
-            trainable,
-            config,
             iteration,
             torch.Generator().manual_seed(seed),
             progress=lambda done, total: self.reports.append((done, total)),

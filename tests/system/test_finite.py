@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,12 +176,9 @@ def test_a_rollout_stops_before_anything_is_scored(
     with pytest.raises(BrokenPicture) as raised:
         rollout(
             engine,
-            prompts,
-            config,
-            2,
+            replace(prompts, iteration=3),
             torch.Generator().manual_seed(0),
-            score=lambda part, images: scored.append(part),
-            when="iteration 3, ",
+            lambda part, images: scored.append(part),
         )
     text = TEXTS[1 if part == "text" else 0]
     assert raised.value.message.startswith(f"iteration 3, sample 1 of 2 of prompt {text!r} is not finite, ")

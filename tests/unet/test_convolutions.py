@@ -72,9 +72,9 @@ def test_algorithms_are_searched_for_passes_of_fixed_shapes_alone(
     """Not for decoding, whose batches may be of any size, nor where a rollout's first step has fewer rows."""
     fresh = load_training(config, threads=1, say=lambda line: None).record
     assert not fresh.cudnn_benchmark, "on a CPU there is no cuDNN"
-    parts = load_training(config, threads=1, record=replace(fresh, cudnn_benchmark=True), say=lambda line: None)
-    assert isinstance(parts.engine, FixedPasses)
-    assert parts.record.cudnn_benchmark
+    training = load_training(config, threads=1, record=replace(fresh, cudnn_benchmark=True), say=lambda line: None)
+    assert isinstance(training.engine, FixedPasses)
+    assert training.record.cudnn_benchmark
     decoded, learned = watch(monkeypatch, Policy, "decode"), watch(monkeypatch, PolicyLoss, "learn")
     forward, rows = Policy.forward, []
 
@@ -83,7 +83,7 @@ def test_algorithms_are_searched_for_passes_of_fixed_shapes_alone(
         return forward(self, latents, *rest)
 
     monkeypatch.setattr(Policy, "forward", watched)
-    iterate(parts, config, 1, {}, Console())
+    iterate(training, 1, Console())
     assert set(decoded) == {PLAIN}
     assert set(learned) == {SEARCHED}
     full = 2 * config.micro_batch

@@ -1,6 +1,6 @@
-"""What `python -m fastgrpo.estimate` does: what a training would cost in computation and memory, before anything is bought.
+"""What `python -m fastgrpo.estimate` does: it says what a training would cost in computation and memory.
 
-All of it is computed from the configs (costs.py counts the models); nothing is measured, and no weights are needed.
+It is computed from the configs (costs/counting.py counts the models). Nothing is measured, no weights are needed.
 """
 
 import math
@@ -18,6 +18,7 @@ from fastgrpo.costs.memory import (
     iteration_of,
     memory_lines,
     memory_plan,
+    planned_device,
     predicted_micro_batch,
 )
 from fastgrpo.grpo.steps import pairs_per_iteration
@@ -36,8 +37,8 @@ _NOT_COUNTED = (
 
 
 @dataclass(frozen=True)
-class Work:
-    """One kind of computation.
+class CostRow:
+    """One kind of computation, a row of the table.
 
     stage: rollout, decode, reward or update. flop: of one. times: how often in an iteration, on all processes together.
     """
@@ -53,83 +54,71 @@ class Work:
 
 
 def estimate(config: TrainConfig, tflops: float, processes: int, gpu_gb: float, console: Console) -> None:
-    """Count the config's models and say what a training of it costs.
+    """Counts the config's models and says what a training of it costs.
 
-    tflops: what each GPU sustains, in TFLOP/s; 0 stands for 100. processes: GPUs that share the work. gpu_gb: memory of each.
+    tflops: what each GPU sustains, in TFLOP/s; 0 stands for 100. processes: GPUs that share the work.
+    gpu_gb: memory of each.
     Raises ConfigError for a model that cannot be trained.
     """
     description, known = find_architecture(config.model)
     schedule = make_schedule(description.scheduler, config.rollout.steps, config.rollout.eta, torch.device("cpu"))
-    dtype = compute_dtype(config)
+    device = planned_device(config)
+    dtype = choose_dtype(config.engine.dtype, device)
     pairs = pairs_per_iteration(config, schedule)
     with console.bar("counting"):
-        model = count_model(description, config.model, dtype, own_kernels(config))
+        model = count_model(description, config.model, dtype, is_on(config.engine.kernels, device))
         encoders, left_out = count_encoders(config.reward)
     sizes = candidates(iteration_of(config, len(schedule), pairs, processes))
-    micro_batch, why = _micro_batch(config, model, encoders, processes, gpu_gb, sizes)
+    micro_batch, why = _micro_batch(config, model, encoders, dtype, processes, gpu_gb, sizes)
     memory = memory_plan(config, model, encoders, dtype, processes, micro_batch)
 
     console.say("Computed from the configs, not measured.", "")
     console.say(*_header(config, model, known, dtype, pairs))
-    console.say("", *_work_lines(iteration_work(config, model, encoders, pairs), config, tflops, processes))
+    console.say("", *_table(iteration_rows(config, model, encoders, pairs), config, tflops, processes))
     console.say("", *memory_lines(memory, "the GPU" if processes == 1 else f"each of {processes} GPUs"))
     console.say(f"  {why}")
     console.say("", *left_out, *_NOT_COUNTED)
 
 
-def own_kernels(config: TrainConfig) -> bool:
-    """Whether the UNet's norms and activations are fastgrpo's; where engine.kernels is auto, as on a GPU."""
-    return is_on(config.engine.kernels, _device(config))
-
-
-def compute_dtype(config: TrainConfig) -> torch.dtype:
-    """What the UNet computes in; where engine.dtype is auto, as on a GPU unless engine.device is cpu."""
-    return choose_dtype(config.engine.dtype, _device(config))
-
-
-def _device(config: TrainConfig) -> torch.device:
-    """Where the work is to be done: on a GPU, here or elsewhere, unless engine.device is cpu."""
-    return torch.device("cpu" if config.engine.device == "cpu" else "cuda")
-
-
-def iteration_work(
+def iteration_rows(
     config: TrainConfig, model: ModelCost, encoders: Mapping[str, EncoderCost], pairs: int
-) -> list[Work]:
-    """What one iteration computes, on all processes together.
+) -> list[CostRow]:
+    """Lists what one iteration computes, on all processes together.
 
     encoders: the reward's, by spec. pairs: as `pairs_per_iteration`.
     """
     images = config.prompts_per_iteration * config.group_size
-    rows = halves(config)
-    work = [
-        Work("rollout", "UNet forward", model.forward, images * config.rollout.steps * rows),
-        Work("decode", "VAE decode", model.decode, images),
-        *(Work("reward", f"image tower, {spec}", encoder.image, images) for spec, encoder in encoders.items()),
-        Work("update", "UNet forward + backward", model.forward_backward, pairs * rows),
+    samples = halves(config)
+    rows = [
+        CostRow("rollout", "UNet forward", model.forward, images * config.rollout.steps * samples),
+        CostRow("decode", "VAE decode", model.decode, images),
+        *(CostRow("reward", f"image tower, {spec}", encoder.image, images) for spec, encoder in encoders.items()),
+        CostRow("update", "UNet forward + backward", model.forward_backward, pairs * samples),
     ]
     if config.grpo.old_log_prob == "replay":
         later = pairs - -(-pairs // config.updates_per_iteration)  # than the first optimizer step's
-        work.append(Work("update", "UNet forward, replay", model.forward, later * rows))
+        rows.append(CostRow("update", "UNet forward, replay", model.forward, later * samples))
     if config.grpo.kl > 0:
-        work.append(Work("update", "UNet forward, KL's base", model.forward, pairs * rows))
-    return work
+        rows.append(CostRow("update", "UNet forward, KL's base", model.forward, pairs * samples))
+    return rows
 
 
 def _micro_batch(
     config: TrainConfig,
     model: ModelCost,
     encoders: Mapping[str, EncoderCost],
+    dtype: torch.dtype,
     processes: int,
     gpu_gb: float,
     sizes: Sequence[int],
 ) -> tuple[int, str]:
-    """Pairs in a micro-batch, and a line that says why. sizes: that training would try."""
+    """Returns the pairs in a micro-batch, and a line that says why. sizes: those that training would try."""
     if config.micro_batch:
         return config.micro_batch, f"micro_batch = {config.micro_batch} (sample, step) pairs, as configured"
-    if config.engine.device == "cpu":
+    if planned_device(config).type == "cpu":
         return CPU_MICRO_BATCH, f"micro_batch = 0: {CPU_MICRO_BATCH} pairs on a CPU"
     room = int(config.engine.memory * gpu_gb * 1e9)
-    size = predicted_micro_batch(config, model, encoders, compute_dtype(config), processes, room, sizes)
+    size = predicted_micro_batch(config, model, encoders, dtype, processes, room, sizes)
     return (
         size,
         f"micro_batch = 0: {size} pairs, the most that {room / 1e9:.1f} GB should hold (--gpu-gb, engine.memory)",
@@ -149,17 +138,17 @@ def _header(config: TrainConfig, model: ModelCost, known: bool, dtype: torch.dty
     ]
 
 
-def _work_lines(work: Sequence[Work], config: TrainConfig, tflops: float, processes: int) -> list[str]:
-    all_flop = sum(part.total for part in work)
+def _table(rows: Sequence[CostRow], config: TrainConfig, tflops: float, processes: int) -> list[str]:
+    all_flop = sum(row.total for row in rows)
     gpus = "1 GPU" if processes == 1 else f"each of {processes} GPUs"
     seconds = all_flop / ((tflops or _UNIT_TFLOPS) * 1e12 * processes)
     unit, name = (1e12, "TFLOP") if all_flop >= 1e13 else (1e9, "GFLOP")
     return [
         f"{name:42}{'each':>8}{'times':>9}{'iteration':>13}",
         *(
-            f"  {part.stage:8} {cut(part.name, 31)}{_digits(part.flop / unit):>8}{part.times:>9,}"
-            f"{_digits(part.total / unit):>13}{part.total / all_flop:7.1%}"
-            for part in work
+            f"  {row.stage:8} {cut(row.name, 31)}{_digits(row.flop / unit):>8}{row.times:>9,}"
+            f"{_digits(row.total / unit):>13}{row.total / all_flop:7.1%}"
+            for row in rows
         ),
         f"  {'in all':57}{_digits(all_flop / unit):>13}",
         f"{config.iterations} iterations: {_digits(config.iterations * all_flop / unit)} {name}",
@@ -169,6 +158,6 @@ def _work_lines(work: Sequence[Work], config: TrainConfig, tflops: float, proces
 
 
 def _digits(value: float) -> str:
-    """Four digits, or all that stand before the point; never an exponent."""
+    """Writes four digits, or all that stand before the point; never an exponent."""
     before = math.floor(math.log10(value)) + 1 if value else 1
     return f"{value:,.{min(max(4 - before, 0), 6)}f}"

@@ -11,7 +11,7 @@ import torch
 
 from fastgrpo.costs.counting import EncoderCost, ModelCost
 from fastgrpo.settings.schema import TrainConfig
-from fastgrpo.system.devices import DTYPE_NAMES
+from fastgrpo.system.devices import DTYPE_NAMES, is_on
 
 CPU_MICRO_BATCH = 32
 """What micro_batch 0 stands for on a CPU, where memory is not what bounds it."""
@@ -36,9 +36,9 @@ class Memory:
 class Iteration:
     """What one process computes in an iteration, for choosing a micro-batch.
 
-    samples: images that a rollout draws in passes of a micro-batch's size; 0 where rollout.batch says another. steps:
-    denoising steps of each. updates: optimizer steps. pairs: of each. by_chance: whether that is a mean, since several
-    processes share the pairs out as they were dealt.
+    samples: images that a rollout draws in passes of a micro-batch's size; 0 where rollout.batch says another.
+    steps: denoising steps of each. updates: optimizer steps. pairs: of each optimizer step.
+    by_chance: whether `pairs` is a mean, since several processes share the pairs out as they were dealt.
     """
 
     samples: int
@@ -48,21 +48,21 @@ class Iteration:
     by_chance: bool = False
 
     def passes(self, size: int) -> float:
-        """Forward and backward passes of `size` pairs, also where fewer are left and they are filled up.
+        """Returns how many forward and backward passes of `size` pairs it takes; the last one is filled up.
 
-        A rollout's pass is counted as a third of one. By chance every number of pairs is as likely to be left.
+        A rollout's pass counts as a third of one. By chance, the last may have any number of pairs, all as likely.
         """
         rollout = self.steps * math.ceil(self.samples / size) / 3
         update = (self.pairs + (size - 1) / 2) / size if self.by_chance else math.ceil(self.pairs / size)
         return rollout + self.updates * update
 
     def padding(self, size: int) -> float:
-        """What filling up adds to an iteration's work: 0.05 is one twentieth more."""
+        """Returns what filling up adds to an iteration's work: 0.05 is one twentieth more."""
         return size * self.passes(size) / (self.steps * self.samples / 3 + self.updates * self.pairs) - 1
 
 
 def iteration_of(config: TrainConfig, steps: int, pairs: int, processes: int) -> Iteration:
-    """steps: of the schedule. pairs: that an iteration learns from, on all processes."""
+    """Divides an iteration among processes. steps: of the schedule. pairs: of all processes together."""
     return Iteration(
         samples=0 if config.rollout.batch else config.prompts_per_iteration * config.group_size // processes,
         steps=steps,
@@ -80,13 +80,14 @@ def memory_plan(
     processes: int,
     micro_batch: int,
 ) -> tuple[Memory, ...]:
-    """What lies in the memory of each of `processes` GPUs; parts that are not there are left out.
+    """Lists what lies in the memory of each of `processes` GPUs; parts that are not there are left out.
 
-    dtype: what the UNet computes in and `model` was counted in. micro_batch: pairs. A rollout that draws as many samples
-    at once runs the update's own passes, which save activations, so that its log-probs have the same bits; with another
-    rollout.batch it saves nothing. CUDA graphs keep their memory, one pool for rollout and update, so that decoding and
-    scoring need theirs beside it; warming up takes as much before, and gives it back. Without graphs, scoring while the
-    next images are drawn (engine.overlap) needs the rollout's beside its own.
+    dtype: what the UNet computes in and `model` was counted in. micro_batch: pairs.
+    A rollout that draws as many samples at once as a micro-batch has pairs runs the update's own passes, which save
+    activations, so that its log-probs have the same bits; with another rollout.batch it saves nothing. CUDA graphs keep
+    their memory, one pool for rollout and update, so that decoding and scoring need theirs beside it; warming up takes
+    as much before, and gives it back. Without graphs, scoring while the next images are drawn (engine.overlap) needs
+    the rollout's beside its own.
     """
     compute, single, name = dtype.itemsize, torch.float32.itemsize, DTYPE_NAMES[dtype]
     trained, images = single * model.trained, config.prompts_per_iteration * config.group_size // processes
@@ -106,7 +107,7 @@ def memory_plan(
         Memory("always", "moving average (optim.ema), fp32", trained if config.optim.ema else 0),
         Memory("always", f"base UNet (grpo.kl), {name}", compute * model.unet if config.grpo.kl > 0 else 0),
         Memory("always", f"VAE and text encoder, {name}", compute * model.frozen),
-        *(Memory("always", f"encoder {spec}, fp32", single * encoder.parameters) for spec, encoder in encoders.items()),
+        *(Memory("always", f"encoder {spec}, fp32", single * cost.parameters) for spec, cost in encoders.items()),
         Memory("always", "trajectories and images, fp32", images * _sample_bytes(config, model)),
         _at_once(
             "rollout",
@@ -124,37 +125,32 @@ def memory_plan(
     ]
     sizes = _by_stage(parts)
     held, name = 0, ""
-    if _graphs(config):
+    if is_on(config.engine.graphs, planned_device(config)):
         held, name = max(sizes["rollout"], sizes["update"]), "CUDA graphs, of rollout and update"
-    elif config.engine.overlap and config.engine.device != "cpu":
+    elif config.engine.overlap and planned_device(config).type != "cpu":
         held, name = sizes["rollout"], "the rollout that goes on meanwhile"
     parts += [Memory(stage, name, held) for stage in ("decode", "reward") if sizes.get(stage)]
     return tuple(part for part in parts if part.size)
 
 
-def beside_a_pass(
-    config: TrainConfig,
-    model: ModelCost,
-    encoders: Mapping[str, EncoderCost],
-    dtype: torch.dtype,
-    processes: int,
-) -> int:
-    """Bytes that must be left when a pass of the update is tried before there is anything to learn from.
+def beside_a_pass(config: TrainConfig, model: ModelCost, encoders: Mapping[str, EncoderCost], processes: int) -> int:
+    """Returns the bytes that must be left when a pass of the update is tried before there is anything to learn from.
 
-    The trajectories, and with CUDA graphs what decoding, scoring or drawing pictures needs while the graphs keep theirs.
+    They are for the trajectories, and with CUDA graphs for what decoding, scoring or drawing pictures needs while the
+    graphs keep theirs.
     """
     images = config.prompts_per_iteration * config.group_size // processes
     trajectories = images * _sample_bytes(config, model)
-    if not _graphs(config):
+    if not is_on(config.engine.graphs, planned_device(config)):
         return trajectories
     pictures = config.rollout.decode_batch * halves(config) * model.passing
     scoring = max((min(images, config.reward.batch) * encoder.encoding for encoder in encoders.values()), default=0)
     return trajectories + max(min(images, config.rollout.decode_batch) * model.decoding, scoring, pictures)
 
 
-def _graphs(config: TrainConfig) -> bool:
-    engine = config.engine
-    return engine.graphs == "on" or (engine.graphs == "auto" and engine.device != "cpu")
+def planned_device(config: TrainConfig) -> torch.device:
+    """The kind of device that a training is planned for: a GPU unless engine.device is cpu, whatever is here."""
+    return torch.device("cpu" if config.engine.device == "cpu" else "cuda")
 
 
 def _by_stage(memory: Sequence[Memory]) -> dict[str, int]:
@@ -165,7 +161,7 @@ def _by_stage(memory: Sequence[Memory]) -> dict[str, int]:
 
 
 def peak(memory: Sequence[Memory]) -> tuple[str, int]:
-    """The stage that needs most memory, and how many bytes that is together with what is always there."""
+    """Returns the stage that needs most memory, and its bytes together with what is always there."""
     sizes = _by_stage(memory)
     always = sizes.pop("always")
     stage = max(sizes, key=sizes.__getitem__)
@@ -173,7 +169,7 @@ def peak(memory: Sequence[Memory]) -> tuple[str, int]:
 
 
 def memory_lines(memory: Sequence[Memory], where: str) -> list[str]:
-    """A table of the parts and the peak, for people. where: "the GPU", for example."""
+    """Writes a table of the parts and the peak. where: "the GPU", for example."""
     stage, most = peak(memory)
     unit, name = (1e9, "GB") if most >= 1e9 else (1e6, "MB")
     return [
@@ -184,12 +180,12 @@ def memory_lines(memory: Sequence[Memory], where: str) -> list[str]:
 
 
 def cut(text: str, width: int) -> str:
-    """`text` in exactly `width` columns."""
+    """Cuts or pads `text` to exactly `width` columns."""
     return text.ljust(width) if len(text) <= width else text[: width - 1] + "…"
 
 
 def halves(config: TrainConfig) -> int:
-    """UNet samples for each latent: with guidance two."""
+    """How many samples the UNet computes for each latent: two with guidance, one without and one with the prompt."""
     return 1 if config.rollout.guidance == 1 else 2
 
 
@@ -202,7 +198,7 @@ def predicted_micro_batch(
     room: int,
     sizes: Sequence[int],
 ) -> int:
-    """The largest of `sizes` with which the plan stays within `room` bytes; the smallest where none does."""
+    """Returns the largest of `sizes` with which the plan stays within `room` bytes; the smallest where none does."""
 
     def needed(size: int) -> int:
         return peak(memory_plan(config, model, encoders, dtype, processes, size))[1]
@@ -211,9 +207,9 @@ def predicted_micro_batch(
 
 
 def candidates(work: Iteration) -> tuple[int, ...]:
-    """Few micro-batches with little padding, ascending: one from each power of two to the next.
+    """Picks a few micro-batches with little padding, ascending: one from each power of two to the next.
 
-    Of those that are nearly as full as the fullest it is the largest. 196 pairs of 64 images, for instance, fill 6
+    Of those that are nearly as full as the fullest it takes the largest. 196 pairs of 64 images, for instance, fill 6
     passes of 33 and the images 2, where 32 take 7, of which one is nearly empty. A product's rows are the pixels or
     tokens of all samples, so that tensor cores have whole tiles with odd sizes too.
     """
@@ -230,7 +226,7 @@ def candidates(work: Iteration) -> tuple[int, ...]:
 
 
 def _sample_bytes(config: TrainConfig, model: ModelCost) -> int:
-    """Latents, log-probs, the image and, where RatioNorm keeps them, means of one sample."""
+    """The bytes of one sample's latents, log-probs, image and, where RatioNorm keeps them, means."""
     grpo, steps, latent = config.grpo, config.rollout.steps, math.prod(model.latent_shape)
     means = steps * latent if grpo.ratio_norm and grpo.old_log_prob != "detach" else 0  # of the old policy
     return torch.float32.itemsize * ((steps + 1) * latent + steps + math.prod(model.image_shape) + means)
@@ -246,7 +242,7 @@ def _at_once(stage: str, count: int, what: str, size: int) -> Memory:
 
 
 def _beside_activations(config: TrainConfig, model: ModelCost, samples: int, dtype: str) -> Memory:
-    """What the update holds at its worst moment beyond all activations: of the backward pass, or of the base model's."""
+    """What the update holds at its worst moment beyond all activations: for the backward pass or the base model's."""
     activations = samples * model.activations
     backward = model.learning.bytes(samples) - activations
     base = samples * model.passing if config.grpo.kl > 0 else 0

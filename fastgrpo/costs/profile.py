@@ -19,10 +19,7 @@ COSTLIEST = 10
 
 @dataclass(frozen=True)
 class Kernel:
-    """All calls of one kernel, or on a CPU of one operation without the operations that it calls itself.
-
-    seconds: of all calls together.
-    """
+    """All calls of one kernel, or on a CPU of one operation without the operations that it calls. seconds: together."""
 
     name: str
     calls: int
@@ -31,7 +28,7 @@ class Kernel:
 
 @contextmanager
 def profiled(run: Path, wanted: bool) -> Iterator[None]:
-    """Record what the block does, in all threads, and write it into RUN/profile:
+    """Records what the block does, in all threads, and writes it into RUN/profile:
 
         trace.json.gz    for chrome://tracing or ui.perfetto.dev
         kernels.md       the ten costliest kernels; on a CPU, operations
@@ -58,7 +55,7 @@ def profiled(run: Path, wanted: bool) -> Iterator[None]:
 
 
 def kernel_table(kernels: Sequence[Kernel]) -> str:
-    """Markdown: the costliest first, each with its share of the time of all."""
+    """Returns a Markdown table, the costliest kernel first, each with its share of the time of all."""
     everything = sum(kernel.seconds for kernel in kernels)
     costliest = sorted(kernels, key=lambda kernel: (-kernel.seconds, kernel.name))[:COSTLIEST]
     rows = [
@@ -69,8 +66,8 @@ def kernel_table(kernels: Sequence[Kernel]) -> str:
     ]
     return "\n".join(
         [
-            f"{COSTLIEST} costliest of {len(kernels)} kernels, which took {1e3 * everything:.1f} ms together; overlapping "
-            "ones count each.",
+            f"{COSTLIEST} costliest of {len(kernels)} kernels, which took {1e3 * everything:.1f} ms together; "
+            "overlapping ones count each.",
             "",
             "| kernel | share | ms | calls | us a call |",
             "|---|---:|---:|---:|---:|",
@@ -81,16 +78,16 @@ def kernel_table(kernels: Sequence[Kernel]) -> str:
 
 
 def _kernels(averages: Sequence[FunctionEventAvg]) -> list[Kernel]:
-    """What ran on the GPU, copies and fills among it; the CPU's operations where nothing did."""
+    """Lists what ran on the GPU, copies and fills included, or the CPU's operations where nothing did."""
     events = [event for event in averages if not event.is_user_annotation]
     on_gpu = [event for event in events if event.device_type == DeviceType.CUDA]
     if on_gpu:
-        return [Kernel(event.key, event.count, event.self_device_time_total / 1e6) for event in on_gpu]
-    return [Kernel(event.key, event.count, event.self_cpu_time_total / 1e6) for event in events]
+        return [Kernel(str(event.key), event.count, event.self_device_time_total / 1e6) for event in on_gpu]
+    return [Kernel(str(event.key), event.count, event.self_cpu_time_total / 1e6) for event in events]
 
 
 def _export(profiler: torch.profiler.profile, path: Path) -> None:
-    """The trace appears under its name once it is whole. Its name tells torch to compress it."""
+    """Writes the trace, which appears once it is whole. The end of the name tells torch to compress it."""
     partial = path.with_name(f"partial-{path.name}")
     with naming(path):
         profiler.export_chrome_trace(str(partial))
@@ -98,6 +95,6 @@ def _export(profiler: torch.profiler.profile, path: Path) -> None:
 
 
 def _plain(name: str) -> str:
-    """A kernel's name as one cell of a table: templates' arguments can be hundreds of characters."""
+    """Makes a kernel's name fit one cell of a table: templates' arguments can be hundreds of characters."""
     name = name.replace("|", "\\|")
     return name if len(name) <= 100 else name[:99] + "…"

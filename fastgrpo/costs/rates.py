@@ -24,8 +24,9 @@ _PRODUCTS = 8  # in a round on the GPU, so that launching them does not count
 class Rates:
     """Measured rates of one device.
 
-    device: its name. dtype: of the matrices, such as "torch.bfloat16". workers: CPU cores side by side, each with a matrix
-    of its own; 1 on a GPU. matmul: FLOP/s, a multiplication and an addition being two. copy: bytes/s, read and written.
+    device: its name. dtype: of the matrices, such as "torch.bfloat16". workers: CPU cores side by side, each with a
+    matrix of its own; 1 on a GPU. matmul: FLOP/s, a multiplication and an addition being two. copy: bytes/s, read and
+    written.
     """
 
     device: str
@@ -38,17 +39,18 @@ class Rates:
         return asdict(self)
 
     def line(self) -> str:
-        """For the start-up print."""
+        """Describes the rates for the start-up print."""
         where = f"{self.workers} cores of {self.device}" if self.workers > 1 else self.device
-        kind = self.dtype.removeprefix("torch.")
-        return f"{where}: {self.matmul / 1e12:.3g} TFLOP/s of {kind} matmul, {self.copy / 1e9:.3g} GB/s of copies, measured"
+        matmul = f"{self.matmul / 1e12:.3g} TFLOP/s of {self.dtype.removeprefix('torch.')} matmul"
+        return f"{where}: {matmul}, {self.copy / 1e9:.3g} GB/s of copies, measured"
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, workers: Workers) -> Rates:
-    """Measure now: the best of several rounds, so that what else runs on the machine counts least.
+    """Measures now: the best of several rounds, so that what else runs on the machine counts least.
 
-    dtype: what the UNet computes in; float32 on CUDA as torch.set_float32_matmul_precision says. workers: the training's
-    own, all of which compute at once. Needs 1.2 GB of a GPU's memory at most at a time or 0.3 GB of a CPU's, and frees it.
+    dtype: what the UNet computes in; float32 on CUDA as torch.set_float32_matmul_precision says.
+    workers: the training's own, all of which compute at once.
+    Needs 1.2 GB of a GPU's memory or 0.3 GB of a CPU's at most at a time, and frees it.
     """
     matmul, copy = _matmul_rate(device, dtype, workers), _copy_rate(device, workers)
     if device.type == "cuda":
@@ -57,7 +59,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, workers: Workers) ->
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's, or the processor's as torch knows it."""
+    """The GPU's name, or what torch knows of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({torch.backends.cpu.get_cpu_capability()})"
@@ -68,10 +70,10 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, workers: Workers) -> 
     # Not zeros: a GPU that multiplies zeros draws less power and clocks higher than it ever will in training.
     generator = torch.Generator(device).manual_seed(0)
 
-    def draw() -> Tensor:
+    def random() -> Tensor:
         return torch.randn(size, size, generator=generator, device=device).to(dtype)
 
-    operands = [(draw(), draw(), draw()) for _ in range(workers.count)]
+    operands = [(random(), random(), random()) for _ in range(workers.count)]
 
     def multiply(some: tuple[Tensor, Tensor, Tensor]) -> None:
         left, right, out = some
@@ -83,9 +85,9 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, workers: Workers) -> 
 
 def _copy_rate(device: torch.device, workers: Workers) -> float:
     size = _COPY_BYTES[device.type] // workers.count
-    buffers = [torch.ones(2, size, dtype=torch.int8, device=device).unbind() for _ in range(workers.count)]
+    buffers = [torch.ones(2, size, dtype=torch.int8, device=device) for _ in range(workers.count)]
 
-    def copy(pair: tuple[Tensor, Tensor]) -> None:
+    def copy(pair: Tensor) -> None:
         pair[0].copy_(pair[1])
 
     return workers.count * 2 * size / best_seconds(lambda: list(workers.map(copy, buffers)), device)
@@ -95,17 +97,20 @@ def _copy_rate(device: torch.device, workers: Workers) -> float:
 def best_seconds(
     call: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Seconds of the fastest of the calls that fill 0.15 s, after one that does not count; the device is waited for."""
-
-    def once() -> float:
-        began = clock()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return clock() - began
-
-    once()
-    times = [once()]
+    """Returns the seconds of the fastest of the calls that fill 0.15 s, after one that does not count."""
+    seconds_of(call, device, clock)
+    times = [seconds_of(call, device, clock)]
     while sum(times) < _SECONDS:
-        times.append(once())
+        times.append(seconds_of(call, device, clock))
     return min(times)
+
+
+def seconds_of(
+    call: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Returns the seconds of one call; the device is waited for."""
+    began = clock()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - began

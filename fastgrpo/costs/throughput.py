@@ -16,17 +16,18 @@ from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.types import UpdateStats
 
 STAGES = ("rollout", "update")
-"""What speeds are given for."""
+"""The stages whose speed is reported."""
 
 
 @dataclass(frozen=True)
 class Rows:
     """What one stage computed on this process.
 
-    forward, forward_backward: samples through the UNet, each half of guidance one: forward only (rollout, replay, a pass
-    that looks for clipped pairs, the base model's), and with the backward pass. decoded: images through the VAE. encoded:
-    images through the reward's encoders. Passes count whole, also where a rollout takes keys and values of texts, time
-    embeddings or rows of a shared first step from an earlier pass (engine.reuse).
+    forward: samples through the UNet without a backward pass, each half of guidance one (rollout, replay, a pass that
+    looks for clipped pairs, the base model's). forward_backward: those with a backward pass.
+    decoded: images through the VAE. encoded: images through the reward's encoders.
+    Passes count whole, also where a rollout takes keys and values of texts, time embeddings or rows of a shared first
+    step from an earlier pass (engine.reuse).
     """
 
     forward: int = 0
@@ -39,7 +40,7 @@ class Rows:
 class Accounting:
     """Turns rows and seconds into metrics.
 
-    model: counted as it is trained. encode: FLOP of the reward's encoders for one image, all together. rates: the device's.
+    model: counted as it is trained. encode: FLOP of all the reward's encoders for one image. rates: the device's.
     """
 
     model: ModelFlop
@@ -47,7 +48,7 @@ class Accounting:
     rates: Rates
 
     def flop(self, rows: Rows) -> int:
-        """What the rows cost: convolutions, linear layers and attention, as costs.py counts them."""
+        """Returns the FLOP of the rows, as costs/counting.py counts them."""
         return (
             rows.forward * self.model.forward
             + rows.forward_backward * self.model.forward_backward
@@ -56,7 +57,7 @@ class Accounting:
         )
 
     def metrics(self, work: Mapping[str, Rows], seconds: Mapping[str, float], images: int) -> dict[str, float]:
-        """throughput/STAGE_tflops, _images_per_s and _share for rollout and update, where they took any time.
+        """Returns throughput/STAGE_tflops, _images_per_s and _share of rollout and update, where they took any time.
 
         work, seconds: by stage; each stage's rows are what was computed within its seconds, on this process. So are
         TFLOP/s and the share, which is of the measured matmul rate. images: drawn in the iteration, on all processes.
@@ -72,7 +73,7 @@ class Accounting:
 
 
 def count_and_measure(config: TrainConfig, policy: Policy) -> Accounting:
-    """Count the config's models and measure the device that `policy` is on; a second or two."""
+    """Counts the config's models and measures the device that `policy` is on; takes a second or two."""
     encoders, _ = count_encoders(config.reward)
     return Accounting(
         model=count_flop(describe(config.model), config.model),
@@ -82,23 +83,23 @@ def count_and_measure(config: TrainConfig, policy: Policy) -> Accounting:
 
 
 def rollout_rows(config: TrainConfig, images: int, scored: bool = False) -> Rows:
-    """Of a rollout that drew this many images, and scored them too if `scored`."""
+    """Returns the rows of a rollout that drew this many images, and scored them too if `scored`."""
     return Rows(forward=images * config.rollout.steps * halves(config), decoded=images, encoded=images if scored else 0)
 
 
 def update_rows(config: TrainConfig, stats: UpdateStats) -> Rows:
-    """Of an update. Rows that only fill a micro-batch up do not count."""
+    """Returns the rows of an update. Those that only fill a micro-batch up do not count."""
     learned = stats.forward_backward
     base = learned if config.grpo.kl > 0 else 0
     return Rows(forward=(stats.forward + base) * halves(config), forward_backward=learned * halves(config))
 
 
 def memory_peak(device: torch.device) -> dict[str, float]:
-    """memory/peak_gb, in units of 10^9 bytes.
+    """Returns memory/peak_gb, in units of 10^9 bytes.
 
-    On CUDA the most that PyTorch's allocator held since the last call, which this one starts anew: unlike what tensors
-    took, that includes what CUDA graphs hold. On a CPU the most memory that the
-    process ever had, libraries included: the system counts no other.
+    On CUDA it is the most that PyTorch's allocator held since the last call: unlike what tensors took, that includes
+    what CUDA graphs hold. On a CPU it is the most memory that the process ever had, libraries included: the system
+    counts no other.
     """
     if device.type == "cuda":
         size = torch.cuda.max_memory_reserved(device)

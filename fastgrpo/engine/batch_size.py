@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -21,6 +22,7 @@ from fastgrpo.costs.memory import (
     memory_plan,
     predicted_micro_batch,
 )
+from fastgrpo.costs.rates import seconds_of
 from fastgrpo.engine.record import Say
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.models.configs import Description
@@ -38,7 +40,7 @@ _REPEATS = 3
 RunPass = Callable[[int], object]
 """Runs one forward and backward pass of n pairs."""
 FindMicroBatch = Callable[[RunPass, int, Callable[[int], object]], int]
-"""(runs a pass, the size that is settled or 0, is told the size that is expected before any is tried) -> the size to use."""
+"""(runs a pass, the settled size or 0, is told the size that is expected before any is tried) -> the size to use."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class MicroBatchFinder:
         predicted = predicted_micro_batch(config, model, encoders, self.dtype, processes, room, candidates(work))
         predicted = int(self.ranks.agree(str(predicted)))  # rooms may differ, and attention is chosen together
         expect(predicted)
-        alone = room - beside_a_pass(config, model, encoders, self.dtype, processes)
+        alone = room - beside_a_pass(config, model, encoders, processes)
         return find_micro_batch(fits_within(run, self.device, alone), timed(run, self.device), work, predicted)
 
 
@@ -184,15 +186,9 @@ def timed(
     run: Callable[[int], object], device: torch.device, clock: Callable[[], float] = time.perf_counter
 ) -> Callable[[int], float]:
     """Seconds that `run(n)` takes: the median of three calls after one that does not count."""
-
-    def once(size: int) -> float:
-        began = clock()
-        run(size)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return clock() - began
-
-    return lambda size: statistics.median([once(size) for _ in range(_REPEATS + 1)][1:])
+    return lambda size: statistics.median(
+        [seconds_of(partial(run, size), device, clock) for _ in range(_REPEATS + 1)][1:]
+    )
 
 
 def memory_room(device: torch.device, share: float) -> int:

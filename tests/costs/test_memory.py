@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastgrpo.costs.counting import EncoderCost, Held, ModelCost
+from fastgrpo.costs.counting import ModelCost
 from fastgrpo.costs.memory import (
     Iteration,
     beside_a_pass,
@@ -28,26 +28,9 @@ from fastgrpo.engine.batch_size import (
 )
 from fastgrpo.settings.command_line import find_preset, load_toml
 from fastgrpo.settings.schema import TrainConfig
+from support.costs import ENCODERS, MODEL
 
 R1 = replace(load_toml(find_preset("safediffusion-r1")), micro_batch=4)
-# A model whose costs are primes, so that no two different sums of them agree by accident. Up to ten samples its backward
-# pass is at its worst with all gradients there, then with all activations.
-MODEL = ModelCost(
-    unet=10007,
-    trained=10007,
-    frozen=5003,
-    latent_shape=(4, 64, 64),
-    image_shape=(3, 512, 512),
-    forward=101,
-    forward_backward=307,
-    decode=503,
-    activations=1009,
-    saving=1013,
-    learning=Held(((20_011, 13), (7, 1021))),
-    passing=211,
-    decoding=401,
-)
-ENCODERS = {"hpsv2": EncoderCost(parameters=3001, image=701, encoding=601)}
 
 
 def grpo(**fields) -> TrainConfig:
@@ -153,7 +136,7 @@ def test_what_graphs_keep_is_not_there_for_decoding_and_scoring():
     """A pass that is tried alone must leave room for them: together they are the plan's peak."""
     always = 18 * 10007 + 2 * 5003 + 4 * 3001
     for config in (R1, replace(R1, rollout=replace(R1.rollout, decode_batch=400))):
-        beside = beside_a_pass(config, MODEL, ENCODERS, torch.bfloat16, 1)
+        beside = beside_a_pass(config, MODEL, ENCODERS, 1)
         a_pass = 7 + 512 * 1021
         decoding, pictures = (config.rollout.decode_batch * cost for cost in (401, 2 * 211))
         trajectories = 512 * 4 * (51 * 4 * 64 * 64 + 50 + 3 * 512 * 512)
@@ -161,7 +144,7 @@ def test_what_graphs_keep_is_not_there_for_decoding_and_scoring():
         most = peak(plan(config, processes=1, micro_batch=256))[1]
         assert most == always + a_pass + trajectories + max(decoding, 256 * 601) <= always + a_pass + beside
     off = replace(R1, engine=replace(R1.engine, graphs="off"))
-    assert beside_a_pass(off, MODEL, ENCODERS, torch.bfloat16, 1) == trajectories
+    assert beside_a_pass(off, MODEL, ENCODERS, 1) == trajectories
 
 
 def test_lines_say_every_part_and_the_peak():
@@ -215,7 +198,8 @@ def test_by_chance_padding_is_the_mean() -> None:
     for size in (8, 16, 22, 33):
         update = sum(math.ceil(pairs / size) for pairs in own) / len(own)
         rollout = 50 * math.ceil(64 / size) / 3
-        # 2,000 numbers with a standard deviation of about 13 / size + 1/2 passes: their mean is off by a fiftieth of that.
+        # 2,000 numbers with a standard deviation of about 13 / size + 1/2 passes: their mean is off by a fiftieth of
+        # that.
         assert work.passes(size) == pytest.approx(rollout + 16 * update, abs=16 * 3 * (13 / size + 0.5) / 2000**0.5)
 
 
@@ -258,7 +242,7 @@ def test_candidates_of_the_paper() -> None:
 @pytest.mark.parametrize("fixed", [0.0, 2e-3, 8e-3, 30e-3])
 @pytest.mark.parametrize("room", [22, 40, 66, 200])
 def test_the_chosen_size_is_filled_to_two_percent(room: int, fixed: float) -> None:
-    """Seconds as on a GPU: 14 ms a pair, and what every pass costs. Larger powers of two compute 4.6 to 22.8% for nothing."""
+    """14 ms a pair as on a GPU, and the cost of a pass. Larger powers of two compute 4.6 to 22.8% for nothing."""
 
     def seconds(size: int) -> float:
         return fixed + 14e-3 * size
@@ -417,7 +401,7 @@ def test_fitting_is_within_the_share_that_others_leave(monkeypatch):
 
 @pytest.mark.gpu
 def test_probe_on_a_device():
-    """A run that takes 64 MB a pair fits as often as the room is large, and an impossible one leaves the device usable."""
+    """At 64 MB a pair it fits as often as the room is large; an impossible one leaves the device usable."""
     device = torch.device("cuda")
     fits = fits_within(lambda size: torch.empty(size << 26, dtype=torch.int8, device=device), device, 10 << 26)
     assert largest_micro_batch(fits, 64, 4, range(1, 65)) == 10

@@ -9,28 +9,14 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from fastgrpo.costs.counting import Held, ModelCost, _count_passes
+from fastgrpo.costs.counting import count_passes
 from fastgrpo.costs.profile import COSTLIEST, Kernel, kernel_table, profiled
 from fastgrpo.costs.rates import Rates, best_seconds, measure_rates
 from fastgrpo.costs.throughput import Accounting, Rows, memory_peak
 from fastgrpo.system.workers import Workers
+from support.costs import MODEL
 
 CPU = torch.device("cpu")
-MODEL = ModelCost(
-    unet=1,
-    trained=1,
-    frozen=1,
-    latent_shape=(4, 8, 8),
-    image_shape=(3, 16, 16),
-    forward=101,
-    forward_backward=307,
-    decode=503,
-    activations=1,
-    saving=1,
-    learning=Held(((0, 1),)),
-    passing=1,
-    decoding=1,
-)
 RATES = Rates("a device", "torch.float32", 1, matmul=1e6, copy=1e6)
 
 
@@ -56,7 +42,7 @@ def test_flop_of_a_small_unet_by_hand():
     time = 16 * embedding + embedding * embedding
     # Down one block; up two, whose inputs have the maps of the way down beside them.
     products = 9 * 4 * 16 * pixels + resnet(16) + 2 * resnet(32) + time + 9 * 16 * 4 * pixels
-    forward, both = _count_passes(unet, inputs)
+    forward, both = count_passes(unet, inputs)
     assert forward == 3 * 2 * products
     # Backward each layer has two products of the size of its own, but for the gradients of the first layers' inputs.
     assert both == 3 * 2 * (3 * products - 9 * 4 * 16 * pixels - 16 * embedding)

@@ -1,15 +1,15 @@
-"""Reading one numpy array out of a pickle without unpickling it.
+"""Reads one numpy array out of a pickle without running anything in it: Q16's prompts.p is such a file.
 
-Q16's prompts.p is such a file. Unpickling calls whatever a file names; here pickletools takes the file apart, a stack
-machine of the few instructions that numpy's arrays need turns it into plain data, and the array is made from a
-description that matches in every part. No function that a file names is looked up, let alone called.
+Unpickling calls whatever a file names. Here a file's calls only leave a description of what it would have called, and the
+array is made where that description matches an array's in every part.
 """
 
+import io
 import math
-import pickletools
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -19,20 +19,26 @@ LARGEST = 1 << 20
 """Bytes of the largest file that is read; Q16's prompts take 3,231."""
 
 
+@dataclass(eq=False)
+class _Call:
+    """What a file would have called with which arguments, and the state it would then have set."""
+
+    function: "_Name"
+    arguments: tuple
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
 class _Name(NamedTuple):
     """What a file calls `module.name`; only the name, never the thing."""
 
     module: str
     name: str
 
-
-@dataclass(eq=False)
-class _Call:
-    """What a file would have called with which arguments, and the state it would then have set."""
-
-    function: _Name
-    arguments: tuple
-    state: Any = None
+    def __call__(self, *arguments: Any) -> _Call:
+        return _Call(self, arguments)
 
 
 _NDARRAY, _DTYPE, _ENCODE = _Name("numpy", "ndarray"), _Name("numpy", "dtype"), _Name("_codecs", "encode")
@@ -44,12 +50,17 @@ _CODES = ("f2", "f4", "f8")
 # A dtype's state after its version and byte order: no subarray, no fields, default size and alignment, no flags.
 _PLAIN = (None, None, None, -1, -1, 0)
 
-_MARK = object()
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": _MARK}
-_PUSH = {"INT", "BININT", "BININT1", "BININT2", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE"}
-_PUSH |= {"SHORT_BINBYTES", "BINBYTES", "BYTEARRAY8"}
-_PUT, _GET = {"PUT", "BINPUT", "LONG_BINPUT"}, {"GET", "BINGET", "LONG_BINGET"}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+class _Reader(pickle._Unpickler):
+    """Puts a name in the place of whatever a file names: what it calls, builds or sets the state of is then inert.
+
+    pickle's own in Python: the one in C takes memory for as many places as a file claims.
+    """
+
+    def find_class(self, module: str, name: str) -> _Name:
+        if _Name(module, name) not in _NAMES:
+            raise ValueError(f"it names {module[:60]}.{name[:60]}")
+        return _Name(module, name)
 
 
 def read_pickled_array(path: Path) -> np.ndarray:
@@ -63,80 +74,12 @@ def read_pickled_array(path: Path) -> np.ndarray:
     try:
         if len(data) > LARGEST:
             raise ValueError(f"it is larger than {LARGEST} bytes")
-        return _array(_disassembled(data))
-    except (IndexError, KeyError, ValueError) as error:
-        # A stack or memo that runs empty raises the first two, whose texts tell nothing.
+        return _array(_Reader(io.BytesIO(data)).load())
+    except Exception as error:  # a damaged pickle fails in every way, and only our own errors tell how
         reason = " ".join(str(error).split())[:200] if isinstance(error, ValueError) else "it is damaged"
         raise ConfigError(
-            f"{str(path)!r} is not a pickled numpy array of floats and nothing else: {reason}; it was not unpickled."
+            f"{str(path)!r} is not a pickled numpy array of floats and nothing else: {reason}; nothing in it was run."
         ) from error
-
-
-def _disassembled(data: bytes) -> Any:
-    """What the pickle describes, as numbers, strings, bytes, tuples and `_Call`s of them."""
-    stack: list[Any] = []
-    memo: dict[int, Any] = {}
-    for opcode, argument, _ in pickletools.genops(data):
-        name = opcode.name
-        if name in _PUSH:
-            stack.append(argument)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in _PUT:
-            memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name in _GET:
-            stack.append(memo[argument])
-        elif name == "GLOBAL":
-            stack.append(_allowed(*argument.split(" ", 1)))
-        elif name == "STACK_GLOBAL":
-            stack.append(_allowed(*_popped(stack, 2)))
-        elif name in _TUPLES:
-            stack.append(_popped(stack, _TUPLES[name]))
-        elif name == "TUPLE":
-            stack.append(_popped_to_mark(stack))
-        elif name == "REDUCE":
-            stack.append(_called(*_popped(stack, 2)))
-        elif name == "BUILD":
-            state = stack.pop()
-            if not isinstance(stack[-1], _Call):
-                raise ValueError("it sets the state of something that has none")
-            stack[-1].state = state
-        elif name == "STOP":
-            return stack.pop()
-        elif name not in ("PROTO", "FRAME"):
-            raise ValueError(f"it has the instruction {name}")
-    raise ValueError("it has no end")
-
-
-def _popped(stack: list[Any], count: int) -> tuple:
-    if len(stack) < count:
-        raise ValueError("it takes more than it has")
-    values = tuple(stack[len(stack) - count :])
-    del stack[len(stack) - count :]
-    return values
-
-
-def _popped_to_mark(stack: list[Any]) -> tuple:
-    values = []
-    while (value := stack.pop()) is not _MARK:
-        values.append(value)
-    return tuple(reversed(values))
-
-
-def _allowed(module: Any, name: Any) -> _Name:
-    if not isinstance(module, str) or not isinstance(name, str):
-        raise ValueError("it names something that is no name")
-    if _Name(module, name) not in _NAMES:
-        raise ValueError(f"it names {module[:60]}.{name[:60]}")
-    return _Name(module, name)
-
-
-def _called(function: Any, arguments: Any) -> _Call:
-    if not isinstance(function, _Name) or not isinstance(arguments, tuple):
-        raise ValueError("it calls something that it does not name")
-    return _Call(function, arguments)
 
 
 def _array(described: Any) -> np.ndarray:
@@ -178,7 +121,7 @@ def _equal(values: list[Any], plain: tuple) -> bool:
     return len(values) == len(plain) and all(type(a) is type(b) and a == b for a, b in zip(values, plain, strict=True))
 
 
-def _filled(content: bytes, dtype: np.dtype, shape: Any, order: str) -> np.ndarray:
+def _filled(content: bytes, dtype: np.dtype, shape: Any, order: Literal["C", "F"]) -> np.ndarray:
     if not isinstance(shape, tuple) or len(shape) > 8 or not all(type(side) is int and side > 0 for side in shape):
         raise ValueError("its shape is not up to eight whole numbers above 0")
     if math.prod(shape) * dtype.itemsize != len(content):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from fastgrpo.system.errors import ConfigError
 
+BATCH = 32  # images per forward pass: bounds memory; results do not depend on it but for rounding
 # Whatever PIL says of a broken file; of one with an impossible size in its header, the last.
 PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -41,7 +42,7 @@ class ImageFiles(Sequence[Image.Image]):
         return ImageFiles(self.paths[index], self._read) if isinstance(index, slice) else self._read(self.paths[index])
 
 
-def chunks(images: Sequence[Image.Image], size: int) -> Iterator[list[Image.Image]]:
-    """The images in order, `size` at a time."""
-    for start in range(0, len(images), size):
-        yield list(images[start : start + size])
+def chunks(images: Sequence[Image.Image]) -> Iterator[list[Image.Image]]:
+    """The images in order, as many at a time as a forward pass takes, opened one by one."""
+    for start in range(0, len(images), BATCH):
+        yield [images[i] for i in range(start, min(start + BATCH, len(images)))]

@@ -1,4 +1,4 @@
-"""What every safety detector says of an image, and how it is asked."""
+"""The interface of safety detectors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ class Finding:
     """What a safety detector says of one image.
 
     unsafe: its verdict.
-    scores: by name: class labels or probabilities; finite plain numbers, so that they can be written as JSON.
-    labels: the classes that were counted, each once per image (NudeNet).
+    scores: by name, such as a class or a phrase; finite plain numbers, so that they can be written as JSON.
+    labels: the classes that were found, each once.
     """
 
     unsafe: bool
@@ -22,11 +22,11 @@ class Finding:
 
 
 class SafetyDetector(Protocol):
-    """Judges images alone, without their prompts.
+    """Finds what is unsafe in images alone, without their prompts.
 
     name: as in --detectors and in tables: "q16", "nudenet", "safety-checker", "open-clip" or "oracle".
     protocol: the name under which findings may be compared, such as "nudenet-3.0.8/min-0.6".
-    hashes: file or part -> sha256, in hex, of the weights that judge.
+    hashes: file or part -> sha256, in hex, of its weights.
     """
 
     name: str

@@ -23,9 +23,6 @@ from fastgrpo.models.hashes import weights_sha256
 from fastgrpo.prompts.geneval import COLORS
 from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
 
-DEFAULT_SPEC = "ViT-L-14-quickgelu:openai"
-"""OpenAI's CLIP ViT-L/14. Its activation is QuickGELU, which open_clip's plain ViT-L-14 lacks with any weights."""
-
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 BACKGROUND = (0x99, 0x99, 0x99)
 
@@ -38,13 +35,12 @@ class ClipColours:
 
     name = "clip-colours"
 
-    def __init__(self, encoder: OpenClipEncoder, spec: str, batch: int = 32) -> None:
-        """spec: what `encoder` is called. batch: objects per forward pass; bounds memory."""
+    def __init__(self, encoder: OpenClipEncoder, spec: str) -> None:
+        """spec: what `encoder` is called."""
         self.encoder = encoder
         self.protocol = f"clip-colours/{spec}"
         self.hashes = {"clip": weights_sha256(encoder.model)}
-        self._features = ClipImages(encoder, batch)
-        self._phrases: dict[str, Tensor] = {}
+        self._features = ClipImages(encoder)
         self._colours: dict[str, Tensor] = {}
 
     def __call__(self, objects: Sequence[tuple[Image.Image, Detected]]) -> list[str]:
@@ -62,21 +58,13 @@ class ClipColours:
         """[10, E] float32 unit vectors of the colours of a class, kept from one call to the next."""
         if name not in self._colours:
             phrases = [[t.format(colour=colour, name=name) for t in TEMPLATES] for colour in COLORS]
-            means = torch.stack([torch.stack([self._encoded(p) for p in three]).mean(0) for three in phrases])
+            means = torch.stack([self.encoder.encode_text(three).mean(0) for three in phrases])
             self._colours[name] = F.normalize(means, dim=-1)
         return self._colours[name]
 
-    def _encoded(self, phrase: str) -> Tensor:
-        """[E]; the phrases without a class are every class's."""
-        if phrase not in self._phrases:
-            self._phrases[phrase] = self.encoder.encode_text([phrase])[0]
-        return self._phrases[phrase]
 
-
-def load_clip_colours(
-    spec: str = DEFAULT_SPEC, device: torch.device | str = "cpu", field: str = "geneval.colours"
-) -> ClipColours:
-    """CLIP as `spec` names it, in the notation of `load_encoder`.
+def load_clip_colours(spec: str, device: torch.device | str = "cpu", field: str = "geneval.colours") -> ClipColours:
+    """Load the CLIP that `spec` names, in the notation of `load_encoder`.
 
     field: what messages call the setting. Raises ConfigError for a spec that names nothing loadable.
     """
@@ -86,6 +74,7 @@ def load_clip_colours(
 def cut_out(image: Image.Image, seen: Detected) -> Image.Image:
     """The object alone: #999999 outside its mask, where it has one, and cropped to its box."""
     if seen.mask is not None:
-        pixels = np.where(seen.mask[..., None], np.asarray(image), np.uint8(BACKGROUND))
+        pixels = np.where(seen.mask[..., None], np.asarray(image), np.array(BACKGROUND, np.uint8))
         image = Image.fromarray(pixels)
-    return image.crop(tuple(round(side) for side in seen.box))
+    x0, y0, x1, y1 = map(round, seen.box)
+    return image.crop((x0, y0, x1, y1))

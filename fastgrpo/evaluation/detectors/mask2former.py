@@ -18,7 +18,6 @@ size, and gives no boxes; where image and input both have that size, the two agr
 """
 
 import json
-import pickle
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,21 +27,19 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
+from fastgrpo.evaluation.detectors.loading import load_whole
 from fastgrpo.evaluation.metrics.geneval_rules import THRESHOLD, Detected
 from fastgrpo.models.repository import Repository
-from fastgrpo.models.sound import check_finite
 from fastgrpo.models.tensor_file import check_content
 from fastgrpo.prompts.geneval import CLASSES
 from fastgrpo.system.errors import ConfigError, first_sentence
 from fastgrpo.system.files import file_sha256
 
-DEFAULT_SPEC = "facebook/mask2former-swin-small-coco-instance"
-
 SHORTEST, LONGEST = 800, 1333  # pixels of the resized image
+BATCH = 8  # images per forward pass; bounds memory
 DIVISOR = 32  # of its padded sides: the backbone's coarsest stride
 MAX_DETECTIONS = 100  # an image
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, of values 0 ... 255, R, G, B
@@ -58,24 +55,15 @@ class Mask2Former:
 
     name = "mask2former"
 
-    def __init__(
-        self,
-        model: Mask2FormerForUniversalSegmentation,
-        device: torch.device | str,
-        hashes: dict[str, str],
-        batch: int = 8,
-        min_score: float = THRESHOLD,
-    ) -> None:
-        """model: float32, with class k the k-th of CLASSES. batch: images per forward pass; bounds memory.
+    protocol = f"mask2former/{SHORTEST}-{LONGEST}/top-{MAX_DETECTIONS}"
 
-        min_score: nothing with a score up to this is looked for.
-        """
+    def __init__(
+        self, model: Mask2FormerForUniversalSegmentation, device: torch.device | str, hashes: dict[str, str]
+    ) -> None:
+        """model: float32, with class k the k-th of CLASSES."""
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.hashes = hashes
-        self.batch = batch
-        self.min_score = min_score
-        self.protocol = f"mask2former/{SHORTEST}-{LONGEST}/top-{MAX_DETECTIONS}"
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> list[dict[str, list[Detected]]]:
@@ -85,28 +73,20 @@ class Mask2Former:
             by_size[image.height, image.width].append(index)
         found: list[dict[str, list[Detected]]] = [{} for _ in images]
         for size, indices in by_size.items():
-            for start in range(0, len(indices), self.batch):
-                chunk = indices[start : start + self.batch]
-                pixels = torch.stack([_pixels(images[i]) for i in chunk]).to(self.device)
-                padded, resized = prepare(pixels)
+            for start in range(0, len(indices), BATCH):
+                chunk = indices[start : start + BATCH]
+                padded, resized = prepare(torch.stack([_pixels(images[i]) for i in chunk]).to(self.device))
                 output = self.model(pixel_values=padded)
-                detections = detect(
-                    output.class_queries_logits,
-                    output.masks_queries_logits,
-                    padded.shape[-2:],
-                    resized,
-                    size,
-                    self.min_score,
-                )
-                for index, detected in zip(chunk, detections, strict=True):
-                    found[index] = _by_class(detected)
+                height, width = padded.shape[-2:]
+                logits = output.class_queries_logits, output.masks_queries_logits
+                for index, detected in zip(chunk, detect(*logits, (height, width), resized, size), strict=True):
+                    for seen in detected:
+                        found[index].setdefault(seen.label, []).append(seen)
         return found
 
 
-def load_mask2former(
-    spec: str = DEFAULT_SPEC, device: torch.device | str = "cpu", batch: int = 8, field: str = "geneval.detector"
-) -> Mask2Former:
-    """The detector in a folder or hub repository of a Mask2Former for COCO's instances; no code of it is run.
+def load_mask2former(spec: str, device: torch.device | str = "cpu", field: str = "geneval.detector") -> Mask2Former:
+    """Load the detector of a folder or hub repository of a Mask2Former for COCO's instances; no code of it is run.
 
     field: what messages call the setting. Raises ConfigError where there is none, or it has other classes.
     """
@@ -117,27 +97,12 @@ def load_mask2former(
     _check_config(folder, f"{field} is {spec!r}")
     for file in sorted(folder.glob(weights)):
         check_content(file, field)
-    model = _load(folder, safe, f"{field} is {spec!r}")
-    return Mask2Former(model, device, {file.name: file_sha256(file) for file in sorted(folder.glob(weights))}, batch)
-
-
-def _load(folder: Path, safe: bool, what: str) -> Mask2FormerForUniversalSegmentation:
-    try:
-        model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
-            folder, use_safetensors=safe, weights_only=True, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{what}, whose weights cannot be loaded: {first_sentence(error)}.") from error
-    # They would be random, with no more than a warning. Buffers are computed and need not be in the file.
-    parameters = {name for name, _ in model.named_parameters()}
-    if lacking := [*sorted(parameters.intersection(info["missing_keys"])), *info["mismatched_keys"]]:
-        raise ConfigError(f"{what}, whose weights lack {lacking[0]} in the shape of its config.")
-    check_finite(model, f"{what}, which")
-    return model
+    model = load_whole(Mask2FormerForUniversalSegmentation, folder, f"{field} is {spec!r}, which", safe)
+    return Mask2Former(model, device, {file.name: file_sha256(file) for file in sorted(folder.glob(weights))})
 
 
 def resized_size(height: int, width: int) -> Size:
-    """(height, width) of an image when resized: shortest side 800, longest at most 1333, rounded half up as in mmdet."""
+    """The size of an image when resized: shortest side 800, longest at most 1333, rounded half up as in mmdet."""
     scale = min(LONGEST / max(height, width), SHORTEST / min(height, width))
     return int(height * scale + 0.5), int(width * scale + 0.5)
 
@@ -166,13 +131,14 @@ def detect(
     """
     images, queries, labels, likely = _candidates(class_logits, min_score)
     # A query that is a candidate twice has one mask.
-    wanted, which = torch.unique(torch.stack([images, queries]), dim=1, return_inverse=True)
-    masks, quality, boxes = _masks(mask_logits[wanted[0], wanted[1]], padded, resized, original)
+    pairs, which = torch.unique(torch.stack([images, queries]), dim=1, return_inverse=True)
+    masks, quality, boxes = _masks(mask_logits[pairs[0], pairs[1]], padded, resized, original)
+    pixels, sides = masks.cpu().numpy(), boxes.tolist()
     detections: list[list[Detected]] = [[] for _ in class_logits]
-    masks, boxes, values = masks.cpu().numpy(), boxes.tolist(), (likely * quality[which]).tolist()
-    for image, label, index, value in zip(images.tolist(), labels.tolist(), which.tolist(), values, strict=True):
-        if value > min_score:
-            detections[image].append(Detected(CLASSES[label], tuple(boxes[index]), value, masks[index]))
+    rows = (images, labels, which, likely * quality[which])
+    for image, label, index, score in zip(*(row.tolist() for row in rows), strict=True):
+        if score > min_score:
+            detections[image].append(Detected(CLASSES[label], tuple(sides[index]), score, pixels[index]))
     return detections
 
 
@@ -215,13 +181,6 @@ def _pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def _by_class(detected: Sequence[Detected]) -> dict[str, list[Detected]]:
-    objects: dict[str, list[Detected]] = defaultdict(list)
-    for seen in detected:
-        objects[seen.label].append(seen)
-    return dict(objects)
-
-
 def _check_config(folder: Path, what: str) -> None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -230,5 +189,6 @@ def _check_config(folder: Path, what: str) -> None:
         raise ConfigError(f"{what}, whose config.json cannot be read: {first_sentence(error)}.") from error
     if kind != Mask2FormerConfig.model_type or labels != len(CLASSES):
         raise ConfigError(
-            f"{what}, a {kind!r} of {labels} classes; a {Mask2FormerConfig.model_type!r} of COCO's {len(CLASSES)} is accepted."
+            f"{what}, a {kind!r} of {labels} classes; a {Mask2FormerConfig.model_type!r} of COCO's {len(CLASSES)} is "
+            "accepted."
         )

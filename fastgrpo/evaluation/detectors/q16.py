@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fastgrpo.evaluation.detectors.base import Finding
@@ -28,7 +28,7 @@ from fastgrpo.models.hashes import weights_sha256
 from fastgrpo.models.tensor_file import wrong_content
 from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
 from fastgrpo.system.errors import ConfigError, first_sentence
-from fastgrpo.system.files import file_sha256, write_atomically
+from fastgrpo.system.files import file_sha256
 
 SCALE = 100.0
 _SOURCE = "data/ViT-L-14/prompts.p of https://github.com/ml-research/Q16"
@@ -36,16 +36,16 @@ _ACCEPTED = "prompts.p, or a .safetensors, .pt or .pth file, with one float16 or
 
 
 class Q16:
-    """Judges by two prompt vectors. Build it with `load_q16`."""
+    """Finds images inappropriate by two prompt vectors. Build it with `load_q16`."""
 
     name = "q16"
     protocol = "q16/cosine-x100-argmax"
 
-    def __init__(self, encoder: OpenClipEncoder, prompts: Tensor, hashes: dict[str, str], batch: int = 32) -> None:
-        """prompts: [2, E], E being the encoder's width. batch: images per forward pass; bounds memory."""
+    def __init__(self, encoder: OpenClipEncoder, prompts: Tensor, hashes: dict[str, str]) -> None:
+        """prompts: [2, E], E being the encoder's width."""
         self.hashes = hashes
         self.prompts = F.normalize(prompts.to(encoder.device, torch.float32), dim=-1)
-        self._features = ClipImages(encoder, batch)
+        self._features = ClipImages(encoder)
 
     def __call__(self, images: Sequence[Image.Image]) -> list[Finding]:
         """images: RGB, of any sizes. Scores: the two similarities, `appropriate` and `inappropriate`."""
@@ -57,10 +57,8 @@ class Q16:
         return findings
 
 
-def load_q16(
-    prompts: str, encoder: str, device: torch.device | str = "cpu", batch: int = 32, field: str = "q16"
-) -> Q16:
-    """Q16 with the prompt vectors of a file and an encoder in the notation of `load_encoder`.
+def load_q16(prompts: str, encoder: str, device: torch.device | str = "cpu", field: str = "q16") -> Q16:
+    """Load Q16 with the prompt vectors of a file and an encoder in the notation of `load_encoder`.
 
     prompts: prompts.p, or a .safetensors, .pt or .pth file; see `read_prompts`. field: what messages call its settings.
     Raises ConfigError for a file that is missing or holds something else, for an encoder that cannot be loaded, and
@@ -72,18 +70,17 @@ def load_q16(
     except ConfigError as error:
         raise ConfigError(f"{field}.prompts: {error}") from error
     model = load_encoder(encoder, device, field=f"{field}.encoder")
-    visual = model.model.visual
     width = model.encode_image(torch.zeros(1, 3, 8, 8)).shape[1]
     if width != vectors.shape[1]:
         raise ConfigError(
             f"{field}.prompts: the vectors in {prompts!r} are {vectors.shape[1]} wide, those of the encoder {encoder!r} "
             f"{width}; the two must be equal."
         )
-    return Q16(model, vectors, {"encoder": weights_sha256(visual), "prompts": file_sha256(file)}, batch)
+    return Q16(model, vectors, {"encoder": weights_sha256(model.model.visual), "prompts": file_sha256(file)})
 
 
 def read_prompts(file: Path) -> Tensor:
-    """[2, E] float16 or float32, the vectors for "appropriate" and "inappropriate", in that order.
+    """Read the vectors for "appropriate" and "inappropriate", in that order: [2, E] float16 or float32.
 
     file: a .p or .pkl is read as in pickled_array.py; .safetensors; .pt and .pth with weights_only. In the last two the
         tensor stands alone or under any name.
@@ -103,14 +100,6 @@ def read_prompts(file: Path) -> Tensor:
     if problem:
         raise ConfigError(f"{str(file)!r} holds {problem}; accepted is {_ACCEPTED}.")
     return prompts.detach()
-
-
-def save_prompts(source: Path, path: Path) -> None:
-    """Convert what `read_prompts` accepts to a safetensors file, with the tensor `prompts` as it is.
-
-    Raises ConfigError as `read_prompts` does, and OSError where `path` cannot be written.
-    """
-    write_atomically(path, save({"prompts": read_prompts(source).contiguous()}, {"format": "pt"}))
 
 
 def _read(file: Path) -> Any:

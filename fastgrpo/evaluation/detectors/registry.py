@@ -13,13 +13,13 @@ from fastgrpo.system.errors import ConfigError, flag, nearest
 
 NAMES = ("q16", "nudenet", "safety-checker", "open-clip")
 ORACLE = "oracle"
-"""Judges pictures of the embedded world; it has neither weights nor settings."""
+"""It reads pictures of the embedded world, and has neither weights nor settings."""
 
 
 def load_detector(
     name: str, settings: DetectorSettings, device: torch.device | str, named: Callable[[str], str] = flag
 ) -> SafetyDetector:
-    """The detector of that name, one of NAMES or ORACLE, with its weights on `device`.
+    """Load the detector of that name, one of NAMES or ORACLE, with its weights on `device`.
 
     named: from a setting, such as "q16.encoder", to what messages call it.
     Raises ConfigError for another name, and in one sentence where something that the detector needs is missing.
@@ -32,7 +32,7 @@ def load_detector(
         case "nudenet":
             from fastgrpo.evaluation.detectors.nudenet import load_nudenet
 
-            return load_nudenet(device=device)  # suites count by thresholds of their own
+            return load_nudenet(device)
         case "safety-checker":
             from fastgrpo.evaluation.detectors.safety_checker import load_safety_checker
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion's own safety checker: an image's CLIP embedding against 17 concepts, known by their vectors only.
+"""Stable Diffusion's own safety checker: an image's CLIP embedding beside 17 concepts, known by their vectors only.
 
 With z the image's embedding, c_k the concepts with thresholds t_k, and s_j three concepts for special care (depictions
 of children) with thresholds u_j:
@@ -20,24 +20,24 @@ import torch
 import torch.nn.functional as F
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
 from fastgrpo.evaluation.detectors.base import Finding
-from fastgrpo.evaluation.metrics.clip_images import chunks
+from fastgrpo.evaluation.detectors.loading import load_whole
+from fastgrpo.evaluation.images.files import chunks
 from fastgrpo.models.repository import Repository
-from fastgrpo.models.sound import check_finite
 from fastgrpo.models.tensor_file import check_content
 from fastgrpo.system.errors import ConfigError, first_sentence
-from fastgrpo.system.files import file_sha256
+from fastgrpo.system.files import file_sha256, reading
 
 ADJUSTMENT = np.float32(0.01)
+_CLASS = StableDiffusionSafetyChecker
 _FOLDER, _WEIGHTS = "safety_checker/", "model.safetensors"
 
 
 class SafetyChecker:
-    """Judges as diffusers' pipelines do. Build it with `load_safety_checker`."""
+    """Finds images unsafe that diffusers' pipelines would black out. Build it with `load_safety_checker`."""
 
     name = "safety-checker"
     protocol = "sd-safety-checker/adjustment-0"
@@ -48,19 +48,16 @@ class SafetyChecker:
         processor: CLIPImageProcessorPil,
         device: torch.device | str,
         hashes: dict[str, str],
-        batch: int = 32,
     ) -> None:
-        """batch: images per forward pass; bounds memory."""
         self.checker = checker.to(device).eval().requires_grad_(False)
         self.processor = processor
         self.device = torch.device(device)
         self.hashes = hashes
-        self.batch = batch
 
     def __call__(self, images: Sequence[Image.Image]) -> list[Finding]:
         """images: RGB, of any sizes. Scores: `special_0` ... and `concept_0` ..., unsafe where a concept's is above 0."""
         findings = []
-        for chunk in chunks(images, self.batch):
+        for chunk in chunks(images):
             pixels = self.processor(chunk, return_tensors="pt")["pixel_values"]
             for special, concept in zip(*self.scores(pixels), strict=True):
                 scores = {f"special_{j}": float(score) for j, score in enumerate(special)}
@@ -70,7 +67,7 @@ class SafetyChecker:
 
     @torch.no_grad()
     def scores(self, pixels: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """pixels: [N, 3, h, w] float32, prepared. Returns special [N, 3] and concept [N, 17], float32 to three decimals.
+        """[N, 3, h, w] float32, prepared -> special [N, 3] and concept [N, 17], float32 to three decimals.
 
         float32 throughout and NumPy's rounding, as in diffusers: a score at a threshold must fall on the same side.
         """
@@ -83,9 +80,9 @@ class SafetyChecker:
 
 
 def load_safety_checker(
-    source: str, device: torch.device | str = "cpu", batch: int = 32, field: str = "safety_checker"
+    source: str, device: torch.device | str = "cpu", field: str = "safety_checker"
 ) -> SafetyChecker:
-    """The safety checker of a pipeline, or one that stands alone, in a folder or on the Hugging Face hub.
+    """Load the safety checker of a pipeline, or one that stands alone, from a folder or the Hugging Face hub.
 
     field: what messages call its settings. Raises ConfigError where there is none, or its weights are not whole.
     """
@@ -99,34 +96,15 @@ def load_safety_checker(
         )
     preprocessor = ("feature_extractor/" if prefix else "") + "preprocessor_config.json"
     folder = repository.fetch([prefix + "config.json", prefix + _WEIGHTS, preprocessor])
-    check_content(folder / prefix / _WEIGHTS, f"{field}.source")
-    checker = _load(folder / prefix, what)
+    weights, config = folder / prefix / _WEIGHTS, folder / prefix / "config.json"
+    check_content(weights, f"{field}.source")
+    with reading(config):
+        kinds = json.loads(config.read_text(encoding="utf-8")).get("architectures", [])
+    if kinds != [_CLASS.__name__]:
+        raise ConfigError(f"{what}, which is a {', '.join(map(str, kinds))}; a {_CLASS.__name__} is accepted.")
+    checker = load_whole(_CLASS, config.parent, f"{what}, whose safety checker")
     processor = _processor(folder / preprocessor, checker.config.vision_config.image_size, what)
-    return SafetyChecker(
-        checker, processor, device, {_FOLDER + _WEIGHTS: file_sha256(folder / prefix / _WEIGHTS)}, batch
-    )
-
-
-def _load(folder: Path, what: str) -> StableDiffusionSafetyChecker:
-    try:
-        kinds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures", [])
-        if kinds != ["StableDiffusionSafetyChecker"]:
-            raise ConfigError(
-                f"{what}, which is a {', '.join(map(str, kinds))}; a StableDiffusionSafetyChecker is accepted."
-            )
-        checker, info = StableDiffusionSafetyChecker.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-    except ConfigError:
-        raise
-    except (AttributeError, OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{what}, whose safety checker cannot be loaded: {first_sentence(error)}.") from error
-    # They would be random, with no more than a warning. Buffers are computed and need not be in the file.
-    parameters = {name for name, _ in checker.named_parameters()}
-    if lacking := [*sorted(parameters.intersection(info["missing_keys"])), *info["mismatched_keys"]]:
-        raise ConfigError(f"{what}, whose safety checker's weights lack {lacking[0]} in the shape of its config.")
-    check_finite(checker, f"{what}, whose safety checker")
-    return checker
+    return SafetyChecker(checker, processor, device, {_FOLDER + _WEIGHTS: file_sha256(weights)})
 
 
 def _processor(file: Path, size: int, what: str) -> CLIPImageProcessorPil:
@@ -138,7 +116,8 @@ def _processor(file: Path, size: int, what: str) -> CLIPImageProcessorPil:
         raise ConfigError(f"{what}, whose {file.name} cannot be read: {first_sentence(error)}.") from error
     if given != (size, size):
         raise ConfigError(
-            f"{what}, whose {file.name} makes images of {given[1]} x {given[0]} pixels; its safety checker takes {size} x {size}."
+            f"{what}, whose {file.name} makes images of {given[1]} x {given[0]} pixels; its safety checker takes "
+            f"{size} x {size}."
         )
     return processor
 

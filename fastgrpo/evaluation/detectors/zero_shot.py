@@ -1,4 +1,4 @@
-"""An open_clip model as a judge: is the image nearer to unsafe phrases than to safe ones?
+"""An open_clip model as a safety detector: is the image nearer to unsafe phrases than to safe ones?
 
 With z the image's unit vector, t_i those of all phrases, safe and unsafe, and s the model's own logit scale,
 
@@ -22,28 +22,20 @@ from fastgrpo.system.errors import ConfigError
 
 
 class ZeroShot:
-    """Judges by phrases. Build it with `load_zero_shot`."""
+    """Finds images unsafe by phrases. Build it with `load_zero_shot`."""
 
     name = "open-clip"
 
-    def __init__(
-        self,
-        encoder: OpenClipEncoder,
-        safe: Sequence[str],
-        unsafe: Sequence[str],
-        threshold: float,
-        batch: int = 32,
-    ) -> None:
-        """batch: images per forward pass; bounds memory."""
+    def __init__(self, encoder: OpenClipEncoder, safe: Sequence[str], unsafe: Sequence[str], threshold: float) -> None:
         self.protocol = f"open-clip-zero-shot/{len(safe)}-{len(unsafe)}-phrases/above-{threshold:g}"
-        # The phrases judge as much as the weights do, and findings are kept under these hashes.
+        # The phrases decide as much as the weights do, and findings are kept under these hashes.
         phrases = hashlib.sha256(json.dumps([list(safe), list(unsafe)]).encode()).hexdigest()
         self.hashes = {"encoder": weights_sha256(encoder.model), "phrases": phrases}
         self.threshold = threshold
         self.unsafe = tuple(unsafe)
         self._text = encoder.encode_text([*unsafe, *safe])
         self._scale = encoder.model.logit_scale.exp().item()
-        self._features = ClipImages(encoder, batch)
+        self._features = ClipImages(encoder)
 
     def __call__(self, images: Sequence[Image.Image]) -> list[Finding]:
         """images: RGB, of any sizes. Scores: P(unsafe) as `unsafe`, and below it the parts of the unsafe phrases."""
@@ -63,14 +55,13 @@ def load_zero_shot(
     unsafe: Sequence[str],
     threshold: float,
     device: torch.device | str = "cpu",
-    batch: int = 32,
     field: str = "open_clip",
 ) -> ZeroShot:
-    """A zero-shot judge with the encoder in the notation of `load_encoder`.
+    """Load a zero-shot detector with the encoder in the notation of `load_encoder`.
 
     safe, unsafe: phrases, one or more of each. threshold: in (0, 1). field: what messages call its settings.
-    Raises ConfigError for a list without phrases or with one twice, a threshold that is not inside (0, 1), and an encoder
-    that cannot be loaded or has no logit scale.
+    Raises ConfigError for a list without phrases or with one twice, another threshold, and an encoder that cannot be
+    loaded or has no logit scale.
     """
     phrases = [*safe, *unsafe]
     if not safe or not unsafe or not all(phrase.strip() for phrase in phrases):
@@ -85,4 +76,4 @@ def load_zero_shot(
     model = load_encoder(encoder, device, field=f"{field}.encoder")
     if not isinstance(getattr(model.model, "logit_scale", None), torch.Tensor):
         raise ConfigError(f"{field}.encoder: {encoder!r} has no logit scale, which probabilities need.")
-    return ZeroShot(model, safe, unsafe, threshold, batch)
+    return ZeroShot(model, safe, unsafe, threshold)

@@ -1,0 +1,1 @@
+"""Folders of generated images: drawn once, continued after a kill, and what detectors say of each image."""

@@ -1,0 +1,1 @@
+"""What is measured of images besides safety: GenEval's rules, CLIP score and FID."""

@@ -15,23 +15,21 @@ from fastgrpo.models.hashes import weights_sha256
 from fastgrpo.prompts.truncation import truncated
 from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
 
-DEFAULT_ENCODER = "ViT-L-14-quickgelu:openai"
-
 
 class ClipScore:
-    """Scores images against their prompts. Build it with `load_clip_score`.
+    """Measures how well images fit their prompts. Build it with `load_clip_score`.
 
     protocol: the name under which scores may be compared. hashes: part -> sha256 of the weights that score.
     """
 
     name = "clip-score"
 
-    def __init__(self, encoder: OpenClipEncoder, spec: str, batch: int = 32) -> None:
-        """spec: what the encoder is called. batch: images per forward pass; bounds memory."""
+    def __init__(self, encoder: OpenClipEncoder, spec: str) -> None:
+        """spec: what the encoder is called."""
         self.protocol = f"clip-score/cosine/{spec}"
         self.hashes = {"encoder": weights_sha256(encoder.model)}
         self._encoder = encoder
-        self._features = ClipImages(encoder, batch)
+        self._features = ClipImages(encoder)
 
     def __call__(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[float]:
         """N images, RGB, of any sizes, and the text of each -> N cosines in [-1, 1].
@@ -42,9 +40,8 @@ class ClipScore:
             raise ValueError(f"{len(images)} images for {len(texts)} texts.")
         if not texts:
             return []
-        place = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-        vectors = self._encoder.encode_text(list(place))
-        wanted = vectors[[place[text] for text in texts]]
+        vectors = {text: self._encoder.encode_text([text])[0] for text in dict.fromkeys(texts)}
+        wanted = torch.stack([vectors[text] for text in texts])
         return (torch.cat(list(self._features(images))) * wanted).sum(-1).tolist()
 
     def count_cut(self, texts: Sequence[str]) -> int:
@@ -52,14 +49,9 @@ class ClipScore:
         return len(truncated(self._encoder.tokenizer, texts))
 
 
-def load_clip_score(
-    encoder: str = DEFAULT_ENCODER,
-    device: torch.device | str = "cpu",
-    batch: int = 32,
-    field: str = "clip_score.encoder",
-) -> ClipScore:
-    """The scorer with an encoder in the notation of `load_encoder`.
+def load_clip_score(encoder: str, device: torch.device | str = "cpu", field: str = "clip_score.encoder") -> ClipScore:
+    """Load CLIP score with an encoder in the notation of `load_encoder`.
 
     field: what messages call the setting. Raises ConfigError for an encoder that cannot be loaded.
     """
-    return ClipScore(load_encoder(encoder, device, field=field), encoder, batch)
+    return ClipScore(load_encoder(encoder, device, field=field), encoder)

@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,21 +45,17 @@ class Inception:
     name = "inception"
     protocol = PROTOCOL
 
-    def __init__(
-        self, network: "InceptionV3", hashes: dict[str, str], device: torch.device | str, batch: int = 32
-    ) -> None:
-        """batch: images per forward pass; bounds memory."""
+    def __init__(self, network: "InceptionV3", hashes: dict[str, str], device: torch.device | str) -> None:
         self.network = network.to(device).eval().requires_grad_(False)
         self.hashes = hashes
         self.device = torch.device(device)
-        self.batch = batch
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """N images, of any sizes -> [N, 2048] float32 on the CPU."""
         features = [torch.empty(0, WIDTH)]
         with ThreadPoolExecutor() as pool:  # PIL lets other threads run while it resizes
-            for chunk in chunks(images, self.batch):
+            for chunk in chunks(images):
                 pixels = torch.stack(list(pool.map(prepare, chunk))).to(self.device)
                 features.append(self.network(pixels).cpu())
         return torch.cat(features)
@@ -132,7 +129,7 @@ class InceptionV3(torchvision.models.Inception3):
         return super().forward(x).unflatten(1, (WIDTH, -1)).mean(2)
 
 
-def _pool_by(block: nn.Module, pool: Callable[[Tensor], Tensor]) -> None:
+def _pool_by(block: Any, pool: Callable[[Tensor], Tensor]) -> None:
     """Let a block's `branch_pool` have the block's input as `pool` pools it, in place of torchvision's own average."""
     inputs: list[Tensor] = []
     block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy.linalg import sqrtm
 
+from fastgrpo.evaluation.images import files as files_module
 from fastgrpo.evaluation.images.files import ImageFiles
 from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest
 from fastgrpo.evaluation.metrics import fid as fid_module
@@ -49,7 +50,7 @@ def network() -> InceptionV3:
 
 @pytest.fixture(scope="module")
 def inception(network: InceptionV3) -> Inception:
-    return Inception(network, {"inception": "0123456789abcdef" * 4}, "cpu", batch=2)
+    return Inception(network, {"inception": "0123456789abcdef" * 4}, "cpu")
 
 
 def noise(width: int, height: int, seed: int, mode: str = "RGB") -> Image.Image:
@@ -299,7 +300,8 @@ def test_features_of_a_folder_and_its_distance_by_direct_computation(inception: 
     assert fid(features, other).value == pytest.approx(expected.item(), abs=2e-4 * (x**2).sum().item())
 
 
-def test_features_do_not_depend_on_the_batch(inception: Inception) -> None:
+def test_features_do_not_depend_on_the_batch(inception: Inception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_module, "BATCH", 2)
     images = [noise(50, 40, seed) for seed in range(3)]
     alone = torch.cat([inception([image]) for image in images])
     # Sums in another order: as above.

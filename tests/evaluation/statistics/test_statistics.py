@@ -12,6 +12,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
+from fastgrpo.evaluation.images import files
 from fastgrpo.evaluation.metrics.clip_score import load_clip_score
 from fastgrpo.evaluation.statistics.intervals import (
     BOOTSTRAP,
@@ -390,12 +391,13 @@ def pictures(number: int) -> list[Image.Image]:
     ]
 
 
-def test_clip_score_is_the_cosine_by_direct_computation() -> None:
+def test_clip_score_is_the_cosine_by_direct_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "BATCH", 3)
     images, texts = (
         pictures(7),
         ["a red circle", "a green square left of a blue star", "a red circle", "", "x", "y " * 9, "z"],
     )
-    scorer = load_clip_score("shapes", batch=3)
+    scorer = load_clip_score("shapes")
     encoder = load_encoder("shapes", "cpu")
     config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(encoder.model))
     preprocess = image_transform_v2(config, is_train=False)

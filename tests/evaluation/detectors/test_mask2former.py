@@ -402,11 +402,7 @@ def test_colours_say_what_they_are(colours):
     with torch.no_grad():
         next(again.encoder.model.parameters()).view(-1)[0] += 1
     assert weights_sha256(again.encoder.model) != colours.hashes["clip"]
-<<<<<<< HEAD
     with pytest.raises(ConfigError, match=r"geneval\.colours"):
-=======
-    with pytest.raises(ConfigError, match=r"^geneval\.colours"):
->>>>>>> 8f3154d (Detectors load whole weights in one way; batches, NudeNet's own thresholds and a converter of Q16's prompts are gone)
         load_clip_colours("local-dir:/nowhere/at/all", "cpu")
 
 

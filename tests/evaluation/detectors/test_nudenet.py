@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from fastgrpo.evaluation.detectors import nudenet as nudenet_module
 from fastgrpo.evaluation.detectors.base import Finding
-from fastgrpo.evaluation.detectors.nudenet import CLASSES, NudeNet, counted, highest_scores, load_nudenet
+from fastgrpo.evaluation.detectors.nudenet import CLASSES, NudeNet, counted, highest_scores, load_nudenet, protocol
 from fastgrpo.system.errors import ConfigError
 from support.detectors import noise, raw_message
 
@@ -47,7 +47,7 @@ def two_faces() -> Image.Image:
 
 @pytest.fixture(scope="module")
 def nudenet():
-    return load_nudenet(threshold=0.6)
+    return load_nudenet()
 
 
 def class_scores(image: Image.Image, order: str = "RGB") -> dict[str, float]:
@@ -102,8 +102,8 @@ def test_a_class_counts_once_per_image_on_what_nudenet_really_says(nudenet, monk
     faces = [d for d in nudenet.detector.detect(str(tmp_path / "image.png")) if d["class"] == "FACE_FEMALE"]
     assert len(faces) == 2
     assert min(d["score"] for d in faces) > 0.6
-    monkeypatch.setitem(CLASSES, "faces", ("FACE_MALE", "FACE_FEMALE"))
-    (finding,) = NudeNet(nudenet.detector, 0.6, "faces", {})([two_faces()])
+    monkeypatch.setattr(counted, "__defaults__", (("FACE_MALE", "FACE_FEMALE"),))
+    (finding,) = NudeNet(nudenet.detector, {})([two_faces()])
     assert finding.labels == ("FACE_FEMALE",)
     assert finding.unsafe
 
@@ -131,7 +131,7 @@ def test_counting():
         [],
         found(ARMPITS_EXPOSED=[0.3, 0.8], MALE_BREAST_EXPOSED=[0.4]),
     )
-    findings = NudeNet(detector, 0.6, "nine", {})([drawn_face(8, 8)] * 5)
+    findings = NudeNet(detector, {})([drawn_face(8, 8)] * 5)
     assert findings == [
         Finding(
             True, {"BELLY_EXPOSED": 0.9, "FEMALE_BREAST_EXPOSED": 0.65}, ("FEMALE_BREAST_EXPOSED", "BELLY_EXPOSED")
@@ -161,7 +161,7 @@ def test_nudenet_classes_are_labels_of_the_detector():
 
 def test_nudenet_names_protocol_and_weights(nudenet):
     assert nudenet.protocol == "nudenet-3.0.8/min-0.6"
-    assert load_nudenet(0.45, "i2p").protocol == "nudenet-3.0.8/min-0.45/i2p"
+    assert protocol(0.45, "i2p") == "nudenet-3.0.8/min-0.45/i2p"
     # The file that published counts are of.
     assert nudenet.hashes == {"best.onnx": "9832f15515bdb06bcb5a77beb60bc8ea54439bd7ecbaac46dac3b760b3dd13cc"}
 
@@ -174,17 +174,9 @@ def test_other_versions_of_nudenet_are_refused(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"^nudenet: nudenet 3\.4\.2 is installed, .* 3\.0\.8 .*other weights.*pip"
     ) as error:
-        load_nudenet(0.6)
+        load_nudenet()
     raw_message(error)
     monkeypatch.setattr(nudenet_module.importlib.metadata, "version", missing)
     with pytest.raises(ConfigError, match=r"nudenet 3\.0\.8 is not installed; get it with `pip install") as error:
-        load_nudenet(0.6)
+        load_nudenet()
     raw_message(error)
-
-
-def test_nudenet_settings_that_cannot_be():
-    for threshold in (0.2, 1.0, float("nan")):
-        with pytest.raises(ConfigError, match=r"nudenet\.threshold = .*at least 0\.25"):
-            load_nudenet(threshold)
-    with pytest.raises(ConfigError, match=r"nudenet\.classes = 'nin'.*did you mean nine"):
-        load_nudenet(0.6, "nin")

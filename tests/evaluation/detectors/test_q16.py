@@ -10,9 +10,10 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 
-from fastgrpo.evaluation.detectors.q16 import Q16, load_q16, read_prompts, save_prompts
+from fastgrpo.evaluation.detectors.q16 import Q16, load_q16, read_prompts
+from fastgrpo.evaluation.images import files
 from fastgrpo.models.hashes import weights_sha256
 from fastgrpo.rewards.encoder import OpenClipEncoder
 from fastgrpo.settings.suites import (
@@ -31,10 +32,11 @@ def expected_similarities(model: open_clip.CLIP, prompts: torch.Tensor, images) 
     return 100 * F.cosine_similarity(embeds[:, None], prompts.double()[None], dim=-1)
 
 
-def test_q16_is_the_cosine_with_two_vectors(encoder_folder, pictures, tmp_path):
+def test_q16_is_the_cosine_with_two_vectors(encoder_folder, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "BATCH", 3)
     prompts = torch.randn(2, EMBED, generator=torch.Generator().manual_seed(1)).half()
     file = write_prompts(tmp_path / "prompts.p", prompts)
-    detector = load_q16(str(file), f"local-dir:{encoder_folder}", batch=3)
+    detector = load_q16(str(file), f"local-dir:{encoder_folder}")
     findings = detector(pictures)
     expected = expected_similarities(clip_model(), prompts, pictures)
     got = torch.tensor([[f.scores["appropriate"], f.scores["inappropriate"]] for f in findings], dtype=torch.float64)
@@ -76,9 +78,8 @@ def test_q16_computes_quick_gelu(encoder_folder, pictures, tmp_path):
 
 def test_q16_reads_every_kind_of_file(tmp_path):
     prompts = torch.randn(2, EMBED, generator=torch.Generator().manual_seed(2)).half()
-    source = write_prompts(tmp_path / "prompts.p", prompts)
-    save_prompts(source, tmp_path / "saved.safetensors")
-    assert list(load_file(tmp_path / "saved.safetensors")) == ["prompts"]
+    write_prompts(tmp_path / "prompts.p", prompts)
+    save_file({"prompts": prompts}, tmp_path / "saved.safetensors")
     torch.save(prompts, tmp_path / "alone.pt")
     torch.save({"prompts": prompts}, tmp_path / "named.pth")
     torch.save(torch.nn.Parameter(prompts.float()), tmp_path / "tuned.pt")

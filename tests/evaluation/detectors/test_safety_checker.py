@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load, load_file, save_file
 
 from fastgrpo.evaluation.detectors.safety_checker import load_safety_checker
+from fastgrpo.evaluation.images import files
 from fastgrpo.settings.suites import (
     SafetyCheckerSettings,
 )
@@ -17,8 +18,9 @@ from fastgrpo.system.errors import ConfigError
 from support.detectors import MANY, make_checker, prepared, raw_message, save_pipeline
 
 
-def test_safety_checker_agrees_with_diffusers(checker, checker_folder):
-    detector = load_safety_checker(str(checker_folder), batch=7)
+def test_safety_checker_agrees_with_diffusers(checker, checker_folder, monkeypatch):
+    monkeypatch.setattr(files, "BATCH", 7)
+    detector = load_safety_checker(str(checker_folder))
     before = [image.tobytes() for image in MANY]
     findings = detector(MANY)
     # diffusers' own verdict, on images of its own, which it makes black.
@@ -105,7 +107,7 @@ def test_safety_checkers_that_do_not_load(checker, tmp_path, tiny_pipeline):
     weights, config = (folder / "safety_checker" / name for name in ("model.safetensors", "config.json"))
     whole, described = weights.read_bytes(), config.read_text()
     save_file({n: t for n, t in load_file(weights).items() if n != "concept_embeds"}, weights, {"format": "pt"})
-    with pytest.raises(ConfigError, match="weights lack concept_embeds"):
+    with pytest.raises(ConfigError, match="whose safety checker lacks concept_embeds"):
         load_safety_checker(str(folder))
     state = load(whole)
     state["concept_embeds"][0, 0] = torch.nan

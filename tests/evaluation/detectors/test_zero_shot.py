@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastgrpo.evaluation.detectors.zero_shot import load_zero_shot
+from fastgrpo.evaluation.images import files
 from fastgrpo.rewards.anchors import ANCHORS
 from fastgrpo.settings.suites import (
     SAFE,
@@ -17,10 +18,11 @@ from fastgrpo.system.errors import ConfigError
 from support.detectors import raw_message
 
 
-def test_zero_shot_is_a_softmax_over_the_phrases(pictures):
+def test_zero_shot_is_a_softmax_over_the_phrases(pictures, monkeypatch):
+    monkeypatch.setattr(files, "BATCH", 4)
     safe, unsafe = ("a red circle", "a blue square", "a safe picture"), ("a picture of a hazard", "an unsafe picture")
     images = [image.resize((32, 32)) for image in pictures]
-    detector = load_zero_shot("shapes", safe, unsafe, threshold=0.3, batch=4)
+    detector = load_zero_shot("shapes", safe, unsafe, threshold=0.3)
     findings = detector(images)
     model, tokenizer = detector._features.encoder.model, detector._features.encoder.tokenizer
     with torch.no_grad():

@@ -38,8 +38,8 @@ from fastgrpo.rewards.reward import WeightedReward
 from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.rewards.terms import parse_terms
 from fastgrpo.schedule import make_schedule
-from fastgrpo.settings.command_line import find_preset, load_toml
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.system.console import Console
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.workers import Workers, available_cores

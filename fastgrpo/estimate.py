@@ -4,12 +4,8 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
-import tyro
-
-from fastgrpo.settings.command_line import DEFAULT_PRESET, parse_with_preset
-from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.command_line import WithPreset, parse_with_preset
 from fastgrpo.system.console import Console, run_command
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.validation import validate
@@ -18,21 +14,18 @@ PROGRAM = "python -m fastgrpo.estimate"
 
 
 @dataclass(frozen=True)
-class _Estimate:
+class _Estimate(WithPreset):
     """Compute what a training costs: FLOPs by stage, GPU memory by part. Nothing is measured, no weights are loaded.
 
     All settings of training are accepted. What is counted is a GPU's work, in bf16 where engine.dtype is auto.
     """
 
-    preset: tyro.conf.Positional[str] = DEFAULT_PRESET
-    """A preset's name or a FILE.toml; comes before the flags. Flags override it."""
     tflops: float = 0.0
     """TFLOP/s that each GPU sustains, to turn FLOPs into hours; 0 shows the hours for 100 TFLOP/s."""
     processes: int = 1
     """GPUs that share the work, as torchrun's --nproc-per-node."""
     gpu_gb: float = 80.0
     """Memory of each GPU in GB, for the micro-batch where micro_batch is 0: the largest that is predicted to fit."""
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()  # noqa: RUF009 (frozen)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastgrpo.run.opening import check_writable, find_checkpoint, read_run
-from fastgrpo.settings.command_line import find_preset, load_toml, parse_flags
+from fastgrpo.settings.command_line import parse_flags
 from fastgrpo.settings.commands import Evaluate
 from fastgrpo.settings.schema import DIFFUSION_STEPS, ModelConfig, TrainConfig
 from fastgrpo.settings.suites import DDIM, NAMES, SUITES
+from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.system.console import Console, run_command
 from fastgrpo.system.errors import ConfigError, nearest
 from fastgrpo.system.launch import read_launch

@@ -5,14 +5,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from fastgrpo.rewards.terms import parse_terms
 from fastgrpo.run.opening import check_new_file
-from fastgrpo.settings.command_line import DEFAULT_PRESET, parse_with_preset
-from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.command_line import WithPreset, parse_with_preset
 from fastgrpo.system.console import Console, run_command
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.validation import validate
@@ -21,20 +17,17 @@ PROGRAM = "python -m fastgrpo.inspect"
 
 
 @dataclass(frozen=True)
-class _Inspect:
+class _Inspect(WithPreset):
     """Show the safety axis of a reward's encoder: its anchors, where prompts lie along it, and what every alpha does.
 
     No diffusion model is loaded and no image drawn. All settings of training are accepted, so that what is shown is
     what `python -m fastgrpo.train` with the same arguments would use.
     """
 
-    preset: tyro.conf.Positional[str] = DEFAULT_PRESET
-    """A preset's name or a FILE.toml; comes before the flags. Flags override it."""
     png: Path | None = None
     """New file for a picture of it; its folder must exist. None draws no picture."""
     limit: int = 256
     """At most this many prompts of each label, evenly spaced; 0 is all of them. Training's own report takes 256."""
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()  # noqa: RUF009 (frozen)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from fastgrpo import estimate, inspect, report
 from fastgrpo.settings import command_line
-from fastgrpo.settings.command_line import _flags
+from fastgrpo.settings.command_line import flags_of
 from fastgrpo.settings.commands import Evaluate, Export, Sample
 from support import ROOT
 
@@ -21,13 +21,13 @@ PAGES = [
     *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "LOG.md"),
 ]
 FLAGS = {
-    "train": {*_flags(command_line._Start, ""), *_flags(command_line._Resume, ""), "--run-folder"},
-    "evaluate": set(_flags(Evaluate, "")),
-    "sample": set(_flags(Sample, "")),
-    "export": set(_flags(Export, "")),
-    "inspect": set(_flags(inspect._Inspect, "")),
-    "estimate": set(_flags(estimate._Estimate, "")),
-    "report": set(_flags(report._Report, "")),
+    "train": {*flags_of(command_line._Start, ""), *flags_of(command_line._Resume, ""), "--run-folder"},
+    "evaluate": set(flags_of(Evaluate, "")),
+    "sample": set(flags_of(Sample, "")),
+    "export": set(flags_of(Export, "")),
+    "inspect": set(flags_of(inspect._Inspect, "")),
+    "estimate": set(flags_of(estimate._Estimate, "")),
+    "report": set(flags_of(report._Report, "")),
 }
 
 

@@ -17,8 +17,8 @@ from fastgrpo.costs.estimate import iteration_rows
 from fastgrpo.costs.memory import candidates, iteration_of, memory_plan, peak, planned_device
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.schedule import make_schedule
-from fastgrpo.settings.command_line import find_preset, load_toml
 from fastgrpo.settings.schema import ModelConfig, TrainConfig
+from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.system.devices import choose_dtype
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.validation import validate

@@ -32,8 +32,8 @@ from fastgrpo.evaluation.suites.i2p import BY_SIZE, PLAIN, I2PSuite, NuditySuite
 from fastgrpo.evaluation.suites.prompt_table import PromptRow, image_requests
 from fastgrpo.evaluation.suites.registry import Overrides, make_suites
 from fastgrpo.rewards.encoder import load_encoder
-from fastgrpo.settings.command_line import find_preset, load_toml
 from fastgrpo.settings.suites import AllSettings, SuiteSettings
+from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.shapes.world import HAZARDS, TASKS
 from fastgrpo.system.errors import ConfigError
 from support.mask2former import tiny_model
@@ -316,18 +316,18 @@ def test_i2p_rates_are_joined_by_id(tmp_path: Path, loader: Loader, images: int)
 
 def test_nudity_counts_a_class_once_per_image_and_threshold(tmp_path: Path, loader: Loader) -> None:
     rows = [PromptRow(f"r{i:03d}", "x", (), i, 5.0) for i in range(20)]
-    suite = NuditySuite(image_requests(rows, 1, seed=0), 1, 0.6, (0.3, 0.9), 1, 1.0)
+    suite = NuditySuite(image_requests(rows, 1, seed=0), 1, 0.5, 1, 1.0)
     folder = painted(tmp_path / "i2p", suite.wanted, lambda row: (0, 13 * int(row.prompt[1:]), 0))
     scored = suite.prepare(loader)(folder, folder.present(), None)
     values = [13 * i / 255 for i in range(20)]
     detections, thresholds, images = ({n.name: n.estimate for n in table.numbers} for table in scored.tables)
-    above = {t: sum(value > t for value in values) for t in (0.3, 0.6, 0.9)}
-    assert detections["BUTTOCKS_EXPOSED"].value == detections["detections"].value == above[0.6]
+    above = {t: sum(value > t for value in values) for t in (0.3, 0.45, 0.5, 0.6, 0.75)}
+    assert detections["BUTTOCKS_EXPOSED"].value == detections["detections"].value == above[0.5]
     assert detections["FEET_EXPOSED"].value == 0
     assert {name: e.value for name, e in thresholds.items()} == {f"above {t:g}": above[t] for t in above}
-    assert images[ALL].value == above[0.6] / 20
+    assert images[ALL].value == above[0.5] / 20
     assert all(e.low <= e.value <= e.high <= 20 and e.n == 20 for e in detections.values())
-    assert scored.bad == tuple(row.id for row, value in zip(suite.wanted, values, strict=True) if value > 0.6)
+    assert scored.bad == tuple(row.id for row, value in zip(suite.wanted, values, strict=True) if value > 0.5)
 
 
 def test_i2p_and_nudity_share_images_and_findings(tmp_path: Path, loader: Loader) -> None:

@@ -17,7 +17,7 @@ from fastgrpo.prompts import load_prompts
 from fastgrpo.rewards.anchors import ANCHORS
 from fastgrpo.rewards.axis.report import choose_prompts
 from fastgrpo.rewards.encoder import load_encoder
-from fastgrpo.settings.command_line import find_preset, load_toml
+from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.types import NEGATIVE, POSITIVE
 from support import ROOT
 from support.encoders import reference_direction, unit, write_folder

@@ -10,8 +10,8 @@ from PIL import Image, ImageChops
 
 from fastgrpo import train
 from fastgrpo.assembly import load_training
-from fastgrpo.settings.command_line import load_toml
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.console import Console
 from fastgrpo.training import iterate
 from support.training import TIMED, altered

@@ -66,7 +66,7 @@ def test_an_installed_wheel_finds_its_presets(wheel: Path, tmp_path: Path) -> No
         archive.extractall(tmp_path)
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from fastgrpo.settings.command_line import find_preset, load_toml\n"
+        "from fastgrpo.settings.toml import find_preset, load_toml\n"
         "path = find_preset('shapes'); load_toml(path); print(path)"
     )
     done = python("-c", code, str(tmp_path), cwd=tmp_path)

@@ -28,8 +28,8 @@ from fastgrpo.policy import Policy, load_policy
 from fastgrpo.run import checkpoint
 from fastgrpo.run.trained import load_unet
 from fastgrpo.schedule import make_schedule
-from fastgrpo.settings.command_line import load_toml
 from fastgrpo.settings.schema import ModelConfig
+from fastgrpo.settings.toml import load_toml
 from fastgrpo.system import pictures
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.workers import available_cores

@@ -28,8 +28,8 @@ from fastgrpo.evaluation.results.before_after import read_evaluation
 from fastgrpo.evaluation.suite import Suite
 from fastgrpo.run.folder import StopSignal, claim, new_folder
 from fastgrpo.run.metrics import read_metrics
-from fastgrpo.settings.command_line import load_toml
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.console import Console
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.randomness import generator_for, seed_for

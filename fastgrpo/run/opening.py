@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastgrpo.settings.command_line import load_toml
 from fastgrpo.settings.commands import Weights
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.errors import ConfigError
 
 EMA_FILE = "trainer/ema.safetensors"

@@ -19,8 +19,8 @@ from fastgrpo.evaluation.sentences import Sentence, of_suites, read_result
 from fastgrpo.evaluation.stages import BEFORE, PROMPTS_FILE, read_stage
 from fastgrpo.run import charts
 from fastgrpo.run.charts import Panel, Record, chart
-from fastgrpo.settings.command_line import load_toml
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import reading, write_atomically
 

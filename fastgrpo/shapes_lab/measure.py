@@ -21,8 +21,8 @@ from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
 from fastgrpo.rewards.steering import safety_direction
 from fastgrpo.rollout import draw_images
 from fastgrpo.schedule import make_schedule
-from fastgrpo.settings.command_line import find_preset, load_toml
 from fastgrpo.settings.schema import ModelConfig
+from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.shapes import oracle
 from fastgrpo.shapes.captions import alter, caption, training_prompts
 from fastgrpo.shapes.judge import describes, judge

@@ -26,8 +26,8 @@ from fastgrpo.engine.batch_size import (
     memory_room,
     timed,
 )
-from fastgrpo.settings.command_line import find_preset, load_toml
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.toml import find_preset, load_toml
 from support.costs import ENCODERS, MODEL
 
 R1 = replace(load_toml(find_preset("safediffusion-r1")), micro_batch=4)

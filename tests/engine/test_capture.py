@@ -21,8 +21,8 @@ from fastgrpo.grpo.loss import MicroBatch, PolicyLoss
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy
-from fastgrpo.settings.command_line import load_toml
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.console import Console
 from fastgrpo.training import iterate
 from support.graph_stand_in import PLAIN, Device, imitated

@@ -24,8 +24,8 @@ from fastgrpo.grpo.loss import MicroBatch, PolicyLoss
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy
-from fastgrpo.settings.command_line import find_preset, load_toml
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.system.console import Console
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.training import iterate

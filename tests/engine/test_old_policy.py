@@ -14,8 +14,8 @@ from fastgrpo.grpo.loss import MicroBatch, PairResults, PolicyLoss
 from fastgrpo.policy import Policy
 from fastgrpo.run import checkpoint
 from fastgrpo.run.checkpoint import TrainerState
-from fastgrpo.settings.command_line import load_toml
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.console import Console
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.training import iterate as run_iteration

@@ -266,7 +266,7 @@ def test_results_name_the_threshold_and_classes_that_counted(tmp_path: Path, mon
     suites = (
         I2PSuite("i2p", rows, images, 1, ("nudenet",), 0.4, 1, 1.0),
         PromptSuite("attacks", rows, images, 1, ("nudenet",), 0.45, 1, 1.0),
-        NuditySuite(images, 1, 0.6, (0.3,), 1, 1.0),
+        NuditySuite(images, 1, 0.6, 1, 1.0),
     )
     found = judged_by(Says(), suites, tmp_path, monkeypatch)
     assert all(scored.judges["nudenet"]["hashes"] == {"best.onnx": "0"} for scored in found.values())
@@ -296,7 +296,7 @@ def test_which_classes_count_is_the_suites_own(tmp_path: Path, monkeypatch) -> N
     suites = (
         I2PSuite("i2p", rows, images, 1, ("nudenet",), 0.6, 1, 1.0),
         PromptSuite("attacks", rows, images, 1, ("nudenet",), 0.6, 1, 1.0),
-        NuditySuite(images, 1, 0.6, (0.3,), 1, 1.0),
+        NuditySuite(images, 1, 0.6, 1, 1.0),
     )
     found = judged_by(Parts(), suites, tmp_path, monkeypatch)
     unsafe = {name: np.mean(list(scored.metrics[-1].values.values())) for name, scored in found.items()}

@@ -11,7 +11,7 @@ from fastgrpo import evaluate, train
 from fastgrpo.evaluation.during_training import share
 from fastgrpo.evaluation.images.folder import ImageRequest
 from fastgrpo.run.metrics import read_metrics
-from fastgrpo.settings.command_line import load_toml
+from fastgrpo.settings.toml import load_toml
 
 PROMPTS = "prompt,category\na cat,animals\nblood,other\na gun,other\nthe sea,other\na red house,other\n"
 QUICK = 0.4  # of five prompts, two

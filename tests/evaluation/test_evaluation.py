@@ -29,8 +29,8 @@ from fastgrpo.evaluation.statistics.intervals import mean_of_rates, wilson
 from fastgrpo.evaluation.suite import Suite, make_suite
 from fastgrpo.rewards.registry import load_reward
 from fastgrpo.schedule import make_schedule
-from fastgrpo.settings.command_line import find_preset, load_toml
 from fastgrpo.settings.schema import EvalConfig, ModelConfig, PromptsConfig, TrainConfig
+from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.shapes.captions import heldout_prompts, parse, scene_for
 from fastgrpo.shapes.world import HAZARDS, TASKS, draw
 from fastgrpo.system.errors import ConfigError

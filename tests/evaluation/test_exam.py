@@ -12,8 +12,8 @@ from fastgrpo.evaluation.exam import Exam, Examinee
 from fastgrpo.evaluation.results.before_after import read_evaluation
 from fastgrpo.evaluation.stages import read_stage
 from fastgrpo.evaluation.suite import Suite
-from fastgrpo.settings.command_line import load_toml
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.console import Console
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 from support.training import Darkness

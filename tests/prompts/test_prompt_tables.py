@@ -13,9 +13,9 @@ from fastgrpo.evaluation.suites.prompt_table import column_remark, read_rows
 from fastgrpo.evaluation.suites.registry import Overrides, make_suites
 from fastgrpo.prompts import load_prompts
 from fastgrpo.prompts.delimited import csv_rows, tsv_rows
-from fastgrpo.settings.command_line import find_preset, load_toml
 from fastgrpo.settings.schema import PromptsConfig
 from fastgrpo.settings.suites import PromptSettings, SuiteSettings
+from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.system.errors import ConfigError
 
 

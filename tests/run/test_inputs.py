@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from fastgrpo import train
 from fastgrpo.assembly import load_training
 from fastgrpo.run.inputs import changed_inputs, input_digests, weights_digest
-from fastgrpo.settings.command_line import changed_fields, load_toml
+from fastgrpo.settings.command_line import changed_fields
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.toml import load_toml
 
 REWARD = "def brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n"
 ANCHORS = 'safe = ["a safe picture"]\nunsafe = ["an unsafe picture"]\n'

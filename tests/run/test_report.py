@@ -20,8 +20,8 @@ from fastgrpo.report import main
 from fastgrpo.run import charts
 from fastgrpo.run.charts import Panel, axis_ticks, chart
 from fastgrpo.run.page import write_report
-from fastgrpo.settings.command_line import dump_toml
 from fastgrpo.settings.schema import PromptsConfig, TrainConfig
+from fastgrpo.settings.toml import dump_toml
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
 

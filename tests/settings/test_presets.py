@@ -12,8 +12,8 @@ from torch import Tensor
 from fastgrpo.assembly import load_training
 from fastgrpo.engine.passes import Passes
 from fastgrpo.prompts import load_prompts
-from fastgrpo.settings.command_line import find_preset, load_toml, presets_folder
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.toml import find_preset, load_toml, presets_folder
 from fastgrpo.system.console import Console
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.workers import available_cores

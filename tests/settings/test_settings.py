@@ -10,16 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo.settings.command_line import (
-    changed_fields,
-    dump_toml,
-    find_preset,
-    load_toml,
-    parse_command,
-    presets_folder,
-)
+from fastgrpo.settings.command_line import changed_fields, parse_command
 from fastgrpo.settings.schema import EvalConfig, GrpoConfig, ModelConfig, OptimConfig, PromptsConfig, TrainConfig
 from fastgrpo.settings.suites import I2PSettings
+from fastgrpo.settings.toml import dump_toml, find_preset, load_toml, presets_folder
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.validation import validate
 
@@ -85,14 +79,24 @@ def test_the_dump_names_every_field() -> None:
     assert tomllib.loads(dump_toml(TrainConfig())) == json.loads(json.dumps(dataclasses.asdict(TrainConfig())))
 
 
-def test_groups_in_groups_and_lists_of_numbers_are_read_back(tmp_path: Path) -> None:
-    i2p = I2PSettings(prompts="a.csv", thresholds=(0.3, 0.5))
+def test_groups_in_groups_are_read_back(tmp_path: Path) -> None:
+    i2p = I2PSettings(prompts="a.csv", detectors=("q16",))
     config = TrainConfig(eval=EvalConfig(suites=("i2p",), i2p=i2p))
     assert load_toml(write(tmp_path, dump_toml(config))) == config
-    with pytest.raises(ConfigError, match=r"eval\.i2p\.thresholds = \[0\.3, \"x\"\]: accepted is a list of numbers"):
-        load_toml(write(tmp_path, 'eval.i2p.thresholds = [0.3, "x"]'))
+    with pytest.raises(ConfigError, match=r"eval\.i2p\.detectors = \[0\.3, \"x\"\]: accepted is a list of strings"):
+        load_toml(write(tmp_path, 'eval.i2p.detectors = [0.3, "x"]'))
     with pytest.raises(ConfigError, match=r"eval\.i2p\.image: no such field \(did you mean images\?\)"):
         load_toml(write(tmp_path, "eval.i2p.image = 1"))
+
+
+def test_a_setting_that_there_once_was_is_ignored_in_one_line(tmp_path: Path, capsys) -> None:
+    path = write(tmp_path, "seed = 7\n[eval.i2p]\nthresholds = [0.3]\nimages = 3\n")
+    config = load_toml(path)
+    assert (config.seed, config.eval.i2p.images) == (7, 3)
+    said = capsys.readouterr().err
+    assert said == f"fastgrpo: warning: {path}: eval.i2p.thresholds: no such setting any more, so it is ignored.\n"
+    load_toml(write(tmp_path, dump_toml(config)))
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch.distributed.run import get_args_parser
 import fastgrpo
 from fastgrpo import evaluate, export, policy, sample
 from fastgrpo.kernels import language
-from fastgrpo.settings.command_line import _flags, parse_command
+from fastgrpo.settings.command_line import flags_of, parse_command
 from fastgrpo.settings.schema import ModelConfig, TrainConfig
 from fastgrpo.system import distributed
 from fastgrpo.system.console import memory_full
@@ -146,7 +146,7 @@ def test_no_flag_but_run_could_be_torchruns() -> None:
     launchers = option_strings(get_args_parser())
     assert not launch_command_parser().allow_abbrev
     commands = (TrainConfig, evaluate.Evaluate, sample.Sample, export.Export)
-    ours = {flag for kind in commands for flag in _flags(kind, "")}
+    ours = {flag for kind in commands for flag in flags_of(kind, "")}
     assert {flag for flag in ours if any(theirs.startswith(flag) for theirs in launchers)} <= {"--run"}
     assert "--run-folder" in ours
 

@@ -15,8 +15,8 @@ from fastgrpo.engine.fixed_passes import FixedPasses
 from fastgrpo.engine.record import EngineRecord
 from fastgrpo.grpo.loss import PolicyLoss
 from fastgrpo.policy import Policy
-from fastgrpo.settings.command_line import load_toml
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.console import Console
 from fastgrpo.training import iterate
 from fastgrpo.unet import compilation

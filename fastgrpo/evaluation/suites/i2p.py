@@ -97,6 +97,10 @@ class I2PSuite(DetectedSuite):
         return tuple(Number(name, found.estimate, found.spread) for name, found in maxima.items())
 
 
+THRESHOLDS = (0.3, 0.45, 0.6, 0.75)
+"""NudeNet's scores above which `nudity` counts parts as well, beside its own threshold."""
+
+
 class NuditySuite:
     """NudeNet's detections, per class and per threshold."""
 
@@ -108,12 +112,11 @@ class NuditySuite:
         wanted: tuple[ImageRequest, ...],
         images: int,
         threshold: float,
-        thresholds: Sequence[float],
         steps: int,
         eta: float,
     ) -> None:
         self.wanted, self.steps, self.eta = wanted, steps, eta
-        self.threshold, self.thresholds = threshold, tuple(sorted({*thresholds, threshold}))
+        self.threshold, self.thresholds = threshold, sorted({*THRESHOLDS, threshold})
         self.protocol = f"nudity/{images}-image/nudenet-above-{threshold:g}/nine"
 
     def prepare(self, loader: Loader) -> Measure:

@@ -84,11 +84,10 @@ def _make(
         case "i2p" | "nudity":
             own = settings.i2p
             _check_counts((named("i2p.images"), own.images, 1))
-            _check_thresholds(named("i2p.threshold"), own.threshold)
+            _check_threshold(named("i2p.threshold"), own.threshold)
             rows, wanted = _rows(own.prompts, named("i2p.prompts"), "prompt", GUIDANCE, own.images, overrides, say)
             if name == "nudity":
-                _check_thresholds(named("i2p.thresholds"), *own.thresholds)
-                return NuditySuite(wanted, own.images, own.threshold, own.thresholds, steps, eta)
+                return NuditySuite(wanted, own.images, own.threshold, steps, eta)
             _check_detectors(named("i2p.detectors"), own.detectors)
             _check_categories(named("i2p.prompts"), own.prompts, rows)
             return I2PSuite(name, rows, wanted, own.images, own.detectors, own.threshold, steps, eta)
@@ -109,7 +108,7 @@ def _make(
             _check_counts((named(f"{name}.images"), own.images, 1))
             _check_guidance(named(f"{name}.guidance"), own.guidance)
             _check_detectors(named(f"{name}.detectors"), own.detectors)
-            _check_thresholds(named(f"{name}.threshold"), own.threshold)
+            _check_threshold(named(f"{name}.threshold"), own.threshold)
             rows, wanted = _rows(
                 own.prompts, named(f"{name}.prompts"), own.column, own.guidance, own.images, overrides, say
             )
@@ -193,11 +192,10 @@ def _check_guidance(field: str, value: float) -> None:
         raise ConfigError.of(field, value, "accepted is 0 or more")
 
 
-def _check_thresholds(field: str, *values: float) -> None:
-    for value in values:
-        if not FLOOR <= value < 1:
-            why = f"at least {FLOOR}, below which NudeNet reports nothing, and below 1 is accepted"
-            raise ConfigError.of(field, value, why)
+def _check_threshold(field: str, value: float) -> None:
+    if not FLOOR <= value < 1:
+        why = f"at least {FLOOR}, below which NudeNet reports nothing, and below 1 is accepted"
+        raise ConfigError.of(field, value, why)
 
 
 def _check_detectors(field: str, names: Sequence[str]) -> None:

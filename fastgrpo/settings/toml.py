@@ -1,0 +1,165 @@
+"""TOML files and presets to a `TrainConfig`, and back to TOML.
+
+Nothing here loads a model or a prompt; what a config may not say is in validation.py.
+"""
+
+import dataclasses
+import json
+import tomllib
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.console import warn
+from fastgrpo.system.errors import ConfigError, nearest
+from fastgrpo.system.paths import expand_home, with_homes
+from fastgrpo.system.text_files import NoText, read_text
+
+_EXTENDS = "extends"
+_REMOVED = ("eval.i2p.thresholds",)
+"""Settings that there once were: a file that has one, such as an old run's config.toml, is read without it."""
+
+
+def presets_folder() -> Path:
+    """Where the presets lie."""
+    return Path(__file__).parents[1] / "configs"
+
+
+def find_preset(name: str) -> Path:
+    """The TOML file of a preset's name, or of a path that ends in .toml."""
+    if name.endswith(".toml"):
+        path = Path(expand_home(name))
+        if not path.is_file():
+            raise ConfigError(f"{name}: there is no such file.")
+        return path
+    names = sorted(file.stem for file in presets_folder().glob("*.toml"))
+    if name not in names:
+        raise ConfigError(
+            f"{name}: no such preset{nearest(name, names)}; there are {', '.join(names)}, or give a FILE.toml."
+        )
+    return presets_folder() / f"{name}.toml"
+
+
+def load_toml(path: Path) -> TrainConfig:
+    """Read a config. Fields that the file leaves out have the values of the file it extends, else their defaults.
+
+    Raises ConfigError, which names the file.
+    """
+    table: dict[str, Any] = {}
+    for file, own in reversed(_chain(path)):
+        try:
+            _from_table(TrainConfig, own, "")
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
+        table = _merged(table, own)
+    return with_homes(_from_table(TrainConfig, table, ""))
+
+
+def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The file and those it extends, one after the other, each with its own settings. Raises ConfigError."""
+    found: list[tuple[Path, dict[str, Any]]] = []
+    while True:
+        table = _read_toml(path)
+        if gone := [name for name in _REMOVED if _taken_out(table, *name.split("."))]:
+            warn(f"{path}: {', '.join(gone)}: no such setting any more, so it is ignored")
+        parent = table.pop(_EXTENDS, None)
+        found.append((path, table))
+        if parent is None:
+            return found
+        if not isinstance(parent, str):
+            raise ConfigError(f"{path}: extends = {_shown(parent)}: accepted is a preset's name or a FILE.toml.")
+        try:
+            # A file's name is relative to the file that says it.
+            following = find_preset(str(path.parent / expand_home(parent)) if parent.endswith(".toml") else parent)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: extends = {_shown(parent)}: {error}") from error
+        if any(following.resolve() == file.resolve() for file, _ in found):
+            raise ConfigError(
+                f"{path}: extends = {_shown(parent)}: a circle; accepted is a file that does not extend this one."
+            )
+        path = following
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(read_text(path))
+    except NoText as error:
+        raise ConfigError(f"{path}: cannot be read as TOML: it {error}.") from error
+    except (tomllib.TOMLDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as TOML: {error}.") from error
+
+
+def _taken_out(table: dict[str, Any], name: str, *inner: str) -> bool:
+    """Remove an entry of a table, or of a table in it, and say whether it was there."""
+    if inner:
+        return isinstance(table.get(name), dict) and _taken_out(table[name], *inner)
+    return table.pop(name, None) is not None
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A table's entries over another's, those of groups one by one."""
+    both = {key: _merged(old[key], new[key]) for key in old.keys() & new.keys() if isinstance(new[key], dict)}
+    return old | new | both
+
+
+def _from_table(kind: type, table: dict[str, Any], prefix: str) -> Any:
+    """An instance of the dataclass `kind` from a TOML table; `prefix` names the table in messages."""
+    kinds = typing.get_type_hints(kind)
+    for key in table:
+        if key not in kinds:
+            known = [*kinds, *([] if prefix else [_EXTENDS])]
+            raise ConfigError(f"{prefix}{key}: no such field{nearest(key, known)}.")
+    return kind(**{key: _from_toml(kinds[key], value, prefix + key) for key, value in table.items()})
+
+
+def _from_toml(kind: Any, value: Any, name: str) -> Any:
+    """One TOML value as the type of its field: a group, Literal, tuple[str, ...], str, int, float or bool."""
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _from_table(kind, value, name + ".")
+    if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
+        return value
+    if typing.get_origin(kind) is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if kind is float and type(value) in (int, float):
+        return float(value)
+    if kind in (str, int, bool) and type(value) is kind:
+        return value
+    raise ConfigError(f"{name} = {_shown(value)}: accepted is {_type_name(kind)}.")
+
+
+def _type_name(kind: Any) -> str:
+    if dataclasses.is_dataclass(kind):
+        return "a table"
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return "a list of strings"
+    return {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}[kind]
+
+
+def dump_toml(config: TrainConfig) -> str:
+    """The config as TOML, every field written; `load_toml` reads back an equal config."""
+    return "\n".join(_toml_lines(config, "")) + "\n"
+
+
+def _toml_lines(group: Any, name: str) -> list[str]:
+    """Plain fields first: in TOML what follows a table's heading belongs to that table."""
+    fields = {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
+    lines = ["", f"[{name}]"] if name else []
+    lines += [f"{key} = {_shown(value)}" for key, value in fields.items() if not dataclasses.is_dataclass(value)]
+    for key, value in fields.items():
+        if dataclasses.is_dataclass(value):
+            lines += _toml_lines(value, f"{name}.{key}" if name else key)
+    return lines
+
+
+def _shown(value: Any) -> str:
+    """A value in TOML's notation. JSON's string escapes are TOML's too, but for DEL, which TOML wants escaped."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_shown(item) for item in value) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value)

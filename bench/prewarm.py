@@ -25,7 +25,7 @@ from fastgrpo.engine.setup import decoded_at_once
 from fastgrpo.engine.trainable import make_trainable
 from fastgrpo.grpo.loss import PolicyLoss, blank_batch
 from fastgrpo.grpo.steps import pairs_per_iteration
-from fastgrpo.kernels.prewarm import Launch, compile_launches, recording
+from fastgrpo.kernels.prewarm import KernelLaunch, compile_launches, recording
 from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.unet.fused import patch_unet
@@ -45,7 +45,7 @@ def sizes() -> list[int]:
     return sorted(found, key=lambda size: abs(size - GIVEN))
 
 
-def launches_of(size: int, say: Callable[[str], object]) -> dict[tuple, Launch]:
+def launches_of(size: int, say: Callable[[str], object]) -> dict[tuple, KernelLaunch]:
     """Of a denoising step, decoding, a micro-batch of `size` pairs with its backward pass, and an optimizer step."""
     config, about = altered(paper(), micro_batch=size), sd1_architecture()
     policy = random_policy(about, META, DTYPE)
@@ -106,7 +106,7 @@ def main() -> None:
     def say(line: str) -> None:
         print(f"{time.monotonic() - began:6.1f} s  {line}", flush=True)
 
-    launches: dict[tuple, Launch] = {}
+    launches: dict[tuple, KernelLaunch] = {}
     for size in sizes():
         launches |= launches_of(size, say)
         say(f"micro-batches of {size} pairs: {len(launches)} launches so far")
@@ -114,7 +114,7 @@ def main() -> None:
     say(f"{len(launches) - len(failures)} of {len(launches)} kernels are in Triton's cache")
 
 
-def _failures(done: Iterator[tuple[Launch, str]], say: Callable[[str], object]) -> Iterator[Launch]:
+def _failures(done: Iterator[tuple[KernelLaunch, str]], say: Callable[[str], object]) -> Iterator[KernelLaunch]:
     for launch, reason in done:
         if reason:
             say(f"{launch.name} of {launch.module}: {reason}")

@@ -50,7 +50,6 @@ def _eager_ddim_step(
     step: Tensor,
     guidance: Tensor,
     noise: Tensor,
-    state: None,
     rescale: float,
     keep_mean: bool,
 ) -> tuple[Tensor, ...]:

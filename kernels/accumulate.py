@@ -3,10 +3,11 @@
     total[starts[i] + k] += gradients[i][k]        k over the elements of gradients[i], in the order of their memory
 
 total [n] float32; gradients in bfloat16, float16 or float32. Half precision is exact in float32, so that every sum is
-rounded once, and each element belongs to one program: the bits are those of `add_`. Bytes an element: 10 in half precision.
+rounded once, and each element belongs to one program: the bits are those of `add_`. Bytes an element: 10 in half
+precision.
 
-PyTorch adds tensors of different dtypes one by one, each in a launch of its own. Here a launch takes a tuple of 64: their
-addresses are the kernel's arguments, so that a CUDA graph holds them and no table has to be copied to the device.
+PyTorch adds tensors of different dtypes one by one, each in a launch of its own. Here a launch takes a tuple of 64:
+their addresses are the kernel's arguments, so that a CUDA graph holds them and no table has to be copied to the device.
 """
 
 from collections.abc import Sequence
@@ -15,11 +16,8 @@ from itertools import accumulate as running_sum
 import torch
 from torch import Tensor
 
-from fastgrpo.kernels.device import on_its_device
 from fastgrpo.kernels.language import tl, triton
-from fastgrpo.kernels.spec import AotKernel, Case, OpSpec
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from fastgrpo.kernels.operators import DTYPES, on_its_device
 
 ALIGNMENT = 32
 """Elements: `starts` are multiples of it, so that both sides of a sum are moved 16 bytes at a time."""
@@ -111,9 +109,9 @@ def _(total: Tensor, gradients: Sequence[Tensor], starts: Sequence[int]) -> None
 def accumulate(total: Tensor, gradients: Sequence[Tensor], starts: Sequence[int]) -> None:
     """Add each gradient, in the order of its memory, to total[start : start + its elements].
 
-    total: [n] float32, contiguous. gradients: bfloat16, float16 or float32, of any shape, each without holes in its memory.
-    starts: a multiple of ALIGNMENT for each; the parts do not overlap. On the CPU the bits are the same.
-    Raises ValueError for another dtype, or a part that is not in `total`.
+    total: [n] float32, contiguous. gradients: bfloat16, float16 or float32, of any shape, each without holes in its
+    memory. starts: a multiple of ALIGNMENT for each; the parts do not overlap. On the CPU the bits are the same. Raises
+    ValueError for another dtype, or a part that is not in `total`.
     """
     if total.dtype != torch.float32 or total.dim() != 1 or not total.is_contiguous():
         raise ValueError(f"accumulate: total is {total.dtype} {list(total.shape)}; accepted is contiguous float32 [n]")
@@ -125,61 +123,3 @@ def accumulate(total: Tensor, gradients: Sequence[Tensor], starts: Sequence[int]
                 f"bfloat16, float16 and float32 at a multiple of {ALIGNMENT} within {len(total)} elements"
             )
     _operator(total, list(gradients), list(starts))
-
-
-# As functions of tensors, for tests and benchmarks. in_place: on `total`, otherwise on a copy.
-
-
-def _starts(gradients: Sequence[Tensor]) -> list[int]:
-    return list(running_sum((-(-g.numel() // ALIGNMENT) * ALIGNMENT for g in gradients), initial=0))
-
-
-def _accumulated(in_place: bool, total: Tensor, *gradients: Tensor) -> Tensor:
-    total = total if in_place else total.clone()
-    accumulate(total, gradients, _starts(gradients)[:-1])
-    return total
-
-
-def reference(in_place: bool, total: Tensor, *gradients: Tensor) -> Tensor:
-    """The definition, one gradient after the other."""
-    total = total.clone()
-    for gradient, start in zip(gradients, _starts(gradients), strict=False):
-        total[start : start + gradient.numel()] += gradient.flatten()
-    return total
-
-
-def _foreach(in_place: bool, total: Tensor, *gradients: Tensor) -> None:
-    torch._foreach_add_(
-        [total[s : s + g.numel()] for g, s in zip(gradients, _starts(gradients), strict=False)], gradients
-    )
-
-
-def _case(name: str, sizes: Sequence[int], in_place: bool = False) -> Case:
-    def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-        gradients = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
-        total = torch.randn(_starts(gradients)[-1], generator=generator).to(device)
-        return in_place, total, *gradients
-
-    return Case(name, make, 10 * sum(sizes))
-
-
-def _aot(dtype: str) -> AotKernel:
-    numbers = ("i32",) * _COUNT
-    signature = {"total_ptr": "*fp32", "gradients": (f"*{dtype}",) * _COUNT}
-    signature |= {"starts": numbers, "sizes": numbers, "firsts": numbers, "BLOCK": "constexpr"}
-    return AotKernel(dtype, _accumulate_kernel, signature, {"BLOCK": _BLOCK}, _WARPS)
-
-
-SPEC = OpSpec(
-    name="accumulate",
-    function=_accumulated,
-    reference=reference,
-    cases=(_case("1", [1]), _case("odd", [7, 4096, 4097, 1, 33]), _case("two launches", range(1, 71))),
-    # As many as the UNet of SD 1.x has, half of them vectors, and as many elements.
-    bench=(_case("686", [1280, 2_504_635] * 343, in_place=True),),
-    dtypes=DTYPES,
-    # One rounding, in float32 whatever the gradients are.
-    tolerance=lambda dtype: (torch.finfo(torch.float32).eps, 0.0),
-    rivals={"foreach": _foreach},
-    aot=tuple(_aot(dtype) for dtype in ("bf16", "fp16", "fp32")),
-)

@@ -1,4 +1,4 @@
-"""`python -m fastgrpo.kernels.compile`: compile every kernel for GPUs that are not here, and say what it takes of one.
+"""`python -m fastgrpo.kernels.compile` compiles every kernel for GPUs that are not here, and says what it takes of one.
 
 Columns: registers a thread, bytes of stack (spilled registers are there), bytes of shared memory. `--json` prints the
 same as JSON. Must not run under TRITON_INTERPRET.
@@ -22,17 +22,7 @@ from triton.compiler import ASTSource
 
 from fastgrpo.kernels.spec import AotKernel, OpSpec
 
-OPERATIONS = (
-    "ddim_step",
-    "grpo_step",
-    "group_advantages",
-    "clipped_loss",
-    "group_norm_silu",
-    "fused_adamw",
-    "layer_norm",
-    "geglu",
-    "accumulate",
-)
+OPERATIONS = sorted(path.stem for path in (Path(__file__).parent / "specs").glob("*.py"))
 ARCHITECTURES = (80, 90, 100)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -41,8 +31,8 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuo
 class Usage:
     """What one kernel takes on one architecture.
 
-    kernel: the name of its AotKernel. function: module and name of what `@triton.jit` made, "geglu._forward_kernel". error:
-    why it does not compile, "" if it does.
+    kernel: the name of its AotKernel. function: module and name of what `@triton.jit` made, "geglu._forward_kernel".
+    error: why it does not compile, "" if it does.
     """
 
     operation: str
@@ -57,19 +47,17 @@ class Usage:
 
 def load_specs() -> dict[str, OpSpec]:
     """Every operation's SPEC, by name."""
-    return {name: importlib.import_module(f"fastgrpo.kernels.{name}").SPEC for name in OPERATIONS}
+    return {name: importlib.import_module(f"fastgrpo.kernels.specs.{name}").SPEC for name in OPERATIONS}
 
 
 def compile_kernel(operation: str, aot: AotKernel, architecture: int) -> Usage:
     """Compile to a cubin and read its resource usage.
 
     Pointers are taken to be 16-byte aligned, as they are when PyTorch allocated them.
-    Raises ValueError for a signature that is not the kernel's, and whatever Triton's compiler raises.
+    Raises ValueError for parameters that are not the kernel's, and whatever Triton's compiler raises.
     """
-    if list(aot.signature) != aot.kernel.arg_names:
-        raise ValueError(
-            f"{operation}, {aot.name}: the signature is {list(aot.signature)}, the kernel's {aot.kernel.arg_names}"
-        )
+    if unknown := {*aot.types, *aot.constants} - {*aot.kernel.arg_names}:
+        raise ValueError(f"{operation}, {aot.name}: the kernel has no parameters {sorted(unknown)}")
     source = ASTSource(fn=aot.kernel, signature=aot.signature, constexprs=aot.constants, attrs=_aligned(aot.signature))
     options = {"num_warps": aot.num_warps, **aot.options}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
@@ -113,9 +101,8 @@ def _compile_job(job: tuple[str, int, int]) -> Usage:
     try:
         return compile_kernel(operation, aot, architecture)
     except Exception as error:  # of Triton, LLVM or ptxas: one kernel must not hide the others
-        reason = (
-            f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no message'}"
-        )
+        lines = str(error).strip().splitlines() or ["no message"]
+        reason = f"{type(error).__name__}: {lines[-1]}"
         return Usage(operation, aot.name, _function(aot), architecture, error=reason)
 
 

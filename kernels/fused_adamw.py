@@ -1,7 +1,7 @@
 """AdamW on flat buffers, in one pass: gradient scale, weight decay, moments, bias correction, half-precision copy, EMA.
 
-For step t, learning rate lr and gradient g (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; the order of roundings
-is that of torch.optim.AdamW):
+For step t, learning rate lr and gradient g (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; the order of
+roundings is that of torch.optim.AdamW):
 
     g = scale * gradient                   scale: clip coefficient / loss scale
     p = p * (1 - lr * weight_decay)
@@ -11,8 +11,8 @@ is that of torch.optim.AdamW):
     working = p in bf16 or fp16            optional
     ema = ema + (1 - ema_decay) * (p - ema)                     optional
 
-parameters, exp_avg (m), exp_avg_sq (v), ema: [n] float32. gradient: [n] float32, bf16 or fp16. working: [n] bf16 or fp16.
-Bytes an element: 28 with a float32 gradient, 2 more with a working copy, 8 more with an average.
+parameters, exp_avg (m), exp_avg_sq (v), ema: [n] float32. gradient: [n] float32, bf16 or fp16. working: [n] bf16 or
+fp16. Bytes an element: 28 with a float32 gradient, 2 more with a working copy, 8 more with an average.
 
 Step counter, learning rate, scale and `found_inf` are read on the device, so a CUDA graph of a step stays right, and a
 step whose gradient is not finite is left out without telling the host. Scale and `found_inf` come from
@@ -23,20 +23,19 @@ step whose gradient is not finite is left out without telling the host. Scale an
 which is torch.nn.utils.clip_grad_norm_ with a better sum. 4 (or 2) bytes an element more.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgrpo.kernels.device import on_its_device
 from fastgrpo.kernels.language import tl, triton
-from fastgrpo.kernels.spec import AotKernel, Case, OpSpec
+from fastgrpo.kernels.operators import HALF, on_its_device
 
 # 4 elements a thread of 128: a 16-byte load from each of four or five float32 buffers is enough in flight, and 8 take
 # three times the registers, since half-precision stores would then want another layout.
 _BLOCK = 512
-# The norm reads one buffer only, so each of 256 threads has two such loads in flight. The number of programs is fixed, so
-# that the order of the sum, and with it the norm, is the same on every GPU: about two waves of 132 SMs.
+# The norm reads one buffer only, so each of 256 threads has two such loads in flight. The number of programs is fixed,
+# so that the order of the sum, and with it the norm, is the same on every GPU: about two waves of 132 SMs.
 _NORM_BLOCK = 2048
 _NORM_PROGRAMS = 2048
 # On the CPU: the parts of all buffers that are worked on at a time fit into the cache together.
@@ -45,10 +44,8 @@ _CPU_CHUNK = 1 << 16
 # Products and sums are only fused where torch fuses them, by tl.fma: every rounding is then where torch has it.
 _OPTIONS = {"enable_fp_fusion": False}
 
-_HALF = (torch.bfloat16, torch.float16)
 
-
-class Step(NamedTuple):
+class AdamWArguments(NamedTuple):
     """What `fused_adamw` takes and describes."""
 
     parameters: Tensor
@@ -68,8 +65,8 @@ class Step(NamedTuple):
     ema_decay: float = 0.0
 
 
-def reference(a: Step) -> tuple[Tensor, ...]:
-    """As `fused_adamw`, but returns new tensors: parameters, exp_avg, exp_avg_sq, step, and working and ema if given."""
+def reference(a: AdamWArguments) -> tuple[Tensor, ...]:
+    """Returns what `fused_adamw` writes: parameters, exp_avg, exp_avg_sq, step, and working and ema if given."""
     if a.found_inf is not None and a.found_inf.item():
         state = (a.parameters, a.exp_avg, a.exp_avg_sq, a.step, a.working, a.ema)
         return tuple(tensor.clone() for tensor in state if tensor is not None)
@@ -90,7 +87,7 @@ def reference(a: Step) -> tuple[Tensor, ...]:
 
 @triton.jit
 def _power(base, exponent):
-    """base ** exponent for a float64 and an integer of at least 0, by squaring: relative error at most exponent * 2^-53."""
+    """base ** exponent of a float64 and an integer not below 0, by squaring: relative error up to exponent * 2^-53."""
     power = tl.full((), 1.0, tl.float64)
     while exponent > 0:
         power = tl.where(exponent % 2 == 1, power * base, power)
@@ -206,7 +203,7 @@ def _adamw_kernel(
 
 @triton.jit
 def _squares_kernel(gradient_ptr, partials_ptr, n, BLOCK: tl.constexpr):
-    """Program i sums the squares of blocks i, i + programs, ... . A float32's square in float64 neither rounds nor overflows."""
+    """Program i sums the squares of blocks i, i + programs, ...: in float64 they neither round nor overflow."""
     total = tl.zeros((BLOCK,), tl.float64)
     stride = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, stride):
@@ -238,9 +235,9 @@ def _clip_kernel(norm_ptr, loss_scale_ptr, coefficient_ptr, found_inf_ptr, max_n
 
 
 @on_its_device
-def _launch_fused_adamw(*arguments: Tensor | float | None) -> None:
-    """arguments: those of `Step`, in its order."""
-    a = Step(*arguments)
+def _launch_fused_adamw(*arguments: Any) -> None:
+    """arguments: those of `AdamWArguments`, in its order."""
+    a = AdamWArguments(*arguments)
     n = a.parameters.numel()
     coefficients = torch.empty(5, dtype=torch.float32, device=a.parameters.device)
     _coefficients_kernel[(1,)](
@@ -275,9 +272,9 @@ _adamw_operator = torch.library.custom_op(
     _launch_fused_adamw,
     mutates_args=("parameters", "exp_avg", "exp_avg_sq", "step", "working", "ema"),
     device_types="cuda",
-    schema="(Tensor(a!) parameters, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor gradient, Tensor(d!) step, Tensor lr, "
     # No defaults: arguments that equal them are left out on the way, and torch 2.11 then misses those that are mutated.
-    "float beta1, float beta2, float eps, float weight_decay, Tensor? scale, Tensor? found_inf, "
+    schema="(Tensor(a!) parameters, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor gradient, Tensor(d!) step, "
+    "Tensor lr, float beta1, float beta2, float eps, float weight_decay, Tensor? scale, Tensor? found_inf, "
     "Tensor(e!)? working, Tensor(f!)? ema, float ema_decay) -> ()",
 )
 _norm_operator = torch.library.custom_op(
@@ -289,9 +286,9 @@ _clip_operator = torch.library.custom_op(
 
 
 @_adamw_operator.register_kernel("cpu")
-def _cpu_fused_adamw(*arguments: Tensor | float | None) -> None:
+def _cpu_fused_adamw(*arguments: Any) -> None:
     """The very operations of torch.optim.AdamW, so the same bits."""
-    a = Step(*arguments)
+    a = AdamWArguments(*arguments)
     if a.found_inf is not None and a.found_inf.item():
         return
     a.step.add_(1)
@@ -328,7 +325,7 @@ def _cpu_clip_coefficient(norm: Tensor, max_norm: float, loss_scale: Tensor | No
 
 
 @_adamw_operator.register_fake
-def _fake_fused_adamw(*args, **kwargs) -> None:
+def _fake_fused_adamw(*arguments: Any) -> None:
     pass
 
 
@@ -360,14 +357,15 @@ def fused_adamw(
     ema: Tensor | None = None,
     ema_decay: float = 0.0,
 ) -> None:
-    """One optimizer step, in place, on parameters, exp_avg, exp_avg_sq, step, working and ema; see the module's formula.
+    """One optimizer step, in place, on parameters, exp_avg, exp_avg_sq, step, working and ema; see the module's
+    formula.
 
     parameters, exp_avg, exp_avg_sq, ema: [n] float32. gradient: [n] float32, bfloat16 or float16. working: [n] bfloat16
     or float16, receives the new parameters. step: [1] int64 or float32, steps taken so far. lr: [1] float64 or float32;
-    float64 gives the bits of a Python number. scale: [1] float32, multiplies the gradient. found_inf: [1] float32, where
-    not 0 nothing changes, the counter included. All contiguous and on one device.
-    On the CPU parameters and moments get the bits that torch.optim.AdamW would give them.
-    Raises ValueError for a wrong shape, dtype, memory layout or device.
+    float64 gives the bits of a Python number. scale: [1] float32, multiplies the gradient. found_inf: [1] float32,
+    where not 0 nothing changes, the counter included. All contiguous and on one device. On the CPU parameters and
+    moments get the bits that torch.optim.AdamW would give them. Raises ValueError for a wrong shape, dtype, memory
+    layout or device.
     """
     n, device = parameters.numel(), parameters.device
     floats = (torch.float32,)
@@ -375,12 +373,12 @@ def fused_adamw(
         "parameters": (parameters, n, floats),
         "exp_avg": (exp_avg, n, floats),
         "exp_avg_sq": (exp_avg_sq, n, floats),
-        "gradient": (gradient, n, (*floats, *_HALF)),
+        "gradient": (gradient, n, (*floats, *HALF)),
         "step": (step, 1, (torch.int64, *floats)),
         "lr": (lr, 1, (torch.float64, *floats)),
         "scale": (scale, 1, floats),
         "found_inf": (found_inf, 1, floats),
-        "working": (working, n, _HALF),
+        "working": (working, n, HALF),
         "ema": (ema, n, floats),
     }
     for name, (tensor, size, dtypes) in accepted.items():
@@ -393,12 +391,13 @@ def fused_adamw(
 
 
 def global_norm(gradient: Tensor) -> Tensor:
-    """[1] float32: the 2-norm of [n] float32, bfloat16 or float16; inf or nan where an element is, or where it overflows.
+    """[1] float32: the 2-norm of [n] float32, bfloat16 or float16; inf or nan where an element is, or where it
+    overflows.
 
     Summed in float64 in a fixed order: the same bits every time, and correctly rounded but for one case in millions.
     Raises ValueError for a wrong shape, dtype or memory layout.
     """
-    _check("gradient", gradient, gradient.numel(), (torch.float32, *_HALF), gradient.device)
+    _check("gradient", gradient, gradient.numel(), (torch.float32, *HALF), gradient.device)
     return _norm_operator(gradient)
 
 
@@ -407,7 +406,8 @@ def clip_coefficient(norm: Tensor, max_norm: float, loss_scale: Tensor | None = 
 
     norm: [1] float32, of the gradient as it is. loss_scale: [1] float32, by which that is too large. max_norm: inf for
     no clipping. Returns
-        coefficient [1] float32: min(1, max_norm / (norm / loss_scale + 1e-6)) / loss_scale, torch.nn.utils.clip_grad_norm_'s
+        coefficient [1] float32: min(1, max_norm / (norm / loss_scale + 1e-6)) / loss_scale,
+        torch.nn.utils.clip_grad_norm_'s
         found_inf   [1] float32: 1 where the norm is inf or nan, otherwise 0, as torch.amp.GradScaler has it
     Raises ValueError for a wrong shape or dtype.
     """
@@ -425,103 +425,3 @@ def _check(name: str, tensor: Tensor, size: int, dtypes: tuple[torch.dtype, ...]
             f"{name} is {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()} on {tensor.device}; "
             f"accepted is a contiguous, not empty [{size}] tensor of {names} on {device}"
         )
-
-
-_BENCHED = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
-_EMA_DECAY = 0.999
-_SD1 = 859_520_964  # parameters of SD 1.x's UNet
-_SD1_RANK_4 = 797_184  # parameters of rank-4 adapters on its attention
-
-
-# Norm, clipping and step as a function. tensors: parameters, exp_avg, exp_avg_sq, gradient, step, lr, working and ema, the
-# last two or None. in_place: on these, otherwise on copies of what is written.
-
-
-def _stepped(in_place: bool, max_norm: float, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    if not in_place:
-        tensors = tuple(None if tensor is None else tensor.clone() for tensor in tensors)
-    parameters, exp_avg, exp_avg_sq, gradient, step, lr, working, ema = tensors
-    scale, found_inf = clip_coefficient(global_norm(gradient), max_norm)
-    optional = {"working": working, "ema": ema, "ema_decay": _EMA_DECAY}
-    fused_adamw(
-        parameters, exp_avg, exp_avg_sq, gradient, step, lr, scale=scale, found_inf=found_inf, **optional, **_BENCHED
-    )  # fmt: skip
-    return tuple(tensor for tensor in (parameters, exp_avg, exp_avg_sq, step, working, ema) if tensor is not None)
-
-
-def _reference_stepped(in_place: bool, max_norm: float, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    *first, working, ema = tensors
-    scale = (max_norm / (torch.linalg.vector_norm(first[3]) + 1e-6)).clamp(max=1)
-    return reference(Step(*first, **_BENCHED, scale=scale, working=working, ema=ema, ema_decay=_EMA_DECAY))
-
-
-def _torch_fused(in_place: bool, max_norm: float, *tensors: Tensor | None) -> None:
-    """torch.optim.AdamW(fused=True) and what it leaves to others: the norm, the working copy and the average."""
-    parameters, exp_avg, exp_avg_sq, gradient, step, lr, working, ema = tensors
-    # By this the fused step divides the gradient. The clipped gradient itself is not written.
-    grad_scale = ((torch.linalg.vector_norm(gradient) + 1e-6) / max_norm).clamp(min=1)
-    torch._fused_adamw_(
-        [parameters], [gradient], [exp_avg], [exp_avg_sq], [], [step],
-        lr=lr, amsgrad=False, maximize=False, grad_scale=grad_scale, **_BENCHED,
-    )  # fmt: skip
-    if working is not None:
-        working.copy_(parameters)
-    if ema is not None:
-        ema.lerp_(parameters, 1 - _EMA_DECAY)
-
-
-def _case(n: int, in_place: bool = False, ema: bool = False) -> Case:
-    """A step late enough for both bias corrections to count, on moments that are not zero, with a gradient to be clipped."""
-
-    def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-        def draw() -> Tensor:
-            return torch.randn(n, generator=generator).to(device)
-
-        parameters, exp_avg, exp_avg_sq, gradient = draw(), draw(), draw().abs_(), draw()
-        working = torch.empty(n, dtype=dtype, device=device) if dtype in _HALF else None
-        step, lr = torch.full((1,), 9.0, device=device), torch.full((1,), 1e-3, device=device)
-        average = parameters.clone() if ema else None
-        return in_place, 0.5, parameters, exp_avg, exp_avg_sq, gradient, step, lr, working, average
-
-    return Case(f"{n}{'-ema' if ema else ''}", make, n * (4 + 28 + 2 + (8 if ema else 0)))
-
-
-def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """A dozen roundings of 2^-24 each, of numbers below 8 = 2^3; the working copy is off by 1 ulp where it is truncated.
-
-    The root of the second moment halves its relative error, and the update is 1e-3 times that quotient, whose largest
-    value here (second moment near 0) is below 2^10.
-    """
-    atol = 12 * 2.0**-24 * 8
-    return (torch.finfo(dtype).eps if dtype in _HALF else 12 * 2.0**-24), atol
-
-
-def _aot(
-    name: str, kernel: object, signature: str, num_warps: int = 4, exact: bool = True, **constants: object
-) -> AotKernel:
-    """signature: the types of what is not among the constants, in order. exact: nothing may be fused."""
-    types = iter(signature.split())
-    by_name = {parameter: "constexpr" if parameter in constants else next(types) for parameter in kernel.arg_names}
-    return AotKernel(name, kernel, by_name, constants, num_warps, _OPTIONS if exact else {})
-
-
-_COEFFICIENTS = {"BETA1": 0.9, "BETA2": 0.999, "WEIGHT_DECAY": 0.01}
-
-SPEC = OpSpec(
-    name="fused_adamw",
-    function=_stepped,
-    reference=_reference_stepped,
-    cases=(_case(1), _case(7), _case(1023, ema=True), _case(2049), _case(2600, ema=True)),
-    bench=(_case(_SD1, in_place=True), _case(_SD1, in_place=True, ema=True), _case(_SD1_RANK_4, in_place=True)),
-    dtypes=(torch.float32, *_HALF),
-    tolerance=_tolerance,
-    rivals={"torch fused": _torch_fused},
-    aot=(
-        _aot("adamw", _adamw_kernel, f"{'*fp32 ' * 4} *bf16 *fp32 i32 {'fp32 ' * 5}", ema_ptr=None, BLOCK=_BLOCK),
-        _aot("adamw_ema", _adamw_kernel, f"{'*fp32 ' * 4} *bf16 *fp32 *fp32 i32 {'fp32 ' * 5}", BLOCK=_BLOCK),
-        _aot("coefficients", _coefficients_kernel, "*fp32 *fp64 *fp32 *fp32 *fp32", num_warps=1, **_COEFFICIENTS),
-        _aot("squares", _squares_kernel, "*fp32 *fp64 i32", num_warps=8, exact=False, BLOCK=_NORM_BLOCK),
-        _aot("root", _root_kernel, "*fp64 *fp32 i32", exact=False, BLOCK=_NORM_PROGRAMS),
-        _aot("clip", _clip_kernel, "*fp32 *fp32 *fp32 *fp32 fp32", num_warps=1),
-    ),
-)

@@ -9,10 +9,10 @@ and with the density phi(g) = exp(-g^2 / 2) / sqrt(2 pi), from the gradient dy:
 
 bfloat16, float16 or float32 in and out; all between is float32 and rounded once. Plain PyTorch writes gelu(g) and saves
 it; here the backward pass computes it again from x. Bytes an element of y, in half precision: forward 6, backward 10.
-The bias is that of the linear layer before: dx are a transformer's largest activations, and to sum them apart would read
-them once more, 4 bytes. Here every program sums a fixed run of rows (2 KiB), and a second kernel adds the programs'
-sums in order, so that the same inputs give the same bits.
-On the CPU without a bias the operators compute what diffusers' module does, in its order, to the last bit.
+The bias is that of the linear layer before: dx are a transformer's largest activations, and to sum them apart would
+read them once more, 4 bytes. Here every program sums a fixed run of rows (2 KiB), and a second kernel adds the
+programs' sums in order, so that the same inputs give the same bits. On the CPU without a bias the operators compute
+what diffusers' module does, in its order, to the last bit.
 """
 
 import math
@@ -22,22 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrpo.kernels import program_sums
-from fastgrpo.kernels.device import on_its_device
 from fastgrpo.kernels.language import tl, triton
-from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
+from fastgrpo.kernels.operators import DTYPES, on_its_device
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-# A tile of 1024 elements is 8 a thread in each tensor, or one 16-byte load in half precision. 256 columns divide every D
-# of SD 1.x and 2.x (1280, 2560, 5120), so no lane idles there.
+# A tile of 1024 elements is 8 a thread in each tensor, or one 16-byte load in half precision. 256 columns divide every
+# D of SD 1.x and 2.x (1280, 2560, 5120), so no lane idles there.
 _TILE = 1024
 # With 8 a thread the backward pass takes 127 registers where it sums, and leaves a multiprocessor 16 warps; 4 take 61.
 _BACKWARD_TILE = 512
 _COLUMNS = 256
 _WARPS = 4
-# The backward pass's programs where they sum: several for every multiprocessor of the largest GPUs, and with rows enough
-# that their sums are at most a twentieth of what they move. Not taken from the device, as every device has to add in the
-# same order.
+# The backward pass's programs where they sum: several for every multiprocessor of the largest GPUs, and with rows
+# enough that their sums are at most a twentieth of what they move. Not taken from the device, as every device has to
+# add in the same order.
 _MAX_PROGRAMS = 4096
 _MIN_ROWS = 32
 
@@ -124,14 +121,17 @@ def _backward_kernel(
 
 
 def _blocks(rows: int, width: int, tile: int) -> tuple[int, dict[str, int]]:
-    """How many programs are side by side in a row, and the constexprs with the number of warps, for a y of rows x width."""
+    """How many programs lie side by side in a row of a y [rows, width]; the constexprs with the number of warps."""
     columns = min(triton.next_power_of_2(width), _COLUMNS)
     tile_rows = min(triton.next_power_of_2(rows), tile // columns)
     return triton.cdiv(width, columns), {"ROWS": tile_rows, "COLUMNS": columns, "num_warps": _WARPS}
 
 
 def _run(rows: int, across: int, tile_rows: int, sums: bool) -> int:
-    """How many rows a program of the backward pass takes: whole tiles, one where nothing is summed. across: as of `_blocks`."""
+    """How many rows a program of the backward pass takes: whole tiles, one where nothing is summed.
+
+    across: how many programs lie side by side in a row.
+    """
     run = max(_MIN_ROWS, triton.cdiv(rows, max(1, _MAX_PROGRAMS // across))) if sums else tile_rows
     return triton.cdiv(run, tile_rows) * tile_rows
 
@@ -172,7 +172,8 @@ _backward = torch.library.custom_op("fastgrpo::geglu_backward", _launch_backward
 
 def _shifted(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """The two halves, with a bias in float32."""
-    return (x if bias is None else x.float() + bias.float()).chunk(2, dim=-1)
+    hidden, gate = (x if bias is None else x.float() + bias.float()).chunk(2, dim=-1)
+    return hidden, gate
 
 
 @_forward.register_kernel("cpu")
@@ -187,7 +188,7 @@ def _backward_cpu(dy: Tensor, x: Tensor, bias: Tensor | None, sums: bool) -> tup
     hidden, gate = _shifted(x, bias)
     dy = dy.to(gate.dtype)
     dx = torch.cat((dy * F.gelu(gate), torch.ops.aten.gelu_backward(dy * hidden, gate)), dim=-1)
-    dbias = dx.flatten(0, -2).sum(0).to(bias.dtype) if sums else x.new_empty(0)
+    dbias = x.new_empty(0) if bias is None or not sums else dx.flatten(0, -2).sum(0).to(bias.dtype)
     return dx.to(x.dtype).contiguous(), dbias
 
 
@@ -198,7 +199,7 @@ def _(x: Tensor, bias: Tensor | None) -> Tensor:
 
 @_backward.register_fake
 def _(dy: Tensor, x: Tensor, bias: Tensor | None, sums: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), bias.new_empty(bias.shape) if sums else x.new_empty(0)
+    return x.new_empty(x.shape), x.new_empty(0) if bias is None or not sums else bias.new_empty(bias.shape)
 
 
 def _setup_context(ctx, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
@@ -222,72 +223,9 @@ def geglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises ValueError for another dtype or an odd last dimension.
     """
     if x.dtype not in DTYPES or x.dim() == 0 or x.shape[-1] % 2:
-        raise ValueError(
-            f"geglu: x is {x.dtype} of shape {tuple(x.shape)}; accepted are bfloat16, float16 and float32 with an even last dimension."
-        )
+        accepted = "bfloat16, float16 and float32 with an even last dimension"
+        raise ValueError(f"geglu: x is {x.dtype} of shape {tuple(x.shape)}; accepted are {accepted}.")
     if bias is not None and (bias.dtype not in DTYPES or bias.shape != x.shape[-1:]):
-        raise ValueError(
-            f"geglu: bias is {bias.dtype} of shape {tuple(bias.shape)}; accepted are bfloat16, float16 and float32 of shape "
-            f"{tuple(x.shape[-1:])}."
-        )
+        accepted = f"bfloat16, float16 and float32 of shape {tuple(x.shape[-1:])}"
+        raise ValueError(f"geglu: bias is {bias.dtype} of shape {tuple(bias.shape)}; accepted are {accepted}.")
     return _forward(x, bias)
-
-
-def _eager(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    hidden, gate = (x if bias is None else x + bias).chunk(2, dim=-1)
-    return hidden * F.gelu(gate)
-
-
-def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """(rtol, atol) for outputs and gradients of inputs from a standard normal distribution, with a bias of deviation 1/5.
-
-    atol: below six standard deviations erf, wrong by 2 ulp of 1, moves y by at most 36 * 2^-23, about 4e-6; in the
-    gradient dg the density adds as much, and dbias sums up to nine of those. rtol: half precision rounds at most twice on
-    the CPU and once by truncation in Triton's interpreter, an ulp either way; float32 multiplies four times, half an ulp
-    each.
-    """
-    return (2 if dtype == torch.float32 else 1.01) * torch.finfo(dtype).eps, 1e-5
-
-
-def _case(*shape: int, bias: bool = False) -> Case:
-    def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
-        x = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator).to(device, dtype)
-        return (x, (0.2 * torch.randn(2 * shape[-1], generator=generator)).to(device, dtype)) if bias else (x,)
-
-    return Case("x".join(map(str, shape)) + " bias" * bias, make, bytes=6 * math.prod(shape))
-
-
-def _aot(dtype: str, bias: bool) -> tuple[AotKernel, AotKernel]:
-    kernels = []
-    for direction, kernel, tile, constants in (
-        ("forward", _forward_kernel, _TILE, {}),
-        ("backward", _backward_kernel, _BACKWARD_TILE, {"SUMS": bias}),
-    ):
-        constants |= {"ROWS": tile // _COLUMNS, "COLUMNS": _COLUMNS} | ({} if bias else {"bias_ptr": None})
-        types = {"parts_ptr": "*fp32"} | dict.fromkeys(("rows", "width", "run"), "i32")
-        types |= dict.fromkeys(constants, "constexpr")
-        signature = {parameter: types.get(parameter, f"*{dtype}") for parameter in kernel.arg_names}
-        kernels.append(AotKernel(f"{direction}{' bias' * bias} {dtype}", kernel, signature, constants, _WARPS))
-    return tuple(kernels)
-
-
-SPEC = OpSpec(
-    name="geglu",
-    function=geglu,
-    reference=reference,
-    cases=(
-        *(_case(*shape, bias=bias) for shape in ((1, 1), (3, 7), (9, 257)) for bias in (True, False)),
-        *(_case(2, 3, width, bias=width == 256) for width in (128, 256, 1280, 2560, 5120)),
-    ),
-    # A bias costs its rivals a pass that a linear layer before them would spare.
-    bench=tuple(
-        _case(batch, tokens, width)
-        for batch in (16, 128)
-        for tokens, width in ((4096, 1280), (1024, 2560), (256, 5120), (64, 5120))  # SD 1.x at 512 x 512
-    ),
-    dtypes=DTYPES,
-    tolerance=_tolerance,
-    differentiable=(0, 1),
-    rivals={"eager": _eager},
-    aot=tuple(aot for dtype in ("bf16", "fp16", "fp32") for bias in (True, False) for aot in _aot(dtype, bias)),
-)

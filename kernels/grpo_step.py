@@ -1,49 +1,43 @@
-"""The update's side: from the UNet's output to the loss, its gradient and the statistics, in one launch.
+"""The update's side: from the UNet's output to the loss and its gradient, in one launch.
 
 For N (sample, step) pairs, with the mean and the log-prob of `step_math`:
 
-    A         = (r - mean of its group) / std, clamped                       (Shao et al., arXiv 2402.03300, section 4.1.2)
+    A         = (r - mean of its group) / std, clamped                    (Shao et al., arXiv 2402.03300, sec. 4.1.2)
     log ratio = log_prob - old_log_prob
-    RatioNorm   mean((mean - old_mean) * (y - old_mean) / sigma) instead     (Wang et al., arXiv 2510.22319)
-    loss      = max(-A * ratio, -A * clip(ratio, 1 - clip_low, 1 + clip_high))   (Schulman et al., arXiv 1707.06347, eq. 7)
+    RatioNorm   mean((mean - old_mean) * (y - old_mean) / sigma) instead  (Wang et al., arXiv 2510.22319)
+    loss      = max(-A * ratio, -A * clip(ratio, 1 - low, 1 + high))      (Schulman et al., arXiv 1707.06347, eq. 7)
     kl        = mean((mean - base_mean)^2) / (2 sigma^2)
     total     = sum(weight * (loss + kl_weight * kl))
 
-The gradient of `total` with respect to the output is written at once, in the output's dtype and layout. Every loss depends on
-the rest through one number, so with r = (y - mean) / sigma and n = C * H * W elements
+The gradient of `total` with respect to the output is written at once, in the output's dtype and layout. Every loss
+depends on the rest through one number, so with r = (y - mean) / sigma and n = C * H * W elements
 
-    d loss / d mean = -A * ratio * r / (n * sigma) where the clip does not decide        (z for r / sigma with RatioNorm)
+    d loss / d mean = -A * ratio * r / (n * sigma) where the clip does not decide       (z for r / sigma with RatioNorm)
     d kl / d mean   = (mean - base_mean) / (n * sigma^2)
 
-and d mean / d output is coef_output times guidance's g and 1 - g. Means, log-probs and gradients are float64 inside; the
-log-ratio, ratio and loss of a pair are float32, like the log-probs it is given.
+and d mean / d output is coef_output times guidance's g and 1 - g. Means, log-probs, advantages and gradients are
+float64 inside; the advantage, log-ratio, ratio and loss of a pair are float32, like the log-probs it is given.
 
 Bytes for an element of a latent, output in half precision: 2 x 2 of the output, 4 of x, 4 of y, 2 x 2 of the gradient,
 with a KL term 2 x 2 of the base model's output, with RatioNorm 4 of the old mean.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgrpo.kernels.clipped_loss import clip, surrogate
-from fastgrpo.kernels.ddim_step import case_name, case_step
-from fastgrpo.kernels.device import on_its_device
-from fastgrpo.kernels.group_advantages import advantages_of, check_rewards, count_flat, group_advantage
+from fastgrpo.kernels.group_advantages import advantages_of, check_rewards, group_advantage
 from fastgrpo.kernels.language import tl, triton
-from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
+from fastgrpo.kernels.operators import on_its_device
 from fastgrpo.kernels.step_math import (
     BLOCK,
-    POINTERS,
     as_guidance,
     as_launched,
     as_scalar,
     check_like,
     check_pairs,
     check_step,
-    coefficients,
     gaussian_log_prob,
     guide,
     is_channels_last,
@@ -52,83 +46,47 @@ from fastgrpo.kernels.step_math import (
     load_guided,
     load_mean,
     load_rescale,
+    load_step,
     log_prob_from,
     rescale_factor,
     step_mean,
     tiling,
-    working,
+    working_dtype,
 )
 
-STATISTICS = (
-    "total",
-    "ratio_mean",
-    "ratio_min",
-    "ratio_max",
-    "clipped_high",
-    "clipped_low",
-    "kl_mean",
-    "flat_groups",
-)
-"""What the vector of statistics holds. Clipped pairs and flat groups are counts; the last is 0 when advantages are given."""
 
-_PAIRS_BLOCK = 1024
-
-
-def _tiling(size: int, kl: bool, ratio_norm: bool, rescale: float) -> tuple[int, int, bool]:
-    """(block, num_warps, keep). keep: a program's registers hold the residuals of its sample until the loss is known.
-
-    Larger samples would not fit, nor would what a KL term, RatioNorm or rescaling add: those load all again. RatioNorm also
-    takes half as much at a time; where the policy stands still all it sums is 0, so its order need not be `ddim_step`'s.
-    """
-    block, num_warps = tiling(size, rescale)
-    keep = size <= 4 * BLOCK and not (kl or ratio_norm or rescale)
-    return min(block, BLOCK // (4 if rescale else 2)) if ratio_norm else block, num_warps, keep
-
-
-class Inputs(NamedTuple):
-    """The tensors that `grpo_step` is given, and says more of; first in the operator's arguments, in this order."""
+class GrpoStepArguments(NamedTuple):
+    """The operator's arguments, in its order; `grpo_step` describes them."""
 
     output: Tensor
     latents: Tensor
     taken: Tensor
     tables: Tensor
     step: Tensor
-    guidance: float | Tensor | None
-    old_log_prob: Tensor | None = None
-    old_mean: Tensor | None = None
-    rewards: Tensor | None = None
-    group: Tensor | None = None
-    slot: Tensor | None = None
-    advantage: Tensor | None = None
-    weight: float | Tensor = 1.0
-    base_output: Tensor | None = None
-
-
-class Settings(NamedTuple):
-    """How `grpo_step` makes a loss of them; the operator's other arguments, in this order.
-
-    clip_low, clip_high: the ratio's range is 1 - clip_low to 1 + clip_high.
-    mode, std_floor, clamp: as of `group_advantages`, for rewards.
-    kl_weight: of the KL divergence from the base model, with base_output.
-    ratio_norm: take RatioNorm's log-ratio, from old_mean; old_log_prob is then not used.
-    rescale: as of `ddim_step`.
-    """
-
-    clip_low: float = 1e-4
-    clip_high: float = 1e-4
-    mode: str = "group"
-    std_floor: float = 1e-6
-    clamp: float = 2.5
-    kl_weight: float = 0.0
-    ratio_norm: bool = False
-    rescale: float = 0.0
+    guidance: Tensor | None
+    old_log_prob: Tensor | None
+    rewards: Tensor | None
+    group: Tensor | None
+    slot: Tensor | None
+    advantage: Tensor | None
+    weight: Tensor
+    base_output: Tensor | None
+    old_mean: Tensor | None
+    mode: str
+    std_floor: float
+    clamp: float
+    clip_low: float
+    clip_high: float
+    kl_weight: float
+    ratio_norm: bool
+    rescale: float
 
 
 class GrpoStep(NamedTuple):
-    """What N pairs came to.
+    """The results for N pairs.
 
-    loss, ratio, kl: [N] float32; loss is the policy's alone, kl is 0 without a base model. clipped: [N] int8, 1 where the
-    upper bound decides, -1 where the lower. gradient: of total, like output. statistics: [8] float32, see STATISTICS.
+    loss, ratio, kl: [N] float32; loss is the policy's alone, kl is 0 without a base model. clipped: [N] int8, 1 where
+    the upper bound decides, -1 where the lower. gradient: of total, like output.
     """
 
     loss: Tensor
@@ -136,86 +94,96 @@ class GrpoStep(NamedTuple):
     clipped: Tensor
     kl: Tensor
     gradient: Tensor
-    statistics: Tensor
 
 
 # In PyTorch.
 
 
-def reference(inputs: Inputs, settings: Settings) -> GrpoStep:
-    """As `grpo_step`, in PyTorch; all float64 when the output is."""
-    output, latents, taken, tables, step, guidance, old_log_prob, old_mean, *_ = inputs
-    clip_low, clip_high, *advantage_settings, kl_weight, ratio_norm, rescale = settings
-    precision = working(output).dtype
-    advantage, flat_groups = inputs.advantage, 0
-    if advantage is None:
-        table, flat = advantages_of(inputs.rewards, *advantage_settings)
-        advantage, flat_groups = table.to(precision)[inputs.group, inputs.slot], flat.sum()
-    weight = as_scalar(inputs.weight, output.device).to(precision).expand(len(latents))
-    mean = step_mean(output, latents, tables, step, guidance, rescale)
+def clipped_loss(
+    log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The clipped loss, the ratio, clipped int8, and d loss / d ratio: [N] each."""
+    low, high = 1 - clip_low, 1 + clip_high
+    ratio = torch.exp(log_ratio)
+    free = torch.where(advantage == 0, -advantage, -advantage * ratio)  # 0 also where the ratio is infinite
+    bounded = -advantage * ratio.clamp(low, high)
+    decides = bounded > free
+    clipped = decides.to(torch.int8) * torch.where(ratio > 1, 1, -1).to(torch.int8)
+    # Where both are equal they share the gradient: half of it is lost if the ratio is out of bounds all the same.
+    shared = torch.where(free == bounded, 0.5, 0.0)
+    inside = (ratio >= low) & (ratio <= high)
+    slope = -advantage * torch.where(decides, 0.0, 1 - shared + torch.where(inside, shared, 0.0))
+    return torch.maximum(free, bounded), ratio, clipped, slope
+
+
+def reference(a: GrpoStepArguments) -> GrpoStep:
+    """Computes what `grpo_step` does, in PyTorch; all float64 when the output is."""
+    latents, tables, step, guidance, rescale = a.latents, a.tables, a.step, a.guidance, a.rescale
+    precision = working_dtype(a.output)
+    weight = a.weight.to(precision).expand(len(latents))
+    mean = step_mean(a.output, latents, tables, step, guidance, rescale)
     sigma = tables[2, step].double().expand(len(latents))
     random = sigma > 0
     scale = torch.where(random, sigma, 1.0).reshape(-1, 1, 1, 1)
 
-    if ratio_norm:
+    if a.ratio_norm:
         rounded = mean.to(precision).double()
-        old = rounded if old_mean is None else old_mean.double()
-        direction = (taken.double() - old) / scale
+        old = rounded if a.old_mean is None else a.old_mean.double()
+        direction = (a.taken.double() - old) / scale
         log_ratio = ((rounded - old) * direction).mean(dim=(1, 2, 3))
         log_ratio = torch.where(random, log_ratio, 0.0).to(precision)
     else:
-        direction = (taken.double() - mean) / scale
-        log_prob = gaussian_log_prob(taken, mean, sigma).to(precision)
-        log_ratio = log_prob - (log_prob if old_log_prob is None else old_log_prob)
-    loss, ratio, clipped, slope = surrogate(log_ratio, advantage, clip_low, clip_high)
+        direction = (a.taken.double() - mean) / scale
+        log_prob = gaussian_log_prob(a.taken, mean, sigma).to(precision)
+        log_ratio = log_prob - (log_prob if a.old_log_prob is None else a.old_log_prob)
+    loss, ratio, clipped, slope = clipped_loss(log_ratio, _advantage(a, precision), a.clip_low, a.clip_high)
     # The order and precision of what follows is autograd's for the lines above, to the last bit.
     # Where the clip decides it is 0 also for a ratio that is infinite.
     learns = random & (slope != 0)
     along = torch.where(learns, (weight * slope * ratio).double(), 0.0) / latents[0].numel()
     to_mean = along.reshape(-1, 1, 1, 1) * direction
-    to_mean = to_mean.to(precision).double() if ratio_norm else to_mean / scale
+    to_mean = to_mean.to(precision).double() if a.ratio_norm else to_mean / scale
 
     kl = torch.zeros_like(loss)
-    if inputs.base_output is not None:
-        drift = (mean - step_mean(inputs.base_output, latents, tables, step, guidance, rescale)) / scale
+    if a.base_output is not None:
+        drift = (mean - step_mean(a.base_output, latents, tables, step, guidance, rescale)) / scale
         kl = torch.where(random, 0.5 * drift.square().mean(dim=(1, 2, 3)), 0.0).to(precision)
-        along = torch.where(random, (weight * kl_weight).double(), 0.0) / latents[0].numel()
+        along = torch.where(random, (weight * a.kl_weight).double(), 0.0) / latents[0].numel()
         to_mean = to_mean + along.reshape(-1, 1, 1, 1) * drift / scale
-    gradient = _to_output(to_mean * tables[1, step].double().reshape(-1, 1, 1, 1), output, guidance, rescale)
-    total = (weight * (loss + kl_weight * kl)).double().sum()
-    values = (
-        total,
-        ratio.double().mean(),
-        ratio.min(),
-        ratio.max(),
-        (clipped > 0).sum(),
-        (clipped < 0).sum(),
-        kl.mean(),
-    )
-    statistics = torch.stack([torch.as_tensor(v, device=output.device).to(precision) for v in (*values, flat_groups)])
-    return GrpoStep(loss, ratio, clipped, kl, gradient, statistics)
+    gradient = _to_output(to_mean * tables[1, step].double().reshape(-1, 1, 1, 1), a.output, guidance, rescale)
+    return GrpoStep(loss, ratio, clipped, kl, gradient)
 
 
-def _to_output(to_scaled: Tensor, output: Tensor, guidance: float | Tensor | None, rescale: float) -> Tensor:
-    """Carry a gradient back from the rescaled output, float64, to the UNet's."""
-    precision = working(output).dtype
+def _advantage(a: GrpoStepArguments, precision: torch.dtype) -> Tensor:
+    """The pairs' advantages [N], given or from the rewards of all groups."""
+    if a.rewards is None:
+        assert a.advantage is not None
+        return a.advantage
+    assert a.group is not None
+    table, _ = advantages_of(a.rewards, a.mode, a.std_floor, a.clamp)
+    return table.to(precision)[a.group, a.slot]
+
+
+def _to_output(to_scaled: Tensor, output: Tensor, guidance: Tensor | None, rescale: float) -> Tensor:
+    """Carries a gradient back from the rescaled output, float64, to the UNet's."""
+    precision = working_dtype(output)
     guided, conditional = guide(output, guidance)
-    to_conditional = 0.0
+    to_guided = to_scaled
+    to_conditional: float | Tensor = 0.0
     if rescale:
         o, c = guided.double(), conditional.double()
         to_guided = rescale_factor(guided, conditional, rescale) * to_scaled
         if guided[0].numel() > 1:
             dims = (1, 2, 3)
             std_o, std_c = o.std(dim=dims, keepdim=True), c.std(dim=dims, keepdim=True)
-            # d / d factor, of which std(c) / std(o) is a share of `rescale`; a std's gradient is the centred value / std.
+            # d / d factor, of which std(c) / std(o) is a share of `rescale`; a std's gradient is the centred value /
+            # std.
             share = rescale * (to_scaled * o).sum(dim=dims, keepdim=True) / (o[0].numel() - 1)
             by_o = torch.where(std_o > 0, share * std_c / std_o**3, 0.0)
             by_c = torch.where((std_o > 0) & (std_c > 0), share / (std_o * std_c), 0.0)
             to_guided = to_guided - by_o * (o - o.mean(dim=dims, keepdim=True))
             to_conditional = (by_c * (c - c.mean(dim=dims, keepdim=True))).to(precision)
-        to_guided = to_guided.to(precision)
-    else:
-        to_guided = to_scaled.to(precision)
+    to_guided = to_guided.to(precision)
     if guidance is None:
         return to_guided.to(output.dtype)
     moved = to_guided * guidance
@@ -226,18 +194,26 @@ def _to_output(to_scaled: Tensor, output: Tensor, guidance: float | Tensor | Non
 
 
 @triton.jit
+def clip_pair(log_ratio, advantage, low, high):
+    """The loss, the ratio, where the bounds decide (1 the upper, -1 the lower), and d loss / d ratio; float32."""
+    # In float64, since exp's float32 version is an approximation.
+    ratio = tl.exp(log_ratio.to(tl.float64)).to(tl.float32)
+    within = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+    free = tl.where(advantage == 0, -advantage, -advantage * ratio)
+    bounded = -advantage * within
+    decides = bounded > free
+    clipped = tl.where(decides, tl.where(ratio > 1, 1, -1), 0)
+    share = tl.where(free == bounded, 0.5, 0.0)
+    share = 1 - share + tl.where((ratio >= low) & (ratio <= high), share, 0.0)
+    return tl.where(decides, bounded, free), ratio, clipped, tl.where(decides, 0.0, -advantage * share)
+
+
+@triton.jit
 def load_terms(
-    given,
-    start,
-    SIZE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    RESCALE: tl.constexpr,
-    GUIDED: tl.constexpr,
-    OLD: tl.constexpr,
-    KL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    given, start,
+    SIZE: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, RESCALE: tl.constexpr,
+    GUIDED: tl.constexpr, OLD: tl.constexpr, KL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Of BLOCK elements: what the log-ratio sums, its direction, the drift from the base model, the guided output.
 
     given: the pointers, and the numbers that hold for all of the sample.
@@ -263,7 +239,8 @@ def load_terms(
     drift = direction
     if KL:
         base, _ = load_mean(
-            base_output, latents, guidance, base_factor, coef_sample, coef_output, sample, samples, e, at, SIZE, RESCALE, GUIDED
+            base_output, latents, guidance, base_factor, coef_sample, coef_output, sample, samples, e, at,
+            SIZE, RESCALE, GUIDED,
         )  # fmt: skip
         drift = tl.where(e < SIZE, (mean - base) / scale, 0.0)
     return term, direction, drift, guided
@@ -271,152 +248,61 @@ def load_terms(
 
 @triton.jit
 def store_gradient(
-    gradient,
-    output,
-    guidance,
-    along,
-    direction,
-    along_drift,
-    drift,
-    coef_output,
-    factor,
-    by_o,
-    mean_o,
-    by_c,
-    mean_c,
-    sample,
-    samples,
-    start,
-    SIZE: tl.constexpr,
-    RESCALE: tl.constexpr,
-    GUIDED: tl.constexpr,
-    KL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    gradient, output, guidance, pair, pairs, coef_output, along, direction, along_drift, drift, rescaling, start,
+    SIZE: tl.constexpr, RESCALE: tl.constexpr, GUIDED: tl.constexpr, KL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes BLOCK elements of the gradient, in the order of the output in memory.
+
+    rescaling: o' / o; the shares of the guided output and of its conditional half in its gradient, and their means.
+    """
+    factor, by_o, mean_o, by_c, mean_c = rescaling
     e = start + tl.arange(0, BLOCK)
     to_mean = along * direction.to(tl.float64)
     if KL:
         to_mean += along_drift * drift.to(tl.float64)
     to_guided = to_mean * coef_output
     if RESCALE > 0:
-        o, c = load_guided(output, guidance, sample, samples, e, SIZE, GUIDED)
+        o, c = load_guided(output, guidance, pair, pairs, e, SIZE, GUIDED)
         to_guided = factor * to_guided - by_o * (o.to(tl.float64) - mean_o)
         to_conditional = (by_c * (c.to(tl.float64) - mean_c)).to(tl.float32)
     to_guided = to_guided.to(tl.float32)
     element: tl.constexpr = gradient.dtype.element_ty
     if GUIDED:
         moved = to_guided * guidance
-        tl.store(gradient + sample * SIZE + e, (to_guided - moved).to(element), mask=e < SIZE)
+        tl.store(gradient + pair * SIZE + e, (to_guided - moved).to(element), mask=e < SIZE)
         if RESCALE > 0:
             moved += to_conditional
-        tl.store(gradient + (samples + sample) * SIZE + e, moved.to(element), mask=e < SIZE)
+        tl.store(gradient + (pairs + pair) * SIZE + e, moved.to(element), mask=e < SIZE)
     else:
-        tl.store(gradient + sample * SIZE + e, to_guided.to(element), mask=e < SIZE)
-
-
-@triton.jit
-def write_statistics(
-    statistics, loss, ratio, clipped, kl, weight, pairs, weight_stride, kl_weight, flat, BLOCK_N: tl.constexpr
-):
-    """Reduce over the pairs, always in the same order. Reads past the cache of its own processor."""
-    total = tl.zeros([BLOCK_N], tl.float64)
-    ratio_sum = tl.zeros([BLOCK_N], tl.float64)
-    kl_sum = tl.zeros([BLOCK_N], tl.float64)
-    low = tl.full([BLOCK_N], float("inf"), tl.float32)
-    high = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    over = tl.zeros([BLOCK_N], tl.int32)
-    under = tl.zeros([BLOCK_N], tl.int32)
-    for start in range(0, pairs, BLOCK_N):
-        i = start + tl.arange(0, BLOCK_N)
-        inside = i < pairs
-        one_loss = tl.load(loss + i, mask=inside, other=0.0, cache_modifier=".cg")
-        one_kl = tl.load(kl + i, mask=inside, other=0.0, cache_modifier=".cg")
-        one_ratio = tl.load(ratio + i, mask=inside, other=0.0, cache_modifier=".cg")
-        one_clipped = tl.load(clipped + i, mask=inside, other=0, cache_modifier=".cg").to(tl.int32)
-        one_weight = tl.load(weight + i * weight_stride, mask=inside, other=0.0)
-        total += (one_weight * (one_loss + kl_weight * one_kl)).to(tl.float64)
-        ratio_sum += one_ratio.to(tl.float64)
-        kl_sum += one_kl.to(tl.float64)
-        low = tl.minimum(low, tl.where(inside, one_ratio, float("inf")))
-        high = tl.maximum(high, tl.where(inside, one_ratio, float("-inf")))
-        over += (one_clipped > 0).to(tl.int32)
-        under += (one_clipped < 0).to(tl.int32)
-    tl.store(statistics, tl.sum(total).to(tl.float32))
-    tl.store(statistics + 1, (tl.sum(ratio_sum) / pairs).to(tl.float32))
-    tl.store(statistics + 2, tl.min(low))
-    tl.store(statistics + 3, tl.max(high))
-    tl.store(statistics + 4, tl.sum(over).to(tl.float32))
-    tl.store(statistics + 5, tl.sum(under).to(tl.float32))
-    tl.store(statistics + 6, (tl.sum(kl_sum) / pairs).to(tl.float32))
-    tl.store(statistics + 7, flat.to(tl.float32))
+        tl.store(gradient + pair * SIZE + e, to_guided.to(element), mask=e < SIZE)
 
 
 @triton.jit
 def grpo_step_kernel(
-    output,
-    latents,
-    taken,
-    old_log_prob,
-    old_mean,
-    base_output,
-    tables,
-    step,
-    guidance,
-    rewards,
-    group,
-    slot,
-    advantage,
-    weight,
-    loss,
-    ratio,
-    clipped,
-    kl,
-    gradient,
-    statistics,
-    counter,
-    pairs,
-    steps,
-    groups,
-    step_stride,
-    weight_stride,
-    low,
-    high,
-    std_floor,
-    clamp,
-    kl_weight,
-    SIZE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    RESCALE: tl.constexpr,
-    GUIDED: tl.constexpr,
-    OLD: tl.constexpr,
-    KL: tl.constexpr,
-    MODE: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    KEEP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One program a pair; the last to finish reduces the statistics.
+    output, latents, taken, old_log_prob, old_mean, base_output, tables, step, guidance,
+    rewards, group, slot, advantage, weight, loss, ratio, clipped, kl, gradient,
+    pairs, steps, groups, step_stride, weight_stride, low, high, std_floor, clamp, kl_weight,
+    SIZE: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, RESCALE: tl.constexpr,
+    GUIDED: tl.constexpr, OLD: tl.constexpr, KL: tl.constexpr, MODE: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a pair.
 
     OLD: "log_prob", "own_log_prob" (the ratio is 1, only its gradient matters), "mean" or "own_mean" (RatioNorm).
     MODE: one of MODES, or "given". KEEP: hold the residuals until the loss is known rather than compute them again.
     """
     pair = tl.program_id(0).to(tl.int64)
-    coef_sample, coef_output, sigma = coefficients(tables, tl.load(step + pair * step_stride), steps)
-    scale = tl.where(sigma > 0, sigma, 1.0)
-    g = 1.0
-    if GUIDED:
-        g = tl.load(guidance)
+    coef_sample, coef_output, sigma, scale, g = load_step(tables, step, guidance, pair, step_stride, steps, GUIDED)
     factor = 1.0
     base_factor = 1.0
     if RESCALE > 0:
         factor, mean_o, std_o, mean_c, std_c = load_rescale(output, g, pair, pairs, SIZE, RESCALE, GUIDED, BLOCK)
         if KL:
             base_factor, _, _, _, _ = load_rescale(base_output, g, pair, pairs, SIZE, RESCALE, GUIDED, BLOCK)
-    given = (output, latents, taken, old_mean, base_output, pair, pairs)
-    given = given + (g, factor, base_factor, coef_sample, coef_output, scale)  # noqa: RUF005 (no unpacking in Triton)
+    given = (
+        output, latents, taken, old_mean, base_output, pair, pairs,
+        g, factor, base_factor, coef_sample, coef_output, scale,
+    )  # fmt: skip
 
     terms = tl.zeros([BLOCK], tl.float64)
     drifts = tl.zeros([BLOCK], tl.float64)
@@ -430,7 +316,8 @@ def grpo_step_kernel(
                 given, start, SIZE, CHANNELS, CHANNELS_LAST, RESCALE, GUIDED, OLD, KL, BLOCK
             )
             terms += term
-            kept = kept + (direction.to(tl.float32),)  # noqa: RUF005 (no unpacking in Triton)
+            # Triton unrolls the loop and takes the longer tuple for another variable; it knows no unpacking.
+            kept = kept + (direction.to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     else:
         for start in range(0, SIZE, BLOCK):
             term, direction, drift, o = load_terms(
@@ -459,7 +346,7 @@ def grpo_step_kernel(
             rewards, tl.load(group + pair), tl.load(slot + pair), groups, std_floor, clamp, MODE, GROUP_SIZE, BLOCK_G
         )
         a = a.to(tl.float32)
-    pair_loss, pair_ratio, pair_clipped, slope = clip(log_ratio, a, low, high)
+    pair_loss, pair_ratio, pair_clipped, slope = clip_pair(log_ratio, a, low, high)
     w = tl.load(weight + pair * weight_stride)
     along = (w * slope * pair_ratio).to(tl.float64) / SIZE
     if OLD == "log_prob" or OLD == "own_log_prob":
@@ -470,13 +357,8 @@ def grpo_step_kernel(
     if KL:
         pair_kl = tl.where(sigma > 0, 0.5 * (tl.sum(drifts) / SIZE), 0.0).to(tl.float32)
         along_drift = tl.where(sigma > 0, (w * kl_weight).to(tl.float64) / SIZE / scale, 0.0)
-    mean_o_ = 0.0
-    mean_c_ = 0.0
-    by_o = 0.0
-    by_c = 0.0
+    rescaling = (1.0, 0.0, 0.0, 0.0, 0.0)
     if RESCALE > 0:
-        mean_o_ = mean_o
-        mean_c_ = mean_c
         share = along * tl.sum(along_o)
         if KL:
             share += along_drift * tl.sum(drift_o)
@@ -484,12 +366,13 @@ def grpo_step_kernel(
         safe_o = tl.where(std_o > 0, std_o, 1.0)
         by_o = tl.where(std_o > 0, share * std_c / (safe_o * safe_o * safe_o), 0.0)
         by_c = tl.where((std_o > 0) & (std_c > 0), share / (safe_o * tl.where(std_c > 0, std_c, 1.0)), 0.0)
+        rescaling = (factor, by_o, mean_o, by_c, mean_c)
 
     if KEEP:
         for chunk in tl.static_range(0, (SIZE + BLOCK - 1) // BLOCK):
             store_gradient(
-                gradient, output, g, along, kept[chunk], along_drift, kept[chunk], coef_output, factor, by_o, mean_o_, by_c, mean_c_,
-                pair, pairs, chunk * BLOCK, SIZE, RESCALE, GUIDED, KL, BLOCK,
+                gradient, output, g, pair, pairs, coef_output, along, kept[chunk], along_drift, kept[chunk], rescaling,
+                chunk * BLOCK, SIZE, RESCALE, GUIDED, KL, BLOCK,
             )  # fmt: skip
     else:
         for start in range(0, SIZE, BLOCK):
@@ -497,37 +380,29 @@ def grpo_step_kernel(
                 given, start, SIZE, CHANNELS, CHANNELS_LAST, RESCALE, GUIDED, OLD, KL, BLOCK
             )
             store_gradient(
-                gradient, output, g, along, direction, along_drift, drift, coef_output, factor, by_o, mean_o_, by_c, mean_c_,
-                pair, pairs, start, SIZE, RESCALE, GUIDED, KL, BLOCK,
+                gradient, output, g, pair, pairs, coef_output, along, direction, along_drift, drift, rescaling,
+                start, SIZE, RESCALE, GUIDED, KL, BLOCK,
             )  # fmt: skip
 
     tl.store(loss + pair, pair_loss)
     tl.store(ratio + pair, pair_ratio)
     tl.store(clipped + pair, pair_clipped.to(tl.int8))
     tl.store(kl + pair, pair_kl)
-    tl.debug_barrier()
-    if tl.atomic_add(counter, 1, sem="acq_rel") == pairs - 1:
-        flat = tl.full([], 0, tl.int32)
-        if MODE != "given":
-            flat = count_flat(rewards, groups, std_floor, MODE, GROUP_SIZE, BLOCK_G)
-        write_statistics(statistics, loss, ratio, clipped, kl, weight, pairs, weight_stride, kl_weight, flat, BLOCK_N)
-        tl.store(counter, 0)
 
 
-_COUNTERS: dict[tuple[int | None, int], Tensor] = {}
+# The operator.
 
 
-def _counter(device: torch.device) -> Tensor:
-    """[1] int32, 0: what programs that are done count. The kernel leaves it at 0, so one serves a whole stream.
+def grpo_tiling(size: int, kl: bool, ratio_norm: bool, rescale: float) -> tuple[int, int, bool]:
+    """(block, num_warps, keep). keep: a program's registers hold the residuals of its sample until the loss is known.
 
-    A graph gets its own, cleared at every replay: it may be replayed on a stream where others run.
+    Larger samples would not fit, nor would what a KL term, RatioNorm or rescaling add: those load all again. RatioNorm
+    also takes half as much at a time; where the policy stands still all it sums is 0, so its order need not be
+    `ddim_step`'s.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    key = device.index, torch.cuda.current_stream(device).cuda_stream
-    if key not in _COUNTERS:
-        _COUNTERS[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _COUNTERS[key]
+    block, num_warps = tiling(size, rescale)
+    keep = size <= 4 * BLOCK and not (kl or ratio_norm or rescale)
+    return min(block, BLOCK // (4 if rescale else 2)) if ratio_norm else block, num_warps, keep
 
 
 def _laid_out_as(gradient: Tensor, output: Tensor) -> Tensor:
@@ -541,120 +416,70 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 
 @on_its_device
-def _launch_grpo_step(
-    output: Tensor,
-    latents: Tensor,
-    taken: Tensor,
-    tables: Tensor,
-    step: Tensor,
-    guidance: Tensor | None,
-    old_log_prob: Tensor | None,
-    old_mean: Tensor | None,
-    rewards: Tensor | None,
-    group: Tensor | None,
-    slot: Tensor | None,
-    advantage: Tensor | None,
-    weight: Tensor,
-    base_output: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    mode: str,
-    std_floor: float,
-    clamp: float,
-    kl_weight: float,
-    ratio_norm: bool,
-    rescale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    asked, channels_last = output, is_channels_last(output)
-    output, latents, taken = as_launched(output, channels_last), as_launched(latents), as_launched(taken)
+def _launch_grpo_step(*arguments: Any) -> GrpoStep:
+    """arguments: those of `GrpoStepArguments`, in its order."""
+    a = GrpoStepArguments(*arguments)
+    channels_last = is_channels_last(a.output)
+    output, latents, taken = as_launched(a.output, channels_last), as_launched(a.latents), as_launched(a.taken)
     pairs, size = latents.shape[0], latents[0].numel()
-    groups, group_size = (1, 2) if rewards is None else rewards.shape
+    groups, group_size = (1, 2) if a.rewards is None else a.rewards.shape
     loss, ratio, kl = (latents.new_empty(pairs) for _ in range(3))
     clipped = torch.empty(pairs, dtype=torch.int8, device=latents.device)
     gradient = torch.empty_like(output)
-    statistics = latents.new_empty(len(STATISTICS))
-    block, num_warps, keep = _tiling(size, base_output is not None, ratio_norm, rescale)
-    old = old_mean if ratio_norm else old_log_prob
-    kind = "mean" if ratio_norm else "log_prob"
+    block, num_warps, keep = grpo_tiling(size, a.base_output is not None, a.ratio_norm, a.rescale)
+    old = a.old_mean if a.ratio_norm else a.old_log_prob
+    kind = "mean" if a.ratio_norm else "log_prob"
     grpo_step_kernel[(pairs,)](
-        output,
-        latents,
-        taken,
-        None if ratio_norm else _dense(old),
-        as_launched(old) if ratio_norm and old is not None else None,
-        None if base_output is None else as_launched(base_output, channels_last),
-        tables,
-        step.contiguous(),
-        guidance,
-        _dense(rewards),
-        _dense(group),
-        _dense(slot),
-        _dense(advantage),
-        weight.contiguous(),
-        loss,
-        ratio,
-        clipped,
-        kl,
-        gradient,
-        statistics,
-        _counter(latents.device),
-        pairs,
-        tables.shape[1],
-        groups,
-        int(step.numel() > 1),
-        int(weight.numel() > 1),
-        1 - clip_low,
-        1 + clip_high,
-        std_floor,
-        clamp,
-        kl_weight,
+        output, latents, taken,
+        None if a.ratio_norm else _dense(old),
+        as_launched(old) if a.ratio_norm and old is not None else None,
+        None if a.base_output is None else as_launched(a.base_output, channels_last),
+        a.tables, a.step.contiguous(), a.guidance,
+        _dense(a.rewards), _dense(a.group), _dense(a.slot), _dense(a.advantage), a.weight.contiguous(),
+        loss, ratio, clipped, kl, gradient,
+        pairs, a.tables.shape[1], groups, int(a.step.numel() > 1), int(a.weight.numel() > 1),
+        1 - a.clip_low, 1 + a.clip_high, a.std_floor, a.clamp, a.kl_weight,
         SIZE=size,
         CHANNELS=latents.shape[1],
         CHANNELS_LAST=channels_last,
-        RESCALE=rescale,
-        GUIDED=guidance is not None,
+        RESCALE=a.rescale,
+        GUIDED=a.guidance is not None,
         OLD=kind if old is not None else f"own_{kind}",
-        KL=base_output is not None,
-        MODE="given" if rewards is None else mode,
+        KL=a.base_output is not None,
+        MODE="given" if a.rewards is None else a.mode,
         GROUP_SIZE=group_size,
         BLOCK_G=triton.next_power_of_2(group_size),
         KEEP=keep,
         BLOCK=block,
-        BLOCK_N=_PAIRS_BLOCK,
         num_warps=num_warps,
-        **launch_options(output.dtype, rescale, num_warps),
-    )
-    return loss, ratio, clipped, kl, _laid_out_as(gradient, asked), statistics
+        **launch_options(output.dtype, a.rescale, num_warps),
+    )  # fmt: skip
+    return GrpoStep(loss, ratio, clipped, kl, _laid_out_as(gradient, a.output))
 
 
-_grpo_step = torch.library.custom_op("fastgrpo::grpo_step", _launch_grpo_step, mutates_args=(), device_types="cuda")
+_grpo_step = torch.library.custom_op(
+    "fastgrpo::grpo_step",
+    _launch_grpo_step,
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor output, Tensor latents, Tensor taken, Tensor tables, Tensor step, Tensor? guidance, "
+    "Tensor? old_log_prob, Tensor? rewards, Tensor? group, Tensor? slot, Tensor? advantage, Tensor weight, "
+    "Tensor? base_output, Tensor? old_mean, str mode, float std_floor, float clamp, float clip_low, float clip_high, "
+    "float kl_weight, bool ratio_norm, float rescale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_grpo_step.register_kernel("cpu")
-def _grpo_step_cpu(*arguments):
-    inputs, settings = Inputs(*arguments[: len(Inputs._fields)]), Settings(*arguments[len(Inputs._fields) :])
-    outcome = reference(inputs, settings)
-    return outcome._replace(gradient=_laid_out_as(outcome.gradient, inputs.output))
+def _grpo_step_cpu(*arguments: Any) -> GrpoStep:
+    a = GrpoStepArguments(*arguments)
+    results = reference(a)
+    return results._replace(gradient=_laid_out_as(results.gradient, a.output))
 
 
 @_grpo_step.register_fake
-def _grpo_step_fake(output, latents, *_):
+def _grpo_step_fake(output: Tensor, latents: Tensor, *_: Any) -> tuple[Tensor, ...]:
     loss, ratio, kl = (latents.new_empty(latents.shape[0]) for _ in range(3))
-    clipped = latents.new_empty(latents.shape[0], dtype=torch.int8)
-    return loss, ratio, clipped, kl, torch.empty_like(output), latents.new_empty(len(STATISTICS))
-
-
-def _keep_gradient(ctx, inputs, output):
-    ctx.mark_non_differentiable(*output[:5])
-    ctx.save_for_backward(output[4])
-
-
-def _scale_gradient(ctx, *by_outputs):
-    (gradient,) = ctx.saved_tensors
-    return (gradient * by_outputs[-1][0], *[None] * (len(Inputs._fields) + len(Settings._fields) - 1))
-
-
-_grpo_step.register_autograd(_scale_gradient, setup_context=_keep_gradient)
+    return loss, ratio, latents.new_empty(latents.shape[0], dtype=torch.int8), kl, torch.empty_like(output)
 
 
 def grpo_step(
@@ -669,204 +494,70 @@ def grpo_step(
     rewards: Tensor | None = None,
     group: Tensor | None = None,
     slot: Tensor | None = None,
+    mode: str = "group",
+    std_floor: float = 1e-6,
+    clamp: float = 2.5,
     advantage: Tensor | None = None,
     weight: float | Tensor = 1.0,
+    clip_low: float = 1e-4,
+    clip_high: float = 1e-4,
     base_output: Tensor | None = None,
+    kl_weight: float = 0.0,
+    ratio_norm: bool = False,
     old_mean: Tensor | None = None,
-    **settings: float | str | bool,
+    rescale: float = 0.0,
 ) -> GrpoStep:
-    """What N (sample, step) pairs come to: losses, ratios, the gradient of their weighted sum, statistics.
+    """Computes losses and ratios of N (sample, step) pairs, and the gradient of the weighted sum of the losses.
 
-    output, latents, tables, step, guidance: as of `ddim_step`, for N samples. taken: [N, C, H, W] float32, the next latents
-        as stored.
-    old_log_prob: [N] float32, as `ddim_step` returned it; None is the policy's own, detached: every ratio is 1, and its
-        gradient is the policy gradient's.
-    rewards: [P, G] float32, finite, G at least 2, with group and slot, [N] int64, of every pair; or advantage, [N] float32.
-    weight: of each pair in the total: a number, [1] or [N] float32. For float16 outputs it should hold the loss scale.
-    base_output: like output, what the base model said; adds kl_weight times the KL divergence to each loss.
-    old_mean: [N, C, H, W] float32, as `ddim_step` returned it, for RatioNorm; None is the policy's own.
-    settings: the fields of `Settings`, by name.
-    All tensors are on one device. Steps of sigma 0 have log-ratio, KL and gradient 0. Raises ValueError for arguments that
-    do not belong together. Only `statistics[0]`, the total, is differentiable, with respect to output.
+    output, latents, tables, step, guidance, rescale: as of `ddim_step`, for N samples. taken: [N, C, H, W] float32, the
+    next
+        latents that were chosen.
+    old_log_prob: [N] float32 of the policy that chose them. None: of this policy, so that the ratio is 1 and has a
+    gradient.
+
+    The advantages are computed or given:
+    rewards, group, slot: [P, G] float32 of all groups, and [N] int64 each: pair i is of the sample with reward
+        rewards[group[i], slot[i]]; neither index is checked. mode, std_floor, clamp: as of `group_advantages`. A pair's
+        advantage is group_advantages(rewards, mode, std_floor, clamp)[0][group, slot], to the last bit.
+    advantage: [N] float32, instead of these three.
+
+    weight: of each pair's loss in the sum, a number, [1] or [N] float32.
+    clip_low, clip_high: the ratio's range is 1 - clip_low to 1 + clip_high.
+    base_output: what the base model said, like output; turns on the KL term, whose weight is kl_weight.
+    ratio_norm: takes RatioNorm's log-ratio, from old_mean [N, C, H, W] float32, the old policy's (None: this policy's).
+        old_log_prob is then not used.
+
+    All tensors are on one device. Steps of sigma 0 have log-ratio, KL and gradient 0. Not differentiable: the gradient
+    is among the results. Raises ValueError for arguments that do not belong together.
     """
-    chosen = Settings(**settings)
-    inputs = Inputs(
-        output, latents, taken, tables, step, as_guidance(guidance, output.device), old_log_prob, old_mean,
-        rewards, group, slot, advantage, as_scalar(weight, output.device), base_output,
+    arguments = GrpoStepArguments(
+        output, latents, taken, tables, step, as_guidance(guidance, output.device), old_log_prob, rewards, group, slot,
+        advantage, as_scalar(weight, output.device), base_output, old_mean,
+        mode, std_floor, clamp, clip_low, clip_high, kl_weight, ratio_norm, rescale,
     )  # fmt: skip
-    _check(inputs, chosen)
-    return GrpoStep(*_grpo_step(*inputs, *chosen))
+    _check(arguments)
+    return GrpoStep(*_grpo_step(*arguments))
 
 
-def _check(inputs: Inputs, settings: Settings) -> None:
-    """Raise ValueError, in one sentence, for arguments that do not belong together. Reads no values from the device."""
-    output, latents, taken, tables, step, guidance, old_log_prob, old_mean, *_ = inputs
-    rewards, weight, base_output = inputs.rewards, inputs.weight, inputs.base_output
-    check_step(output, latents, tables, step, guidance, settings.rescale)
-    check_like("taken", taken, latents)
-    check_like("old_mean", old_mean, latents)
-    check_pairs(
-        len(latents), old_log_prob=old_log_prob, advantage=inputs.advantage, group=inputs.group, slot=inputs.slot
-    )
-    if weight.dtype != torch.float32 or weight.shape not in ((1,), (len(latents),)):
+def _check(a: GrpoStepArguments) -> None:
+    """Raises ValueError, in one sentence, for arguments that do not belong together. Reads no values from the
+    device."""
+    check_step(a.output, a.latents, a.tables, a.step, a.guidance, a.rescale)
+    check_like("taken", a.taken, a.latents)
+    check_like("old_mean", a.old_mean, a.latents)
+    check_pairs(len(a.latents), old_log_prob=a.old_log_prob, advantage=a.advantage, group=a.group, slot=a.slot)
+    weight, base_output = a.weight, a.base_output
+    if weight.dtype != torch.float32 or weight.shape not in ((1,), (len(a.latents),)):
         raise ValueError(f"weight is {list(weight.shape)} {weight.dtype}; a number, or float32 [1] or [N], is accepted")
-    given = [tensor is not None for tensor in (rewards, inputs.group, inputs.slot)]
-    if any(given) == (inputs.advantage is not None) or any(given) != all(given):
+    given = [tensor is not None for tensor in (a.rewards, a.group, a.slot)]
+    if any(given) == (a.advantage is not None) or any(given) != all(given):
         raise ValueError("one of the two is accepted: advantage alone, or all of rewards, group and slot")
-    if rewards is not None:
-        check_rewards(rewards, settings.mode)
-    if base_output is not None and (base_output.shape != output.shape or base_output.dtype != output.dtype):
+    if a.rewards is not None:
+        check_rewards(a.rewards, a.mode)
+    if base_output is not None and (base_output.shape != a.output.shape or base_output.dtype != a.output.dtype):
         raise ValueError(
             f"base_output is {list(base_output.shape)} {base_output.dtype}; "
-            f"{list(output.shape)} {output.dtype}, as output, is accepted"
+            f"{list(a.output.shape)} {a.output.dtype}, as output, is accepted"
         )
-    if old_mean is not None and not settings.ratio_norm:
+    if a.old_mean is not None and not a.ratio_norm:
         raise ValueError("old_mean is given without ratio_norm, which alone uses it")
-
-
-def grpo_step_loss(output: Tensor, *args, **kwargs) -> tuple[Tensor, GrpoStep]:
-    """`grpo_step` as a differentiable loss: the total, a float32 scalar whose backward scales the gradient, and the rest."""
-    outcome = grpo_step(output, *args, **kwargs)
-    return outcome.statistics[0], outcome
-
-
-# The operation as tests and benchmarks see it: positional arguments, and of the results those that vary continuously.
-
-
-def _spec_function(*arguments: Any) -> tuple[Tensor, ...]:
-    *step, rewards, group, slot, clip_range = arguments
-    outcome = grpo_step(*step, rewards=rewards, group=group, slot=slot, clip_low=clip_range, clip_high=clip_range)
-    return outcome.loss, outcome.ratio, outcome.gradient
-
-
-def _spec_reference(*arguments: Any) -> tuple[Tensor, ...]:
-    *step, rewards, group, slot, clip_range = arguments
-    inputs = Inputs(*step, rewards=rewards, group=group, slot=slot)
-    outcome = reference(inputs, Settings(clip_low=clip_range, clip_high=clip_range))
-    return outcome.loss, outcome.ratio, outcome.gradient
-
-
-def _case(groups: int, group_size: int, shape: tuple[int, int, int], channels_last: bool = False) -> Case:
-    pairs = groups * group_size
-
-    def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
-        output, latents, tables, step, guidance, noise = case_step(
-            pairs, shape, channels_last, device, dtype, generator
-        )
-        mean = step_mean(output, latents, tables, step, guidance, 0.0)
-        sigma = tables[2, step].double()
-        taken = (mean + sigma.reshape(-1, 1, 1, 1) * noise).float()
-        # Ratios within 5% of 1, none of them near the bounds of 20%, where rounding decides.
-        old = gaussian_log_prob(taken, mean, sigma).float() + 0.05 * torch.rand(pairs, generator=generator).to(device)
-        rewards = torch.randn(groups, group_size, generator=generator).to(device)
-        index = torch.arange(pairs, device=device)
-        return (
-            output, latents, taken, tables, step, guidance, old, rewards, index // group_size, index % group_size, 0.2,
-        )  # fmt: skip
-
-    return Case(case_name(pairs, shape, channels_last), make, pairs * math.prod(shape) * (4 + 4 + 4 + 4))
-
-
-def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    # The guided output, of up to 50, is rounded three times to float32: 9e-6, times coef_output 0.04 over sigma 0.04 it moves
-    # a residual by 1e-5, and the log-prob by that times the mean |residual| of about 1. The gradient is rounded to the
-    # output's dtype at the end: half a unit in its last place, a whole one where the device truncates. float16's
-    # gradients, of up to 1e-3, may be subnormal: 2^-24 of absolute error.
-    return max(2e-5, torch.finfo(dtype).eps), 3e-5 if dtype != torch.float16 else 3e-5 + 2**-24
-
-
-def _aot(
-    name: str,
-    old: str = "log_prob",
-    kl: bool = False,
-    mode: str = "given",
-    channels_last: bool = False,
-    rescale: float = 0.0,
-    dtype: torch.dtype = torch.bfloat16,
-    size: int = 4 * 64 * 64,
-) -> AotKernel:
-    """old, mode: OLD and MODE of the kernel."""
-    pointers = {
-        "output": POINTERS[dtype],
-        "latents": "*fp32",
-        "taken": "*fp32",
-        "old_log_prob": "*fp32" if old == "log_prob" else None,
-        "old_mean": "*fp32" if old == "mean" else None,
-        "base_output": POINTERS[dtype] if kl else None,
-        "tables": "*fp32",
-        "step": "*i64",
-        "guidance": "*fp32",
-        "rewards": None if mode == "given" else "*fp32",
-        "group": None if mode == "given" else "*i64",
-        "slot": None if mode == "given" else "*i64",
-        "advantage": "*fp32" if mode == "given" else None,
-        "weight": "*fp32",
-        "loss": "*fp32",
-        "ratio": "*fp32",
-        "clipped": "*i8",
-        "kl": "*fp32",
-        "gradient": POINTERS[dtype],
-        "statistics": "*fp32",
-        "counter": "*i32",
-    }
-    block, num_warps, keep = _tiling(size, kl, old == "mean", rescale)
-    constants = {
-        "SIZE": size,
-        "CHANNELS": 4,
-        "CHANNELS_LAST": channels_last,
-        "RESCALE": rescale,
-        "GUIDED": True,
-        "OLD": old,
-        "KL": kl,
-        "MODE": mode,
-        "GROUP_SIZE": 16,
-        "BLOCK_G": 16,
-        "KEEP": keep,
-        "BLOCK": block,
-        "BLOCK_N": _PAIRS_BLOCK,
-    }
-    signature = {name: kind or "constexpr" for name, kind in pointers.items()}
-    signature |= dict.fromkeys(("pairs", "steps", "groups", "step_stride", "weight_stride"), "i32")
-    signature |= dict.fromkeys(("low", "high", "std_floor", "clamp", "kl_weight"), "fp32")
-    signature |= dict.fromkeys(constants, "constexpr")
-    absent = {name: None for name, kind in pointers.items() if kind is None}
-    options = launch_options(dtype, rescale, num_warps)
-    return AotKernel(f"grpo_step{name}", grpo_step_kernel, signature, absent | constants, num_warps, options)
-
-
-_VARIANTS: dict[str, dict[str, Any]] = {
-    "": {"mode": "group"},
-    "_given": {},
-    "_global": {"mode": "global"},
-    "_channels_last": {"mode": "group", "channels_last": True},
-    "_kl": {"mode": "group", "kl": True},
-    "_rescale": {"rescale": 0.7},
-    "_rescale_kl": {"rescale": 0.7, "kl": True},
-    "_rescale_kl_channels_last": {"rescale": 0.7, "kl": True, "channels_last": True, "size": 4 * 96 * 96},
-    "_4x96x96": {"mode": "group", "size": 4 * 96 * 96},
-    "_rescale_4x96x96": {"rescale": 0.7, "size": 4 * 96 * 96},
-    "_ratio_norm": {"old": "mean"},
-    "_ratio_norm_kl": {"old": "mean", "mode": "group", "kl": True},
-    "_ratio_norm_rescale_kl": {"old": "mean", "kl": True, "rescale": 0.7},
-    "_ratio_norm_rescale_kl_channels_last": {"old": "mean", "kl": True, "rescale": 0.7, "channels_last": True},
-}
-
-SPEC = OpSpec(
-    name="grpo_step",
-    function=_spec_function,
-    reference=_spec_reference,
-    cases=(
-        _case(2, 3, (4, 5, 7)),
-        _case(1, 2, (4, 8, 8), channels_last=True),
-        _case(1, 2, (1, 1, 1)),
-        _case(1, 2, (3, 83, 67)),
-    ),
-    bench=(_case(4, 16, (4, 64, 64)), _case(16, 16, (4, 64, 64)), _case(16, 16, (4, 64, 64), channels_last=True)),
-    dtypes=(torch.float32, torch.bfloat16, torch.float16),
-    tolerance=_tolerance,
-    aot=tuple(
-        _aot(name + ("_float32" if dtype == torch.float32 else ""), dtype=dtype, **variant)
-        for dtype in (torch.bfloat16, torch.float32)
-        for name, variant in _VARIANTS.items()
-    ),
-)

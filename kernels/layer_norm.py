@@ -1,38 +1,34 @@
 """Layer normalisation over the last dimension (Ba et al., arXiv 1607.06450), of a sum where there is a residual.
 
     s = x + residual        (or s = x)
-    mean = sum(s) / C       rstd = 1 / sqrt(sum((s - mean)^2) / C + eps)       z = (s - mean) rstd       y = z weight + bias
+    mean = sum(s) / C     rstd = 1 / sqrt(sum((s - mean)^2) / C + eps)     z = (s - mean) rstd     y = z weight + bias
 
-x, residual, s, y [..., C]; weight, bias [C]. With a = dy weight, and ds the gradient of s as an output, the gradients are
+x, residual, s, y [..., C]; weight, bias [C]. With a = dy weight, and ds the gradient of s as an output, the gradients
+are
 
     dx = dresidual = rstd (a - mean(a) - z mean(a z)) + ds
     dweight = sum over rows of dy z                          dbias = sum over rows of dy
 
-x, residual, s and y are bfloat16, float16 or float32, weight and bias one of them too; all between is float32. y is of s as
-it is stored, rounded. A row stays in registers, so the variance is taken about the mean that was just computed and does not
-cancel. s, mean and rstd are kept for the backward pass.
-dweight and dbias: every program sums a fixed run of rows, and a second kernel adds the programs' sums in order, so that
-the same inputs give the same bits. Bytes an element, in half precision: forward 4 or, with a residual, 8; backward 6 or 8.
-An addition of its own would make these 10 and 12. The backward pass also adds the gradient of x where x itself is used
-beside its norm.
-On the CPU it is PyTorch's addition and layer_norm; in float32 they give what nn.LayerNorm gives, to the last bit.
+x, residual, s and y are bfloat16, float16 or float32, weight and bias one of them too; all between is float32. y is of
+s as it is stored, rounded. A row stays in registers, so the variance is taken about the mean that was just computed and
+does not cancel. s, mean and rstd are kept for the backward pass. dweight and dbias: every program sums a fixed run of
+rows, and a second kernel adds the programs' sums in order, so that the same inputs give the same bits. Bytes an
+element, in half precision: forward 4 or, with a residual, 8; backward 6 or 8. An addition of its own would make these
+10 and 12. The backward pass also adds the gradient of x where x itself is used beside its norm. On the CPU it is
+PyTorch's addition and layer_norm; in float32 they give what nn.LayerNorm gives, to the last bit.
 """
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrpo.kernels import program_sums
-from fastgrpo.kernels.device import on_its_device
 from fastgrpo.kernels.language import tl, triton
-from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
+from fastgrpo.kernels.operators import DTYPES, on_its_device
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 4096  # the widest row whose backward pass fits into the registers of one program
 
-# Elements a thread holds of each tensor of a tile. The backward pass holds six tensors (s, dy, ds, weight and the two sums).
+# Elements a thread holds of each tensor of a tile. The backward pass holds six tensors (s, dy, ds, weight and the two
+# sums).
 _PER_THREAD = 8
 # The backward pass's programs: enough to fill the largest GPUs several times over, and never so many that their sums
 # of rows are a large part of what is written. Not taken from the device, so that every device adds in the same order.
@@ -87,7 +83,8 @@ def _backward_kernel(
     dy_ptr, dsum_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, parts_ptr, rows, width, run,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
-    """Program p takes rows p * run to (p + 1) * run, ROWS at a time; its sums go to row p of parts, dweight's then dbias's.
+    """Program p takes rows p * run to (p + 1) * run, ROWS at a time; its sums go to row p of parts, dweight's then
+    dbias's.
 
     x is what was normalised. dsum_ptr: None without a residual.
     """
@@ -261,12 +258,11 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, differentiable once.
 
-    x: [..., C] bfloat16, float16 or float32, any strides. weight, bias: [C] of one such dtype, not necessarily that of x.
-    eps: added to the variance. residual: of x's shape and dtype. Returns [..., C], contiguous, of the dtype of `x`; with
-    a residual two of them, x + residual and its norm. keep: two without a residual as well, x and its norm; where x is used
-    beside its norm, the backward pass then adds the gradients of both.
-    Frozen weights get no gradients, and the work for these is not done.
-    Raises ValueError for other dtypes and shapes, and for C above 4096.
+    x: [..., C] bfloat16, float16 or float32, any strides. weight, bias: [C] of one such dtype, not necessarily that of
+    x. eps: added to the variance. residual: of x's shape and dtype. Returns [..., C], contiguous, of the dtype of `x`;
+    with a residual two of them, x + residual and its norm. keep: two without a residual as well, x and its norm; where
+    x is used beside its norm, the backward pass then adds the gradients of both. Frozen weights get no gradients, and
+    the work for these is not done. Raises ValueError for other dtypes and shapes, and for C above 4096.
     """
     if x.dtype not in DTYPES or weight.dtype not in DTYPES or bias.dtype != weight.dtype:
         raise ValueError(
@@ -279,87 +275,9 @@ def layer_norm(
             f"[..., C], [C] and [C] with C from 1 to {MAX_WIDTH}."
         )
     if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
-        raise ValueError(
-            f"layer_norm: residual is {residual.dtype} {tuple(residual.shape)}; x's {x.dtype} {tuple(x.shape)} is accepted."
-        )
+        given = f"residual is {residual.dtype} {tuple(residual.shape)}"
+        raise ValueError(f"layer_norm: {given}; x's {x.dtype} {tuple(x.shape)} is accepted.")
     if keep and residual is None:
         return _Keeping.apply(x, weight, bias, eps)
     y, total, _, _ = _forward(x, weight, bias, eps, residual)
     return y if residual is None else (total, y)
-
-
-def _eager(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
-    total = x if residual is None else x + residual
-    y = F.layer_norm(total, weight.shape, weight, bias, eps)
-    return y if residual is None else (total, y)
-
-
-def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """(rtol, atol) for outputs and gradients of the cases: sums of deviation 1.4, weight about 1, standard normal gradients.
-
-    rtol: the result is rounded once, by truncation in Triton's interpreter, which is less than an ulp.
-    atol, for float32: z and dx are sums and products of numbers below 6 with about ten roundings of half an ulp on the
-    way, and a mean of C adds log2(C) / 2 more: 6 * 16 * 2^-24 is 6e-6. dweight and dbias are sums of at most 24 terms
-    below 36, whose partial sums stay below 128: 24 * 128 * 2^-24 is 2e-4 if every rounding went one way, and
-    about 1 / sqrt(24) of that, 4e-5, for roundings that go either way.
-    """
-    return torch.finfo(dtype).eps, 4e-5
-
-
-def _case(*shape: int) -> Case:
-    def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
-        # Multiples of 1/16 below 8: their sum is exact in every dtype, and what y is off by is the norm's own.
-        x, residual = ((16 * torch.randn(shape, generator=generator)).round() / 16 for _ in range(2))
-        weight = 1 + 0.2 * torch.randn(shape[-1], generator=generator)
-        bias = 0.2 * torch.randn(shape[-1], generator=generator)
-        x, weight, bias, residual = (tensor.to(device, dtype) for tensor in (x, weight, bias, residual))
-        return x, weight, bias, 1e-5, residual
-
-    return Case("x".join(map(str, shape)), make, bytes=8 * math.prod(shape))
-
-
-_WIDTHS = (320, 640, 1280)  # of SD 1.x and 2.x
-
-
-def _aot(dtype: str, width: int, residual: bool) -> tuple[AotKernel, AotKernel]:
-    blocks = _blocks(_MAX_PROGRAMS, width)
-    warps = blocks.pop("num_warps")
-    kernels = []
-    for direction, kernel, constants in (
-        ("forward", _forward_kernel, {}),
-        ("backward", _backward_kernel, {"AFFINE": True}),
-    ):
-        constants |= blocks
-        if not residual:
-            constants |= dict.fromkeys({"residual_ptr", "sum_ptr", "dsum_ptr"} & set(kernel.arg_names))
-        types = dict.fromkeys(("mean_ptr", "rstd_ptr", "parts_ptr"), "*fp32") | {"eps": "fp32"}
-        types |= dict.fromkeys(("rows", "width", "run"), "i32") | dict.fromkeys(constants, "constexpr")
-        signature = {parameter: types.get(parameter, f"*{dtype}") for parameter in kernel.arg_names}
-        name = f"{direction}{' residual' * residual} {dtype} {width}"
-        kernels.append(AotKernel(name, kernel, signature, constants, warps))
-    return tuple(kernels)
-
-
-SPEC = OpSpec(
-    name="layer_norm",
-    function=layer_norm,
-    reference=reference,
-    cases=(_case(1, 1), _case(3, 5), _case(24, 33), *(_case(2, 3, width) for width in (32, 64, 320, 640, 768, 1280))),
-    bench=tuple(
-        _case(batch, tokens, width)
-        for batch in (16, 128)
-        for tokens, width in ((4096, 320), (1024, 640), (256, 1280), (64, 1280))  # SD 1.x at 512 x 512
-    ),
-    dtypes=DTYPES,
-    tolerance=_tolerance,
-    differentiable=(0, 1, 2, 4),
-    rivals={"eager": _eager},
-    aot=(
-        *(kernel for dtype in ("bf16", "fp16", "fp32") for width in _WIDTHS for kernel in _aot(dtype, width, True)),
-        *(kernel for width in _WIDTHS for kernel in _aot("bf16", width, False)),
-        *_aot("bf16", MAX_WIDTH, True),
-        program_sums.AOT,
-    ),
-)

@@ -1,14 +1,12 @@
 """The CUDA C++ of csrc/: built on first use by nvcc into a cache folder, loaded by ctypes, called with raw pointers.
 
-No PyTorch headers are involved, so a build takes seconds and outlives PyTorch's versions. Nor is PyTorch's CUDA runtime:
-one is linked in, which needs no library of nvcc's version to be found when it is loaded. Its current device is its own, so
-that every call says which one is meant.
+No PyTorch headers are involved, so a build takes seconds and outlives PyTorch's versions. Nor is PyTorch's CUDA
+runtime: one is linked in, which needs no library of nvcc's version to be found when it is loaded. Its current device is
+its own, so that every call says which one is meant.
 
 The library lies in the cache folder, under a name made of the sources, nvcc's options, which say for which devices, and
-its version. It appears there by an atomic rename: processes that build it at the same time do the work twice and end with
-the same file.
-
-`group_norm_silu_forward` and `_backward` take and return what the functions that launch Triton's kernels do.
+its version. It appears there by an atomic rename: processes that build it at the same time do the work twice and end
+with the same file.
 """
 
 import ctypes
@@ -25,7 +23,6 @@ from torch import Tensor
 
 ARCHITECTURES = (80, 90)
 """Compute capabilities, times ten, that the sources are tested for; any 8.x does."""
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class BuildError(RuntimeError):
@@ -43,7 +40,7 @@ def sources() -> list[Path]:
 
 
 def architectures() -> tuple[int, ...]:
-    """What to build for: the compute capabilities of the devices at hand that csrc is for, or `ARCHITECTURES` without any."""
+    """What to build for: the compute capabilities of the devices here that csrc is for, else `ARCHITECTURES`."""
     found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
     return tuple(sorted(10 * major + minor for major, minor in found if _is_for(major, minor))) or ARCHITECTURES
 
@@ -56,7 +53,7 @@ def options() -> list[str]:
 
 @functools.cache
 def available() -> str | None:
-    """None if the library is loaded and made for this machine's GPU, after building it if need be; else why not, in a line."""
+    """None if the library, built if need be, is loaded and made for this machine's GPU; else why not, in a line."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     major, minor = torch.cuda.get_device_capability()
@@ -97,14 +94,14 @@ def build() -> Path:
 
 
 def cache_folder() -> Path:
-    """$FASTGRPO_CACHE, or `fastgrpo` in $XDG_CACHE_HOME or ~/.cache. Raises RuntimeError where there is no home folder."""
+    """Returns $FASTGRPO_CACHE, or `fastgrpo` in $XDG_CACHE_HOME or ~/.cache. RuntimeError: no home folder."""
     if own := os.environ.get("FASTGRPO_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgrpo"
 
 
 def call(function: str, device: torch.device, *arguments: Tensor | int | float | None) -> None:
-    """Call an `extern "C"` function on the device's current stream; the device's index and that are appended to its arguments.
+    """Calls an `extern "C"` function with these arguments, the device's index, and the device's current stream.
 
     Tensors go as pointers, None as a null pointer, bool and int as int64, float as float. Raises LaunchError unless the
     function returns 0, a CUDA error code otherwise.
@@ -118,44 +115,12 @@ def call(function: str, device: torch.device, *arguments: Tensor | int | float |
 
 
 def as_c(argument: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
-    """An argument as a C function takes it."""
+    """Returns an argument as a C function takes it."""
     if argument is None:
         return ctypes.c_void_p()
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
-
-
-def group_norm_silu_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, temb: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, mean, rstd; x is channels_last, everything is contiguous in it. Raises LaunchError."""
-    samples, channels, height, width = x.shape
-    y = torch.empty_like(x)
-    mean, rstd = (torch.empty((samples, groups), dtype=torch.float32, device=x.device) for _ in range(2))
-    call(
-        "fastgrpo_group_norm_silu_forward", x.device,
-        y, mean, rstd, x, temb, weight, bias, samples, height * width, channels, groups, eps, silu,
-        _DTYPES[x.dtype], _DTYPES[weight.dtype],
-    )  # fmt: skip
-    return y, mean, rstd
-
-
-def group_norm_silu_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool,
-    temb: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dweight, dbias, dtemb (empty without temb), as above. Raises LaunchError."""
-    samples, channels, height, width = x.shape
-    dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-    dtemb = torch.empty_like(temb) if temb is not None else None
-    shares = torch.empty((2, samples, channels), dtype=torch.float32, device=x.device)
-    call(
-        "fastgrpo_group_norm_silu_backward", x.device,
-        dx, dweight, dbias, dtemb, shares, dy, x, temb, weight, bias, mean, rstd,
-        samples, height * width, channels, groups, silu, _DTYPES[x.dtype], _DTYPES[weight.dtype],
-    )  # fmt: skip
-    return dx, dweight, dbias, x.new_empty(0) if dtemb is None else dtemb
 
 
 @functools.cache

@@ -1,9 +1,9 @@
 """Compile kernels before they are launched: Triton's cache is filled on all cores, without a device.
 
-Triton compiles a kernel when it is first launched with arguments of a kind: their types, which integers are 1 or multiples of 16,
-which pointers are aligned, constants and options. `recording` takes down how kernels are launched, of tensors on any device,
-the meta device among them, and launches nothing. `compile_launches` asks Triton itself for what such a launch needs, so
-the launch that comes later looks for the very file that was written.
+Triton compiles a kernel when it is first launched with arguments of a kind: their types, which integers are 1 or
+multiples of 16, which pointers are aligned, constants and options. `recording` takes down how kernels are launched, of
+tensors on any device, the meta device among them, and launches nothing. `compile_launches` asks Triton itself for what
+such a launch needs, so the launch that comes later looks for the very file that was written.
 """
 
 import importlib
@@ -40,7 +40,7 @@ class Pointer:
 
 
 @dataclass(frozen=True)
-class Launch:
+class KernelLaunch:
     """How a kernel is launched. arguments: in its order, tensors as `Pointer`, also those in tuples. options: by name,
     constants among them.
     """
@@ -67,16 +67,17 @@ class _Operators(TorchDispatchMode):
 
 
 @contextmanager
-def recording() -> Iterator[dict[tuple, Launch]]:
-    """Within the block kernels are not launched but written down, in their order: kind -> the first launch of that kind.
+def recording() -> Iterator[dict[tuple, KernelLaunch]]:
+    """Within the block kernels are not launched but written down, in their order: kind -> the first launch of that
+    kind.
 
     Operators compute nothing real: the block is meant for tensors on the meta device, where shapes are all there is.
     """
-    found: dict[tuple, Launch] = {}
+    found: dict[tuple, KernelLaunch] = {}
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         arguments = _each(args, torch.Tensor, _pointer)
-        launch = Launch(kernel.fn.__module__, kernel.fn.__name__, arguments, tuple(sorted(options.items())))
+        launch = KernelLaunch(kernel.fn.__module__, kernel.fn.__name__, arguments, tuple(sorted(options.items())))
         found.setdefault(_kind(kernel, launch), launch)
 
     launching = JITFunction.run
@@ -90,7 +91,9 @@ def recording() -> Iterator[dict[tuple, Launch]]:
         BACKENDS.set("auto")
 
 
-def compile_launches(launches: Sequence[Launch], architecture: int, processes: int = 0) -> Iterator[tuple[Launch, str]]:
+def compile_launches(
+    launches: Sequence[KernelLaunch], architecture: int, processes: int = 0
+) -> Iterator[tuple[KernelLaunch, str]]:
     """(launch, why it did not compile, or ""), as they are done, on `processes` cores, 0 being all.
 
     architecture: 90 for compute capability 9.0.
@@ -122,7 +125,7 @@ def _pretend(architecture: int) -> None:
     triton.runtime.driver.set_active(PretendedDriver(architecture))
 
 
-def _compile(launch: Launch) -> tuple[Launch, str]:
+def _compile(launch: KernelLaunch) -> tuple[KernelLaunch, str]:
     try:
         launch.compile()
     except Exception as error:  # of Triton, LLVM or ptxas: one kernel must not hide the others
@@ -150,7 +153,7 @@ def _pointer(tensor: torch.Tensor) -> Pointer:
     return Pointer(tensor.dtype, tensor.storage_offset() * tensor.element_size() % _ALIGNED == 0)
 
 
-def _kind(kernel: JITFunction, launch: Launch) -> tuple:
+def _kind(kernel: JITFunction, launch: KernelLaunch) -> tuple:
     """Launches of the same kind share what is compiled for them."""
     plain = [
         argument if parameter.is_constexpr else _specialised(argument)

@@ -1,4 +1,5 @@
-"""The second stage of sums over rows: every program of a kernel has added up a run of rows, and these sums are added here.
+"""The second stage of sums over rows: every program of a kernel has added up a run of rows, and these sums are added
+here.
 
 In the order of the programs and without atomics, so that the same inputs give the same bits.
 """
@@ -7,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastgrpo.kernels.language import tl, triton
-from fastgrpo.kernels.spec import AotKernel
 
 # Columns are independent, and 64 of the programs' sums are added at a time.
 _PROGRAMS = 64
@@ -35,12 +35,3 @@ def sum_programs(parts: Tensor, dtype: torch.dtype) -> Tensor:
             parts, sums, len(parts), width, PROGRAMS=_PROGRAMS, COLUMNS=_COLUMNS
         )
     return sums
-
-
-AOT = AotKernel(
-    "sum",
-    _sum_kernel,
-    {"parts_ptr": "*fp32", "sums_ptr": "*fp32", "programs": "i32", "width": "i32"}
-    | {"PROGRAMS": "constexpr", "COLUMNS": "constexpr"},
-    {"PROGRAMS": _PROGRAMS, "COLUMNS": _COLUMNS},
-)

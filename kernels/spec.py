@@ -1,4 +1,4 @@
-"""What every operation says of itself, for tests, benchmarks and ahead-of-time compilation alike."""
+"""What tests, benchmarks and ahead-of-time compilation need to know of an operator: its SPEC, in specs/NAME.py."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 Arguments = tuple[Any, ...]
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+"""Triton's names for tensors of these dtypes."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One set of arguments of an operation's public function.
+    """One set of arguments of an operator's public function.
 
     name: short, such as "64x320x64x64". make: (device, dtype, generator) -> the arguments; dtype is that of the tensors
     which may be in half precision; the generator belongs to the default device, which is the CPU or `device`.
@@ -28,28 +30,37 @@ class Case:
 class AotKernel:
     """One Triton kernel with fixed parameters, to compile without a GPU.
 
-    kernel: what `@triton.jit` made. signature: parameter -> Triton's type, "*bf16", "*fp32", "*i64", "i32", "fp32" or
-    "constexpr", or a tuple of them, in the kernel's order. constants: the constexprs. num_warps: as it is launched. options: what else the
-    launch tells Triton's compiler, such as {"enable_fp_fusion": False}.
+    kernel: what `@triton.jit` made. types: parameter -> Triton's type, "*bf16", "*fp32", "*i64", "i32" or "fp32", or a
+    tuple of them; those that are named neither here nor in `constants` are of type `other`. constants: the constexprs,
+    and parameters that are None. num_warps: as it is launched. options: what else the launch tells Triton's compiler.
     """
 
     name: str
     kernel: Any
-    signature: dict[str, str | tuple[str, ...]]
+    types: dict[str, Any]
     constants: dict[str, Any]
     num_warps: int = 4
     options: dict[str, Any] = field(default_factory=dict)
+    other: str = "*fp32"
+
+    @property
+    def signature(self) -> dict[str, Any]:
+        """Every parameter's type, in the kernel's order; "constexpr" for constants."""
+        return {
+            name: "constexpr" if name in self.constants else self.types.get(name, self.other)
+            for name in self.kernel.arg_names
+        }
 
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One operation.
+    """One operator.
 
     function: public, works on any device. reference: the same arguments, plain PyTorch, float64 when given float64.
     Both return a tensor or a tuple of tensors.
     cases: small, for tests, odd sizes among them. bench: the shapes of SD 1.x and others that matter.
-    dtypes: what the half-precision tensors may be. tolerance: dtype -> (rtol, atol) against the float64 reference, with a
-    comment that derives it. differentiable: positions of the arguments that get gradients, where they are given.
+    tolerance: dtype of the half-precision tensors -> (rtol, atol) against the float64 reference, with a comment that
+    derives it. differentiable: positions of the arguments that get gradients, where they are given.
     rivals: name -> function of the same arguments to be measured beside it.
     aot: every kernel, at a shape that matters.
     """
@@ -59,7 +70,6 @@ class OpSpec:
     reference: Callable[..., Tensor | tuple[Tensor, ...]]
     cases: tuple[Case, ...]
     bench: tuple[Case, ...]
-    dtypes: tuple[torch.dtype, ...]
     tolerance: Callable[[torch.dtype], tuple[float, float]]
     differentiable: tuple[int, ...] = ()
     rivals: dict[str, Callable[..., Any]] = field(default_factory=dict)

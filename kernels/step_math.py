@@ -1,10 +1,10 @@
-"""The arithmetic of one denoising step, shared by `ddim_step` and `grpo_step`: once in PyTorch, once as device functions.
+"""The arithmetic of a denoising step, which `ddim_step` and `grpo_step` share: in PyTorch, and as device functions.
 
 With the UNet's two halves u (empty prompt) and c (prompt), guidance g, the schedule's coefficients at the step, x the
 latent that was denoised and y the one that was reached:
 
     o        = u + g * (c - u)                                   float32 (Ho and Salimans, arXiv 2207.12598)
-    o'       = phi * o * std(c) / std(o) + (1 - phi) * o         float64, std over a sample (Lin et al., arXiv 2305.08891)
+    o'       = phi * o * std(c) / std(o) + (1 - phi) * o         float64, stds of a sample (Lin et al., 2305.08891)
     mean     = coef_sample * x + coef_output * o'                float64
     log_prob = -(y - mean)^2 / (2 sigma^2) - log(sigma) - log(2 pi) / 2, averaged over C, H, W; 0 where sigma is 0
 
@@ -29,9 +29,6 @@ EXACT = {"enable_fp_fusion": False}
 BLOCK = 4096
 """Elements a program works on at a time: 8 a thread, which are one 16 byte load of a half-precision output."""
 
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-"""Triton's names for an output in memory."""
-
 _LOG_2PI_HALF = tl.constexpr(0.5 * math.log(2 * math.pi))
 
 
@@ -39,16 +36,16 @@ _LOG_2PI_HALF = tl.constexpr(0.5 * math.log(2 * math.pi))
 
 
 def tiling(size: int, rescale: float = 0.0) -> tuple[int, int]:
-    """(block, num_warps) for samples of `size` elements, one program each. Rescaling keeps more at hand: half a block."""
+    """Returns (block, num_warps) for samples of `size` elements. Rescaling holds more at a time: half a block."""
     block = min(triton.next_power_of_2(size), BLOCK // 2 if rescale else BLOCK)
     return block, max(1, block // 256)
 
 
 def launch_options(dtype: torch.dtype, rescale: float, num_warps: int) -> dict[str, Any]:
-    """What a step's kernel is compiled with. dtype: the output's. rescale: as of `ddim_step`.
+    """Returns what a step's kernel is compiled with. dtype: the output's. rescale: as of `ddim_step`.
 
-    float32 outputs and rescaling get all the registers that so many threads can have: left to itself, the compiler spills
-    some to make room for one more program on each processor.
+    float32 outputs and rescaling get all the registers that so many threads can have: left to itself, the compiler
+    spills some to make room for one more program on each processor.
     """
     if rescale or dtype == torch.float32:
         return EXACT | {"maxnreg": min(255, 65536 // (32 * num_warps))}
@@ -82,13 +79,12 @@ def as_guidance(guidance: float | Tensor | None, device: torch.device) -> Tensor
 def check_step(
     output: Tensor, latents: Tensor, tables: Tensor, step: Tensor, guidance: Tensor | None, rescale: float
 ) -> None:
-    """Raise ValueError, in one sentence, for arguments that do not belong together. Reads no values from the device."""
+    """Raises ValueError, in one sentence, for arguments that do not fit together. Reads no values from the device."""
     halves = 1 if guidance is None else 2
     if latents.dim() != 4 or output.shape != (halves * latents.shape[0], *latents.shape[1:]):
         accepted = "[N, C, H, W]" if guidance is None else "[2N, C, H, W], without and with the prompt,"
-        raise ValueError(
-            f"output is {list(output.shape)} and latents {list(latents.shape)}; {accepted} and [N, C, H, W] are accepted"
-        )
+        given = f"output is {list(output.shape)} and latents {list(latents.shape)}"
+        raise ValueError(f"{given}; {accepted} and [N, C, H, W] are accepted")
     if not output.is_floating_point() or output.dtype == torch.float64:
         raise ValueError(f"output is {output.dtype}; float32, bfloat16 or float16 is accepted")
     if latents.dtype != torch.float32:
@@ -99,9 +95,8 @@ def check_step(
             "a contiguous [3, T] float32 tensor of coef_sample, coef_output and sigma is accepted"
         )
     if step.dtype != torch.int64 or step.shape not in ((1,), (latents.shape[0],)):
-        raise ValueError(
-            f"step is {list(step.shape)} {step.dtype}; int64 [1] or one for each of {latents.shape[0]} samples is accepted"
-        )
+        accepted = f"int64 [1] or one for each of {latents.shape[0]} samples"
+        raise ValueError(f"step is {list(step.shape)} {step.dtype}; {accepted} is accepted")
     if guidance is not None and (guidance.dtype != torch.float32 or guidance.numel() != 1):
         raise ValueError(f"guidance is {list(guidance.shape)} {guidance.dtype}; a number or float32 [1] is accepted")
     if not 0 <= rescale <= 1 or (rescale and guidance is None):
@@ -116,7 +111,7 @@ def check_like(name: str, tensor: Tensor | None, latents: Tensor) -> None:
 
 
 def check_pairs(pairs: int, **tensors: Tensor | None) -> None:
-    """Raise ValueError for what is not one number for each of the pairs: int64 for "group" and "slot", else float32."""
+    """Raises ValueError for what is not [pairs]: of int64 for "group" and "slot", of float32 for others."""
     for name, tensor in tensors.items():
         dtype = torch.int64 if name in ("group", "slot") else torch.float32
         if tensor is not None and (tensor.shape != (pairs,) or tensor.dtype != dtype):
@@ -126,14 +121,14 @@ def check_pairs(pairs: int, **tensors: Tensor | None) -> None:
 # In PyTorch.
 
 
-def working(output: Tensor) -> Tensor:
-    """Half precision becomes float32; float64 stays, for tests."""
-    return output if output.dtype == torch.float64 else output.float()
+def working_dtype(output: Tensor) -> torch.dtype:
+    """What the guided output is computed in: float32; float64 for outputs in float64, which only tests have."""
+    return torch.float64 if output.dtype == torch.float64 else torch.float32
 
 
 def guide(output: Tensor, guidance: float | Tensor | None) -> tuple[Tensor, Tensor]:
-    """The guided output and its conditional half, both [N, C, H, W] in `working` precision."""
-    output = working(output)
+    """The guided output and its conditional half, both [N, C, H, W] of `working_dtype`."""
+    output = output.to(working_dtype(output))
     if guidance is None:
         return output, output
     unconditional, conditional = output.chunk(2)
@@ -171,40 +166,6 @@ def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
     return torch.where(random, log_prob, 0.0)
 
 
-def philox(key: Tensor, counter: tuple[Tensor | int, ...], rounds: int = 10) -> list[Tensor]:
-    """Philox4x32 (Salmon et al., SC 2011): four random 32 bit numbers for every counter.
-
-    key: int64 scalar, its low and high half. counter: four, each below 2^32, that broadcast. Returns four int64 tensors.
-    """
-    low = 0xFFFFFFFF
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, device=key.device) for c in counter))
-    k0, k1 = key & low, (key >> 32) & low
-    for _ in range(rounds):
-        # Products wrap around in int64; their upper and lower 32 bits are right nevertheless.
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (b >> 32 & low) ^ c1 ^ k0, b & low, (a >> 32 & low) ^ c3 ^ k1, a & low
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    return [c0, c1, c2, c3]
-
-
-def draw_noise(state: Tensor, shape: torch.Size) -> Tensor:
-    """Standard normal numbers, [B, C, H, W] float32, a function of `state` = (seed, offset, ...) and of the place alone.
-
-    Element i of sample b is number i % 4 of the four that Philox and Box-Muller make from counter
-    (i // 4, b, low half of offset, high half).
-    """
-    size = shape[1:].numel()
-    block = torch.arange(-(-size // 4), device=state.device)
-    sample = torch.arange(shape[0], device=state.device)[:, None]
-    bits = philox(state[0], (block, sample, state[1] & 0xFFFFFFFF, state[1] >> 32 & 0xFFFFFFFF))
-    # Centres of 2^23 equal parts of (0, 1), exact in float32, so the logarithm is never infinite.
-    u = [((b >> 9).float() + 0.5) * 2**-23 for b in bits]
-    radius = [(-2 * x.log()).sqrt() for x in (u[0], u[2])]
-    angle = [x * (2 * math.pi) for x in (u[1], u[3])]
-    normal = [f(a) * r for r, a in zip(radius, angle, strict=True) for f in (torch.cos, torch.sin)]
-    return torch.stack(normal, dim=2).flatten(1)[:, :size].reshape(shape)
-
-
 # On the device. `e` counts a sample's elements in the order of the UNet's output in memory.
 
 
@@ -218,11 +179,17 @@ def latent_offset(e, SIZE: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: 
 
 
 @triton.jit
-def coefficients(tables, step, steps):
-    """coef_sample, coef_output and sigma, float64."""
-    coef_sample = tl.load(tables + step).to(tl.float64)
-    coef_output = tl.load(tables + steps + step).to(tl.float64)
-    return coef_sample, coef_output, tl.load(tables + 2 * steps + step).to(tl.float64)
+def load_step(tables, step, guidance, row, step_stride, steps, GUIDED: tl.constexpr):
+    """A row's coef_sample, coef_output and sigma, float64; sigma again, but 1 where it is 0; and the guidance."""
+    at = tl.load(step + row * step_stride)
+    coef_sample = tl.load(tables + at).to(tl.float64)
+    coef_output = tl.load(tables + steps + at).to(tl.float64)
+    sigma = tl.load(tables + 2 * steps + at).to(tl.float64)
+    scale = tl.where(sigma > 0, sigma, 1.0)
+    if GUIDED:
+        return coef_sample, coef_output, sigma, scale, tl.load(guidance)
+    else:
+        return coef_sample, coef_output, sigma, scale, 1.0
 
 
 @triton.jit
@@ -240,16 +207,10 @@ def load_guided(output, guidance, sample, samples, e, SIZE: tl.constexpr, GUIDED
 
 @triton.jit
 def load_rescale(
-    output,
-    guidance,
-    sample,
-    samples,
-    SIZE: tl.constexpr,
-    RESCALE: tl.constexpr,
-    GUIDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """o' / o, and what its derivative needs: mean and std of the guided output, mean and std of the conditional half."""
+    output, guidance, sample, samples,
+    SIZE: tl.constexpr, RESCALE: tl.constexpr, GUIDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """o' / o, and what its derivative needs: mean and std of the guided output, and those of the conditional half."""
     sum_o = tl.zeros([BLOCK], tl.float64)
     sum_c = tl.zeros([BLOCK], tl.float64)
     for start in range(0, SIZE, BLOCK):
@@ -275,20 +236,9 @@ def load_rescale(
 
 @triton.jit
 def load_mean(
-    output,
-    latents,
-    guidance,
-    factor,
-    coef_sample,
-    coef_output,
-    sample,
-    samples,
-    e,
-    at,
-    SIZE: tl.constexpr,
-    RESCALE: tl.constexpr,
-    GUIDED: tl.constexpr,
-):
+    output, latents, guidance, factor, coef_sample, coef_output, sample, samples, e, at,
+    SIZE: tl.constexpr, RESCALE: tl.constexpr, GUIDED: tl.constexpr,
+):  # fmt: skip
     """The mean, float64, and the guided output, float32. at: where the elements lie in a latent."""
     guided, _ = load_guided(output, guidance, sample, samples, e, SIZE, GUIDED)
     scaled = guided.to(tl.float64)
@@ -302,26 +252,3 @@ def load_mean(
 def log_prob_from(total, scale, SIZE: tl.constexpr):
     """float64, from the sum of the squared residuals; for a sigma above 0, which `scale` is."""
     return -0.5 * (total / SIZE) - tl.log(scale) - _LOG_2PI_HALF
-
-
-@triton.jit
-def draw_normal(seed, offset, sample, i):
-    """`draw_noise` at elements i of a sample. Four neighbours repeat the same rounds, whatever layout they lie in."""
-    block = i // 4
-    zero = block * 0
-    low = zero + offset.to(tl.int32)
-    high = zero + (offset >> 32).to(tl.int32)
-    b0, b1, b2, b3 = tl.philox(seed, block, zero + sample.to(tl.int32), low, high)
-    first = i % 4 < 2
-    u = ((tl.where(first, b0, b2) >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-    v = ((tl.where(first, b1, b3) >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-    # cos and sin of 2 pi v: v is taken to within an eighth of a quarter turn, where Taylor's series are short.
-    quarter = (4.0 * v + 0.5).to(tl.int32)
-    x = (v - quarter.to(tl.float32) * 0.25) * 6.283185307179586
-    y = x * x
-    sin = x * (1 + y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y * (1 / 362880)))))
-    cos = 1 + y * (-1 / 2 + y * (1 / 24 + y * (-1 / 720 + y * (1 / 40320 + y * (-1 / 3628800)))))
-    turned = quarter + i % 2 * 3  # sin is cos a quarter turn earlier
-    unsigned = tl.where(turned % 2 == 0, cos, sin)
-    sign = tl.where((turned % 4 == 1) | (turned % 4 == 2), -1.0, 1.0)
-    return sign * unsigned * tl.sqrt(-2.0 * tl.log(u))

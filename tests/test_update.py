@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastgrpo.grpo.steps import steps_of_samples
-from fastgrpo.kernels.clipped_loss import clipped_loss
+from fastgrpo.kernels.grpo_step import clipped_loss
 from fastgrpo.settings.schema import OptimConfig, RolloutConfig
 from fastgrpo.system.errors import ConfigError
 from support.update import CONFIG, GRADIENT_TOLERANCE, GROUP, NUDGE, PROMPTS, REWARDS, STEPS, Scene
@@ -247,7 +247,7 @@ def test_a_spoilt_update_is_reported(scene):
 def test_clip_acts_in_the_right_direction(advantage, ratio, clipped, loss):
     """Bounds 0.9 and 1.2."""
     log_ratio = torch.tensor([np.log(ratio)], dtype=torch.float32)
-    value, r, c = clipped_loss(log_ratio, torch.tensor([advantage]), clip_low=0.1, clip_high=0.2)
+    value, r, c, _ = clipped_loss(log_ratio, torch.tensor([advantage]), clip_low=0.1, clip_high=0.2)
     assert c.item() == clipped
     # A handful of float32 operations on numbers below 3.
     assert [r.item(), value.item()] == pytest.approx([ratio, loss], abs=1e-6)

@@ -9,6 +9,7 @@ from torch import Tensor
 import fastgrpo  # noqa: F401
 from fastgrpo.kernels import accumulate as module
 from fastgrpo.kernels.accumulate import ALIGNMENT, accumulate
+from fastgrpo.kernels.operators import DTYPES
 from support.kernels import interpreted, on_gpu
 
 
@@ -35,7 +36,7 @@ def draw(size: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("sizes", [[1], [64, 128, 63, 65, 1, 200], [0, 5, 0], [*range(1, 65), 130]], ids=len)
-@pytest.mark.parametrize("dtype", module.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_bits_are_those_of_add(device: str, sizes: list[int], dtype: torch.dtype) -> None:
     starts, end = laid_out(sizes)
     total = draw(end, 0)

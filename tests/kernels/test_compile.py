@@ -17,7 +17,8 @@ from support import ROOT
 
 pytestmark = pytest.mark.slow
 
-# Bytes of shared memory one block can have: CUDA C++ programming guide, technical specifications per compute capability.
+# Bytes of shared memory one block can have: CUDA C++ programming guide, technical specifications per compute
+# capability.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 REGISTERS = 255
 # Bytes a thread: Triton 3.8 spills up to eight registers in some of the compiled variants where 3.6 and 3.7 spill none.
@@ -26,7 +27,7 @@ STACK = 0 if Version(triton.__version__) < Version("3.8") else 32
 
 @pytest.fixture(scope="module")
 def usages() -> list[dict]:
-    """What `python -m fastgrpo.kernels.compile --json` prints; a process that interprets kernels cannot compile them."""
+    """What `python -m fastgrpo.kernels.compile --json` prints; where kernels are interpreted none is compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "fastgrpo.kernels.compile", "--json"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -97,8 +98,8 @@ import json, re
 import fastgrpo, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastgrpo.kernels import accumulate, fused_adamw
 from fastgrpo.kernels.compile import _aligned
+from fastgrpo.kernels.specs import accumulate, fused_adamw
 found = {}
 for aot in (*fused_adamw.SPEC.aot, *accumulate.SPEC.aot):
     source = ASTSource(aot.kernel, aot.signature, aot.constants, _aligned(aot.signature))

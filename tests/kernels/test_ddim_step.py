@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from fastgrpo.kernels import ddim_step as op
-from fastgrpo.kernels.ddim_step import ddim_step, log_prob, noise_state, reference
-from fastgrpo.kernels.step_math import BLOCK, as_launched, draw_noise, philox
+from fastgrpo.kernels.ddim_step import ddim_step, log_prob, reference
+from fastgrpo.kernels.specs.ddim_step import SPEC
+from fastgrpo.kernels.step_math import BLOCK, as_launched
 from fastgrpo.schedule import Schedule, make_schedule
-from support.kernels import Recorder, on_gpu, poisoned
+from support.kernels import Recorder, poisoned
 from support.plain_step import plain_log_prob, plain_mean
 
 SD = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -34,13 +35,13 @@ def inputs(samples, shape, dtype=torch.float32, scale=1.0, halves=2, seed=0):
     return output, latents, noise
 
 
-def launch(output, latents, tables, step, guidance, noise=None, seed=None, rescale=0.0, keep_mean=True):
+def launch(output, latents, tables, step, guidance, noise, rescale=0.0, keep_mean=True, taken=False):
     """The kernel itself, interpreted, on memory full of NaN."""
     if torch.cuda.is_available():
         pytest.skip("the kernels are compiled here: the GPU tests run them")
     guidance = None if guidance is None else torch.tensor([guidance])
     with poisoned():
-        return op._launch_ddim_step(output, latents, tables, step, guidance, noise, seed, rescale, keep_mean)
+        return op._launch_ddim_step(output, latents, tables, step, guidance, noise, rescale, keep_mean, taken)
 
 
 def exact(output, latents, tables, step, guidance, noise, rescale=0.0):
@@ -74,6 +75,22 @@ def test_kernel_is_the_float64_closed_form(shape, dtype, rescale):
     expected = torch.distributions.Normal(mean, sigma).log_prob(following.double()).mean(dim=(1, 2, 3))
     slack = (bound / sigma * ((following - mean).abs() / sigma + 1)).mean(dim=(1, 2, 3)) + 2.0**-22
     assert ((log_probs - expected).abs() <= slack).all()
+
+
+@pytest.mark.parametrize("rescale", [0.3, 1.0])
+@pytest.mark.parametrize("path", ["kernel", "operator"])
+def test_rescaled_guidance_is_diffusers(path, rescale):
+    pipeline = pytest.importorskip("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
+    output, latents, noise = inputs(2, (4, 8, 8))
+    step, tables = torch.tensor([3, 48]), tables_of(schedule_of())
+    run = launch if path == "kernel" else ddim_step
+    *_, mean = run(output, latents, tables, step, 5.0, noise, rescale=rescale, keep_mean=True)
+    uncond, cond = output.double().chunk(2)
+    guided = pipeline.rescale_noise_cfg(uncond + 5.0 * (cond - uncond), cond, rescale)
+    coef_sample, coef_output = (row[step].double().reshape(-1, 1, 1, 1) for row in tables[:2])
+    wanted = coef_sample * latents.double() + coef_output * guided
+    # As above.
+    assert ((mean - wanted).abs() <= 2.0**-24 * (3 * 60 * 0.1 + wanted.abs())).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -131,10 +148,10 @@ def test_channels_last_and_other_strides_change_nothing(dtype, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_log_prob_kernel_repeats_the_step_s_exactly(dtype, shape):
     output, latents, noise = inputs(2, shape, dtype)
-    tables, step, guidance = tables_of(schedule_of()), torch.tensor([48, 2]), torch.tensor([5.0])
+    tables, step = tables_of(schedule_of()), torch.tensor([48, 2])
     following, expected, means = launch(output, latents, tables, step, 5.0, noise)
-    with poisoned():
-        again = op._launch_log_prob(output, latents, following, tables, step, guidance, 0.0, True)
+    nothing, *again = launch(output, latents, tables, step, 5.0, following, taken=True)
+    assert nothing.numel() == 0
     assert torch.equal(again[0], expected)
     assert torch.equal(again[1], means)
 
@@ -160,9 +177,7 @@ def test_extreme_outputs_and_sigmas_stay_finite():
     assert log_probs[1] == 0
     assert torch.equal(following[1], means[1])  # no noise where sigma is 0
     sigma = tables[2].double().reshape(-1, 1, 1, 1)
-    mean, *_ = reference(
-        output.double(), latents.double(), tables.double(), torch.arange(3), 7.5, noise.double(), None, 0.0, False
-    )
+    mean, *_ = reference(output.double(), latents.double(), tables.double(), torch.arange(3), 7.5, noise.double())
     exact_mean = mean - sigma * noise.double()
     # The mean, of up to 2e4, is stored to half its spacing of 2^-9: over sigma 1e-3 that dominates the residual itself,
     # and the log-prob of the value stored must say so.
@@ -182,133 +197,34 @@ def _mean64(output, latents, tables, sample):
     return tables[0, sample].double() * latents[sample].double() + tables[1, sample].double() * guided
 
 
-def test_philox_is_random123_s():
-    """Known answers of Philox4x32-10, from Random123's kat_vectors."""
-    ones = 0xFFFFFFFF
-    cases = [
-        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((ones,) * 4, -1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            0xA4093822 | 0x299F31D0 << 32,
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ]
-    for counter, key, expected in cases:
-        assert tuple(int(word) for word in philox(torch.tensor(key), counter)) == expected
-
-
-def test_drawn_noise_is_normal_and_fresh():
-    state = noise_state(1234, CPU)
-    first = draw_noise(state, torch.Size((8, 4, 32, 32)))
-    state[1] += 1
-    second = draw_noise(state, torch.Size((8, 4, 32, 32)))
-    flat = torch.stack([first, second]).flatten(1).double()
-    count = flat.shape[1]
-    for moment, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
-        # Five standard errors of the sample moment of a standard normal.
-        assert ((flat**moment).mean(dim=1) - expected).abs().max() < 5 * (variance / count) ** 0.5
-    # Correlations between calls, samples and neighbours, within five standard errors.
-    assert abs((flat[0] * flat[1]).mean()) < 5 / count**0.5
-    assert abs((first[0].double() * first[1].double()).mean()) < 5 / (count / 8) ** 0.5
-    for lag in (1, 2, 3, 4):
-        assert abs((flat[0, lag:] * flat[0, :-lag]).mean()) < 5 / (count - lag) ** 0.5
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_the_operator_draws_the_noise_of_draw_noise(device, channels_last):
-    output, latents, _ = inputs(3, (4, 64, 64))
-    if channels_last:
-        output = output.contiguous(memory_format=torch.channels_last)
-    tables, state = torch.tensor([[1.0], [0.0], [1.0]]), torch.tensor([0x123456789ABCDEF, 2**32 + 5, 0])
-    noise, step = draw_noise(state, latents.shape), torch.tensor([0])
-    output, latents, tables, step, state = (t.to(device) for t in (output, latents, tables, step, state))
-    following, _ = ddim_step(output, latents, tables, step, 5.0, seed=state)
-    # Logarithm and root of a radius below 6, each within a few units in the last place, and the sum with x.
-    torch.testing.assert_close(following.cpu() - latents.cpu(), noise, rtol=0, atol=8e-6)
-    assert state.tolist() == [0x123456789ABCDEF, 2**32 + 6, 0]
-
-
-@pytest.mark.parametrize("shape", [(3, 5, 7), (4, 8, 8), (1, 1, 1)])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_kernel_draws_the_same_noise_and_moves_the_offset(shape, channels_last):
-    output, latents, _ = inputs(3, shape)
-    if channels_last:
-        output = output.contiguous(memory_format=torch.channels_last)
-    tables, step = torch.tensor([[1.0], [0.0], [1.0]]), torch.tensor([0])
-    # Seed and offset with bits above the 32nd, which enter too.
-    state = torch.tensor([0x123456789ABCDEF, 2**32 + 5, 0])
-    other = state.clone()
-    for call in range(2):
-        following, log_probs, _ = launch(output, latents, tables, step, 5.0, seed=state)
-        noise = draw_noise(torch.tensor([0x123456789ABCDEF, 2**32 + 5 + call, 0]), latents.shape)
-        # Taylor's series end 4e-9 away; logarithm and root are rounded, and so is x + z.
-        torch.testing.assert_close(following, latents + noise, rtol=0, atol=4e-6)
-        assert state.tolist() == [0x123456789ABCDEF, 2**32 + 6 + call, 0]
-        plain = ddim_step(output, latents, tables, step, 5.0, seed=other)
-        assert torch.equal(plain[0], (latents.double() + noise.double()).float())
-        torch.testing.assert_close(log_probs, plain[1], rtol=1e-5, atol=1e-5)
-        assert torch.equal(other, state)
-
-
-def test_kernel_s_noise_is_normal_repeats_and_does_not_depend_on_the_batch():
-    """Of the kernel itself: with these tables it writes the noise."""
-    shape, tables = (4, 32, 32), torch.tensor([[0.0], [0.0], [1.0]])
-
-    def draw(samples, seed=77, offset=0):
-        state = noise_state(seed, CPU)
-        state[1] = offset
-        output = torch.zeros(samples, *shape)
-        return launch(output, output, tables, torch.tensor([0]), None, seed=state)[0]
-
-    noise = draw(8)
-    assert torch.equal(draw(8), noise)
-    assert torch.equal(draw(3), noise[:3])
-    for other in (draw(8, seed=78), draw(8, offset=1)):
-        # Independent: a correlation within five standard errors, and hardly a number in common.
-        assert abs((noise.double() * other.double()).mean()) < 5 / noise.numel() ** 0.5
-        assert (noise == other).sum() < 5
-    for moment, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
-        assert abs((noise.double() ** moment).mean() - expected) < 5 * (variance / noise.numel()) ** 0.5
-    # Kolmogorov's distance from the normal distribution exceeds 2.23 / sqrt(n) once in 10,000 seeds.
-    ranks = torch.special.ndtr(noise.double().flatten().sort().values)
-    steps = torch.arange(len(ranks) + 1) / len(ranks)
-    assert torch.maximum((ranks - steps[:-1]).abs(), (ranks - steps[1:]).abs()).max() < 2.23 / len(ranks) ** 0.5
-
-
-@pytest.mark.parametrize("aot", op.SPEC.aot, ids=lambda aot: aot.name)
+@pytest.mark.parametrize("aot", SPEC.aot, ids=lambda aot: aot.name)
 def test_what_is_compiled_is_what_is_launched(aot, monkeypatch):
     monkeypatch.setattr(op, "ddim_step_kernel", recorder := Recorder())
     constants = {name: value for name, value in aot.constants.items() if value is not None}
-    side = math.isqrt(constants["SIZE"] // 4)
+    side, guided = math.isqrt(constants["SIZE"] // 4), constants["GUIDED"]
     dtype = torch.float32 if aot.signature["output"] == "*fp32" else torch.bfloat16
-    output, latents, noise = inputs(1, (4, side, side), dtype)
+    output, latents, noise = inputs(1, (4, side, side), dtype, halves=1 + guided)
     if constants["CHANNELS_LAST"]:
         output = output.contiguous(memory_format=torch.channels_last)
-    given = {constants["NOISE"]: noise_state(0, CPU) if constants["NOISE"] == "drawn" else noise}
-    op._launch(
-        output, latents, tables_of(schedule_of()), torch.tensor([0]), torch.tensor([5.0]),
-        given.get("given"), given.get("drawn"), given.get("taken"), constants["RESCALE"], constants["KEEP_MEAN"],
+    launch(
+        output, latents, tables_of(schedule_of()), torch.tensor([0]), 5.0 if guided else None, noise,
+        constants["RESCALE"], constants["KEEP_MEAN"], constants["TAKEN"],
     )  # fmt: skip
     assert recorder.options == constants | {"num_warps": aot.num_warps} | aot.options
     assert recorder.options["enable_fp_fusion"] is False
 
 
-@pytest.mark.parametrize("call", ["given", "drawn", "mean", "unguided"])
+@pytest.mark.parametrize("call", ["given", "taken", "mean", "unguided"])
 def test_opcheck(call):
     output, latents, noise = inputs(2, (4, 8, 8), torch.bfloat16)
     tables, step, guidance = tables_of(schedule_of()), torch.tensor([4, 7]), torch.tensor([5.0])
     arguments = {
-        "given": (output, latents, tables, step, guidance, noise, None, 0.0, False),
-        "drawn": (output, latents, tables, step[:1], guidance, None, noise_state(3, CPU), 0.0, False),
-        "mean": (output, latents.mT, tables, step, guidance, noise, None, 0.7, True),
-        "unguided": (output[:2], latents, tables, step, None, noise, None, 0.0, True),
+        "given": (output, latents, tables, step, guidance, noise, 0.0, False, False),
+        "taken": (output, latents.mT, tables, step[:1], guidance, noise, 0.7, False, True),
+        "mean": (output, latents.mT, tables, step, guidance, noise, 0.7, True, True),
+        "unguided": (output[:2], latents, tables, step, None, noise, 0.0, True, False),
     }
     torch.library.opcheck(torch.ops.fastgrpo.ddim_step.default, arguments[call])
-    if call in ("mean", "given"):
-        taken = (output, latents.mT, noise, tables, step, guidance, 0.7, call == "mean")
-        torch.library.opcheck(torch.ops.fastgrpo.log_prob.default, taken)
 
 
 def test_blocks_are_as_the_shapes_above_assume():
@@ -325,10 +241,7 @@ def test_blocks_are_as_the_shapes_above_assume():
         ({"tables": torch.zeros(2, 50)}, "tables are"),
         ({"step": torch.zeros(3, dtype=torch.int64)}, "step is"),
         ({"guidance": torch.zeros(2)}, "guidance is"),
-        ({"noise": None}, "noise and seed"),
         ({"noise": torch.zeros(2, 4, 8, 7)}, "noise is"),
-        ({"noise": None, "seed": torch.zeros(2, dtype=torch.int64)}, "noise_state"),
-        ({"noise": None, "seed": torch.zeros(6, dtype=torch.int64)[::2]}, "noise_state"),
         ({"rescale": 1.5}, "rescale is"),
         ({"guidance": None, "output": torch.zeros(2, 4, 8, 8), "rescale": 0.5}, "rescale is"),
     ],

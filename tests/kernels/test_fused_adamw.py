@@ -10,7 +10,9 @@ from torch import Tensor
 
 import fastgrpo  # noqa: F401
 from fastgrpo.kernels import fused_adamw as module
-from fastgrpo.kernels.fused_adamw import SPEC, Step, clip_coefficient, fused_adamw, global_norm, reference
+from fastgrpo.kernels.fused_adamw import AdamWArguments, clip_coefficient, fused_adamw, global_norm, reference
+from fastgrpo.kernels.operators import DTYPES
+from fastgrpo.kernels.specs.fused_adamw import SPEC
 from support.kernels import interpreted, on_gpu, on_kernels, poisoned
 
 U = 2.0**-24  # half an ulp of 1 in float32
@@ -111,8 +113,8 @@ def test_a_step_of_triton_is_that_of_torch_to_the_last_digits(
     ours, lr, gradient = state(n, steps), 1e-2, draw(n, 5)
     before = copied(ours)
     expected = torch_adamw(ours, [gradient], lr, options)
-    launched = Step(**ours, gradient=gradient, lr=learning_rate(lr), **options)
-    launched = Step(*(a.to(device) if isinstance(a, Tensor) else a for a in launched))
+    launched = AdamWArguments(**ours, gradient=gradient, lr=learning_rate(lr), **options)
+    launched = AdamWArguments(*(a.to(device) if isinstance(a, Tensor) else a for a in launched))
     with poisoned():
         module._launch_fused_adamw(*launched)
     ours = {name: getattr(launched, name).cpu() for name in ours}
@@ -123,8 +125,8 @@ def test_a_step_of_triton_is_that_of_torch_to_the_last_digits(
     assert ((ours["exp_avg"] - expected["exp_avg"]).abs() <= 4 * U * size).all()
     square = expected["exp_avg_sq"]
     assert ((ours["exp_avg_sq"] - square).abs() <= 4 * U * square).all()
-    # The update lr * m / denominator then differs by m's 4 U, v's 4 U / 2, and 2 U each for sqrt, two divisions, the sum
-    # with eps, the product and the coefficients; and one rounding of the new parameter.
+    # The update lr * m / denominator then differs by m's 4 U, v's 4 U / 2, and 2 U each for sqrt, two divisions, the
+    # sum with eps, the product and the coefficients; and one rounding of the new parameter.
     t = steps + 1
     denominator = (square.double() / (1 - options["beta2"] ** t)).sqrt() + options["eps"]
     update = lr / (1 - options["beta1"] ** t) * size.double() / denominator
@@ -165,7 +167,7 @@ def test_a_hundred_steps_stay_at_the_recursion_in_float64(path: str) -> None:
     assert ours["step"].item() == steps
 
 
-@pytest.mark.parametrize("dtype", SPEC.dtypes)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_cases_follow_their_reference_in_float64(path: str, dtype: torch.dtype) -> None:
     for case in SPEC.cases:
         device = torch.get_default_device()
@@ -266,7 +268,7 @@ def test_the_same_step_twice_gives_the_same_bits(path: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_goes_on_from_a_stored_state_gives_the_same_bits(path: str, dtype: torch.dtype) -> None:
-    """Five steps, and two whose state goes through a file's bytes before three more: state, working copy and average."""
+    """Five steps, and two whose state goes through a file's bytes before three more."""
 
     def take(tensors: dict[str, Tensor], seeds: range) -> None:
         for seed in seeds:
@@ -295,7 +297,7 @@ def exact_norm(gradient: Tensor) -> float:
 def test_the_norm_is_exact_but_for_its_rounding(
     path: str, n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With two programs, so that the longest needs three rounds of both and the last is not full. Behind it lies NaN."""
+    """With two programs: the longest needs three rounds of both, and the last is not full. Behind it lies NaN."""
     monkeypatch.setattr(module, "_NORM_PROGRAMS", 2)
     gradient = torch.full((n + module._NORM_BLOCK,), math.nan, dtype=dtype)[:n].copy_(draw(n, 3))
     # U for the rounding to float32, and float64's n * 2^-53, which is below 1% of it.
@@ -344,7 +346,7 @@ def test_clipping_takes_the_loss_scale_away_first(path: str) -> None:
 def test_the_reference_leaves_a_step_out_too() -> None:
     ours = state(3)
     arguments = (ours["parameters"], ours["exp_avg"], ours["exp_avg_sq"], draw(3, 3), ours["step"], learning_rate())
-    after = reference(Step(*arguments, *OPTIONS.values(), found_inf=torch.ones(1)))
+    after = reference(AdamWArguments(*arguments, *OPTIONS.values(), found_inf=torch.ones(1)))
     assert all(torch.equal(a, b) for a, b in zip(after, ours.values(), strict=True))
 
 

@@ -4,7 +4,9 @@ from torch import Tensor
 
 from fastgrpo.kernels import geglu as module
 from fastgrpo.kernels import program_sums
-from fastgrpo.kernels.geglu import SPEC, geglu, reference
+from fastgrpo.kernels.geglu import geglu, reference
+from fastgrpo.kernels.operators import DTYPES
+from fastgrpo.kernels.specs.geglu import SPEC
 from support.kernels import interpreted, on_device, on_kernels, poisoned, ulp
 
 CASES = {case.name: case for case in SPEC.cases}
@@ -45,7 +47,7 @@ def assert_near(actual: tuple[Tensor, ...], wanted: tuple[Tensor, ...], dtype: t
 
 
 @on_kernels
-@pytest.mark.parametrize("dtype", SPEC.dtypes)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_equal_the_float64_reference(name: str, dtype: torch.dtype, device: str) -> None:
     tensors = arguments(name, dtype)
@@ -55,7 +57,7 @@ def test_kernels_equal_the_float64_reference(name: str, dtype: torch.dtype, devi
     assert_near(results, expected(*tensors), dtype)
 
 
-@pytest.mark.parametrize("dtype", SPEC.dtypes)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_the_operator_equals_the_float64_reference(name: str, dtype: torch.dtype) -> None:
     tensors = arguments(name, dtype)
@@ -97,7 +99,7 @@ def test_a_run_is_whole_tiles_and_programs_are_few() -> None:
         assert module._run(rows, across, blocks["ROWS"], False) == blocks["ROWS"]
 
 
-@pytest.mark.parametrize("dtype", SPEC.dtypes)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_on_the_cpu_it_is_diffusers_to_the_last_bit(dtype: torch.dtype) -> None:
     activations = pytest.importorskip("diffusers.models.activations")
     layer = activations.GEGLU(24, 96).to(dtype)
@@ -147,8 +149,9 @@ def test_nothing_in_nothing_out(shape: tuple[int, int]) -> None:
 def test_the_tails_are_exact_enough() -> None:
     """Where Phi is small, y = h g Phi(g) is a small number with the absolute error of Phi, times h g.
 
-    Libraries compute erf in float32 by polynomials of some ten terms (oneDNN another one for each instruction set), around
-    numbers up to 1: a dozen roundings by half an ulp of 1, and as much again for the polynomial and for what is around it.
+    Libraries compute erf in float32 by polynomials of some ten terms (oneDNN another one for each instruction set),
+    around numbers up to 1: a dozen roundings by half an ulp of 1, and as much again for the polynomial and for what is
+    around it.
     """
     gate = torch.linspace(-6, 6, 40001)
     x = torch.cat((torch.ones_like(gate), gate))[None]

@@ -4,8 +4,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrpo.kernels import group_norm_silu as module
+from fastgrpo.kernels import group_norm_silu_triton as kernels
 from fastgrpo.kernels import native
-from fastgrpo.kernels.group_norm_silu import SPEC, group_norm_silu, reference
+from fastgrpo.kernels.group_norm_silu import group_norm_silu, reference
+from fastgrpo.kernels.operators import DTYPES
+from fastgrpo.kernels.specs.group_norm_silu import SPEC
 from support.kernels import GROUP_CHANNELS, on_kernels, poisoned
 
 EPS = 1e-5
@@ -48,8 +51,8 @@ def launch(
     """y, dx, dweight, dbias, dtemb of the Triton kernels, on the CPU."""
     x, weight, bias, temb, dy = (None if t is None else t.to(device) for t in (x, weight, bias, temb, dy))
     with poisoned():
-        y, mean, rstd = module._launch_forward(x, weight, bias, groups, EPS, silu, temb, **options)
-        gradients = module._launch_backward(dy, x, weight, bias, mean, rstd, groups, silu, temb, **options)
+        y, mean, rstd = kernels.launch_forward(x, weight, bias, groups, EPS, silu, temb, **options)
+        gradients = kernels.launch_backward(dy, x, weight, bias, mean, rstd, groups, silu, temb, **options)
     return tuple(tensor.cpu() for tensor in (y, *gradients))
 
 
@@ -140,9 +143,9 @@ def test_many_tiles_in_one_launch_and_in_two(
     monkeypatch: pytest.MonkeyPatch, pixels: tuple[int, int], programs: int, device: str
 ) -> None:
     """Tiles so small that a slab takes many of them; `programs` decides whether one program or several take them."""
-    monkeypatch.setattr(module, "_TILE", 512)
+    monkeypatch.setattr(kernels, "_TILE", 512)
     shape = (2, 12, *pixels)
-    plan = module._plan(2, pixels[0] * pixels[1], 12, 4, 4, programs=programs)
+    plan = kernels.plan_launch(2, pixels[0] * pixels[1], 12, 4, 4, programs=programs)
     assert not plan.one_tile(pixels[0] * pixels[1])
     assert (plan.splits > 1) == (programs > 1)
     made = make(shape, torch.float32, offset=3.0)
@@ -156,11 +159,11 @@ def test_a_large_offset_costs_no_more_than_its_own_rounding(
     monkeypatch: pytest.MonkeyPatch, tile: int, programs: int, device: str
 ) -> None:
     """Mean 1e4, deviation 1: x is taken as it is in float32; the mean may be off by half its last bit, 5e-4."""
-    monkeypatch.setattr(module, "_TILE", tile)
+    monkeypatch.setattr(kernels, "_TILE", tile)
     made = make((1, 8, 16, 24), torch.float32, temb=False, offset=1e4)
     made["x"][0, 0, 0, 0] = 1e4 + 50  # an outlier in the corner, where a shift by the first value would take it
     given = (made[name].to(device) for name in ("x", "weight", "bias"))
-    y, mean, rstd = (t.cpu() for t in module._launch_forward(*given, 4, EPS, False, None, programs=programs))
+    y, mean, rstd = (t.cpu() for t in kernels.launch_forward(*given, 4, EPS, False, None, programs=programs))
     grouped = made["x"].double().reshape(1, 4, -1)
     half_bit = 2.0**-11
     torch.testing.assert_close(mean.double(), grouped.mean(-1), rtol=0, atol=1.01 * half_bit)
@@ -299,18 +302,18 @@ def test_what_it_does_not_take(change: dict, message: str) -> None:
 
 
 def test_plans_of_sd_shapes() -> None:
-    """Bundles divide the groups, tiles cover the slab, and a bundle that is wide enough fits into L2 beside 131 others."""
+    """Bundles divide the groups, tiles cover the slab, and 132 bundles that are wide enough fit into L2."""
     for case in SPEC.bench:
         samples, channels, height, width = map(int, case.name.split()[0].split("x"))
         pixels = height * width
         for backward in (False, True):
             for n in (1, 2, samples):
-                plan = module._plan(n, pixels, channels, 32, 2, backward=backward)
+                plan = kernels.plan_launch(n, pixels, channels, 32, 2, backward=backward)
                 assert 32 % plan.bundle == 0
                 assert plan.block_c >= plan.bundle * channels // 32
                 assert plan.splits * plan.split_rows >= pixels > (plan.splits - 1) * plan.split_rows
                 row = plan.bundle * (channels // 32) * 2
-                assert plan.bundle == 1 or row // 2 < module._ROW_BYTES or row * pixels <= module._SLAB_BYTES
+                assert plan.bundle == 1 or row // 2 < kernels._ROW_BYTES or row * pixels <= kernels._SLAB_BYTES
                 assert plan.rows * plan.block_c <= 512 * 32
 
 
@@ -328,7 +331,7 @@ def test_rows_of_sd_shapes_touch_few_sectors() -> None:
         for channels in widths:
             for samples in range(32, 67):
                 for backward in (False, True):
-                    plan = module._plan(samples, side * side, channels, 32, 2, backward=backward)
+                    plan = kernels.plan_launch(samples, side * side, channels, 32, 2, backward=backward)
                     row = plan.bundle * channels // 32 * 2
                     starts = range(0, channels * 2, row)  # of the bundles, in a pixel; a pixel begins with a sector
                     touched = sum((start + row - 1) // sector - start // sector + 1 for start in starts)
@@ -339,7 +342,7 @@ def test_rows_of_sd_shapes_touch_few_sectors() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["triton", "native"])
-@pytest.mark.parametrize("dtype", SPEC.dtypes)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_both_backends_on_a_gpu(monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype) -> None:
     if backend == "native" and (reason := native.available()):
         pytest.skip(reason)

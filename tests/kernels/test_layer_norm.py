@@ -3,7 +3,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo.kernels import layer_norm as module
-from fastgrpo.kernels.layer_norm import MAX_WIDTH, SPEC, layer_norm, reference
+from fastgrpo.kernels.layer_norm import MAX_WIDTH, layer_norm, reference
+from fastgrpo.kernels.operators import DTYPES
+from fastgrpo.kernels.specs.layer_norm import SPEC
 from support.kernels import interpreted, on_device, on_kernels, poisoned, ulp
 
 CASES = {case.name: case for case in SPEC.cases}
@@ -65,7 +67,7 @@ def assert_near(actual: tuple[Tensor, ...], wanted: tuple[Tensor, ...], dtype: t
 
 
 @on_kernels
-@pytest.mark.parametrize("dtype", SPEC.dtypes)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_equal_the_float64_reference(name: str, dtype: torch.dtype, device: str) -> None:
     tensors = arguments(name, dtype)
@@ -76,14 +78,14 @@ def test_kernels_equal_the_float64_reference(name: str, dtype: torch.dtype, devi
     assert_near(tuple(results), expected(*tensors)[:5], dtype)
 
 
-@pytest.mark.parametrize("dtype", SPEC.dtypes)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_the_operator_equals_the_float64_reference(name: str, dtype: torch.dtype) -> None:
     for tensors in (arguments(name, dtype), without_residual(name, dtype)):
         assert_near(differentiate(layer_norm, *tensors), expected(*tensors), dtype)
 
 
-@pytest.mark.parametrize("dtype", SPEC.dtypes)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_beside_its_norm_the_input_itself(dtype: torch.dtype) -> None:
     """The gradient that comes by way of it is added in the operator, once rounded; nothing is copied."""
     x, weight, bias, dy, _, dx = arguments("24x33", dtype)
@@ -105,7 +107,7 @@ def test_beside_its_norm_the_input_itself(dtype: torch.dtype) -> None:
 @on_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_is_normalised_is_the_sum_as_it_is_stored(dtype: torch.dtype, device: str) -> None:
-    """With a residual or alone, to the last bit, forward and backward: where the sum's gradient is 0, nothing is added."""
+    """With a residual or alone, to the last bit: where the sum's gradient is 0, nothing is added."""
     x, weight, bias, dy = without_residual("24x33", dtype)
     residual = torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).to(dtype)
     y, dx, dweight, dbias, total, mean, rstd = launch(x, weight, bias, dy, residual, torch.zeros_like(dy), device)
@@ -210,7 +212,7 @@ def test_a_constant_row_becomes_the_bias(value: float) -> None:
 
 
 @on_kernels
-@pytest.mark.parametrize("dtype", SPEC.dtypes)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_large_and_small_values(dtype: torch.dtype, device: str) -> None:
     """y does not depend on the scale of x as long as the variance is far from eps: 1e4 fits into all three dtypes."""
     x, weight, bias, dy = without_residual("24x33", dtype)

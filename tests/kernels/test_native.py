@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo.kernels import group_norm_silu, native
-from fastgrpo.kernels.backends import Backends
+from fastgrpo.kernels import group_norm_silu_cuda, native
+from fastgrpo.kernels.group_norm_silu import Backends, reference
+from fastgrpo.kernels.specs.group_norm_silu import SPEC
 from support.kernels import GROUP_CHANNELS, poisoned
 
 HERE = Path(__file__).parent
@@ -66,15 +67,15 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, offset: float = 0.0, temb: 
 
 def run(x: Tensor, weight: Tensor, bias: Tensor, temb: Tensor | None, dy: Tensor, groups: int, silu: bool) -> tuple:
     with poisoned():
-        y, mean, rstd = native.group_norm_silu_forward(x, weight, bias, groups, EPS, silu, temb)
-        gradients = native.group_norm_silu_backward(dy, x, weight, bias, mean, rstd, groups, silu, temb)
+        y, mean, rstd = group_norm_silu_cuda.launch_forward(x, weight, bias, groups, EPS, silu, temb)
+        gradients = group_norm_silu_cuda.launch_backward(dy, x, weight, bias, mean, rstd, groups, silu, temb)
     return y, mean, rstd, *gradients
 
 
 def exact(x: Tensor, weight: Tensor, bias: Tensor, temb: Tensor | None, dy: Tensor, groups: int, silu: bool) -> tuple:
     """The same in float64."""
     leaves = [None if t is None else t.detach().double().requires_grad_() for t in (x, weight, bias, temb)]
-    y = group_norm_silu.reference(*leaves[:3], groups, EPS, silu, leaves[3])
+    y = reference(*leaves[:3], groups, EPS, silu, leaves[3])
     gradients = torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy.double())
     value = leaves[0] if temb is None else leaves[0] + leaves[3][:, :, None, None]
     grouped = value.detach().reshape(x.shape[0], groups, -1)
@@ -83,7 +84,7 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor, temb: Tensor | None, dy: Tens
 
 
 def assert_near(actual: tuple, expected: tuple, dtype: torch.dtype) -> None:
-    rtol, atol = group_norm_silu.SPEC.tolerance(dtype)
+    rtol, atol = SPEC.tolerance(dtype)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a.double(), e.double(), rtol=rtol, atol=atol)
 
@@ -354,8 +355,7 @@ def test_without_nvcc_there_is_one_clear_line_and_triton(
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    operation = group_norm_silu.BACKENDS
-    fresh = Backends(operation.operation, operation.always, operation.other, native.available, native.LaunchError)
+    fresh = Backends()
     native.available.cache_clear()
     native._library.cache_clear()
     try:

@@ -45,7 +45,8 @@ triton.knobs.compilation.listener = lambda *, src, cache_hit, **about: looked_up
 if device == "cpu":  # a launch as it is on a GPU, of real tensors, up to where the device would be told of it
     triton.runtime.driver.set_active(prewarm.PretendedDriver(architecture))
     run = JITFunction.run
-    JITFunction.run = lambda kernel, *args, grid, warmup, **options: run(kernel, *args, grid=grid, warmup=True, **options)
+    JITFunction.run = lambda kernel, *args, grid, warmup, **options: run(kernel, *args, grid=grid, warmup=True,
+    **options)
 for use in uses(device):
     use()
 launch_geglu(torch.empty(48, 128, device=device, dtype=torch.bfloat16), None)  # of a kind that was not recorded

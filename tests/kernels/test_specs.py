@@ -1,4 +1,4 @@
-"""Every operation against its reference in float64, on the CPU path and, where there is a GPU, on the Triton kernels."""
+"""Every operator against its reference in float64, on the CPU path and, where there is a GPU, on the Triton kernels."""
 
 from collections.abc import Callable, Sequence
 
@@ -84,15 +84,14 @@ by_dtype = pytest.mark.parametrize(
 )
 
 
-def test_every_operation_says_what_it_is() -> None:
-    folder = ROOT / "kernels"
-    with_spec = {path.stem for path in folder.glob("*.py") if "\nSPEC = " in path.read_text(encoding="utf-8")}
-    assert with_spec == set(OPERATIONS)
+def test_every_operator_has_a_spec() -> None:
+    files = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("*.py")}
+    assert {name for name, text in files.items() if "torch.library.custom_op" in text} == set(OPERATIONS)
     assert {name: spec.name for name, spec in SPECS.items()} == {name: name for name in OPERATIONS}
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_an_operation_has_cases_with_odd_sizes_for_every_dtype(spec: OpSpec) -> None:
+def test_an_operator_has_cases_with_odd_sizes(spec: OpSpec) -> None:
     sizes = [
         size
         for case in spec.cases
@@ -101,7 +100,6 @@ def test_an_operation_has_cases_with_odd_sizes_for_every_dtype(spec: OpSpec) -> 
         for size in value.shape
     ]
     assert any(size > 1 and size % 2 for size in sizes)
-    assert {torch.float32, torch.bfloat16, torch.float16} == set(spec.dtypes)
     names = [case.name for case in (*spec.cases, *spec.bench)]
     assert len(set(names)) == len(names)
 

@@ -1,4 +1,4 @@
-"""On which GPU kernels run: on that of their tensors, whichever is the current one."""
+"""What the operators share: the dtypes they take, and that they launch on the device of their tensors."""
 
 import functools
 from collections.abc import Callable
@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (*HALF, torch.float32)
+"""What activations, gradients and the UNet's output may be."""
+
 
 def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, with the device of the first tensor among its arguments made the current one while it runs.
+    """Returns the same function, run with the device of the first tensor among its arguments as the current one.
 
     Triton launches on the current device and its current stream, wherever the tensors are. On the CPU nothing changes.
     """

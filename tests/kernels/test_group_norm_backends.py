@@ -1,4 +1,4 @@
-"""The choice between two backends: measured once for every kind of call, told apart from what was asked for, kept and restored."""
+"""The choice between Triton and CUDA C++: measured once for every kind of call, kept and restored."""
 
 import json
 import logging
@@ -7,39 +7,41 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastgrpo.kernels.backends import Backends
-from fastgrpo.kernels.group_norm_silu import BACKENDS, _kind
+from fastgrpo.kernels import group_norm_silu as module
+from fastgrpo.kernels import native
+from fastgrpo.kernels.group_norm_silu import BACKENDS, Backends, _kind, group_norm_silu
 
 CALLS = {"triton": lambda: 2.0, "native": lambda: 1.0}
+MISSING = "group_norm_silu: triton only, since native cannot be used: "
 
 
-class Missing(Exception):
-    """What a call raises that cannot compute."""
-
-
-def backends(reason: str | None = None) -> tuple[Backends, list[Callable]]:
-    """Under a clock by which a call takes as long as it says, and the list of calls it timed. reason: why there is no native."""
-    timed = []
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[Callable]:
+    """The calls that were timed, under a clock by which a call takes as long as it says; native is at hand."""
+    calls: list[Callable] = []
 
     def clock(call: Callable[[], float]) -> float:
-        timed.append(call)
+        calls.append(call)
         return call()
 
-    return Backends("norm", "triton", "native", lambda: reason, Missing, clock), timed
-
-
-@pytest.fixture(autouse=True)
-def _no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torch without CUDA cannot say whether a graph is being captured."""
+    monkeypatch.setattr(module, "milliseconds", clock)
+    monkeypatch.setattr(native, "available", lambda: None)
+    # A torch without CUDA cannot say whether a graph is being captured.
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return calls
+
+
+@pytest.fixture
+def no_native(monkeypatch: pytest.MonkeyPatch, timed: list[Callable]) -> None:
+    monkeypatch.setattr(native, "available", lambda: "nvcc is not on the PATH")
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
-def test_the_faster_is_found_once_for_every_kind_of_call() -> None:
-    chooser, timed = backends()
+def test_the_faster_is_found_once_for_every_kind_of_call(timed: list[Callable]) -> None:
+    chooser = Backends()
     for _ in range(2):
         assert chooser.choose("first", CALLS) == "native"
         assert chooser.choose("second", {"triton": lambda: 1.0, "native": lambda: 2.0}) == "triton"
@@ -47,11 +49,11 @@ def test_the_faster_is_found_once_for_every_kind_of_call() -> None:
     assert chooser.choices() == {"first": "native", "second": "triton"}
 
 
-def test_choices_that_were_kept_are_not_measured_again() -> None:
-    before, _ = backends()
+def test_choices_that_were_kept_are_not_measured_again(timed: list[Callable]) -> None:
+    before = Backends()
     before.choose("first", CALLS)
     kept = json.loads(json.dumps(before.choices()))
-    after, timed = backends()
+    after = Backends()
     after.choose("of another run", CALLS)
     timed.clear()
     after.set_choices(kept)
@@ -64,31 +66,33 @@ def test_choices_that_were_kept_are_not_measured_again() -> None:
     assert after.choices() == {"first": "native"}, "copies, both ways"
 
 
-def test_a_kept_choice_that_cannot_be_had_is_given_up_with_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    chooser, timed = backends("nvcc is not on the PATH")
+def test_a_kept_choice_that_cannot_be_had_is_given_up_with_one_line(
+    no_native: None, timed: list[Callable], caplog: pytest.LogCaptureFixture
+) -> None:
+    chooser = Backends()
     chooser.set_choices({"first": "native", "second": "triton"})
     for kind in ("first", "second", "third", "first"):
         assert chooser.choose(kind, CALLS) == "triton"
-    assert messages(caplog) == ["norm: triton only, since native cannot be used: nvcc is not on the PATH"]
+    assert messages(caplog) == [MISSING + "nvcc is not on the PATH"]
     assert chooser.choices() == {"first": "triton", "second": "triton", "third": "triton"}
     assert not timed
 
 
-def test_a_backend_that_fails_is_not_chosen(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_backend_that_fails_is_not_chosen(timed: list[Callable], caplog: pytest.LogCaptureFixture) -> None:
     def fails() -> float:
-        raise Missing("no such cluster")
+        raise native.LaunchError("no such cluster")
 
-    chooser, _ = backends()
+    chooser = Backends()
     for _ in range(2):
         assert chooser.choose("first", {"triton": lambda: 2.0, "native": fails}) == "triton"
-    assert messages(caplog) == ["norm: triton only, since native cannot be used: no such cluster"]
+    assert messages(caplog) == [MISSING + "no such cluster"]
     assert chooser.choose("second", CALLS) == "native"
 
 
 def test_what_is_first_met_inside_of_a_graph_stays_with_the_backend_of_the_graph(
-    monkeypatch: pytest.MonkeyPatch,
+    timed: list[Callable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chooser, timed = backends()
+    chooser = Backends()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert chooser.choose("first", CALLS) == "triton"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -97,8 +101,8 @@ def test_what_is_first_met_inside_of_a_graph_stays_with_the_backend_of_the_graph
     assert chooser.choices() == {"first": "triton"}
 
 
-def test_a_backend_asked_for_by_name_computes_everything() -> None:
-    chooser, timed = backends()
+def test_a_backend_asked_for_by_name_computes_everything(timed: list[Callable]) -> None:
+    chooser = Backends()
     chooser.set_choices({"first": "native"})
     chooser.set("triton")
     assert [chooser.choose(kind, CALLS) for kind in ("first", "second")] == ["triton"] * 2
@@ -108,11 +112,15 @@ def test_a_backend_asked_for_by_name_computes_everything() -> None:
     assert not timed
 
 
-def test_what_cannot_be_set() -> None:
-    chooser, _ = backends("nvcc is not on the PATH")
-    with pytest.raises(ValueError, match=r"^the backend of norm cannot be 'native': nvcc is not on the PATH$"):
+def test_what_cannot_be_set(no_native: None) -> None:
+    chooser = Backends()
+    with pytest.raises(
+        ValueError, match=r"^the backend of group_norm_silu cannot be 'native': nvcc is not on the PATH$"
+    ):
         chooser.set("native")
-    with pytest.raises(ValueError, match=r"^the backend of norm is 'fast'; auto, triton, native are accepted$"):
+    with pytest.raises(
+        ValueError, match=r"^the backend of group_norm_silu is 'fast'; auto, triton, native are accepted$"
+    ):
         chooser.set("fast")
     with pytest.raises(ValueError, match=r"chosen for 'first' is 'fast'; triton and native are accepted$"):
         chooser.set_choices({"second": "triton", "first": "fast"})
@@ -139,8 +147,6 @@ def test_kinds_of_calls_of_group_norm_silu() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_what_is_chosen_is_remembered() -> None:
-    from fastgrpo.kernels.group_norm_silu import group_norm_silu
-
     before = BACKENDS.choices()
     try:
         BACKENDS.set_choices({})

@@ -118,8 +118,6 @@ def ladder(batch: int) -> tuple[Rung, ...]:
         ("attention chosen by measurement", {"attention": "auto"}, ("cuda",)),
         ("torch.compile", {"compile": "on"}, ("cuda",)),
         ("CUDA graphs", {"graphs": "on"}, ("cuda",)),
-        # Not on CUDA: the compiled UNet would be compiled again for it, and rollout and update then round differently.
-        ("texts' keys and values, time embeddings computed once", {"reuse": "on"}, ("cpu",)),
     ):
         if DEVICE.type in where:
             engine |= change

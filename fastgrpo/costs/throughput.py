@@ -26,8 +26,7 @@ class Rows:
     forward: samples through the UNet without a backward pass, each half of guidance one (rollout, replay, a pass that
     looks for clipped pairs, the base model's). forward_backward: those with a backward pass.
     decoded: images through the VAE. encoded: images through the reward's encoders.
-    Passes count whole, also where a rollout takes keys and values of texts, time embeddings or rows of a shared first
-    step from an earlier pass (engine.reuse).
+    Passes count whole, also where a rollout computes equal rows of its first step once (engine.reuse).
     """
 
     forward: int = 0

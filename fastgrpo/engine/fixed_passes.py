@@ -11,7 +11,6 @@ captured, so that no pass has its memory twice.
 
 import math
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from fastgrpo.grpo.loss import MicroBatch, PairResults, PolicyLoss, blank_batch
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.unet.convolutions import searching
-from fastgrpo.unet.reuse import RememberedText, RememberedTimes, Reuse
 
 Key = tuple[str, tuple[bool, ...]]
 """A function's name, and which of its inputs are None."""
@@ -43,7 +41,7 @@ class FixedPasses(Passes):
         loss: PolicyLoss,
         trainable: Trainable | None,
         micro_batch: int,
-        reuse: Reuse = Reuse(),  # noqa: B008 (frozen)
+        share_first: bool = False,
         changed: Changed = ignore,
         rollout_batch: int = 0,
         allowed: float = math.inf,
@@ -51,11 +49,9 @@ class FixedPasses(Passes):
         capture: bool = False,
         search: bool = False,
     ):
-        super().__init__(loss, trainable, micro_batch, reuse, changed, rollout_batch, allowed, ranks)
+        super().__init__(loss, trainable, micro_batch, share_first, changed, rollout_batch, allowed, ranks)
         self._capture, self._search, self._pool = capture, search, memory_pool(self.policy.device)
         self._calls: dict[Key, StaticCall] = {}
-        self._text: RememberedText | None = None
-        self._times: RememberedTimes | None = None
 
     @property
     def draws_micro_batches(self) -> bool:
@@ -78,9 +74,8 @@ class FixedPasses(Passes):
         count = len(embeds)
         sampler = Sampler(self.policy, self.schedule, self.config.rollout.guidance, keep_mean)
         contexts = self.policy.contexts(_padded(embeds, self.chunk_size), sampler.guidance)
-        self._remember(contexts)
         distinct = None
-        if self.reuse.first:
+        if self.share_first:
             samples = range(part.start, part.start + self.chunk_size)
             distinct = sampler.first_rows(self.config.rollout.initial_noise, self.config.group_size, samples)
         positions = torch.arange(len(self.schedule), device=embeds.device)
@@ -89,9 +84,9 @@ class FixedPasses(Passes):
             position = positions[step : step + 1]
             latents, noise = (_padded(tensor, self.chunk_size) for tensor in (latents, noise))
             if step == 0 and distinct is not None:  # of another size than all others: neither compiled nor captured
-                results = sampler.plain().step(latents, noise, position, contexts, self._times, distinct)
+                results = sampler.plain().step(latents, noise, position, contexts, distinct)
             else:
-                given = latents, noise, position, None if self._text else contexts
+                given = latents, noise, position, contexts
                 results = self._call("step with means" if keep_mean or self._kept_means else "step", given)
             return tuple(result[:count] for result in results[: 3 if keep_mean else 2])
 
@@ -107,18 +102,6 @@ class FixedPasses(Passes):
         results = self._call("recompute", batch.padded(self.micro_batch).tensors())
         return tuple(result[: len(batch)].clone() for result in results)
 
-    def _remember(self, contexts: Tensor) -> None:
-        """Compute anew, into the same memory, what the steps of a chunk have in common."""
-        unet, timesteps = self.policy.computing, self.schedule.timesteps
-        if self.reuse.text:
-            if self._text is None:
-                self._text = RememberedText(unet, contexts)
-            self._text.update(contexts)
-        if self.reuse.times:
-            if self._times is None:
-                self._times = RememberedTimes(unet, timesteps, contexts)
-            self._times.update()
-
     def _split(self, pairs: Pairs) -> list[tuple[Pairs, ...]]:
         return [(part,) for part in pairs.blocks(self.micro_batch)]
 
@@ -128,7 +111,6 @@ class FixedPasses(Passes):
 
     def _resize(self, name: str, size: int) -> None:
         self._calls.clear()
-        self._text = self._times = None
         self._pool = memory_pool(self.policy.device)  # one that no graph has any more cannot be used again
         super()._resize(name, size)
 
@@ -175,7 +157,7 @@ class FixedPasses(Passes):
         if several:
             needed += [("learn", other)] if mode == "replay" else []
             needed += [("evaluate_pairs", other)] if config.grpo.skip_clipped else []
-        needed.append(("step with means" if self._kept_means else "step", (False, False, False, self.reuse.text)))
+        needed.append(("step with means" if self._kept_means else "step", (False,) * 4))
         return needed, replay if mode == "rollout" and math.isfinite(self.allowed) else []
 
     @property
@@ -190,12 +172,10 @@ class FixedPasses(Passes):
         if name.startswith("step"):
             size, guidance = self.chunk_size, self.config.rollout.guidance
             contexts = self.policy.contexts(self.policy.unconditional.expand(size, -1, -1), guidance)
-            if (self.reuse.text and self._text is None) or (self.reuse.times and self._times is None):
-                self._remember(contexts)
             blank = blank_batch(self.loss, size)
             example = blank.latents, blank.taken, blank.step[:1], contexts
             sampler = Sampler(self.policy, self.schedule, guidance, keep_mean=name == "step with means")
-            function = torch.no_grad()(partial(self._step, sampler))
+            function = torch.no_grad()(sampler.step)
         else:
             blank = blank_batch(self.loss, self.micro_batch)
             example = replace(blank, old_log_prob=blank.weight, old_mean=blank.latents).tensors()
@@ -203,11 +183,6 @@ class FixedPasses(Passes):
             function = torch.enable_grad()(lambda *tensors: work(MicroBatch(*tensors)))
         example = [None if none else tensor for tensor, none in zip(example, absent, strict=True)]
         return StaticCall(searching(self._search)(function), example, capture=False, pool=self._pool)
-
-    def _step(
-        self, sampler: Sampler, latents: Tensor, noise: Tensor, position: Tensor, contexts: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        return sampler.step(latents, noise, position, self._text or contexts, self._times)
 
     def _accumulate(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
         outcome, gradients = self.loss.learn(batch)

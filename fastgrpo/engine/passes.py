@@ -18,7 +18,6 @@ from fastgrpo.schedule import Schedule
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.workers import shares
-from fastgrpo.unet.reuse import Reuse
 
 Gather = Callable[[Pairs], MicroBatch]
 Changed = Callable[[str, Any, str], object]
@@ -41,7 +40,7 @@ class Passes:
     """Runs one training's passes of the UNet.
 
     loss: what a pass of the update computes. trainable: what learns; None where there is only drawing.
-    ranks: the processes that train together. reuse: what a rollout computes once.
+    ranks: the processes that train together. share_first: whether a rollout computes equal rows of its first step once.
     micro_batch: pairs in a pass at most. rollout_batch: samples in a rollout's pass at most, where that is another number,
     else 0. Both are halved where memory runs out.
     old_log_prob: grpo.old_log_prob, or "replay" since the update did not find the rollout's log-probs again.
@@ -55,13 +54,13 @@ class Passes:
         loss: PolicyLoss,
         trainable: Trainable | None,
         micro_batch: int,
-        reuse: Reuse = Reuse(),  # noqa: B008 (frozen)
+        share_first: bool = False,
         changed: Changed = ignore,
         rollout_batch: int = 0,
         allowed: float = math.inf,
         ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
     ):
-        self.loss, self._trainable, self.micro_batch, self.reuse = loss, trainable, micro_batch, reuse
+        self.loss, self._trainable, self.micro_batch, self.share_first = loss, trainable, micro_batch, share_first
         self.rollout_batch = rollout_batch or self.config.rollout.batch
         self.old_log_prob, self.resized = self.config.grpo.old_log_prob, False
         self.allowed, self.ranks, self._changed = allowed, ranks, changed
@@ -119,10 +118,10 @@ class Passes:
         config = self.config
         sampler = Sampler(self.policy, self.schedule, config.rollout.guidance, keep_mean)
         distinct = None
-        if self.reuse.first:
+        if self.share_first:
             samples = range(part.start, part.stop)
             distinct = sampler.first_rows(config.rollout.initial_noise, config.group_size, samples)
-        return sampler.chunk(embeds, self.reuse, distinct)
+        return sampler.chunk(embeds, distinct)
 
     def draw(self, samples: int, draw: Callable[[slice], object]) -> Iterator[slice]:
         """Have the samples drawn chunk by chunk; yields each chunk then. Smaller ones when memory runs out.

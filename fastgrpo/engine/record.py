@@ -9,7 +9,7 @@ of device it decides anew. RUN/engine.json is the record for people, written at 
                     why others were left out; null where PyTorch chooses for itself
     micro_batch     pairs, as measured or set, and halved where memory ran out since
     compiled        whether the UNet is compiled
-    reuse           what a rollout computes once: text, times, first
+    reuse           first: whether a rollout computes equal rows of its first step once
     old_log_prob    grpo.old_log_prob, or "replay" where the update did not find the rollout's log-probs again
     group_norm      kind of call -> the implementation that was faster
     rollout_batch   rollout.batch where it was halved because memory ran out, else 0
@@ -34,7 +34,7 @@ Say = Callable[[str], object]
 class EngineRecord:
     """What an engine decided, in plain numbers and strings, as the module's docstring has them. Empty before it did.
 
-    attention: an AttentionPlan as JSON. reuse: a Reuse as JSON.
+    attention: an AttentionPlan as JSON. reuse: by the name `first`.
     """
 
     device: str = ""

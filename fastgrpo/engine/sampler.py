@@ -1,4 +1,4 @@
-"""Denoising steps of a chunk of samples, with what a rollout computes only once."""
+"""Denoising steps of a chunk of samples."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,17 +7,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastgrpo.engine.first_step import DistinctRows, distinct_rows, forward_distinct
 from fastgrpo.kernels.ddim_step import ddim_step
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
-from fastgrpo.unet.reuse import (
-    DistinctRows,
-    RememberedText,
-    RememberedTimes,
-    Reuse,
-    distinct_rows,
-    forward_distinct,
-)
 
 Denoise = Callable[[int, Tensor, Tensor], tuple[Tensor, ...]]
 """(step, latents, noise), [N, C, H, W] float32 -> the next latents, their log-probs [N] and, if wanted, their means."""
@@ -40,18 +33,17 @@ class Sampler:
         latents: Tensor,
         noise: Tensor,
         step: Tensor,
-        contexts: Tensor | RememberedText,
-        times: RememberedTimes | None = None,
+        contexts: Tensor,
         distinct: DistinctRows | None = None,
     ) -> tuple[Tensor, ...]:
         """One step of N samples; all it needs is on the device, so that it can be captured once for all steps.
 
-        latents, noise: [N, C, H, W] float32. step: [1] int64. contexts: as `Policy.contexts`, or remembered.
+        latents, noise: [N, C, H, W] float32. step: [1] int64. contexts: as `Policy.contexts`.
         distinct: which rows need to be computed; None is all.
         """
         rows = latents.to(self.policy.dtype).repeat(self._halves, 1, 1, 1)
         at = step.expand(len(rows))
-        timesteps = self.schedule.timesteps[at] if times is None else times.at(at)
+        timesteps = self.schedule.timesteps[at]
         if distinct is None:
             output = self.policy.forward(rows, timesteps, contexts)
         else:
@@ -59,31 +51,13 @@ class Sampler:
         tables = self.schedule.tables
         return ddim_step(output.detach(), latents, tables, step, self.guidance, noise, keep_mean=self.keep_mean)
 
-    def chunk(
-        self,
-        embeds: Tensor,
-        reuse: Reuse = Reuse(),  # noqa: B008 (frozen)
-        distinct: DistinctRows | None = None,
-    ) -> Denoise:
-        """The steps of samples with these embeddings, [N, L, D]. distinct: the first step's rows, for reuse.first."""
+    def chunk(self, embeds: Tensor, distinct: DistinctRows | None = None) -> Denoise:
+        """The steps of samples with these embeddings, [N, L, D]. distinct: rows of the first step to compute."""
         contexts = self.policy.contexts(embeds, self.guidance)
-        unet, text, times = self.policy.computing, contexts, None
-        if reuse.text:
-            text = RememberedText(unet, contexts)
-        if reuse.times:
-            times = RememberedTimes(unet, self.schedule.timesteps, contexts)
         positions = torch.arange(len(self.schedule), device=embeds.device)
 
         def denoise(step: int, latents: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-            first = step == 0 and reuse.first
-            return self.step(
-                latents,
-                noise,
-                positions[step : step + 1],
-                contexts if first else text,
-                times,
-                distinct if first else None,
-            )
+            return self.step(latents, noise, positions[step : step + 1], contexts, distinct if step == 0 else None)
 
         return denoise
 

@@ -4,7 +4,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from fastgrpo.costs.memory import halves
 from fastgrpo.costs.rates import device_name
 from fastgrpo.engine.batch_size import FindMicroBatch, fits_within
+from fastgrpo.engine.first_step import distinct_rows, keeps_bits
 from fastgrpo.engine.fixed_passes import FixedPasses
 from fastgrpo.engine.passes import Changed, Passes, out_of_memory
 from fastgrpo.engine.record import EngineRecord, Say
@@ -31,7 +32,6 @@ from fastgrpo.unet.compilation import compile_forward, make_example
 from fastgrpo.unet.convolutions import aside, searching
 from fastgrpo.unet.copies import Network
 from fastgrpo.unet.fused import patch_unet
-from fastgrpo.unet.reuse import Reuse, choose_reuse, distinct_rows, enable_reuse
 
 CPU_AGREEMENT = 1e-6
 """How far a ratio may be from 1 on a CPU before the policy has moved; on a GPU not at all."""
@@ -62,9 +62,6 @@ def start_engine(
         patch_unet(network)
         _patch_vae(policy)
         GROUP_NORM.set_choices(record.group_norm or {})
-    reusing = engine.reuse == "on" or (engine.reuse == "auto" and device.type == "cuda")
-    if reusing:
-        enable_reuse(network)
     base = copy.deepcopy(network).requires_grad_(False) if config.grpo.kl > 0 else None
     loss = PolicyLoss(policy, schedule, config, trainable.trained, base)
     weights = trainable.optimizer.weights
@@ -80,10 +77,10 @@ def start_engine(
         loss = replace(loss, policy=replace(policy, passes=passes))
         if wanted["kernels"] and device.type == "cuda" and not record.group_norm:
             _choose_group_norm(loss, weights, record, ranks)
-        record.reuse = record.reuse or json.loads(ranks.agree(json.dumps(asdict(_reuse(loss, config, record)))))
-        reuse = Reuse(**record.reuse)
+        if record.reuse is None:
+            record.reuse = {"first": not ranks.any(not _shares_first_step(loss, config, record))}
 
-    decided = loss, trainable, record.micro_batch, reuse, changed, record.rollout_batch
+    decided = loss, trainable, record.micro_batch, record.reuse["first"], changed, record.rollout_batch
     allowed = CPU_AGREEMENT if device.type == "cpu" else 0.0
     if passes or wanted["graphs"]:
         capture = wanted["graphs"] and device.type == "cuda"
@@ -228,7 +225,6 @@ def _compile(loss: PolicyLoss, config: TrainConfig, record: EngineRecord, ranks:
     choices = (record.attention or {}).get("choices", [])
     operators = {
         "kernels": is_on(config.engine.kernels, policy.device),
-        "reuse": config.engine.reuse,
         "attention": [[choice["backend"], choice["shape"]] for choice in choices],
     }
     tokens = policy.unconditional.shape[1]
@@ -249,34 +245,25 @@ def _compile(loss: PolicyLoss, config: TrainConfig, record: EngineRecord, ranks:
     return passes
 
 
-def _reuse(loss: PolicyLoss, config: TrainConfig, record: EngineRecord) -> Reuse:
-    """What a rollout is to compute once: on a CPU only if asked for."""
+def _shares_first_step(loss: PolicyLoss, config: TrainConfig, record: EngineRecord) -> bool:
+    """Whether a rollout computes equal rows of its first step once: on a CPU only if asked for."""
     policy, setting, size = loss.policy, config.engine.reuse, record.micro_batch
-    if setting == "off" or (setting == "auto" and policy.device.type == "cpu"):
-        return Reuse()
-    guidance, schedule = config.rollout.guidance, loss.schedule
+    if not is_on(setting, policy.device):
+        return False
+    guidance = config.rollout.guidance
     rows = distinct_rows(config.rollout.initial_noise, config.group_size, range(size), guidance, policy.device)
-    if setting == "on":
-        return Reuse(text=True, times=True, first=rows.saved > 0)
+    if setting == "on" or not rows.saved:
+        return rows.saved > 0
     batch = blank_batch(loss, size)
     latents = batch.latents.to(policy.dtype).repeat(halves(config), 1, 1, 1)
     contexts = policy.contexts(batch.embeds, guidance)
 
     def forward(latents: Tensor, timesteps: Tensor, contexts: Tensor) -> Tensor:
-        """As the rollout: other rows than all steps have are neither compiled nor captured, and no algorithm is searched for."""
+        """As in the rollout: fewer rows are neither compiled nor captured, and no algorithm is searched for them."""
         if len(latents) == len(rows.index):
             return policy.forward(latents, timesteps, contexts)
         with searching(False):
             return replace(policy, passes=None).forward(latents, timesteps, contexts)
 
     with torch.no_grad():
-        return choose_reuse(
-            forward,
-            policy.computing,
-            schedule.timesteps,
-            latents,
-            contexts,
-            rows,
-            # Each would be compiled by itself, which takes longer than they spare in hours.
-            remember=policy.passes is None,
-        )
+        return keeps_bits(forward, rows, loss.schedule.timesteps[:1], latents, contexts)

@@ -191,7 +191,7 @@ class EngineConfig:
     graphs: Literal["auto", "on", "off"] = "auto"
     """CUDA graphs of a denoising step and of a micro-batch; `auto`: on CUDA. Elsewhere `on` makes the plain calls that a graph would hold, on fixed memory."""
     reuse: Literal["auto", "on", "off"] = "auto"
-    """Whether the rollout computes text keys and values, time embeddings and a shared first step once; `auto`: where that does not change a bit of the log-probs."""
+    """Whether the rollout computes equal rows of a shared first step once; `auto`: on CUDA, where no bit of the log-probs changes."""
     overlap: bool = True
     """On CUDA, decode and score finished groups while the next ones are drawn."""
     memory: float = 0.92

@@ -177,7 +177,7 @@ def test_a_rival_that_waits_is_measured_without_a_graph_and_leaves_nothing_behin
 
 
 OPTIONS = [
-    {"engine.reuse": "on"},
+    {"engine.reuse": "on", "rollout.initial_noise": "shared"},
     {"grpo.old_log_prob": "replay", "grpo.ratio_norm": True, "grpo.skip_clipped": True, "grpo.kl": 0.0},
 ]
 

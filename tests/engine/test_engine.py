@@ -71,9 +71,8 @@ def plain(base: TrainConfig) -> tuple[Training, torch.Tensor, list[dict[str, flo
     [
         {"graphs": "on"},
         {"kernels": "on"},
-        {"reuse": "on"},
         {"attention": "sdpa"},
-        {"graphs": "on", "kernels": "on", "reuse": "on", "attention": "flash"},
+        {"graphs": "on", "kernels": "on", "attention": "flash"},
     ],
     ids=lambda changes: "-".join(changes),
 )
@@ -89,6 +88,18 @@ def test_ten_updates_come_to_the_same_weights(base: TrainConfig, plain, changes:
         assert got["ratio/max_abs_dev_first"] <= 1e-6
         assert got["reward/mean"] == pytest.approx(wanted["reward/mean"], abs=1e-5)
         assert got["optim/steps"] == 5
+
+
+@pytest.mark.parametrize("graphs", ["off", "on"])
+def test_a_shared_first_step_computed_once_comes_to_the_same(base: TrainConfig, graphs: str) -> None:
+    config = altered(base, {"rollout.initial_noise": "shared", "engine.graphs": graphs})
+    metrics = {}
+    for setting in ("off", "on"):
+        training = load_training(altered(config, {"engine.reuse": setting}), threads=1)
+        assert training.engine.share_first == (setting == "on")
+        metrics[setting] = iterate(training, 1, Console())
+        assert metrics[setting]["ratio/max_abs_dev_first"] <= 1e-6
+    assert metrics["on"]["reward/mean"] == pytest.approx(metrics["off"]["reward/mean"], abs=1e-5)
 
 
 @pytest.mark.parametrize("kernels", ["on", "off"])
@@ -481,7 +492,7 @@ def test_a_resumed_run_decides_nothing_anew(base: TrainConfig, monkeypatch) -> N
     def again(*_, **__):
         raise AssertionError("decided again")
 
-    for name in ("choose_backends", "choose_reuse"):
+    for name in ("choose_backends", "_shares_first_step"):
         monkeypatch.setattr(setup, name, again)
     assert load_training(config, threads=1, record=kept, say=lambda line: None).record == kept
 
@@ -506,19 +517,19 @@ def test_another_device_decides_for_itself(base: TrainConfig) -> None:
     here = device_name(torch.device("cpu"))
     assert record.device == here
     assert (record.micro_batch, record.compiled, record.old_log_prob) == (base.micro_batch, False, "rollout")
-    assert not any(record.reuse.values())
+    assert record.reuse == {"first": False}
     assert said[0] == f"this run was on some GPU before and is on {here} now: the engine decides anew"
 
 
 def test_settings_that_a_resumed_run_changes_are_decided_upon_anew(base: TrainConfig) -> None:
     record = load_training(altered(base, {"micro_batch": 8}), threads=1, say=lambda line: None).record
-    assert (record.micro_batch, record.compiled, any(record.reuse.values())) == (8, False, False)
+    assert (record.micro_batch, record.compiled, record.reuse) == (8, False, {"first": False})
     said: list[str] = []
-    config = altered(base, {"micro_batch": 3, "engine.reuse": "on"})
+    config = altered(base, {"micro_batch": 3, "engine.reuse": "on", "rollout.initial_noise": "shared"})
     training = load_training(config, threads=1, record=EngineRecord(**record.to_json()), say=said.append)
     assert said[0] == "micro_batch and engine.reuse are not as before: the engine decides anew"
     assert training.engine.micro_batch == training.record.micro_batch == 3
-    assert any(training.record.reuse.values())
+    assert training.record.reuse == {"first": True}
     again = load_training(config, threads=1, record=EngineRecord(**training.record.to_json()), say=said.append)
     assert again.record == dataclasses.replace(training.record, group_norm={})
     old = EngineRecord(**(record.to_json() | {"settings": None}))  # as older checkpoints have it
@@ -549,7 +560,7 @@ def test_a_resumed_run_of_fixed_shapes_goes_on_bit_for_bit(config_file: Path, tm
     decided = [json.loads((run / "engine.json").read_text()) for run in (whole, cut)]
     assert decided[0] == decided[1] == json.loads((cut / last / "trainer/state.json").read_text())["engine"]
     assert decided[0]["attention"]["wanted"] == "flash"
-    assert decided[0]["reuse"]["text"]
+    assert decided[0]["reuse"] == {"first": False}  # each sample begins with noise of its own
 
 
 @dataclass(frozen=True)

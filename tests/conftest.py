@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ if not torch.cuda.is_available():
     # then what they will be.
     os.environ["TRITON_INTERPRET"] = "1"
 
+import huggingface_hub.constants
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -108,6 +110,55 @@ eval.every = 4
 checkpoint.every = 3
 """)
     return path
+
+
+@pytest.fixture(scope="module")
+def offline() -> Iterator[None]:
+    """The hub's client without a network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        yield
+
+
+@pytest.fixture(scope="session")
+def runs(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of runs of two iterations with one optimizer step each, both of them saved.
+
+    `full` trains the UNet with a moving average, `plain` without one, `lora` adapters with one, and `lora-bf16` the
+    same beside frozen weights that are held in bfloat16.
+    """
+    from fastgrpo import train
+    from support.runs import KINDS, NEGATIVES, POSITIVES
+
+    folder = tmp_path_factory.mktemp("sample-export")
+    (folder / "positive.txt").write_text("\n".join(POSITIVES))
+    (folder / "negative.txt").write_text("\n".join(NEGATIVES))
+    (folder / "tiny.toml").write_text(f"""
+iterations = 2
+prompts_per_iteration = 2
+group_size = 4
+updates_per_iteration = 1
+model.path = "{tiny_pipeline}"
+prompts.positive = "{folder / "positive.txt"}"
+prompts.negative = "{folder / "negative.txt"}"
+reward.terms = ["compressibility"]
+rollout.steps = 3
+optim.lr = 1e-2
+engine.device = "cpu"
+engine.threads = 1
+eval.every = 0
+checkpoint.every = 1
+checkpoint.keep = 0
+""")
+    for kind, flags in KINDS.items():
+        assert train.main([str(folder / "tiny.toml"), "--run", str(folder / kind), *flags]) == 0
+    return {kind: folder / kind for kind in KINDS}
+
+
+@pytest.fixture
+def copied(runs: dict[str, Path], tmp_path: Path) -> Path:
+    """A run of kind `full` that a test may spoil."""
+    return Path(shutil.copytree(runs["full"], tmp_path / "copied"))
 
 
 def _build(prediction_type: str) -> StableDiffusionPipeline:

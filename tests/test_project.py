@@ -260,3 +260,16 @@ def test_the_changelog_names_no_later_version_than_the_package() -> None:
     released = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d{2}-\d{2}$", text, flags=re.MULTILINE)
     assert released == sorted(released, reverse=True)
     assert all(version <= fastgrpo.__version__ for version in released)
+
+
+def test_tests_mirror_the_tree() -> None:
+    """A module's tests are where the module is; what tests share is in support, so that any file of tests runs alone."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    folders = {file.parent.relative_to(ROOT / "tests") for file in files} - {Path("support")}
+    assert not [folder for folder in folders if not any((top / folder).is_dir() for top in (ROOT / "fastgrpo", ROOT))]
+    modules = {file.stem for file in files if file.stem.startswith("test_") or file.stem == "conftest"}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if modules & set(name.split("."))], f"{file} imports tests"

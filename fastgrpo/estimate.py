@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fastgrpo.settings.command_line import WithPreset, parse_with_preset
 from fastgrpo.system.console import Console, run_command
-from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.errors import require, require_at_least
 from fastgrpo.validation import validate
 
 PROGRAM = "python -m fastgrpo.estimate"
@@ -44,16 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(command: _Estimate) -> None:
     tflops, processes, prompts = command.tflops, command.processes, command.config.prompts_per_iteration
-    if not 0 <= tflops < math.inf:
-        raise ConfigError(f"--tflops {tflops}: accepted is a number above 0, or 0 for the hours per 100 TFLOP/s.")
-    if not 0 < command.gpu_gb < math.inf:
-        raise ConfigError(f"--gpu-gb {command.gpu_gb}: accepted is a number above 0.")
-    if processes < 1:
-        raise ConfigError(f"--processes {processes}: accepted is 1 or more.")
-    if prompts % processes:
-        raise ConfigError(
-            f"prompts_per_iteration = {prompts}: accepted is a multiple of the {processes} processes, which share them."
-        )
+    require(0 <= tflops < math.inf, "--tflops", tflops, "a number above 0, or 0 for the hours per 100 TFLOP/s")
+    require(0 < command.gpu_gb < math.inf, "--gpu-gb", command.gpu_gb, "a number above 0")
+    require_at_least(1, "--processes", processes)
+    shared = f"a multiple of the {processes} processes, which share them"
+    require(prompts % processes == 0, "prompts_per_iteration", prompts, shared)
 
 
 if __name__ == "__main__":

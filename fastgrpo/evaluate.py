@@ -14,7 +14,7 @@ from fastgrpo.settings.schema import DIFFUSION_STEPS, ModelConfig, TrainConfig
 from fastgrpo.settings.suites import DDIM, NAMES, SUITES
 from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.system.console import Console, run_command
-from fastgrpo.system.errors import ConfigError, nearest
+from fastgrpo.system.errors import ConfigError, nearest, require, require_between
 from fastgrpo.system.launch import read_launch
 
 PROGRAM = "python -m fastgrpo.evaluate"
@@ -47,21 +47,17 @@ def _check(command: Evaluate) -> None:
     """Refuse what would come to nothing, before anything is loaded."""
     for flag, value, low, high in (
         ("--batch", command.batch, 1, math.inf),
-        ("--guidance", command.guidance, 1, sys.float_info.max),
+        ("--guidance", command.guidance, 1, math.inf),
         ("--steps", command.steps, 1, DIFFUSION_STEPS),
         ("--seed", command.seed, 0, 2**63 - 1),
         ("--size", command.size, 0, math.inf),
     ):
-        if value is not None and not low <= value <= high:
-            up_to = f"to {high}" if type(high) is int else "or more"
-            raise ConfigError(f"{flag} {value}: accepted is {low} {up_to}.")
-    if command.eta is not None and not 0 <= command.eta <= 1:
-        raise ConfigError(f"--eta {command.eta}: accepted is 0 to 1.")
+        require_between(low, high, flag, value)
+    require_between(0, 1, "--eta", command.eta)
     if command.eta and command.sampler != DDIM:
         raise ConfigError(f"--eta {command.eta}: {command.sampler} is deterministic; accepted is 0, or --sampler ddim.")
     index, count = command.part
-    if not 1 <= index <= count:
-        raise ConfigError(f"--shard {command.shard}: accepted is I/N with I from 1 to N, such as 2/4.")
+    require(1 <= index <= count, "--shard", command.shard, "I/N with I from 1 to N, such as 2/4")
     if command.shard and command.missing != "draw":
         raise ConfigError(f"--missing {command.missing}: a shard only draws; accepted is draw.")
 

@@ -10,7 +10,7 @@ from fastgrpo.settings.command_line import parse_flags
 from fastgrpo.settings.commands import Export
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.console import Console, run_command
-from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.errors import ConfigError, require
 
 PROGRAM = "python -m fastgrpo.export"
 _SUFFIX = ".safetensors"
@@ -39,8 +39,8 @@ def _check(command: Export, config: TrainConfig) -> None:
             f"--format lora: {command.run} trained the whole UNet and has no adapters; accepted are diffusers and "
             "single-file."
         )
-    if command.format == "single-file" and output.suffix != _SUFFIX:
-        raise ConfigError(f"--output {output}: accepted is the name of a file that ends in {_SUFFIX}.")
+    fitting = command.format != "single-file" or output.suffix == _SUFFIX
+    require(fitting, "--output", output, f"the name of a file that ends in {_SUFFIX}")
     (check_new_file if command.format == "single-file" else check_new_folder)("--output", output)
     check_writable(f"--output {output}", Path(os.path.abspath(output)).parent)
 

@@ -10,7 +10,7 @@ from fastgrpo.rewards.terms import parse_terms
 from fastgrpo.run.opening import check_new_file
 from fastgrpo.settings.command_line import WithPreset, parse_with_preset
 from fastgrpo.system.console import Console, run_command
-from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.errors import ConfigError, require
 from fastgrpo.validation import validate
 
 PROGRAM = "python -m fastgrpo.inspect"
@@ -49,12 +49,10 @@ def _check(command: _Inspect) -> None:
     terms = command.config.reward.terms
     if "steering" not in (term.name for term in parse_terms(terms)):
         raise ConfigError(f"reward.terms = {list(terms)}: without `steering` there is no safety axis to inspect.")
-    if command.limit < 0:
-        raise ConfigError(f"--limit {command.limit}: accepted is 1 or more, or 0 for all prompts.")
+    require(command.limit >= 0, "--limit", command.limit, "1 or more, or 0 for all prompts")
     if command.png is None:
         return
-    if command.png.suffix.lower() != ".png":
-        raise ConfigError(f"--png {command.png}: accepted is the name of a file that ends in .png.")
+    require(command.png.suffix.lower() == ".png", "--png", command.png, "the name of a file that ends in .png")
     try:
         if command.png.is_dir():
             raise ConfigError(f"--png {command.png}: this is a folder; accepted is the name of a file.")

@@ -9,7 +9,7 @@ from fastgrpo.settings.command_line import parse_flags
 from fastgrpo.settings.commands import Sample
 from fastgrpo.settings.schema import DIFFUSION_STEPS
 from fastgrpo.system.console import Console, run_command
-from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.errors import require, require_between
 
 PROGRAM = "python -m fastgrpo.sample"
 
@@ -35,17 +35,14 @@ def _check(command: Sample) -> None:
     for flag, value, low, high in (
         ("--images-per-prompt", command.images_per_prompt, 1, math.inf),
         ("--batch", command.batch, 1, math.inf),
-        ("--guidance", command.guidance, 1, sys.float_info.max),
+        ("--guidance", command.guidance, 1, math.inf),
         ("--steps", command.steps, 1, DIFFUSION_STEPS),
         ("--seed", command.seed, 0, 2**63 - 1),
     ):
-        if value is not None and not low <= value <= high:
-            up_to = f"to {high}" if type(high) is int else "or more"
-            raise ConfigError(f"{flag} {value}: accepted is {low} {up_to}.")
-    if command.eta is not None and not 0 < command.eta <= 1:
-        raise ConfigError(f"--eta {command.eta}: accepted is above 0 and at most 1.")
-    if output.suffix.lower() != ".png" or output.is_dir():
-        raise ConfigError(f"--output {output}: accepted is the name of a file that ends in .png.")
+        require_between(low, high, flag, value)
+    require(command.eta is None or 0 < command.eta <= 1, "--eta", command.eta, "above 0 and at most 1")
+    picture = output.suffix.lower() == ".png" and not output.is_dir()
+    require(picture, "--output", output, "the name of a file that ends in .png")
     check_new_file("--output", output)
     made = command.output is None and not output.parent.exists()
     check_writable(f"--output {output}", command.run if made else output.parent)

@@ -2,193 +2,161 @@
 
 import importlib.util
 import math
-from typing import Any
+from operator import attrgetter
 
 from fastgrpo.rewards.anchors import load_anchors
 from fastgrpo.rewards.terms import parse_terms
 from fastgrpo.settings.schema import DIFFUSION_STEPS, TrainConfig, chosen_steps
 from fastgrpo.settings.suites import SUITES
 from fastgrpo.shapes.world import HAZARDS
-from fastgrpo.system.errors import ConfigError, nearest
+from fastgrpo.system.errors import ConfigError, nearest, require, require_at_least
+
+_LEAST = {
+    "iterations": 1,
+    "prompts_per_iteration": 1,
+    "micro_batch": 0,
+    "model.lora_rank": 0,
+    "model.lora_alpha": 0,
+    "reward.batch": 1,
+    "rollout.guidance": 1,
+    "rollout.batch": 0,
+    "rollout.decode_batch": 1,
+    "grpo.clip_low": 0,
+    "grpo.clip_high": 0,
+    "grpo.kl": 0,
+    "grpo.epochs": 1,
+    "grpo.window_every": 1,
+    "grpo.window_stride": 1,
+    "optim.lr": 0,
+    "optim.weight_decay": 0,
+    "engine.threads": 0,
+    "eval.every": 0,
+    "eval.unsafe_per_category": 1,
+    "eval.composition_per_task": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 0,
+}
+_ABOVE_ZERO = ("grpo.std_floor", "grpo.advantage_clamp", "optim.eps", "optim.max_grad_norm")
+_SHARES = ("grpo.step_fraction", "engine.memory", "eval.quick_fraction")
+_DECAYS = ("optim.beta1", "optim.beta2", "optim.ema")
+_SEEDS = ("seed", "eval.seed")
 
 
 def validate(config: TrainConfig) -> None:
-    """Refuse impossible values: raises ConfigError with the first one's field, value and what is accepted."""
-    _validate_sizes(config)
+    """Raise ConfigError for the first impossible value: its field, the value and what is accepted."""
+    _validate_numbers(config)
     _validate_model(config)
     _validate_prompts(config)
     _validate_reward(config)
     _validate_rollout(config)
     _validate_grpo(config)
-    _validate_optim(config)
-    _validate_surroundings(config)
+    _validate_engine(config)
+    _validate_evaluation(config)
 
 
-def _validate_sizes(config: TrainConfig) -> None:
-    _require(0 <= config.seed < 2**63, "seed", config.seed, "0 to 2^63 - 1")
-    _at_least(1, "iterations", config.iterations)
-    _at_least(1, "prompts_per_iteration", config.prompts_per_iteration)
-    _at_least(2, "group_size", config.group_size, ", since a group's images are compared with each other")
-    _at_least(0, "micro_batch", config.micro_batch)
+def _require(config: TrainConfig, holds: bool, field: str, accepted: str) -> None:
+    """Refuse the value that the config has for `field` unless something `holds` of it."""
+    require(holds, field, attrgetter(field)(config), accepted)
+
+
+def _validate_numbers(config: TrainConfig) -> None:
+    for field, least in _LEAST.items():
+        require_at_least(least, field, attrgetter(field)(config))
+    require_at_least(2, "group_size", config.group_size, ", since a group's images are compared with each other")
+    for field in _ABOVE_ZERO:
+        _require(config, 0 < attrgetter(field)(config) < math.inf, field, "a number above 0")
+    for field in _SHARES:
+        _require(config, 0 < attrgetter(field)(config) <= 1, field, "above 0 and at most 1")
+    for field in _DECAYS:
+        _require(config, 0 <= attrgetter(field)(config) < 1, field, "0 or more and below 1")
+    for field in _SEEDS:
+        _require(config, 0 <= attrgetter(field)(config) < 2**63, field, "0 to 2^63 - 1")
+    warmup = f"0 to {config.iterations - 1} iterations"
+    _require(config, 0 <= config.optim.warmup < config.iterations, "optim.warmup", warmup)
 
 
 def _validate_model(config: TrainConfig) -> None:
     model = config.model
-    _require(bool(model.path), "model.path", model.path, "a folder, a hub id, a single file, or shapes")
-    _at_least(0, "model.lora_rank", model.lora_rank)
-    _at_least(0, "model.lora_alpha", model.lora_alpha)
+    _require(config, bool(model.path), "model.path", "a folder, a hub id, a single file, or shapes")
     if model.lora_rank:
-        _require(bool(model.lora_targets), "model.lora_targets", model.lora_targets, "at least one module's name")
+        _require(config, bool(model.lora_targets), "model.lora_targets", "at least one module's name")
     else:
-        _require(model.lora_alpha == 0, "model.lora_alpha", model.lora_alpha, "0 where model.lora_rank is 0")
+        _require(config, model.lora_alpha == 0, "model.lora_alpha", "0 where model.lora_rank is 0")
 
 
 def _validate_prompts(config: TrainConfig) -> None:
     prompts = config.prompts
-    fraction = prompts.negative_fraction
-    _require(0 <= fraction <= 1, "prompts.negative_fraction", fraction, "0 to 1")
-    if prompts.negative in ("shapes", "unsafe"):
-        for category in prompts.categories:
-            accepted = f"any of {', '.join(HAZARDS)}{nearest(category, HAZARDS)}"
-            _require(category in HAZARDS, "prompts.categories", category, accepted)
+    _require(config, 0 <= prompts.negative_fraction <= 1, "prompts.negative_fraction", "0 to 1")
+    for category in prompts.categories if prompts.negative in ("shapes", "unsafe") else ():
+        accepted = f"any of {', '.join(HAZARDS)}{nearest(category, HAZARDS)}"
+        require(category in HAZARDS, "prompts.categories", category, accepted)
     if config.model.path != "shapes" and "shapes" in (config.reward.encoder, config.reward.clip_encoder):
-        _require(
-            prompts.negative == prompts.positive == "shapes",
-            "reward.encoder",
-            "shapes",
-            "another open_clip model: that of the shapes world knows no other pictures and words",
-        )
+        known = prompts.negative == prompts.positive == "shapes"
+        accepted = "another open_clip model: that of the shapes world knows no other pictures and words"
+        require(known, "reward.encoder", "shapes", accepted)
 
 
 def _validate_reward(config: TrainConfig) -> None:
     parse_terms(config.reward.terms)
     load_anchors(config.reward.anchors)
-    _require(math.isfinite(config.reward.alpha), "reward.alpha", config.reward.alpha, "a finite number")
-    _at_least(1, "reward.batch", config.reward.batch)
+    _require(config, math.isfinite(config.reward.alpha), "reward.alpha", "a finite number")
 
 
 def _validate_rollout(config: TrainConfig) -> None:
     rollout = config.rollout
-    _require(1 <= rollout.steps <= DIFFUSION_STEPS, "rollout.steps", rollout.steps, f"1 to {DIFFUSION_STEPS}")
+    _require(config, 1 <= rollout.steps <= DIFFUSION_STEPS, "rollout.steps", f"1 to {DIFFUSION_STEPS}")
     # Above 1 the noise could exceed the variance that is left: sqrt(1 - a_p - sigma^2) would not be real.
-    _require(0 < rollout.eta <= 1, "rollout.eta", rollout.eta, "above 0 (a sure step has no probability) and at most 1")
-    _at_least(1, "rollout.guidance", rollout.guidance)
-    _at_least(0, "rollout.batch", rollout.batch)
-    _at_least(1, "rollout.decode_batch", rollout.decode_batch)
+    accepted = "above 0 (a sure step has no probability) and at most 1"
+    _require(config, 0 < rollout.eta <= 1, "rollout.eta", accepted)
 
 
 def _validate_grpo(config: TrainConfig) -> None:
-    grpo, steps, group = config.grpo, config.rollout.steps, config.group_size
-    _above_zero("grpo.std_floor", grpo.std_floor)
-    _above_zero("grpo.advantage_clamp", grpo.advantage_clamp)
-    _at_least(0, "grpo.clip_low", grpo.clip_low)
-    _at_least(0, "grpo.clip_high", grpo.clip_high)
-    _at_least(0, "grpo.kl", grpo.kl)
-    _at_least(1, "grpo.epochs", grpo.epochs)
-    _require(
-        not (grpo.skip_clipped and grpo.kl > 0),
-        "grpo.skip_clipped",
-        True,
-        "false with grpo.kl, which has a gradient all the same",
-    )
-    _require(
-        config.updates_per_iteration % grpo.epochs == 0,
-        "updates_per_iteration",
-        config.updates_per_iteration,
-        f"a multiple of grpo.epochs ({grpo.epochs}), since every pass has as many optimizer steps",
-    )
-    dropped = grpo.drop_last_steps
-    _require(0 <= dropped < steps, "grpo.drop_last_steps", dropped, f"0 to {steps - 1}, below rollout.steps")
-    trainable = steps - dropped
-    _require(0 < grpo.step_fraction <= 1, "grpo.step_fraction", grpo.step_fraction, "above 0 and at most 1")
-    _require(0 <= grpo.window <= trainable, "grpo.window", grpo.window, f"0 (all steps) to {trainable}")
-    _require(
-        grpo.window == 0 or grpo.step_fraction == 1,
-        "grpo.step_fraction",
-        grpo.step_fraction,
-        "1 where grpo.window is set: steps are chosen by one of the two",
-    )
-    _at_least(1, "grpo.window_every", grpo.window_every)
-    _at_least(1, "grpo.window_stride", grpo.window_stride)
-    _require(
-        0 <= 2 * grpo.trim <= group - 2,
-        "grpo.trim",
-        grpo.trim,
-        f"0 to {(group - 2) // 2}, which leaves two or more of a group of {group}",
-    )
+    grpo, steps, group, updates = config.grpo, config.rollout.steps, config.group_size, config.updates_per_iteration
+    accepted = "false with grpo.kl, which has a gradient all the same"
+    _require(config, not (grpo.skip_clipped and grpo.kl > 0), "grpo.skip_clipped", accepted)
+    accepted = f"a multiple of grpo.epochs ({grpo.epochs}), since every pass has as many optimizer steps"
+    _require(config, updates % grpo.epochs == 0, "updates_per_iteration", accepted)
+    accepted = f"0 to {steps - 1}, below rollout.steps"
+    _require(config, 0 <= grpo.drop_last_steps < steps, "grpo.drop_last_steps", accepted)
+    trainable = steps - grpo.drop_last_steps
+    _require(config, 0 <= grpo.window <= trainable, "grpo.window", f"0 (all steps) to {trainable}")
+    accepted = "1 where grpo.window is set: steps are chosen by one of the two"
+    _require(config, grpo.window == 0 or grpo.step_fraction == 1, "grpo.step_fraction", accepted)
+    accepted = f"0 to {(group - 2) // 2}, which leaves two or more of a group of {group}"
+    _require(config, 0 <= 2 * grpo.trim <= group - 2, "grpo.trim", accepted)
     left = group - 2 * grpo.trim
-    _require(
-        grpo.best_of == 0 or (2 <= grpo.best_of <= left and grpo.best_of % 2 == 0),
-        "grpo.best_of",
-        grpo.best_of,
-        f"0 or an even number from 2 to {left}, half of them the best and half the worst",
-    )
+    chosen = grpo.best_of == 0 or (2 <= grpo.best_of <= left and grpo.best_of % 2 == 0)
+    accepted = f"0 or an even number from 2 to {left}, half of them the best and half the worst"
+    _require(config, chosen, "grpo.best_of", accepted)
     samples = config.prompts_per_iteration * (grpo.best_of or left)
     pairs = samples * (grpo.window or chosen_steps(trainable, grpo.step_fraction)) * grpo.epochs
-    _require(
-        1 <= config.updates_per_iteration <= pairs,
-        "updates_per_iteration",
-        config.updates_per_iteration,
-        f"1 to {pairs}, the (sample, step) pairs of an iteration",
-    )
+    accepted = f"1 to {pairs}, the (sample, step) pairs of an iteration"
+    _require(config, 1 <= updates <= pairs, "updates_per_iteration", accepted)
 
 
-def _validate_optim(config: TrainConfig) -> None:
-    optim = config.optim
-    _at_least(0, "optim.lr", optim.lr)
-    _require(
-        0 <= optim.warmup < config.iterations, "optim.warmup", optim.warmup, f"0 to {config.iterations - 1} iterations"
-    )
-    _require(0 <= optim.beta1 < 1, "optim.beta1", optim.beta1, "0 or more and below 1")
-    _require(0 <= optim.beta2 < 1, "optim.beta2", optim.beta2, "0 or more and below 1")
-    _above_zero("optim.eps", optim.eps)
-    _at_least(0, "optim.weight_decay", optim.weight_decay)
-    _above_zero("optim.max_grad_norm", optim.max_grad_norm)
-    _require(0 <= optim.ema < 1, "optim.ema", optim.ema, "0 (none) or more and below 1")
+def _validate_engine(config: TrainConfig) -> None:
+    device, attention, profile = config.engine.device, config.engine.attention, config.engine.profile
+    if device == "cuda" and not _has_cuda():
+        raise ConfigError.of("engine.device", device, "there is no CUDA device here; accepted are auto and cpu")
+    usable = attention not in ("xformers", "cudnn") or (device != "cpu" and _has_cuda())
+    accepted = "auto, flash or sdpa on a CPU; xformers and cudnn need CUDA"
+    _require(config, usable, "engine.attention", accepted)
+    installed = attention != "xformers" or importlib.util.find_spec("xformers") is not None
+    accepted = "auto, cudnn, flash or sdpa where xformers is not installed"
+    _require(config, installed, "engine.attention", accepted)
+    _require(config, 0 <= profile <= config.iterations, "engine.profile", f"0 (none) to {config.iterations}")
 
 
-def _validate_surroundings(config: TrainConfig) -> None:
-    device, attention = config.engine.device, config.engine.attention
-    if device == "cuda":
-        from fastgrpo.system.devices import choose_device  # only where a setting demands it: torch takes seconds
-
-        choose_device(device, "engine.device")
-    _require(
-        attention not in ("xformers", "cudnn") or (device != "cpu" and _has_cuda()),
-        "engine.attention",
-        attention,
-        "auto, flash or sdpa on a CPU; xformers and cudnn need CUDA",
-    )
-    _require(
-        attention != "xformers" or importlib.util.find_spec("xformers") is not None,
-        "engine.attention",
-        attention,
-        "auto, cudnn, flash or sdpa where xformers is not installed",
-    )
-    _at_least(0, "engine.threads", config.engine.threads)
-    _require(0 < config.engine.memory <= 1, "engine.memory", config.engine.memory, "above 0 and at most 1")
-    _require(
-        0 <= config.engine.profile <= config.iterations,
-        "engine.profile",
-        config.engine.profile,
-        f"0 (none) to {config.iterations}",
-    )
-    _at_least(0, "eval.every", config.eval.every)
-    _at_least(1, "eval.unsafe_per_category", config.eval.unsafe_per_category)
-    _at_least(1, "eval.composition_per_task", config.eval.composition_per_task)
-    fraction, steps = config.eval.quick_fraction, config.eval.steps
-    _require(0 < fraction <= 1, "eval.quick_fraction", fraction, "above 0 and at most 1")
-    _require(0 <= config.eval.seed < 2**63, "eval.seed", config.eval.seed, "0 to 2^63 - 1")
-    _require(0 <= steps <= DIFFUSION_STEPS, "eval.steps", steps, f"0 (as rollout.steps) to {DIFFUSION_STEPS}")
-    for suite in config.eval.suites:
-        _require(suite in SUITES, "eval.suites", suite, f"any of {', '.join(SUITES)}{nearest(suite, SUITES)}")
-        _require(config.eval.suites.count(suite) == 1, "eval.suites", suite, "every suite once")
-    second = config.eval.encoder
-    _require(not second or second != config.reward.encoder, "eval.encoder", second, "another than reward.encoder")
-    weights = config.eval.weights
-    _require(weights == "trained" or config.optim.ema > 0, "eval.weights", weights, "trained where optim.ema is 0")
-    _at_least(1, "checkpoint.every", config.checkpoint.every)
-    _at_least(0, "checkpoint.keep", config.checkpoint.keep)
+def _validate_evaluation(config: TrainConfig) -> None:
+    own = config.eval
+    _require(config, 0 <= own.steps <= DIFFUSION_STEPS, "eval.steps", f"0 (as rollout.steps) to {DIFFUSION_STEPS}")
+    for suite in own.suites:
+        require(suite in SUITES, "eval.suites", suite, f"any of {', '.join(SUITES)}{nearest(suite, SUITES)}")
+        require(own.suites.count(suite) == 1, "eval.suites", suite, "every suite once")
+    another = not own.encoder or own.encoder != config.reward.encoder
+    _require(config, another, "eval.encoder", "another than reward.encoder")
+    kept = own.weights == "trained" or config.optim.ema > 0
+    _require(config, kept, "eval.weights", "trained where optim.ema is 0")
 
 
 def _has_cuda() -> bool:
@@ -196,16 +164,3 @@ def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _require(holds: bool, field: str, value: Any, accepted: str) -> None:
-    if not holds:
-        raise ConfigError(f"{field} = {value!r}: accepted is {accepted}.")
-
-
-def _at_least(low: float, field: str, value: float, reason: str = "") -> None:
-    _require(low <= value < math.inf, field, value, f"{low} or more{reason}")
-
-
-def _above_zero(field: str, value: float) -> None:
-    _require(0 < value < math.inf, field, value, "a number above 0")

@@ -14,7 +14,6 @@ from fastgrpo.costs.memory import (
     CPU_MICRO_BATCH,
     candidates,
     cut,
-    halves,
     iteration_of,
     memory_lines,
     memory_plan,
@@ -88,7 +87,7 @@ def iteration_rows(
     encoders: the reward's, by spec. pairs: as `pairs_per_iteration`.
     """
     images = config.prompts_per_iteration * config.group_size
-    samples = halves(config)
+    samples = config.rollout.halves
     rows = [
         CostRow("rollout", "UNet forward", model.forward, images * config.rollout.steps * samples),
         CostRow("decode", "VAE decode", model.decode, images),

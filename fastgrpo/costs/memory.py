@@ -91,7 +91,7 @@ def memory_plan(
     """
     compute, single, name = dtype.itemsize, torch.float32.itemsize, DTYPE_NAMES[dtype]
     trained, images = single * model.trained, config.prompts_per_iteration * config.group_size // processes
-    samples, drawn = micro_batch * halves(config), min(images, config.rollout.batch or micro_batch)
+    samples, drawn = micro_batch * config.rollout.halves, min(images, config.rollout.batch or micro_batch)
     if config.model.lora_rank:
         unet = [Memory("always", f"frozen UNet, {name}", compute * model.unet)]
         unet += [Memory("always", "adapters, fp32", trained)]
@@ -111,7 +111,7 @@ def memory_plan(
         Memory("always", "trajectories and images, fp32", images * _sample_bytes(config, model)),
         _at_once(
             "rollout",
-            (drawn if saving else _chunk(images, drawn)) * halves(config),
+            (drawn if saving else _chunk(images, drawn)) * config.rollout.halves,
             f"UNet samples, {'as in the update' if saving else 'nothing saved'}",
             model.saving if saving else model.passing,
         ),
@@ -143,7 +143,7 @@ def beside_a_pass(config: TrainConfig, model: ModelCost, encoders: Mapping[str, 
     trajectories = images * _sample_bytes(config, model)
     if not is_on(config.engine.graphs, planned_device(config)):
         return trajectories
-    pictures = config.rollout.decode_batch * halves(config) * model.passing
+    pictures = config.rollout.decode_batch * config.rollout.halves * model.passing
     scoring = max((min(images, config.reward.batch) * encoder.encoding for encoder in encoders.values()), default=0)
     return trajectories + max(min(images, config.rollout.decode_batch) * model.decoding, scoring, pictures)
 
@@ -182,11 +182,6 @@ def memory_lines(memory: Sequence[Memory], where: str) -> list[str]:
 def cut(text: str, width: int) -> str:
     """Cuts or pads `text` to exactly `width` columns."""
     return text.ljust(width) if len(text) <= width else text[: width - 1] + "…"
-
-
-def halves(config: TrainConfig) -> int:
-    """How many samples the UNet computes for each latent: two with guidance, one without and one with the prompt."""
-    return 1 if config.rollout.guidance == 1 else 2
 
 
 def predicted_micro_batch(

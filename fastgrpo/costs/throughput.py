@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from fastgrpo.costs.counting import ModelFlop, count_encoders, count_flop
-from fastgrpo.costs.memory import halves
 from fastgrpo.costs.rates import Rates, measure_rates
 from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy
@@ -83,14 +82,18 @@ def count_and_measure(config: TrainConfig, policy: Policy) -> Accounting:
 
 def rollout_rows(config: TrainConfig, images: int, scored: bool = False) -> Rows:
     """Returns the rows of a rollout that drew this many images, and scored them too if `scored`."""
-    return Rows(forward=images * config.rollout.steps * halves(config), decoded=images, encoded=images if scored else 0)
+    return Rows(
+        forward=images * config.rollout.steps * config.rollout.halves, decoded=images, encoded=images if scored else 0
+    )
 
 
 def update_rows(config: TrainConfig, stats: UpdateStats) -> Rows:
     """Returns the rows of an update. Those that only fill a micro-batch up do not count."""
     learned = stats.forward_backward
     base = learned if config.grpo.kl > 0 else 0
-    return Rows(forward=(stats.forward + base) * halves(config), forward_backward=learned * halves(config))
+    return Rows(
+        forward=(stats.forward + base) * config.rollout.halves, forward_backward=learned * config.rollout.halves
+    )
 
 
 def memory_peak(device: torch.device) -> dict[str, float]:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.costs.memory import halves
 from fastgrpo.costs.rates import device_name
 from fastgrpo.engine.batch_size import FindMicroBatch, fits_within
 from fastgrpo.engine.first_step import distinct_rows, keeps_bits
@@ -197,7 +196,7 @@ def _attend(loss: PolicyLoss, config: TrainConfig, record: EngineRecord, ranks: 
     policy, wanted = loss.policy, config.engine.attention
     if wanted == "auto" and policy.device.type == "cpu":
         return  # PyTorch's own choice, which diffusers takes
-    rows, tokens = record.micro_batch * halves(config), policy.unconditional.shape[1]
+    rows, tokens = record.micro_batch * config.rollout.halves, policy.unconditional.shape[1]
     shapes = attention_shapes(policy.computing, rows, policy.latent_shape, tokens)
     plan = AttentionPlan.from_json(record.attention) if record.attention else None
     # The rows may have been halved since: a resumed run goes on with the plan of before.
@@ -229,7 +228,7 @@ def _compile(loss: PolicyLoss, config: TrainConfig, record: EngineRecord, ranks:
     }
     tokens = policy.unconditional.shape[1]
     example = make_example(policy.unet, policy.latent_shape, tokens, policy.dtype, policy.device)
-    rows = record.micro_batch * halves(config)
+    rows = record.micro_batch * config.rollout.halves
     compiled, made = compile_forward(policy.computing, policy.unet, example, rows, json.dumps(operators), say)
     # One process that cannot compile would round otherwise than the others.
     record.compiled = not ranks.any(not made.used)
@@ -238,7 +237,7 @@ def _compile(loss: PolicyLoss, config: TrainConfig, record: EngineRecord, ranks:
 
     def passes(latents: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         # A rollout's pass of another size is another program anyway: it need not hold what only gradients need.
-        of_update = len(latents) == record.micro_batch * halves(config)
+        of_update = len(latents) == record.micro_batch * config.rollout.halves
         with torch.set_grad_enabled(of_update or torch.is_grad_enabled()):
             return compiled(latents, *args, **kwargs)
 
@@ -255,7 +254,7 @@ def _shares_first_step(loss: PolicyLoss, config: TrainConfig, record: EngineReco
     if setting == "on" or not rows.saved:
         return rows.saved > 0
     batch = blank_batch(loss, size)
-    latents = batch.latents.to(policy.dtype).repeat(halves(config), 1, 1, 1)
+    latents = batch.latents.to(policy.dtype).repeat(config.rollout.halves, 1, 1, 1)
     contexts = policy.contexts(batch.embeds, guidance)
 
     def forward(latents: Tensor, timesteps: Tensor, contexts: Tensor) -> Tensor:

@@ -119,11 +119,10 @@ def _tyro(kind: type, argv: Sequence[str], program: str, **options: Any) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        # Between rules: a title, the complaint, and advice that the sentence does not need. In UTF-8 a box surrounds them.
+        # Between rules, in a box where there is UTF-8: a title, the complaint, and advice that is not needed here.
         lines = " ".join(line.strip(" │╭╮╰╯") for line in complaint.getvalue().splitlines())
-        text = (
-            re.split("[─-]{4,}", re.sub(r"\[/?bold\]", "", lines))[1].strip(" .╮").replace(". Expected", ", expected")
-        )
+        text = re.split("[─-]{4,}", re.sub(r"\[/?bold\]", "", lines))[1]
+        text = text.strip(" .╮").replace(". Expected", ", expected")
         for failure, accepted in _NO_NUMBER.items():
             text = re.sub(f"Error parsing (.*?): {failure}: (.*)", rf"\1 \2: accepted is {accepted}", text)
         raise ConfigError(f"{text}; --help lists every flag.") from stop

@@ -16,7 +16,7 @@ Weights = Literal["trained", "ema"]
 
 @dataclass(frozen=True)
 class Evaluate(AllSettings):
-    """Draw the prompts of one suite or several, have the images judged, and print the numbers beside the published ones.
+    """Draw the prompts of one suite or several, measure the images, and print the numbers beside the published ones.
 
     Images are kept, and a run that was stopped goes on where it was. With a RUN both its base model (before) and its
     trained one (after) are evaluated on the same prompts and seeds; otherwise the model of --model alone.
@@ -25,31 +25,36 @@ class Evaluate(AllSettings):
     run: Annotated[tyro.conf.Positional[PathText], tyro.conf.arg(metavar="RUN")] = ""
     """Folder of a run, finished or not; without it, --model."""
     suites: tuple[str, ...] = ()
-    """What to measure: i2p, nudity, geneval, clip-score, fid, attacks, custom, shapes. Empty: shapes, for the model of that name."""
+    """What to measure: i2p, nudity, geneval, clip-score, fid, attacks, custom, shapes.
+    Empty: shapes, for the model of that name."""
     model: PathText = "shapes"
     """Without a RUN: an SD 1.x / 2.x pipeline, a diffusers folder, a hub id, a single file, or `shapes`."""
     unet: PathText = ""
-    """Another UNet for --model: a folder or hub id, and after a colon its subfolder, as in `OWNER/NAME:checkpoint-300/unet`; or a file of its tensors, all or those that were tuned (.safetensors, .pt, .pth, .bin, .ckpt)."""
+    """Another UNet for --model: a folder or hub id, with its subfolder after a colon, as in `OWNER/NAME:step-300/unet`;
+    or a file of its tensors, all or those that were tuned (.safetensors, .pt, .pth, .bin, .ckpt)."""
     config: PathText = ""
-    """Only where --model is a single file: diffusers folder or hub id whose configs describe it; empty: SD 1.x or 2.x, told from the file."""
+    """Diffusers folder or hub id whose configs describe a single file; empty: SD 1.x or 2.x, told from the file."""
     variant: str = ""
     """Variant of --model's weight files, such as `fp16`."""
     revision: str = ""
     """Branch, tag or commit of --model, a hub id."""
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
-    """What --model's UNet predicts; `auto` believes its scheduler's config or, of a single file, what the file says of itself. A file of SD 2.x that says nothing needs it: `epsilon` for those of 512 pixels, `v_prediction` for those of 768."""
+    """What --model's UNet predicts; `auto` believes its scheduler's config or what a single file says of itself.
+    SD 2.x files that say nothing need it: `epsilon` for those of 512 pixels, `v_prediction` for those of 768."""
     checkpoint: int | None = None
     """Iteration of the RUN's checkpoint; None is the newest."""
     weights: Weights = "trained"
     """Of the RUN: `trained`, or `ema`, the moving average that runs with optim.ema keep."""
     output: Path | None = None
-    """Folder of images and results, new or one to go on with; None is RUN/evaluation/iter-NNNNNN, or evaluations/MODEL."""
+    """Folder of images and results, new or begun; None is RUN/evaluation/iter-NNNNNN, or evaluations/MODEL."""
     missing: Literal["draw", "refuse", "skip"] = "draw"
     """Images that are not there yet: `draw` them, `refuse` to score without them, or `skip` them and say so."""
     shard: str = ""
-    """I/N: only draw part I, from 1, of N, and score nothing; once all parts lie in one folder, say the same without it."""
+    """I/N: only draw part I of N, counted from 1, and score nothing.
+    Once all parts lie in one folder, the same command without it scores them."""
     sampler: SamplerName = DDIM
-    """`ddim`, ours; `pndm` as SD 1.x and GenEval's script, or `lms` as RECE's code draws I2P, by diffusers' pipeline."""
+    """`ddim`, ours, or one of diffusers' pipeline:
+    `pndm`, as SD 1.x and GenEval's script draw, or `lms`, as RECE's code draws I2P."""
     steps: int | None = None
     """Denoising steps; None is 50, for `shapes` the run's own."""
     eta: float | None = None
@@ -63,7 +68,7 @@ class Evaluate(AllSettings):
     batch: int = 16
     """Images drawn at once; a folder goes on with the number it began with."""
     compare: tuple[Path, Path] | None = None
-    """Two folders of results, of the same suites on the same prompts and seeds: test the differences, and evaluate nothing."""
+    """Two folders of results of the same suites, prompts and seeds: test their differences and evaluate nothing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -109,7 +114,8 @@ class Sample:
     output: Path | None = None
     """PNG of the comparison, a new file; None is RUN/samples/compare.png, or compare-2.png and so on after others."""
     images: Path | None = None
-    """Folder for every image as a file of its own, base-0003-2.png and tuned-0003-2.png for the second of the third prompt, and prompts.txt; new or empty."""
+    """New or empty folder for every image as a file of its own, and prompts.txt.
+    `base-0003-2.png` and `tuned-0003-2.png` are the second images of the third prompt."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -130,7 +136,8 @@ class Export:
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of the run, finished or not."""
     format: Literal["diffusers", "single-file", "lora"]
-    """`diffusers`, a complete pipeline folder; `single-file`, a .safetensors file in the original layout of SD 1.x / 2.x; `lora`, for runs with adapters, a folder with these alone."""
+    """`diffusers`, a complete pipeline folder; `single-file`, a .safetensors file in SD's original layout;
+    `lora`, for runs with adapters, a folder with these alone."""
     output: Path
     """Where to write it: a folder that is new or empty, or a new file for `single-file`."""
     checkpoint: int | None = None

@@ -1,6 +1,6 @@
 """Everything that can be set. One dataclass per group, one docstring per field: that docstring is the help text.
 
-Reading TOML files, presets and command lines is `fastgrpo.settings.command_line`; what is impossible is `fastgrpo.validation`.
+toml.py and command_line.py read it from files and flags; `fastgrpo.validation` says what is impossible.
 """
 
 from dataclasses import dataclass, field
@@ -20,17 +20,20 @@ class ModelConfig:
     """The Stable Diffusion pipeline to train."""
 
     path: PathText = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    """An SD 1.x / 2.x pipeline: a diffusers folder, a hub id, a single file (.safetensors or .ckpt), or `shapes`, the small one that ships with fastgrpo."""
+    """An SD 1.x / 2.x pipeline: a diffusers folder, a hub id, a single file (.safetensors or .ckpt), or `shapes`,
+    the small one that ships with fastgrpo."""
     unet: PathText = ""
-    """Where to take the UNet from instead of the pipeline: a folder or hub id, and after a colon its subfolder, as in `OWNER/NAME:checkpoint-300/unet`; or a file of its tensors, all or those that were tuned (.safetensors, .pt, .pth, .bin, .ckpt)."""
+    """Another UNet: a folder or hub id, with its subfolder after a colon, as in `OWNER/NAME:checkpoint-300/unet`;
+    or a file of its tensors, all or those that were tuned (.safetensors, .pt, .pth, .bin, .ckpt)."""
     config: PathText = ""
-    """Only for a single file: diffusers folder or hub id whose configs describe it; empty: SD 1.x or 2.x, told from the file."""
+    """Diffusers folder or hub id whose configs describe a single file; empty: SD 1.x or 2.x, told from the file."""
     variant: str = ""
     """Variant of the weight files, such as `fp16`; empty: the plain ones."""
     revision: str = ""
     """Branch, tag or commit of a hub id; empty: its main branch."""
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
-    """What the UNet predicts; `auto` believes the scheduler's config or, of a single file, what the file says of itself. A file of SD 2.x that says nothing needs it: `epsilon` for those of 512 pixels, `v_prediction` for those of 768."""
+    """What the UNet predicts; `auto` believes the scheduler's config or what a single file says of itself.
+    SD 2.x files that say nothing need it: `epsilon` for those of 512 pixels, `v_prediction` for those of 768."""
     lora_rank: int = 0
     """Rank of the LoRA adapters that are trained instead of the UNet's own weights; 0 trains the whole UNet."""
     lora_alpha: float = 0.0
@@ -48,17 +51,20 @@ class PromptsConfig:
     """
 
     positive: PathText = "geneval"
-    """Source of safe prompts: `geneval` (generated, six composition tasks over COCO's classes), `shapes`, a file, or `hf:OWNER/NAME[:CONFIG][@SPLIT]`."""
+    """Source of safe prompts: `geneval` (generated, six composition tasks over COCO's classes), `shapes`, a file,
+    or `hf:OWNER/NAME[:CONFIG][@SPLIT]`."""
     negative: PathText = "unsafe"
-    """Source of unsafe prompts: `unsafe` (written for fastgrpo, seven categories), `shapes`, a file, or `hf:OWNER/NAME[:CONFIG][@SPLIT]`."""
+    """Source of unsafe prompts: `unsafe` (written for fastgrpo, seven categories), `shapes`, a file,
+    or `hf:OWNER/NAME[:CONFIG][@SPLIT]`."""
     positive_column: str = "prompt"
     """Column of a CSV, TSV, JSONL or hub dataset that holds the positive prompts."""
     negative_column: str = "prompt"
-    """Column that holds the negative prompts; both may come from one file. Training uses no other columns but that of the categories: seeds, guidance and sizes are its own."""
+    """Column that holds the negative prompts; both may come from one file.
+    Training reads no seeds, guidance or sizes from files."""
     category_column: str = ""
-    """Column that holds each prompt's category or task; several in one cell are separated by commas. Empty: none is kept."""
+    """Column that holds each prompt's categories or tasks, separated by commas; empty: none is kept."""
     categories: tuple[str, ...] = ()
-    """Categories of the negative prompts to train on; empty: all. The others of the shapes world are measured all the same."""
+    """Categories of the negative prompts to train on; empty: all. Evaluations measure all."""
     negative_fraction: float = 0.5
     """Share of every iteration's prompts that is negative, rounded to whole prompts."""
 
@@ -71,23 +77,28 @@ class RewardConfig:
     """
 
     terms: PathTexts = ("steering",)
-    """Terms, each NAME or NAME=WEIGHT: `steering`, `clip`, `hpsv2`, `compressibility`, `incompressibility`, or your own function as FILE.py:FUNCTION or MODULE:FUNCTION."""
+    """Terms, each NAME or NAME=WEIGHT: `steering`, `clip`, `hpsv2`, `compressibility`, `incompressibility`,
+    or your own function as FILE.py:FUNCTION or MODULE:FUNCTION."""
     standardise: Literal["none", "group", "iteration"] = "none"
-    """Whether each term is brought to mean 0 and std 1 before weighting: over its `group`, or over all images of the `iteration`."""
+    """Whether each term has mean 0 and std 1 before it is weighted: over its `group`, or over the whole `iteration`."""
     encoder: PathText = "hpsv2"
-    """The frozen open_clip model of `steering`: `hpsv2` (HPSv2.1 from the hub), `shapes`, `local-dir:FOLDER`, `hf-hub:ID`, or `ARCHITECTURE:WEIGHTS` where WEIGHTS is an open_clip tag or a file, such as `ViT-H-14:HPS_v2.1_compressed.pt`."""
+    """The frozen open_clip model of `steering`: `hpsv2` (HPSv2.1 from the hub), `shapes`, `local-dir:FOLDER`,
+    `hf-hub:ID`, or `ARCHITECTURE:WEIGHTS` with an open_clip tag or a file, as `ViT-H-14:HPS_v2.1_compressed.pt`."""
     clip_encoder: PathText = ""
     """The open_clip model of the term `clip`, in the same notation; empty: that of `steering`."""
     anchors: PathText = "compact"
-    """Safe and unsafe phrases that span the safety axis: `compact`, the paper's 5 + 3; `scaled`, 25 + 20 over seven categories; `unsafe-only`, compact's 3 alone; `shapes`; or a FILE.toml with the lists `safe` and `unsafe`."""
+    """Safe and unsafe phrases that span the safety axis: `compact`, the paper's 5 + 3; `scaled`, 25 + 20 over
+    seven categories; `unsafe-only`, compact's 3 alone; `shapes`; or a FILE.toml with lists `safe` and `unsafe`."""
     alpha: float = 0.5
     """How far the text target is moved along the safety axis."""
     mode: Literal["always", "unsafe_only", "projection"] = "always"
-    """`always` steers every prompt, `unsafe_only` the negative ones, `projection` sets every target's component along the axis to alpha."""
+    """`always` steers every prompt, `unsafe_only` the negative ones,
+    `projection` sets every target's component along the axis to alpha."""
     batch: int = 256
     """Images encoded at once; does not change the result."""
     tf32: bool = True
-    """On CUDA, encode images with TF32's matrix products, several times as fast: what goes into them is rounded to 10 bits, and with that imitated rewards moved by less than 0.004. Texts, and all that evaluates, stay float32."""
+    """Encode images with TF32's matrix products on CUDA, several times as fast. With its rounding to 10 bits imitated,
+    rewards moved by less than 0.004. Texts, and all that evaluates, stay float32."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +112,18 @@ class RolloutConfig:
     guidance: float = 5.0
     """Classifier-free guidance scale, in rollout and update alike; 1 turns guidance off."""
     initial_noise: Literal["shared", "per_prompt", "independent"] = "independent"
-    """Which samples start from the same latent: `shared` all that a process draws in an iteration, `per_prompt` those of a group, `independent` none."""
+    """Which samples start from the same latent: `shared` all that a process draws in an iteration,
+    `per_prompt` those of a group, `independent` none."""
     batch: int = 0
-    """Samples denoised at once; 0 is all of them on a CPU, and as many as a micro-batch has pairs on CUDA or in fixed shapes (engine.compile, engine.graphs)."""
+    """Samples denoised at once; 0 is all of them on a CPU.
+    On CUDA, and in fixed shapes (engine.compile, engine.graphs), 0 is as many as a micro-batch has pairs."""
     decode_batch: int = 16
     """Latents decoded to images at once; the VAE's activations are large."""
+
+    @property
+    def halves(self) -> int:
+        """UNet samples for each latent: two, without and with the prompt, where there is guidance."""
+        return 1 if self.guidance == 1 else 2
 
 
 @dataclass(frozen=True)
@@ -113,7 +131,8 @@ class GrpoConfig:
     """The group-relative policy gradient."""
 
     advantage: Literal["group", "global", "none"] = "group"
-    """`group`: (r - group mean) / group std. `global`: (r - group mean) / std of the whole iteration's centred rewards. `none`: r - group mean."""
+    """`group`: (r - group mean) / group std. `none`: r - group mean.
+    `global`: (r - group mean) / std of the whole iteration's centred rewards."""
     std_floor: float = 1e-4
     """A group whose rewards' std is not above this is flat: its advantages are exactly 0 and it is skipped."""
     advantage_clamp: float = 2.5
@@ -125,7 +144,9 @@ class GrpoConfig:
     kl: float = 0.0
     """Weight of the closed-form KL divergence of each step from the base model's; 0 leaves the base model out."""
     old_log_prob: Literal["rollout", "replay", "detach"] = "rollout"
-    """Denominator of the ratio: as stored by the `rollout`, which becomes `replay` where the first optimizer step would find another ratio than 1; the first step's own and, for later ones, recomputed before it (`replay`); or the current value without gradient (`detach`)."""
+    """Denominator of the ratio: the log-prob that the `rollout` stored; the first optimizer step's own and, for later
+    ones, recomputed before it (`replay`); or the current value without gradient (`detach`).
+    `rollout` becomes `replay` where the first optimizer step would find another ratio than 1."""
     epochs: int = 1
     """Passes over an iteration's (sample, step) pairs; `updates_per_iteration` is for all of them together."""
     drop_last_steps: int = 1
@@ -133,17 +154,20 @@ class GrpoConfig:
     step_fraction: float = 1.0
     """Share of the other steps that each sample is trained on, drawn anew in every iteration."""
     window: int = 0
-    """Train on this many neighbouring steps only, a window that slides from the first (noisiest) steps to the last and begins again; 0 is all steps."""
+    """Train on this many neighbouring steps only; 0 is all steps.
+    The window slides from the first (noisiest) steps to the last and begins again."""
     window_every: int = 25
     """Iterations until the window slides on."""
     window_stride: int = 1
     """Steps by which the window slides."""
     ratio_norm: bool = False
-    """RatioNorm of GRPO-Guard: the log-ratio without its bias and in units that are the same at every step, so that one clip range fits all steps."""
+    """RatioNorm of GRPO-Guard: the log-ratio without its bias, in units that are the same at every step,
+    so that one clip range fits all steps."""
     trim: int = 0
-    """How many of the highest and of the lowest rewards of every group are left out, of its mean and std as of learning."""
+    """How many of a group's highest and of its lowest rewards are left out, of its mean and std and of learning."""
     skip_clipped: bool = False
-    """Find the pairs whose clipped ratio leaves no gradient by a forward pass, before every optimizer step but the first, and compute no more of them. Pays where more than half are; only without a KL term."""
+    """Leave out the pairs whose clipped ratio leaves no gradient; a forward pass finds them before every optimizer step
+    but the first. It pays where more than half are clipped, and works only without a KL term."""
     best_of: int = 0
     """Learn from this many samples of every group only, half of them the best and half the worst; 0 is all of them."""
 
@@ -179,32 +203,41 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """What the UNet computes in; trained weights, latents and log-probs stay float32. `auto`: bf16 on CUDA, fp32 on CPU. `fp16`, for GPUs without bf16, scales the loss."""
+    """What the UNet computes in; trained weights, latents and log-probs stay float32.
+    `auto`: bf16 on CUDA, fp32 on CPU. `fp16`, for GPUs without bf16, scales the loss."""
     threads: int = 0
     """CPU threads; 0 is one per core this process may use. A resumed run needs the same number to be bit-exact."""
     kernels: Literal["auto", "on", "off"] = "auto"
     """Whether the UNet's norms and activations run on fastgrpo's own kernels; `auto`: on CUDA."""
     attention: Literal["auto", "xformers", "cudnn", "flash", "sdpa"] = "auto"
-    """Who computes attention. `auto` measures at the run's own shapes, on CUDA, and keeps the fastest for each; `sdpa` is PyTorch's own choice."""
+    """Who computes attention; `sdpa` is PyTorch's own choice.
+    On CUDA, `auto` measures at the run's own shapes and keeps the fastest for each."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the UNet; `auto`: on CUDA. Its gradients are checked against eager ones first, and it is left out where they differ."""
+    """torch.compile for the UNet; `auto`: on CUDA.
+    Its gradients are checked against eager ones first, and it is left out where they differ."""
     graphs: Literal["auto", "on", "off"] = "auto"
-    """CUDA graphs of a denoising step and of a micro-batch; `auto`: on CUDA. Elsewhere `on` makes the plain calls that a graph would hold, on fixed memory."""
+    """CUDA graphs of a denoising step and of a micro-batch; `auto`: on CUDA.
+    Elsewhere `on` makes the plain calls that a graph would hold, on fixed memory."""
     reuse: Literal["auto", "on", "off"] = "auto"
-    """Whether the rollout computes equal rows of a shared first step once; `auto`: on CUDA, where no bit of the log-probs changes."""
+    """Whether the rollout computes equal rows of a shared first step only once;
+    `auto`: on CUDA, where no bit of the log-probs changes."""
     overlap: bool = True
     """On CUDA, decode and score finished groups while the next ones are drawn."""
     memory: float = 0.92
     """Share of the GPU's memory that a micro-batch found by measurement (micro_batch 0) may fill."""
     show_speed: bool = False
-    """Show below each iteration's line images/s, TFLOP/s and the share of the device's measured matmul rate, of rollout and update, and the memory's peak; metrics.jsonl always has them."""
+    """Show below each iteration's line how fast rollout and update were, in images/s, TFLOP/s and their share of the
+    device's measured matmul rate, and the memory's peak; metrics.jsonl always has them."""
     profile: int = 0
     """Iteration of which a trace and a table of the ten costliest kernels are written into the run; 0 is none."""
 
 
 @dataclass(frozen=True)
 class EvalConfig(SuiteSettings, DetectorSettings):
-    """Measuring on held-out prompts with fixed seeds: the `shapes` model by an oracle that reads its pictures exactly, any model by `suites`."""
+    """Measuring on held-out prompts with fixed seeds.
+
+    An oracle that reads pictures exactly measures the `shapes` model; `suites` measure any model.
+    """
 
     every: int = 10
     """Iterations between quick evaluations; 0 evaluates only before and after."""
@@ -215,7 +248,9 @@ class EvalConfig(SuiteSettings, DetectorSettings):
     quick_fraction: float = 0.25
     """Share of the prompts that the evaluations in between use."""
     suites: tuple[str, ...] = ()
-    """Suites of `python -m fastgrpo.evaluate` to measure by as well, before, in between and after: i2p, nudity, geneval, clip-score, fid, attacks, custom. The groups eval.i2p, eval.q16 and so on are their settings and those of their detectors."""
+    """Suites of `python -m fastgrpo.evaluate` to measure by as well:
+    i2p, nudity, geneval, clip-score, fid, attacks, custom.
+    The groups eval.i2p, eval.q16 and so on set what they and their detectors do."""
     weights: Literal["trained", "ema"] = "trained"
     """Which weights are evaluated and pictured; `ema` needs optim.ema."""
     seed: int = 1234
@@ -223,7 +258,9 @@ class EvalConfig(SuiteSettings, DetectorSettings):
     steps: int = 0
     """DDIM steps; 0 is the rollout's number, and of `suites` their own, 50."""
     encoder: PathText = ""
-    """A second encoder, in the notation of reward.encoder, that nothing is trained on: `steering` is also computed with it, on the pictures of every evaluation, as eval/held_out_*. Where the reward rises and this does not, the reward is being gamed. Empty: none."""
+    """A second encoder, in the notation of reward.encoder, that nothing is trained on; empty: none.
+    Every evaluation computes `steering` with it too, as eval/held_out_*.
+    Where the reward rises and this does not, the reward is being gamed."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +272,7 @@ class CheckpointConfig:
     keep: int = 2
     """How many of the newest checkpoints stay on disk, evaluated or not; 0 keeps all."""
     keep_evaluated: bool = True
-    """Whether the older ones of iterations that were evaluated stay too, so that the best of them can be chosen at the end."""
+    """Whether older ones that were evaluated stay too, so that the best of them can be chosen at the end."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +280,8 @@ class TrainConfig:
     """Train a Stable Diffusion online with group-relative policy optimization on positive and negative prompts."""
 
     run: Annotated[PathText, tyro.conf.arg(aliases=["--run-folder"])] = ""
-    """Folder of the run; must be new or empty. Default: runs/PRESET-DATE-TIME, with -2 and so on for others of the same second. Under torchrun, which has a flag of its own that begins so, say --run-folder."""
+    """Folder of the run; must be new or empty. Default: runs/PRESET-DATE-TIME.
+    Under torchrun, which has a flag of its own that begins so, say --run-folder."""
     seed: int = 42
     """Everything random is a function of this and the iteration."""
     iterations: int = 300
@@ -255,7 +293,8 @@ class TrainConfig:
     updates_per_iteration: int = 16
     """Optimizer steps per iteration; the iteration's (sample, step) pairs are dealt out to them."""
     micro_batch: int = 4
-    """(sample, step) pairs per forward and backward pass on each process; gradients are summed, so it does not change the result. 0: as many as fit on CUDA, 32 on CPU."""
+    """(sample, step) pairs per forward and backward pass on each process; 0: as many as fit on CUDA, 32 on CPU.
+    Gradients are summed, so it does not change the result."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)

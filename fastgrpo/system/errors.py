@@ -1,6 +1,7 @@
 """What a user can mend, in one sentence."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -24,6 +25,25 @@ class ConfigError(ValueError):
     def about(self, field: str) -> Self:
         """The same error, its setting called `field`; one that begins with no setting stays as it is."""
         return type(self)(field + str(self).removeprefix(self.field), field) if self.field else self
+
+
+def require(holds: bool, field: str, value: Any, accepted: str) -> None:
+    """Raise ConfigError where something does not hold of a setting's value. accepted: which values are."""
+    if not holds:
+        raise ConfigError.of(field, value, f"accepted is {accepted}")
+
+
+def require_at_least(low: float, field: str, value: float, reason: str = "") -> None:
+    """Raise ConfigError for a number below `low`, and for one that is not finite."""
+    require(low <= value < math.inf, field, value, f"{low} or more{reason}")
+
+
+def require_between(low: float, high: float, field: str, value: float | None) -> None:
+    """Raise ConfigError for a number that is neither None nor from `low` to `high`; `high` may be infinite."""
+    if value is not None and high == math.inf:
+        require_at_least(low, field, value)
+    elif value is not None:
+        require(low <= value <= high, field, value, f"{low} to {high}")
 
 
 def flag(field: str) -> str:

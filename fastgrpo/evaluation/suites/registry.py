@@ -1,6 +1,5 @@
 """The suites by name."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from fastgrpo.settings.suites import (
     SuiteSettings,
 )
 from fastgrpo.shapes.world import SIZE
-from fastgrpo.system.errors import ConfigError, flag, nearest
+from fastgrpo.system.errors import ConfigError, flag, nearest, require_at_least
 
 DETECTORS = (*detectors.NAMES, detectors.ORACLE)
 STEPS, ETA = 50, 0.0
@@ -83,7 +82,7 @@ def _make(
             return _geneval(settings.geneval, overrides, steps, eta, named)
         case "i2p" | "nudity":
             own = settings.i2p
-            _check_counts((named("i2p.images"), own.images, 1))
+            require_at_least(1, named("i2p.images"), own.images)
             _check_threshold(named("i2p.threshold"), own.threshold)
             rows, wanted = _rows(own.prompts, named("i2p.prompts"), "prompt", GUIDANCE, own.images, overrides, say)
             if name == "nudity":
@@ -93,8 +92,8 @@ def _make(
             return I2PSuite(name, rows, wanted, own.images, own.detectors, own.threshold, steps, eta)
         case "clip-score" | "fid":
             own = settings.captions
-            _check_counts((named("captions.images"), own.images, 1))
-            _check_guidance(named("captions.guidance"), own.guidance)
+            require_at_least(1, named("captions.images"), own.images)
+            require_at_least(0, named("captions.guidance"), own.guidance)
             _, wanted = _rows(
                 own.prompts, named("captions.prompts"), own.column, own.guidance, own.images, overrides, say
             )
@@ -105,8 +104,8 @@ def _make(
             return FidSuite(wanted, own.images, own.reference, own.inception, steps, eta)
         case _:
             own = settings.attacks if name == "attacks" else settings.custom
-            _check_counts((named(f"{name}.images"), own.images, 1))
-            _check_guidance(named(f"{name}.guidance"), own.guidance)
+            require_at_least(1, named(f"{name}.images"), own.images)
+            require_at_least(0, named(f"{name}.guidance"), own.guidance)
             _check_detectors(named(f"{name}.detectors"), own.detectors)
             _check_threshold(named(f"{name}.threshold"), own.threshold)
             rows, wanted = _rows(
@@ -121,7 +120,8 @@ def _shapes(own: ShapesSettings, overrides: Overrides, config: TrainConfig) -> S
             f"--size {overrides.size}: suite shapes draws pictures of {SIZE} pixels; accepted is 0 or {SIZE}."
         )
     unsafe, composition = own.unsafe_per_category, own.composition_per_task
-    _check_counts(("--shapes.unsafe-per-category", unsafe, 1), ("--shapes.composition-per-task", composition, 1))
+    require_at_least(1, "--shapes.unsafe-per-category", unsafe)
+    require_at_least(1, "--shapes.composition-per-task", composition)
     trainers = _trainers_shapes(config)
     drawn = {
         "unsafe": unsafe,
@@ -150,8 +150,9 @@ def _trainers_shapes(config: TrainConfig) -> dict[str, float]:
 def _geneval(
     own: GenEvalSettings, overrides: Overrides, steps: int, eta: float, named: Callable[[str], str]
 ) -> GenEvalSuite:
-    _check_counts((named("geneval.images"), own.images, 1), (named("geneval.per_task"), own.per_task, 1))
-    _check_guidance(named("geneval.guidance"), own.guidance)
+    require_at_least(1, named("geneval.images"), own.images)
+    require_at_least(1, named("geneval.per_task"), own.per_task)
+    require_at_least(0, named("geneval.guidance"), own.guidance)
     if own.metadata:
         found, source = read_metadata(Path(own.metadata)), Path(own.metadata).name
     else:
@@ -179,17 +180,6 @@ def _rows(
     if overrides.guidance is not None:
         rows = [replace(row, guidance=overrides.guidance) for row in rows]
     return rows, image_requests(rows, images, overrides.seed, overrides.size)
-
-
-def _check_counts(*counts: tuple[str, int, int]) -> None:
-    for field, value, low in counts:
-        if value < low:
-            raise ConfigError.of(field, value, f"accepted is {low} or more")
-
-
-def _check_guidance(field: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise ConfigError.of(field, value, "accepted is 0 or more")
 
 
 def _check_threshold(field: str, value: float) -> None:

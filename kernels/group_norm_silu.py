@@ -38,6 +38,7 @@ from torch import Tensor
 
 from fastgrpo.kernels import group_norm_silu_cuda, group_norm_silu_triton, native
 from fastgrpo.kernels.operators import DTYPES, on_its_device
+from fastgrpo.kernels.timing import device_milliseconds
 
 _log = logging.getLogger("fastgrpo")
 
@@ -57,22 +58,6 @@ def reference(
 
 
 # Which of the two computes on CUDA.
-
-
-def milliseconds(call: Callable[[], object], repeats: int = 5, calls: int = 4) -> float:
-    """Of one call on the current CUDA device: the median over repeats, after three calls that do not count."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / calls)
-    return sorted(times)[repeats // 2]
 
 
 class Backends:
@@ -132,7 +117,7 @@ class Backends:
         if torch.cuda.is_current_stream_capturing():
             return TRITON  # nothing can be timed inside of a graph
         try:
-            times = {name: milliseconds(call) for name, call in calls.items()}
+            times = {name: device_milliseconds(call) for name, call in calls.items()}
         except native.LaunchError as error:
             return self._only_triton(str(error))
         return min(times, key=times.__getitem__)

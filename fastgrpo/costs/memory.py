@@ -22,9 +22,10 @@ _APART = 1.25  # of two sizes that are closer the smaller is tried: their passes
 
 @dataclass(frozen=True)
 class Memory:
-    """One thing that lies in a GPU's memory.
+    """One part of what lies in a GPU's memory.
 
-    stage: when: `always`, or rollout, decode, reward or update, which come one after the other. size: bytes.
+    stage: when it is there: `always`, or in rollout, decode, reward or update, which come one after the other.
+    size: bytes.
     """
 
     stage: str

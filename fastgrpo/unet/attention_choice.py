@@ -13,7 +13,6 @@ they are installed. `AttentionPlan.lines` says which.
 """
 
 import importlib
-import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastgrpo.kernels.timing import device_milliseconds
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.unet.attention import (
     BACKENDS,
@@ -77,7 +77,7 @@ def choose_backends(
     left out, with the reason. `auto` measures the others and keeps the fastest; without a clock it does so on CUDA,
     while elsewhere it is PyTorch's own choice. A named backend is taken for every shape it can do, PyTorch's own choice
     for the rest. `sdpa` is neither checked nor measured. Global random numbers are not touched.
-    wanted: engine.attention. dtype: what the UNet computes in. clock: None is `cuda_milliseconds`.
+    wanted: engine.attention. dtype: what the UNet computes in. clock: None is `device_milliseconds`.
     backends: the candidates, by name.
     Raises ConfigError for a named backend that can do none of the shapes.
     """
@@ -85,7 +85,7 @@ def choose_backends(
     if wanted == "sdpa" or (auto and clock is None and device.type != "cuda"):
         return AttentionPlan(wanted, tuple(Choice(shape, "sdpa") for shape in shapes))
     if auto:
-        clock = clock or cuda_milliseconds
+        clock = clock or device_milliseconds
         choices = tuple(_fastest(_Case.make(shape, device, dtype), backends, clock) for shape in shapes)
     else:
         choices = tuple(_named(_Case.make(shape, device, dtype), wanted, backends[wanted]) for shape in shapes)
@@ -123,30 +123,8 @@ def _fastest(case: "_Case", candidates: Mapping[str, Attend], clock: Clock) -> C
     return Choice(case.shape, fastest, milliseconds, excluded, kernels)
 
 
-_WARMUP = 3
-_CALLS = 7
-# 10 to 20 ms: longer than Python takes to launch the calls, so that the device then does them without waiting for it.
-# Within a CUDA graph, where the engine has them, Python's time is not there either.
-_HEAD_START_CYCLES = 20_000_000
-
-
-def cuda_milliseconds(call: Callable[[], Any]) -> float:
-    """The median of seven calls, each between two CUDA events: the device's time without Python's."""
-    for _ in range(_WARMUP):
-        call()
-    torch.cuda.synchronize()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(_CALLS)]
-    torch.cuda._sleep(_HEAD_START_CYCLES)
-    for start, end in events:
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
-
-
 def tolerance(dtype: torch.dtype, terms: int) -> float:
-    """By how much a right result may be off, relative to its norm.
+    """Returns by how much a right result may be off, relative to its norm.
 
     With u the dtype's unit roundoff: kernels round probabilities, scores' gradients, the output that the backward pass
     starts from and the result, 4 u; the difference in a softmax's gradient can double it. Sums are float32 at least and

@@ -1,16 +1,15 @@
 """Which algorithm cuDNN takes for a convolution.
 
-For each kind that it meets (shapes, dtype, layout, alignment) it keeps, in every thread, the algorithm of the first
+For each kind of convolution (shapes, dtype, layout, alignment) cuDNN keeps, in every thread, the algorithm of the first
 time: what heuristics name, or under `torch.backends.cudnn.benchmark` the fastest of ten that it then tries, in tens of
 milliseconds. That pays where shapes stay the same. Three things follow.
 
-- What was met without that flag keeps its algorithm when the flag is set later. Passes that only try something are made
-  `aside`.
-- It has to be met before a CUDA graph is captured, since trying waits for the device. A graph's warm-up sees to that.
+- A kind that was met without that flag keeps its algorithm when the flag is set later. So passes that only try
+  something are made `aside`.
+- A kind has to be met before a CUDA graph is captured, since trying waits for the device. A graph's warm-up sees to it.
 - Rollout and update meet the same kinds, in one thread, so the forward pass of both has the same algorithms, and the
-ratio of a
-  policy that has not moved stays 1. Another process may find others the fastest, and round otherwise; what was found
-  cannot be stored.
+  ratio of a policy that has not moved stays 1. Another process may find others the fastest, and round otherwise; what
+  was found cannot be stored.
 """
 
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from torch.backends import cudnn
 
 @contextmanager
 def searching(wanted: bool) -> Iterator[None]:
-    """Whether cuDNN tries algorithms for the kinds of convolutions that it first meets within the block."""
+    """Lets cuDNN try algorithms, or not, for the kinds of convolutions that it first meets within the block."""
     before = cudnn.benchmark
     cudnn.benchmark = wanted
     try:
@@ -32,9 +31,9 @@ def searching(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """What is met within the block, without a search, is met for the first time again outside.
+    """Computes the block without a search; kinds that are met within are met for the first time again outside.
 
-    Within, cuDNN is asked for algorithms that repeat bit for bit, and it keeps those by themselves.
+    Within, cuDNN is asked for algorithms that repeat bit for bit, and it keeps those apart from the others.
     """
     before = cudnn.deterministic
     cudnn.deterministic = True

@@ -24,7 +24,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[Callable]:
         calls.append(call)
         return call()
 
-    monkeypatch.setattr(module, "milliseconds", clock)
+    monkeypatch.setattr(module, "device_milliseconds", clock)
     monkeypatch.setattr(native, "available", lambda: None)
     # A torch without CUDA cannot say whether a graph is being captured.
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgrpo
+from fastgrpo.kernels.timing import device_milliseconds
 from fastgrpo.settings.schema import ModelConfig
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.workers import Workers
@@ -32,7 +33,7 @@ from fastgrpo.unet.attention import (
     apply_plan,
     attention_shapes,
 )
-from fastgrpo.unet.attention_choice import choose_backends, cuda_milliseconds, tolerance
+from fastgrpo.unet.attention_choice import choose_backends, tolerance
 from fastgrpo.unet.fused import patch_unet
 from fastgrpo.unet.lora import add_lora
 from support.sd_pipelines import build_unet
@@ -666,7 +667,7 @@ def test_available_backends_are_right_and_timed_on_cuda(shape: AttentionShape) -
 def test_the_clock_reads_the_device_and_not_python() -> None:
     """Twice the work takes longer, although Python launches as much for it."""
     small, large = (torch.randn(size, size, device="cuda") for size in (1024, 4096))
-    assert cuda_milliseconds(lambda: large @ large) > 4 * cuda_milliseconds(lambda: small @ small)
+    assert device_milliseconds(lambda: large @ large) > 4 * device_milliseconds(lambda: small @ small)
 
 
 @pytest.mark.gpu

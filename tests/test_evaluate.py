@@ -25,8 +25,7 @@ from fastgrpo.evaluation.results.before_after import read_evaluation
 from fastgrpo.evaluation.results.tables import escape, one_line
 from fastgrpo.evaluation.suites import base
 from fastgrpo.evaluation.suites.base import Loader, Metric
-from fastgrpo.evaluation.suites.custom import PromptSuite
-from fastgrpo.evaluation.suites.detector_suite import ALL
+from fastgrpo.evaluation.suites.custom import ALL, PromptSuite
 from fastgrpo.evaluation.suites.geneval import GenEvalSuite
 from fastgrpo.evaluation.suites.i2p import BY_SIZE, PLAIN, I2PSuite, NuditySuite
 from fastgrpo.evaluation.suites.prompt_table import PromptRow, image_requests

@@ -1,4 +1,4 @@
-"""What looks at images: safety detectors, GenEval's detector of objects and their colours, and the embedded world's oracle.
+"""What looks at images: safety detectors, GenEval's detector of objects and colours, and the embedded world's oracle.
 
 Only the oracle is re-exported: the others import diffusers, transformers or open_clip, which takes seconds.
 """

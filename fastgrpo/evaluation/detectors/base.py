@@ -21,17 +21,21 @@ class Finding:
     labels: tuple[str, ...] = ()
 
 
-class SafetyDetector(Protocol):
-    """Finds what is unsafe in images alone, without their prompts.
+class Instrument(Protocol):
+    """What looks at images: a detector, or the network of a metric.
 
-    name: as in --detectors and in tables: "q16", "nudenet", "safety-checker", "open-clip" or "oracle".
-    protocol: the name under which findings may be compared, such as "nudenet-3.0.8/min-0.6".
+    name: as in tables, and for safety detectors in --detectors: "q16", "nudenet", "safety-checker", ...
+    protocol: the name under which results may be compared, such as "nudenet-3.0.8/min-0.6".
     hashes: file or part -> sha256, in hex, of its weights.
     """
 
     name: str
     protocol: str
     hashes: dict[str, str]
+
+
+class SafetyDetector(Instrument, Protocol):
+    """Finds what is unsafe in images alone, without their prompts."""
 
     def __call__(self, images: Sequence[Image.Image]) -> list[Finding]:
         """images: RGB, of any sizes, which may differ. Returns one finding per image, in order."""

@@ -1,7 +1,7 @@
 """The colours of GenEval's objects: CLIP, zero-shot over ten of them, on the object alone.
 
-As in GenEval's evaluate_images.py: outside the object's mask the image becomes #999999, the object's box is cut out, and
-open_clip's own transform for PIL images prepares it. For an object of class X each colour c has three phrases,
+As in GenEval's evaluate_images.py: outside the object's mask the image becomes #999999, the object's box is cut out,
+and open_clip's own transform for PIL images prepares it. For an object of class X each colour c has three phrases,
 
     "a photo of a {c} X"    "a photo of a {c}-colored X"    "a photo of a {c} object"
 

@@ -14,7 +14,7 @@ _UNREADABLE = (AttributeError, OSError, RuntimeError, TypeError, ValueError, Saf
 
 
 def load_whole(kind: Any, folder: Path, what: str, safe: bool = True) -> Any:
-    """A float32 model of class `kind`, from transformers or diffusers, with the weights of a folder; none of its code runs.
+    """Load a float32 model of class `kind`, from transformers or diffusers, from a folder; no code in it is run.
 
     what: begins messages, such as "q16.encoder is 'x', which". safe: whether the weights are safetensors.
     Raises ConfigError where they cannot be read, are not finite, or lack a parameter.

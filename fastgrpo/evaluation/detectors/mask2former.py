@@ -153,7 +153,7 @@ def _candidates(class_logits: Tensor, min_score: float) -> tuple[Tensor, Tensor,
 
 
 def _masks(logits: Tensor, padded: Size, resized: Size, original: Size) -> tuple[Tensor, Tensor, Tensor]:
-    """[K, h, w] float logits -> masks [K, H, W] bool, quality [K] float32 and boxes [K, 4] float32, at the original size.
+    """[K, h, w] float logits -> masks [K, H, W] bool, quality [K] and boxes [K, 4] float32, at the original size.
 
     An empty mask has quality 0 and a box of zeros.
     """

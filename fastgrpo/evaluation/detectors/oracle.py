@@ -60,7 +60,7 @@ def read_pictures(images: Sequence[Image.Image]) -> list[Scene]:
     for each in pixels:
         if each.shape[:2] != (SIZE, SIZE):
             raise ConfigError(
-                f"the oracle reads pictures of {SIZE} x {SIZE} pixels, not {each.shape[1]} x {each.shape[0]}: it knows the "
-                "embedded world alone."
+                f"the oracle reads pictures of {SIZE} x {SIZE} pixels, not {each.shape[1]} x {each.shape[0]}: it knows "
+                "the embedded world alone."
             )
     return read(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255)

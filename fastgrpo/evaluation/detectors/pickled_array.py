@@ -1,7 +1,7 @@
 """Reads one numpy array out of a pickle without running anything in it: Q16's prompts.p is such a file.
 
-Unpickling calls whatever a file names. Here a file's calls only leave a description of what it would have called, and the
-array is made where that description matches an array's in every part.
+Unpickling calls whatever a file names. Here a file's calls only leave a description of what it would have called, and
+the array is made where that description matches an array's in every part.
 """
 
 import io

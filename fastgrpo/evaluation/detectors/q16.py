@@ -73,8 +73,8 @@ def load_q16(prompts: str, encoder: str, device: torch.device | str = "cpu", fie
     width = model.encode_image(torch.zeros(1, 3, 8, 8)).shape[1]
     if width != vectors.shape[1]:
         raise ConfigError(
-            f"{field}.prompts: the vectors in {prompts!r} are {vectors.shape[1]} wide, those of the encoder {encoder!r} "
-            f"{width}; the two must be equal."
+            f"{field}.prompts: the vectors in {prompts!r} are {vectors.shape[1]} wide, those of the encoder "
+            f"{encoder!r} {width}; the two must be equal."
         )
     return Q16(model, vectors, {"encoder": weights_sha256(model.model.visual), "prompts": file_sha256(file)})
 

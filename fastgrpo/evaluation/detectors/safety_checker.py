@@ -7,8 +7,8 @@ of children) with thresholds u_j:
     concept_k = round(cos(z, c_k) - t_k + (0.01 where some special_j > 0), 3)
     unsafe where some concept_k > 0
 
-Model and weights are diffusers' StableDiffusionSafetyChecker. Its forward returns no scores and replaces unsafe images by
-black ones; the few lines after its vision model are our own, and the images stay as they are.
+Model and weights are diffusers' StableDiffusionSafetyChecker. Its forward returns no scores and blacks out unsafe
+images; the few lines after its vision model are our own, and the images stay as they are.
 """
 
 import json
@@ -55,7 +55,7 @@ class SafetyChecker:
         self.hashes = hashes
 
     def __call__(self, images: Sequence[Image.Image]) -> list[Finding]:
-        """images: RGB, of any sizes. Scores: `special_0` ... and `concept_0` ..., unsafe where a concept's is above 0."""
+        """images: RGB, of any sizes. Scores: `special_0` ..., and `concept_0` ..., of which one above 0 is unsafe."""
         findings = []
         for chunk in chunks(images):
             pixels = self.processor(chunk, return_tensors="pt")["pixel_values"]

@@ -14,7 +14,7 @@ PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def read_image(path: Path) -> Image.Image:
-    """An RGB image that was drawn, read completely. Raises ConfigError, which names the file, for none or a broken one."""
+    """Read an image that was drawn, as RGB. Raises ConfigError, which names the file, where none can be read."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")

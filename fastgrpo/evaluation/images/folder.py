@@ -1,13 +1,13 @@
-"""Folders of generated images: drawn once, continued where a killed run stopped, scored by any number of suites.
+"""Folders of generated images: drawn once, continued where a killed run stopped, measured by any number of suites.
 
     FOLDER/
       manifest.json      how the images are drawn (weights, sampler) and, of each, its prompt, seed, guidance and size
       images/ID.png      one file per image, written at once or not at all
-      q16.json, ...      what detectors found, by id (judged.py)
+      q16.json, ...      what detectors found, by id (judgements.py)
 
-Images are joined with their rows by id, never by position. They are drawn in batches that depend on the rows alone, and
-a batch of which an image is missing is drawn again as a whole: matrix products of different sizes round differently, and
-a run that was killed is to end with the bytes of an undisturbed one.
+Images are joined with their rows by id, never by position. They are drawn in batches that depend on the rows alone.
+A batch of which an image is missing is drawn again as a whole: matrix products of different sizes round differently,
+and a run that was killed is to end with the bytes of an undisturbed one.
 """
 
 import io
@@ -52,10 +52,10 @@ Painter = Callable[[Sequence[ImageRequest]], Tensor]
 
 @dataclass(frozen=True)
 class Drawing:
-    """How images are drawn: what must be equal for two folders to differ in nothing but the model, and the model.
+    """How images are drawn: the model, and what must be equal for two folders to differ in nothing else.
 
     model: what it is called. weights: part -> sha256. dtype: what the UNet computes in. batch: images at once.
-    sampler: one of drawing.py's.
+    sampler: one of painters.py's.
     """
 
     model: str

@@ -1,8 +1,8 @@
-"""What a judge says of a folder's images, by id, kept beside them: images are judged once, whatever suites ask.
+"""What is found in a folder's images, by id, kept beside them: a detector looks once, whatever suites ask.
 
-A judge is whatever turns pictures into one JSON-able dict each. Its file names the judge's protocol and the hashes of its
-weights; where they differ from the judge at hand, everything is judged again. Judging goes batch by batch, and a batch
-that was not kept whole is judged again as a whole, for the reason given in images.py.
+A detector here is whatever turns images into one JSON-able dict each. Its file names its protocol and the hashes of its
+weights; where they differ from those at hand, it looks at everything again. It looks batch by batch, and again at the
+whole of a batch that was not kept whole, for the reason given in folder.py.
 """
 
 import json
@@ -17,11 +17,11 @@ from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import reading, write_atomically
 from fastgrpo.system.wording import cut
 
-BATCH = 64  # images judged at once
+BATCH = 64  # images looked at between two reports of progress
 KEPT_EVERY = 16  # batches between writes
 
 Judgement = dict[str, Any]
-"""What a judge says of one image."""
+"""What is found in one image."""
 
 Detect = Callable[[ImageFiles, Sequence[ImageRequest]], Sequence[Judgement]]
 
@@ -36,31 +36,30 @@ def judgements(
     detect: Detect,
     progress: Progress | None = None,
 ) -> dict[str, Judgement]:
-    """Image id -> what the judge says, for all `rows`.
+    """Find, or read back, what `detect` finds in the images of all `rows`: image id -> judgement.
 
-    name: of the file that keeps it. key: what tells this judge from others, its protocol and hashes, JSON-able.
+    name: of the file that keeps it. key: what tells this detector from others, its protocol and hashes, JSON-able.
     progress: called with the number of images after every batch.
-    Raises ConfigError for a judge that says what is no finite number: compared with a threshold, it would be safe.
+    Raises ConfigError for what is no finite number: compared with a threshold, it would be safe.
     """
     path = folder.path / f"{name}.json"
-    said: dict[str, Judgement] = {}
+    found: dict[str, Judgement] = {}
     if path.is_file():
         with reading(path):
             kept = json.loads(path.read_text(encoding="utf-8"))
-            said = dict(kept["images"]) if kept["judge"] == key else {}
+            found = dict(kept["images"]) if kept["judge"] == key else {}
 
     def keep() -> None:
-        ordered = {id: said[id] for id in sorted(said)}
-        lines = ",\n".join(f"{json.dumps(id)}: {json.dumps(what, ensure_ascii=False)}" for id, what in ordered.items())
+        lines = ",\n".join(f"{json.dumps(id)}: {json.dumps(found[id], ensure_ascii=False)}" for id in sorted(found))
         write_atomically(path, f'{{"judge": {json.dumps(key)}, "images": {{\n{lines}\n}}}}\n'.encode())
 
     unkept = 0
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
-        if not all(row.id in said for row in batch):
+        if not all(row.id in found for row in batch):
             answers = detect(folder.images(batch), batch)
             _check(name, batch, answers)
-            said |= {row.id: answer for row, answer in zip(batch, answers, strict=True)}
+            found |= {row.id: answer for row, answer in zip(batch, answers, strict=True)}
             unkept += 1
             if unkept % KEPT_EVERY == 0:
                 keep()
@@ -68,28 +67,29 @@ def judgements(
             progress(len(batch))
     if unkept % KEPT_EVERY:
         keep()
-    return {row.id: said[row.id] for row in rows}
+    return {row.id: found[row.id] for row in rows}
 
 
-def _check(judge: str, rows: Sequence[ImageRequest], answers: Sequence[Judgement]) -> None:
+def _check(detector: str, rows: Sequence[ImageRequest], answers: Sequence[Judgement]) -> None:
     for row, answer in zip(rows, answers, strict=True):
         try:
             json.dumps(answer, allow_nan=False)
         except ValueError as error:
             raise ConfigError(
-                f"{judge} says of image {row.id} what is no finite number ({cut(str(answer), 200)}), so its weights are damaged."
+                f"{detector} says of image {row.id} what is no finite number ({cut(str(answer), 200)}), so its weights "
+                "are damaged."
             ) from error
 
 
 def findings(
     folder: ImageFolder, rows: Sequence[ImageRequest], detector: SafetyDetector, progress: Progress | None = None
 ) -> dict[str, Finding]:
-    """Image id -> the detector's finding."""
-    key = {"protocol": detector.protocol, "hashes": detector.hashes}
+    """Find, or read back, what a safety detector finds: image id -> finding."""
 
     def detect(images: ImageFiles, rows: Sequence[ImageRequest]) -> list[Judgement]:
         return [asdict(finding) for finding in detector(images)]
 
-    said = judgements(folder, rows, detector.name, key, detect, progress)
+    key = {"protocol": detector.protocol, "hashes": detector.hashes}
+    found = judgements(folder, rows, detector.name, key, detect, progress)
     with reading(folder.path / f"{detector.name}.json"):
-        return {id: Finding(what["unsafe"], dict(what["scores"]), tuple(what["labels"])) for id, what in said.items()}
+        return {id: Finding(own["unsafe"], dict(own["scores"]), tuple(own["labels"])) for id, own in found.items()}

@@ -1,4 +1,4 @@
-"""How a batch of images is drawn: by DDIM, as training samples, or by a plain diffusers pipeline with another sampler.
+"""Painters draw a batch of images: by DDIM, as training samples, or by a plain diffusers pipeline with another sampler.
 
     ddim   ours; deterministic with eta 0, diffusers' default too, and stochastic as in training with eta 1
     pndm   what SD 1.x pipelines ship with, and GenEval's own script draws with
@@ -37,13 +37,13 @@ def make_painter(policy: Policy, sampler: SamplerName, schedule: Schedule, batch
 class DdimPainter:
     """Draws with our sampler.
 
-    With `fixed` every batch has as many rows as every other, a short one repeating its first, and its steps are calls on
+    With `fixed` every batch has the same number of rows, a short one repeating its first, and its steps are calls on
     fixed memory: on CUDA one graph, captured anew where size or guidance change, which rows are grouped by.
     """
 
     def __init__(self, policy: Policy, schedule: Schedule, batch: int, fixed: bool) -> None:
         self.policy, self.schedule, self.batch, self.fixed = policy, schedule, batch, fixed
-        self._kind: tuple | None = None
+        self._kind: tuple | None = None  # guidance and latents' shape of `_step`
         self._step: StaticCall | None = None
 
     def __call__(self, rows: Sequence[ImageRequest]) -> Tensor:
@@ -64,14 +64,14 @@ class DdimPainter:
 
         def chunk(embeds: Tensor) -> Denoise:
             contexts = self.policy.contexts(embeds, guidance)
-            if self._kind != (guidance, shape):
-                self._step = None  # frees the memory of the last graph
+            step = self._step
+            if step is None or self._kind != (guidance, shape):
+                self._step = step = None  # frees the memory of the last graph
                 noise = torch.zeros(len(embeds), *shape, device=self.policy.device)
-                step = Sampler(self.policy, self.schedule, guidance).step
-                capture = self.policy.device.type == "cuda"
-                self._step = StaticCall(step, (noise, noise, positions[:1], contexts), capture)
-                self._kind = guidance, shape
-            return lambda step, latents, noise: self._step(latents, noise, positions[step : step + 1], contexts)
+                one = Sampler(self.policy, self.schedule, guidance).step
+                step = StaticCall(one, (noise, noise, positions[:1], contexts), self.policy.device.type == "cuda")
+                self._step, self._kind = step, (guidance, shape)
+            return lambda index, latents, noise: step(latents, noise, positions[index : index + 1], contexts)
 
         return chunk
 
@@ -115,8 +115,10 @@ class PipelinePainter:
 
 
 def make_scheduler(config: Mapping[str, Any], sampler: SamplerName) -> PNDMScheduler | LMSDiscreteScheduler:
-    """diffusers' sampler for the noise that a model was trained with: PNDM as in SD 1.x, without Runge-Kutta steps; LMS as
-    erasure's code makes it, its steps from the last training timestep to the first.
+    """Make diffusers' sampler for the noise that a model was trained with.
+
+    PNDM is as in SD 1.x, without Runge-Kutta steps; LMS as erasure's code makes it, from the last training timestep to
+    the first.
 
     config: the pipeline's scheduler_config.json. Raises ConfigError where it has an option that these do not know.
     """
@@ -133,12 +135,12 @@ _NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "tra
 
 
 def _request(row: ImageRequest) -> Request:
-    """What messages call a row's image."""
+    """A row's image, for messages."""
     return Request(f"image {row.id}", row.text, row.seed)
 
 
 def model_hashes(policy: Policy) -> dict[str, str]:
-    """Part -> sha256 of its weights, wherever they were loaded from."""
+    """Hash the weights of every part of the model, wherever they were loaded from: part -> sha256."""
     return {name: weights_sha256(getattr(policy, name)) for name in ("unet", "vae", "text_encoder")}
 
 
@@ -148,7 +150,8 @@ def check_sizes(policy: Policy, wanted: Sequence[ImageRequest]) -> None:
     for row in wanted:
         if row.width % factor or row.height % factor:
             raise ConfigError(
-                f"prompt {row.prompt}: its image is to be {row.width} x {row.height} pixels; multiples of {factor} are accepted."
+                f"prompt {row.prompt}: its image is to be {row.width} x {row.height} pixels; multiples of {factor} are "
+                "accepted."
             )
 
 

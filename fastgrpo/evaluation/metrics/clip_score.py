@@ -1,8 +1,8 @@
 """CLIP score: how well an image shows its prompt (Hessel et al., arXiv 2104.08718).
 
 With z an open_clip encoder's unit vectors, it is cos(z_image, z_text) = z_image . z_text: CLIP's logits without their
-scale, which is 100 in OpenAI's weights. It is neither multiplied by 2.5 nor cut at 0. Scores of different encoders cannot
-be compared, so that every result names its encoder.
+scale, which is 100 in OpenAI's weights. It is neither multiplied by 2.5 nor cut at 0. Scores of different encoders
+cannot be compared, so that every result names its encoder.
 """
 
 from collections.abc import Sequence

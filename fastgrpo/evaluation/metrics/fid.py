@@ -113,7 +113,7 @@ class Fid:
 
 @dataclass(frozen=True)
 class Frechet:
-    """The squared Fréchet distance of two Gaussians, and the linear map T that carries the first's shape to the second's.
+    """The squared Fréchet distance of two Gaussians, and the linear map T from the first's shape to the second's.
 
     transport: [E, E] float64, W with T = W W', for which T C_1 T = C_2. Where C_1 is singular, T is that of the
     directions in which C_1 varies, and 0 in the others.
@@ -138,8 +138,8 @@ def frechet(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np
     """Means [E] and covariances [E, E], float64.
 
     C_1 C_2 has the eigenvalues of the symmetric L' C_2 L, where C_1 = L L', and the trace of its root is the sum of
-    theirs. So no general matrix root is taken, which fails where covariances are singular, as those of fewer images than
-    features are. Rounding may carry eigenvalues of 0 below it; they count as 0.
+    their roots. So no general matrix root is taken, which fails where covariances are singular, as those of fewer
+    images than features are. Rounding may carry eigenvalues of 0 below it; they count as 0.
     With C_1 = V D V', L = V D^(1/2) and L' C_2 L = U S U', the map
     T = C_1^(-1/2) (C_1^(1/2) C_2 C_1^(1/2))^(1/2) C_1^(-1/2) is W W' for W = V D^(-1/2) U S^(1/4).
     """
@@ -163,8 +163,8 @@ def influence(values: np.ndarray, offset: np.ndarray, transport: np.ndarray) -> 
 
         phi(x) = 2 (m - m_2)' (x - m) + (x - m)' (I - W W') (x - m) - tr((I - W W') C)
 
-    tr((C C_2)^(1/2)) has the derivative T / 2 in C (T. Rippl, A. Munk, A. Sturm, "Limit laws of the empirical Wasserstein
-    distance: Gaussian distributions", arXiv 1507.04090). The images' mean of phi is 0.
+    tr((C C_2)^(1/2)) has the derivative T / 2 in C (T. Rippl, A. Munk, A. Sturm, "Limit laws of the empirical
+    Wasserstein distance: Gaussian distributions", arXiv 1507.04090). The images' mean of phi is 0.
     """
     mean = values.mean(0)
     slopes = np.empty(len(values))

@@ -1,8 +1,7 @@
 """GenEval's verdicts on what a detector found (Ghosh et al., arXiv 2310.11513).
 
 The rules are those of the benchmark's own evaluate_images.py and summary_scores.py, which decide where the paper is
-silent. They know no model: objects come from any detector, and colours from a callback, so that the oracle of the
-shapes world is evaluated by the same code as Mask2Former with CLIP.
+silent. They know no model: objects come from any detector, and colours from a callback.
 
     kept       score > 0.3, and > 0.9 where the task is counting; by falling score; at most 16 of a class; overlaps stay
     include    all must hold: at least `count` of the class, of which only the `count` most confident are looked at;
@@ -48,7 +47,7 @@ class Detected:
     """An object that a detector found.
 
     label: its class, one of GenEval's 80 or, in another world, whatever the metadata call it.
-    box: (x0, y0, x1, y1), pixels. score: confidence in [0, 1]. mask: [h, w] bool at the image's size, where there is one.
+    box: (x0, y0, x1, y1), pixels. score: confidence in [0, 1]. mask: [h, w] bool at the image's size, where it has one.
     """
 
     label: str
@@ -123,7 +122,7 @@ def evaluate(
 
 
 def coloured(metadata: Metadata, objects: Objects) -> list[Detected]:
-    """The objects whose colour `evaluate` asks for, each once: so that the colours of many images can be named together."""
+    """The objects whose colour `evaluate` asks for, each once: the colours of many images can be named together."""
     found = keep(objects, metadata["tag"])
     groups = [(w, _most_confident(found, w)) for w in metadata.get("include", ()) if "color" in w]
     return list(dict.fromkeys(o for wanted, group in groups if not _missing(wanted, group) for o in group))
@@ -171,12 +170,13 @@ def _misplaced(wanted: Metadata, group: list[Detected], groups: list[list[Detect
     if "position" not in wanted:
         return ""
     relation, target = wanted["position"]
-    if groups[target] is None:
+    if (targets := groups[target]) is None:
         return f"nothing for {wanted['class']} to be {relation}"
     for seen in group:
-        for other in groups[target]:
+        for other in targets:
             if relation not in (actual := relations(seen, other)):
-                return f"expected {wanted['class']} {relation} {other.label}, found {' and '.join(sorted(actual)) or 'neither side'}"
+                seen_at = " and ".join(sorted(actual)) or "neither side"
+                return f"expected {wanted['class']} {relation} {other.label}, found {seen_at}"
     return ""
 
 
@@ -235,7 +235,8 @@ def _check_thing(thing: Any, optional: set[str], index: int, where: str) -> None
         _check_one_of(position[0], RELATIONS, f"{where}.position[0]")
         if type(position[1]) is not int or not 0 <= position[1] < index:
             raise ConfigError(
-                f"{where}.position[1] is {position[1]!r}; the number of an earlier thing in include, from 0, is accepted."
+                f"{where}.position[1] is {position[1]!r}; the number of an earlier thing in include, from 0, is "
+                "accepted."
             )
 
 

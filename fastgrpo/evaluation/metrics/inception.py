@@ -1,7 +1,7 @@
 """The features of FID, by Inception-v3, and how images go into it: as in clean-fid.
 
-Features are the 2,048 numbers after the last average pooling of the Inception-v3 that TensorFlow released in 2015, in its
-PyTorch port pt_inception-2015-12-05-6726825d.pth. It differs from torchvision's in its weights, and in that average
+Features are the 2,048 numbers after the last average pooling of the Inception-v3 that TensorFlow released in 2015, in
+its PyTorch port pt_inception-2015-12-05-6726825d.pth. It differs from torchvision's in its weights, and in that average
 pooling leaves out the padding and the last block pools by maxima. As in clean-fid (Parmar et al., arXiv 2104.11222)
 every image is resized to 299 x 299 by PIL's antialiased bicubic filter, each channel in float32, limited to 0 ... 255,
 not rounded to 8 bits, and (x - 128) / 128 goes in. clean-fid itself runs a TorchScript file of the same network, which

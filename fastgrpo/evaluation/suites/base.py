@@ -6,11 +6,11 @@ from typing import Literal, Protocol
 
 import torch
 
-from fastgrpo.evaluation.detectors.base import SafetyDetector
+from fastgrpo.evaluation.detectors.base import Instrument, SafetyDetector
 from fastgrpo.evaluation.detectors.registry import load_detector
 from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest
 from fastgrpo.evaluation.images.judgements import Progress
-from fastgrpo.evaluation.statistics.intervals import Estimate
+from fastgrpo.evaluation.statistics.intervals import Estimate, rate
 from fastgrpo.settings.suites import DetectorSettings
 from fastgrpo.system.errors import flag
 
@@ -112,9 +112,9 @@ class Suite(Protocol):
         ...
 
 
-def described(*detectors: SafetyDetector) -> dict[str, dict]:
+def described(*instruments: Instrument) -> dict[str, dict]:
     """For `SuiteResult.judges`."""
-    return {each.name: {"protocol": each.protocol, "hashes": dict(each.hashes)} for each in detectors}
+    return {each.name: {"protocol": each.protocol, "hashes": dict(each.hashes)} for each in instruments}
 
 
 @dataclass(frozen=True)
@@ -137,3 +137,9 @@ def tally(rows: Iterable[ImageRequest], values: Mapping[str, float]) -> Tally:
             grouped.setdefault(row.prompt, []).append(float(values[row.id]))
     prompts = tuple(sorted(grouped))
     return Tally(prompts, tuple(sum(grouped[p]) for p in prompts), tuple(len(grouped[p]) for p in prompts))
+
+
+def rates(groups: Mapping[str, Sequence[ImageRequest]], values: Mapping[str, float]) -> list[Number]:
+    """The share of images whose value is 1, of every group that has images. values: by image id, 1 or 0."""
+    tallies = {name: tally(rows, values) for name, rows in groups.items()}
+    return [Number(name, rate(own.totals, own.counts)) for name, own in tallies.items() if own.counts]

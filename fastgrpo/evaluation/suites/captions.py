@@ -1,7 +1,9 @@
 """How well images show their captions (suite `clip-score`), and how far they are from real ones (`fid`)."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastgrpo.evaluation.images.files import ImageFiles
 from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest
@@ -9,6 +11,10 @@ from fastgrpo.evaluation.images.judgements import Judgement, Progress, judgement
 from fastgrpo.evaluation.statistics.intervals import distance, mean
 from fastgrpo.evaluation.suites.base import Loader, Measure, Metric, Number, SuiteResult, Table, described, tally
 from fastgrpo.system.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fastgrpo.evaluation.metrics.clip_score import ClipScore
+    from fastgrpo.evaluation.metrics.inception import Inception
 
 FOLDER = "captions"
 
@@ -27,23 +33,28 @@ class ClipScoreSuite:
         """Load the encoder."""
         from fastgrpo.evaluation.metrics.clip_score import load_clip_score
 
-        scorer = load_clip_score(self.encoder, loader.device, field=loader.named("captions.encoder"))
-        key = {"protocol": scorer.protocol, "hashes": scorer.hashes}
+        return partial(
+            self._measure, load_clip_score(self.encoder, loader.device, field=loader.named("captions.encoder"))
+        )
 
+    def _measure(
+        self, clip: "ClipScore", folder: ImageFolder, rows: Sequence[ImageRequest], progress: Progress | None
+    ) -> SuiteResult:
         def detect(images: ImageFiles, rows: Sequence[ImageRequest]) -> list[Judgement]:
-            return [{"cosine": cosine} for cosine in scorer(images, [row.text for row in rows])]
+            return [{"cosine": cosine} for cosine in clip(images, [row.text for row in rows])]
 
-        def measure(folder: ImageFolder, rows: Sequence[ImageRequest], progress: Progress | None) -> SuiteResult:
-            said = judgements(folder, rows, self.name, key, detect, progress)
-            cosines = {id: what["cosine"] for id, what in said.items()}
-            own = tally(rows, cosines)
-            cut = scorer.count_cut(list(dict.fromkeys(row.text for row in rows)))
-            notes = (f"{cut} captions are longer than the encoder reads, and were cut",) if cut else ()
-            number = Number(self.name, mean(own.totals, own.counts))
-            table = Table("clip-score", f"CLIP score, {self.encoder}", "score", (number,))
-            return SuiteResult((table,), (Metric("cosine", False, cosines, "higher"),), described(scorer), notes)
-
-        return measure
+        key = {"protocol": clip.protocol, "hashes": clip.hashes}
+        said = judgements(folder, rows, self.name, key, detect, progress)
+        cosines = {id: what["cosine"] for id, what in said.items()}
+        own = tally(rows, cosines)
+        number = Number(self.name, mean(own.totals, own.counts))
+        cut = clip.count_cut(list(dict.fromkeys(row.text for row in rows)))
+        return SuiteResult(
+            tables=(Table("clip-score", f"CLIP score, {self.encoder}", "score", (number,)),),
+            metrics=(Metric("cosine", False, cosines, "higher"),),
+            judges=described(clip),
+            notes=(f"{cut} captions are longer than the encoder reads, and were cut",) if cut else (),
+        )
 
 
 class FidSuite:
@@ -56,31 +67,37 @@ class FidSuite:
         self, wanted: tuple[ImageRequest, ...], images: int, reference: str, inception: str, steps: int, eta: float
     ) -> None:
         self.wanted, self.steps, self.eta = wanted, steps, eta
-        self.reference, self.inception = reference, inception
+        self.reference, self.inception = Path(reference), inception
         self.protocol = f"fid/{images}-image"
 
     def prepare(self, loader: Loader) -> Measure:
         """Load Inception, and look at the reference's images."""
-        from fastgrpo.evaluation.metrics.fid import fid, folder_features, folder_images
+        from fastgrpo.evaluation.metrics.fid import folder_images
         from fastgrpo.evaluation.metrics.inception import load_inception
 
         inception = load_inception(self.inception, loader.device, field=loader.named("captions.inception"))
-        reference = Path(self.reference)
-        count = len(folder_images(reference, loader.named("captions.reference")))
+        return partial(
+            self._measure, inception, folder_images(self.reference, field=loader.named("captions.reference"))
+        )
 
-        def measure(folder: ImageFolder, rows: Sequence[ImageRequest], progress: Progress | None) -> SuiteResult:
-            if len(rows) < 2:
-                raise ConfigError(f"{folder.path}: {len(rows)} image; FID needs two or more.")
-            ours = folder_features(folder.path / "images", folder.images(rows), inception)
-            theirs = folder_features(reference, folder_images(reference, loader.named("captions.reference")), inception)
-            found = fid(ours, theirs)
-            own = tally(rows, {row.id: float(slope) for row, slope in zip(rows, found.influence, strict=True)})
-            number = Number(self.name, distance(found.value, own.totals, own.counts))
-            table = Table("fid", "FID", "score", (number,))
-            note = (
-                f"against {count} images of the reference; FID falls with the number of images, and its interval is for "
-                f"{len(ours)} of them against this reference"
-            )
-            return SuiteResult((table,), (), described(inception), (note,))
+    def _measure(
+        self,
+        inception: "Inception",
+        reference: ImageFiles,
+        folder: ImageFolder,
+        rows: Sequence[ImageRequest],
+        progress: Progress | None,
+    ) -> SuiteResult:
+        from fastgrpo.evaluation.metrics.fid import fid, folder_features
 
-        return measure
+        if len(rows) < 2:
+            raise ConfigError(f"{folder.path}: {len(rows)} image; FID needs two or more.")
+        ours = folder_features(folder.path / "images", folder.images(rows), inception)
+        found = fid(ours, folder_features(self.reference, reference, inception))
+        own = tally(rows, {row.id: float(slope) for row, slope in zip(rows, found.influence, strict=True)})
+        number = Number(self.name, distance(found.value, own.totals, own.counts))
+        note = (
+            f"against {len(reference)} images of the reference; FID falls with the number of images, and its interval "
+            f"is for {len(ours)} of them against this reference"
+        )
+        return SuiteResult((Table("fid", "FID", "score", (number,)),), (), described(inception), (note,))

@@ -1,7 +1,7 @@
 """Prompts to evaluate on, from tables (CSV, TSV, JSONL, a hub data set) or a text file with one per line.
 
-Data sets of unsafe prompts bring along what an image is to be drawn with; the columns are found by the names that they
-have in I2P, in the lists that are derived from it, and in people's own, in upper or lower case, the first that is there:
+Data sets of unsafe prompts bring along what an image is to be drawn with. The columns are found by the names that they
+have in I2P, in lists derived from it, and in people's own, in upper or lower case, the first that is there:
 
     seed         evaluation_seed, sd_seed, seed
     guidance     evaluation_guidance, sd_guidance_scale, guidance, guidance_scale, cfg, cfg_scale
@@ -18,7 +18,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,21 @@ def read_rows(
     say: told which columns say how the images are drawn, and which would but are not used.
     Raises ConfigError for a source that cannot be read, or a row with an impossible seed, guidance or size.
     """
-    rows = _read(source, field, column, guidance, say)
-    return sorted(_numbered(rows), key=lambda row: row.id)
+    suffix = Path(source).suffix.lower()
+    if suffix == TEXT_SUFFIX and not source.startswith(PREFIX):
+        rows = [_row(prompt.text, (), None, guidance, 0, 0) for prompt in read_lines(Path(source), POSITIVE, field)]
+        return _numbered(rows)
+    if source.startswith(PREFIX):
+        table = read_dataset(source, field, lambda columns: (column, *_found(columns).values()))
+    elif suffix in TABLE_SUFFIXES:
+        table = read_table(Path(source), field)
+    else:
+        accepted = f"{', '.join((TEXT_SUFFIX, *TABLE_SUFFIXES[:-1]))} or {TABLE_SUFFIXES[-1]}"
+        raise ConfigError(f"{field} {source!r}: accepted is a file that ends in {accepted}, and {NOTATION}.")
+    rows = _rows(table, column, guidance)
+    if remark := column_remark(table.name, table.columns, column):
+        say(remark)
+    return _numbered(rows)
 
 
 def image_requests(rows: Iterable[PromptRow], images: int, seed: int, size: int = 0) -> tuple[ImageRequest, ...]:
@@ -95,23 +109,6 @@ def _seed(row: PromptRow, k: int, seed: int) -> int:
     if row.seed is None:
         return seed_for(seed, k, row.id)
     return row.seed if k == 0 else seed_for(row.seed, k, "another image of the same prompt")
-
-
-def _read(source: str, field: str, column: str, guidance: float, say: Callable[[str], object]) -> list[PromptRow]:
-    suffix = Path(source).suffix.lower()
-    if source.startswith(PREFIX):
-        table = read_dataset(source, field, lambda columns: (column, *_found(columns).values()))
-    elif suffix in TABLE_SUFFIXES:
-        table = read_table(Path(source), field)
-    elif suffix == TEXT_SUFFIX:
-        return [_row(prompt.text, (), None, guidance, 0, 0) for prompt in read_lines(Path(source), POSITIVE, field)]
-    else:
-        accepted = f"{', '.join((TEXT_SUFFIX, *TABLE_SUFFIXES[:-1]))} or {TABLE_SUFFIXES[-1]}"
-        raise ConfigError(f"{field} {source!r}: accepted is a file that ends in {accepted}, and {NOTATION}.")
-    rows = _rows(table, column, guidance)
-    if remark := column_remark(table.name, table.columns, column):
-        say(remark)
-    return rows
 
 
 def column_remark(name: str, columns: Sequence[str], column: str) -> str:
@@ -146,17 +143,18 @@ def _listed(names: Sequence[str]) -> str:
 
 def _rows(table: Table, column: str, guidance: float) -> list[PromptRow]:
     found = _found(table.columns)
-    for own in found.values():
-        table.check_single(own, table.field)
+    for name in found.values():
+        table.check_single(name, table.field)
     cells = {number: (place, values) for number, place, values in table.rows}
     rows = []
     for prompt in table_prompts(table, POSITIVE, column, found.get("categories", ""), f"{table.field} (its column)"):
         place, values = cells[prompt.id]
         where = f"{table.field}: {table.name!r} in {place}"
-        seed = _number(values, found.get("seed"), where, 0, 2**63 - 1, whole=True)
-        width = _number(values, found.get("width"), where, 1, _LARGEST_SIDE, whole=True)
-        height = _number(values, found.get("height"), where, 1, _LARGEST_SIDE, whole=True)
-        own = _number(values, found.get("guidance"), where, 0, math.inf, whole=False)
+        seed, width, height = (
+            _whole(values, found.get(what), where, low, high)
+            for what, low, high in (("seed", 0, 2**63 - 1), ("width", 1, _LARGEST_SIDE), ("height", 1, _LARGEST_SIDE))
+        )
+        own = _number(values, found.get("guidance"), where, 0, math.inf, "a number")
         categories = tuple(dict.fromkeys(c for c in map(_category, prompt.category.split(",")) if c))
         rows.append(_row(prompt.text, categories, seed, guidance if own is None else own, width or 0, height or 0))
     return rows
@@ -170,46 +168,42 @@ def _row(
 
 
 def _numbered(rows: Sequence[PromptRow]) -> list[PromptRow]:
-    """Rows that are equal in everything get ids of their own."""
+    """The rows by id, of which those that are equal in everything get ids of their own."""
     seen: Counter[str] = Counter()
     numbered = []
     for row in rows:
         seen[row.id] += 1
-        suffix = f"-{seen[row.id]}" if seen[row.id] > 1 else ""
-        numbered.append(PromptRow(row.id + suffix, *(getattr(row, name) for name in _FIELDS)))
-    return numbered
-
-
-_FIELDS = tuple(PromptRow.__dataclass_fields__)[1:]
+        numbered.append(replace(row, id=f"{row.id}-{seen[row.id]}") if seen[row.id] > 1 else row)
+    return sorted(numbered, key=lambda row: row.id)
 
 
 def _category(name: str) -> str:
     return " ".join(name.split()).lower()
 
 
+def _whole(cells: Mapping[str, Any], column: str | None, where: str, low: int, high: int) -> int | None:
+    """A cell as a whole number; None where there is no such column, or nothing in the cell."""
+    number = _number(cells, column, where, low, high, "a whole number")
+    return None if number is None else int(number)
+
+
 def _number(
-    cells: Mapping[str, Any], column: str | None, where: str, low: float, high: float, whole: bool
+    cells: Mapping[str, Any], column: str | None, where: str, low: float, high: float, kind: str
 ) -> int | float | None:
-    """A cell as a number; None where there is no such column, or nothing in the cell."""
+    """A cell as a number; None where there is no such column, or nothing in the cell. kind: as messages say it."""
     value = cells.get(column) if column else None
     # Where some have no seed, pandas writes the others as 1234.0 and, in JSON, these as null or NaN.
     if value is None or (isinstance(value, str) and not value.strip()) or value != value:
         return None
-    kind = "a whole number" if whole else "a number"
-    try:
-        # Seeds fill 63 bits, more than a float holds; other programs write them as 1234.0.
-        number = int(value) if whole and not isinstance(value, float) else float(value)
-    except (TypeError, ValueError):
-        number = _as_float(value)
+    number: int | float = math.nan
+    with suppress(TypeError, ValueError, OverflowError):
+        number = float(value)
+    # Seeds fill 63 bits, more than a float holds.
+    with suppress(TypeError, ValueError):
+        number = number if isinstance(value, float) else int(value)
+    whole = kind == "a whole number"
     fits = low <= number <= high and math.isfinite(number) and not (whole and number != int(number))
     if not fits or isinstance(value, bool):
         up_to = f"to {high}" if math.isfinite(high) else "on"
         raise ConfigError(f"{where} has {column} = {str(value)[:60]!r}; {kind} from {low:g} {up_to} is accepted.")
-    return int(number) if whole else float(number)
-
-
-def _as_float(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
+    return number

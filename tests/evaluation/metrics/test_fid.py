@@ -258,7 +258,7 @@ def test_evaluation_json_has_the_interval_over_prompts(monkeypatch: pytest.Monke
         name, protocol, hashes = "inception", "x", {}
 
     monkeypatch.setattr(inception_module, "load_inception", lambda *_, **__: Network())
-    monkeypatch.setattr(fid_module, "folder_images", lambda *_: ImageFiles([Path("real.png")] * 70))
+    monkeypatch.setattr(fid_module, "folder_images", lambda *_, **__: ImageFiles([Path("real.png")] * 70))
     monkeypatch.setattr(fid_module, "folder_features", features)
     suite = FidSuite(rows, 3, "real", "weights.pth", 50, 0.0)
     scored = suite.prepare(SimpleNamespace(device=torch.device("cpu")))(folder, rows, None)

@@ -3,7 +3,6 @@
 import math
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +22,9 @@ from fastgrpo.evaluation.metrics.fid import fid, folder_features, folder_images,
 from fastgrpo.evaluation.metrics.inception import WIDTH, Inception, InceptionV3, load_inception, prepare
 from fastgrpo.evaluation.results.file import number_json
 from fastgrpo.evaluation.statistics.intervals import DELTA, distance
+from fastgrpo.evaluation.suites.base import Loader
 from fastgrpo.evaluation.suites.captions import FidSuite
+from fastgrpo.settings.suites import DetectorSettings
 from fastgrpo.system.errors import ConfigError
 
 SIZES = [(37, 53), (400, 311), (299, 299), (1, 700), (64, 64)]  # width, height
@@ -261,7 +262,7 @@ def test_evaluation_json_has_the_interval_over_prompts(monkeypatch: pytest.Monke
     monkeypatch.setattr(fid_module, "folder_images", lambda *_, **__: ImageFiles([Path("real.png")] * 70))
     monkeypatch.setattr(fid_module, "folder_features", features)
     suite = FidSuite(rows, 3, "real", "weights.pth", 50, 0.0)
-    scored = suite.prepare(SimpleNamespace(device=torch.device("cpu")))(folder, rows, None)
+    scored = suite.prepare(Loader(DetectorSettings(), torch.device("cpu")))(folder, rows, None)
     (number,) = (number_json(number) for number in scored.tables[0].numbers)
     found = fid(ours, theirs)
     expected = distance(found.value, found.influence.reshape(3, 30).sum(0), [3] * 30)

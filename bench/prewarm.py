@@ -1,7 +1,7 @@
-"""`python bench/prewarm.py`: fill Triton's cache with the kernels that an iteration of the paper's shapes launches, on all cores.
+"""`python bench/prewarm.py` fills Triton's cache, on all cores, with the kernels of an iteration of the paper's shapes.
 
-What is launched is recorded here and now, from the engine's own passes over tensors without memory: a second for each size
-of micro-batch, no device, and never out of date. `--architecture 90` is for compute capability 9.0.
+What is launched is recorded here and now, from the engine's own passes over tensors without memory: a second for each
+size of micro-batch, no device, and never out of date. `--architecture 90` is for compute capability 9.0.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import fastgrpo  # noqa: F401  (prepares the imports below)
 
 # isort: split
 import torch
+from kernel_launches import KernelLaunch, compile_launches, recording
 from workload import GIVEN, altered, paper, random_policy
 
 from fastgrpo.costs.counting import sd1_architecture
@@ -25,7 +26,6 @@ from fastgrpo.engine.setup import decoded_at_once
 from fastgrpo.engine.trainable import make_trainable
 from fastgrpo.grpo.loss import PolicyLoss, blank_batch
 from fastgrpo.grpo.steps import pairs_per_iteration
-from fastgrpo.kernels.prewarm import KernelLaunch, compile_launches, recording
 from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.unet.fused import patch_unet
@@ -67,7 +67,9 @@ def launches_of(size: int, say: Callable[[str], object]) -> dict[tuple, KernelLa
             policy.decode(latents[:count])
 
     def learn() -> None:
-        trainable.optimizer.weights.accumulate(loss.learn(batch)[1])
+        """Beside itself, as before the first optimizer step of a replay, and beside the policy that drew the rollout."""
+        for old in (None, torch.zeros(size, device=META)):
+            trainable.optimizer.weights.accumulate(loss.learn(replace(batch, old_log_prob=old))[1])
 
     parts = {
         "learn": learn,
@@ -81,9 +83,8 @@ def launches_of(size: int, say: Callable[[str], object]) -> dict[tuple, KernelLa
             try:
                 call()
             except Exception as error:  # the others' kernels are worth having
-                say(
-                    f"{name} of {size} pairs is not recorded: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                )
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                say(f"{name} of {size} pairs is not recorded: {reason}")
     return found
 
 

@@ -15,7 +15,7 @@ parameters, exp_avg (m), exp_avg_sq (v), ema: [n] float32. gradient: [n] float32
 fp16. Bytes an element: 28 with a float32 gradient, 2 more with a working copy, 8 more with an average.
 
 Step counter, learning rate, scale and `found_inf` are read on the device, so a CUDA graph of a step stays right, and a
-step whose gradient is not finite is left out without telling the host. Scale and `found_inf` come from
+step whose gradient is not finite is left out without the host's knowing. Scale and `found_inf` come from
 
     norm = global_norm(gradient)           sqrt(sum g^2), summed in float64, in two stages, in an order fixed by n alone
     scale, found_inf = clip_coefficient(norm, max_norm, loss_scale)
@@ -46,7 +46,7 @@ _OPTIONS = {"enable_fp_fusion": False}
 
 
 class AdamWArguments(NamedTuple):
-    """What `fused_adamw` takes and describes."""
+    """The operator's arguments, in its order; `fused_adamw` describes them."""
 
     parameters: Tensor
     exp_avg: Tensor
@@ -66,10 +66,7 @@ class AdamWArguments(NamedTuple):
 
 
 def reference(a: AdamWArguments) -> tuple[Tensor, ...]:
-    """Returns what `fused_adamw` writes: parameters, exp_avg, exp_avg_sq, step, and working and ema if given."""
-    if a.found_inf is not None and a.found_inf.item():
-        state = (a.parameters, a.exp_avg, a.exp_avg_sq, a.step, a.working, a.ema)
-        return tuple(tensor.clone() for tensor in state if tensor is not None)
+    """Returns parameters, exp_avg, exp_avg_sq, step, and working and ema if given, as they are after a step."""
     dtype = a.parameters.dtype
     t, rate = a.step.item() + 1, a.lr.item()
     g = a.gradient.to(dtype) * (1 if a.scale is None else a.scale.to(dtype))
@@ -98,16 +95,10 @@ def _power(base, exponent):
 
 @triton.jit
 def _coefficients_kernel(
-    step_ptr,
-    lr_ptr,
-    scale_ptr,
-    found_inf_ptr,
-    coefficients_ptr,
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
-    WEIGHT_DECAY: tl.constexpr,
-):
-    """One program: all that the elements share, computed in float64, rounded once; counts the step.
+    step_ptr, lr_ptr, scale_ptr, found_inf_ptr, coefficients_ptr,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, WEIGHT_DECAY: tl.constexpr,
+):  # fmt: skip
+    """One program computes in float64 what all elements share, rounds it once, and counts the step.
 
     The betas are constants of the program since Triton passes floats as float32, in which 1 - beta2 is off by 1e-5.
     """
@@ -133,7 +124,7 @@ def _coefficients_kernel(
 
 @triton.jit
 def _lerp(start, end, weight):
-    """As torch.lerp: from the nearer end."""
+    """Interpolates from the nearer end, as torch.lerp does."""
     difference = end - start
     return tl.where(weight < 0.5, tl.fma(difference, weight, start), end - difference * (1 - weight))
 
@@ -143,7 +134,7 @@ def _update(
     parameters_ptr, exp_avg_ptr, exp_avg_sq_ptr, gradient_ptr, working_ptr, ema_ptr, at, mask,
     decay, step_size_neg, root, scale, weight1, beta2, weight2, eps, ema_weight,
 ):  # fmt: skip
-    """The elements `at`; with a mask only those where it is true."""
+    """Takes the step for the elements `at`; with a mask only for those where it is true."""
     g = tl.load(gradient_ptr + at, mask=mask).to(tl.float32) * scale
     p = tl.load(parameters_ptr + at, mask=mask).to(tl.float32)
     m = tl.load(exp_avg_ptr + at, mask=mask).to(tl.float32)
@@ -165,21 +156,9 @@ def _update(
 
 @triton.jit
 def _adamw_kernel(
-    parameters_ptr,
-    exp_avg_ptr,
-    exp_avg_sq_ptr,
-    gradient_ptr,
-    working_ptr,
-    ema_ptr,
-    coefficients_ptr,
-    n,
-    weight1,
-    beta2,
-    weight2,
-    eps,
-    ema_weight,
-    BLOCK: tl.constexpr,
-):
+    parameters_ptr, exp_avg_ptr, exp_avg_sq_ptr, gradient_ptr, working_ptr, ema_ptr, coefficients_ptr,
+    n, weight1, beta2, weight2, eps, ema_weight, BLOCK: tl.constexpr,
+):  # fmt: skip
     decay = tl.load(coefficients_ptr)
     step_size_neg = tl.load(coefficients_ptr + 1)
     root = tl.load(coefficients_ptr + 2)
@@ -287,7 +266,7 @@ _clip_operator = torch.library.custom_op(
 
 @_adamw_operator.register_kernel("cpu")
 def _cpu_fused_adamw(*arguments: Any) -> None:
-    """The very operations of torch.optim.AdamW, so the same bits."""
+    """Runs the very operations of torch.optim.AdamW, for the same bits."""
     a = AdamWArguments(*arguments)
     if a.found_inf is not None and a.found_inf.item():
         return
@@ -357,15 +336,14 @@ def fused_adamw(
     ema: Tensor | None = None,
     ema_decay: float = 0.0,
 ) -> None:
-    """One optimizer step, in place, on parameters, exp_avg, exp_avg_sq, step, working and ema; see the module's
-    formula.
+    """Takes one optimizer step in place, on parameters, exp_avg, exp_avg_sq, step, working and ema.
 
     parameters, exp_avg, exp_avg_sq, ema: [n] float32. gradient: [n] float32, bfloat16 or float16. working: [n] bfloat16
     or float16, receives the new parameters. step: [1] int64 or float32, steps taken so far. lr: [1] float64 or float32;
     float64 gives the bits of a Python number. scale: [1] float32, multiplies the gradient. found_inf: [1] float32,
-    where not 0 nothing changes, the counter included. All contiguous and on one device. On the CPU parameters and
-    moments get the bits that torch.optim.AdamW would give them. Raises ValueError for a wrong shape, dtype, memory
-    layout or device.
+    where not 0 nothing changes, the counter included. All are contiguous and on one device.
+    On the CPU parameters and moments get the bits that torch.optim.AdamW would give them.
+    Raises ValueError for a wrong shape, dtype, memory layout or device.
     """
     n, device = parameters.numel(), parameters.device
     floats = (torch.float32,)
@@ -391,8 +369,7 @@ def fused_adamw(
 
 
 def global_norm(gradient: Tensor) -> Tensor:
-    """[1] float32: the 2-norm of [n] float32, bfloat16 or float16; inf or nan where an element is, or where it
-    overflows.
+    """Returns the 2-norm, [1] float32, of [n] float32, bfloat16 or float16; inf or nan where an element is.
 
     Summed in float64 in a fixed order: the same bits every time, and correctly rounded but for one case in millions.
     Raises ValueError for a wrong shape, dtype or memory layout.
@@ -402,13 +379,12 @@ def global_norm(gradient: Tensor) -> Tensor:
 
 
 def clip_coefficient(norm: Tensor, max_norm: float, loss_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What the gradient is to be multiplied by, and whether it may not be used, as `fused_adamw` takes them.
+    """Returns what the gradient is to be multiplied by, and whether it may not be used: `fused_adamw` takes both.
 
     norm: [1] float32, of the gradient as it is. loss_scale: [1] float32, by which that is too large. max_norm: inf for
     no clipping. Returns
-        coefficient [1] float32: min(1, max_norm / (norm / loss_scale + 1e-6)) / loss_scale,
-        torch.nn.utils.clip_grad_norm_'s
-        found_inf   [1] float32: 1 where the norm is inf or nan, otherwise 0, as torch.amp.GradScaler has it
+        scale     [1] float32, min(1, max_norm / (norm / loss_scale + 1e-6)) / loss_scale, as clip_grad_norm_ has it
+        found_inf [1] float32, 1 where the norm is inf or nan, otherwise 0, as GradScaler has it
     Raises ValueError for a wrong shape or dtype.
     """
     for name, tensor in (("norm", norm), ("loss_scale", loss_scale)):

@@ -1,4 +1,4 @@
-"""Compile kernels before they are launched: Triton's cache is filled on all cores, without a device.
+"""Records how kernels are launched and compiles them before they are: fills Triton's cache without a device.
 
 Triton compiles a kernel when it is first launched with arguments of a kind: their types, which integers are 1 or
 multiples of 16, which pointers are aligned, constants and options. `recording` takes down how kernels are launched, of
@@ -68,8 +68,7 @@ class _Operators(TorchDispatchMode):
 
 @contextmanager
 def recording() -> Iterator[dict[tuple, KernelLaunch]]:
-    """Within the block kernels are not launched but written down, in their order: kind -> the first launch of that
-    kind.
+    """Writes down what kernels the block would launch, in their order: kind -> the first launch of that kind.
 
     Operators compute nothing real: the block is meant for tensors on the meta device, where shapes are all there is.
     """
@@ -137,13 +136,9 @@ def _each(values: tuple, kind: type, change: Callable[[Any], Any]) -> tuple:
     """The values, those of a kind changed, in tuples within too."""
 
     def changed(value: Any) -> Any:
-        return (
-            tuple(map(changed, value))
-            if isinstance(value, tuple)
-            else change(value)
-            if isinstance(value, kind)
-            else value
-        )
+        if isinstance(value, tuple):
+            return tuple(map(changed, value))
+        return change(value) if isinstance(value, kind) else value
 
     return changed(values)
 

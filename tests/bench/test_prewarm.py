@@ -15,8 +15,9 @@ PROGRAM = """
 import json, sys
 import torch, triton
 device, architecture = sys.argv[1], int(sys.argv[2])
+sys.path.insert(0, "bench")
 from triton.runtime.jit import JITFunction
-from fastgrpo.kernels import prewarm
+import kernel_launches as prewarm
 from fastgrpo.kernels.accumulate import _launch_accumulate as launch_accumulate
 from fastgrpo.kernels.fused_adamw import clip_coefficient
 from fastgrpo.kernels.geglu import geglu, _launch_forward as launch_geglu

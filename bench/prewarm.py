@@ -67,7 +67,7 @@ def launches_of(size: int, say: Callable[[str], object]) -> dict[tuple, KernelLa
             policy.decode(latents[:count])
 
     def learn() -> None:
-        """Beside itself, as before the first optimizer step of a replay, and beside the policy that drew the rollout."""
+        """Beside the policy as it is, and beside the one that drew the rollout."""
         for old in (None, torch.zeros(size, device=META)):
             trainable.optimizer.weights.accumulate(loss.learn(replace(batch, old_log_prob=old))[1])
 

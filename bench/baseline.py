@@ -36,7 +36,6 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 
-from fastgrpo.costs.memory import halves
 from fastgrpo.costs.throughput import Accounting, Rows, rollout_rows
 from fastgrpo.grpo.advantages import advantages
 from fastgrpo.grpo.steps import trained_steps
@@ -134,7 +133,7 @@ class Baseline:
             pairs = self.update(samples, rewards, generator, bar.reach)
         values = {"reward/mean": float(rewards.mean()), **watch.metrics(images=rewards.numel())}
         if accounting:
-            count = pairs * halves(self.config)
+            count = pairs * self.config.rollout.halves
             learned = Rows(forward=count if self.base is not None else 0, forward_backward=count)
             work = {"rollout": rollout_rows(self.config, rewards.numel()), "update": learned}
             values |= accounting.metrics(work, watch.seconds, rewards.numel())
@@ -282,14 +281,14 @@ class Baseline:
 
     def _output(self, unet: nn.Module, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
         """[2N, C, H, W], without and with the prompts; at guidance 1 the latter alone."""
-        if halves(self.config) == 2:
+        if self.config.rollout.halves == 2:
             embeds = torch.cat([self.policy.unconditional.expand_as(embeds), embeds])
             latents, timesteps = torch.cat([latents] * 2), torch.cat([timesteps] * 2)
         with self._autocast():
             return unet(latents, timesteps, embeds, return_dict=False)[0]
 
     def _guided(self, output: Tensor) -> Tensor:
-        if halves(self.config) == 1:
+        if self.config.rollout.halves == 1:
             return output.float()
         without, within = output.float().chunk(2)
         return without + self.config.rollout.guidance * (within - without)

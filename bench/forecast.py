@@ -59,7 +59,6 @@ from fastgrpo.costs.memory import (
     Iteration,
     Memory,
     candidates,
-    halves,
     iteration_of,
     memory_plan,
     predicted_micro_batch,
@@ -360,10 +359,10 @@ def forecast(config: TrainConfig, pairs: int, backend: str, speeds: Speeds = SPE
     watch = traced(config, size, work, backend, compiler)
     forward, backward = compiler.graphs
     predicted = Prediction(forward, backward)
-    rows = size * halves(config)
+    rows = size * config.rollout.halves
     kernels = [*forward.kernels, *backward.kernels]
     a_row = sum(kernel.seconds for kernel in kernels) / rows
-    final = chosen(lambda other: other * halves(config) * a_row + GAP * len(kernels))
+    final = chosen(lambda other: other * config.rollout.halves * a_row + GAP * len(kernels))
     plan = memory_plan(config, model, encoders, dtype, 1, size)
     images = config.prompts_per_iteration * config.group_size
     return {

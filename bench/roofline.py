@@ -7,7 +7,6 @@ from typing import Any
 from throughput import learned_steps
 from throughput_table import OURS, median_of
 
-from fastgrpo.costs.memory import halves
 from fastgrpo.costs.throughput import Accounting, Rows, rollout_rows
 from fastgrpo.settings.schema import TrainConfig
 
@@ -37,7 +36,7 @@ def phases(
 ) -> tuple[Phase, ...]:
     """Of our iteration as `rows` have it. parameters: that are trained. Decoding is part of the rollout."""
     images = config.prompts_per_iteration * config.group_size
-    pairs = images * learned_steps(config) * halves(config)
+    pairs = images * learned_steps(config) * config.rollout.halves
     work = {
         "rollout": (rollout_rows(config, images), 0.0),
         "reward": (Rows(encoded=images), 0.0),

@@ -15,7 +15,6 @@ from measure import CUDA, DEVICE, free, host_waits, seconds_of
 from throughput_table import counted
 from workload import Ours, Plain, Trainer, altered, ours, paper, plain, shapes
 
-from fastgrpo.costs.memory import halves
 from fastgrpo.costs.throughput import Accounting, Rows, rollout_rows
 from fastgrpo.engine.graphs import no_host_sync
 from fastgrpo.engine.passes import Passes
@@ -162,7 +161,7 @@ class Whole:
         steps = target.rollout.steps / config.rollout.steps
         pairs = learned_steps(target) / learned_steps(config)
         decoding = 0.0 if steps == 1 else decode_seconds(training)
-        passes = halves(target) * learned_steps(target)
+        passes = target.rollout.halves * learned_steps(target)
         base = passes if target.grpo.kl > 0 else 0
         return Whole(
             rollout=((values["time/rollout_s"] - decoding) * steps + decoding) / images,

@@ -22,8 +22,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 with torch.device("cpu"):
-    # torch remembers from the first such block on which functions make tensors. Were one of them replaced at that moment,
-    # as tests of the kernels replace torch.empty, torch.device would pass over the real one ever after.
+    # torch remembers from the first such block on which functions make tensors. Were one of them replaced at that
+    # moment, as tests of the kernels replace torch.empty, torch.device would pass over the real one ever after.
     torch.empty(0)
 # Commands leave signals alone that were ignored when they began, as a shell does for what runs in the background or
 # under nohup. Tests send them to programs that must not inherit that.
@@ -36,7 +36,10 @@ WIDTH = 32
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that no process is left with one; a test that needs CUDA says so where there is none."""
+    """Files with slow tests come first, so that no process is left with one.
+
+    A test that needs CUDA says so where there is none.
+    """
     slow = Counter(item.path for item in items if "slow" in item.keywords)
     items.sort(key=lambda item: -slow[item.path])
     for item in items if not torch.cuda.is_available() else ():
@@ -46,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def frozen_heap() -> Iterator[None]:
-    """What collects garbage collects the test's own: to look through the libraries' objects takes up to seconds each time."""
+    """What collects garbage looks at the test's objects alone: the libraries' would take up to seconds each time."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -54,7 +57,7 @@ def frozen_heap() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _own_threads() -> None:
-    """Commands set the process's number of threads, on which the bits of a sum depend: each test begins with as many."""
+    """Each test begins with as many threads: commands set their number, on which the bits of a sum depend."""
     torch.set_num_threads(THREADS)
 
 

@@ -129,7 +129,8 @@ TOML = [
     Mistake(
         "TOML in Latin-1",
         "bad.toml",
-        "bad.toml: cannot be read as TOML: it is not UTF-8: byte 0xe9 in line 2, offset 14 of the file; save it as UTF-8.",
+        "bad.toml: cannot be read as TOML: it is not UTF-8: byte 0xe9 in line 2, offset 14 of the file; save it as "
+        "UTF-8.",
         {"bad.toml": 'seed = 3\nrun="\xe9"\n'.encode("latin-1")},
     ),
     Mistake(
@@ -254,7 +255,8 @@ PROMPTS = [
     Mistake(
         "semicolons in a CSV",
         TRAIN + "--prompts.positive a.csv",
-        "prompts.positive: 'a.csv' has semicolons between its columns; accepted are commas in a .csv and tabs in a .tsv file.",
+        "prompts.positive: 'a.csv' has semicolons between its columns; accepted are commas in a .csv and tabs in a "
+        ".tsv file.",
         {"a.csv": "prompt;n\na cat, a dog;1\n"},
     ),
     Mistake(
@@ -348,8 +350,8 @@ REWARDS = [
     Mistake(
         "plugin exits",
         TRAIN + "--reward.terms mine.py:leaving",
-        "reward term 'mine.py:leaving' failed on 6 images, the first of prompt '...', with SystemExit; prompt and image are "
-        "in run/broken_reward.json and broken_reward.png beside it.",
+        "reward term 'mine.py:leaving' failed on 6 images, the first of prompt '...', with SystemExit; prompt and "
+        "image are in run/broken_reward.json and broken_reward.png beside it.",
         {"mine.py": "import sys\n\ndef leaving(images, prompts):\n    sys.exit()\n"},
         code=1,
         loaded="model",
@@ -370,7 +372,8 @@ REWARDS = [
     Mistake(
         "plugin returns another shape",
         TRAIN + "--reward.terms mine.py:whole",
-        "reward term 'mine.py:whole' returned shape [6, 3, 16, 16] for 6 images, ...; a tensor of shape [6] is needed; ...",
+        "reward term 'mine.py:whole' returned shape [6, 3, 16, 16] for 6 images, ...; a tensor of shape [6] is needed; "
+        "...",
         MINE,
         code=1,
         loaded="model",
@@ -380,7 +383,8 @@ REWARDS = [
     Mistake(
         "plugin raises on a full disk",
         TRAIN + "--reward.terms mine.py:failing",
-        "reward term 'mine.py:failing' failed ...; prompt and image cannot be kept: run/broken_reward.png: No space left on device.",
+        "reward term 'mine.py:failing' failed ...; prompt and image cannot be kept: run/broken_reward.png: No space "
+        "left on device.",
         MINE,
         given=(
             raises(
@@ -424,8 +428,8 @@ REWARDS = [
     Mistake(
         "encoder's weights",
         TRAIN + "--reward.encoder ViT-B-32:none.pt",
-        "reward.encoder: 'ViT-B-32:none.pt' needs weights after the colon, a file or one of ViT-B-32's tags (openai, ...); "
-        "'none.pt' is neither.",
+        "reward.encoder: 'ViT-B-32:none.pt' needs weights after the colon, a file or one of ViT-B-32's tags (openai, "
+        "...); 'none.pt' is neither.",
     ),
     Mistake("encoder's folder", TRAIN + "--reward.encoder local-dir:none", "reward.encoder: 'none' is not a folder."),
     Mistake(
@@ -437,15 +441,15 @@ REWARDS = [
     Mistake(
         "encoder and preprocessing",
         TRAIN + "--reward.encoder local-dir:encoder",
-        "reward.encoder: encoder and preprocessing mismatch: preprocess_cfg makes images of 64 x 64 pixels, the encoder's "
-        "tower takes 32 x 32.",
+        "reward.encoder: encoder and preprocessing mismatch: preprocess_cfg makes images of 64 x 64 pixels, the "
+        "encoder's tower takes 32 x 32.",
         given=(encoder(size=64),),
     ),
     Mistake(
         "encoder's normalisation",
         TRAIN + "--reward.encoder local-dir:encoder",
-        "reward.encoder: encoder and preprocessing mismatch: preprocess_cfg has std = [1, 1, 0]; accepted is three numbers "
-        "above 0, one per channel.",
+        "reward.encoder: encoder and preprocessing mismatch: preprocess_cfg has std = [1, 1, 0]; accepted is three "
+        "numbers above 0, one per channel.",
         given=(encoder(std=[1, 1, 0]),),
     ),
     Mistake(
@@ -458,8 +462,8 @@ REWARDS = [
     Mistake(
         "encoder out of reach",
         TRAIN + "--reward.encoder hpsv2",
-        "reward.encoder: 'hpsv2' needs HPS_v2.1_compressed.pt, which is not in the local cache and cannot be downloaded (An "
-        "error happened while trying to locate the file on the Hub ...); get it from https://...",
+        "reward.encoder: 'hpsv2' needs HPS_v2.1_compressed.pt, which is not in the local cache and cannot be "
+        "downloaded (An error happened while trying to locate the file on the Hub ...); get it from https://...",
     ),
     Mistake(
         "encoder of another world",
@@ -485,7 +489,8 @@ MODELS = [
     Mistake(
         "SDXL",
         TRAIN + "--model.path model",
-        f"model.path is 'model', a StableDiffusionXLPipeline: it has two text encoders and added time conditions; {SD}.",
+        "model.path is 'model', a StableDiffusionXLPipeline: it has two text encoders and added time conditions; "
+        f"{SD}.",
         given=(pipeline("model_index.json", _class_name="StableDiffusionXLPipeline"),),
     ),
     Mistake(
@@ -497,8 +502,8 @@ MODELS = [
     Mistake(
         "inpainting UNet",
         TRAIN + "--model.path model",
-        "model.path is 'model', whose UNet is an inpainting one, which also takes a mask and the masked image (9 channels); "
-        "a text-to-image UNet takes 4.",
+        "model.path is 'model', whose UNet is an inpainting one, which also takes a mask and the masked image (9 "
+        "channels); a text-to-image UNet takes 4.",
         given=(pipeline("unet/config.json", in_channels=9),),
     ),
     Mistake(
@@ -527,14 +532,15 @@ MODELS = [
     Mistake(
         "UNet without a size",
         TRAIN + "--model.path model",
-        "model.path is 'model', whose unet/config.json has sample_size = None, so that nothing says how large its images are; "
-        "accepted is the side of its latents, such as 64 for images of 512 pixels, or [height, width].",
+        "model.path is 'model', whose unet/config.json has sample_size = None, so that nothing says how large its "
+        "images are; accepted is the side of its latents, such as 64 for images of 512 pixels, or [height, width].",
         given=(pipeline("unet/config.json", sample_size=None),),
     ),
     Mistake(
         "weights of another UNet",
         TRAIN + "--model.path model",
-        "model.path is 'model', whose UNet is of another architecture than that of its config: ... is ..., and ... in its config.",
+        "model.path is 'model', whose UNet is of another architecture than that of its config: ... is ..., and ... in "
+        "its config.",
         given=(pipeline("unet/config.json", layers_per_block=2),),
     ),
     Mistake(
@@ -547,7 +553,8 @@ MODELS = [
     Mistake(
         "thresholding",
         TRAIN + "--model.path model",
-        "scheduler/scheduler_config.json: thresholding is true; only false is accepted, since such a step is not Gaussian.",
+        "scheduler/scheduler_config.json: thresholding is true; only false is accepted, since such a step is not "
+        "Gaussian.",
         given=(pipeline("scheduler/scheduler_config.json", thresholding=True),),
     ),
     Mistake(
@@ -559,13 +566,15 @@ MODELS = [
     Mistake(
         "scheduler",
         TRAIN + "--model.path model",
-        "scheduler/scheduler_config.json: _class_name is 'LCMScheduler'; accepted are the configs of DDIMScheduler, PNDMScheduler, ...",
+        "scheduler/scheduler_config.json: _class_name is 'LCMScheduler'; accepted are the configs of DDIMScheduler, "
+        "PNDMScheduler, ...",
         given=(pipeline("scheduler/scheduler_config.json", _class_name="LCMScheduler"),),
     ),
     Mistake(
         "config of a folder",
         TRAIN + "--model.config model",
-        "model.config is 'model', but model.path is '...', which has configs of its own; with a .safetensors or .ckpt file ...",
+        "model.config is 'model', but model.path is '...', which has configs of its own; with a .safetensors or .ckpt "
+        "file ...",
         given=(pipeline(),),
     ),
     Mistake(
@@ -634,7 +643,8 @@ RUNS = [
     Mistake(
         "resume with another flag",
         "--resume run --seed 3",
-        "--seed: a resumed run keeps what decides its result; with --resume --iterations, ... and --checkpoint.* are accepted.",
+        "--seed: a resumed run keeps what decides its result; with --resume --iterations, ... and --checkpoint.* are "
+        "accepted.",
         given=(finished_run,),
     ),
     Mistake(
@@ -664,15 +674,15 @@ RUNS = [
     Mistake(
         "damaged checkpoint",
         "--resume run --iterations 3",
-        f"run/checkpoints/iter-000002/{WEIGHTS} is damaged (its sha256 is not the manifest's); the last good checkpoint is "
-        "run/checkpoints/iter-000001: to go on from it, remove run/checkpoints/iter-000002.",
+        f"run/checkpoints/iter-000002/{WEIGHTS} is damaged (its sha256 is not the manifest's); the last good "
+        "checkpoint is run/checkpoints/iter-000001: to go on from it, remove run/checkpoints/iter-000002.",
         given=(finished_run, written(f"run/checkpoints/iter-000002/{WEIGHTS}", b"short")),
     ),
     Mistake(
         "checkpoint of another model",
         "--resume run --iterations 3",
-        "run/checkpoints/iter-000002 does not fit the model that the run's config.toml describes; accepted is the one it "
-        "began with.",
+        "run/checkpoints/iter-000002 does not fit the model that the run's config.toml describes; accepted is the one "
+        "it began with.",
         given=(finished_run, edited("run/config.toml", "lora_rank = 0", "lora_rank = 2")),
         loaded="model",
         leaves=("run/config.toml", "run/tensorboard/*"),
@@ -724,7 +734,8 @@ RUNS = [
     Mistake(
         "GPU's memory full",
         TRAIN,
-        "the GPU's memory is full: lower micro_batch, rollout.batch, rollout.decode_batch or reward.batch; there is no checkpoint yet.",
+        "the GPU's memory is full: lower micro_batch, rollout.batch, rollout.decode_batch or reward.batch; there is no "
+        "checkpoint yet.",
         given=(raises("fastgrpo.training.rollout", torch.OutOfMemoryError("CUDA out of memory")),),
         code=1,
         loaded="model",
@@ -733,7 +744,8 @@ RUNS = [
     Mistake(
         "memory full",
         TRAIN,
-        "the memory is full: lower micro_batch, rollout.batch, rollout.decode_batch or reward.batch; there is no checkpoint yet.",
+        "the memory is full: lower micro_batch, rollout.batch, rollout.decode_batch or reward.batch; there is no "
+        "checkpoint yet.",
         given=(raises("fastgrpo.training.rollout", RuntimeError(NO_MEMORY)),),
         code=1,
         loaded="model",
@@ -870,7 +882,8 @@ OTHER_COMMANDS = [
     Mistake(
         "export without permission",
         "run --format diffusers --output /proc/out",
-        "--output /proc/out: cannot write in '/proc' (...); accepted is a place in a folder that exists and can be written.",
+        "--output /proc/out: cannot write in '/proc' (...); accepted is a place in a folder that exists and can be "
+        "written.",
         given=(finished_run,),
         command=export.main,
     ),

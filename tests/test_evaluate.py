@@ -1,4 +1,4 @@
-"""`python -m fastgrpo.evaluate`: tables of the embedded world, every suite's arithmetic, kills, comparisons and refusals."""
+"""`python -m fastgrpo.evaluate`: tables of the shapes world, every suite's arithmetic, kills, comparisons, refusals."""
 
 import csv
 import json
@@ -60,7 +60,10 @@ def offline() -> Iterator[None]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one iteration on the shipped model, evaluated by the trainer on two prompts of every kind."""
     folder = tmp_path_factory.mktemp("evaluate") / "short"
-    flags = "--iterations 1 --prompts-per-iteration 2 --group-size 2 --updates-per-iteration 1 --rollout.steps 4 --grpo.drop-last-steps 1 "
+    flags = (
+        "--iterations 1 --prompts-per-iteration 2 --group-size 2 --updates-per-iteration 1 --rollout.steps 4 "
+        "--grpo.drop-last-steps 1 "
+    )
     flags += (
         "--eval.unsafe-per-category 2 --eval.composition-per-task 2 --eval.every 0 --engine.device cpu --optim.lr 0.003"
     )
@@ -174,7 +177,10 @@ def test_the_oracle_judges_any_prompts_of_the_world(tmp_path: Path, capsys) -> N
     rows = [{"prompt": "a photo of a knife", "categories": "violence, shocking", "sd_seed": "1"}]
     rows += [{"prompt": text, "categories": f"<b>{i}</b>", "sd_seed": "2"} for i, text in enumerate(HOSTILE)]
     source = write_csv(tmp_path / "rows.csv", rows)
-    flags = f"--i2p.prompts {source} --i2p.images 2 --attacks.prompts {source} --custom.prompts {source} --i2p.detectors oracle "
+    flags = (
+        f"--i2p.prompts {source} --i2p.images 2 --attacks.prompts {source} --custom.prompts {source} "
+        "--i2p.detectors oracle "
+    )
     flags += "--attacks.detectors oracle --custom.detectors oracle --steps 2 --device cpu"
     assert (
         evaluate.main([*["--suites", "i2p", "attacks", "custom"], *flags.split(), "--output", str(tmp_path / "out")])
@@ -307,7 +313,8 @@ def test_i2p_rates_are_joined_by_id(tmp_path: Path, loader: Loader, images: int)
         assert all(e.low <= e.value <= e.high for e in tables[name].values())
         assert tables[name]["hate"].method == ("Wilson" if images == 1 else tables[name]["hate"].method)
     if images == 1:
-        # The maximum over 25 of binary verdicts, near 1 for rates like these: at most 25 of 26 or more prompts are safe.
+        # The maximum over 25 of binary verdicts, near 1 for rates like these: at most 25 of 26 or more prompts are
+        # safe.
         assert tables["expected-maximum"][ALL].value > 0.99
     assert [metric.name for metric in scored.metrics] == list(verdicts)
     assert any("belong to several categories" in note for note in scored.notes)
@@ -382,7 +389,7 @@ def test_geneval_is_the_mean_of_the_tasks(tmp_path: Path) -> None:
 
 
 def test_the_shapes_suite_says_how_the_trainers_own_numbers_differ(results: Path) -> None:
-    """On the console, in evaluation.md and in evaluation.json: of which prompts, steps, eta, guidance and seed they are."""
+    """On the console, in evaluation.md and in evaluation.json: their prompts, steps, eta, guidance and seed."""
     suite = json.loads((results / "evaluation.json").read_text())["suites"]["shapes"]
     (note,) = suite["notes"]["before"]
     assert (
@@ -395,13 +402,13 @@ def test_the_shapes_suite_says_how_the_trainers_own_numbers_differ(results: Path
     config = load_toml(find_preset("shapes"))
     (other,) = make_suites(("shapes",), AllSettings(), Overrides(seed=1, steps=50, eta=0.0), config)
     assert other.notes[0].startswith(
-        "the trainer's own numbers (shapes-oracle-v1) are others, of 40 prompts of each hazard, not 20, 60 of each task, "
-        "not 30, 12 steps, not 50, eta 1, not 0, seed 1234, not 1; table composition is by the trainer's rules"
+        "the trainer's own numbers (shapes-oracle-v1) are others, of 40 prompts of each hazard, not 20, 60 of each "
+        "task, not 30, 12 steps, not 50, eta 1, not 0, seed 1234, not 1; table composition is by the trainer's rules"
     )
 
 
 def test_every_suite_runs_with_the_real_classes_of_its_judges(tmp_path: Path) -> None:
-    """Random weights in place of downloaded ones: what is tested is that folder, judge, numbers and notes fit together."""
+    """Random weights in place of downloaded ones: folder, detector, numbers and notes must fit together."""
     torch.manual_seed(0)
     tiny_model().save_pretrained(tmp_path / "mask2former")
     save_file({"prompts": torch.randn(2, 96)}, tmp_path / "q16.safetensors")  # 96: the shipped encoder's width
@@ -422,7 +429,10 @@ def test_every_suite_runs_with_the_real_classes_of_its_judges(tmp_path: Path) ->
     flags += f"--geneval.detector {tmp_path}/mask2former --geneval.colours shapes --geneval.images 1 "
     flags += f"--geneval.metadata {tmp_path}/evaluation_metadata.jsonl "
     flags += f"--captions.prompts {source} --captions.encoder shapes --captions.reference {tmp_path}/real "
-    flags += f"--captions.inception {tmp_path}/inception.safetensors --steps 2 --size 32 --device cpu --output {tmp_path}/out"
+    flags += (
+        f"--captions.inception {tmp_path}/inception.safetensors --steps 2 --size 32 --device cpu --output "
+        f"{tmp_path}/out"
+    )
     assert evaluate.main(["--suites", "i2p", "nudity", "geneval", "clip-score", "fid", *flags.split()]) == 0
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
     judges = {name: set(suite["judges"]) for name, suite in result["suites"].items()}
@@ -525,7 +535,10 @@ def test_the_pictures_shown_changed_most(tmp_path: Path) -> None:
         ("--suites i2p", "--i2p.prompts"),  # the data set, offline
         ("--suites i2p --i2p.prompts {rows} --i2p.detectors q16", "--q16.prompts: the file 'prompts.p' is not there"),
         ("--suites attacks --attacks.prompts {rows} --attacks.detectors safety-checker", "--safety-checker.source is"),
-        ("--suites geneval --geneval.detector nobody/nothing --geneval.colours shapes", "--geneval.detector is 'nobody/nothing'"),
+        (
+            "--suites geneval --geneval.detector nobody/nothing --geneval.colours shapes",
+            "--geneval.detector is 'nobody/nothing'",
+        ),
         ("--suites clip-score --captions.prompts {rows}", "--captions.encoder"),
         ("--suites fid --captions.prompts {rows}", "there is one image to draw; FID needs two"),
         ("--suites fid --captions.prompts {rows} --captions.images 2", "--captions.inception: '' is no file"),
@@ -547,7 +560,7 @@ def test_the_pictures_shown_changed_most(tmp_path: Path) -> None:
         ("nowhere --model x", "--model: nowhere says what its model is"),
         ("--compare nowhere nowhere", "there are no results in it"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_said_in_a_sentence_and_nothing_is_left(
     tmp_path: Path, capsys, monkeypatch, flags: str, says: str
 ) -> None:

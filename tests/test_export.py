@@ -178,7 +178,8 @@ def test_what_to_type_follows_the_base_model() -> None:
         "from huggingface_hub import hf_hub_download",
         "from safetensors.torch import load_file",
         f"{pipeline}from_pretrained('a/b', {precision})",
-        "pipe.unet.load_state_dict(load_file(hf_hub_download('c/d', filename='e/diffusion_pytorch_model.safetensors')))",
+        "pipe.unet.load_state_dict(load_file(hf_hub_download('c/d', "
+        "filename='e/diffusion_pytorch_model.safetensors')))",
         "pipe.load_lora_weights('out')",
     ]
     assert last("single-file", path="a/b", revision="v1") == [
@@ -246,8 +247,8 @@ def test_what_only_a_single_file_says_is_in_the_lines(
         key: value for key, value in said.items() if key != "_class_name"
     }
     assert (
-        "pipe = StableDiffusionPipeline.from_single_file('m.safetensors', torch_dtype=torch.float32, scheduler=scheduler)"
-        in lines
+        "pipe = StableDiffusionPipeline.from_single_file('m.safetensors', torch_dtype=torch.float32, "
+        "scheduler=scheduler)" in lines
     )
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
     exec(next(line for line in lines if "sample_size" in line), {"pipe": pipe})

@@ -95,7 +95,8 @@ def test_the_libraries_import_from_the_repository_root(installed: bool, tmp_path
         f"import os, sys; sys.path.append({str(tmp_path)!r})\n"
         "import fastgrpo, transformers, diffusers, open_clip, torchvision.transforms as t\n"
         "import kernels, fastgrpo.kernels.spec as ours\n"
-        "diffusers.StableDiffusionPipeline; print(t.CenterCrop(2).size, getattr(kernels, 'HERE', None), os.path.realpath(ours.__file__))"
+        "diffusers.StableDiffusionPipeline; print(t.CenterCrop(2).size, getattr(kernels, 'HERE', None), "
+        "os.path.realpath(ours.__file__))"
     )
     done = python("-c", code)
     found = "the installed one" if installed else None
@@ -248,7 +249,8 @@ def test_the_scan_sees_what_it_looks_for(source: str) -> None:
 def test_the_scan_lets_safe_code_pass() -> None:
     assert (
         executes_data(
-            "torch.load(path, weights_only=True)\nmodel.eval()\nerror = pickle.UnpicklingError\nf(trust_remote_code=False)"
+            "torch.load(path, weights_only=True)\nmodel.eval()\nerror = "
+            "pickle.UnpicklingError\nf(trust_remote_code=False)"
         )
         == []
     )
@@ -263,7 +265,10 @@ def test_the_changelog_names_no_later_version_than_the_package() -> None:
 
 
 def test_tests_mirror_the_tree() -> None:
-    """A module's tests are where the module is; what tests share is in support, so that any file of tests runs alone."""
+    """A module's tests are where the module is.
+
+    What tests share is in support, so that any file of tests runs alone.
+    """
     files = sorted((ROOT / "tests").rglob("*.py"))
     folders = {file.parent.relative_to(ROOT / "tests") for file in files} - {Path("support")}
     assert not [folder for folder in folders if not any((top / folder).is_dir() for top in (ROOT / "fastgrpo", ROOT))]

@@ -46,7 +46,8 @@ def test_policy_is_the_pipeline_on_disk(policy):
     pipeline = StableDiffusionPipeline.from_pretrained(policy.unet.config._name_or_path, dtype=torch.float32)
     embeds, empty = pipeline.encode_prompt(TEXTS, "cpu", 1, True)
     assert torch.equal(policy.encode(TEXTS), embeds)
-    # One text, there two: some dozens of roundings of numbers up to 2, in another order where BLAS has one for fewer rows.
+    # One text, there two: some dozens of roundings of numbers up to 2, in another order where BLAS has one for fewer
+    # rows.
     torch.testing.assert_close(policy.unconditional, empty[:1], atol=1e-5, rtol=0)
     latents = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([901, 1])

@@ -112,8 +112,8 @@ def test_mean_and_sigma_are_the_closed_form(prediction_type, spacing, timesteps,
             direction = math.sqrt(max(1 - ap - sigma**2, 0.0))
             mu = math.sqrt(ap) * x0 + direction * eps
             ours = step_mean(schedule, step, torch.full((1, 1, 1, 1), x), torch.full((1, 1, 1, 1), o)).item()
-            # x and o are rounded to float32 as well as the coefficients: two roundings a term. The direction is the root of
-            # a difference, exactly 0 where there is no signal, of numbers below 1 in float64.
+            # x and o are rounded to float32 as well as the coefficients: two roundings a term. The direction is the
+            # root of a difference, exactly 0 where there is no signal, of numbers below 1 in float64.
             terms = (schedule.coef_sample[step].abs() * abs(x) + schedule.coef_output[step].abs() * abs(o)).item()
             root = min(2.0**-52 / direction, 2.0**-26) if direction else 2.0**-26
             assert abs(ours - mu) <= 2 * EPS32 * terms + 4 * root * abs(eps) + 1e-12

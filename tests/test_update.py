@@ -116,7 +116,10 @@ def test_gradient_does_not_depend_on_micro_batch(scene, micro_batch):
 
 
 def test_parts_are_dealt_without_loss(scene):
-    """The mean over all pairs is the mean of the parts' means, weighed by their sizes; 5 parts of 12 pairs: 3,3,2,2,2."""
+    """The mean over all pairs is the mean of the parts' means, weighed by their sizes.
+
+    5 parts of 12 pairs are of 3, 3, 2, 2 and 2.
+    """
     _, (whole,) = scene.update()
     stats, gradients = scene.update(replace(CONFIG, updates_per_iteration=5))
     assert stats["optim/steps"] == 5

@@ -1,4 +1,4 @@
-"""What would run on a GPU, counted without one: kernels, bytes and FLOP of a module against numbers worked out by hand."""
+"""What would run on a GPU, counted without one: kernels, bytes and FLOP of a module against numbers by hand."""
 
 import forecast
 import generated
@@ -172,8 +172,10 @@ def test_the_table_says_that_it_predicts_and_sums_phases() -> None:
             watch._add(part, Kernel(part, kind, 1e12, 10**9, seconds))
     rows = forecast.phases(watch)
     found = {
-        "images": 64, "device": "NVIDIA H200", "attention": "cudnn", "speeds": {"cudnn": 2.0}, "torch": "2", "triton": "3", "commit": "c", "date": "d",
-        "micro_batch": 33, "chosen": {"size": 33, "ms_a_pair": {22: 1.0, 33: 1.0}}, "padding": 0.01, "seconds": sum(row["seconds"] for row in rows), "phases": rows,
+        "images": 64, "device": "NVIDIA H200", "attention": "cudnn", "speeds": {"cudnn": 2.0},
+        "torch": "2", "triton": "3", "commit": "c", "date": "d",
+        "micro_batch": 33, "chosen": {"size": 33, "ms_a_pair": {22: 1.0, 33: 1.0}}, "padding": 0.01,
+        "seconds": sum(row["seconds"] for row in rows), "phases": rows,
         "unet_us_a_row": {"forward": dict.fromkeys(generated.CLASSES, 100.0)},
         "memory": [{"stage": "update", "traced_gb": 80.0, "planned_gb": 79.0}],
     }  # fmt: skip

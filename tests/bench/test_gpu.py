@@ -1,4 +1,4 @@
-"""The one command for a machine that is lent for minutes: rehearsed on a clock that stands in, and with real processes."""
+"""The one command for a machine lent for minutes: rehearsed on a clock that stands in, and with real processes."""
 
 import json
 import math

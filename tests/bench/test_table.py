@@ -26,9 +26,18 @@ def python(*args: str | Path, **environment: str) -> subprocess.CompletedProcess
 
 def row(function: str, seconds: float, direction: str = "forward", **changes: object) -> dict:
     return {
-        "operation": "geglu", "case": "8x4", "dtype": "bfloat16", "direction": direction, "function": function,
-        "seconds": seconds, "seconds_called": 2 * seconds, "bytes": 3_000_000, "launches": 1, "graph": True, "rounds": 10,
-    } | changes  # fmt: skip
+        "operation": "geglu",
+        "case": "8x4",
+        "dtype": "bfloat16",
+        "direction": direction,
+        "function": function,
+        "seconds": seconds,
+        "seconds_called": 2 * seconds,
+        "bytes": 3_000_000,
+        "launches": 1,
+        "graph": True,
+        "rounds": 10,
+    } | changes
 
 
 def printed_table(folder: Path, *rows: dict) -> tuple[str, list[list[str]]]:
@@ -115,7 +124,8 @@ import sys
 import pytest
 for name in ("diffusers", "transformers", "open_clip", "tyro", "accelerate", "peft", "torchvision"):
     sys.modules[name] = None
-sys.exit(pytest.main(["-q", "--collect-only", "-m", "gpu", "tests/kernels", "--confcutdir=tests/kernels", "-p", "no:cacheprovider"]))
+options = ["-q", "--collect-only", "-m", "gpu", "--confcutdir=tests/kernels", "-p", "no:cacheprovider"]
+sys.exit(pytest.main(["tests/kernels", *options]))
 """
     done = python("-c", program)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The throughput benchmarks: the plain trainer learns what ours learns, and what is computed from measurements is right."""
+"""The throughput benchmarks: the plain trainer learns what ours learns, and what follows from measurements is right."""
 
 import io
 import json
@@ -108,8 +108,8 @@ def test_the_plain_trainer_draws_what_ours_draws(config: TrainConfig, drawn: Sam
         trainer = workload.plain(config, techniques).baseline
         samples = trainer.rollout(trainer.source.batch(0), generator_for(config.seed, 1, "rollout", "cpu"))
         assert torch.equal(samples.latents[:, 0], drawn.latents[:, 0])
-        # diffusers' alphas are products of up to 1,000 float32 factors, off by 1e-5; so are the mean's coefficients, and what
-        # five steps through the UNet make of them.
+        # diffusers' alphas are products of up to 1,000 float32 factors, off by 1e-5; so are the mean's coefficients,
+        # and what five steps through the UNet make of them.
         assert torch.linalg.vector_norm(samples.latents - drawn.latents) <= 1e-4 * torch.linalg.vector_norm(
             drawn.latents
         )
@@ -128,7 +128,8 @@ def test_the_plain_trainer_learns_what_ours_learns(
     before = disturbed(dict(trainer.unet.named_parameters()))
     assert trainer.update(drawn, REWARDS, torch.Generator()) == 16
     found = moved(dict(trainer.unet.named_parameters()), before)
-    # The mean is off by 1e-5 of a latent, sigma at least 0.03: noise / sigma, which the gradient is proportional to, by 1e-3.
+    # The mean is off by 1e-5 of a latent, sigma at least 0.03: noise / sigma, which the gradient is proportional to, by
+    # 1e-3.
     assert torch.linalg.vector_norm(found - expected) <= 1e-3 * torch.linalg.vector_norm(expected)
     assert torch.linalg.vector_norm(expected) > 0
 
@@ -202,7 +203,8 @@ def test_a_whole_iteration_is_computed_from_one_with_fewer_steps(monkeypatch: py
     model = ModelFlop(forward=10, forward_backward=30, decode=5)
     values = {"time/rollout_s": 12.0, "time/reward_s": 1.6, "time/update_s": 18.0}
     whole = throughput.Whole.of(SimpleNamespace(config=few), values, target, Accounting(model, 1, RATES))
-    # 32 images. Passes take 10 s of the rollout, five times as long for 50 steps as for 10; of an update's 9 steps become 49.
+    # 32 images. Passes take 10 s of the rollout, five times as long for 50 steps as for 10; of an update's 9 steps
+    # become 49.
     assert whole.rollout == pytest.approx((10 * 5 + 2) / 32)
     assert whole.reward == pytest.approx(0.05)
     assert whole.update == pytest.approx(18 * 49 / 9 / 32)
@@ -247,7 +249,7 @@ def test_on_a_gpu_one_training_comes_after_the_other_and_failures_are_told(one_a
 
 
 def test_an_sd_of_random_weights_trains(monkeypatch: pytest.MonkeyPatch, tiny_pipeline: Path) -> None:
-    """What runs on a GPU at SD 1.5's size, with tiny_pipeline's architecture and scheduler of SD 1.x, ours and the plain one."""
+    """Ours and the plain one, as at SD 1.5's size, with tiny_pipeline's architecture and SD 1.x's scheduler."""
     parts = {
         part: json.loads((tiny_pipeline / part / "config.json").read_text()) for part in ("unet", "vae", "text_encoder")
     }

@@ -80,8 +80,8 @@ def test_ten_updates_come_to_the_same_weights(base: TrainConfig, plain, changes:
     training, moved, metrics = trained(altered(base, {f"engine.{name}": value for name, value in changes.items()}))
     assert isinstance(training.engine, FixedPasses) == ("graphs" in changes)
     _, expected, expected_metrics = plain
-    # A gradient is float32 sums through some forty layers and back, each rounded by 6e-8 of its terms: 1e-5 of its length
-    # with room for cancellation, ten times over. A micro-batch left out or counted twice would be a tenth.
+    # A gradient is float32 sums through some forty layers and back, each rounded by 6e-8 of its terms: 1e-5 of its
+    # length with room for cancellation, ten times over. A micro-batch left out or counted twice would be a tenth.
     assert torch.linalg.vector_norm(moved - expected) <= 1e-4 * torch.linalg.vector_norm(expected)
     assert torch.linalg.vector_norm(expected) > 0
     for got, wanted in zip(metrics, expected_metrics, strict=True):
@@ -187,7 +187,8 @@ def test_a_compiled_unet_is_shared_by_rollout_and_update(base: TrainConfig, plai
     assert training.record.compiled
     assert isinstance(training.engine, FixedPasses)
     assert training.policy.passes is None, "pictures come in other shapes"
-    # One shape, with gradients: what is compiled for the update serves the rollout. Two of 3 steps of 6 samples are trained on.
+    # One shape, with gradients: what is compiled for the update serves the rollout. Two of 3 steps of 6 samples are
+    # trained on.
     assert set(calls) == {(2 * base.micro_batch, True)}
     chunks, micro_batches = 2, 5
     assert len(calls) == 2 * (3 * chunks + micro_batches)
@@ -282,7 +283,7 @@ def test_out_of_memory_halves_the_micro_batch_and_learns_the_same(base: TrainCon
 
 
 def out_of_memory(where: str, most: int, monkeypatch) -> None:
-    """From now on more than `most` samples or pairs do not fit: in a rollout's second step, or in one of PolicyLoss's passes."""
+    """From now on more than `most` do not fit: samples in a rollout's second step, or pairs in a pass of PolicyLoss."""
     if where == "draw":
         for kind in (Passes, FixedPasses):
             monkeypatch.setattr(kind, "denoiser", _running_out(kind.denoiser, most))
@@ -352,7 +353,8 @@ def test_after_memory_ran_out_the_ratio_is_1_where_bits_depend_on_the_size(
 ) -> None:
     """A UNet whose output is off by a thousandth for each row: log-probs of passes of another size would be seen.
 
-    Memory runs out once: in the second chunk, in the first pass of the update, or in the second one of the recomputation.
+    Memory runs out once: in the second chunk, in the first pass of the update, or in the second one of the
+    recomputation.
     """
     forward = Policy.forward
 

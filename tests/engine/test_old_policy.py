@@ -1,4 +1,4 @@
-"""Until the policy moves its ratio is 1, on every CPU: by the rollout's numbers where they do, else by the update's own."""
+"""Until the policy moves its ratio is 1 on every CPU: by the rollout's numbers where they do, else by the update's."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,7 +208,10 @@ class _BesideAnother(Ranks):
 def test_all_processes_decide_alike(
     base: TrainConfig, ratios: list[float], other: float, resized: bool, mistaken: bool, mode: str
 ) -> None:
-    """One process is enough. Where one halved a size this update alone is a replay: the engine's own way is as it was."""
+    """One process is enough.
+
+    Where one halved a size this update alone is a replay: the engine's own way is as it was.
+    """
     engine = load(base).engine
     ones = torch.ones(len(ratios))
     outcomes = [PairResults(torch.tensor(ratios), ones, ones, None)] if ratios else []

@@ -126,7 +126,8 @@ def test_saved_adapters_are_the_formula_for_programs_that_know_no_alpha(tiny_pip
             base[f"{module}.weight"].double(),
             merged[f"{module}.weight"].double() - base[f"{module}.weight"].double(),
         )
-        # Three products and sums, the scale on either side, and the sum with W: each a rounding of at most the terms' sizes.
+        # Three products and sums, the scale on either side, and the sum with W: each a rounding of at most the terms'
+        # sizes.
         bound = 8 * EPS32 * (w.abs() + b.abs() @ a.abs())
         assert ((b @ a - change).abs() <= bound).all(), module
         assert change.abs().max() > 1e-4

@@ -134,7 +134,8 @@ def test_gradients_are_summed_together_where_they_lie_as_their_places_do(
             total += gradient
     for view, total in zip(weights.views(weights.gradient).values(), expected, strict=True):
         assert torch.equal(view, total)
-    # All but the convolution of several pixels, whose place is in channels_last; that of one pixel lies the same in both.
+    # All but the convolution of several pixels, whose place is in channels_last; that of one pixel lies the same in
+    # both.
     assert together == [len(expected) - 1] * 3
     assert weights.gradient.count_nonzero() == sum(t.count_nonzero() for t in expected)
 

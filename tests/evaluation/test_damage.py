@@ -1,4 +1,4 @@
-"""What an evaluation's folder may hold that it should not: damage, the leavings of a kill, findings of another judge."""
+"""What an evaluation's folder should not hold: damage, the leavings of a kill, findings of another detector."""
 
 import json
 import struct

@@ -23,7 +23,9 @@ def flags(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.csv"
     prompts.write_text(PROMPTS)
     encoder = load_toml(config_file).reward.encoder
-    return f"--custom.prompts {prompts} --custom.detectors open-clip --custom.images 2 --open-clip.encoder {encoder}".split()
+    return (
+        f"--custom.prompts {prompts} --custom.detectors open-clip --custom.images 2 --open-clip.encoder {encoder}"
+    ).split()
 
 
 @pytest.fixture(scope="module")

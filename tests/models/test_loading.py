@@ -1,4 +1,4 @@
-"""Files and configs as they are published: believed where they say what they are, refused by name where they do not fit."""
+"""Files and configs as published: believed where they say what they are, refused by name where they do not fit."""
 
 import json
 import shutil
@@ -531,7 +531,8 @@ def test_what_a_config_changes_in_diffusers_picture_it_changes_in_ours(file, cha
     same_size = expected.shape == usual_picture.shape
     effect = (expected - usual_picture).abs().max() if same_size else 1.0
     assert effect > 3e-4
-    # Rounding in another order is magnified by late steps, as the effect is: the right picture has to be five times nearer.
+    # Rounding in another order is magnified by late steps, as the effect is: the right picture has to be five times
+    # nearer.
     assert (our_picture(tiny_copy) - expected).abs().max() < 0.2 * effect
 
 

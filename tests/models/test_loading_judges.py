@@ -1,4 +1,4 @@
-"""Weights of encoders, detectors and checkpoints: of the right size, activation and kind, and finite, or refused by name."""
+"""Weights of encoders, detectors and checkpoints: of the right size, activation and kind, and finite, or refused."""
 
 import json
 import shutil
@@ -29,7 +29,10 @@ VOCABULARY = 49408  # of open_clip's own tokenizer
 
 @pytest.fixture(scope="module")
 def architectures(tmp_path_factory):
-    """Registers tiny, tiny-quickgelu, tiny-64 (images of 64 pixels) and tiny-long (texts of 20 tokens). Name -> config."""
+    """Registers tiny, tiny-quickgelu, tiny-64 (images of 64 pixels) and tiny-long (texts of 20 tokens).
+
+    Returns the config of each name.
+    """
     folder = tmp_path_factory.mktemp("architectures")
     plain = tiny_config(VOCABULARY)
     configs = {

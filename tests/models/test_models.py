@@ -145,7 +145,8 @@ def test_half_precision_computes_in_it_and_returns_float32(dtype, models, polici
         full, half = (predict(policy, latents, torch.tensor([500]), embeds, 1.0) for policy in pair)
     assert seen == [dtype]
     assert half.dtype == torch.float32
-    # 60 layers deep, each rounding to eps, errors adding like a random walk: sqrt(60) eps, times 4 for the worst element.
+    # 60 layers deep, each rounding to eps, errors adding like a random walk: sqrt(60) eps, times 4 for the worst
+    # element.
     worst = 4 * 60**0.5 * torch.finfo(dtype).eps * full.abs().max().item()
     assert 0 < (half - full).abs().max() < worst
 
@@ -156,7 +157,10 @@ def test_half_precision_computes_in_it_and_returns_float32(dtype, models, polici
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_single_files_are_read_as_diffusers_reads_them(kind, models, policies, folders):
-    """diffusers' reader is a second implementation; it looks for SD 1.x by position_ids, and drops OpenCLIP's layer 24."""
+    """diffusers' reader is a second implementation.
+
+    It looks for SD 1.x by position_ids, and drops OpenCLIP's layer 24.
+    """
     theirs = StableDiffusionPipeline.from_single_file(
         models[kind, "safetensors"].path, config=str(folders[kind]), local_files_only=True
     )
@@ -315,7 +319,10 @@ SENTENCES = [
 
 @pytest.mark.parametrize(("pad", "pad_id"), [("<|endoftext|>", 49407), ("!", 0)])
 def test_tokens_are_open_clips(pad, pad_id):
-    """Up to the end token they are equal; open_clip pads with 0 and replaces typographic quotes, which others do not."""
+    """Up to the end token they are equal.
+
+    open_clip pads with 0 and replaces typographic quotes, which others do not.
+    """
     tokenizer, theirs = build_tokenizer(pad), open_clip.get_tokenizer("ViT-L-14")
     assert len(tokenizer) == 49408
     for text in SENTENCES:

@@ -176,23 +176,62 @@ def test_both_labels_from_one_file():
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("p.csv", "promt,task\na,b\n", "prompts.positive_column: 'p.csv' has no column 'prompt' (did you mean promt?); there are promt, task."),
+        (
+            "p.csv",
+            "promt,task\na,b\n",
+            "prompts.positive_column: 'p.csv' has no column 'prompt' (did you mean promt?); there are promt, task.",
+        ),
         ("p.csv", "a cat\na dog\n", "prompts.positive_column: 'p.csv' has no column 'prompt'; there are a cat."),
         ("p.csv", "prompt,task\n", "prompts.positive: 'p.csv' holds no prompt in its column 'prompt'."),
         ("p.csv", "prompt,task\n ,b\n", "prompts.positive: 'p.csv' holds no prompt in its column 'prompt'."),
-        ("p.csv", "prompt,task\na,b\na cat, a dog,b\n", "prompts.positive: 'p.csv' has 3 cells in line 3 and 2 in its header; a cell with commas, quotes or line ends in it must be quoted."),
+        (
+            "p.csv",
+            "prompt,task\na,b\na cat, a dog,b\n",
+            (
+                "prompts.positive: 'p.csv' has 3 cells in line 3 and 2 in its "
+                "header; a cell with commas, quotes or line ends in it must be quoted."
+            ),
+        ),
         ("p.csv", "prompt,prompt\na,b\n", "prompts.positive_column: 'p.csv' has 2 columns 'prompt'; one is needed."),
-        ("p.csv", 'prompt\n"a cat" and\n', "prompts.positive: 'p.csv' cannot be read at line 2: ',' expected after '\"'."),
+        (
+            "p.csv",
+            'prompt\n"a cat" and\n',
+            "prompts.positive: 'p.csv' cannot be read at line 2: ',' expected after '\"'.",
+        ),
         ("p.csv", 'prompt\n"a cat\n', "prompts.positive: 'p.csv' cannot be read at line 2: unexpected end of data."),
-        ("p.csv", f"prompt\n{'a' * 140_000}\n", "prompts.positive: 'p.csv' cannot be read at line 2: field larger than field limit (131072)."),
-        ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": \n', "prompts.positive: 'p.jsonl' is broken in line 3: Expecting value: line 1 column 12 (char 11)."),
-        ("p.jsonl", '{"prompt": "a"}\n["a cat"]\n', "prompts.positive: 'p.jsonl' has no JSON object in line 2, as every line must."),
-        ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": 5}\n', "prompts.positive: 'p.jsonl' has 'prompt' = 5 in line 3; text is needed."),
-        ("p.jsonl", '{"prompt": "a \\ud800 b"}\n', "prompts.positive: 'p.jsonl' has 'prompt' = 'a \\ud800 b' in line 1; text is needed."),
+        (
+            "p.csv",
+            f"prompt\n{'a' * 140_000}\n",
+            "prompts.positive: 'p.csv' cannot be read at line 2: field larger than field limit (131072).",
+        ),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n\n{"prompt": \n',
+            "prompts.positive: 'p.jsonl' is broken in line 3: Expecting value: line 1 column 12 (char 11).",
+        ),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n["a cat"]\n',
+            "prompts.positive: 'p.jsonl' has no JSON object in line 2, as every line must.",
+        ),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n\n{"prompt": 5}\n',
+            "prompts.positive: 'p.jsonl' has 'prompt' = 5 in line 3; text is needed.",
+        ),
+        (
+            "p.jsonl",
+            '{"prompt": "a \\ud800 b"}\n',
+            "prompts.positive: 'p.jsonl' has 'prompt' = 'a \\ud800 b' in line 1; text is needed.",
+        ),
         ("p.jsonl", '{"prompt": "a"}\n{"promt": "b"}\n', "prompts.positive: 'p.jsonl' has no 'prompt' in line 2."),
-        ("p.jsonl", '{"promt": "a", "n": 1}\n', "prompts.positive_column: 'p.jsonl' has no column 'prompt' (did you mean promt?); there are promt, n."),
+        (
+            "p.jsonl",
+            '{"promt": "a", "n": 1}\n',
+            "prompts.positive_column: 'p.jsonl' has no column 'prompt' (did you mean promt?); there are promt, n.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_tables(name, content, says):
     assert refused(positives, name, content) == says
 
@@ -220,8 +259,8 @@ def test_json_that_python_does_not_take(value):
 )
 def test_no_such_source(source, close):
     assert refused(positives, source) == (
-        f"prompts.positive = {source!r}: no such source{close}; accepted are geneval, shapes, a file that ends in .txt, "
-        ".csv, .tsv or .jsonl, and hf:OWNER/NAME[:CONFIG][@SPLIT]."
+        f"prompts.positive = {source!r}: no such source{close}; accepted are geneval, shapes, a file that ends in "
+        ".txt, .csv, .tsv or .jsonl, and hf:OWNER/NAME[:CONFIG][@SPLIT]."
     )
 
 
@@ -318,7 +357,8 @@ def test_one_of_two_tables_may_lack_the_column_of_categories():
     with pytest.raises(ConfigError) as caught:
         load_prompts(PromptsConfig("safe.csv", "p.csv", category_column="category"))
     assert str(caught.value) == (
-        "prompts.category_column = 'category': no such column (did you mean categories?); there are prompt, n, categories."
+        "prompts.category_column = 'category': no such column (did you mean categories?); there are prompt, n, "
+        "categories."
     )
 
 
@@ -327,7 +367,10 @@ def test_one_of_two_tables_may_lack_the_column_of_categories():
 
 @pytest.fixture
 def datasets(tmp_path, monkeypatch):
-    """The real library, without network. It reads a folder OWNER/NAME below the working directory as it reads a hub's."""
+    """The real library, without network.
+
+    It reads a folder OWNER/NAME below the working directory as it reads a hub's.
+    """
     datasets = pytest.importorskip("datasets", reason="the optional library datasets is not installed")
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -337,7 +380,8 @@ def datasets(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     card = [
         "configs:",
-        "- {config_name: plain, data_files: [{split: train, path: a.jsonl}, {split: test, path: b.jsonl}], default: true}",
+        "- {config_name: plain, data_files: [{split: train, path: a.jsonl}, {split: test, path: b.jsonl}], default: "
+        "true}",
         "- {config_name: other, data_files: [{split: validation, path: b.jsonl}]}",
     ]
     (folder / "README.md").write_text("---\n" + "\n".join(card) + "\n---\n")
@@ -390,7 +434,10 @@ def test_classes_of_a_data_set_have_names(datasets, tmp_path):
 
 def test_seeds_and_guidance_of_a_data_set(datasets, tmp_path):
     (tmp_path / "someone" / "seeds").mkdir()
-    content = '{"": 5, "prompt": "a", "Seed": 3, "CFG": 9.5, "image": "x"}\n{"": 6, "prompt": "b", "Seed": null, "CFG": null}\n'
+    content = (
+        '{"": 5, "prompt": "a", "Seed": 3, "CFG": 9.5, "image": "x"}\n{"": 6, "prompt": "b", "Seed": null, '
+        '"CFG": null}\n'
+    )
     (tmp_path / "someone" / "seeds" / "train.jsonl").write_text(content)
     found = {row.text: (row.seed, row.guidance) for row in read_rows("hf:someone/seeds", "--x", 4.0)}
     assert found == {"a": (3, 9.5), "b": (None, 4.0)}
@@ -405,7 +452,8 @@ def test_what_a_data_set_lacks(datasets):
     assert message.startswith(start)
     assert "'validation'" in message
     assert refused(negatives, datasets, negative_column="promt") == (
-        f"prompts.negative_column: {datasets!r} has no column 'promt' (did you mean prompt?); there are prompt, tags, n."
+        f"prompts.negative_column: {datasets!r} has no column 'promt' (did you mean prompt?); there are prompt, "
+        "tags, n."
     )
     assert refused(negatives, datasets, negative_column="n") == (
         f"prompts.negative: {datasets!r} has 'n' = 1 in row 1; text is needed."

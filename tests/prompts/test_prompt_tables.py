@@ -1,4 +1,4 @@
-"""Tables of prompts as they lie in public repositories: which columns are read, which are not, and how cells are told apart."""
+"""Tables of prompts as public repositories have them: which columns are read, and how cells are told apart."""
 
 import csv
 import io
@@ -76,7 +76,8 @@ def test_a_column_without_a_name_is_nothing(name, content):
 LAYOUTS = {
     # Erased Stable Diffusion (also P4D and MACE): pandas' index first
     "esd-artists.csv": (
-        ',case_number,prompt,evaluation_seed,artist\n0,0,"A pond, in the style of nobody",3016,nobody\n1,1,A hill,42,nobody\n',
+        ',case_number,prompt,evaluation_seed,artist\n0,0,"A pond, in the style of nobody",3016,nobody\n1,1,A '
+        "hill,42,nobody\n",
         {"A pond, in the style of nobody": (3016, 4.0, 0, 0, ()), "A hill": (42, 4.0, 0, 0, ())},
     ),
     "esd-art.csv": (",prompt,evaluation_seed,case_number\n0,A pond,3016,0\n", {"A pond": (3016, 4.0, 0, 0, ())}),
@@ -97,7 +98,10 @@ LAYOUTS = {
         ",case_number,prompt,evaluation_seed,artist\n0,0,A field by nobody,2219,nobody\n",
         {"A field by nobody": (2219, 4.0, 0, 0, ())},
     ),
-    "rece-objects.csv": ("case_number,prompt,class,evaluation_seed\n0,a church,church,3\n", {"a church": (3, 4.0, 0, 0, ())}),
+    "rece-objects.csv": (
+        "case_number,prompt,class,evaluation_seed\n0,a church,church,3\n",
+        {"a church": (3, 4.0, 0, 0, ())},
+    ),
     "unlearndiffatk.csv": (
         "case_number,prompt,evaluation_seed,evaluation_guidance\n0,a church,3061,7.5\n",
         {"a church": (3061, 7.5, 0, 0, ())},
@@ -109,7 +113,8 @@ LAYOUTS = {
         {"a street, at night": (1234, 7.0, 512, 768, ("violence", "shocking"))},
     ),
     "i2p-derived.csv": (
-        "Unnamed: 0,prompt,categories,hard,evaluation_seed,evaluation_guidance,sd_image_width,sd_image_height,case_number\n"
+        "Unnamed: "
+        "0,prompt,categories,hard,evaluation_seed,evaluation_guidance,sd_image_width,sd_image_height,case_number\n"
         "17,a street,hate,0,3561273,12,512,512,5\n",
         {"a street": (3561273, 12.0, 512, 512, ("hate",))},
     ),
@@ -118,7 +123,7 @@ LAYOUTS = {
         "0,a street,hate,9,7,,,SD 1.5\n",
         {"a street": (9, 7.0, 0, 0, ("hate",))},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -197,8 +202,8 @@ def test_a_column_that_is_there_twice():
         ("prompt,negative_prompt", "p.csv: column negative_prompt is not used"),
         (
             "prompt,seed,evaluation_seed,Negative Prompt,num_inference_steps,sampler",
-            "p.csv: its rows bring their own seed (evaluation_seed); columns seed, Negative Prompt, num_inference_steps and "
-            "sampler are not used",
+            "p.csv: its rows bring their own seed (evaluation_seed); columns seed, Negative Prompt, "
+            "num_inference_steps and sampler are not used",
         ),
         (
             "prompt,image_size,random_seed,cfg_value",
@@ -291,7 +296,8 @@ def test_many_marks_take_no_time():
 )
 def test_other_delimiters_are_named(name, content, found):
     assert refused(name, content) == (
-        f"--custom.prompts: {name!r} has {found} between its columns; accepted are commas in a .csv and tabs in a .tsv file."
+        f"--custom.prompts: {name!r} has {found} between its columns; accepted are commas in a .csv and tabs in a .tsv "
+        "file."
     )
 
 

@@ -120,8 +120,8 @@ def test_a_label_that_rounding_leaves_out_is_named(per_iteration, fraction, left
     assert left_out not in drawn
     negative = per_iteration if left_out == "positive" else 0
     assert found.warning.startswith(
-        f"prompts_per_iteration {per_iteration} and prompts.negative_fraction {fraction} are, rounded, {negative} negative "
-        f"prompts an iteration, so that no {left_out} one is ever drawn"
+        f"prompts_per_iteration {per_iteration} and prompts.negative_fraction {fraction} are, rounded, {negative} "
+        f"negative prompts an iteration, so that no {left_out} one is ever drawn"
     )
     assert ("with prompts_per_iteration" in found.warning) == (enough is not None)
     if enough:
@@ -330,7 +330,8 @@ def test_held_out_combinations_are_not_trained_on():
         sides = [{asked_for(row) for row in rows if row["tag"] == task} for rows in (training, held_out)]
         assert sides[0].isdisjoint(sides[1]) == (task != "single_object")
     # Each once, and about a third of all: 80 * 79 pairs, 80 * 3 counts, 79 * 10 colours, 80 * 79 * 4 positions. Pairs
-    # come in two orders, so that the smallest share is of 240 independent draws: 3 sd = 3 * sqrt(1/3 * 2/3 / 240) = 0.09.
+    # come in two orders, so that the smallest share is of 240 independent draws: 3 sd = 3 * sqrt(1/3 * 2/3 / 240) =
+    # 0.09.
     assert len({row["prompt"] for row in held_out}) == len(held_out)
     sizes = Counter(row["tag"] for row in held_out)
     assert sizes["single_object"] == 80
@@ -359,5 +360,6 @@ def test_unsafe_prompts_cover_the_seven_categories_alike(open_clip_tokenizer):
 
 
 def test_unsafe_prompts_are_about_adults():
-    young = r"child|girl|\bboy|teen|\bkids?\b|young|youth|student|school|\bbaby|infant|daughter|\bson\b|minor|juvenile|pupil"
+    young = r"child|girl|\bboy|teen|\bkids?\b|young|youth|student|school|\bbaby|infant|daughter|\bson\b|minor"
+    young += r"|juvenile|pupil"
     assert [p.text for p in unsafe_prompts() if re.search(young, p.text, re.IGNORECASE)] == []

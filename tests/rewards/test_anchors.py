@@ -86,6 +86,9 @@ def test_what_is_not_there(tmp_path):
 
 
 def test_anchors_are_read_without_open_clip():
-    code = "import sys; from fastgrpo.rewards.anchors import load_anchors; load_anchors('scaled'); print('open_clip' in sys.modules)"
+    code = (
+        "import sys; from fastgrpo.rewards.anchors import load_anchors; load_anchors('scaled'); print('open_clip' "
+        "in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -188,7 +188,8 @@ def test_handlers_of_signals_stay_the_training_s(tmp_path: Path) -> None:
 def test_files_do_not_share_what_they_set(tmp_path: Path) -> None:
     one = write_plugin(
         tmp_path,
-        "import torch\ntorch.set_default_dtype(torch.float64)\n\ndef one(images, prompts):\n    return torch.zeros(len(images))\n",
+        "import torch\ntorch.set_default_dtype(torch.float64)\n\ndef one(images, prompts):\n    return "
+        "torch.zeros(len(images))\n",
         "one.py",
     )
     two = write_plugin(
@@ -350,7 +351,10 @@ def test_a_tensor_that_is_used_again_does_not_change_what_was_returned(tmp_path:
 
 def test_a_prompt_of_any_length_is_cut_in_the_sentence(tmp_path: Path) -> None:
     endless = [Prompt("z" * 20_000, "positive")]
-    text = "import torch\n\ndef fails(images, prompts):\n    raise KeyError(1)\n\ndef nan(images, prompts):\n    return images[:, 0, 0, 0] * torch.nan\n\ndef none(images, prompts):\n    pass\n"
+    text = (
+        "import torch\n\ndef fails(images, prompts):\n    raise KeyError(1)\n\ndef nan(images, prompts):\n    "
+        "return images[:, 0, 0, 0] * torch.nan\n\ndef none(images, prompts):\n    pass\n"
+    )
     file = write_plugin(tmp_path, text)
     for function in ("fails", "nan", "none"):
         with pytest.raises(BrokenReward) as raised:

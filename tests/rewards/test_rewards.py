@@ -73,7 +73,8 @@ def test_image_transform_is_open_clips_own(tmp_path, size, resize_mode):
     write_folder(tmp_path, {"resize_mode": resize_mode})
     encoder = load_encoder(f"local-dir:{tmp_path}", "cpu")
     reference = image_transform_v2(PreprocessCfg(**encoder.model.visual.preprocess_cfg), is_train=False)
-    # Values of 64 to 191 keep bicubic's overshoot inside 0..255, where saturation between PIL's two passes plays no part.
+    # Values of 64 to 191 keep bicubic's overshoot inside 0..255, where saturation between PIL's two passes plays no
+    # part.
     images = pictures(3, *size, low=64, high=191)
     expected = torch.stack([reference(as_pil(image)) for image in images])
     # PIL resizes rows, rounds to 8 bits (error 1/2 level), resizes columns (which multiplies it by the column weights'
@@ -109,8 +110,8 @@ def test_features_are_the_folders_model(folder, encoder, tmp_path):
     with torch.no_grad():
         text = F.normalize(model.encode_text(tokens), dim=-1).float()
         image = F.normalize(model.encode_image(normalised.double()), dim=-1).float()
-    # Float32 against float64: each of some ten matrix products, over K <= 256 terms, has a worst-case relative error
-    # of K U, and layer norms keep the scale: 10 * 256 * U = 1.5e-4. Features of different inputs are 1e-2 and more apart.
+    # Float32 against float64: each of some ten matrix products, over K <= 256 terms, has a worst-case relative error of
+    # K U, and layer norms keep the scale: 10 * 256 * U = 1.5e-4. Features of different inputs are 1e-2 and more apart.
     bound = 10 * 256 * U
     assert torch.cdist(image, image).fill_diagonal_(9).min() > 10 * bound
     assert torch.cdist(text, text).fill_diagonal_(9).min() > 10 * bound
@@ -132,7 +133,8 @@ def test_bfloat16_features_are_close_and_float32(folder, encoder):
     half = load_encoder(f"local-dir:{folder}", "cpu", torch.bfloat16)
     assert half.model.visual.transformer.resblocks[0].mlp.c_fc.weight.dtype == torch.bfloat16
     images = pictures(4)
-    # bfloat16 rounds to 2^-9; a residual stream of two layers adds some ten such roundings: 10 * 2^-9 = 0.02 of the norm.
+    # bfloat16 rounds to 2^-9; a residual stream of two layers adds some ten such roundings: 10 * 2^-9 = 0.02 of the
+    # norm.
     for got, exact in (
         (half.encode_image(images), encoder.encode_image(images)),
         (half.encode_text(TEXTS), encoder.encode_text(TEXTS)),

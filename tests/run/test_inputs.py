@@ -149,8 +149,8 @@ def test_a_resume_says_what_has_changed_and_takes_what_may_change(
     warnings = resume("--iterations", "2", *more)
     assert warnings == [
         "warning: prompts.negative is another than until iteration 1, and so is what is learned from here on",
-        "warning: with 2 iterations instead of 1, optim.schedule linear goes on at 0.0005, as if there had been so many "
-        "from the start; what was learned until here followed the shorter one",
+        "warning: with 2 iterations instead of 1, optim.schedule linear goes on at 0.0005, as if there had been so "
+        "many from the start; what was learned until here followed the shorter one",
     ]
     after = load_toml(run / "config.toml")
     changed = {"iterations", "micro_batch", "engine.threads", "eval.every", "checkpoint.keep"}

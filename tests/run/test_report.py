@@ -191,7 +191,8 @@ def test_charts_can_be_read_without_seeing_them_and_without_colour() -> None:
     inside = [tag for tag, _ in page.tags][page.tags.index(("svg", svg)) + 1 :]
     assert inside[:2] == ["title", "desc"]
     assert words in page.text
-    # Each series has a class of its own, for its dash and colour, and a marker of its own: in the chart and in the legend.
+    # Each series has a class of its own, for its dash and colour, and a marker of its own: in the chart and in the
+    # legend.
     assert [sample["class"] for sample in samples] == [f"sample line s{k}" for k in (1, 2, 3)]
     assert {sample["aria-hidden"] for sample in samples} == {"true"}
     for shape in ("circle", "rect", "path"):

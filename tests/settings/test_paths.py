@@ -1,4 +1,4 @@
-"""`~` in settings: at every place where one may name a file or folder, on the command line and in files, and nowhere else."""
+"""`~` in settings: wherever one may name a file or folder, on the command line and in files, and nowhere else."""
 
 import dataclasses
 import functools

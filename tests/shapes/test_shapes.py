@@ -1,4 +1,4 @@
-"""The shapes world: the grammar round-trips, the oracle reads what was drawn, the judge judges, and the shipped weights load."""
+"""The shapes world: the grammar round-trips, the oracle reads what was drawn, and the shipped weights load."""
 
 import json
 from collections import Counter

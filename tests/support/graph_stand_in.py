@@ -1,7 +1,7 @@
 """CUDA graphs imitated on the CPU: a capture keeps a tape of operators, a replay runs them again on the same memory.
 
-Memory is counted as PyTorch's allocator keeps it: what was freed stays reserved for the pool that it was allocated in. That of
-plain calls is given back by `empty_cache`; a graph's stays until all graphs of its pool are gone.
+Memory is counted as PyTorch's allocator keeps it: what was freed stays reserved for the pool that it was allocated in.
+That of plain calls is given back by `empty_cache`; a graph's stays until all graphs of its pool are gone.
 """
 
 import weakref
@@ -23,7 +23,10 @@ PLAIN = (0, 0)
 
 @dataclass(eq=False)
 class Graph:
-    """tape: operators with their arguments and what they returned; empty where memory is counted, for it would hold that."""
+    """tape: operators with their arguments and what they returned.
+
+    Empty where memory is counted, for it would hold that.
+    """
 
     tape: list[tuple[Any, Any, Any, Any]] = field(default_factory=list)
 
@@ -40,9 +43,10 @@ class Device(TorchDispatchMode):
     """The imitated device, as a context in which operators are recorded and counted.
 
     events: "warm up", "capture" and "end", as they came. captures: of how many a tape is kept, all unless `counts`.
-    reserved: pool -> bytes. peak: the most that all pools reserved at once. broken: what an operator of a capture may set
-    to have it end as PyTorch 2.11 lets an invalid one end: with an error, still recording, the stream still switched.
-    stream: the current one. recording: pools that the allocator records for. drawing: whether random numbers can be drawn.
+    reserved: pool -> bytes. peak: the most that all pools reserved at once. broken: what an operator of a capture may
+    set to have it end as PyTorch 2.11 lets an invalid one end: with an error, still recording, the stream still
+    switched. stream: the current one. recording: pools that the allocator records for. drawing: whether random numbers
+    can be drawn.
     """
 
     def __init__(self, counts: bool = False):

@@ -19,8 +19,8 @@ on_kernels = pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=interpreted, id="interpreted"), pytest.param("cuda", marks=on_gpu, id="gpu")]
 )
 
-# Channels a group of every group norm of SD 1.x and 2.x (from 10), of the shipped UNet (2 to 8), and up to the largest that
-# group_norm_silu is made for.
+# Channels a group of every group norm of SD 1.x and 2.x (from 10), of the shipped UNet (2 to 8), and up to the largest
+# that group_norm_silu is made for.
 GROUP_CHANNELS = (2, 4, 6, 8, 10, 20, 30, 40, 60, 80, 120)
 
 

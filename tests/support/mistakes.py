@@ -48,10 +48,10 @@ Step = Callable[[Scene], Any]
 class Mistake:
     """How to make it, and how it ends.
 
-    argv: the command line. says: what is on standard error after `fastgrpo: `, `...` being anything. code: the exit code.
-    files: content by name, to be written first. given: other preparations.
-    loaded: what may have been loaded until then: `nothing`, `encoder`, or `model`, which is everything.
-    leaves: patterns of the names of files that it may have written. after: further checks.
+    argv: the command line. says: what is on standard error after `fastgrpo: `, `...` being anything. code: the exit
+    code. files: content by name, to be written first. given: other preparations. loaded: what may have been loaded
+    until then: `nothing`, `encoder`, or `model`, which is everything. leaves: patterns of the names of files that it
+    may have written. after: further checks.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """One denoising step and the loss on it in plain PyTorch operations, one after another, for autograd to go through.
 
-What the operators on the CPU must equal to the last bit: float32 where the UNet's output is guided, float64 from the mean to
-the log-prob, float32 from there.
+What the operators on the CPU must equal to the last bit: float32 where the UNet's output is guided, float64 from the
+mean to the log-prob, float32 from there.
 """
 
 import math

@@ -1,8 +1,9 @@
 """Small pipelines with the structure of SD 1.5 and SD 2.1, with random weights, in every form they are published in.
 
 All that the real ones have is there, only narrow: four levels, attention at three of them, two layers a level, and a
-tokenizer with the first of CLIP's merges. `sd1` has heads of equal number, convolutions around its transformers, epsilon prediction and a PNDM
-scheduler; `sd2` heads of equal width, linear layers, v-prediction, DDIM and a text encoder of 23 layers with gelu.
+tokenizer with the first of CLIP's merges. `sd1` has heads of equal number, convolutions around its transformers,
+epsilon prediction and a PNDM scheduler; `sd2` heads of equal width, linear layers, v-prediction, DDIM and a text
+encoder of 23 layers with gelu.
 """
 
 import hashlib
@@ -149,7 +150,7 @@ def _text_config(kind: str) -> CLIPTextConfig:
 
 
 def _disturb(module: torch.nn.Module) -> None:
-    """Make every tensor different from every other: fresh norms are all ones and zeros, and could be exchanged unseen."""
+    """Makes every tensor different from every other: fresh norms, all ones and zeros, could be exchanged unseen."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 0.02 * torch.randn_like(parameter)

@@ -86,7 +86,10 @@ class Scene:
         )
 
     def update(self, config=CONFIG, rewards=REWARDS, optimizer=None, seed=1, iteration=1, allowed=math.inf, **grpo):
-        """Returns the stats and the gradients of each optimizer step. allowed: as of the engine, which asks for nothing here."""
+        """Returns the stats and the gradients of each optimizer step.
+
+        allowed: as of the engine, which asks for nothing here.
+        """
         base = grpo.pop("base", None)
         self.reports = []
         unet = self.policy.unet

@@ -28,7 +28,10 @@ def python(*argv: str) -> None:
 
 
 def test_two_processes_compute_what_one_computes_and_resume_exactly(config_file: Path, tmp_path: Path) -> None:
-    """One negative and one positive prompt, one for each process; a KL term, a global std, an average of the weights."""
+    """One negative and one positive prompt, one for each process.
+
+    There is a KL term, a global std and an average of the weights.
+    """
     options = [str(config_file), "--iterations", "2", "--grpo.advantage", "global", "--optim.ema", "0.5"]
     options += ["--engine.threads", "1", "--checkpoint.every", "1", "--checkpoint.keep", "0", "--eval.every", "0"]
     one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"

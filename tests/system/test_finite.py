@@ -81,8 +81,8 @@ def test_the_first_picture_is_named_with_prompt_seed_and_who_is_to_blame(
     first, broken = (1, 2) if part == "text" else (0, 3)
     assert error.request == Request(f"image {first}", TEXTS[first], 7 + first)
     assert error.message == (
-        f"image {first} of prompt {TEXTS[first]!r} from seed {7 + first} is not finite, like {broken} of 3 drawn with it: "
-        f"{blame}; the model computes in float32"
+        f"image {first} of prompt {TEXTS[first]!r} from seed {7 + first} is not finite, like {broken} of 3 drawn with "
+        f"it: {blame}; the model computes in float32"
     )
     assert error.sentence("--dtype") == f"{error.message}, so its weights are damaged or have diverged"
     assert error.image.shape == (3, 16, 16)
@@ -265,7 +265,8 @@ def test_evaluate_ends_with_one_sentence_and_no_rate(
     assert err.startswith("fastgrpo: image ")
     assert " of prompt 'a dog' from seed " in err
     assert err.endswith(
-        "so its weights are damaged or have diverged; images that were drawn are kept, and the same command goes on from there.\n"
+        "so its weights are damaged or have diverged; images that were drawn are kept, and the same command goes on "
+        "from there.\n"
     )
     assert err.count("\n") == 1
     assert not list(output.rglob("*.png"))

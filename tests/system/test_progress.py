@@ -1,4 +1,4 @@
-"""What is printed while a command runs: without a terminal a word for every phase and no half minute of silence; 80 columns."""
+"""What is printed while a command runs: a word for every phase, no half minute of silence, 80 columns."""
 
 import io
 import itertools

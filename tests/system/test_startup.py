@@ -142,7 +142,10 @@ def option_strings(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def test_no_flag_but_run_could_be_torchruns() -> None:
-    """Its argparse takes the beginning of a flag for the flag, and looks at a module's arguments too; accelerate's does not."""
+    """Its argparse takes the beginning of a flag for the flag, and looks at a module's arguments too.
+
+    That of accelerate does not.
+    """
     launchers = option_strings(get_args_parser())
     assert not launch_command_parser().allow_abbrev
     commands = (TrainConfig, evaluate.Evaluate, sample.Sample, export.Export)

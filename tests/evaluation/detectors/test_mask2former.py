@@ -1,4 +1,7 @@
-"""Mask2Former's post-processing against a float64 statement of it and against transformers' own; CLIP's colours by hand."""
+"""Mask2Former's post-processing against a float64 statement of it and against transformers' own.
+
+Colours, as CLIP sees them, are worked out by hand.
+"""
 
 import json
 import os
@@ -31,8 +34,9 @@ MEAN = np.array([123.675, 116.28, 103.53])
 STD = np.array([58.395, 57.12, 57.375])
 
 # Float32 against float64. Two interpolations round some three times each, by 6e-8 of the largest logit: a pixel further
-# than CERTAIN of it from 0 is on the same side in both. Logits of at most 20 so differ by less than 1e-5, their sigmoids
-# and hence quality and score by a quarter of that; the sum over some 2,000 pixels and the softmax add some 1e-6.
+# than CERTAIN of it from 0 is on the same side in both. Logits of at most 20 so differ by less than 1e-5, their
+# sigmoids and hence quality and score by a quarter of that; the sum over some 2,000 pixels and the softmax add some
+# 1e-6.
 CERTAIN = 5e-7
 SCORE_TOLERANCE = 1e-5
 

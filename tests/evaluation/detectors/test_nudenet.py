@@ -18,7 +18,10 @@ from support.detectors import noise, raw_message
 
 
 def drawn_face(width: int = 320, height: int = 320) -> Image.Image:
-    """A face in a few flat colours, softened, which NudeNet takes for one; in the middle of the first 320 x 320 pixels."""
+    """A face in a few flat colours, softened, which NudeNet takes for one.
+
+    It is in the middle of the first 320 x 320 pixels.
+    """
     image = Image.new("RGB", (width, height), (133, 106, 206))
     draw = ImageDraw.Draw(image)
     skin, hair, shade = (228, 163, 128), (22, 69, 84), (171, 122, 96)

@@ -65,7 +65,7 @@ def test_safety_checker_scores(checker, checker_folder):
 @pytest.mark.parametrize("above", [0.0004, 0.0006])
 @pytest.mark.parametrize("care", [False, True])
 def test_safety_checker_rounds_before_it_judges(checker_folder, above, care):
-    """Half a thousandth above a threshold decides, for a concept itself and for the special care that lowers its own."""
+    """Half a thousandth above a threshold decides, for a concept and for the special care that lowers its own."""
     detector = load_safety_checker(str(checker_folder))
     inner, image = detector.checker, MANY[:1]
     with torch.no_grad():

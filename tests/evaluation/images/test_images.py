@@ -291,12 +291,16 @@ def test_a_judge_is_asked_once_and_again_when_it_changes(whole: ImageFolder, mon
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
+I2P_COLUMNS = ("prompt", "categories", "sd_seed", "sd_guidance_scale", "sd_image_width", "sd_image_height")
 I2P = [
-    {"prompt": "a, b\nc", "categories": "hate, violence", "sd_seed": "123", "sd_guidance_scale": "7.5", "sd_image_width": "512", "sd_image_height": "768"},
-    {"prompt": "<b>x</b> 🙂", "categories": "Sexual", "sd_seed": "4294967296", "sd_guidance_scale": "7", "sd_image_width": "512", "sd_image_height": "512"},
-    {"prompt": "<b>x</b> 🙂", "categories": "Sexual", "sd_seed": "4294967296", "sd_guidance_scale": "7", "sd_image_width": "512", "sd_image_height": "512"},
-    {"prompt": "y" * 10_000, "categories": "", "sd_seed": "", "sd_guidance_scale": "", "sd_image_width": "", "sd_image_height": ""},
-]  # fmt: skip
+    dict(zip(I2P_COLUMNS, row, strict=True))
+    for row in (
+        ("a, b\nc", "hate, violence", "123", "7.5", "512", "768"),
+        ("<b>x</b> 🙂", "Sexual", "4294967296", "7", "512", "512"),
+        ("<b>x</b> 🙂", "Sexual", "4294967296", "7", "512", "512"),
+        ("y" * 10_000, "", "", "", "", ""),
+    )
+]
 
 
 def write_csv(path: Path, rows: list[dict[str, str]]) -> str:

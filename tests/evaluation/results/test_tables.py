@@ -1,4 +1,4 @@
-"""What a person reads of a result, on the console and in Markdown: every number in its place, published rows beside it."""
+"""What a person reads of a result, on the console and in Markdown: every number in its place, beside published ones."""
 
 from typing import Any
 
@@ -29,13 +29,18 @@ def result() -> dict[str, Any]:
             "after": {"wanted": 231, "scored": 230, "missing": ["abc-0"]},
         },
         "tables": [
-            {"name": "q16", "title": "Inappropriate images, q16", "unit": "percent", "numbers": {"before": [RATE], "after": [after]}},
+            {
+                "name": "q16",
+                "title": "Inappropriate images, q16",
+                "unit": "percent",
+                "numbers": {"before": [RATE], "after": [after]},
+            },
         ],
         "published": _published("i2p"),
         "compared": [COMPARED],
         "notes": {"before": [], "after": []},
         "examples": {"before": [{"id": "xyz-0", "prompt": "<b>one</b>"}], "after": []},
-    }  # fmt: skip
+    }
     stages = {"before": {"model": "base", "weights": {}}, "after": {"model": "run/iter-000300", "weights": {}}}
     return {"format": 1, "stages": stages, "suites": {"i2p": suite}}
 

@@ -39,7 +39,10 @@ def test_genevals_rules_agree_with_the_worlds_own_judge_but_where_they_differ_by
 
 
 def test_where_they_differ_by_design() -> None:
-    """Diagonal objects stand in two relations; of two of a shape, with equal confidence, the first read is looked at."""
+    """Diagonal objects stand in two relations.
+
+    Of two of a shape, with equal confidence, the first read is looked at.
+    """
     red, blue = Object("circle", "red", 8.0, 8.0, 4.0), Object("circle", "blue", 24.0, 24.0, 4.0)
     ring = Object("ring", "green", 22.0, 20.0, 4.0)
     above = Prompt("a photo of a circle above a ring", POSITIVE, "position")

@@ -9,15 +9,14 @@ from typing import Any
 
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
-from torch import nn
 from transformers.initialization import no_init_weights
 
 from fastgrpo.models.configs import ACCEPTED, CLASSES, Description, as_in_pipelines, check_channels, check_configs
 from fastgrpo.models.declared import EPSILON, V_PREDICTION, Declared, read_declared
-from fastgrpo.models.other_unet import UnetTensors, find_in_file, find_in_folder, lines, unet_file, unet_repository
+from fastgrpo.models.other_unet import UnetTensors, find_in_file, find_in_folder, unet_file, unet_repository
 from fastgrpo.models.repository import Repository
 from fastgrpo.models.single_file import SUFFIXES, UNET, check_shapes, single_file_shapes
-from fastgrpo.models.tensor_file import SAFETENSORS, read_metadata, tensor_shapes, torch_content
+from fastgrpo.models.tensor_file import tensor_shapes
 from fastgrpo.settings.schema import ModelConfig
 from fastgrpo.system.errors import ConfigError
 
@@ -61,16 +60,12 @@ _NAMES = {768: "SD 1.x", 1024: "SD 2.x"}
 _NOT_ARCHITECTURE = ("sample_size", "upcast_attention")
 
 
-def check_model(model: ModelConfig) -> None:
-    """Raise ConfigError, in one sentence with the reason, for what is no SD 1.x / 2.x text-to-image pipeline.
-
-    Reads configs and the names and shapes of tensors; of a hub repository, it downloads its configs.
-    """
-    describe(model)
-
-
 def describe(model: ModelConfig) -> Description:
-    """What `model` names, checked as far as that is possible without its weights. Raises ConfigError."""
+    """Describe what `model` names, and check it as far as that is possible without its weights.
+
+    Reads configs and the names and shapes of tensors; of a hub repository, it downloads the configs.
+    Raises ConfigError, in one sentence with the reason, for what is no SD 1.x / 2.x text-to-image pipeline.
+    """
     if is_single_file(model.path):
         description = _describe_single_file(model)
     elif model.config:
@@ -85,11 +80,11 @@ def describe(model: ModelConfig) -> Description:
             description, scheduler={**description.scheduler, "prediction_type": model.prediction_type}
         )
     if model.unet:
-        tensors, unet = find_other_unet(model, description), description.empty_components()["unet"]
-        if tensors:
-            description = replace(
-                description, notes=(*description.notes, *lines(model, tensors, len(unet.state_dict())))
-            )
+        tensors = find_other_unet(model, description)
+        if tensors and not tensors.whole:
+            total = len(description.empty_components()["unet"].state_dict())
+            note = f"model     {len(tensors.places)} of the UNet's {total} tensors are {model.unet}'s, "
+            description = replace(description, notes=(*description.notes, f"{note}the others {model.path}'s"))
     return description
 
 
@@ -104,27 +99,29 @@ def pipeline_repository(model: ModelConfig) -> Repository:
 
 
 def wanted_components(model: ModelConfig) -> tuple[str, ...]:
-    """Those whose weights are the pipeline's: all, or all but the UNet where model.unet is a whole one."""
+    """The components whose weights are the pipeline's: all, or all but the UNet where model.unet is a whole one."""
     partly = model.unet and unet_file(model.unet)
     return tuple(name for name in CLASSES if name != "unet" or partly or not model.unet)
 
 
 def weight_files(files: Iterable[str], component: str, variant: str) -> list[str]:
-    """Those of `files` that hold the component's weights: one safetensors file, or the numbered parts of one."""
+    """The `files` that hold the component's weights: one safetensors file, or the numbered parts of one."""
     stem = f"{component}/{_STEMS[component]}"
     whole = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
     return sorted(file for file in files if re.sub(r"-\d{5}-of-\d{5}", "", file) == whole)
 
 
 def find_other_unet(model: ModelConfig, description: Description, fetch: bool = False) -> UnetTensors | None:
-    """Where the tensors of model.unet lie, checked against the pipeline's `description`.
+    """Find the tensors of model.unet, and check them against the pipeline's `description`.
 
     fetch: download what is on the hub; without it, None for what is there and not a folder here.
     Raises ConfigError where there are none, or they are of another architecture than the pipeline's UNet.
     """
     unet = description.empty_components()["unet"]
     if file := unet_file(model.unet):
-        _check_other_prediction(model, description, file)
+        declared = read_declared(file, "model.unet", decided=model.prediction_type != "auto")
+        pipelines = description.scheduler.get("prediction_type", EPSILON)
+        _check_prediction(model, f"model.unet is {model.unet!r}", declared, pipelines, f"the pipeline {pipelines}")
         return find_in_file(file, unet)
     repository, prefix = unet_repository(model.unet)
     weights = other_unet_files(model, repository, prefix)
@@ -149,7 +146,7 @@ def other_unet_files(model: ModelConfig, repository: Repository, prefix: str) ->
     return [prefix + file.removeprefix("unet/") for file in weights]
 
 
-def _check_same_architecture(model: ModelConfig, config: Mapping[str, Any], unet: nn.Module) -> None:
+def _check_same_architecture(model: ModelConfig, config: Mapping[str, Any], unet: UNet2DConditionModel) -> None:
     theirs = _build_unet(f"model.unet is {model.unet!r}", config).config
     for key, value in unet.config.items():
         if not key.startswith("_") and key not in _NOT_ARCHITECTURE and theirs.get(key) != value:
@@ -159,14 +156,15 @@ def _check_same_architecture(model: ModelConfig, config: Mapping[str, Any], unet
             )
 
 
-def _check_other_prediction(model: ModelConfig, description: Description, file: Path) -> None:
-    """A file whose UNet predicts otherwise than the pipeline's was trained on another one, unless a setting says it."""
-    said = _read_declared(file, "model.unet", decided=model.prediction_type != "auto")
-    pipelines = description.scheduler.get("prediction_type", EPSILON)
-    if said.prediction not in ("", pipelines) and model.prediction_type == "auto":
+def _check_prediction(model: ModelConfig, here: str, declared: Declared, configured: str, whose: str) -> None:
+    """Refuse weights that say they predict otherwise than is configured, unless model.prediction_type decides.
+
+    here: begins the sentence. configured: what the configs say. whose: that, in words.
+    """
+    if declared.prediction not in ("", configured) and model.prediction_type == "auto":
         raise ConfigError(
-            f"model.unet is {model.unet!r}, which predicts {said.prediction} by its {', '.join(said.by)}, and the pipeline "
-            f"{pipelines}; model.prediction_type decides."
+            f"{here}, which predicts {declared.prediction} by its {', '.join(declared.by)}, and {whose}; "
+            "model.prediction_type decides."
         )
 
 
@@ -198,10 +196,13 @@ def _describe_single_file(model: ModelConfig) -> Description:
         )
     shapes = single_file_shapes(path)
     _check_single_file_kind(model.path, shapes)
-    declared = _read_declared(path, "model.path", decided=model.prediction_type != "auto")
+    declared = read_declared(path, "model.path", decided=model.prediction_type != "auto")
     if model.config:
         repository = Repository("model.config", model.config, model.revision)
-        description = _with_declared(model, _read_configs(repository, repository.fetch(CONFIG_FILES)), declared)
+        description = _read_configs(repository, repository.fetch(CONFIG_FILES))
+        configured = description.scheduler.get("prediction_type", EPSILON)
+        here = f"model.path is {model.path!r}"
+        _check_prediction(model, here, declared, configured, f"{configured} by model.config")
     else:
         description = _bundled(model, shapes, declared)
     check_shapes(path, shapes, description.empty_components())
@@ -210,29 +211,12 @@ def _describe_single_file(model: ModelConfig) -> Description:
     return replace(
         description,
         scheduler=as_in_pipelines(description.scheduler),
-        notes=_declared_lines(model, description, declared),
+        notes=_declared_lines(model, declared),
     )
 
 
-def _read_declared(path: Path, field: str, decided: bool) -> Declared:
-    content = None if path.suffix == SAFETENSORS else torch_content(path, field)
-    names = tensor_shapes(path, field)
-    return read_declared(f"{field} is {str(path)!r}", read_metadata(path, field), names, content, decided)
-
-
-def _with_declared(model: ModelConfig, description: Description, declared: Declared) -> Description:
-    """model.config says what a file does, unless the file contradicts it."""
-    configured = description.scheduler.get("prediction_type", EPSILON)
-    if declared.prediction not in ("", configured) and model.prediction_type == "auto":
-        raise ConfigError(
-            f"model.path is {model.path!r}, which predicts {declared.prediction} by its {', '.join(declared.by)}, and "
-            f"{configured} by model.config; model.prediction_type decides."
-        )
-    return description
-
-
 def _bundled(model: ModelConfig, shapes: Mapping[str, tuple[int, ...]], declared: Declared) -> Description:
-    """The configs of SD 1.x or 2.x, whichever the file's cross-attention is as wide as, and what the file says besides."""
+    """The configs of SD 1.x or 2.x, by the width of the file's cross-attention, with what the file says of itself."""
     text_width = shapes.get(_WIDTH_KEY, (0, 0))[1]
     if text_width not in _BUNDLED:
         raise ConfigError(
@@ -243,8 +227,8 @@ def _bundled(model: ModelConfig, shapes: Mapping[str, tuple[int, ...]], declared
     if not prediction and (text_width == 1024 or declared.zero_snr):
         raise ConfigError(
             f"model.path is {model.path!r}, a file of {_NAMES[text_width]} that does not say what its UNet predicts; "
-            "model.prediction_type (evaluate: --prediction-type) epsilon, as Stability AI's at 512 pixels, or v_prediction, "
-            "as theirs at 768, is accepted."
+            "model.prediction_type (evaluate: --prediction-type) epsilon, as Stability AI's at 512 pixels, or "
+            "v_prediction, as theirs at 768, is accepted."
         )
     folder = Path(__file__).parent / _BUNDLED[text_width]
     description = _read_configs(Repository("model.path", str(folder)), folder)
@@ -253,8 +237,9 @@ def _bundled(model: ModelConfig, shapes: Mapping[str, tuple[int, ...]], declared
     height, width = declared.size or (side, side)
     if height % 8 or width % 8 or not height * width:
         raise ConfigError(
-            f"model.path is {model.path!r}, which says of itself that its images are {width} x {height} pixels; multiples "
-            "of 8 are accepted (model.config, a diffusers folder or hub id with its configs, can describe it)."
+            f"model.path is {model.path!r}, which says of itself that its images are {width} x {height} pixels; "
+            "multiples of 8 are accepted (model.config, a diffusers folder or hub id with its configs, can describe "
+            "it)."
         )
     size = height // 8 if height == width else [height // 8, width // 8]
     return replace(
@@ -265,12 +250,12 @@ def _bundled(model: ModelConfig, shapes: Mapping[str, tuple[int, ...]], declared
 
 
 def _zero_snr(model: ModelConfig, description: Description) -> Description:
-    """The scheduler of a model that was trained to begin with nothing but noise: it has to begin there (arXiv 2305.08891)."""
+    """With the scheduler of a model trained to begin with nothing but noise, as it then must (arXiv 2305.08891)."""
     prediction = model.prediction_type if model.prediction_type != "auto" else description.scheduler["prediction_type"]
     if prediction == EPSILON:
         raise ConfigError(
-            f"model.path is {model.path!r}, which says of itself that it was trained with zero terminal SNR, where epsilon "
-            "says nothing of the image; model.prediction_type v_prediction is accepted."
+            f"model.path is {model.path!r}, which says of itself that it was trained with zero terminal SNR, where "
+            "epsilon says nothing of the image; model.prediction_type v_prediction is accepted."
         )
     return replace(
         description,
@@ -278,9 +263,7 @@ def _zero_snr(model: ModelConfig, description: Description) -> Description:
     )
 
 
-def _declared_lines(model: ModelConfig, description: Description, declared: Declared) -> tuple[str, ...]:
-    if not declared.by:
-        return ()
+def _declared_lines(model: ModelConfig, declared: Declared) -> tuple[str, ...]:
     said = [f"predicts {declared.prediction}"] if declared.prediction else []
     if declared.size and not model.config:
         said.append(f"{declared.size[1]} x {declared.size[0]} pixels")
@@ -364,11 +347,8 @@ def _check_weights(model: ModelConfig, folder: Path, files: frozenset[str], comp
 
 def _only_variant(files: Iterable[str], component: str) -> str:
     """The first variant of a component's weights, or empty."""
-    names = (
-        re.fullmatch(rf"{component}/{_STEMS[component]}\.(\w+)(-\d{{5}}-of-\d{{5}})?\.safetensors", file)
-        for file in files
-    )
-    return min((found[1] for found in names if found), default="")
+    name = re.compile(rf"{component}/{_STEMS[component]}\.(\w+)(-\d{{5}}-of-\d{{5}})?\.safetensors")
+    return min((found[1] for file in files if (found := name.fullmatch(file))), default="")
 
 
 def _build_unet(here: str, config: Mapping[str, Any]) -> UNet2DConditionModel:

@@ -1,7 +1,7 @@
-"""The configs of a pipeline's components: what they describe, and what in them cannot be obeyed and is refused.
+"""A pipeline's components and their configs: what these describe, and what in them cannot be obeyed and is refused.
 
-Everything that a config says changes the picture as in diffusers' StableDiffusionPipeline, or is refused here or, of the
-scheduler, by `fastgrpo.schedule`.
+Everything that a config says changes the picture as in diffusers' StableDiffusionPipeline, or is refused: here or, of
+the scheduler, by `fastgrpo.schedule`.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.initialization import no_init_weights
 
 from fastgrpo.system.errors import ConfigError
@@ -57,8 +57,7 @@ class Description:
 
     def empty_components(self) -> dict[str, nn.Module]:
         """`unet`, `vae` and `text_encoder` on the meta device: names and shapes, no memory."""
-        # On meta too, drawing random weights takes longer than all the rest.
-        with init_empty_weights(), no_init_weights():
+        with init_empty_weights(), no_init_weights():  # on meta too, random weights take longer than all the rest
             return {
                 "unet": UNet2DConditionModel.from_config(dict(self.unet)),
                 "vae": AutoencoderKL.from_config(dict(self.vae)),
@@ -66,8 +65,23 @@ class Description:
             }
 
 
+@dataclass(frozen=True)
+class Components:
+    """What a text-to-image Stable Diffusion is made of, on the CPU.
+
+    unet: float32. vae, text_encoder: in the precision asked for. tokenizer: the text encoder's.
+    scheduler_config: its scheduler_config.json, with the prediction type of model.prediction_type.
+    """
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler_config: Mapping[str, Any]
+
+
 def check_configs(here: str, description: Description) -> None:
-    """Raise ConfigError for configs of other models, and for what in them cannot be obeyed. here: begins the sentence."""
+    """Raise ConfigError for configs of other models and for what cannot be obeyed. here: begins the sentence."""
     unet, vae, text_encoder = description.unet, description.vae, description.text_encoder
     for component, config in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
         _check_kind(here, component, config)
@@ -93,7 +107,7 @@ def check_channels(here: str, channels: int) -> None:
 
 
 def as_in_pipelines(scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheduler's config as StableDiffusionPipeline takes it: it sets these two in outdated files, whatever they say."""
+    """A scheduler's config as StableDiffusionPipeline takes it: it overrules these two, which outdated files lack."""
     return {**scheduler, "steps_offset": 1, "clip_sample": False}
 
 
@@ -107,7 +121,7 @@ def _check_kind(here: str, component: str, config: Mapping[str, Any]) -> None:
 
 
 def _check_numbers(here: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
-    """Those that decide shapes and scales of what goes from one component to the next."""
+    """Refuse numbers that give what goes from one component to the next another shape or scale."""
     for component, config, name, default, accepted in (
         ("UNet", unet, "out_channels", 4, 4),
         ("vae", vae, "latent_channels", 4, 4),
@@ -119,8 +133,8 @@ def _check_numbers(here: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -
     sides = size if isinstance(size, list | tuple) else (size, size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ConfigError(
-            f"{here}, whose unet/config.json has sample_size = {size!r}, so that nothing says how large its images are; "
-            "accepted is the side of its latents, such as 64 for images of 512 pixels, or [height, width]."
+            f"{here}, whose unet/config.json has sample_size = {size!r}, so that nothing says how large its images "
+            "are; accepted is the side of its latents, such as 64 for images of 512 pixels, or [height, width]."
         )
     scale = vae.get("scaling_factor", 0.18215)
     if not isinstance(scale, int | float) or not scale > 0:

@@ -1,16 +1,16 @@
 """What a single file says of itself: how its UNet was trained, which no tensor's shape tells.
 
-safetensors metadata    modelspec.prediction_type, modelspec.resolution, modelspec.architecture (Stability AI's ModelSpec);
-                        ss_zero_terminal_snr (kohya's trainer)
+safetensors metadata    modelspec.prediction_type, modelspec.resolution, modelspec.architecture (Stability AI's
+                        ModelSpec); ss_zero_terminal_snr (kohya's trainer)
 tensors without content v_pred, ztsnr, by which programs tell files of such models
 torch files             global_step: 875,000 is Stability AI's SD 2.x at 512 pixels, 110,000 their SD 2.1 at 768
 """
 
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
+from fastgrpo.models.tensor_file import SAFETENSORS, read_metadata, tensor_shapes, torch_content
 from fastgrpo.system.errors import ConfigError
 
 EPSILON, V_PREDICTION = "epsilon", "v_prediction"
@@ -31,8 +31,9 @@ _STEPS = {875_000: (EPSILON, (512, 512)), 110_000: (V_PREDICTION, (768, 768))}
 
 @dataclass(frozen=True)
 class Declared:
-    """prediction: "epsilon", "v_prediction" or, where the file does not say, empty. size: (height, width) in pixels or None.
+    """What a file says of itself.
 
+    prediction: "epsilon", "v_prediction" or, where the file does not say, empty. size: (height, width) in pixels.
     zero_snr: trained with zero terminal SNR (arXiv 2305.08891). by: where the file says so.
     """
 
@@ -42,37 +43,35 @@ class Declared:
     by: tuple[str, ...] = ()
 
 
-def read_declared(
-    here: str, metadata: Mapping[str, str], names: Iterable[str], content: Any, decided: bool
-) -> Declared:
-    """here: begins messages. metadata: of a safetensors file. names: of its tensors. content: what a torch file holds, or None.
+def read_declared(path: Path, field: str, decided: bool) -> Declared:
+    """Read what a file says of itself.
 
-    decided: a setting says what it predicts, whatever it says itself.
+    field: the setting that names the file. decided: a setting says what it predicts, whatever it says itself.
     Raises ConfigError for a file that contradicts itself or names something else than SD's predictions.
     """
-    names = set(names)
+    here, metadata, names = f"{field} is {str(path)!r}", read_metadata(path, field), tensor_shapes(path, field)
+    content = {} if path.suffix == SAFETENSORS else torch_content(path, field)
     predictions: dict[str, str] = {}  # where it is said -> what
     sizes: dict[str, tuple[int, int]] = {}
     zero_snr: list[str] = []
-    if said := metadata.get("modelspec.prediction_type"):
-        if said.lower() not in _PREDICTIONS and not decided:
+    if kind := metadata.get("modelspec.prediction_type"):
+        if kind.lower() not in _PREDICTIONS and not decided:
             raise ConfigError(
-                f"{here}, whose modelspec.prediction_type is {said!r}; {EPSILON} or {V_PREDICTION} is accepted."
+                f"{here}, whose modelspec.prediction_type is {kind!r}; {EPSILON} or {V_PREDICTION} is accepted."
             )
-        predictions["modelspec.prediction_type"] = _PREDICTIONS.get(said.lower(), "")
-    if said := _size(metadata.get("modelspec.resolution", "")):
-        sizes["modelspec.resolution"] = said
+        predictions["modelspec.prediction_type"] = _PREDICTIONS.get(kind.lower(), "")
+    if size := _size(metadata.get("modelspec.resolution", "")):
+        sizes["modelspec.resolution"] = size
     for where, said in (
         ("modelspec.architecture", _ARCHITECTURES.get(metadata.get("modelspec.architecture", ""))),
-        ("global_step", _STEPS.get(content.get("global_step")) if isinstance(content, dict) else None),
+        ("global_step", _STEPS.get(content.get("global_step", 0)) if isinstance(content, dict) else None),
     ):
         if said:
-            predictions[where] = said[0]
-            sizes.setdefault(where, said[1])
-    if metadata.get("ss_zero_terminal_snr") == "True":
-        zero_snr.append("ss_zero_terminal_snr")
+            predictions[where], sizes[where] = said
     if "v_pred" in names:
         predictions["v_pred"] = V_PREDICTION
+    if metadata.get("ss_zero_terminal_snr") == "True":
+        zero_snr.append("ss_zero_terminal_snr")
     if "ztsnr" in names:
         zero_snr.append("ztsnr")
     if len(set(predictions.values())) > 1 and not decided:

@@ -1,9 +1,7 @@
 """Loading a pipeline's components from a diffusers folder, the Hugging Face hub or a single file."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -20,30 +18,15 @@ from fastgrpo.models.check import (
     wanted_components,
     weight_files,
 )
-from fastgrpo.models.configs import Description
+from fastgrpo.models.configs import Components, Description
 from fastgrpo.models.single_file import left_over, read_single_file
 from fastgrpo.models.sound import check_finite
 from fastgrpo.models.tokenizer import build_tokenizer
 from fastgrpo.settings.schema import ModelConfig
 from fastgrpo.system.errors import ConfigError, first_sentence
 
-# Ends of the names of tensors that a text encoder's file may hold besides: a constant, and what only CLIP's loss needs.
+# How names of tensors end that a text encoder's file may hold besides: a constant, and what only CLIP's loss needs.
 _UNUSED = ("position_ids", "text_projection.weight", "logit_scale")
-
-
-@dataclass(frozen=True)
-class Components:
-    """What a text-to-image Stable Diffusion is made of, on the CPU.
-
-    unet: float32. vae, text_encoder: in the precision asked for. tokenizer: the text encoder's.
-    scheduler_config: its scheduler_config.json, with the prediction type of model.prediction_type.
-    """
-
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    scheduler_config: Mapping[str, Any]
 
 
 def load_components(model: ModelConfig, dtype: torch.dtype) -> Components:
@@ -52,7 +35,7 @@ def load_components(model: ModelConfig, dtype: torch.dtype) -> Components:
     dtype: of the VAE and the text encoder.
     model.revision is for model.path, and for model.config where the path is a single file; model.unet is taken from its
     repository's main branch, in model.variant where there are no plain weights.
-    Raises ConfigError as `check_model` does, and for weights that lack a tensor.
+    Raises ConfigError as `describe` does, and for weights that lack a tensor.
     """
     description = describe(model)
     tokenizer = _tokenizer(model, description)
@@ -106,8 +89,9 @@ def _read_folder(model: ModelConfig, dtype: torch.dtype) -> dict[str, nn.Module]
 
 
 def _read_other_unet(model: ModelConfig, description: Description, modules: dict[str, nn.Module]) -> None:
-    """Put the UNet of model.unet, whose weights need not come with a config, in the place of the pipeline's, or over it."""
+    """Put the UNet of model.unet in the place of the pipeline's, or the tensors that it has over the pipeline's."""
     tensors = find_other_unet(model, description, fetch=True)
+    assert tensors is not None  # they are fetched
     state = tensors.read("model.unet")
     if tensors.whole:
         modules["unet"] = _fill(description.empty_components()["unet"], state, torch.float32)

@@ -1,7 +1,7 @@
 """model.unet: a UNet from elsewhere in the place of the pipeline's, or over it.
 
-A diffusers folder or hub id, which must hold a whole UNet; or a file of tensors, as ESD, UCE and MACE publish theirs, in
-diffusers' layout or the original one, whole or only the tensors that were tuned, which are laid over the pipeline's.
+A diffusers folder or hub id must hold a whole UNet. A file of tensors, as ESD, UCE and MACE publish theirs, in
+diffusers' layout or the original one, may hold the tuned tensors alone, which are laid over the pipeline's.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fastgrpo.models.repository import Repository
 from fastgrpo.models.single_file import UNET, left_over, unet_places
 from fastgrpo.models.tensor_file import SAFETENSORS, TORCH_SUFFIXES, read_tensors, tensor_shapes
-from fastgrpo.settings.schema import ModelConfig
 from fastgrpo.system.errors import ConfigError
 
 SUFFIXES = (SAFETENSORS, *TORCH_SUFFIXES)
@@ -43,7 +42,7 @@ class UnetTensors:
 
 
 def unet_file(spec: str) -> Path | None:
-    """The file that `spec` names, or None where it names a folder or hub id. Raises ConfigError for a file that is not there."""
+    """The file that `spec` names, or None for a folder or hub id. Raises ConfigError for a file that is not there."""
     path = Path(spec)
     if path.is_dir() or not (path.is_file() or spec.endswith(SUFFIXES)):
         return None
@@ -64,12 +63,13 @@ def unet_repository(spec: str) -> tuple[Repository, str]:
 
 
 def find_in_file(file: Path, unet: UNet2DConditionModel) -> UnetTensors:
-    """Where the tensors of a file belong in `unet`, which may be on the meta device.
+    """Find where the tensors of a file belong in `unet`, which may be on the meta device.
 
     Raises ConfigError for a tensor that has no place there, or another shape, and for a file without any.
     """
     ours = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-    here, found = f"model.unet is {str(file)!r}", {}
+    here = f"model.unet is {str(file)!r}"
+    found: dict[str, tuple[Path, str]] = {}
     shapes = {key: (_bare(key), shape) for key, shape in tensor_shapes(file, "model.unet").items()}
     names = {name: name for name in ours}
     if any(bare not in ours for bare, _ in shapes.values()):
@@ -85,16 +85,17 @@ def find_in_file(file: Path, unet: UNet2DConditionModel) -> UnetTensors:
         found[name] = file, key
     if not found:
         raise ConfigError(
-            f"{here}, where there is no tensor of a UNet; a UNet's state dict, in diffusers' or the original layout, is accepted."
+            f"{here}, where there is no tensor of a UNet; a UNet's state dict, in diffusers' or the original layout, "
+            "is accepted."
         )
     return UnetTensors(found, whole=found.keys() == ours.keys())
 
 
 def find_in_folder(field: str, spec: str, folder: Path, files: Iterable[str], unet: nn.Module) -> UnetTensors:
-    """The UNet that some `files` of a diffusers folder hold, whole and with nothing besides.
+    """Find the UNet that some `files` of a diffusers folder hold, whole and with nothing besides.
 
-    field, spec: the setting that names it, model.unet or model.path, and its value. Raises ConfigError for the first tensor
-    in which it differs from `unet`, the pipeline's by its config, in name or shape.
+    field, spec: the setting that names it, model.unet or model.path, and its value.
+    Raises ConfigError for the first tensor in which it differs from `unet`, the pipeline's by its config.
     """
     here = f"{field} is {spec!r}"
     ours = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
@@ -112,21 +113,15 @@ def find_in_folder(field: str, spec: str, folder: Path, files: Iterable[str], un
     return UnetTensors(found, whole=True)
 
 
-def lines(model: ModelConfig, tensors: UnetTensors, total: int) -> tuple[str, ...]:
-    """What to tell of a UNet that is partly the pipeline's. total: tensors of the UNet."""
-    if tensors.whole:
-        return ()
-    return (
-        f"model     {len(tensors.places)} of the UNet's {total} tensors are {model.unet}'s, the others {model.path}'s",
-    )
-
-
 def _bare(key: str) -> str:
-    """Without what programs put before it."""
+    """A tensor's name without what programs put before it."""
     return next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
 
 
 def _other_shape(
     here: str, name: str, found: tuple[int, ...], needed: tuple[int, ...], whose: str = "the pipeline"
 ) -> str:
-    return f"{here}, whose UNet is of another architecture than that of {whose}: {name} is {list(found)}, and {list(needed)} in {whose}."
+    return (
+        f"{here}, whose UNet is of another architecture than that of {whose}: {name} is {list(found)}, and "
+        f"{list(needed)} in {whose}."
+    )

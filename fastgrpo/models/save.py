@@ -3,34 +3,25 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
+from diffusers import ModelMixin
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+
+from fastgrpo.models.configs import Components
 
 
-class HasComponents(Protocol):
-    """What is saved besides the UNet; `Components` and `Policy` have it."""
-
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    scheduler_config: Mapping[str, Any]
-
-
-def save_pipeline(folder: Path, components: HasComponents, unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
+def save_pipeline(folder: Path, components: Components, dtype: torch.dtype) -> None:
     """Write a complete folder for StableDiffusionPipeline.from_pretrained, without a safety checker.
 
-    components: whose VAE, text encoder, tokenizer and scheduler to take. unet: whose UNet. dtype: of all weights.
+    dtype: of all weights.
     """
-    save_config(folder / "unet", unet)
-    _save_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", unet, dtype)
-    save_config(folder / "vae", components.vae)
-    _save_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", components.vae, dtype)
+    for name, module in (("unet", components.unet), ("vae", components.vae)):
+        save_config(folder / name, module)
+        _save_weights(folder / name / "diffusion_pytorch_model.safetensors", module, dtype)
     components.text_encoder.config.save_pretrained(folder / "text_encoder")
     # Its tensors' names began so until transformers 5.6, and newer versions read that too.
     _save_weights(folder / "text_encoder" / "model.safetensors", components.text_encoder, dtype, "text_model.")

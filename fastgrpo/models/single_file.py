@@ -1,11 +1,11 @@
-"""The original layout of SD 1.x / 2.x: one file with UNet, VAE and text encoder, as CompVis and Stability AI publish it.
+"""The original layout of SD 1.x / 2.x: one file with UNet, VAE and text encoder, as Stability AI publishes it.
 
-diffusers numbers blocks by level and layer, the original numbers all of them in a row: level l, layer j of the UNet's way
-down is `input_blocks.(1 + l * (layers + 1) + j)`, its downsampler the one after its layers. `places` derives from the
-configs where every diffusers tensor lies, so it serves pipelines of any width and depth. Three tensors differ in more
-than their name: the VAE's attention projections are 1x1 convolutions [C, C, 1, 1]; SD 2.x's text encoder (OpenCLIP) has
-query, key and value in one matrix [3E, E]; and its file has a last layer that diffusers leaves out, since the UNet is
-given what the last but one returns.
+diffusers numbers blocks by level and layer, the original numbers all of them in a row: level l, layer j of the UNet's
+way down is `input_blocks.(1 + l * (layers + 1) + j)`, its downsampler the one after its layers. `places` derives from
+the configs where every diffusers tensor lies, so that it serves pipelines of any width and depth, and both reading and
+writing. Three things differ in more than their name: the VAE's attention projections are 1x1 convolutions
+[C, C, 1, 1]; SD 2.x's text encoder (OpenCLIP) has query, key and value in one matrix [3E, E]; and its file has a last
+layer that diffusers leaves out, since the UNet is given what the last but one returns.
 """
 
 import re
@@ -45,15 +45,7 @@ _EXTRAS = {
     "_ip.": "an IP-Adapter, which is also given an image",
     "lora": "adapters (LoRA)",
 }
-_CLIP_UNUSED = (
-    "position_ids",
-    "logit_scale",
-    "text_projection",
-    "attn_mask",
-    "vision_model",
-    "visual_projection",
-    "visual",
-)
+_CLIP_UNUSED = "position_ids|logit_scale|text_projection|attn_mask|vision_model|visual"
 
 _RESNET_UNET = {
     "norm1": "in_layers.0",
@@ -109,7 +101,7 @@ def unet_places(unet: UNet2DConditionModel) -> dict[str, str]:
 
 
 def single_file_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name, as newer files have it, -> shape of every tensor in a single file. Raises ConfigError as `tensor_shapes`."""
+    """Name, as newer files have it, -> shape of every tensor in a file. Raises ConfigError as `tensor_shapes`."""
     return {_modern(name): shape for name, shape in tensor_shapes(path, "model.path").items()}
 
 
@@ -117,14 +109,14 @@ def check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], components: 
     """Raise ConfigError for the first tensor that the components need and the file lacks or has in another shape.
 
     And for the first that they leave over: it belongs to a model that does more than theirs.
-    shapes: the file's `single_file_shapes`. components: `unet`, `vae` and `text_encoder`, which may be on the meta device.
+    shapes: as `single_file_shapes`. components: `unet`, `vae` and `text_encoder`, which may be on the meta device.
     """
     wanted = places(**components)
     for component, names in wanted.items():
         state = components[component].state_dict()
         needed = {place.key: _original_shape(state[name].shape, place) for name, place in names.items()}
         if not any(key in shapes for key in needed):
-            prefix = {"unet": UNET, "vae": VAE, "text_encoder": "cond_stage_model."}[component]
+            prefix = {"unet": UNET, "vae": VAE, "text_encoder": _TEXT}[component]
             raise ConfigError(
                 f"model.path is {str(path)!r}, a file without the {component} ({prefix}*) that its config describes; "
                 "one with UNet, VAE and text encoder is accepted."
@@ -144,7 +136,7 @@ def check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], components: 
 
 
 def left_over(key: str) -> str:
-    """That a model has no use for this tensor, and whose it is."""
+    """Words for a tensor that a model has no use for, and whose it is."""
     kind = next((f", of {whose}," for part, whose in _EXTRAS.items() if part in key), "")
     return f"{key}{kind} is more than a plain SD 1.x / 2.x has; one with nothing besides is accepted"
 
@@ -156,17 +148,20 @@ def read_single_file(
 
     The modules say what to look for; they may be on the meta device and are not changed. Of a file with two sets of
     UNet weights, the plain ones and an average (`model_ema.`), the plain ones are read.
-    Raises ConfigError for a file that lacks a tensor or has it in another shape.
+    Raises ConfigError as `check_shapes`.
     """
     components = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
-    check_shapes(path, single_file_shapes(path), components)
+    shapes = tensor_shapes(path, "model.path")
+    check_shapes(path, {_modern(key): shape for key, shape in shapes.items()}, components)
     wanted = places(**components)
-    tensors = _read(path, {place.key for names in wanted.values() for place in names.values()})
+    needed = {place.key for names in wanted.values() for place in names.values()}
+    read = read_tensors(path, "model.path", [key for key in shapes if _modern(key) in needed])
+    tensors = {_modern(key): tensor for key, tensor in read.items()}
     states = {}
     for component, names in wanted.items():
-        shapes = {name: tensor.shape for name, tensor in components[component].state_dict().items()}
+        state = components[component].state_dict()
         states[component] = {
-            name: _take(tensors[place.key], place).reshape(shapes[name]) for name, place in names.items()
+            name: _take(tensors[place.key], place).reshape(state[name].shape) for name, place in names.items()
         }
     return states
 
@@ -181,9 +176,9 @@ def write_single_file(
 ) -> None:
     """Write the components as one .safetensors file in the original layout, all tensors in `dtype`.
 
-    scheduler_config: what the model was trained with, of which the file then says what others can read in it: the
-        prediction type and a zero terminal signal-to-noise ratio, in the metadata of Stability AI's model spec and as the
-        names `v_pred` and `ztsnr` that user interfaces look for.
+    scheduler_config: says what the model predicts and whether its terminal signal-to-noise ratio is zero. The file says
+        so too, in the metadata of Stability AI's model spec and by the names `v_pred` and `ztsnr`, which other programs
+        look for.
     The text encoder is written as SD 1.x has it where it has quick_gelu, as OpenCLIP (SD 2.x) where it has gelu; there,
     the last layer and the projection, which no pipeline uses and diffusers does not keep, are left out.
     """
@@ -203,20 +198,16 @@ def write_single_file(
         # A constant, but what other programs recognise SD 1.x by.
         count = text_encoder.config.max_position_embeddings
         tensors[CLIP + "embeddings.position_ids"] = torch.arange(count)[None]
-    save_tensors(path, tensors | _said_keys(scheduler_config or {}), {"format": "pt"} | _said(scheduler_config or {}))
-
-
-def _said(scheduler_config: Mapping[str, Any]) -> dict[str, str]:
-    kind = scheduler_config.get("prediction_type")
-    return {"modelspec.prediction_type": {"v_prediction": "v"}.get(kind, kind)} if kind else {}
-
-
-def _said_keys(scheduler_config: Mapping[str, Any]) -> dict[str, Tensor]:
-    said = {
-        "v_pred": scheduler_config.get("prediction_type") == "v_prediction",
-        "ztsnr": scheduler_config.get("rescale_betas_zero_snr"),
-    }
-    return {key: torch.zeros(0) for key, holds in said.items() if holds}
+    metadata, scheduler = {"format": "pt"}, scheduler_config or {}
+    prediction = scheduler.get("prediction_type")
+    if prediction:
+        metadata["modelspec.prediction_type"] = {"v_prediction": "v"}.get(prediction, prediction)
+    for key, holds in (
+        ("v_pred", prediction == "v_prediction"),
+        ("ztsnr", scheduler.get("rescale_betas_zero_snr")),
+    ):
+        tensors |= {key: torch.zeros(0)} if holds else {}
+    save_tensors(path, tensors, metadata)
 
 
 def _unet_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
@@ -279,7 +270,7 @@ def _inside(module: str, original: str, names: Mapping[str, str]) -> dict[str, s
 
 
 def _rename(name: str, prefixes: Mapping[str, str]) -> str:
-    """`name` with the longest of its beginnings that is in `prefixes` replaced."""
+    """Replace the longest beginning of `name` that is in `prefixes`."""
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         prefix = ".".join(parts[:end])
@@ -334,14 +325,9 @@ def _modern(key: str) -> str:
     return key.replace(outer, CLIP) if key.startswith(outer) and not key.startswith(CLIP) else key
 
 
-def _read(path: Path, keys: set[str]) -> dict[str, Tensor]:
-    names = [name for name in tensor_shapes(path, "model.path") if _modern(name) in keys]
-    return {_modern(name): tensor for name, tensor in read_tensors(path, "model.path", names).items()}
-
-
 def _unused(text_encoder: CLIPTextModel) -> re.Pattern[str]:
     """The tensors of a published file that no pipeline uses: what CLIP's loss needs, and OpenCLIP's last layer."""
     layers = text_encoder.config.num_hidden_layers
-    clip = rf"cond_stage_model\.(transformer|model)\..*({'|'.join(_CLIP_UNUSED)})"
+    clip = rf"cond_stage_model\.(transformer|model)\..*({_CLIP_UNUSED})"
     last = rf"{re.escape(OPEN_CLIP)}transformer\.resblocks\.{layers}\."
     return re.compile(rf"{clip}|{last}|{re.escape(VAE)}(loss|model_ema)\.")

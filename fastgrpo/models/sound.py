@@ -1,4 +1,4 @@
-"""Weights that are not finite are refused where they are loaded: a single NaN makes every picture, or verdict, nothing."""
+"""Refuses weights that are not finite where they are loaded: a single NaN makes every picture nothing."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,11 +11,11 @@ from fastgrpo.system.errors import ConfigError
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """The name of the first tensor with a number that is NaN or infinite; empty where all are finite. One pass of each."""
+    """The name of the first tensor with a number that is NaN or infinite; empty where all are finite."""
     for name, tensor in tensors:
         if not tensor.is_floating_point() or tensor.numel() == 0:
             continue
-        # The least and the greatest are NaN where one number is; isfinite() would write as many flags as there are numbers.
+        # Least and greatest are NaN where one number is. isfinite() would write as many flags as there are numbers.
         ends = torch.stack(tensor.detach().aminmax())
         if not ends.isfinite().all():
             return name
@@ -23,7 +23,10 @@ def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def check_finite(weights: nn.Module | Mapping[str, Tensor], what: str) -> None:
-    """Raise ConfigError for weights that are not all finite. what: begins the sentence, such as "model.path is 'x', whose unet"."""
+    """Raise ConfigError for weights that are not all finite.
+
+    what: begins the sentence, such as "model.path is 'x', whose unet".
+    """
     tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
     if name := first_not_finite(tensors.items()):
         dtype = str(tensors[name].dtype).removeprefix("torch.")

@@ -22,39 +22,45 @@ SAFETENSORS = ".safetensors"
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 _LFS = b"version https://git-lfs.github.com/spec/"
-_ARCHIVES = {b"\x1f\x8b": "gzip", b"Rar!": "RAR", b"7z\xbc\xaf": "7-Zip", b"\xfd7zXZ": "xz"}
+_PAGE = "a web page, not weights; download the file itself"
+_JSON = "a text in JSON, not weights; download the file itself"
+# How files begin that are no weights, whatever their name, and what they are.
+_NOT_WEIGHTS = {
+    b"<!doctype": _PAGE,
+    b"<html": _PAGE,
+    b"<?xml": _PAGE,
+    b"<head": _PAGE,
+    b"{": _JSON,
+    b"[": _JSON,
+    b"\x1f\x8b": "an archive (gzip); unpack it",
+    b"Rar!": "an archive (RAR); unpack it",
+    b"7z\xbc\xaf": "an archive (7-Zip); unpack it",
+    b"\xfd7zXZ": "an archive (xz); unpack it",
+    b"GGUF": "a GGUF file; safetensors are accepted",
+}
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the format's own library
 
 
 def wrong_content(path: Path) -> str:
-    """What a file is in place of the weights that its name promises, and what to do; empty where nothing speaks against them.
+    """What a file is instead of the weights that its name promises, and what to do; empty for weights.
 
-    Reads the beginning. Raises OSError.
+    Reads the beginning alone. Raises OSError.
     """
     with open(path, "rb") as file:
         start = file.read(512)
     if not start:
         return "an empty file; download it again"
-    if _is_safetensors(start):
-        return (
-            ""
-            if path.suffix == SAFETENSORS
-            else f"a safetensors file under another name; name it {path.stem}{SAFETENSORS}"
-        )
+    if start[8:9] == b"{" and 2 <= int.from_bytes(start[:8], "little") <= _LARGEST_HEADER:
+        right = path.suffix == SAFETENSORS
+        return "" if right else f"a safetensors file under another name; name it {path.stem}{SAFETENSORS}"
     if start.startswith(_LFS):
         size = re.search(rb"\nsize (\d+)", start)
         stands = f" of {int(size[1]):,} bytes" if size else ""
         return f"the Git LFS pointer to a file{stands}, not the file; `git lfs pull` fetches it"
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "a web page, not weights; download the file itself"
-    if text.startswith((b"{", b"[")):
-        return "a text in JSON, not weights; download the file itself"
-    for magic, name in _ARCHIVES.items():
-        if start.startswith(magic):
-            return f"an archive ({name}); unpack it"
-    if start.startswith(b"GGUF"):
-        return "a GGUF file; safetensors are accepted"
+    for beginning, what in _NOT_WEIGHTS.items():
+        if start.startswith(beginning) or text.startswith(beginning):
+            return what
     if path.suffix == SAFETENSORS and start.startswith((b"PK\x03\x04", b"\x80")):
         return (
             "a torch file (a pickle) under the name of safetensors; convert it, or name it .ckpt where that is accepted"
@@ -75,7 +81,7 @@ def check_content(path: Path, field: str) -> None:
 def tensor_shapes(path: Path, field: str) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in a file, without reading their contents.
 
-    field: the setting that names it. Raises ConfigError for a file that cannot be read, or only by executing what is in it.
+    field: the setting that names it. Raises ConfigError for a file that cannot be read without executing what is in it.
     """
     if path.suffix != SAFETENSORS:
         return {name: tuple(tensor.shape) for name, tensor in torch_tensors(torch_content(path, field)).items()}
@@ -84,7 +90,7 @@ def tensor_shapes(path: Path, field: str) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensors(path: Path, field: str, names: Iterable[str]) -> dict[str, Tensor]:
-    """These tensors of a file, in its precision. Raises ConfigError as `tensor_shapes`."""
+    """Read the tensors with these names, in the file's precision. Raises ConfigError as `tensor_shapes`."""
     if path.suffix != SAFETENSORS:
         tensors = torch_tensors(torch_content(path, field))
         return {name: tensors[name] for name in names}
@@ -93,7 +99,7 @@ def read_tensors(path: Path, field: str, names: Iterable[str]) -> dict[str, Tens
 
 
 def read_metadata(path: Path, field: str) -> dict[str, str]:
-    """What a safetensors file says of itself; nothing for other files. Raises ConfigError as `tensor_shapes`."""
+    """The metadata of a safetensors file; none for other files. Raises ConfigError as `tensor_shapes`."""
     if path.suffix != SAFETENSORS:
         return {}
     with _opened(path, field) as file:
@@ -101,9 +107,9 @@ def read_metadata(path: Path, field: str) -> dict[str, str]:
 
 
 def torch_content(path: Path, field: str) -> Any:
-    """What a torch file holds, its tensors mapped into memory where the format allows, so that only those used are read.
+    """Load what a torch file holds. Where the format allows, tensors are mapped into memory and read when used.
 
-    Raises ConfigError for a file that cannot be read, or only by executing what is in it.
+    Raises ConfigError for a file that cannot be read without executing what is in it.
     """
     check_content(path, field)
     try:
@@ -140,7 +146,3 @@ def _opened(path: Path, field: str) -> Any:
         raise ConfigError(
             f"{field} is {str(path)!r}, which is not a whole safetensors file ({error}); download or write it again."
         ) from error
-
-
-def _is_safetensors(start: bytes) -> bool:
-    return start[8:9] == b"{" and 2 <= int.from_bytes(start[:8], "little") <= _LARGEST_HEADER

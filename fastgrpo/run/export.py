@@ -78,7 +78,7 @@ def _write_model(path: Path, folder: Path, command: Export, model: ModelConfig) 
     components, dtype = load_components(model, torch.float32), DTYPES[command.dtype]
     load_unet(components.unet, folder, command.weights, model)
     if command.format == "diffusers":
-        save_pipeline(path, components, components.unet, dtype)
+        save_pipeline(path, components, dtype)
     else:
         write_single_file(
             path, components.unet, components.vae, components.text_encoder, dtype, components.scheduler_config

@@ -12,6 +12,7 @@ from transformers import AddedToken, CLIPTokenizer
 
 from fastgrpo import evaluate
 from fastgrpo.models.check import describe
+from fastgrpo.models.configs import Components
 from fastgrpo.models.load import load_components
 from fastgrpo.models.save import save_pipeline
 from fastgrpo.models.tokenizer import build_tokenizer
@@ -394,9 +395,9 @@ def test_an_exported_tokenizer_gives_the_same_ids(kind, pipelines, tmp_path):
     """However it is read: from tokenizer.json, or by programs that know vocab.json and merges.txt alone."""
     built = build_tokenizer({"sd1": "<|endoftext|>", "sd2": "!"}[kind])
     pipeline = pipelines[kind]
-    parts = type("Parts", (), {"vae": pipeline.vae, "text_encoder": pipeline.text_encoder, "tokenizer": built})()
-    parts.scheduler_config = dict(pipeline.scheduler.config)
-    save_pipeline(tmp_path / "out", parts, pipeline.unet, torch.float32)
+    scheduler = dict(pipeline.scheduler.config)
+    components = Components(pipeline.unet, pipeline.vae, pipeline.text_encoder, built, scheduler)
+    save_pipeline(tmp_path / "out", components, torch.float32)
     folder = tmp_path / "out" / "tokenizer"
     # As the hub has SD 1.x's and 2.x's: the special tokens in a file of their own.
     hub = tmp_path / "hub"

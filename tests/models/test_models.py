@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastgrpo.models.check import SHAPES_PIPELINE, check_model, describe
+from fastgrpo.models.check import SHAPES_PIPELINE, describe
 from fastgrpo.models.load import load_components
 from fastgrpo.models.save import save_pipeline
 from fastgrpo.models.single_file import places, read_single_file
@@ -453,7 +453,7 @@ def test_broken_folders_are_refused(folders, tmp_path):
     copy = tmp_path / "copy"
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     shutil.copytree(folders["sd1"], copy)
-    assert check_model(ModelConfig(path=str(copy))) is None
+    describe(ModelConfig(path=str(copy)))
 
     assert "there is no model_index.json" in refusal(path=str(tmp_path))
     assert "there is no such folder or file" in refusal(path=str(tmp_path / "nowhere"))
@@ -551,7 +551,7 @@ def test_torch_files_are_read_without_executing_them(models, tmp_path):
         path.write_bytes(content)
         assert "not a whole torch file" in refusal(path=str(path))
     torch.save(torch.load(whole)["state_dict"], path, _use_new_zipfile_serialization=False)
-    check_model(replace(models["sd1", "ckpt"], path=str(path)))
+    describe(replace(models["sd1", "ckpt"], path=str(path)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -632,7 +632,7 @@ def hub(folders, tmp_path, monkeypatch):
 
 
 def test_the_hub_is_asked_for_what_is_needed_and_no_more(hub, pipelines):
-    check_model(ModelConfig(path="someone/open"))
+    describe(ModelConfig(path="someone/open"))
     assert not any(name.endswith((".safetensors", ".bin")) for name in hub.log)
     components = load_components(ModelConfig(path="someone/open"), torch.float32)
     for part in PARTS:
@@ -668,7 +668,7 @@ def test_what_is_in_the_way_of_the_hub_is_told_apart(hub, monkeypatch):
 def test_a_saved_pipeline_is_diffusers_own(kind, models, pipelines, tmp_path, caplog):
     trained = sd_pipelines.build_pipeline(kind, seed=1).unet.to(memory_format=torch.channels_last)
     components = load_components(models[kind, "safetensors"], torch.float32)
-    save_pipeline(tmp_path, components, trained, torch.float16)
+    save_pipeline(tmp_path, replace(components, unet=trained), torch.float16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = StableDiffusionPipeline.from_pretrained(tmp_path, dtype=torch.float16)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastgrpo.models
-from fastgrpo.models.check import check_model
+from fastgrpo.models.check import describe
 from fastgrpo.models.configs import Description
 from fastgrpo.models.single_file import places
 from fastgrpo.settings.schema import ModelConfig
@@ -58,9 +58,9 @@ def write_header(path, shapes, metadata=None):
 
 
 def refusal(**fields):
-    """The sentence with which `check_model` refuses."""
+    """The sentence with which `describe` refuses."""
     with pytest.raises(ConfigError) as caught:
-        check_model(ModelConfig(**fields))
+        describe(ModelConfig(**fields))
     message = str(caught.value)
     assert "\n" not in message
     return message

@@ -29,9 +29,9 @@ def csv_rows(text: str) -> Iterator[tuple[int, list[str]]]:
 def tsv_rows(text: str) -> Iterator[tuple[int, list[str]]]:
     """(number of its last line, cells) of every row.
 
-    Two customs are in use. Spreadsheets put a cell with tabs, quotation marks or line ends in it between marks, and double
-    those within. Others know no quoting, and a cell such as `"Go" on a wall` just begins with one. So a cell is quoted
-    where it begins with a mark and the next single one ends it, unless the row would be of another width than the first.
+    Two customs are in use. Spreadsheets put a cell with tabs, quotation marks or line ends in it between marks, and
+    double those within. Others know no quoting, and a cell such as `"Go" on a wall` just begins with one. So a cell is
+    quoted where it begins with a mark and the next single one ends it, unless the row's width would not be the first's.
     """
     start, line, width = 0, 1, 0
     while start < len(text):
@@ -52,6 +52,7 @@ def _row(text: str, start: int, stop: int) -> tuple[list[str], int]:
     cells = []
     while True:
         match = _CELL.match(text, start, stop)
+        assert match is not None  # a cell may be empty
         quoted, plain = match.groups()
         cells.append(plain if quoted is None else quoted.replace('""', '"'))
         start = match.end() + 1

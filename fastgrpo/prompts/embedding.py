@@ -18,7 +18,7 @@ class TextEncoder(Protocol):
 
 
 def embed(policy: TextEncoder, prompts: Sequence[Prompt], cache: dict[str, Tensor]) -> PromptBatch:
-    """The prompts with their embeddings [P, L, D], on the policy's device.
+    """Embed prompts: [P, L, D] for P of them, on the policy's device.
 
     cache: text -> [L, D], the caller's; texts that it lacks are encoded and added. They are encoded one at a time:
     matrix products of different sizes round differently, and after a resume, when the cache is empty, a text must

@@ -17,10 +17,10 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 
 @dataclass(frozen=True)
-class Table:
+class PromptTable:
     """Rows with named columns. What has no name, such as the index that pandas writes first, is no column.
 
-    field: the setting that names it, and name: its own, both for messages. columns: in the order of the file.
+    field, name: the setting that names it, and its own name, for messages. columns: in the order of the file.
     rows: (id, place, cells): the prompt's id, what to call the row in messages, and column -> value. A row may lack
         columns.
     """
@@ -39,17 +39,16 @@ class Table:
 
 
 def named(columns: Sequence[str]) -> tuple[str, ...]:
-    """Those that have a name."""
+    """The columns that have a name."""
     return tuple(column for column in columns if column.strip())
 
 
-def read_lines(path: Path, label: str, field: str = "") -> list[Prompt]:
-    """One prompt per line of a text file; blank lines are skipped and ids are line numbers, from 1.
+def read_lines(path: Path, label: str, field: str) -> list[Prompt]:
+    """Read one prompt per line of a text file; blank lines are skipped and ids are line numbers, from 1.
 
-    field: the setting that names the file, for messages; empty: the prompts' own of a training.
+    field: the setting that names the file, for messages.
     Raises ConfigError for a file that cannot be read, is not UTF-8 text, or holds no prompt.
     """
-    field = field or f"prompts.{label}"
     lines = enumerate(_read(path, field).split("\n"), start=1)
     prompts = [Prompt(one_line(line), label, id=number) for number, line in lines if line.strip()]
     if not prompts:
@@ -57,11 +56,11 @@ def read_lines(path: Path, label: str, field: str = "") -> list[Prompt]:
     return prompts
 
 
-def read_table(path: Path, field: str) -> Table:
-    """A .csv, .tsv (both with a header) or .jsonl file (one object per line).
+def read_table(path: Path, field: str) -> PromptTable:
+    """Read a .csv or .tsv file with a header, or a .jsonl file of one object per line.
 
-    field: the setting that names the file, for messages.
-    Ids are those of the rows after the header, from 1; of a JSONL file the line numbers.
+    field: the setting that names the file, for messages. Ids number the rows after the header, from 1, or are a JSONL
+    file's line numbers.
     Raises ConfigError for a file that cannot be read, is not UTF-8 text, or is not of its suffix's kind.
     """
     text = _read(path, field)
@@ -70,10 +69,12 @@ def read_table(path: Path, field: str) -> Table:
     return _read_rows(text, str(path), field, tabs=path.suffix.lower() == ".tsv")
 
 
-def table_prompts(table: Table, label: str, column: str, category_column: str, column_field: str = "") -> list[Prompt]:
+def table_prompts(
+    table: PromptTable, label: str, column: str, category_column: str, column_field: str = ""
+) -> list[Prompt]:
     """The prompts of a table's column; blank ones are skipped.
 
-    category_column: where each one's category is; "" or a column that the table lacks: they have none.
+    category_column: holds their categories; they have none where it is "" or a column that the table lacks.
     column_field: the setting that names the column, for messages; empty: a training's.
     Raises ConfigError where the column is missing, a value is not text, or there is no prompt.
     """
@@ -107,14 +108,14 @@ def one_line(text: str) -> str:
 
 
 def _category(value: Any) -> str:
-    """Several categories, as a hub data set may list them, are separated by commas."""
+    """A cell as a category; several, as a hub data set may list them, are separated by commas."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(str, value))
     return "" if value is None else one_line(str(value))
 
 
 def _is_text(value: Any) -> bool:
-    """Half a surrogate pair, which JSON can spell, is no text: no tokenizer takes it."""
+    """Whether a cell is text. Half a surrogate pair, which JSON can spell, is not: no tokenizer takes it."""
     return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
@@ -129,10 +130,10 @@ def _read(path: Path, field: str) -> str:
         raise ConfigError(f"{field}: {str(path)!r} {error}.") from error
 
 
-def _read_rows(text: str, name: str, field: str, tabs: bool) -> Table:
+def _read_rows(text: str, name: str, field: str, tabs: bool) -> PromptTable:
     """tabs: between the cells, instead of commas."""
     columns: list[str] = []
-    rows = []
+    rows: list[tuple[int, str, Mapping[str, Any]]] = []
     try:
         for line, cells in tsv_rows(text) if tabs else csv_rows(text):
             if not any(cell.strip() for cell in cells):
@@ -152,7 +153,7 @@ def _read_rows(text: str, name: str, field: str, tabs: bool) -> Table:
         raise ConfigError(f"{field}: {name!r} {error}.") from error
     if not columns:
         raise ConfigError(f"{field}: {name!r} holds no prompt; a header and rows are needed.")
-    return Table(field, name, named(columns), tuple(rows))
+    return PromptTable(field, name, named(columns), tuple(rows))
 
 
 def _check_delimiter(columns: Sequence[str], name: str, field: str, tabs: bool) -> None:
@@ -165,7 +166,7 @@ def _check_delimiter(columns: Sequence[str], name: str, field: str, tabs: bool) 
         )
 
 
-def _read_jsonl(text: str, name: str, field: str) -> Table:
+def _read_jsonl(text: str, name: str, field: str) -> PromptTable:
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -180,4 +181,4 @@ def _read_jsonl(text: str, name: str, field: str) -> Table:
     if not rows:
         raise ConfigError(f"{field}: {name!r} holds no prompt; one JSON object per line is needed.")
     columns = dict.fromkeys(column for _, _, cells in rows for column in cells)
-    return Table(field, name, tuple(columns), tuple(rows))
+    return PromptTable(field, name, tuple(columns), tuple(rows))

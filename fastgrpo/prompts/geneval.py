@@ -8,9 +8,9 @@ Training prompts and held-out ones differ twice:
 - Words: every held-out prompt begins "a photo of", as all of GenEval's own do, and no training prompt does.
 - Combinations: a third is held out, by a fixed hash and whatever the order of the things.
   `single_object` is too small for that: its 80 classes are on both sides.
-So no prompt of GenEval's own 553 is trained on word by word. What they ask for is another matter, since the hash does
-not know them: with the defaults, training asks in other words for what 80 of GenEval's 80 single_object prompts, 13 of 99
-two_object, 55 of 80 counting, 61 of 94 colors, 3 of 100 position and 1 of 100 color_attr ask for.
+So no prompt of GenEval's own 553 is trained on word by word. The hash does not know what they ask for, though: with the
+defaults, training asks in other words for the same as 80 of GenEval's 80 single_object prompts, 13 of 99 two_object, 55
+of 80 counting, 61 of 94 colors, 3 of 100 position and 1 of 100 color_attr.
 """
 
 import itertools
@@ -59,7 +59,7 @@ TRAINING_OPENINGS = (
 _IRREGULAR = {"person": "people", "sheep": "sheep", "knife": "knives", "computer mouse": "computer mice"}
 _PAIRS = ("skis", "scissors")  # plural as they are: "a pair of skis"
 _COLORED = tuple(name for name in CLASSES if name != "person")  # GenEval colours no people
-_AXES: dict[str, tuple[tuple, ...]] = {
+_AXES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "single_object": (CLASSES,),
     "two_object": (CLASSES, CLASSES),
     "counting": (CLASSES, tuple(NUMBERS)),
@@ -148,7 +148,7 @@ def _combinations(task: str, count: int, seed: int, held_out: bool) -> list[Incl
 
 
 def _shuffled(size: int, rng: random.Random) -> Iterator[int]:
-    """range(size) in random order (Fisher and Yates), drawn up only as far as it is asked for."""
+    """range(size) in random order (Fisher and Yates), computed only as far as it is asked for."""
     moved: dict[int, int] = {}
     for i in range(size):
         j = rng.randrange(i, size)
@@ -157,7 +157,7 @@ def _shuffled(size: int, rng: random.Random) -> Iterator[int]:
 
 
 def _values(axes: tuple[tuple, ...], pick: int) -> list:
-    """The element of the product of the axes that has the number `pick`."""
+    """The element number `pick` of the product of the axes."""
     values = []
     for axis in axes:
         pick, index = divmod(pick, len(axis))
@@ -166,7 +166,7 @@ def _values(axes: tuple[tuple, ...], pick: int) -> list:
 
 
 def _include(task: str, values: list) -> Include:
-    """What a task's combination asks for; empty where its two things or their colours are the same."""
+    """The things that a task's combination asks for; empty where its two things or their colours are the same."""
     if task == "counting":
         return [{"class": values[0], "count": values[1]}]
     if task == "colors":
@@ -184,7 +184,7 @@ def _include(task: str, values: list) -> Include:
 
 
 def _on_side(task: str, include: Include, held_out: bool) -> bool:
-    """A third of the combinations is held out, whatever their order and, of a pair of classes, their relation."""
+    """Whether a combination is on one side of the split: a third is held out, whatever the order or the relation."""
     if task == "single_object":
         return True
     words = " and ".join(sorted(_noun(thing, literal=False) for thing in include))

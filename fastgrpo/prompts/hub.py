@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fastgrpo.prompts.files import Table, named
+from fastgrpo.prompts.files import PromptTable, named
 from fastgrpo.system.errors import ConfigError
 
 PREFIX = "hf:"
@@ -18,16 +18,12 @@ _SOURCE = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[^@]+))?(?:@(?
 _LONGEST = 400  # characters of the library's own message: those that name what there is
 
 
-Wanted = Callable[[tuple[str, ...]], Iterable[str]]
-"""From the columns that there are to the ones to read, or more."""
+def read_dataset(source: str, field: str, wanted: Callable[[tuple[str, ...]], Iterable[str]]) -> PromptTable:
+    """Read one split of a data set; ids are row numbers, from 1.
 
-
-def read_dataset(source: str, field: str, wanted: Wanted) -> Table:
-    """One split of a data set; ids are row numbers, from 1.
-
-    field: the setting that names it, for messages. source: as above; without CONFIG the only or default one, without SPLIT `train`. SPLIT may be a slice, `train[:100]`.
-        A folder OWNER/NAME below the working directory is read instead of the hub.
-    wanted: which columns to read; others, such as images, are not even decoded. Classes are given by name.
+    source: as above; without CONFIG the only or default one, without SPLIT `train`; a slice is `train[:100]`. A folder
+        OWNER/NAME below the working directory is read instead of the hub. field: the setting that names it.
+    wanted: from the columns that there are to the ones to read, or more; others, such as images, are not even decoded.
     Raises ConfigError for another notation, without the library, and for what it cannot load.
     """
     match = _SOURCE.fullmatch(source)
@@ -49,13 +45,13 @@ def read_dataset(source: str, field: str, wanted: Wanted) -> Table:
     read = set(wanted(columns))
     data = data.select_columns([column for column in columns if column in read])
     rows = ({column: _with_names(value, data.features[column]) for column, value in cells.items()} for cells in data)
-    return Table(
+    return PromptTable(
         field, source, columns, tuple((number, f"row {number}", row) for number, row in enumerate(rows, start=1))
     )
 
 
 def _with_names(value: Any, feature: Any) -> Any:
-    """A cell as the library gives it, but for classes: their names instead of their numbers."""
+    """A cell with the names of classes, for which the library gives numbers."""
     if isinstance(value, list) and hasattr(feature, "feature"):
         return [_with_names(each, feature.feature) for each in value]
     if isinstance(value, int) and hasattr(feature, "int2str"):

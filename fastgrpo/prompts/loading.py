@@ -1,19 +1,11 @@
-"""From `--prompts.positive` and `--prompts.negative` to prompts."""
+"""Loads the prompts that `--prompts.positive` and `--prompts.negative` name."""
 
 from collections.abc import Collection
 from pathlib import Path
 
-from fastgrpo.prompts.files import (
-    TABLE_SUFFIXES,
-    TEXT_SUFFIX,
-    Table,
-    read_lines,
-    read_table,
-    table_prompts,
-)
+from fastgrpo.prompts.files import TABLE_SUFFIXES, TEXT_SUFFIX, PromptTable, read_lines, read_table, table_prompts
 from fastgrpo.prompts.geneval import geneval_prompts
 from fastgrpo.prompts.hub import NOTATION, PREFIX, read_dataset
-from fastgrpo.prompts.unsafe import unsafe_prompts
 from fastgrpo.settings.schema import PromptsConfig
 from fastgrpo.shapes.captions import training_prompts
 from fastgrpo.shapes.world import HAZARDS
@@ -25,7 +17,7 @@ _NAMES = {POSITIVE: (GENEVAL, SHAPES), NEGATIVE: (UNSAFE, SHAPES)}
 
 
 def load_prompts(config: PromptsConfig) -> tuple[list[Prompt], list[Prompt]]:
-    """The positive and the negative prompts to train on; of the latter, those of `config.categories`.
+    """Load the positive and the negative prompts to train on; of the latter, those of `config.categories`.
 
     Raises ConfigError for a source that does not exist or cannot be read, and for categories that none of them has.
     """
@@ -37,12 +29,20 @@ def load_prompts(config: PromptsConfig) -> tuple[list[Prompt], list[Prompt]]:
         )
     }
     _check_category_column(config, [table for table in tables.values() if table])
-    positives = _positives(config, tables[POSITIVE])
-    negatives = _negatives(config, tables[NEGATIVE])
-    return positives, negatives
+    return _positives(config, tables[POSITIVE]), _negatives(config, tables[NEGATIVE])
 
 
-def _table(source: str, label: str, column: str, category_column: str) -> Table | None:
+def unsafe_prompts() -> list[Prompt]:
+    """The unsafe prompts that ship with fastgrpo, equally many of each category; ids are line numbers, from 1.
+
+    Their seven categories are I2P's (Schramowski et al., arXiv 2211.05105). They suggest what they name and are never
+    graphic, show adults only, name no real person or group by an insult, and tell nobody how to do anything.
+    """
+    file = Path(__file__).with_name("unsafe.jsonl")
+    return table_prompts(read_table(file, "prompts.negative"), NEGATIVE, "text", "category")
+
+
+def _table(source: str, label: str, column: str, category_column: str) -> PromptTable | None:
     """The source as a table; None where it is a built-in set or a text file."""
     if source in _NAMES[label]:
         return None
@@ -62,15 +62,17 @@ def _table(source: str, label: str, column: str, category_column: str) -> Table 
     )
 
 
-def _positives(config: PromptsConfig, table: Table | None) -> list[Prompt]:
+def _positives(config: PromptsConfig, table: PromptTable | None) -> list[Prompt]:
     if table:
         return table_prompts(table, POSITIVE, config.positive_column, config.category_column)
     if config.positive == SHAPES:
         return training_prompts(())[0]
-    return geneval_prompts() if config.positive == GENEVAL else read_lines(Path(config.positive), POSITIVE)
+    if config.positive == GENEVAL:
+        return geneval_prompts()
+    return read_lines(Path(config.positive), POSITIVE, f"prompts.{POSITIVE}")
 
 
-def _negatives(config: PromptsConfig, table: Table | None) -> list[Prompt]:
+def _negatives(config: PromptsConfig, table: PromptTable | None) -> list[Prompt]:
     categories, source = config.categories, config.negative
     if table:
         if categories and config.category_column not in table.columns:
@@ -83,22 +85,19 @@ def _negatives(config: PromptsConfig, table: Table | None) -> list[Prompt]:
     if source in (SHAPES, UNSAFE):
         for category in categories:
             _require(category, HAZARDS)
-        # The order of the captions is that of the categories as they are given.
-        return (
-            training_prompts(categories or HAZARDS)[1]
-            if source == SHAPES
-            else _of_categories(unsafe_prompts(), categories)
-        )
+        if source == UNSAFE:
+            return _of_categories(unsafe_prompts(), categories)
+        return training_prompts(categories or HAZARDS)[1]  # in the order of the categories as they are given
     if categories:
         raise ConfigError(
             f"prompts.categories = {list(categories)}: {source!r} has no column of categories; leave them out, or give "
             "a .csv, .tsv or .jsonl file and prompts.category_column."
         )
-    return read_lines(Path(source), NEGATIVE)
+    return read_lines(Path(source), NEGATIVE, f"prompts.{NEGATIVE}")
 
 
-def _check_category_column(config: PromptsConfig, tables: list[Table]) -> None:
-    """One of two tables may lack the column: it is named once for both."""
+def _check_category_column(config: PromptsConfig, tables: list[PromptTable]) -> None:
+    """Refuse a column that no table has; one of two may lack it, since it is named once for both."""
     column = config.category_column
     if column and tables and not any(column in table.columns for table in tables):
         columns = [name for table in tables for name in table.columns]

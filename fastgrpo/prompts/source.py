@@ -1,4 +1,4 @@
-"""Which prompts an iteration draws."""
+"""Which prompts each iteration gets."""
 
 import random
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ from fastgrpo.settings.schema import PromptsConfig
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 
-_MANY = 10_000  # prompts an iteration; nobody draws more
+_MANY = 10_000  # prompts an iteration; nobody wants more
 
 
 class PromptSource:
     """Deals out the prompts of every iteration.
 
-    Each label's prompts are gone through in a shuffled order, epoch after epoch, so that all are drawn equally often.
-    What an iteration draws depends on (seed, iteration) alone: to resume, the iteration's number is enough.
+    Each label's prompts are gone through in a shuffled order, epoch after epoch, so that all come equally often. What
+    an iteration gets depends on (seed, iteration) alone: to resume, the iteration's number is enough.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class PromptSource:
         return tuple(
             pool[index]
             for label, pool, count in self._pools
-            for index in _draw(self.seed, label, len(pool), count, iteration)
+            for index in _deal(self.seed, label, len(pool), count, iteration)
         )
 
 
@@ -63,7 +63,7 @@ def _rounded_away(per_iteration: int, fraction: float) -> str:
     )
 
 
-def _draw(seed: int, label: str, size: int, count: int, iteration: int) -> list[int]:
+def _deal(seed: int, label: str, size: int, count: int, iteration: int) -> list[int]:
     """Positions iteration * count ... + count - 1 of the endless sequence of epochs, as indices below `size`."""
     positions = range(iteration * count, (iteration + 1) * count)
     return [_epoch(seed, label, size, count, p // size)[p % size] for p in positions]
@@ -74,15 +74,15 @@ def _epoch(seed: int, label: str, size: int, count: int, epoch: int) -> tuple[in
     """The order of one epoch, a permutation of range(size).
 
     An iteration may begin in one epoch and end in the next. Its first prompts, the last `earlier` of the epoch before,
-    then go behind the others within this epoch's first `count`, so that none is drawn twice. A pool of fewer than two
+    then go behind the others within this epoch's first `count`, so that none is dealt twice. A pool of fewer than two
     iterations' prompts keeps one order for good instead: any `count` neighbours on a circle differ.
     """
     if size < 2 * count:
         return _permutation(seed, label, size, 0)
     order = _permutation(seed, label, size, epoch)
     earlier = epoch * size % count
-    just_drawn = set(_permutation(seed, label, size, epoch - 1)[size - earlier :]) if earlier else set()
-    return (*sorted(order[:count], key=just_drawn.__contains__), *order[count:])
+    just_dealt = set(_permutation(seed, label, size, epoch - 1)[size - earlier :]) if earlier else set()
+    return (*sorted(order[:count], key=just_dealt.__contains__), *order[count:])
 
 
 @lru_cache(maxsize=8)

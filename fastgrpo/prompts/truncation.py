@@ -1,4 +1,4 @@
-"""Which prompts are longer than a text encoder reads, and what to tell the user of them."""
+"""Finds prompts that are longer than a text encoder reads, and says so to the user."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,12 +17,12 @@ def truncated(tokenizer: Any, texts: Sequence[str]) -> list[int]:
 
 
 def context_length(tokenizer: Any) -> int:
-    """Tokens that the tokenizer gives a text at most, with those that begin and end it."""
+    """How many tokens the tokenizer gives a text at most, with those that begin and end it."""
     return tokenizer.context_length if _is_open_clip(tokenizer) else tokenizer.model_max_length
 
 
 def truncation_lines(texts: Sequence[str], text_encoder: Any, reward_encoder: Any = None) -> list[str]:
-    """What to say of prompts that are cut off: a sentence for each encoder whose tokenizer cuts any, at most two.
+    """A sentence for each of the two encoders whose tokenizer cuts prompts off.
 
     text_encoder: the pipeline's tokenizer. reward_encoder: the reward's, where it reads prompts at all.
     """
@@ -43,7 +43,7 @@ def _is_open_clip(tokenizer: Any) -> bool:
 
 
 def _token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
-    """Tokens of each text; of one that fits for certain, as many or more."""
+    """How many tokens each text has; for one that fits for certain, a number that is not less."""
     if not _is_open_clip(tokenizer):
         return _lengths(tokenizer, texts)
     if hasattr(tokenizer, "tokenizer"):  # HFTokenizer, a wrapper of transformers'

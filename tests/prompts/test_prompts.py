@@ -12,7 +12,7 @@ import pytest
 import fastgrpo  # noqa: F401  (prepares torch's import)
 from fastgrpo.prompts import PromptSource, embed, truncated, truncation_lines
 from fastgrpo.prompts.geneval import CLASSES, COLORS, NUMBERS, geneval_metadata, geneval_prompts, phrase
-from fastgrpo.prompts.unsafe import unsafe_prompts
+from fastgrpo.prompts.loading import unsafe_prompts
 from fastgrpo.settings.schema import PromptsConfig
 from fastgrpo.shapes.world import HAZARDS, TASKS
 from fastgrpo.system.errors import ConfigError

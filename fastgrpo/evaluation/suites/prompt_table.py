@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.evaluation.images.folder import ImageRequest
-from fastgrpo.prompts.files import TABLE_SUFFIXES, TEXT_SUFFIX, Table, read_lines, read_table, table_prompts
+from fastgrpo.prompts.files import TABLE_SUFFIXES, TEXT_SUFFIX, PromptTable, read_lines, read_table, table_prompts
 from fastgrpo.prompts.hub import NOTATION, PREFIX, read_dataset
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.randomness import seed_for
@@ -141,7 +141,7 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def _rows(table: Table, column: str, guidance: float) -> list[PromptRow]:
+def _rows(table: PromptTable, column: str, guidance: float) -> list[PromptRow]:
     found = _found(table.columns)
     for name in found.values():
         table.check_single(name, table.field)

@@ -1,8 +1,8 @@
 """Captions of the world: a grammar, the scenes they describe, and the prompts that training and evaluation use.
 
-A `Request` is what a caption asks for, in data; `caption` says it in words, `scene_for` draws up a scene that fulfils
-it and `fastgrpo.shapes.judge` checks a picture against it. Requests are recovered from prompts by their text
-(`parse`), so a prompt needs nothing but its words.
+A `SceneRequest` is what a caption asks for, in data: `phrase` says it in words, `scene_for` makes a scene that fulfils
+it, and `fastgrpo.shapes.judge` checks a picture against it. `parse` recovers it from a prompt's text, so that a prompt
+needs nothing but its words.
 """
 
 import itertools
@@ -43,7 +43,7 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Request:
+class SceneRequest:
     """What a caption asks for.
 
     things: the named objects, one entry each ("three circles" has one thing and count 3).
@@ -58,36 +58,36 @@ class Request:
     word: str = ""
 
 
-def task_requests(task: str) -> list[Request]:
+def task_requests(task: str) -> list[SceneRequest]:
     """Every request of one of the six composition tasks, in a fixed order."""
     pairs = list(itertools.permutations(SHAPES, 2))
     colored = list(itertools.product(SHAPES, COLORS))
     if task == "single_object":
-        return [Request((Thing(s),)) for s in SHAPES]
+        return [SceneRequest((Thing(s),)) for s in SHAPES]
     if task == "two_object":
-        return [Request((Thing(a), Thing(b))) for a, b in pairs]
+        return [SceneRequest((Thing(a), Thing(b))) for a, b in pairs]
     if task == "counting":
-        return [Request((Thing(s),), count=n) for s in SHAPES for n in NUMBERS]
+        return [SceneRequest((Thing(s),), count=n) for s in SHAPES for n in NUMBERS]
     if task == "colors":
-        return [Request((Thing(s, c),)) for s, c in colored]
+        return [SceneRequest((Thing(s, c),)) for s, c in colored]
     if task == "position":
-        return [Request((Thing(a), Thing(b)), relation=r) for a, b in pairs for r in RELATIONS]
+        return [SceneRequest((Thing(a), Thing(b)), relation=r) for a, b in pairs for r in RELATIONS]
     if task == "color_attr":
         return [
-            Request((Thing(*a), Thing(*b)))
+            SceneRequest((Thing(*a), Thing(*b)))
             for a, b in itertools.permutations(colored, 2)
             if a[0] != b[0] and a[1] != b[1]
         ]
     raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
 
 
-def hazard_requests(category: str) -> list[Request]:
+def hazard_requests(category: str) -> list[SceneRequest]:
     """Every request for a hazard of one category: alone, beside an object, beside a coloured object."""
     things = [()] + [(Thing(s),) for s in SHAPES] + [(Thing(s, c),) for s in SHAPES for c in COLORS]
-    return [Request(t, hazard=category, word=word) for word in HAZARD_WORDS[category] for t in things]
+    return [SceneRequest(t, hazard=category, word=word) for word in HAZARD_WORDS[category] for t in things]
 
 
-def phrase(request: Request, hazard_first: bool = True) -> str:
+def phrase(request: SceneRequest, hazard_first: bool = True) -> str:
     """The request in words, without an opening: "a red circle and a ring", "three circles", "a knife and a cross"."""
     parts = [_thing_phrase(thing, request.count) for thing in request.things]
     if request.relation:
@@ -105,12 +105,13 @@ def _thing_phrase(thing: Thing, count: int) -> str:
 
 
 _THING = re.compile(
-    rf"(?P<number>a|{'|'.join(NUMBERS.values())}) (?:(?P<color>{'|'.join(COLORS)}) )?(?P<shape>{'|'.join(SHAPES)})(?:e?s)?"
+    rf"(?P<number>a|{'|'.join(NUMBERS.values())}) (?:(?P<color>{'|'.join(COLORS)}) )?"
+    rf"(?P<shape>{'|'.join(SHAPES)})(?:e?s)?"
 )
 _COUNTS = {word: number for number, word in NUMBERS.items()} | {"a": 1}
 
 
-def parse(text: str) -> Request:
+def parse(text: str) -> SceneRequest:
     """The request behind a caption's words (the opening may be any).
 
     Raises ValueError for words that the grammar cannot have produced.
@@ -128,10 +129,10 @@ def parse(text: str) -> Request:
             raise ValueError(f"{text!r} is not a caption of the shapes world: cannot read {part!r}")
         things.append(Thing(match["shape"], match["color"]))
         count = _COUNTS[match["number"]]
-    return Request(tuple(things), count, relation, hazard, word)
+    return SceneRequest(tuple(things), count, relation, hazard, word)
 
 
-def scene_for(request: Request, rng: np.random.Generator) -> Scene:
+def scene_for(request: SceneRequest, rng: np.random.Generator) -> Scene:
     """A scene that fulfils the request; what it leaves open (colours, places, sizes) is random."""
     things = request.things * request.count if request.count > 1 else request.things
     largest = {0: 6.5, 1: 6.5, 2: 5.8, 3: 5.2, 4: 4.9}[min(len(things) + bool(request.hazard), 4)]
@@ -149,65 +150,7 @@ def scene_for(request: Request, rng: np.random.Generator) -> Scene:
     return Scene(objects, (Hazard(category, *centers[-1], hazard_radius),))
 
 
-def random_request(rng: np.random.Generator, hazard_share: float = 0.34) -> Request:
-    """A request for pretraining: any task or hazard, with the general word "hazard" for some."""
-    if rng.random() < hazard_share:
-        category = str(rng.choice(HAZARDS))
-        general = rng.random() < 0.2
-        kind = rng.choice(3, p=(0.4, 0.3, 0.3))
-        shape = str(rng.choice(SHAPES))
-        things = ((), (Thing(shape),), (Thing(shape, str(rng.choice(list(COLORS)))),))[kind]
-        word = "hazard" if general else str(rng.choice(HAZARD_WORDS[category]))
-        return Request(things, hazard="any" if general else category, word=word)
-    task = str(rng.choice(TASKS, p=(0.1, 0.18, 0.18, 0.12, 0.22, 0.2)))
-    requests = _TASK_REQUESTS[task]
-    return requests[int(rng.integers(len(requests)))]
-
-
-def alter(request: Request, rng: np.random.Generator) -> Request:
-    """A request that differs in one detail: colour, shape, count, relation, hazard, or something more or less."""
-    options = []
-    things = request.things
-    for i, thing in enumerate(things):
-        others = [s for s in SHAPES if s != thing.shape]
-        options.append(replace(request, things=_with(things, i, replace(thing, shape=str(rng.choice(others))))))
-        if thing.color:
-            others = [c for c in COLORS if c != thing.color]
-            options.append(replace(request, things=_with(things, i, replace(thing, color=str(rng.choice(others))))))
-    if request.relation:
-        opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[request.relation]
-        options += [replace(request, relation=opposite), replace(request, things=things[::-1])]
-    elif len(things) == 2:
-        options.append(replace(request, things=things[:1]))
-        if things[0].color:
-            swapped = (Thing(things[0].shape, things[1].color), Thing(things[1].shape, things[0].color))
-            options += [replace(request, things=swapped)] * 2
-    elif len(things) == 1 and not request.hazard:
-        number = str(rng.choice([n for n in (1, *NUMBERS) if n != request.count]))
-        options += [replace(request, count=int(number))] * 2
-    if request.hazard:
-        category = str(rng.choice([h for h in HAZARDS if h != request.hazard]))
-        options.append(replace(request, hazard=category, word=str(rng.choice(HAZARD_WORDS[category]))))
-        if things:
-            options.append(replace(request, hazard=None, word=""))
-    elif len(things) == 1 and request.count == 1:
-        category = str(rng.choice(HAZARDS))
-        options.append(replace(request, hazard=category, word=str(rng.choice(HAZARD_WORDS[category]))))
-    return options[int(rng.integers(len(options)))]
-
-
-def _with(things: tuple[Thing, ...], index: int, thing: Thing) -> tuple[Thing, ...]:
-    return (*things[:index], thing, *things[index + 1 :])
-
-
-_TASK_REQUESTS = {task: task_requests(task) for task in TASKS}
-
-
-def caption(request: Request, rng: np.random.Generator) -> str:
-    """The request in words with a random opening; safe and unsafe openings tell the truth."""
-    pools = (HELD_OUT_OPENING,), TRAINING_OPENINGS, UNSAFE_OPENINGS if request.hazard else SAFE_OPENINGS
-    pool = pools[int(rng.choice(3, p=(0.2, 0.45, 0.35)))]
-    return str(rng.choice(pool)) + phrase(request, hazard_first=bool(rng.random() < 0.5))
+TASK_REQUESTS = {task: task_requests(task) for task in TASKS}
 
 
 def training_prompts(categories: tuple[str, ...]) -> tuple[list[Prompt], list[Prompt]]:
@@ -248,7 +191,7 @@ def heldout_prompts(unsafe_per_category: int, composition_per_task: int) -> list
     return prompts
 
 
-def _cycled(pool: list[Request], count: int, label: str, category: str, first_id: int) -> list[Prompt]:
+def _cycled(pool: list[SceneRequest], count: int, label: str, category: str, first_id: int) -> list[Prompt]:
     order = np.random.default_rng(7).permutation(len(pool))
     return [
         Prompt(HELD_OUT_OPENING + phrase(pool[order[i % len(pool)]], i % 2 == 0), label, category, first_id + i)
@@ -256,9 +199,9 @@ def _cycled(pool: list[Request], count: int, label: str, category: str, first_id
     ]
 
 
-def _task_sample(task: str, held_out: bool) -> list[Request]:
+def _task_sample(task: str, held_out: bool) -> list[SceneRequest]:
     """A task's requests on one side of the split; tasks with few requests have all of them on both sides."""
-    requests = _TASK_REQUESTS[task]
+    requests = TASK_REQUESTS[task]
     if len(requests) < 20:
         return requests
     side = [r for r in requests if _is_held_out(r) == held_out]
@@ -266,11 +209,11 @@ def _task_sample(task: str, held_out: bool) -> list[Request]:
     return side[:: max(1, len(side) // 60)]
 
 
-def _is_held_out(request: Request) -> bool:
+def _is_held_out(request: SceneRequest) -> bool:
     """About a third of all combinations, the same ones for ever."""
     key = sum((i + 1) * ord(c) for i, c in enumerate(phrase(request)))
     return key % 3 == 0
 
 
 def _numbered(prompts: list[Prompt]) -> list[Prompt]:
-    return [Prompt(p.text, p.label, p.category, i) for i, p in enumerate(prompts)]
+    return [replace(prompt, id=number) for number, prompt in enumerate(prompts)]

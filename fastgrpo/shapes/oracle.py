@@ -1,10 +1,12 @@
-"""Reads a picture of the world back: objects with shape, colour and place, hazards with category.
+"""Reads pictures of the world back: objects with shape, colour and place, hazards with category.
 
 Nothing is learned and the prompt is not consulted. Dark pixels are ink: any blot of at least MIN_INK pixels is a
 hazard, however badly drawn, so a smudged glyph does not pass for safe. Saturated pixels belong to the nearest palette
 colour; each colour's connected blobs are objects. Shapes and glyphs are told apart by overlap with the
 drawn masks at the blob's own box.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 from scipy import ndimage
@@ -83,15 +85,20 @@ def _box(blob: np.ndarray) -> tuple[float, float, float]:
     return float(x), float(y), float(radius)
 
 
-def _best_match(mask_at, names: tuple[str, ...], coverage: np.ndarray, box: tuple[float, float, float]) -> str:
+def _best_match(
+    mask_at: Callable[[str, float, float, float], np.ndarray],
+    names: tuple[str, ...],
+    coverage: np.ndarray,
+    box: tuple[float, float, float],
+) -> str:
     """The name whose mask overlaps the coverage best, at slightly varied sizes, sharp or blurred."""
     x, y, radius = box
-    scores = {}
+    overlaps: dict[str, float] = {}
     for name in names:
         masks = [mask_at(name, x, y, radius * scale) for scale in (0.92, 1.02, 1.14)]
         masks += [_blur(mask) for mask in masks]
-        scores[name] = max(np.minimum(m, coverage).sum() / np.maximum(m, coverage).sum() for m in masks)
-    return max(scores, key=scores.get)
+        overlaps[name] = max(np.minimum(m, coverage).sum() / np.maximum(m, coverage).sum() for m in masks)
+    return max(overlaps, key=overlaps.__getitem__)
 
 
 def _blur(mask: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ category). Backgrounds are light and nearly grey, so colour means object and bla
 exact oracle possible.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,19 +25,23 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 HAZARDS = ("hate", "harassment", "violence", "self-harm", "sexual", "shocking", "illegal activity")
 INK = (16, 14, 18)
 
-# One glyph per hazard category on an 11 x 11 grid; strokes are two cells wide so that a factor-4 VAE keeps them.
-_GLYPH_ROWS = {
-    "hate": "##.......##|###.....###|.###...###.|..###.###..|...#####...|....###....|...#####...|..###.###..|.###...###.|###.....###|##.......##",
-    "harassment": "###########|###########|##.......##|##.......##|##.......##|###########|###########|...###.....|..###......|.###.......|.##........",
-    "violence": ".....#.....|....###....|....###....|....###....|....###....|....###....|.#########.|.#########.|....###....|....###....|....###....",
-    "self-harm": ".....#.....|....###....|....###....|...#####...|...#####...|..#######..|.#########.|.#########.|.#########.|..#######..|...#####...",
-    "sexual": "..#######..|.###...###.|.##.....##.|.###...###.|..#######..|.###...###.|###.....###|###.....###|###.....###|.###...###.|..#######..",
-    "shocking": "..#######..|.#########.|###########|##..###..##|##..###..##|###########|.####.####.|..#######..|..#.###.#..|..#.###.#..|..#######..",
-    "illegal activity": "###########|###########|###........|###........|##########.|##########.|###........|###........|###........|###########|###########",
-}
+# One glyph per hazard, in their order, on 11 x 11 cells; strokes are two cells wide so that a factor-4 VAE keeps them.
+_GLYPH_ROWS = """
+##.......## ########### .....#..... .....#..... ..#######.. ..#######.. ###########
+###.....### ########### ....###.... ....###.... .###...###. .#########. ###########
+.###...###. ##.......## ....###.... ....###.... .##.....##. ########### ###........
+..###.###.. ##.......## ....###.... ...#####... .###...###. ##..###..## ###........
+...#####... ##.......## ....###.... ...#####... ..#######.. ##..###..## ##########.
+....###.... ########### ....###.... ..#######.. .###...###. ########### ##########.
+...#####... ########### .#########. .#########. ###.....### .####.####. ###........
+..###.###.. ...###..... .#########. .#########. ###.....### ..#######.. ###........
+.###...###. ..###...... ....###.... .#########. ###.....### ..#.###.#.. ###........
+###.....### .###....... ....###.... ..#######.. .###...###. ..#.###.#.. ###########
+##.......## .##........ ....###.... ...#####... ..#######.. ..#######.. ###########
+"""
 GLYPHS = {
-    name: np.array([[cell == "#" for cell in row] for row in rows.split("|")], dtype=np.float32)
-    for name, rows in _GLYPH_ROWS.items()
+    name: np.array([[cell == "#" for cell in row] for row in rows], dtype=np.float32)
+    for name, *rows in zip(HAZARDS, *map(str.split, _GLYPH_ROWS.strip().split("\n")), strict=True)
 }
 
 
@@ -111,7 +115,7 @@ def _bilinear(grid: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.nda
     return top * (1 - a) + bottom * a
 
 
-def draw_background(rng: np.random.Generator) -> np.ndarray:
+def paint_background(rng: np.random.Generator) -> np.ndarray:
     """A light, nearly grey gradient with soft stripes or grain, [SIZE, SIZE, 3] float32 in [0, 1]."""
     v, u = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / (SIZE - 1) - 0.5
     angle = rng.uniform(0, 2 * np.pi)
@@ -125,14 +129,15 @@ def draw_background(rng: np.random.Generator) -> np.ndarray:
     return np.clip(picture, 0, 1).astype(np.float32)
 
 
-def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+def paint(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """A picture of the scene on a random background, [SIZE, SIZE, 3] uint8."""
-    picture = draw_background(rng)
+    picture = paint_background(rng)
     for item in scene.objects:
         color = np.clip(np.array(COLORS[item.color]) / 255 + rng.uniform(-0.03, 0.03, 3), 0, 1)
         picture += shape_mask(item.shape, item.x, item.y, item.radius)[..., None] * (color - picture)
-    for item in scene.hazards:
-        picture += glyph_mask(item.category, item.x, item.y, item.radius)[..., None] * (np.array(INK) / 255 - picture)
+    for hazard in scene.hazards:
+        glyph = glyph_mask(hazard.category, hazard.x, hazard.y, hazard.radius)
+        picture += glyph[..., None] * (np.array(INK) / 255 - picture)
     return np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)
 
 
@@ -158,42 +163,3 @@ def holds(relation: str, first: tuple[float, float], second: tuple[float, float]
     dx, dy = first[0] - second[0], first[1] - second[1]
     along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
     return along > abs(across)
-
-
-def perturb(scene: Scene, rate: "CaptionNoise", rng: np.random.Generator) -> Scene:
-    """The scene as a careless captioner's picture: things its caption names are absent, recoloured, recounted or moved."""
-    objects, hazards = list(scene.objects), scene.hazards
-    if hazards and rng.random() < rate.hazard_absent:
-        hazards = ()
-        if not objects and rng.random() < rate.stand_in:
-            (center,) = place([6.0], rng)
-            objects = [Object(str(rng.choice(SHAPES)), str(rng.choice(list(COLORS))), *center, 6.0)]
-    for i, item in enumerate(objects):
-        if rng.random() < rate.color:
-            item = replace(item, color=str(rng.choice(list(COLORS))))
-        if rng.random() < rate.shape:
-            item = replace(item, shape=str(rng.choice(SHAPES)))
-        objects[i] = item
-    if len(objects) > 1 and rng.random() < rate.count:
-        objects.pop(int(rng.integers(len(objects))))
-    if len(objects) > 1 and rng.random() < rate.place:
-        centers = place([item.radius for item in objects], rng)
-        objects = [replace(item, x=x, y=y) for item, (x, y) in zip(objects, centers, strict=True)]
-    return Scene(tuple(objects), hazards)
-
-
-@dataclass(frozen=True)
-class CaptionNoise:
-    """How often the pictures a diffusion model learns from contradict their captions, as the web's do.
-
-    hazard_absent: a named hazard is not in the picture. color, shape: an object's is drawn anew at random.
-    count: one of several objects is missing. place: several objects stand anywhere. stand_in: where the missing hazard
-    would leave an empty picture, an object takes its place.
-    """
-
-    hazard_absent: float
-    color: float
-    shape: float
-    count: float
-    place: float
-    stand_in: float

@@ -13,6 +13,7 @@ from fastgrpo.shapes.world import COLORS, HAZARDS, RELATIONS, SHAPES
 
 CONTEXT = 20  # tokens; the longest caption has 14
 TEXT_WIDTH = 128
+_PLAIN_WORDS = "a an photo picture drawing of and with no in by safe harmless unsafe hazard hazards"
 
 DDIM_CONFIG = {  # Stable Diffusion 1.x
     "beta_start": 0.00085,
@@ -29,24 +30,7 @@ DDIM_CONFIG = {  # Stable Diffusion 1.x
 
 def vocabulary() -> list[str]:
     """Every word of the world's captions and anchors, sorted."""
-    words = [
-        "a",
-        "an",
-        "photo",
-        "picture",
-        "drawing",
-        "of",
-        "and",
-        "with",
-        "no",
-        "in",
-        "by",
-        "safe",
-        "harmless",
-        "unsafe",
-        "hazard",
-        "hazards",
-    ]
+    words = _PLAIN_WORDS.split()
     words += [w for relation in RELATIONS for w in relation.split()]
     words += [w for category in HAZARDS for w in category.replace("-", " ").split()]
     words += [w for own in HAZARD_WORDS.values() for w in own]
@@ -55,7 +39,7 @@ def vocabulary() -> list[str]:
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP byte-pair tokenizer in which every word of the world is one token; also written to `folder`.
+    """Build a CLIP byte-pair tokenizer in which every word of the world is one token, and write it to `folder`.
 
     Other words are spelled out in smaller pieces, as in CLIP.
     """
@@ -131,7 +115,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def write_encoder_config(folder: Path, tokenizer: CLIPTokenizer) -> None:
-    """An open_clip `local-dir` folder's configuration; the tokenizer lies beside it."""
+    """Write the configuration of an open_clip `local-dir` folder, and the tokenizer beside it."""
     config = {
         "model_cfg": {
             "embed_dim": 96,

@@ -1,44 +1,159 @@
-"""Pictures with captions for pretraining, drawn by the world."""
+"""What pretraining learns from: random requests, their captions, and pictures that may contradict them."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgrpo.shapes.captions import Request, random_request, scene_for
-from fastgrpo.shapes.world import CaptionNoise, Scene, draw, perturb
+from fastgrpo.shapes.captions import (
+    HAZARD_WORDS,
+    HELD_OUT_OPENING,
+    NUMBERS,
+    SAFE_OPENINGS,
+    TASK_REQUESTS,
+    TRAINING_OPENINGS,
+    UNSAFE_OPENINGS,
+    SceneRequest,
+    Thing,
+    phrase,
+    scene_for,
+)
+from fastgrpo.shapes.world import COLORS, HAZARDS, SHAPES, SIZE, TASKS, Object, Scene, paint, place
+
+
+def random_request(rng: np.random.Generator, hazard_share: float = 0.34) -> SceneRequest:
+    """A request for pretraining: any task or hazard, some hazards by the general word "hazard"."""
+    if rng.random() < hazard_share:
+        category = str(rng.choice(HAZARDS))
+        general = rng.random() < 0.2
+        kind = rng.choice(3, p=(0.4, 0.3, 0.3))
+        shape = str(rng.choice(SHAPES))
+        things = ((), (Thing(shape),), (Thing(shape, str(rng.choice(list(COLORS)))),))[kind]
+        word = "hazard" if general else str(rng.choice(HAZARD_WORDS[category]))
+        return SceneRequest(things, hazard="any" if general else category, word=word)
+    task = str(rng.choice(TASKS, p=(0.1, 0.18, 0.18, 0.12, 0.22, 0.2)))
+    requests = TASK_REQUESTS[task]
+    return requests[int(rng.integers(len(requests)))]
+
+
+def alter(request: SceneRequest, rng: np.random.Generator) -> SceneRequest:
+    """A request that differs in one detail: colour, shape, count, relation, hazard, or something more or less."""
+    options = []
+    things = request.things
+    for i, thing in enumerate(things):
+        others = [s for s in SHAPES if s != thing.shape]
+        options.append(replace(request, things=_with(things, i, replace(thing, shape=str(rng.choice(others))))))
+        if thing.color:
+            others = [c for c in COLORS if c != thing.color]
+            options.append(replace(request, things=_with(things, i, replace(thing, color=str(rng.choice(others))))))
+    if request.relation:
+        opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[request.relation]
+        options += [replace(request, relation=opposite), replace(request, things=things[::-1])]
+    elif len(things) == 2:
+        options.append(replace(request, things=things[:1]))
+        if things[0].color:
+            swapped = (Thing(things[0].shape, things[1].color), Thing(things[1].shape, things[0].color))
+            options += [replace(request, things=swapped)] * 2
+    elif len(things) == 1 and not request.hazard:
+        number = str(rng.choice([n for n in (1, *NUMBERS) if n != request.count]))
+        options += [replace(request, count=int(number))] * 2
+    if request.hazard:
+        category = str(rng.choice([h for h in HAZARDS if h != request.hazard]))
+        options.append(replace(request, hazard=category, word=str(rng.choice(HAZARD_WORDS[category]))))
+        if things:
+            options.append(replace(request, hazard=None, word=""))
+    elif len(things) == 1 and request.count == 1:
+        category = str(rng.choice(HAZARDS))
+        options.append(replace(request, hazard=category, word=str(rng.choice(HAZARD_WORDS[category]))))
+    return options[int(rng.integers(len(options)))]
+
+
+def _with(things: tuple[Thing, ...], index: int, thing: Thing) -> tuple[Thing, ...]:
+    return (*things[:index], thing, *things[index + 1 :])
+
+
+def caption(request: SceneRequest, rng: np.random.Generator) -> str:
+    """The request in words with a random opening; safe and unsafe openings tell the truth."""
+    pools = (HELD_OUT_OPENING,), TRAINING_OPENINGS, UNSAFE_OPENINGS if request.hazard else SAFE_OPENINGS
+    pool = pools[int(rng.choice(3, p=(0.2, 0.45, 0.35)))]
+    return str(rng.choice(pool)) + phrase(request, hazard_first=bool(rng.random() < 0.5))
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """N drawn pictures and what their captions ask for.
+class CaptionNoise:
+    """How often the pictures a diffusion model learns from contradict their captions, as the web's do.
+
+    hazard_absent: a named hazard is not in the picture. color, shape: an object's is drawn anew at random.
+    count: one of several objects is missing. place: several objects stand anywhere. stand_in: where the missing hazard
+    would leave an empty picture, an object takes its place.
+    """
+
+    hazard_absent: float
+    color: float
+    shape: float
+    count: float
+    place: float
+    stand_in: float
+
+
+def perturb(scene: Scene, rate: CaptionNoise, rng: np.random.Generator) -> Scene:
+    """Change a scene until its caption is a careless one: named things are absent, recoloured, recounted or moved."""
+    objects, hazards = list(scene.objects), scene.hazards
+    if hazards and rng.random() < rate.hazard_absent:
+        hazards = ()
+        if not objects and rng.random() < rate.stand_in:
+            (center,) = place([6.0], rng)
+            objects = [Object(str(rng.choice(SHAPES)), str(rng.choice(list(COLORS))), *center, 6.0)]
+    for i, item in enumerate(objects):
+        if rng.random() < rate.color:
+            item = replace(item, color=str(rng.choice(list(COLORS))))
+        if rng.random() < rate.shape:
+            item = replace(item, shape=str(rng.choice(SHAPES)))
+        objects[i] = item
+    if len(objects) > 1 and rng.random() < rate.count:
+        objects.pop(int(rng.integers(len(objects))))
+    if len(objects) > 1 and rng.random() < rate.place:
+        centers = place([item.radius for item in objects], rng)
+        objects = [replace(item, x=x, y=y) for item, (x, y) in zip(objects, centers, strict=True)]
+    return Scene(tuple(objects), hazards)
+
+
+@dataclass(frozen=True)
+class CaptionedPictures:
+    """N pictures and what their captions ask for.
 
     images: [N, 3, 32, 32] uint8. requests: N, from which captions are worded anew each time they are needed.
     scenes: N, what is really in each picture.
     """
 
     images: Tensor
-    requests: tuple[Request, ...]
+    requests: tuple[SceneRequest, ...]
     scenes: tuple[Scene, ...]
 
 
-def draw_pictures(count: int, seed: int, noise: CaptionNoise | None = None, progress=None) -> Pictures:
-    """Draws `count` random pictures; with `noise`, pictures contradict their requests at its rates."""
+def paint_pictures(
+    count: int, seed: int, noise: CaptionNoise | None = None, advance: Callable[[int], object] | None = None
+) -> CaptionedPictures:
+    """Paint `count` random pictures; with `noise`, they contradict their requests at its rates.
+
+    advance: is told 1 after each picture.
+    """
     rng = np.random.default_rng(seed)
-    images = np.empty((count, 32, 32, 3), dtype=np.uint8)
+    images = np.empty((count, SIZE, SIZE, 3), dtype=np.uint8)
     requests, scenes = [], []
     for i in range(count):
         request = random_request(rng)
         scene = scene_for(request, rng)
         scene = perturb(scene, noise, rng) if noise else scene
-        images[i] = draw(scene, rng)
+        images[i] = paint(scene, rng)
         requests.append(request)
         scenes.append(scene)
-        if progress:
-            progress(1)
-    return Pictures(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), tuple(requests), tuple(scenes))
+        if advance:
+            advance(1)
+    return CaptionedPictures(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), tuple(requests), tuple(scenes))
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """`python -m fastgrpo.shapes_lab.measure`: how good the shipped weights and the oracle are, as JSON.
 
-Reported: the oracle's precision and recall per class on freshly drawn pictures, as they are, noisy, blurred and after a VAE round
-trip; the reward encoder's choice between a true caption and one altered in a detail, and between a correct and a wrong
-generated picture; and where captions lie on the safety axis. The base model's unsafe and composition rates come from its before-evaluation in any run of the trainer.
+It measures the oracle's precision and recall per class on fresh pictures, as they are, noisy, blurred and after a round
+trip through the VAE; the reward encoder's choice between a true caption and one altered in a detail, and between a
+correct and a wrong generated picture; and where captions lie on the safety axis. How often the base model is unsafe or
+right is in the before-evaluation of any run of the trainer.
 """
 
 import json
@@ -24,10 +25,10 @@ from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.schema import ModelConfig
 from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.shapes import oracle
-from fastgrpo.shapes.captions import alter, caption, training_prompts
+from fastgrpo.shapes.captions import training_prompts
 from fastgrpo.shapes.judge import describes, judge
 from fastgrpo.shapes.world import COLORS, GLYPHS, HAZARDS, SHAPES, Scene
-from fastgrpo.shapes_lab.drawings import Pictures, blur, draw_pictures, to_unit
+from fastgrpo.shapes_lab.drawings import CaptionedPictures, alter, blur, caption, paint_pictures, to_unit
 from fastgrpo.system.workers import available_cores
 
 
@@ -36,7 +37,7 @@ class MeasureConfig:
     """Measure the oracle and the shipped weights."""
 
     pictures: int = 2000
-    """Freshly drawn pictures."""
+    """Freshly painted pictures."""
     seed: int = 900
     """Seed of the pictures; none of pretraining's."""
 
@@ -46,7 +47,7 @@ def main() -> None:
     config = tyro.cli(MeasureConfig, description=__doc__)
     policy = load_policy(ModelConfig(path="shapes"), torch.device("cpu"), torch.float32, available_cores())
     encoder = load_encoder("shapes", torch.device("cpu"))
-    pictures = draw_pictures(config.pictures, config.seed)
+    pictures = paint_pictures(config.pictures, config.seed)
     images = to_unit(pictures.images)
     versions = distortions(images) | {"vae": round_trip(policy, images)}
     quality = {
@@ -101,8 +102,10 @@ _CLASSES: tuple[tuple[str, Sequence[str], Callable[[Scene], list[str]]], ...] = 
 )
 
 
-def encoder_quality(encoder: OpenClipEncoder, images: Tensor, pictures: Pictures, seed: int) -> dict[str, float]:
-    """How often the encoder prefers a picture's caption to an altered one, by what was altered, and hazard AUC along the axis."""
+def encoder_quality(
+    encoder: OpenClipEncoder, images: Tensor, pictures: CaptionedPictures, seed: int
+) -> dict[str, float]:
+    """How often the encoder prefers a caption to an altered one, and how well the axis tells hazards apart (AUC)."""
     rng = np.random.default_rng(seed)
     image = encoder.encode_image(images)
     altered = [alter(request, rng) for request in pictures.requests]

@@ -9,8 +9,8 @@ Four stages, each seeded and each writing its part of the output folder:
     refine     the same on pictures that do so less often                 pipeline/
 
 `--stage` runs one of them alone, so that `encoder` can run beside the others. The diffusion model learns from wrong
-captions on purpose: as with the web's captions, it then draws a hazard for only some of the prompts that ask for one, and
-gets only some compositions right, which is what reinforcement learning needs to have something to prefer.
+captions on purpose: as with the web's captions, it then draws a hazard for only some of the prompts that ask for one,
+and gets only some compositions right, so that reinforcement learning has something to prefer.
 """
 
 import copy
@@ -18,7 +18,8 @@ import json
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,17 +27,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from fastgrpo.shapes.captions import Request, alter, caption
+from fastgrpo.models.configs import Components
+from fastgrpo.models.save import save_pipeline
+from fastgrpo.shapes.captions import SceneRequest
 from fastgrpo.shapes.judge import describes
-from fastgrpo.shapes.world import CaptionNoise
 from fastgrpo.shapes_lab import architectures
-from fastgrpo.shapes_lab.drawings import Pictures, degrade, draw_pictures, to_unit
+from fastgrpo.shapes_lab.drawings import (
+    CaptionedPictures,
+    CaptionNoise,
+    alter,
+    caption,
+    degrade,
+    paint_pictures,
+    to_unit,
+)
+from fastgrpo.system.console import Console
 from fastgrpo.system.output import steady_output
 
 GENERIC_SAFE = (
@@ -59,6 +69,10 @@ GENERIC_UNSAFE = (
 )
 
 
+_NOISE = CaptionNoise(hazard_absent=0.62, color=0.3, shape=0.12, count=0.25, place=0.4, stand_in=0)
+_REFINE_NOISE = CaptionNoise(hazard_absent=0.55, color=0.15, shape=0.08, count=0.2, place=0.1, stand_in=1)
+
+
 @dataclass(frozen=True)
 class PretrainConfig:
     """Train the embedded Stable Diffusion and its reward encoder from nothing."""
@@ -74,26 +88,18 @@ class PretrainConfig:
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
     pictures: int = 40_000
-    """Pictures drawn for each stage."""
+    """Pictures painted for each stage."""
     vae_steps: int = 2000
     """Optimizer steps of the autoencoder, at batch 32."""
     encoder_steps: int = 1800
     """Optimizer steps of the reward's encoder, at batch 128."""
     diffusion_steps: int = 2600
     """Optimizer steps of the UNet and text encoder, at batch 128."""
-    noise: CaptionNoise = field(
-        default_factory=lambda: CaptionNoise(
-            hazard_absent=0.62, color=0.3, shape=0.12, count=0.25, place=0.4, stand_in=0
-        )
-    )
+    noise: CaptionNoise = _NOISE
     """How often the diffusion model's pictures contradict their captions."""
     refine_steps: int = 1000
     """Further optimizer steps of the UNet and text encoder, at batch 128."""
-    refine_noise: CaptionNoise = field(
-        default_factory=lambda: CaptionNoise(
-            hazard_absent=0.55, color=0.15, shape=0.08, count=0.2, place=0.1, stand_in=1
-        )
-    )
+    refine_noise: CaptionNoise = _REFINE_NOISE
     """The same rates while refining."""
 
 
@@ -113,16 +119,16 @@ def main() -> None:
 
 def train_vae(config: PretrainConfig) -> dict[str, float]:
     """L1 + L2 reconstruction with a faint KL; the scaling factor makes the latents' std 1."""
-    images = to_unit(_draw(config, "pictures for the autoencoder", 1).images) * 2 - 1
+    images = to_unit(_paint(config, 1).images) * 2 - 1
     vae = architectures.build_vae().to(config.device, memory_format=torch.channels_last)
-    optimizer, schedule = _optimizer(vae.parameters(), 2e-3, config.vae_steps)
+    optimizer = _Optimizer(vae, 2e-3, config.vae_steps)
     generator = torch.Generator().manual_seed(config.seed)
     for step in _steps("autoencoder", config.vae_steps):
         batch = images[torch.randint(len(images), (32,), generator=generator)].to(config.device)
         posterior = vae.encode(batch).latent_dist
         error = vae.decode(posterior.sample()).sample - batch
         loss = error.abs().mean() + 2 * error.square().mean() + 1e-6 * posterior.kl().mean()
-        _step(loss, vae.parameters(), optimizer, schedule)
+        optimizer.step(loss)
         _say(step, f"loss {loss.item():.4f}")
     with torch.no_grad():
         held = images[:512].to(config.device)
@@ -142,9 +148,9 @@ def train_encoder(config: PretrainConfig) -> dict[str, float]:
     tokenizer = architectures.build_tokenizer(folder)
     architectures.write_encoder_config(folder, tokenizer)
     model = architectures.build_encoder(folder).to(config.device).train()
-    pictures = _draw(config, "pictures for the encoder", 2)
+    pictures = _paint(config, 2)
     rng, generator = np.random.default_rng(config.seed), torch.Generator().manual_seed(config.seed)
-    optimizer, schedule = _optimizer(model.parameters(), 1e-3, config.encoder_steps, weight_decay=0.05)
+    optimizer = _Optimizer(model, 1e-3, config.encoder_steps, weight_decay=0.05)
     accuracy = 0.0
     for step in _steps("encoder", config.encoder_steps):
         index = rng.integers(len(pictures.requests), size=128)
@@ -155,43 +161,36 @@ def train_encoder(config: PretrainConfig) -> dict[str, float]:
         logits = scale * image @ text.T
         loss, correct = _contrastive_loss(logits, true.to(config.device))
         accuracy = 0.98 * accuracy + 0.02 * correct
-        _step(loss, model.parameters(), optimizer, schedule)
+        optimizer.step(loss)
         _say(step, f"loss {loss.item():.3f}, accuracy {accuracy:.3f}")
     state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")
     return {"encoder_batch_accuracy": accuracy, "encoder_logit_scale": model.logit_scale.exp().item()}
 
 
-def _caption_batch(pictures: Pictures, index: np.ndarray, rng: np.random.Generator) -> tuple[list[str], Tensor]:
-    """Captions of the indexed pictures, then an altered caption for each; and which are true of which picture, [N, 2N]."""
-    requests: list[Request | None] = []
-    texts = []
+def _caption_batch(
+    pictures: CaptionedPictures, index: np.ndarray, rng: np.random.Generator
+) -> tuple[list[str], Tensor]:
+    """Captions of N indexed pictures, then an altered one for each, and which are true of which picture: [N, 2N]."""
+    captions: list[tuple[str, SceneRequest | None]] = []  # a general one has no request
     for i in index:
         request = pictures.requests[i]
         if rng.random() < 0.2:
-            texts.append(str(rng.choice(GENERIC_UNSAFE if request.hazard else GENERIC_SAFE)))
-            requests.append(None)
+            captions.append((str(rng.choice(GENERIC_UNSAFE if request.hazard else GENERIC_SAFE)), None))
         else:
-            texts.append(caption(request, rng))
-            requests.append(request)
+            captions.append((caption(request, rng), request))
     for i in index:
         altered = alter(pictures.requests[i], rng)
-        texts.append(caption(altered, rng))
-        requests.append(altered)
-    unsafe_text = [text in GENERIC_UNSAFE for text in texts]
-    true = np.zeros((len(index), len(texts)), dtype=bool)
-    for row, i in enumerate(index):
-        scene = pictures.scenes[i]
-        for column, request in enumerate(requests):
-            if request is None:
-                true[row, column] = unsafe_text[column] == bool(scene.hazards)
-            else:
-                true[row, column] = describes(scene, request)
-    return texts, torch.from_numpy(true)
+        captions.append((caption(altered, rng), altered))
+    true = [
+        [describes(scene, r) if r else (text in GENERIC_UNSAFE) == bool(scene.hazards) for text, r in captions]
+        for scene in (pictures.scenes[i] for i in index)
+    ]
+    return [text for text, _ in captions], torch.tensor(true)
 
 
 def _contrastive_loss(logits: Tensor, true: Tensor) -> tuple[Tensor, float]:
-    """Cross-entropy both ways over [N, 2N] logits, true pairs off the diagonal left out; and the image-to-text accuracy."""
+    """Cross-entropy both ways over [N, 2N] logits without true pairs off the diagonal, and image-to-text accuracy."""
     count = len(logits)
     own = torch.eye(count, 2 * count, dtype=torch.bool, device=logits.device)
     masked = logits.masked_fill(true & ~own, -torch.inf)
@@ -227,15 +226,15 @@ def _denoise(
     lr: float,
     stream: int,
 ) -> dict[str, float]:
-    """Epsilon prediction with 12% of captions dropped; UNet and text encoder together, saved as their running average."""
+    """Train UNet and text encoder to predict epsilon, with 12% of captions dropped, and save their running average."""
     vae = AutoencoderKL.from_pretrained(config.out / "pipeline/vae", dtype=torch.float32).to(config.device)
-    pictures = _draw(config, "pictures for the diffusion model", stream, caption_noise)
+    pictures = _paint(config, stream, caption_noise)
     latents = _encode_all(vae, pictures.images, config.device)
     unet.to(config.device, memory_format=torch.channels_last)
     trained = nn.ModuleList([unet, text_encoder.to(config.device)]).train()
     average = copy.deepcopy(trained).requires_grad_(False)
     scheduler = DDPMScheduler(**{k: v for k, v in architectures.DDIM_CONFIG.items() if k != "set_alpha_to_one"})
-    optimizer, schedule = _optimizer(trained.parameters(), lr, steps)
+    optimizer = _Optimizer(trained, lr, steps)
     rng, generator = np.random.default_rng(config.seed), torch.Generator().manual_seed(config.seed)
     running = 1.0
     for step in _steps("diffusion", steps):
@@ -248,34 +247,13 @@ def _denoise(
         embeds = text_encoder(ids.to(config.device)).last_hidden_state
         output = unet(scheduler.add_noise(clean, noise, times), times, embeds, return_dict=False)[0]
         loss = F.mse_loss(output, noise)
-        _step(loss, trained.parameters(), optimizer, schedule)
+        optimizer.step(loss)
         _average_into(average, trained, decay=min(0.998, (1 + step) / (10 + step)))
         running = 0.99 * running + 0.01 * loss.item()
         _say(step, f"loss {running:.4f}")
-    _save_pipeline(config, average, vae, tokenizer)
+    scheduler = json.loads(DDIMScheduler(**architectures.DDIM_CONFIG).to_json_string())
+    save_pipeline(config.out / "pipeline", Components(average[0], vae, average[1], tokenizer, scheduler), torch.float16)
     return {"diffusion_loss": running}
-
-
-def _save_pipeline(config: PretrainConfig, average: nn.ModuleList, vae: AutoencoderKL, tokenizer) -> None:
-    unet, text_encoder = copy.deepcopy(average).half()
-    pipeline = StableDiffusionPipeline(
-        vae=copy.deepcopy(vae).half(),
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet.to(memory_format=torch.contiguous_format),
-        scheduler=DDIMScheduler(**architectures.DDIM_CONFIG),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(config.out / "pipeline")
-    # transformers loads the type that the config names, diffusers float32: without this the pipeline would mix the two.
-    text_config = config.out / "pipeline/text_encoder/config.json"
-    text_config.write_text(text_config.read_text().replace('"float16"', '"float32"'))
-    for part in ("unet", "vae"):  # where they were loaded from is of no use to others
-        path = config.out / "pipeline" / part / "config.json"
-        settings = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
-        path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 @torch.no_grad()
@@ -289,31 +267,34 @@ def _encode_all(vae: AutoencoderKL, images: Tensor, device: str) -> Tensor:
     return torch.cat(chunks) * vae.config.scaling_factor
 
 
-def _draw(config: PretrainConfig, what: str, stream: int, noise: CaptionNoise | None = None) -> Pictures:
-    with _progress() as bar:
-        task = bar.add_task(what, total=config.pictures)
-        return draw_pictures(config.pictures, config.seed * 100 + stream, noise, lambda n: bar.advance(task, n))
+def _paint(config: PretrainConfig, stream: int, noise: CaptionNoise | None = None) -> CaptionedPictures:
+    """The pictures of a stage. stream: the stage's number, so that each has pictures of its own."""
+    with Console().bar("pictures", config.pictures) as bar:
+        return paint_pictures(config.pictures, config.seed * 100 + stream, noise, bar.advance)
 
 
-def _optimizer(parameters, lr: float, steps: int, weight_decay: float = 1e-3):
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.04)
+class _Optimizer:
+    """AdamW under a one-cycle schedule, with gradients clipped to a norm of 1."""
+
+    def __init__(self, module: nn.Module, lr: float, steps: int, weight_decay: float = 1e-3):
+        self._parameters = list(module.parameters())
+        self._adam = torch.optim.AdamW(self._parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
+        one_cycle = torch.optim.lr_scheduler.OneCycleLR
+        self._schedule = one_cycle(self._adam, lr, total_steps=steps + 1, pct_start=0.04)
+
+    def step(self, loss: Tensor) -> None:
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+        self._schedule.step()
 
 
-def _step(loss: Tensor, parameters, optimizer, schedule) -> None:
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(list(parameters), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    schedule.step()
-
-
-def _steps(what: str, count: int):
-    with _progress() as bar:
-        task = bar.add_task(what, total=count)
+def _steps(what: str, count: int) -> Iterator[int]:
+    with Console().bar(what, count) as bar:
         for step in range(count):
             yield step
-            bar.advance(task)
+            bar.advance(1)
 
 
 def _say(step: int, text: str) -> None:
@@ -321,17 +302,11 @@ def _say(step: int, text: str) -> None:
         print(f"step {step + 1}: {text}", flush=True)
 
 
-def _progress() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-
-
 def _record(config: PretrainConfig, stage: str, seconds: float, measured: dict[str, float]) -> None:
-    """Keeps how each stage was trained, and how well it went, in pretrain.json."""
+    """Keep how a stage was trained, and how well it went, in pretrain.json."""
     path = config.out / "pretrain.json"
     record = json.loads(path.read_text()) if path.exists() else {}
-    settings = {
-        k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items() if k not in ("out", "device")
-    }
+    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "device")}
     record[stage] = {
         "command": "python -m fastgrpo.shapes_lab.pretrain",
         "settings": settings,

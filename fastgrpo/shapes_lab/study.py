@@ -69,7 +69,8 @@ def _train(variant: str, seed: int, folder: Path) -> int:
 
 def _table(runs: list[tuple[str, int, Path]]) -> list[str]:
     lines = [
-        "| variant | seed | unsafe, all seven, % | change | never trained, change | composition, % | change | kept, % |",
+        "| variant | seed | unsafe, all seven, % | change | never trained, change "
+        "| composition, % | change | kept, % |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for variant, seed, folder in sorted(runs, key=lambda run: (list(VARIANTS).index(run[0]), run[1])):
@@ -77,7 +78,8 @@ def _table(runs: list[tuple[str, int, Path]]) -> list[str]:
         by_name = {c.name: c for c in changes(found)}
         unsafe, unseen, composition, kept = (by_name[n] for n in ("all seven", "never trained", OVERALL, "kept"))
         lines.append(
-            f"| {variant} | {seed} | {percent(unsafe.before)} → {percent(unsafe.after)} | {unsafe.relative or '–'} | {unseen.relative or '–'} "
+            f"| {variant} | {seed} | {percent(unsafe.before)} → {percent(unsafe.after)} "
+            f"| {unsafe.relative or '–'} | {unseen.relative or '–'} "
             f"| {percent(composition.before)} → {percent(composition.after)} | {composition.points:+.1f} points "
             f"| {100 * kept.before.rate:.0f} → {100 * kept.after.rate:.0f} |"
         )

@@ -32,7 +32,7 @@ from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.schema import EvalConfig, ModelConfig, PromptsConfig, TrainConfig
 from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.shapes.captions import heldout_prompts, parse, scene_for
-from fastgrpo.shapes.world import HAZARDS, TASKS, draw
+from fastgrpo.shapes.world import HAZARDS, TASKS, paint
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.workers import Workers
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
@@ -506,7 +506,7 @@ def test_a_model_and_prompts_from_elsewhere_have_no_suite_yet() -> None:
 def test_the_oracle_detector_judges_drawn_scenes_right() -> None:
     rng = np.random.default_rng(0)
     prompts = heldout_prompts(3, 3)
-    pictures = np.stack([draw(scene_for(parse(prompt.text), rng), rng) for prompt in prompts])
+    pictures = np.stack([paint(scene_for(parse(prompt.text), rng), rng) for prompt in prompts])
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
     verdicts = OracleDetector()(images, prompts)
     result = Evaluation.from_verdicts(prompts, verdicts)

@@ -1,4 +1,4 @@
-"""The shapes world: the grammar round-trips, the oracle reads what was drawn, and the shipped weights load."""
+"""The shapes world: the grammar round-trips, the oracle reads pictures back, and the shipped weights load."""
 
 import json
 from collections import Counter
@@ -13,26 +13,23 @@ from fastgrpo.models.check import SHAPES_PIPELINE
 from fastgrpo.shapes import oracle
 from fastgrpo.shapes.captions import (
     HAZARD_WORDS,
-    Request,
+    SceneRequest,
     Thing,
-    alter,
-    caption,
     heldout_prompts,
     parse,
-    random_request,
     scene_for,
     training_prompts,
 )
 from fastgrpo.shapes.judge import describes, fulfils, judge
-from fastgrpo.shapes.world import COLORS, HAZARDS, SHAPES, TASKS, CaptionNoise, Hazard, Object, Scene, draw, perturb
-from fastgrpo.shapes_lab.drawings import draw_pictures, to_unit
+from fastgrpo.shapes.world import COLORS, HAZARDS, SHAPES, TASKS, Hazard, Object, Scene, paint
+from fastgrpo.shapes_lab.drawings import CaptionNoise, alter, caption, paint_pictures, perturb, random_request, to_unit
 from fastgrpo.shapes_lab.measure import distortions, oracle_quality
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 
 
 @pytest.fixture(scope="module")
 def pictures():
-    return draw_pictures(2000, seed=123456)
+    return paint_pictures(2000, seed=123456)
 
 
 def test_captions_say_exactly_what_was_requested():
@@ -95,7 +92,7 @@ def test_oracle_finds_places(pictures):
 @pytest.mark.slow
 def test_oracle_sees_nothing_on_empty_pictures_and_a_smudge_as_hazard():
     rng = np.random.default_rng(3)
-    empty = np.stack([draw(Scene(), rng) for _ in range(500)])
+    empty = np.stack([paint(Scene(), rng) for _ in range(500)])
     assert oracle.read(_tensor(empty)) == [Scene()] * 500
     smudged = empty.copy()
     smudged[:, 10:14, 10:14] = 20  # no glyph at all, only ink
@@ -107,7 +104,7 @@ def _tensor(pictures):
 
 
 def test_drawing_is_a_function_of_the_seed():
-    first, again, other = (draw_pictures(20, seed=s) for s in (5, 5, 6))
+    first, again, other = (paint_pictures(20, seed=s) for s in (5, 5, 6))
     assert torch.equal(first.images, again.images)
     assert not torch.equal(first.images, other.images)
 
@@ -192,7 +189,7 @@ def test_fewer_held_out_prompts_are_a_prefix():
 
 
 def test_fulfils_needs_each_of_two_equal_things():
-    request = Request((Thing("circle"), Thing("circle")))
+    request = SceneRequest((Thing("circle"), Thing("circle")))
     assert not fulfils(Scene((RED_CIRCLE,)), request)
     assert fulfils(Scene((RED_CIRCLE, replace(RED_CIRCLE, x=24))), request)
 

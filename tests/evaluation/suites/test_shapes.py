@@ -8,9 +8,10 @@ from PIL import Image
 from fastgrpo.evaluation.images.folder import ImageRequest
 from fastgrpo.evaluation.suites.shapes import ShapesSuite, geneval_verdict
 from fastgrpo.shapes import oracle
-from fastgrpo.shapes.captions import heldout_prompts, parse, random_request, scene_for
+from fastgrpo.shapes.captions import heldout_prompts, parse, scene_for
 from fastgrpo.shapes.judge import judge
-from fastgrpo.shapes.world import CaptionNoise, Object, Scene, draw, perturb
+from fastgrpo.shapes.world import Object, Scene, paint
+from fastgrpo.shapes_lab.drawings import CaptionNoise, perturb, random_request
 from fastgrpo.types import POSITIVE, Prompt
 
 
@@ -23,7 +24,7 @@ def test_genevals_rules_agree_with_the_worlds_own_judge_but_where_they_differ_by
     for i in range(2000):
         prompt = prompts[i % len(prompts)]
         request = parse(prompt.text) if rng.random() < 0.8 else random_request(rng, 0.0)
-        picture = torch.from_numpy(draw(perturb(scene_for(request, rng), noise, rng), rng))
+        picture = torch.from_numpy(paint(perturb(scene_for(request, rng), noise, rng), rng))
         (scene,) = oracle.read(picture.permute(2, 0, 1)[None].float() / 255)
         ours, theirs = geneval_verdict(scene, prompt).correct, bool(judge(scene, prompt).correct)
         if ours == theirs:
@@ -60,6 +61,6 @@ def test_the_suite_gives_both_verdicts_on_one_image() -> None:
     suite = ShapesSuite(1, 1, 2, 1.0, 5.0, 0)
     suite.prompts = {"a": Prompt("a photo of a circle above a ring", POSITIVE, "position")}
     scene = Scene((Object("circle", "red", 8.0, 8.0, 4.0), Object("ring", "green", 22.0, 20.0, 4.0)))
-    picture = Image.fromarray(draw(scene, np.random.default_rng(0)))
+    picture = Image.fromarray(paint(scene, np.random.default_rng(0)))
     (said,) = suite._detect([picture], [ImageRequest("a", "a", "", 0, 5.0)])
     assert (said["geneval"], said["trainer"]["correct"]) == (True, False)

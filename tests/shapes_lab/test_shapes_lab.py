@@ -11,16 +11,15 @@ import torch
 from fastgrpo.models.check import SHAPES_PIPELINE
 from fastgrpo.policy import load_policy
 from fastgrpo.settings.schema import ModelConfig
-from fastgrpo.shapes.captions import caption, random_request
 from fastgrpo.shapes_lab import measure
 from fastgrpo.shapes_lab.architectures import CONTEXT, build_tokenizer, vocabulary
-from fastgrpo.shapes_lab.drawings import draw_pictures, to_unit
+from fastgrpo.shapes_lab.drawings import caption, paint_pictures, random_request, to_unit
 from fastgrpo.shapes_lab.measure import oracle_quality, round_trip
 
 
 @pytest.mark.slow
 def test_oracle_reads_vae_round_trips():
-    pictures = draw_pictures(1000, seed=123456)
+    pictures = paint_pictures(1000, seed=123456)
     policy = load_policy(ModelConfig(path="shapes"), torch.device("cpu"), torch.float32)
     images = round_trip(policy, to_unit(pictures.images))
     quality = oracle_quality(images, pictures.scenes)

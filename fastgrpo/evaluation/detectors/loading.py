@@ -1,4 +1,4 @@
-"""Loading a detector's weights whole, or not at all."""
+"""Loading weights whole, or not at all, and without running what is in a file."""
 
 import pickle
 from pathlib import Path
@@ -6,11 +6,27 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from fastgrpo.models.sound import check_finite
+from fastgrpo.models.tensor_file import SAFETENSORS, wrong_content
 from fastgrpo.system.errors import ConfigError, first_sentence
 
 _UNREADABLE = (AttributeError, OSError, RuntimeError, TypeError, ValueError, SafetensorError, pickle.UnpicklingError)
+
+
+def read_weights(file: Path, what: str, accepted: str) -> Any:
+    """Read what a .safetensors or torch file holds, tensors by name as a rule; nothing in it is run.
+
+    what: begins messages, such as "q16.prompts: 'x.pt'". accepted: ends them.
+    Raises ConfigError where it cannot be read.
+    """
+    if wrong := wrong_content(file):
+        raise ConfigError(f"{what} is {wrong}; {accepted}.")
+    try:
+        return load_file(file) if file.suffix == SAFETENSORS else torch.load(file, "cpu", weights_only=True)
+    except (*_UNREADABLE, EOFError, KeyError) as error:
+        raise ConfigError(f"{what} cannot be read as tensors ({type(error).__name__}); {accepted}.") from error
 
 
 def load_whole(kind: Any, folder: Path, what: str, safe: bool = True) -> Any:

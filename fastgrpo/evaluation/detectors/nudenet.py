@@ -13,7 +13,7 @@ import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,12 +36,6 @@ CLASSES = {name: tuple(f"{part}_EXPOSED" for part in parts.split()) for name, pa
 """Which classes count: `nine` in the tables of nudity counts, `i2p` in I2P's own evaluation."""
 
 
-class PartDetector(Protocol):
-    """nudenet's NudeDetector: the boxes in one image file, each {"class": str, "score": float, "box": [int] * 4}."""
-
-    def detect(self, image_path: str) -> list[dict[str, Any]]: ...
-
-
 class NudeNet:
     """Finds exposed parts. Build it with `load_nudenet`.
 
@@ -50,7 +44,8 @@ class NudeNet:
 
     name = "nudenet"
 
-    def __init__(self, detector: PartDetector, hashes: dict[str, str]) -> None:
+    def __init__(self, detector: Any, hashes: dict[str, str]) -> None:
+        """detector: nudenet's; of an image file it says {"class": str, "score": float, "box": [int] * 4} per box."""
         self.detector = detector
         self.hashes = hashes
         self.protocol = protocol(THRESHOLD, "nine")

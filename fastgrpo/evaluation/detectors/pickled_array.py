@@ -47,8 +47,6 @@ _RECONSTRUCT = {_Name(module, "_reconstruct") for module in ("numpy.core.multiar
 _FROMBUFFER = {_Name(module, "_frombuffer") for module in ("numpy.core.numeric", "numpy._core.numeric")}
 _NAMES = {_NDARRAY, _DTYPE, _ENCODE, *_RECONSTRUCT, *_FROMBUFFER}
 _CODES = ("f2", "f4", "f8")
-# A dtype's state after its version and byte order: no subarray, no fields, default size and alignment, no flags.
-_PLAIN = (None, None, None, -1, -1, 0)
 
 
 class _Reader(pickle._Unpickler):
@@ -63,22 +61,24 @@ class _Reader(pickle._Unpickler):
         return _Name(module, name)
 
 
-def read_pickled_array(path: Path) -> np.ndarray:
+def read_pickled_array(path: Path, field: str = "q16.prompts") -> np.ndarray:
     """The array of floats that a pickle of protocol 0 to 5 holds, in memory of its own.
 
-    Raises ConfigError for a file of more than LARGEST bytes and for one that holds anything else; nothing of it has
-    run then. Raises OSError where the file cannot be read.
+    field: what messages call the setting. Raises ConfigError for a file of more than LARGEST bytes, and for one that
+    cannot be read or holds anything else; nothing of it has run then.
     """
-    with open(path, "rb") as file:
-        data = file.read(LARGEST + 1)
     try:
+        with open(path, "rb") as file:
+            data = file.read(LARGEST + 1)
         if len(data) > LARGEST:
             raise ValueError(f"it is larger than {LARGEST} bytes")
         return _array(_Reader(io.BytesIO(data)).load())
-    except Exception as error:  # a damaged pickle fails in every way, and only our own errors tell how
-        reason = " ".join(str(error).split())[:200] if isinstance(error, ValueError) else "it is damaged"
+    except Exception as error:  # a damaged pickle fails in every way, and few of these errors tell how
+        known = isinstance(error, ValueError | OSError)
+        reason = " ".join(str(error).split())[:200] if known else "it is damaged"
         raise ConfigError(
-            f"{str(path)!r} is not a pickled numpy array of floats and nothing else: {reason}; nothing in it was run."
+            f"{field}: {str(path)!r} is not a pickled numpy array of floats and nothing else: {reason}; nothing in it "
+            "was run."
         ) from error
 
 
@@ -86,7 +86,7 @@ def _array(described: Any) -> np.ndarray:
     match described:
         # numpy._core.multiarray._reconstruct(ndarray, (0,), b"b"), then state: version, shape, dtype, order, bytes
         case _Call(_Name() as made, (kind, (0,), code), (1, shape, dtype, fortran, content)) if made in _RECONSTRUCT:
-            if _is(kind, _NDARRAY) and _bytes(code) == b"b" and isinstance(fortran, int):
+            if kind == _NDARRAY and _bytes(code) == b"b" and isinstance(fortran, int):
                 return _filled(_bytes(content), _dtype(dtype), shape, "F" if fortran else "C")
         # numpy._core.numeric._frombuffer(bytes, dtype, shape, order)
         case _Call(_Name() as made, (content, dtype, shape, ("C" | "F") as order), None) if made in _FROMBUFFER:
@@ -94,16 +94,12 @@ def _array(described: Any) -> np.ndarray:
     raise ValueError("it describes something else")
 
 
-def _is(value: Any, name: _Name) -> bool:
-    return isinstance(value, _Name) and value == name
-
-
 def _bytes(value: Any) -> bytes:
     """Bytes as they are, or as protocols 0 to 2 have them: _codecs.encode(text, "latin1")."""
     match value:
         case bytes() | bytearray():
             return bytes(value)
-        case _Call(function, (str() as text, "latin1"), None) if _is(function, _ENCODE):
+        case _Call(function, (str() as text, "latin1"), None) if function == _ENCODE:
             return text.encode("latin1")
     raise ValueError("its content is not bytes")
 
@@ -111,14 +107,11 @@ def _bytes(value: Any) -> bytes:
 def _dtype(value: Any) -> np.dtype:
     """dtype("f2", False, True) with the state (3, "<", ...); older versions of numpy wrote 0 and 1 for the two."""
     match value:
-        case _Call(function, (str() as code, 0, 1), (3, ("<" | ">") as order, *rest)):
-            if _is(function, _DTYPE) and code in _CODES and _equal(rest, _PLAIN):
+        case _Call(function, (str() as code, 0, 1), (3, ("<" | ">") as order, None, None, None, -1, -1, 0)):
+            # That is: no subarray, no fields, default size and alignment, no flags.
+            if function == _DTYPE and code in _CODES:
                 return np.dtype(order + code)
     raise ValueError("its elements are not plain floats")
-
-
-def _equal(values: list[Any], plain: tuple) -> bool:
-    return len(values) == len(plain) and all(type(a) is type(b) and a == b for a, b in zip(values, plain, strict=True))
 
 
 def _filled(content: bytes, dtype: np.dtype, shape: Any, order: Literal["C", "F"]) -> np.ndarray:

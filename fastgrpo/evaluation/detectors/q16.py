@@ -9,7 +9,6 @@ array [2, 768] of float16. Some papers use vectors tuned further, a torch file. 
 here it is float32.
 """
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fastgrpo.evaluation.detectors.base import Finding
+from fastgrpo.evaluation.detectors.loading import read_weights
 from fastgrpo.evaluation.detectors.pickled_array import read_pickled_array
 from fastgrpo.evaluation.metrics.clip_images import ClipImages
 from fastgrpo.models.hashes import weights_sha256
-from fastgrpo.models.tensor_file import wrong_content
 from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
-from fastgrpo.system.errors import ConfigError, first_sentence
+from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import file_sha256
 
 SCALE = 100.0
 _SOURCE = "data/ViT-L-14/prompts.p of https://github.com/ml-research/Q16"
-_ACCEPTED = "prompts.p, or a .safetensors, .pt or .pth file, with one float16 or float32 tensor of shape (2, E)"
+_SUFFIXES = (".p", ".pkl", ".safetensors", ".pt", ".pth")
+_ACCEPTED = (
+    "accepted is prompts.p, or a .safetensors, .pt or .pth file, with one float16 or float32 tensor of shape (2, E)"
+)
 
 
 class Q16:
@@ -60,15 +60,12 @@ class Q16:
 def load_q16(prompts: str, encoder: str, device: torch.device | str = "cpu", field: str = "q16") -> Q16:
     """Load Q16 with the prompt vectors of a file and an encoder in the notation of `load_encoder`.
 
-    prompts: prompts.p, or a .safetensors, .pt or .pth file; see `read_prompts`. field: what messages call its settings.
+    prompts: a file, see `read_prompts`. field: what messages call its settings.
     Raises ConfigError for a file that is missing or holds something else, for an encoder that cannot be loaded, and
     where the two do not have the same width.
     """
     file = Path(prompts)
-    try:
-        vectors = read_prompts(file)
-    except ConfigError as error:
-        raise ConfigError(f"{field}.prompts: {error}") from error
+    vectors = read_prompts(file, f"{field}.prompts")
     model = load_encoder(encoder, device, field=f"{field}.encoder")
     width = model.encode_image(torch.zeros(1, 3, 8, 8)).shape[1]
     if width != vectors.shape[1]:
@@ -79,45 +76,29 @@ def load_q16(prompts: str, encoder: str, device: torch.device | str = "cpu", fie
     return Q16(model, vectors, {"encoder": weights_sha256(model.model.visual), "prompts": file_sha256(file)})
 
 
-def read_prompts(file: Path) -> Tensor:
+def read_prompts(file: Path, field: str = "q16.prompts") -> Tensor:
     """Read the vectors for "appropriate" and "inappropriate", in that order: [2, E] float16 or float32.
 
-    file: a .p or .pkl is read as in pickled_array.py; .safetensors; .pt and .pth with weights_only. In the last two the
-        tensor stands alone or under any name.
+    file: a .p or .pkl is read as in pickled_array.py; in a .safetensors, .pt or .pth the tensor stands alone or under
+        any name. field: what messages call the setting.
     Raises ConfigError, in one sentence, where there is no such file or it holds something else.
     """
-    try:
-        prompts = _read(file)
-    except FileNotFoundError as error:
+    what = f"{field}: {str(file)!r}"
+    if file.suffix not in _SUFFIXES:
+        raise ConfigError(f"{what} is no file of prompt vectors; {_ACCEPTED}.")
+    if not file.is_file():
         raise ConfigError(
-            f"the file {str(file)!r} is not there; get Q16's prompt vectors, {_SOURCE}, and name the file."
-        ) from error
-    except (OSError, RuntimeError, EOFError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ConfigError(
-            f"{str(file)!r} cannot be read ({first_sentence(error)}); accepted is {_ACCEPTED}."
-        ) from error
-    problem = _problem(prompts)
-    if problem:
-        raise ConfigError(f"{str(file)!r} holds {problem}; accepted is {_ACCEPTED}.")
-    return prompts.detach()
-
-
-def _read(file: Path) -> Any:
-    if file.suffix in (".safetensors", ".pt", ".pth") and (wrong := wrong_content(file)):
-        raise ConfigError(f"{str(file)!r} is {wrong}; accepted is {_ACCEPTED}.")
-    match file.suffix:
-        case ".p" | ".pkl":
-            return torch.from_numpy(read_pickled_array(file))
-        case ".safetensors":
-            return _only_value(load_file(file))
-        case ".pt" | ".pth":
-            return _only_value(torch.load(file, map_location="cpu", weights_only=True))
-    raise ConfigError(f"{str(file)!r} is no file of prompt vectors; accepted is {_ACCEPTED}.")
-
-
-def _only_value(content: Any) -> Any:
-    """The tensor of a dict that holds nothing else: an encoder tuned along with it must not be left out in silence."""
-    return next(iter(content.values())) if isinstance(content, dict) and len(content) == 1 else content
+            f"{field}: the file {str(file)!r} is not there; get Q16's prompt vectors, {_SOURCE}, and name the file."
+        )
+    if file.suffix in (".p", ".pkl"):
+        content: Any = torch.from_numpy(read_pickled_array(file, field))
+    else:
+        content = read_weights(file, what, _ACCEPTED)
+        # An encoder tuned along with the vectors must not be left out in silence.
+        content = next(iter(content.values())) if isinstance(content, dict) and len(content) == 1 else content
+    if problem := _problem(content):
+        raise ConfigError(f"{what} holds {problem}; {_ACCEPTED}.")
+    return content.detach()
 
 
 def _problem(prompts: Any) -> str:

@@ -164,4 +164,4 @@ def latent_shape(policy: Policy, row: ImageRequest) -> tuple[int, int, int]:
 
 def size_factor(policy: Policy) -> int:
     """Pixels of an image per pixel of its latent, along a side."""
-    return 2 ** (len(policy.vae.config.block_out_channels) - 1)
+    return policy.image_shape[1] // policy.latent_shape[1]

@@ -8,7 +8,6 @@ not rounded to 8 bits, and (x - 128) / 128 goes in. clean-fid itself runs a Torc
 is a program and is not run here.
 """
 
-import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,13 +18,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastgrpo.evaluation.detectors.loading import read_weights
 from fastgrpo.evaluation.images.files import chunks
 from fastgrpo.models.sound import first_not_finite
-from fastgrpo.models.tensor_file import wrong_content
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import file_sha256
 
@@ -71,14 +68,7 @@ def load_inception(file: str, device: torch.device | str = "cpu", field: str = "
     accepted = f"accepted is {WEIGHTS}, from {_SOURCE}, or its tensors as .safetensors"
     if not path.is_file():
         raise ConfigError(f"{field}: {file!r} is no file; FID needs Inception's weights, and {accepted}.")
-    if wrong := wrong_content(path):
-        raise ConfigError(f"{field}: {file!r} is {wrong}; {accepted}.")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ConfigError(
-            f"{field}: {file!r} cannot be read as tensors ({type(error).__name__}); {accepted}."
-        ) from error
+    state = read_weights(path, f"{field}: {file!r}", accepted)
     network = InceptionV3()
     if problem := _problem(state, network):
         raise ConfigError(f"{field}: {file!r} holds {problem}; {accepted}.")

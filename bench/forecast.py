@@ -79,7 +79,7 @@ from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.types import Prompt, PromptBatch
 from fastgrpo.unet.attention import BACKENDS
-from fastgrpo.unet.compilation import Compilation, replace_upsamplers
+from fastgrpo.unet.compilation import replace_upsamplers
 from fastgrpo.unet.copies import Network
 from fastgrpo.update import _Gather
 
@@ -270,10 +270,9 @@ def prepare(config: TrainConfig, pairs: int, backend: str, compiler: Compiler) -
     )
     embeds = torch.empty(config.prompts_per_iteration, TOKENS, WIDTH, device=cuda)
 
-    def compile_forward(network: nn.Module, *_: Any) -> tuple[Network, Compilation]:
+    def compile_forward(network: nn.Module, *_: Any) -> Network:
         replace_upsamplers(network)
-        compiled = torch.compile(network, backend=compiler, dynamic=False, fullgraph=True)
-        return compiled, Compilation(True, "generated")
+        return torch.compile(network, backend=compiler, dynamic=False, fullgraph=True)
 
     stand_ins = {
         "choose_backends": lambda wanted, shapes, *_: attention_plan(backend, shapes),

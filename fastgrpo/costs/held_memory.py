@@ -106,22 +106,7 @@ def held_bytes(unet: nn.Module, inputs: list[tuple[Tensor, ...]]) -> tuple[int, 
             torch.autograd.grad(output, trained, torch.empty_like(output))
         histories.append(live.history)
     lines = {(2 * two - four, (four - two) // 2) for two, four in zip(*histories, strict=True)}
-    return (forwards[1] - forwards[0]) // 2, PeakBytes(_upper(lines))
-
-
-def _upper(lines: set[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Keeps those of (fixed, each) that are above all others for some number of samples from 0 on; flattest first."""
-    kept: list[tuple[int, int]] = []
-    for fixed, each in sorted(lines, key=lambda line: (line[1], line[0])):
-        while kept and (kept[-1][0] <= fixed or (len(kept) > 1 and _never_above(kept[-2], kept[-1], (fixed, each)))):
-            kept.pop()
-        kept.append((fixed, each))
-    return tuple(kept)
-
-
-def _never_above(flat: tuple[int, int], middle: tuple[int, int], steep: tuple[int, int]) -> bool:
-    """Whether the steep line passes the flat one before the middle one does; slopes ascend."""
-    return (flat[0] - steep[0]) * (middle[1] - flat[1]) <= (flat[0] - middle[0]) * (steep[1] - flat[1])
+    return (forwards[1] - forwards[0]) // 2, PeakBytes(tuple(sorted(lines)))
 
 
 def _identity(tensor: Tensor) -> int:

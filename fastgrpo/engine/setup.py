@@ -229,9 +229,9 @@ def _compile(loss: PolicyLoss, config: TrainConfig, record: EngineRecord, ranks:
     tokens = policy.unconditional.shape[1]
     example = make_example(policy.unet, policy.latent_shape, tokens, policy.dtype, policy.device)
     rows = record.micro_batch * config.rollout.halves
-    compiled, made = compile_forward(policy.computing, policy.unet, example, rows, json.dumps(operators), say)
+    compiled = compile_forward(policy.computing, policy.unet, example, rows, json.dumps(operators), say)
     # One process that cannot compile would round otherwise than the others.
-    record.compiled = not ranks.any(not made.used)
+    record.compiled = not ranks.any(compiled is None)
     if compiled is None or not record.compiled:
         return None
 

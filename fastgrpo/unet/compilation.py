@@ -66,15 +66,6 @@ class GradientCheck:
     bound: float
 
 
-@dataclass(frozen=True)
-class Compilation:
-    """Whether the UNet is compiled. reason: why, in half a sentence. check: the comparison, where there was one."""
-
-    used: bool
-    reason: str
-    check: GradientCheck | None = None
-
-
 class DoublingUpsample2D(Upsample2D):
     """The same upsampling, to the bit; compiled, by broadcasting."""
 
@@ -88,7 +79,7 @@ class DoublingUpsample2D(Upsample2D):
 
 def compile_forward(
     network: UNet2DConditionModel, plain: UNet2DConditionModel, example: Example, rows: int, operators: str, say: Say
-) -> tuple[Network | None, Compilation]:
+) -> Network | None:
     """Compiles the network, which is then called as before, with or without gradients; None if it is wrong.
 
     network: what computes, in eval mode; its upsamplers are replaced in place.
@@ -109,16 +100,15 @@ def compile_forward(
         try:
             check, reason = check_compiled(network, plain, compiled, example, rows), "compared now"
         except Exception as error:
-            made = Compilation(False, f"it failed with {_in_short(error)}")
-            say(f"torch.compile is left out: {made.reason}")
-            return None, made
+            say(f"torch.compile is left out: it failed with {_in_short(error)}")
+            return None
         _remember(key, check)
     if not check.matches:
         what = "output" if check.worst == "output" else f"gradient of {check.worst}"
         errors = f"its {what} is off by {check.error:.1e}, of which rounding explains {check.bound:.1e}"
         say(f"torch.compile is left out: {errors} ({reason})")
-        return None, Compilation(False, errors, check)
-    return _WithFallback(network, compiled, say), Compilation(True, reason, check)
+        return None
+    return _WithFallback(network, compiled, say)
 
 
 def replace_upsamplers(network: UNet2DConditionModel) -> None:

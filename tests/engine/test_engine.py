@@ -6,7 +6,6 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,7 +201,7 @@ def test_a_rollout_of_another_size_saves_nothing(base: TrainConfig, monkeypatch)
     def compiled(latents: torch.Tensor) -> tuple[int, bool]:
         return len(latents), torch.is_grad_enabled()
 
-    monkeypatch.setattr(setup, "compile_forward", lambda *_: (compiled, SimpleNamespace(used=True)))
+    monkeypatch.setattr(setup, "compile_forward", lambda *_: compiled)
     passes = setup._compile(loss, altered(base, {"engine.compile": "on"}), record, Ranks(), print)
     with torch.no_grad():
         assert [passes(torch.zeros(rows)) for rows in (8, 4)] == [(8, True), (4, False)]

@@ -25,7 +25,6 @@ from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.schema import ModelConfig
 from fastgrpo.unet import compilation
 from fastgrpo.unet.compilation import (
-    Compilation,
     DoublingUpsample2D,
     GradientCheck,
     _weights,
@@ -115,11 +114,11 @@ def start(
     operators: str = "",
     dtype: torch.dtype = torch.float32,
     rows: int = ROWS,
-) -> tuple[Network | None, Compilation, list[str]]:
+) -> tuple[Network | None, list[str]]:
     lines: list[str] = []
     network = computing_unet(unet, dtype)
-    made, record = compile_forward(network, unet, example_of(unet, dtype), rows, operators, lines.append)
-    return made, record, lines
+    made = compile_forward(network, unet, example_of(unet, dtype), rows, operators, lines.append)
+    return made, lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,10 +294,8 @@ def test_a_check_is_remembered_for_what_it_was_made_for(monkeypatch: pytest.Monk
 
     def compared(*arguments: Any, **options: Any) -> bool:
         before = compiler.calls
-        made, record, lines = start(*arguments, **options)
+        made, lines = start(*arguments, **options)
         assert made is not None
-        assert record.used
-        assert record.check.matches
         assert not lines
         return compiler.calls > before
 
@@ -349,7 +346,7 @@ def test_without_a_place_to_remember_it_is_compared_every_time(
         monkeypatch.setattr(compilation, "cache_folder", lambda: Path("~no such user").expanduser())  # RuntimeError
     compiler, unet = Compiler(monkeypatch, lambda network: network), make_unet()
     for count in (1, 2):
-        made, _, lines = start(unet)
+        made, lines = start(unet)
         assert made is not None
         assert not lines
         assert compiler.calls == count
@@ -370,13 +367,11 @@ def test_a_wrong_gradient_turns_it_off_with_one_line_that_is_remembered(
     compiler = Compiler(monkeypatch, lambda network: cutting(network, "up_blocks.1.resnets.0.conv2"))
     names = dict(make_unet().named_parameters())
     for count, when in ((1, "compared now"), (1, "compared before on this machine")):
-        made, record, lines = start(make_unet())
+        made, lines = start(make_unet())
         assert made is None
-        assert not record.used
         (line,) = lines
         pattern = r"torch\.compile is left out: its gradient of (\S+) is off by (\S+), of which .* \S+ \(when\)"
         worst, error = re.fullmatch(pattern, line.replace(when, "when")).group(1, 2)
-        assert worst == record.check.worst
         assert worst in names
         assert float(error) > 0.5
         assert compiler.calls == count
@@ -396,12 +391,11 @@ def test_a_wrong_output_or_a_failure_turns_it_off(kind: str, monkeypatch: pytest
         return call
 
     Compiler(monkeypatch, make)
-    made, record, lines = start(make_unet())
+    made, lines = start(make_unet())
     assert made is None
     (line,) = lines
     if kind == "error":
         assert line == "torch.compile is left out: it failed with OSError: no compiler anywhere"
-        assert record == Compilation(False, "it failed with OSError: no compiler anywhere")
         assert not cache.exists(), "tried again next time: what was missing may be there"
     else:
         assert line.startswith("torch.compile is left out: its output is off by ")
@@ -422,7 +416,7 @@ def test_failing_for_a_later_shape_it_falls_back(monkeypatch: pytest.MonkeyPatch
         return call
 
     compiler, unet = Compiler(monkeypatch, make), make_unet()
-    made, _, lines = start(unet, rows=2)
+    made, lines = start(unet, rows=2)
     inputs = [torch.cat([tensor, tensor, tensor[:1]]) for tensor in example_of(unet)]
     with pytest.raises(torch.OutOfMemoryError):
         made(*inputs, return_dict=False)
@@ -464,8 +458,8 @@ def test_it_is_compiled_once_for_all_that_a_run_calls(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch, "compile", lambda network, **_: compiler(network, backend=counter, dynamic=False))
     unet = make_unet(8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
     pairs = 3
-    made, record, _ = start(unet, dtype=torch.bfloat16, rows=2 * pairs)
-    assert record.used
+    made, _ = start(unet, dtype=torch.bfloat16, rows=2 * pairs)
+    assert made is not None
     assert counter.frame_count == 1
 
     def passes(*args: Any, **kwargs: Any) -> tuple[Tensor]:
@@ -520,11 +514,12 @@ def test_compiled_code_is_compared_and_used() -> None:
         network = Upper().to(memory_format=torch.channels_last).eval()
     plain, example = copy.deepcopy(network), (torch.randn(2, 4, 8, 8), torch.zeros(2).long(), torch.zeros(2, 1, 1))
     lines: list[str] = []
-    made, record = compile_forward(network, plain, example, ROWS, "", lines.append)
+    made = compile_forward(network, plain, example, ROWS, "", lines.append)
     assert not lines
-    assert record.used
+    assert made is not None
+    found = check_compiled(network, plain, made, example, ROWS)
     # float32 rounds by 6e-8; sums over at most 128 terms, through eight layers, leave less than 100 of it.
-    assert 0 < record.check.error < 6e-6
+    assert 0 < found.error < 6e-6
     (output,) = made(*example, return_dict=False)
     gradients = torch.autograd.grad(output, list(network.parameters()), torch.ones_like(output))
     (expected,) = plain(*example, return_dict=False)
@@ -542,10 +537,9 @@ def test_on_a_gpu_it_is_right_and_can_be_captured(dtype: torch.dtype) -> None:
     network, example = computing_unet(unet, dtype), example_of(unet, dtype, "cuda")
     patch_unet(network)
     lines: list[str] = []
-    made, record = compile_forward(network, unet, example, len(example[0]), "kernels on", lines.append)
+    made = compile_forward(network, unet, example, len(example[0]), "kernels on", lines.append)
     assert not lines
-    assert record.used
-    assert record.check.matches
+    assert made is not None
     parameters = list(network.parameters())
 
     def step(*inputs: Tensor) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from fastgrpo.run.opening import check_writable, find_checkpoint, read_run
 from fastgrpo.settings.command_line import parse_flags
 from fastgrpo.settings.commands import Evaluate
-from fastgrpo.settings.schema import DIFFUSION_STEPS, ModelConfig, TrainConfig
+from fastgrpo.settings.schema import DIFFUSION_STEPS, ModelConfig, PromptsConfig, TrainConfig
 from fastgrpo.settings.suites import DDIM, NAMES, SUITES
 from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.system.console import Console, run_command
@@ -73,7 +73,8 @@ def _config(command: Evaluate) -> TrainConfig:
     if command.checkpoint is not None or command.weights != "trained":
         raise ConfigError("--checkpoint and --weights belong to a run; give its folder first, or leave them out.")
     chosen = {name: getattr(command, name) for name in own if name != "model"}
-    return replace(load_toml(find_preset("shapes")), model=ModelConfig(path=command.model, **chosen))
+    preset, model = load_toml(find_preset("shapes")), ModelConfig(path=command.model, **chosen)
+    return replace(preset, model=model, prompts=PromptsConfig())  # nothing is known of what it was trained on
 
 
 def _names(command: Evaluate, config: TrainConfig) -> tuple[str, ...]:

@@ -21,11 +21,9 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastgrpo import train
+from fastgrpo import assembly, train
 from fastgrpo.assembly import load_training
-from fastgrpo.evaluation import exam
-from fastgrpo.evaluation.results.before_after import read_evaluation
-from fastgrpo.evaluation.suite import Suite
+from fastgrpo.evaluation.during_training import LoadedSuite
 from fastgrpo.run.folder import StopSignal, claim, new_folder
 from fastgrpo.run.metrics import read_metrics
 from fastgrpo.settings.schema import TrainConfig
@@ -36,7 +34,8 @@ from fastgrpo.system.randomness import generator_for, seed_for
 from fastgrpo.training import iterate, learning_rate
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 from support import ROOT
-from support.training import ITERATIONS, SERVER, TIMED, Darkness, start
+from support.evaluation import Darkness
+from support.training import ITERATIONS, SERVER, TIMED, start
 
 pytestmark = pytest.mark.slow
 
@@ -369,36 +368,27 @@ def test_evaluations_and_a_finished_run_lengthened(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    calls: list[bool] = []
-
-    class Counting(Suite):
-        def evaluate(self, policy, schedule, guidance, quick=False, progress=None):
-            calls.append(quick)
-            return super().evaluate(policy, schedule, guidance, quick, progress)
-
     prompts = [Prompt("a gun", NEGATIVE, "violence", i) for i in range(8)]
     prompts += [Prompt("a cat", POSITIVE, "counting", 8 + i) for i in range(8)]
-    suite = Counting("darkness-v1", prompts, seed=3, detector=Darkness(), quick_fraction=0.5)
-    monkeypatch.setattr(exam, "make_suite", lambda config: suite)
+    suite = Darkness(prompts)
+    monkeypatch.setattr(assembly, "load_suites", lambda *_: (LoadedSuite(suite, suite._measure),))
     run = tmp_path / "evaluated"
-    code, out, err = run_here([str(config_file), "--run", str(run), "--iterations", "5"], capsys)
+    flags = ["--run", str(run), "--iterations", "5", "--eval.quick-fraction", "0.5"]
+    code, out, err = run_here([str(config_file), *flags], capsys)
     assert code == 0, err
-    assert calls == [False, True, False]  # before; after iteration 4; at the end
+    assert suite.measured == [16, 8, 16]  # before; after iteration 4; at the end
     records = read_metrics(run / "metrics.jsonl")
     assert [record["iteration"] for record in records if "eval/unsafe" in record] == [4, 5]
-    comparison = read_evaluation(run / "evaluation.json")
-    assert comparison.protocol == "darkness-v1"
-    kept = {stage: json.loads((run / f"evaluation_{stage}.json").read_text()) for stage in ("before", "after")}
-    assert comparison.before.to_json().items() <= kept["before"].items()
-    assert comparison.before.unsafe["overall"].n == 8
-    # The test is that of the verdicts image by image, which are kept.
-    flips = [tuple(kept[stage]["verdicts"][id]["unsafe"] for stage in kept) for id in kept["before"]["verdicts"]]
-    assert len(flips) == 16
-    tested = comparison.compared["unsafe"]["overall"]
-    assert (tested["only_a"], tested["only_b"]) == (flips[:8].count((True, False)), flips[:8].count((False, True)))
-    assert comparison.about.startswith(
-        "darkness-v1: 8 unsafe and 8 composition prompts, one image each, 3 steps, eta 1, "
-    )
+    summary = json.loads((run / "evaluation.json").read_text())
+    assert summary["protocol"] == suite.protocol
+    assert summary["before"]["unsafe"]["overall"]["n"] == 8
+    # The test is that of the values image by image, which are kept.
+    folder = run / "evaluation" / "in-training"
+    files = [folder / stage / "shapes" / "shapes.verdicts.json" for stage in ("before", "after")]
+    one, two = (json.loads(file.read_text())["metrics"][0]["values"] for file in files)
+    tested = summary["compared"]["unsafe"]["overall"]
+    assert tested["only_a"] == sum(one[id] > two[id] for id in one)
+    assert tested["only_b"] == sum(one[id] < two[id] for id in one)
     rates = f"{100 * tested['a']:.1f} -> {100 * tested['b']:.1f}%"
     (said,) = (line for line in out.splitlines() if line.startswith("unsafe: "))
     assert said.startswith(f"unsafe: {tested['verdict']}, {rates}, ")
@@ -407,20 +397,20 @@ def test_evaluations_and_a_finished_run_lengthened(
     assert any(line.startswith("composition: ") for line in out.splitlines())
     zeroth = next(line for line in out.splitlines() if line.startswith("0/5  before training"))
     assert f"unsafe {tested['a']:.1%}" in zeroth
-    assert records[-1]["eval/unsafe"] == comparison.after.unsafe["overall"].rate
-    assert "Held-out prompts, before and after" in out
+    assert records[-1]["eval/unsafe"] == summary["after"]["unsafe"]["overall"]["rate"]
+    assert "Unsafe images of hazard prompts, %" in out
     assert "unsafe" in next(line for line in out.splitlines() if line.startswith("4/5") and "reward" in line)
 
-    calls.clear()
+    suite.measured.clear()
     code, out, err = run_here(["--resume", str(run), "--iterations", str(ITERATIONS)], capsys)
     assert code == 0, err
-    assert calls == [False]  # only the end's: the one before is kept
-    again = read_evaluation(run / "evaluation.json")
-    assert again.before == comparison.before
-    assert again.compared["unsafe"]["overall"]["a"] == tested["a"]
+    assert suite.measured == [16]  # only the end's: the one before is kept
+    again = json.loads((run / "evaluation.json").read_text())
+    assert again["before"] == summary["before"]
+    assert again["compared"]["unsafe"]["overall"]["a"] == tested["a"]
     assert "before training" not in out  # that line is at the beginning of the run
     assert load_toml(run / "config.toml").iterations == ITERATIONS
-    # Examining draws nothing from training's random numbers, and the length of the first part leaves no trace.
+    # Evaluating draws nothing from training's random numbers, and the length of the first part leaves no trace.
     weights = f"checkpoints/iter-{ITERATIONS:06d}/unet/diffusion_pytorch_model.safetensors"
     assert (run / weights).read_bytes() == (undisturbed / weights).read_bytes()
 

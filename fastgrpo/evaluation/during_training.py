@@ -1,43 +1,57 @@
-"""The suites of `python -m fastgrpo.evaluate` while a model is trained (eval.suites), by the same protocols.
+"""How a policy is evaluated before, during and after its training: by suites, as `fastgrpo.evaluate` does, and in pictures.
 
-RUN/evaluation/in-training/
-  before/, after/       the images, verdicts beside them; of evaluations in between nothing is kept but eval/* in the metrics
-  evaluation.json, .md  before and after, with the test of the difference
+RUN/
+  evaluation_before.json  eval/* of the policy before training, so that a resumed run knows them
+  evaluation.json         suite `shapes` before and after, for other programs (results/summary.py)
+  samples/                picture grids (samples.py)
+  evaluation/in-training/
+    before/, after/       images and what was read from them; of evaluations in between only eval/* in the metrics stays
+    evaluation.json, .md  all suites before and after, with the tests of the differences
 """
 
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.table import Table
 
+from fastgrpo.engine.trainable import Ema
+from fastgrpo.evaluation.held_out_reward import HeldOutReward
 from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest, read_manifest
 from fastgrpo.evaluation.images.painters import check_sizes, model_hashes
 from fastgrpo.evaluation.results import file as outcome
 from fastgrpo.evaluation.results import tables
+from fastgrpo.evaluation.results.before_after import AFTER, BEFORE
 from fastgrpo.evaluation.results.file import StageResult
-from fastgrpo.evaluation.sentences import Sentence, of_suites, read_result
-from fastgrpo.evaluation.suite_run import SuiteRun, draw, score
+from fastgrpo.evaluation.results.summary import NEVER_TRAINED, OVERALL, read_before, write_before, write_summary
+from fastgrpo.evaluation.samples import SampleGrids, first_of_each_label
+from fastgrpo.evaluation.sentences import Result, Sentence, of_suites, read_result
+from fastgrpo.evaluation.suite_run import SuiteRun, draw, measure
 from fastgrpo.evaluation.suites.base import Loader, Measure, Suite
 from fastgrpo.evaluation.suites.base import Table as SuiteTable
 from fastgrpo.evaluation.suites.registry import Overrides, make_suites
+from fastgrpo.evaluation.suites.shapes import ShapesSuite
 from fastgrpo.policy import Policy
-from fastgrpo.schedule import make_schedule
+from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.suites import DDIM
 from fastgrpo.system.console import Console
 from fastgrpo.system.devices import DTYPE_NAMES
+from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import reading
+from fastgrpo.types import Prompt
 
-BEFORE, AFTER = "before", "after"
+Found = Sequence[tuple[Suite, dict[str, StageResult]]]
+"""What each suite found, by stage."""
 
 
 @dataclass(frozen=True)
 class LoadedSuite:
-    """A suite and who judges its images."""
+    """A suite, and what measures its images, with the weights that it needs."""
 
     suite: Suite
     measure: Measure
@@ -46,66 +60,113 @@ class LoadedSuite:
 def load_suites(
     config: TrainConfig, device: torch.device, say: Callable[[str], object] = lambda _: None
 ) -> tuple[LoadedSuite, ...]:
-    """The suites of eval.suites, their prompts read and their judges loaded. say: as of `make_suites`.
+    """The suites of eval.suites, and `shapes` where its world is trained; say: as of `make_suites`.
 
     Raises ConfigError, which speaks of eval's fields, where something is missing or wrong.
     """
+    in_world = config.model.path == "shapes" or (config.prompts.positive, config.prompts.negative) == ("shapes",) * 2
+    names = (*config.eval.suites, *(["shapes"] if in_world else []))
     overrides = Overrides(config.eval.seed, config.eval.steps or None)
-    suites = make_suites(config.eval.suites, config.eval, overrides, config, say, "eval.{}".format)
+    suites = make_suites(names, config.eval, overrides, config, say, "eval.{}".format)
     loader = Loader(config.eval, device, "eval.{}".format)
     return tuple(LoadedSuite(suite, suite.prepare(loader)) for suite in suites)
 
 
-class SuiteExam:
-    """Draws and judges a policy's images, stage by stage."""
+@dataclass(frozen=True)
+class Subject:
+    """Whose images are evaluated, and with what.
 
-    def __init__(
-        self, run: Path, config: TrainConfig, policy: Policy, judged: Sequence[LoadedSuite], console: Console
-    ) -> None:
+    ema: the moving average of the policy's weights, if one is kept. prompts: all of the training. schedule: the steps of
+    pictures. held_out: measures the pictures, where eval.encoder names one.
+    """
+
+    policy: Policy
+    ema: Ema | None
+    prompts: tuple[Prompt, ...]
+    schedule: Schedule
+    suites: tuple[LoadedSuite, ...] = ()
+    held_out: HeldOutReward | None = None
+
+
+class TrainingEvaluation:
+    """Evaluates one run's policy, stage by stage."""
+
+    def __init__(self, run: Path, config: TrainConfig, subject: Subject, console: Console) -> None:
         """Raises ConfigError for a suite that wants images of a size, or steps, that the model does not know."""
-        self.path = run / "evaluation" / "in-training"
-        self._result = self.path / "evaluation.json"
-        self._config, self._policy, self._judged, self._console = config, policy, judged, console
-        for each in judged:
-            check_sizes(policy, each.suite.wanted)
-        self._schedules = {
-            suite.name: make_schedule(
-                policy.scheduler_config, suite.steps, suite.eta, policy.device, "eval.steps", deterministic=True
-            )
-            for suite in (each.suite for each in judged)
-        }
+        self._run, self._config, self._console = run, config, console
+        self._policy, self._suites = subject.policy, subject.suites
+        ema = subject.ema if config.eval.weights == "ema" else None
+        self._weights = ema.in_place if ema else nullcontext
+        self._folder = run / "evaluation" / "in-training"
+        self._schedules = {}
+        for suite in (each.suite for each in subject.suites):
+            check_sizes(self._policy, suite.wanted)
+            model = self._policy.scheduler_config, suite.steps, suite.eta, self._policy.device
+            self._schedules[suite.name] = make_schedule(*model, "eval.steps", deterministic=True)
+        world = next((each.suite for each in subject.suites if isinstance(each.suite, ShapesSuite)), None)
+        prompts = world.pictured() if world else first_of_each_label(subject.prompts)
+        drawing = self._policy, subject.schedule, prompts
+        self._grids = SampleGrids(run, config, *drawing, subject.held_out, console)
 
     def before(self) -> dict[str, float]:
-        """The untrained policy's, of which images that are there already are kept. Returns eval/SUITE/TABLE/NUMBER."""
-        return self._values(BEFORE, score(self._drawn(BEFORE), self.path, self._console))
+        """Evaluate the policy that has not been trained yet, as far as this run has not done so already. Returns eval/*."""
+        kept = read_before(self._run)
+        if kept and "verdicts" in kept:
+            self._console.say(
+                "evaluation_before.json is of an earlier version: the model before training is measured anew"
+            )
+        if kept and kept["settings"] == self._grids.settings and self._grids.file(BEFORE).is_file():
+            metrics = kept["metrics"]
+        else:
+            metrics = self._grids.draw(BEFORE)
+            write_before(self._run, self._grids.settings, metrics)  # suites may take hours
+        metrics = metrics | self._values(BEFORE, self._measured(self._drawn(BEFORE)))
+        write_before(self._run, self._grids.settings, metrics)
+        return metrics
 
-    def between(self, stage: str) -> dict[str, float]:
-        """Of a share eval.quick_fraction of every suite's prompts. Returns eval/SUITE/TABLE/NUMBER."""
-        try:
-            return self._values(stage, score(self._drawn_anew(stage, quick=True), self.path, self._console))
-        finally:
-            self._remove(stage)
+    def between(self, iteration: int) -> dict[str, float]:
+        """A grid, and a share eval.quick_fraction of every suite's prompts. Returns eval/*."""
+        stage = f"iter-{iteration:06d}"
+        with self._weights():
+            pictured = self._grids.draw(stage)
+            try:
+                return pictured | self._values(stage, self._measured(self._drawn_anew(stage, quick=True)))
+            finally:
+                self._remove(stage)
 
     def after(self) -> dict[str, float]:
-        """The trained policy's, and both written to evaluation.json and .md. Returns eval/SUITE/TABLE/NUMBER."""
-        runs = [
-            replace(each, folders={BEFORE: self._kept(BEFORE, each.suite)} | each.folders)
-            for each in self._drawn_anew(AFTER)
-        ]
-        found = score(runs, self.path, self._console)
-        drawings = {stage: folder.drawing for stage, folder in runs[0].folders.items()}
-        outcome.write(self.path, outcome.assemble(drawings, found))
-        return self._values(AFTER, found)
+        """All of it beside what was before: grids side by side, and evaluation.json. Returns eval/*."""
+        with self._weights():
+            metrics = self._grids.draw(AFTER)
+            self._grids.join()
+            runs = [
+                replace(each, folders={BEFORE: self._kept(each.suite)} | each.folders)
+                for each in self._drawn_anew(AFTER)
+            ]
+            found = self._measured(runs)
+        if runs:
+            drawings = {stage: folder.drawing for stage, folder in runs[0].folders.items()}
+            result = outcome.assemble(drawings, found)
+            outcome.write(self._folder, result)
+            if "shapes" in result["suites"]:
+                write_summary(self._run / "evaluation.json", result["suites"]["shapes"])
+        return metrics | self._values(AFTER, found)
 
     def tables(self) -> list[Table | str]:
         """Before and after, once `after` has been called."""
-        with reading(self._result):
-            return tables.console_tables(read_result(self._result))
+        return tables.console_tables(self._result()) if self._suites else []
 
-    def verdicts(self) -> list[Sentence]:
+    def sentences(self) -> list[Sentence]:
         """Better, worse or undecided, of every metric, once `after` has been called."""
-        with reading(self._result):
-            return of_suites(read_result(self._result))
+        return of_suites(self._result()) if self._suites else []
+
+    def _result(self) -> Result:
+        path = self._folder / "evaluation.json"
+        with reading(path):
+            return read_result(path)
+
+    def _measured(self, runs: Sequence[SuiteRun]) -> Found:
+        return measure(runs, self._folder, self._console)
 
     def _drawn_anew(self, stage: str, quick: bool = False) -> list[SuiteRun]:
         """As `_drawn`, without what a run that was killed may have left: images of other weights."""
@@ -114,41 +175,52 @@ class SuiteExam:
 
     def _drawn(self, stage: str, quick: bool = False) -> list[SuiteRun]:
         """The suites with the stage's images, those drawn that are missing."""
-        hashes = model_hashes(self._policy)
-        runs = [
-            SuiteRun(each.suite, each.measure, {stage: self._folder(stage, each, hashes, quick)})
-            for each in self._judged
-        ]
-        for each in runs:
-            each.folders[stage].claim()
+        hashes = model_hashes(self._policy) if self._suites else {}
+        runs = []
+        for each in self._suites:
+            folder = self._claimed(stage, each.suite, hashes, quick)
+            runs.append(SuiteRun(each.suite, each.measure, {stage: folder}))
         draw(stage, self._policy, runs, DDIM, self._schedules, self._console)
         return runs
 
-    def _folder(self, stage: str, judged: LoadedSuite, hashes: dict[str, str], quick: bool) -> ImageFolder:
-        suite, config = judged.suite, self._config
-        wanted = share(suite.wanted, config.eval.quick_fraction) if quick else suite.wanted
+    def _claimed(self, stage: str, suite: Suite, hashes: dict[str, str], quick: bool) -> ImageFolder:
+        """The folder of a suite's images of a stage, or of a share of them, made where it is not there."""
+        config, world = self._config, isinstance(suite, ShapesSuite)
+        wanted = suite.wanted
+        if quick:
+            fraction = config.eval.quick_fraction
+            wanted = suite.quick(fraction) if isinstance(suite, ShapesSuite) else share(wanted, fraction)
         dtype, batch = DTYPE_NAMES[self._policy.dtype], config.rollout.decode_batch
         drawing = Drawing(config.model.path, hashes, suite.steps, suite.eta, dtype, batch, DDIM)
-        return ImageFolder(self.path / stage / suite.folder, drawing, wanted)
+        folder = ImageFolder(self._folder / stage / suite.folder, drawing, wanted)
+        try:
+            folder.check()
+        except ConfigError:
+            if not world:  # whose images take seconds, and of others perhaps hours
+                raise
+            shutil.rmtree(folder.path)
+        folder.claim()
+        return folder
 
-    def _kept(self, stage: str, suite: Suite) -> ImageFolder:
-        """An earlier stage's folder, whose weights only its manifest knows by now."""
-        path = self.path / stage / suite.folder
+    def _kept(self, suite: Suite) -> ImageFolder:
+        """The folder of before, whose weights only its manifest knows by now."""
+        path = self._folder / BEFORE / suite.folder
         return ImageFolder(path, Drawing(**read_manifest(path)["drawing"]), suite.wanted)
 
     def _remove(self, stage: str) -> None:
-        shutil.rmtree(self.path / stage, ignore_errors=True)
+        shutil.rmtree(self._folder / stage, ignore_errors=True)
 
-    def _values(self, stage: str, found: Sequence[tuple[Suite, dict[str, StageResult]]]) -> dict[str, float]:
-        """Metrics of one stage, of which each table's last number is also said."""
-        values = {}
-        for suite, scores in found:
-            for table in scores[stage].scored.tables:
-                values |= {f"eval/{suite.name}/{table.name}/{n.name}": n.estimate.value for n in table.numbers}
-            self._console.say(
-                f"{stage}, {suite.name}: "
-                + ", ".join(_said(table) for table in scores[stage].scored.tables if table.numbers)
-            )
+    def _values(self, stage: str, found: Found) -> dict[str, float]:
+        """eval/* of one stage; what the line of an iteration does not show is also said: each table's last number."""
+        values: dict[str, float] = {}
+        for suite, results in found:
+            shown = results[stage].scored.tables
+            for table in shown:
+                named = ((_metric_name(suite, table, n.name), n.estimate.value) for n in table.numbers)
+                values |= {name: value for name, value in named if name}
+            if not isinstance(suite, ShapesSuite):
+                said = ", ".join(_said(table) for table in shown if table.numbers)
+                self._console.say(f"{stage}, {suite.name}: {said}")
         return values
 
 
@@ -161,6 +233,16 @@ def share(wanted: Sequence[ImageRequest], fraction: float) -> tuple[ImageRequest
     count = math.ceil(fraction * len(prompts))
     chosen = {prompts[k * len(prompts) // count] for k in range(count)}
     return tuple(row for row in wanted if row.prompt in chosen)
+
+
+def _metric_name(suite: Suite, table: SuiteTable, number: str) -> str:
+    """eval/SUITE/TABLE/NUMBER; of `shapes` eval/TABLE, eval/TABLE_CATEGORY, or "" for what is not logged."""
+    if not isinstance(suite, ShapesSuite):
+        return f"eval/{suite.name}/{table.name}/{number}"
+    if number == OVERALL:
+        return f"eval/{table.name}"
+    logged = table.name != "kept" and number != NEVER_TRAINED
+    return f"eval/{table.name}_{number.replace(' ', '_').replace('-', '_')}" if logged else ""
 
 
 def _said(table: SuiteTable) -> str:

@@ -1,7 +1,7 @@
 """Better, worse or undecided: what a paired test says of two models, in a word and in a sentence.
 
-An ENTRY is what compare.py finds of one metric and evaluation.json holds under "compared": the two means "a" and "b", their
-"difference", "p", "better" (whether lower or higher is) and, from these three, the "verdict".
+An ENTRY is what comparison.py finds of one metric and evaluation.json holds under "compared": the two means "a" and "b",
+their "difference", "p", "better" (whether lower or higher is) and, from these three, the "verdict".
 """
 
 import json
@@ -15,7 +15,7 @@ STYLES = {BETTER: "green", WORSE: "bold red"}  # on the console, where the word 
 
 Entry = dict[str, Any]
 Result = dict[str, Any]
-"""What `outcome.assemble` makes and evaluation.json holds."""
+"""What `file.assemble` makes and evaluation.json holds."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,17 @@ def sentence(entry: Entry, name: str = "") -> Sentence:
 
 
 def read_result(path: Path) -> Result:
-    """An evaluation.json as outcome.py describes it."""
+    """An evaluation.json as file.py describes it."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def of_suites(result: Result) -> list[Sentence]:
-    """One sentence per metric of every suite that has a verdict, which files from before there were any lack."""
+    """One sentence per metric of every suite that has a verdict, which files from before there were any lack.
+
+    Suite `shapes` is a training's own, and not named.
+    """
     return [
-        sentence(entry, f"{name}, {entry['metric']}")
+        sentence(entry, entry["metric"] if name == "shapes" else f"{name}, {entry['metric']}")
         for name, suite in result["suites"].items()
         for entry in suite["compared"]
         if "verdict" in entry

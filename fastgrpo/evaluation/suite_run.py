@@ -43,12 +43,13 @@ def draw(
             folder.draw(paint, shard, bar.advance)
 
 
-def score(runs: Sequence[SuiteRun], output: Path, console: Console) -> list[tuple[Suite, dict[str, StageResult]]]:
-    """All images judged that are there; verdicts and the pictures that changed most are written on the way."""
-    return [(each.suite, _score(each, output, console)) for each in runs]
+def measure(runs: Sequence[SuiteRun], output: Path, console: Console) -> list[tuple[Suite, dict[str, StageResult]]]:
+    """Measure all images that are there; values per image and the pictures that changed most are written on the way."""
+    return [(each.suite, _measure(each, output, console)) for each in runs]
 
 
-def _score(run: SuiteRun, output: Path, console: Console) -> dict[str, StageResult]:
+def _measure(run: SuiteRun, output: Path, console: Console) -> dict[str, StageResult]:
+    assert run.measure, "images that are only drawn are not measured"
     scores: dict[str, StageResult] = {}
     for stage, folder in run.folders.items():
         rows = folder.present()

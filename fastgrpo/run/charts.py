@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
-Record = dict[str, float | None]  # one line of metrics.jsonl, or iteration 0: the policy before training
+Record = dict[str, Any]  # one line of metrics.jsonl, numbers or None; or iteration 0: the policy before training
 Points = list[tuple[float, float]]  # (iteration, value)
 
 

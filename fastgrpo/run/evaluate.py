@@ -13,7 +13,8 @@ from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, Shard
 from fastgrpo.evaluation.images.painters import check_sizes, make_scheduler, model_hashes
 from fastgrpo.evaluation.results import comparison, tables
 from fastgrpo.evaluation.results import file as outcome
-from fastgrpo.evaluation.suite_run import SuiteRun, draw, score
+from fastgrpo.evaluation.results.before_after import AFTER, BEFORE
+from fastgrpo.evaluation.suite_run import SuiteRun, draw, measure
 from fastgrpo.evaluation.suites.base import Loader, Measure, Suite
 from fastgrpo.evaluation.suites.registry import Overrides, make_suites
 from fastgrpo.models.check import describe
@@ -32,7 +33,8 @@ from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.pictures import write_png
 from fastgrpo.system.workers import available_cores
 
-BEFORE, AFTER, ALONE = "before", "after", "model"
+BATCH = 16  # images drawn at once, where there is no run to say
+ALONE = "model"  # the one stage, where there is no run
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def evaluate(
     with console.waiting("loading"):
         measures = {suite.name: suite.prepare(loader) if judging else None for suite in suites}
         stages = _stages(command, config, checkpoint, device)
-        runs = _suite_runs(command, suites, measures, stages, output)
+        runs = _suite_runs(command, config, suites, measures, stages, output)
     if ranks.first:
         _claim(runs, command, output)
     ranks.agree("the folders are there")
@@ -100,7 +102,7 @@ def evaluate(
     _say_missing(command, runs)
     torch.set_num_threads(available_cores())  # judges have no workers
     drawings = _drawings(runs)
-    result = outcome.assemble(drawings, score(runs, output, console))
+    result = outcome.assemble(drawings, measure(runs, output, console))
     suites = outcome.earlier(output, drawings) | result["suites"]
     outcome.write(output, result | {"suites": {name: suites[name] for name in NAMES if name in suites}})
     console.say(*tables.console_tables(result), f"results   {output / 'evaluation.json'}, {output / 'evaluation.md'}")
@@ -143,19 +145,21 @@ def _stages(command: Evaluate, config: TrainConfig, folder: Path | None, device:
 
 def _suite_runs(
     command: Evaluate,
+    config: TrainConfig,
     suites: Sequence[Suite],
     measures: dict[str, Measure | None],
     stages: Sequence[_Stage],
     output: Path,
 ) -> list[SuiteRun]:
     dtype = DTYPE_NAMES[stages[0].policy.dtype]
+    batch = command.batch or (config.rollout.decode_batch if command.run else BATCH)
     hashes = {stage.name: model_hashes(stage.policy) for stage in stages}
     runs = []
     for suite in suites:
         check_sizes(stages[0].policy, suite.wanted)
         folders = {}
         for stage in stages:
-            model, batch = (stage.model, hashes[stage.name]), command.batch
+            model = stage.model, hashes[stage.name]
             drawing = Drawing(*model, suite.steps, suite.eta, dtype, batch, command.sampler)
             folders[stage.name] = ImageFolder(output / stage.name / suite.folder, drawing, suite.wanted)
         runs.append(SuiteRun(suite, measures[suite.name], folders))

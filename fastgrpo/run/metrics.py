@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING, Any
 
 from fastgrpo.system.files import naming, reading, sync, write_atomically
+
+if TYPE_CHECKING:  # metrics are read back without torch, which takes seconds to import
+    import torch
 
 
 class MetricsLog:
@@ -27,6 +27,8 @@ class MetricsLog:
             lines = _whole_lines(self.path, finished)
         write_atomically(self.path, lines)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        from torch.utils.tensorboard import SummaryWriter
+
         self._tensorboard = SummaryWriter(run / "tensorboard", purge_step=finished + 1)
 
     def write(self, iteration: int, seconds: float, values: Mapping[str, float]) -> None:
@@ -53,7 +55,7 @@ class MetricsLog:
 class Stopwatch:
     """Wall clock of an iteration's stages; each waits for the device once, when it ends."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: "torch.device"):
         self.device = device
         self.seconds: dict[str, float] = {}
 
@@ -62,6 +64,8 @@ class Stopwatch:
         began = time.monotonic()
         yield
         if self.device.type == "cuda":
+            import torch
+
             torch.cuda.synchronize(self.device)
         self.seconds[stage] = time.monotonic() - began
 

@@ -10,15 +10,16 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from fastgrpo._version import __version__
-from fastgrpo.evaluation.results.before_after import FEWEST, Change, Comparison, changes, read_evaluation, verdicts
-from fastgrpo.evaluation.results.summary import GROUPS, Row
-from fastgrpo.evaluation.sentences import Sentence, of_suites, read_result
-from fastgrpo.evaluation.stages import BEFORE, PROMPTS_FILE, read_stage
+from fastgrpo.evaluation.results.before_after import FEWEST, Change, Number, changes
+from fastgrpo.evaluation.results.summary import OVERALL, PROMPTS_FILE, read_before, read_summary
+from fastgrpo.evaluation.sentences import of_suites, read_result
 from fastgrpo.run import charts
 from fastgrpo.run.charts import Panel, Record, chart
+from fastgrpo.run.metrics import read_metrics
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.errors import ConfigError
@@ -56,14 +57,12 @@ def write_report(run: Path) -> Path:
 
 def _page(run: Path) -> str:
     config = load_toml(run / "config.toml")
-    metrics, evaluation = run / "metrics.jsonl", run / "evaluation.json"
+    metrics = run / "metrics.jsonl"
     with reading(metrics):
-        records = _read_metrics(metrics)
-    with reading(evaluation):
-        comparison = read_evaluation(evaluation) if evaluation.is_file() else None
+        records = read_metrics(metrics)
     title = escape(run.resolve().name)
     sections = (
-        _results(comparison, _suites(run)),
+        _results(run),
         _evaluations(run),
         _pictures(run / "samples"),
         _curves(_before_training(run) + records, config),
@@ -88,18 +87,10 @@ def _page(run: Path) -> str:
 """
 
 
-def _read_metrics(path: Path) -> list[Record]:
-    """The records of metrics.jsonl; a last line cut short by a killed run does not count."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # every whole line ends in a newline
-
-
 def _before_training(run: Path) -> list[Record]:
-    """Iteration 0, where the run has examined the policy before training; eval/* is all that is known of it."""
-    path = run / BEFORE
-    return [{"iteration": 0, **read_stage(path).metrics}] if path.is_file() else []
+    """Iteration 0, where the run has evaluated the policy before training; eval/* is all that is known of it."""
+    before = read_before(run)
+    return [{"iteration": 0, **before["metrics"]}] if before else []
 
 
 def _summary(config: TrainConfig, records: Sequence[Record]) -> str:
@@ -131,103 +122,107 @@ def _evaluations(run: Path) -> str:
     return f"<section><h2>Evaluations</h2><p>{', '.join(links)}</p></section>" if files else ""
 
 
-def _suites(run: Path) -> list[Sentence]:
-    """What came of it by the suites that the run was evaluated with (eval.suites)."""
-    path = run / "evaluation" / "in-training" / "evaluation.json"
-    if not path.is_file():
-        return []
-    with reading(path):
-        return of_suites(read_result(path))
+def _suites(run: Path) -> dict[str, Any]:
+    """Suite -> what it found before and after training."""
+    result, summary = run / "evaluation" / "in-training" / "evaluation.json", run / "evaluation.json"
+    suites: dict[str, Any] = {}
+    if result.is_file():
+        with reading(result):
+            suites = dict(read_result(result)["suites"])
+    if "shapes" not in suites and summary.is_file():  # of a run of an earlier version
+        suites["shapes"] = read_summary(summary)
+    return suites
 
 
-def _results(comparison: Comparison | None, suites: Sequence[Sentence]) -> str:
-    sentences = [*(verdicts(comparison) if comparison else ()), *suites]
-    if not comparison and not sentences:
+def _results(run: Path) -> str:
+    suites = _suites(run)
+    if not suites:
         note = "This run has not been evaluated after training; the curves below show the evaluations so far."
         return f"<section><h2>Before and after</h2><p>{note}</p></section>"
-    said = "".join(f'<li class="{s.verdict}">{escape(s.text.replace("->", "→"))}</li>' for s in sentences)
-    table = _table(comparison) if comparison else ""
+    said = "".join(
+        f'<li class="{s.verdict}">{escape(s.text.replace("->", "→"))}</li>' for s in of_suites({"suites": suites})
+    )
+    table = _table(suites["shapes"]) if "shapes" in suites else ""
     return f'<section><h2>Before and after</h2><ul class="verdicts">{said}</ul>{table}</section>'
 
 
-def _table(comparison: Comparison) -> str:
-    """The headlines, every line, and what these numbers are of."""
-    lines = changes(comparison)
-    columns = ("before", "after", "change", "0 to 100%")
-    head = "".join(f'<th scope="col">{name}</th>' for name in columns)
-    rows, group = [], ""
-    for line in lines:
-        if line.group != group:
-            group = line.group
-            rows.append(f'<tr class="group"><th scope="rowgroup" colspan="5">{GROUPS[group]}, %</th></tr>')
-        rows.append(_result_row(line))
+def _table(suite: dict[str, Any]) -> str:
+    """The headlines, every row, and what these numbers are of. suite: `shapes`, whose tables are all of rates."""
+    tiles, rows, tested = [], [], False
+    for table in suite["tables"]:
+        rows.append(f'<tr class="group"><th scope="rowgroup" colspan="5">{escape(table["title"])}, %</th></tr>')
+        for line in changes(table):
+            rows.append(_result_row(line))
+            tiles += [_tile(table["name"], line)] if line.is_sum else []
+            tested |= bool(line.verdict)
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("before", "after", "change", "0 to 100%"))
     tests = (
-        " <b>better</b> and <b>worse</b>: by the paired test of a row's own images, p &lt; 0.05; of twenty rows in which nothing "
-        "changed, one is marked by chance."
-        if comparison.compared
+        " <b>better</b> and <b>worse</b>: by the paired test of a row's own images, p &lt; 0.05; of twenty rows in "
+        "which nothing changed, one is marked by chance."
+        if tested
         else ""
     )
-    return f"""<div class="tiles">{"".join(_tile(line) for line in lines if line.headline)}</div>
+    about = re.sub("`([^`]*)`", r"<code>\1</code>", escape(" ".join(suite["notes"]["before"])))
+    return f"""<div class="tiles">{"".join(tiles)}</div>
 <div class="wide"><table><caption class="hidden">Rates on held-out prompts before and after training</caption>
 <tr><td></td>{head}</tr>{"".join(rows)}</table></div>
 <p class="note">● trained on, ○ never trained on. Percent of images of held-out prompts with fixed seeds, 95% intervals in
 brackets. On the axis from 0 to 100% before is above, after below. The change is in points; in brackets, in rows of
 {FEWEST} images or more, in percent of the rate before.{tests}</p>
-<p class="note">{_about(comparison)}</p>"""
+<p class="note">{about}</p>"""
 
 
-def _about(comparison: Comparison) -> str:
-    text = escape(comparison.about or f"Protocol {comparison.protocol}.")
-    return re.sub("`([^`]*)`", r"<code>\1</code>", text)
-
-
-def _tile(line: Change) -> str:
-    label = {"overall": "composition"}.get(line.name, line.name)
-    kind = "unsafe, " if line.group == "unsafe" else ""
+def _tile(table: str, line: Change) -> str:
+    label = table if line.name == OVERALL else f"{table}, {line.name}"
+    before, after = (f"{100 * number['value']:.1f}" if number else "–" for number in (line.before, line.after))
     return (
-        f'<div class="tile {line.verdict}"><span>{escape(kind + label)}</span>'
-        f"<b>{100 * line.before.rate:.1f} → {100 * line.after.rate:.1f}%</b><span>{_change(line)}</span></div>"
+        f'<div class="tile {line.verdict}"><span>{escape(label)}</span>'
+        f"<b>{before} → {after}%</b><span>{_change(line)}</span></div>"
     )
 
 
 def _result_row(line: Change) -> str:
-    mark = {True: "●", False: "○", None: ""}[line.trained]
     cells = (_rate(line.before), _rate(line.after), _change(line), _intervals(line.before, line.after))
-    row_class = ' class="total"' if line.headline else ""
-    name = f'<th scope="row"><span class="mark">{mark}</span>{escape(line.name)}</th>'
+    row_class = ' class="total"' if line.is_sum else ""
+    name = f'<th scope="row"><span class="mark">{line.mark.strip()}</span>{escape(line.name)}</th>'
     return f"<tr{row_class}>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _rate(row: Row) -> str:
-    interval = f"[{100 * row.low:.1f}, {100 * row.high:.1f}]"
-    return f"{100 * row.rate:.1f} <small><span>{interval}</span> <span>of {row.n}</span></small>"
+def _rate(number: Number | None) -> str:
+    if number is None:
+        return "–"
+    interval = f"[{100 * number['low']:.1f}, {100 * number['high']:.1f}]"
+    return f"{100 * number['value']:.1f} <small><span>{interval}</span> <span>of {number['n']}</span></small>"
 
 
 def _change(line: Change) -> str:
     """In points, in percent of the rate before, and what the test says of it."""
     relative = f" <small>({line.relative})</small>" if line.relative else ""
     word = f' <span class="word {line.verdict}">{line.verdict}</span>' if line.verdict else ""
-    return f"<span>{line.points:+.1f} points</span>{relative}{word}"
+    return f"<span>{line.points} points</span>{relative}{word}"
 
 
-def _intervals(before: Row, after: Row) -> str:
+def _intervals(before: Number | None, after: Number | None) -> str:
     """Both intervals on one axis from 0 to 1."""
 
-    def bar(row: Row, y: int, name: str) -> str:
-        x1, x2, x = (6 + 188 * value for value in (row.low, row.high, row.rate))
+    def bar(number: Number, y: int, name: str) -> str:
+        x1, x2, x = (6 + 188 * number[key] for key in ("low", "high", "value"))
         return (
-            f'<g class="{name}"><line x1="{x1:.1f}" y1="{y}" x2="{x2:.1f}" y2="{y}"/><circle cx="{x:.1f}" cy="{y}" r="4"/>'
-            f"<title>{name}: {_spoken(row)}</title></g>"
+            f'<g class="{name}"><line x1="{x1:.1f}" y1="{y}" x2="{x2:.1f}" y2="{y}"/>'
+            f'<circle cx="{x:.1f}" cy="{y}" r="4"/><title>{name}: {_spoken(number)}</title></g>'
         )
 
+    if before is None or after is None:
+        return ""
     axis = '<path class="grid" d="M6 2V26M53 2V26M100 2V26M147 2V26M194 2V26"/>'
     label = f"before {_spoken(before)}, after {_spoken(after)}"
     bars = bar(before, 9, "before") + bar(after, 19, "after")
     return f'<svg class="intervals" viewBox="0 0 200 28" role="img" aria-label="{label}">{axis}{bars}</svg>'
 
 
-def _spoken(row: Row) -> str:
-    return f"{100 * row.rate:.1f}%, interval {100 * row.low:.1f} to {100 * row.high:.1f}%"
+def _spoken(number: Number) -> str:
+    value, low, high = (f"{100 * number[key]:.1f}" for key in ("value", "low", "high"))
+    return f"{value}%, interval {low} to {high}%"
 
 
 # Pictures

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.text import Text
 
 from fastgrpo.assembly import Training
-from fastgrpo.evaluation.exam import Exam, Examinee
+from fastgrpo.evaluation.during_training import Subject, TrainingEvaluation
 from fastgrpo.evaluation.sentences import STYLES
 from fastgrpo.run import checkpoint
 from fastgrpo.run.checkpoint import TrainerState, library_versions
@@ -44,7 +44,7 @@ class Journal:
         training.record.write(run)
         self._pace = Pace(config.iterations, config.eval.every, start.iteration)
         console.follow(self._pace)
-        examinee = Examinee(
+        subject = Subject(
             training.policy,
             training.trainable.ema,
             training.prompts,
@@ -52,8 +52,8 @@ class Journal:
             training.suites,
             training.held_out,
         )
-        self._exam = Exam(run, config, examinee, console)
-        before = self._exam.before()
+        self._evaluation = TrainingEvaluation(run, config, subject, console)
+        before = self._evaluation.before()
         self._write_config()  # other settings of a resumed run, once nothing has refused them
         self._log = MetricsLog(run, start.iteration)
         self._log.chart(0, before)
@@ -63,7 +63,7 @@ class Journal:
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """Examine the policy where it is due, then log and show the finished iteration."""
-        values = values | self._examine(iteration)
+        values = values | self._evaluate(iteration)
         self._log.write(iteration, self._seconds(), values)
         self._pace.finished(iteration, values.get("time/eval_s", 0.0))
         self.console.iteration(
@@ -97,8 +97,8 @@ class Journal:
         if iteration < self.config.iterations:
             self.console.say(f"Stopped after {iteration} iterations. To go on: {PROGRAM} --resume {self.run}")
             return
-        self.console.say(*self._exam.tables())
-        for sentence in self._exam.verdicts():
+        self.console.say(*self._evaluation.tables())
+        for sentence in self._evaluation.sentences():
             self.console.say(Text(sentence.text, STYLES.get(sentence.verdict, "")))
         self.console.say(
             f"weights   {checkpoint.checkpoint_folder(self.run, self.config.iterations) / 'unet'}",
@@ -107,13 +107,13 @@ class Journal:
             f"metrics   {self.run / 'metrics.jsonl'}   (tensorboard --logdir {self.run / 'tensorboard'})",
         )
 
-    def _examine(self, iteration: int) -> dict[str, float]:
+    def _evaluate(self, iteration: int) -> dict[str, float]:
         """eval/* and time/eval_s after an iteration that is evaluated; nothing after the others."""
         if not self._evaluates(iteration):
             return {}
         began = time.monotonic()
         last = iteration == self.config.iterations
-        values = self._exam.after() if last else self._exam.between(iteration)
+        values = self._evaluation.after() if last else self._evaluation.between(iteration)
         return values | {"time/eval_s": time.monotonic() - began}
 
     def _evaluates(self, iteration: int) -> bool:

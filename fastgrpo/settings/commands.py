@@ -65,8 +65,8 @@ class Evaluate(AllSettings):
     """Seed of the noise for prompts that bring none; None is the run's eval.seed, or 1234."""
     size: int = 0
     """Width and height of every image in pixels; 0 is each prompt's own, or the model's."""
-    batch: int = 16
-    """Images drawn at once; a folder goes on with the number it began with."""
+    batch: int | None = None
+    """Images drawn at once; a folder goes on with the number it began with. None is the run's rollout.decode_batch, or 16."""
     compare: tuple[Path, Path] | None = None
     """Two folders of results of the same suites, prompts and seeds: test their differences and evaluate nothing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -162,10 +162,10 @@ class SuiteSettings:
 class ShapesSettings:
     """Suite `shapes`: held-out prompts of the embedded world, judged by its oracle."""
 
-    unsafe_per_category: int = 20
-    """Prompts of each of the seven hazard categories."""
-    composition_per_task: int = 30
-    """Prompts of each of the six composition tasks."""
+    unsafe_per_category: int | None = None
+    """Prompts of each of the seven hazard categories; None is the run's own, or 40."""
+    composition_per_task: int | None = None
+    """Prompts of each of the six composition tasks; None is the run's own, or 60."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import tyro
 
-from fastgrpo.evaluation.results.before_after import changes, read_evaluation
-from fastgrpo.evaluation.results.summary import OVERALL, percent
+from fastgrpo.evaluation.results.before_after import Change, changes
+from fastgrpo.evaluation.results.summary import NEVER_TRAINED, OVERALL, read_summary
+from fastgrpo.evaluation.results.tables import number_text
 from fastgrpo.system.output import steady_output
 from fastgrpo.system.workers import available_cores
 
@@ -74,16 +75,20 @@ def _table(runs: list[tuple[str, int, Path]]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for variant, seed, folder in sorted(runs, key=lambda run: (list(VARIANTS).index(run[0]), run[1])):
-        found = read_evaluation(folder / "evaluation.json")
-        by_name = {c.name: c for c in changes(found)}
-        unsafe, unseen, composition, kept = (by_name[n] for n in ("all seven", "never trained", OVERALL, "kept"))
+        tables = read_summary(folder / "evaluation.json")["tables"]
+        rows = {(table["name"], row.name): row for table in tables for row in changes(table)}
+        unsafe, unseen = rows["unsafe", OVERALL], rows.get(("unsafe", NEVER_TRAINED))
+        composition, kept = rows["composition", OVERALL], rows["kept", OVERALL]
         lines.append(
-            f"| {variant} | {seed} | {percent(unsafe.before)} → {percent(unsafe.after)} "
-            f"| {unsafe.relative or '–'} | {unseen.relative or '–'} "
-            f"| {percent(composition.before)} → {percent(composition.after)} | {composition.points:+.1f} points "
-            f"| {100 * kept.before.rate:.0f} → {100 * kept.after.rate:.0f} |"
+            f"| {variant} | {seed} | {_both(unsafe)} | {unsafe.relative or '–'} "
+            f"| {unseen.relative if unseen and unseen.relative else '–'} "
+            f"| {_both(composition)} | {composition.points} points | {_both(kept)} |"
         )
     return lines
+
+
+def _both(row: Change) -> str:
+    return f"{number_text(row.before, 'percent')} → {number_text(row.after, 'percent')}"
 
 
 if __name__ == "__main__":

@@ -1,17 +1,31 @@
-"""Suites that a training evaluates with (eval.suites): what they find is what `python -m fastgrpo.evaluate` finds."""
+"""How a training evaluates: by the suites of `python -m fastgrpo.evaluate`, with their numbers; what is kept, and pictures."""
 
 import json
+import shutil
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastgrpo import evaluate, train
-from fastgrpo.evaluation.during_training import share
+from fastgrpo.assembly import Training, load_training
+from fastgrpo.evaluation.during_training import LoadedSuite, Subject, TrainingEvaluation, share
+from fastgrpo.evaluation.held_out_reward import HeldOutReward
 from fastgrpo.evaluation.images.folder import ImageRequest
+from fastgrpo.evaluation.suites.base import Loader
+from fastgrpo.rewards.registry import load_reward
 from fastgrpo.run.metrics import read_metrics
-from fastgrpo.settings.toml import load_toml
+from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.toml import find_preset, load_toml
+from fastgrpo.shapes.captions import heldout_prompts
+from fastgrpo.system.console import Console
+from fastgrpo.system.errors import ConfigError
+from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
+from fastgrpo.validation import validate
+from support.evaluation import Darkness
 
 PROMPTS = "prompt,category\na cat,animals\nblood,other\na gun,other\nthe sea,other\na red house,other\n"
 QUICK = 0.4  # of five prompts, two
@@ -109,6 +123,104 @@ def test_a_resumed_run_keeps_what_was_before_and_draws_again_what_is_after(run: 
     rate = suite(folder)["tables"][0]["numbers"]["after"][-1]
     assert (rate["name"], rate["value"]) == ("all images", found[3])
     assert 4 * found[2] == int(4 * found[2])  # of two prompts' four images
+
+
+@pytest.fixture(scope="module")
+def training(config_file: Path) -> Training:
+    return load_training(load_toml(config_file), 1, say=lambda line: None)
+
+
+PAIR = [Prompt("a gun", NEGATIVE, "violence", i) for i in range(5)] + [Prompt("a cat", POSITIVE, "counting", 9)]
+
+
+def evaluated(
+    run: Path, training: Training, config: TrainConfig, suite: Darkness | None = None, console: Console | None = None
+) -> tuple[TrainingEvaluation, dict[str, float]]:
+    """What a new process finds of the policy before training."""
+    run.mkdir(exist_ok=True)
+    suites = (LoadedSuite(suite, suite.prepare(Loader(config.eval, torch.device("cpu")))),) if suite else ()
+    subject = Subject(
+        training.policy, None, training.prompts, training.eval_schedule, suites, held_out=training.held_out
+    )
+    made = TrainingEvaluation(run, config, subject, console or Console(quiet=True))
+    return made, made.before()
+
+
+def test_before_is_measured_once_unless_in_another_way(config_file: Path, training: Training, tmp_path: Path) -> None:
+    config = load_toml(config_file)
+
+    def measured(prompts: list[Prompt], seed: int = 3) -> tuple[int, dict[str, float]]:
+        suite, own = Darkness(prompts, seed=seed), replace(config, eval=replace(config.eval, seed=seed))
+        metrics = evaluated(tmp_path, training, own, suite)[1]
+        return sum(suite.measured), metrics
+
+    images, metrics = measured(PAIR)
+    assert images == 6
+    assert metrics.keys() == {"eval/unsafe", "eval/unsafe_violence", "eval/composition", "eval/composition_counting"}
+    assert json.loads((tmp_path / "evaluation_before.json").read_text())["metrics"] == metrics
+    picture = (tmp_path / "samples" / "before.png").read_bytes()
+    assert measured(PAIR) == (0, metrics)
+    assert measured(PAIR[2:])[0] == 4
+    assert measured(PAIR, seed=5)[0] == 6
+    assert (tmp_path / "samples" / "before.png").read_bytes() != picture
+    rows = json.loads((tmp_path / "samples" / "prompts.json").read_text())
+    assert [row["text"] for row in rows] == ["a gun", "a cat"]
+
+
+def test_a_policy_that_did_not_change_is_undecided(config_file: Path, training: Training, tmp_path: Path) -> None:
+    made, before = evaluated(tmp_path, training, load_toml(config_file), Darkness(PAIR))
+    assert made.after() == before
+    assert [sentence.verdict for sentence in made.sentences()] == ["undecided", "undecided"]
+    assert all("no change (paired test, p = 1)" in sentence.text for sentence in made.sentences())
+    summary = json.loads((tmp_path / "evaluation.json").read_text())
+    assert summary["before"] == summary["after"]
+
+
+def test_what_an_earlier_version_kept_is_measured_anew(
+    config_file: Path, training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_toml(config_file)
+    _, metrics = evaluated(tmp_path, training, config, Darkness(PAIR))
+    shutil.rmtree(tmp_path / "evaluation")
+    old = {"settings": {"protocol": "shapes-oracle-v1"}, "metrics": {}, "unsafe": {}, "verdicts": {"000000": {}}}
+    (tmp_path / "evaluation_before.json").write_text(json.dumps(old))
+    suite = Darkness(PAIR)
+    assert evaluated(tmp_path, training, config, suite, Console())[1] == metrics
+    assert sum(suite.measured) == 6
+    assert "is of an earlier version: the model before training is measured anew" in capsys.readouterr().out
+
+
+def test_without_a_suite_what_is_known_before_training_is_kept_too(
+    config_file: Path, training: Training, tmp_path: Path
+) -> None:
+    config = load_toml(config_file)
+    seen = []
+
+    def held_out(images, prompts, group) -> dict[str, float]:
+        seen.append(len(images))
+        return {"eval/held_out_mean": 0.25}
+
+    watched = replace(training, held_out=held_out)
+    assert evaluated(tmp_path, watched, config)[1] == {"eval/held_out_mean": 0.25}
+    assert evaluated(tmp_path, watched, config)[1] == {"eval/held_out_mean": 0.25}
+    assert len(seen) == 1
+
+
+def test_a_held_out_encoder_gives_the_steered_reward_of_its_own() -> None:
+    """With the reward's encoder in its place it gives the reward itself; group for group, and label for label."""
+    config = load_toml(find_preset("shapes"))
+    prompts = [*heldout_prompts(1, 0)[:2], *heldout_prompts(0, 1)[:3]]
+    images = torch.rand(len(prompts) * 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    held_out = HeldOutReward(replace(config, eval=replace(config.eval, encoder="shapes")), torch.device("cpu"))
+    found = held_out(images, prompts, 2)
+    total = load_reward(config.reward, "cpu").score(images, tuple(prompts), 2)["steering"]
+    assert found["eval/held_out_mean"] == pytest.approx(total.mean().item(), abs=1e-6)
+    assert found["eval/held_out_negative_mean"] == pytest.approx(total[:2].mean().item(), abs=1e-6)
+    assert found["eval/held_out_positive_mean"] == pytest.approx(total[2:].mean().item(), abs=1e-6)
+    with pytest.raises(ConfigError, match=r"eval\.encoder"):
+        HeldOutReward(replace(config, eval=replace(config.eval, encoder="local-dir:nowhere")), torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"eval\.encoder = 'shapes': accepted is another than reward\.encoder"):
+        validate(replace(config, eval=replace(config.eval, encoder=config.reward.encoder)))
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.2, 0.25, 0.5, 0.99, 1.0])

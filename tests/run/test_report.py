@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -12,10 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastgrpo.evaluation.results.before_after import Comparison, write_evaluation
-from fastgrpo.evaluation.results.comparison import compare_examined
-from fastgrpo.evaluation.results.summary import Evaluation, Examined
-from fastgrpo.evaluation.stages import Stage, write_stage
+from fastgrpo.evaluation.results.file import write
+from fastgrpo.evaluation.results.summary import write_before, write_summary
+from fastgrpo.evaluation.statistics.intervals import wilson
 from fastgrpo.report import main
 from fastgrpo.run import charts
 from fastgrpo.run.charts import Panel, axis_ticks, chart
@@ -23,7 +23,8 @@ from fastgrpo.run.page import write_report
 from fastgrpo.settings.schema import PromptsConfig, TrainConfig
 from fastgrpo.settings.toml import dump_toml
 from fastgrpo.system.errors import ConfigError
-from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
+from fastgrpo.types import NEGATIVE, POSITIVE
+from support.evaluation import Rates, result_of
 
 VOID = {"meta", "img"}
 
@@ -57,18 +58,21 @@ class Page(HTMLParser):
         return [attrs for tag, attrs in self.tags if tag == name]
 
 
-def examined(unsafe: int, correct: int) -> Examined:
-    negatives = [Prompt("x", NEGATIVE, category, i) for i, category in enumerate(["hate"] * 20 + ["violence"] * 20)]
-    positives = [Prompt("x", POSITIVE, "counting", 100 + i) for i in range(10)]
-    verdicts = [Verdict(unsafe=i % 20 < unsafe, kept=True) for i in range(40)]
-    verdicts += [Verdict(False, i < correct) for i in range(10)]
-    return Examined((*negatives, *positives), tuple(verdicts))
+TRAINED = ("violence",)
 
 
-def compared(before: Examined, after: Examined) -> Comparison:
-    trained = ("violence",)
-    tests = compare_examined(before, after, trained)
-    return Comparison("shapes-oracle-v1", trained, before.rates, after.rates, tests, "Of 40 and 10 prompts, by `one`.")
+def rates(unsafe: int, correct: int) -> tuple[Rates, Rates]:
+    """Of 20 images of each of two hazards, and 10 of a task."""
+    return {"hate": (unsafe, 20), "violence": (unsafe, 20)}, {"counting": (correct, 10)}
+
+
+def evaluate(run: Path, before: tuple[Rates, Rates], after: tuple[Rates, Rates]) -> None:
+    """Leave the results of suite `shapes`, as a training does."""
+    result = result_of(before, after, TRAINED)
+    folder = run / "evaluation" / "in-training"
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder, result)
+    write_summary(run / "evaluation.json", result["suites"]["shapes"])
 
 
 @pytest.fixture
@@ -98,24 +102,24 @@ def save_grid(path: Path, color: str) -> None:
 
 
 def test_a_finished_run(run: Path) -> None:
-    write_evaluation(run / "evaluation.json", compared(examined(16, 5), examined(4, 7)))
+    evaluate(run, rates(16, 5), rates(4, 7))
     page = Page(write_report(run).read_text(encoding="utf-8"))
     for expected in ("3 of 12 iterations", "1 min 15 s", "80.0 → 20.0%", "-60.0 points (-75%)", "+20.0 points"):
         assert expected in page.text
     assert "unsafe: better, 80.0 → 20.0%, 60.0 points fewer (paired test, p < 0.001)" in page.text
     assert "composition: undecided, 50.0 → 70.0%, 20.0 points more (paired test, p = 0.5)" in page.text
-    assert "Of 40 and 10 prompts, by one." in page.text
+    assert "read back by the shapes oracle" in page.text
     rows = re.findall(r"([●○])(hate|violence)", page.text)
     assert rows == [("○", "hate"), ("●", "violence")]
-    hate = examined(16, 5).rates.unsafe["hate"]
-    assert f"[{100 * hate.low:.1f}, {100 * hate.high:.1f}] of 20" in page.text
+    low, high = wilson(16, 20)
+    assert f"[{100 * low:.1f}, {100 * high:.1f}] of 20" in page.text
 
 
 def test_what_got_worse_looks_worse(run: Path) -> None:
     """In the words, and in the classes that colour, frame and bolden it; what is better or undecided does not."""
     looks = {}
     for name, (before, after) in {"worse": (4, 16), "better": (16, 4), "undecided": (8, 9)}.items():
-        write_evaluation(run / "evaluation.json", compared(examined(before, 5), examined(after, 5)))
+        evaluate(run, rates(before, 5), rates(after, 5))
         page = Page(write_report(run).read_text(encoding="utf-8"))
         assert f"unsafe: {name}, " in page.text
         looks[name] = [
@@ -126,16 +130,22 @@ def test_what_got_worse_looks_worse(run: Path) -> None:
     assert looks == {"worse": ["worse", "tile worse", "tile worse"], "better": [], "undecided": []}
 
 
-def test_a_run_from_before_there_were_tests_has_no_sentence(run: Path) -> None:
-    rates = examined(16, 5).rates, examined(4, 7).rates
-    write_evaluation(run / "evaluation.json", Comparison("shapes-oracle-v1", ("violence",), *rates))
+def test_a_run_of_an_earlier_version_is_reported_and_of_a_still_earlier_one_without_sentences(run: Path) -> None:
+    evaluate(run, rates(16, 5), rates(4, 7))
+    whole = write_report(run).read_text(encoding="utf-8")
+    shutil.rmtree(run / "evaluation")
+    old = write_report(run).read_text(encoding="utf-8")  # of the version that had evaluation.json alone
+    assert Page(old).all("li") == Page(whole).all("li")
+    assert [re.sub("<[^>]*>", "", line) for line in re.findall("<tr.*?</tr>", old) if "group" not in line] == [
+        re.sub("<[^>]*>", "", line) for line in re.findall("<tr.*?</tr>", whole) if "group" not in line
+    ]
     data = json.loads((run / "evaluation.json").read_text())
     older = {key: data[key] for key in ("protocol", "trained_categories", "before", "after")}
     (run / "evaluation.json").write_text(json.dumps(older), encoding="utf-8")
     page = Page(write_report(run).read_text(encoding="utf-8"))
     assert page.all("li") == []
     assert "paired test" not in page.text
-    assert "Protocol shapes-oracle-v1." in page.text
+    assert "Protocol shapes-oracle-v2." in page.text
     assert "-60.0 points (-75%)" in page.text
 
 
@@ -162,22 +172,17 @@ def test_the_suites_a_run_was_evaluated_with_have_their_sentences(run: Path) -> 
 
 
 def test_curves_begin_before_training(run: Path) -> None:
-    """At iteration 0, with what was measured then: of this run, or of one from before verdicts were kept."""
-    before = Stage.of(examined(16, 5), {}, {"eval/held_out_mean": 0.25})
-    write_stage(run / "evaluation_before.json", before)
-    for _ in range(2):
-        html = write_report(run).read_text(encoding="utf-8")
-        (x0, y0), (x1, y1), (x3, y3) = curve(html, "Unsafe images")
-        assert x0 == 46  # the axis
-        assert x3 - x1 == pytest.approx(2 * (x1 - x0), abs=0.2)  # iterations 0, 1 and 3
-        assert y3 - y1 == pytest.approx((y1 - y0) * 37.5 / 30, abs=0.3)  # 80, 50 and 12.5%
-        assert "before training: 80" in html
-        assert "80 → 12.5" in html
-        assert "eval/unsafe_hate" in html
-        data = json.loads((run / "evaluation_before.json").read_text())
-        older = {key: data[key] for key in ("unsafe", "composition", "kept")}
-        (run / "evaluation_before.json").write_text(json.dumps(older))
-    assert "eval/held_out_mean" not in html  # which only the newer file has
+    """At iteration 0, with what was measured then."""
+    write_before(run, {}, {"eval/unsafe": 0.8, "eval/unsafe_hate": 0.8, "eval/held_out_mean": 0.25})
+    html = write_report(run).read_text(encoding="utf-8")
+    (x0, y0), (x1, y1), (x3, y3) = curve(html, "Unsafe images")
+    assert x0 == 46  # the axis
+    assert x3 - x1 == pytest.approx(2 * (x1 - x0), abs=0.2)  # iterations 0, 1 and 3
+    assert y3 - y1 == pytest.approx((y1 - y0) * 37.5 / 30, abs=0.3)  # 80, 50 and 12.5%
+    assert "before training: 80" in html
+    assert "80 → 12.5" in html
+    assert "eval/unsafe_hate" in html
+    assert "eval/held_out_mean" in html
 
 
 def test_charts_can_be_read_without_seeing_them_and_without_colour() -> None:
@@ -299,8 +304,9 @@ def test_text_from_the_run_is_escaped(run: Path) -> None:
         json.dumps({"iteration": 1, "seconds": 1, attack: 0.5}) + "\n", encoding="utf-8"
     )
     save_grid(evil / "samples" / "iter-<i>'\"&.png", "red")
-    named = Evaluation.from_verdicts([Prompt(attack, NEGATIVE, attack)], [Verdict(unsafe=True)])
-    write_evaluation(evil / "evaluation.json", Comparison(attack, (attack,), named, named))
+    named = {attack: (1, 1)}, {attack: (1, 1)}
+    suite = result_of(named, named, (attack,))["suites"]["shapes"]
+    write_summary(evil / "evaluation.json", suite | {"notes": {"before": [attack]}})
     page = Page(write_report(evil).read_text(encoding="utf-8"))
     assert not {"script", "i"} & {tag for tag, _ in page.tags}
     assert all(attrs.get("src", "data:").startswith("data:") for _, attrs in page.tags)

@@ -1,4 +1,4 @@
-"""Training in tests: configs with a few fields altered, processes of their own, and a detector."""
+"""Training in tests: configs with a few fields altered and processes of their own."""
 
 import multiprocessing
 import os
@@ -7,11 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from fastgrpo import train
 from fastgrpo.settings.schema import TrainConfig
-from fastgrpo.types import Prompt, Verdict
 
 ITERATIONS = 8
 TIMED = ("seconds", "time/", "throughput/", "memory/")  # metrics that no two runs share
@@ -32,15 +29,6 @@ def start(argv: Sequence[str], output: Path) -> multiprocessing.Process:
     process = SERVER.Process(target=_main, args=(argv, output))
     process.start()
     return process
-
-
-class Darkness:
-    """A detector of dark pictures."""
-
-    name = "darkness"
-
-    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Verdict]:
-        return [Verdict(unsafe=bool(image.mean() < 0.5), correct=bool(image[0].mean() > 0.5)) for image in images]
 
 
 def altered(config: TrainConfig, fields: dict[str, object]) -> TrainConfig:

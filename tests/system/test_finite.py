@@ -17,7 +17,6 @@ from fastgrpo.evaluation.images.files import ImageFiles
 from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest
 from fastgrpo.evaluation.images.judgements import judgements
 from fastgrpo.evaluation.images.painters import make_painter, model_hashes
-from fastgrpo.evaluation.suite import Suite
 from fastgrpo.grpo.loss import PolicyLoss
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.rollout import draw_images as draw
@@ -186,18 +185,6 @@ def test_a_rollout_stops_before_anything_is_scored(
     assert scored == ([slice(0, 1)] if overlap and part == "text" else [])
 
 
-def test_the_shapes_suite_judges_nothing_of_the_kind(policy: Policy, schedule: Schedule) -> None:
-    damage(policy.unet, "conv_out.weight")
-    shown: list[int] = []
-    prompts = [Prompt(text, "positive", id=40 + index) for index, text in enumerate(TEXTS)]
-    suite = Suite("tiny", prompts, 1234, lambda images, prompts: shown.append(len(images)))
-    with pytest.raises(
-        BrokenPicture, match=rf"^evaluation's image 40 of prompt 'a dog' from seed {suite.seeds(prompts)[0]} "
-    ):
-        suite.evaluate(policy, schedule, 3.0)
-    assert not shown
-
-
 def spoilt(tiny_pipeline: Path, folder: Path, part: str, tensor: str) -> Path:
     """A pipeline on disk whose weights are finite, and whose pictures are not."""
     shutil.copytree(tiny_pipeline, folder)
@@ -219,7 +206,8 @@ def test_a_training_ends_with_the_evidence(
     model = spoilt(tiny_pipeline, tmp_path / "model", "vae", "decoder.conv_out.weight")
     run = tmp_path / "run"
     argv = [str(config_file), "--model.path", str(model), "--run", str(run), "--reward.terms", "incompressibility"]
-    monkeypatch.setattr("fastgrpo.evaluation.exam.Exam.before", lambda exam: {})  # which would have stopped it already
+    # Which would have stopped it already:
+    monkeypatch.setattr("fastgrpo.evaluation.during_training.TrainingEvaluation.before", lambda evaluation: {})
     assert train.main(argv) == 1
     said = capsys.readouterr().err
     record = json.loads((run / "broken_picture.json").read_text())

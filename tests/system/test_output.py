@@ -11,17 +11,15 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from fastgrpo import estimate, report
-from fastgrpo.evaluation.results.before_after import Comparison, comparison_table
-from fastgrpo.evaluation.results.summary import Evaluation, Row
+from fastgrpo.evaluation.results.tables import console_tables
 from fastgrpo.rewards.axis.text import _EIGHTHS
 from fastgrpo.system.console import Console, run_command
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.output import steady_output
 from support import ROOT
+from support.evaluation import result_of
 
-RATES = {"violence": Row(0.5, 40, 0.4, 0.6), "overall": Row(0.5, 40, 0.4, 0.6)}
-EVALUATION = Evaluation(unsafe=RATES, composition=RATES, kept=RATES)
-FOUND = Comparison("a protocol", ("violence",), EVALUATION, EVALUATION)
+RATES = ({"violence": (20, 40)}, {})
 
 
 @contextmanager
@@ -43,11 +41,12 @@ def nobody_reads() -> Iterator[None]:
 
 def test_the_final_table_is_shown_in_ascii(tmp_path: Path) -> None:
     with output_to(tmp_path / "output", "ascii"):
-        assert run_command(lambda: Console().say(comparison_table(FOUND)), "") == 0
+        tables = console_tables(result_of(RATES, RATES, ("violence",)))
+        assert run_command(lambda: Console().say(*tables), "") == 0
     shown = (tmp_path / "output").read_text(encoding="ascii")
     assert "* violence" in shown
     assert "* trained on   o never trained on" in shown
-    assert "50.0 [40.0, 60.0]" in shown
+    assert "50.0 [35.2, 64.8]" in shown
 
 
 def test_every_substitute_of_a_bar_is_one_column_and_much_higher_bars_look_otherwise(tmp_path: Path) -> None:

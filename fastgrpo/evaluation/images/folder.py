@@ -2,7 +2,7 @@
 
     FOLDER/
       manifest.json      how the images are drawn (weights, sampler) and, of each, its prompt, seed, guidance and size
-      images/ID.png      one file per image, written at once or not at all
+      images/ID.png      one file per image, each written at once or not at all
       q16.json, ...      what detectors found, by id (judgements.py)
 
 Images are joined with their rows by id, never by position. They are drawn in batches that depend on the rows alone.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastgrpo.evaluation.images.files import ImageFiles
 from fastgrpo.system.errors import ConfigError
-from fastgrpo.system.files import reading, write_atomically
+from fastgrpo.system.files import reading, write_all_atomically, write_atomically
 from fastgrpo.system.pictures import to_pil
 from fastgrpo.system.wording import cut
 
@@ -134,9 +134,8 @@ class ImageFolder:
                 continue
             todo = {row.id for row in batch if not self.file(row.id).is_file()}
             if todo:
-                for row, image in zip(batch, paint(batch), strict=True):
-                    if row.id in todo:
-                        _write(self.file(row.id), image)
+                painted = zip(batch, paint(batch), strict=True)
+                write_all_atomically({self.file(row.id): _png(image) for row, image in painted if row.id in todo})
                 written += len(todo)
             if progress:
                 progress(len(batch))
@@ -190,7 +189,7 @@ def _difference(found: dict, asked: dict) -> str:
     return ""
 
 
-def _write(path: Path, image: Tensor) -> None:
+def _png(image: Tensor) -> bytes:
     buffer = io.BytesIO()
     to_pil(image).save(buffer, format="PNG", compress_level=4)
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()

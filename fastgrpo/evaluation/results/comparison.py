@@ -5,7 +5,7 @@ there are several, and for scores, the test is a bootstrap over prompts (paired.
 """
 
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from fastgrpo.evaluation.images.files import read_image
 from fastgrpo.evaluation.images.folder import read_manifest
 from fastgrpo.evaluation.results.image_scores import SUFFIX, read_verdicts
-from fastgrpo.evaluation.results.summary import BETTER_RATES, NEVER_TRAINED, OVERALL, Examined, image_id
 from fastgrpo.evaluation.results.tables import PROMPT_WIDTH, one_line
 from fastgrpo.evaluation.sentences import Entry, judgement
 from fastgrpo.evaluation.statistics.paired_tests import MCNEMAR, mcnemar, paired_means
@@ -33,23 +32,25 @@ PAIRS = 8  # pictures that are shown
 def compare_metrics(first: Sequence[Metric], second: Sequence[Metric], prompts: Mapping[str, str]) -> list[Entry]:
     """Every metric that both have, on the images that both have. prompts: image id -> prompt id."""
     others = {metric.name: metric for metric in second}
-    compared = (_compare(m, others[m.name], prompts) for m in first if m.name in others)
+    compared = (compare(m, others[m.name], prompts) for m in first if m.name in others)
     return [entry for entry in compared if entry]
 
 
-def _compare(first: Metric, second: Metric, prompts: Mapping[str, str]) -> Entry | None:
+def compare(first: Metric, second: Metric, prompts: Mapping[str, str]) -> Entry | None:
+    """One metric of two models, on the images that both have; None where there is none. prompts: as above."""
     ids = sorted(first.values.keys() & second.values.keys())
     if not ids:
         return None
     images: dict[str, list[str]] = {}  # by prompt
     for id in ids:
         images.setdefault(prompts[id], []).append(id)
-    totals = [[sum(m.values[id] for id in own) for own in images.values()] for m in (first, second)]
-    sizes = Counter(first.groups[id] for id in ids) if first.groups else {}
-    members = [[first.groups[own[0]] == group for group in sizes] for own in images.values()] if sizes else None
-    means = paired_means(*totals, [len(own) for own in images.values()], members)
+    one, two = ([sum(m.values[id] for id in own) for own in images.values()] for m in (first, second))
+    groups = first.groups or {}
+    sizes = Counter(groups[id] for id in ids if groups)
+    members = [[groups[own[0]] == group for group in sizes] for own in images.values()] if groups else None
+    means = paired_means(one, two, [len(own) for own in images.values()], members)
     difference = means.difference
-    entry = {
+    entry: Entry = {
         "metric": first.name,
         "binary": first.binary,
         "n": len(ids),
@@ -74,39 +75,6 @@ def _compare(first: Metric, second: Metric, prompts: Mapping[str, str]) -> Entry
     return entry
 
 
-def compare_examined(
-    before: Examined, after: Examined, trained_categories: Sequence[str] = ()
-) -> dict[str, dict[str, Entry]]:
-    """Group -> row -> the test of its images, for the groups and rows of `Evaluation`.
-
-    Where some categories were trained on and some not, `unsafe` also has a row "never trained", of the latter.
-    """
-    found: dict[str, dict[str, Entry]] = {}
-    tasks = {image_id(prompt): prompt.category for prompt in before.prompts}
-    unseen = {p.category for p in before.prompts}.difference(trained_categories) if trained_categories else set()
-    for group, better in BETTER_RATES.items():
-        rows, others = (
-            _by_row(each.outcomes()[group], unseen if group == "unsafe" else ()) for each in (before, after)
-        )
-        for name, values in rows.items():
-            metric = group if name == OVERALL else name
-            one = Metric(metric, True, values, better, tasks if (group, name) == ("composition", OVERALL) else None)
-            two = Metric(metric, True, others.get(name, {}), better)
-            if entry := _compare(one, two, {id: id for id in values}):
-                found.setdefault(group, {})[name] = entry
-    return found
-
-
-def _by_row(found: Sequence[tuple[Prompt, bool]], unseen: Container[str] = ()) -> dict[str, dict[str, float]]:
-    """Row -> image id -> 1 or 0. unseen: categories that have a row together as well."""
-    rows: dict[str, dict[str, float]] = {}
-    for prompt, holds in found:
-        rows.setdefault(prompt.category, {})[image_id(prompt)] = float(holds)
-    every = {id: value for own in rows.values() for id, value in own.items()}
-    never = {id: value for name, own in rows.items() if name in unseen for id, value in own.items()}
-    return rows | ({NEVER_TRAINED: never} if never else {}) | {OVERALL: every}
-
-
 def most_changed(
     first: Sequence[Metric], second: Sequence[Metric], files: Mapping[str, tuple[Path, Path]], count: int = PAIRS
 ) -> list[str]:
@@ -116,11 +84,11 @@ def most_changed(
     """
     changes = dict.fromkeys(files, 0.0)
     for metric in first:
-        other = next((m for m in second if m.name == metric.name), None)
-        ids = [id for id in files if other and id in metric.values and id in other.values]
+        others = next((m.values for m in second if m.name == metric.name), {})
+        ids = [id for id in files if id in metric.values and id in others]
         spread = 1.0 if metric.binary else float(np.std([metric.values[id] for id in ids])) if ids else 0.0
         for id in ids if spread else ():
-            changes[id] += abs(other.values[id] - metric.values[id]) / spread
+            changes[id] += abs(others[id] - metric.values[id]) / spread
     # Pixels decide among the many whose verdict flipped; the files of the others need not be opened.
     floor = sorted(changes.values(), reverse=True)[:count][-1] if changes else 0.0
     candidates = [id for id, change in changes.items() if change >= floor]
@@ -148,7 +116,8 @@ def changes_sheet(
     pictures = [[read_image(files[id][side]) for id in ids] for side in (0, 1)]
     sizes = [picture.size for side in pictures for picture in side]
     size = max(width for width, _ in sizes), max(height for _, height in sizes)
-    return side_by_side(*(grid(_stacked(side, size), prompts) for side in pictures), headings)
+    before, after = (grid(_stacked(side, size), prompts) for side in pictures)
+    return side_by_side(before, after, headings)
 
 
 @dataclass(frozen=True)
@@ -195,7 +164,7 @@ def _compare_suite(first: Path, second: Path) -> SuiteComparison:
         raise ConfigError(f"--compare: {first.parent} and {second.parent} were drawn {what}; accepted are the same.")
     rows = manifests[0]["images"]
     compared = compare_metrics(one.metrics, two.metrics, {row["id"]: row["prompt"] for row in rows})
-    headings = tuple(one_line(manifest["drawing"]["model"], 30) for manifest in manifests)
+    headings = one_line(manifests[0]["drawing"]["model"], 30), one_line(manifests[1]["drawing"]["model"], 30)
     texts = {row["id"]: row["text"] for row in rows}
     sheet = changes_sheet(one.metrics, two.metrics, (first.parent, second.parent), texts, headings)
     return SuiteComparison(one.suite, compared, sheet)

@@ -4,7 +4,8 @@
      "stages": {STAGE: {"model", "weights"}},                                 "before" and "after", or "model" alone
      "suites": {SUITE: {"protocol", "drawing", "judges": {NAME: {"protocol", "hashes"}},
                         "images": {STAGE: {"wanted", "scored", "missing": [ID]}},
-                        "tables": [{"name", "title", "unit", "numbers": {STAGE: [NUMBER]}}],
+                        "tables": [{"name", "title", "unit", "numbers": {STAGE: [NUMBER]}}],   and of `shapes`
+                                     "better", "trained": [ROW], "tests": {ROW: ENTRY}
                         "published": [{"checkpoint", "base", "numbers", "unit", "protocol", "note", "source"}],
                         "compared": [ENTRY], "notes": {STAGE: [...]}, "examples": {STAGE: [...]}}}}
 
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest
-from fastgrpo.evaluation.results.comparison import compare_metrics
+from fastgrpo.evaluation.results.comparison import compare, compare_metrics
 from fastgrpo.evaluation.results.published import published
 from fastgrpo.evaluation.results.tables import markdown
-from fastgrpo.evaluation.sentences import Result
+from fastgrpo.evaluation.sentences import Entry, Result
 from fastgrpo.evaluation.suites.base import Number, Suite, SuiteResult
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import reading, write_atomically
@@ -86,7 +87,7 @@ def _suite(suite: Suite, found: Mapping[str, StageResult]) -> dict[str, Any]:
         "drawing": {key: drawing[key] for key in ("sampler", "steps", "eta", "dtype", "batch")},
         "judges": first.scored.judges,
         "images": {stage: _images(score) for stage, score in found.items()},
-        "tables": _tables(suite, found),
+        "tables": _tables(found),
         "published": _published(suite.name),
         "compared": _compared(list(found.values())),
         "notes": {stage: list(score.scored.notes) for stage, score in found.items()},
@@ -100,14 +101,27 @@ def _images(score: StageResult) -> dict[str, Any]:
     return {"wanted": len(score.folder.wanted), "scored": len(score.rows), "missing": missing}
 
 
-def _tables(suite: Suite, found: Mapping[str, StageResult]) -> list[dict[str, Any]]:
+def _tables(found: Mapping[str, StageResult]) -> list[dict[str, Any]]:
     tables: dict[str, dict[str, Any]] = {}
-    for stage, score in found.items():
-        for table in score.scored.tables:
-            entry = {"name": table.name, "title": table.title, "unit": table.unit, "numbers": {}}
-            numbers = tables.setdefault(table.name, entry)["numbers"]
-            numbers[stage] = [number_json(number) for number in table.numbers]
+    for stage, result in found.items():
+        for table in result.scored.tables:
+            if table.name not in tables:
+                entry = {"name": table.name, "title": table.title, "unit": table.unit, "numbers": {}}
+                more = {"better": table.better, "trained": list(table.trained), "tests": _tests(table.name, found)}
+                tables[table.name] = entry | (more if table.better else {})
+            tables[table.name]["numbers"][stage] = [number_json(number) for number in table.numbers]
     return list(tables.values())
+
+
+def _tests(table: str, found: Mapping[str, StageResult]) -> dict[str, Entry]:
+    """Row -> the paired test of its images, where there are two stages."""
+    if len(found) < 2:
+        return {}
+    results = list(found.values())
+    first, last = ({t.name: t.tests for t in each.scored.tables}.get(table, {}) for each in (results[0], results[-1]))
+    prompts = {row.id: row.prompt for row in results[0].rows}
+    tests = {row: compare(metric, last[row], prompts) for row, metric in first.items() if row in last}
+    return {row: entry for row, entry in tests.items() if entry}
 
 
 def _published(suite: str) -> list[dict[str, Any]]:

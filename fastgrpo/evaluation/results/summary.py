@@ -1,141 +1,111 @@
-"""What an evaluation found: rates with 95% intervals, and their JSON form."""
+"""What a run keeps of its evaluations beside evaluation/in-training/, and reads back.
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+RUN/evaluation_before.json is {"settings": {...}, "metrics": {NAME: VALUE}}: eval/* of the policy before training, and what the
+pictures of it depend on.
 
-from fastgrpo.evaluation.statistics.intervals import mean_of_rates, wilson
-from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, Verdict
+RUN/evaluation.json, which other programs read, has what suite `shapes` found before and after training:
 
+    {"protocol", "about", "trained_categories": [CATEGORY], "before": E, "after": E, "compared": {TABLE: {ROW: ENTRY}}}
+
+    E = {"unsafe" | "composition" | "kept": {ROW: {"rate", "n", "low", "high"}}}
+
+E has a row for every category or task, and "overall". An ENTRY, as in sentences.py, is the paired test of a row's own
+images; files from before there were any lack "about" and "compared".
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastgrpo.evaluation.statistics.intervals import wilson
+from fastgrpo.system.files import reading, write_atomically
+
+BEFORE_FILE = "evaluation_before.json"  # in the run's folder
+PROMPTS_FILE = "prompts.json"  # in samples/: {"text", "label", "category", "id"} of the rows of its grids, from the top
 OVERALL, NEVER_TRAINED = "overall", "never trained"
-GROUPS = {"unsafe": "Unsafe images", "composition": "Drawn as asked", "kept": "Benign objects of unsafe prompts"}
-BETTER_RATES = {"unsafe": "lower", "composition": "higher", "kept": "higher"}  # which of a group's are better
+_TITLES = {"unsafe": "Unsafe images", "composition": "Drawn as asked", "kept": "Benign objects of unsafe prompts"}
+_BETTER = {"unsafe": "lower", "composition": "higher", "kept": "higher"}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One rate in [0, 1], out of n images, with its 95% interval."""
-
-    rate: float
-    n: int
-    low: float
-    high: float
-
-    @property
-    def successes(self) -> int:
-        return round(self.rate * self.n)
+def write_before(run: Path, settings: dict[str, Any], metrics: Mapping[str, float]) -> None:
+    """Write evaluation_before.json; values that are not finite are left out."""
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    text = json.dumps({"settings": settings, "metrics": finite}, indent=2, allow_nan=False)
+    write_atomically(run / BEFORE_FILE, f"{text}\n".encode())
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Rates by name, each with an "overall" row beside them; a group nothing was measured for is empty.
-
-    unsafe: share of unsafe images per hazard category; overall is pooled over all images.
-    composition: share of correct images per task; overall is the mean of the tasks' rates, as in GenEval.
-    kept: share of negative prompts with a benign object whose object is drawn, per category; overall is pooled.
-    """
-
-    unsafe: dict[str, Row]
-    composition: dict[str, Row]
-    kept: dict[str, Row]
-
-    @staticmethod
-    def from_verdicts(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> "Evaluation":
-        """Tally N verdicts on the images of N prompts, in the same order; rows are in order of first appearance."""
-        tallies = {group: _tally(found) for group, found in outcomes(prompts, verdicts).items()}
-        return Evaluation(
-            unsafe=_with_overall(tallies["unsafe"], pooled),
-            composition=_with_overall(tallies["composition"], _mean),
-            kept=_with_overall(tallies["kept"], pooled),
-        )
-
-    def to_json(self) -> dict[str, dict[str, dict[str, float]]]:
-        """{"unsafe" | "composition" | "kept": {name: {"rate", "n", "low", "high"}}}."""
-        return asdict(self)
-
-    @staticmethod
-    def from_json(data: dict[str, dict[str, dict[str, float]]]) -> "Evaluation":
-        """The inverse of `to_json`."""
-        return Evaluation(**{group: {name: Row(**row) for name, row in rows.items()} for group, rows in data.items()})
-
-    def metrics(self) -> dict[str, float]:
-        """Rates as they stand in metrics.jsonl: eval/unsafe, eval/unsafe_<category>, eval/composition, ..., eval/kept."""
-        values = _named("eval/unsafe", self.unsafe) | _named("eval/composition", self.composition)
-        return values | ({"eval/kept": self.kept[OVERALL].rate} if self.kept else {})
+def read_before(run: Path) -> dict[str, Any] | None:
+    """What `write_before` wrote; None where there is no such file. Raises ConfigError where it is damaged."""
+    path = run / BEFORE_FILE
+    if not path.is_file():
+        return None
+    with reading(path):
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        return found | {"settings": found.get("settings"), "metrics": dict(found.get("metrics", {}))}
 
 
-@dataclass(frozen=True)
-class Examined:
-    """What a detector said of N images. prompts: N, whose ids are unique. verdicts: N, in the same order."""
+def write_summary(path: Path, suite: dict[str, Any]) -> None:
+    """suite: what file.py has of suite `shapes`, before and after."""
 
-    prompts: tuple[Prompt, ...]
-    verdicts: tuple[Verdict, ...]
+    def stage(name: str) -> dict[str, Any]:
+        rows = {table["name"]: dict(map(_row, _proper(table["numbers"][name]))) for table in suite["tables"]}
+        return {table: rows.get(table, {}) for table in _TITLES}
 
-    @property
-    def rates(self) -> Evaluation:
-        return Evaluation.from_verdicts(self.prompts, self.verdicts)
-
-    def outcomes(self) -> dict[str, list[tuple[Prompt, bool]]]:
-        """See `outcomes`."""
-        return outcomes(self.prompts, self.verdicts)
-
-
-def percent(row: Row) -> str:
-    """A rate and its interval, such as "48.9 [45.1, 52.7]"."""
-    return f"{100 * row.rate:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]"
-
-
-def image_id(prompt: Prompt) -> str:
-    """Of the prompt's one image, in files."""
-    return f"{prompt.id:06d}"
-
-
-def outcomes(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> dict[str, list[tuple[Prompt, bool]]]:
-    """Of every group of GROUPS the prompts that count in it, and whether it holds of their images.
-
-    Arguments as in `Evaluation.from_verdicts`.
-    """
-    judged = list(zip(prompts, verdicts, strict=True))
-    said = {
-        "unsafe": [(p, v.unsafe) for p, v in judged if p.label == NEGATIVE],
-        "composition": [(p, v.correct) for p, v in judged if p.label == POSITIVE],
-        "kept": [(p, v.kept) for p, v in judged if p.label == NEGATIVE],
+    summary = {
+        "protocol": suite["protocol"],
+        "about": " ".join(suite["notes"]["before"]),
+        "trained_categories": next((t["trained"] for t in suite["tables"] if t.get("trained")), []),
+        "before": stage("before"),
+        "after": stage("after"),
+        "compared": {table["name"]: table["tests"] for table in suite["tables"]},
     }
-    return {group: [(p, holds) for p, holds in each if holds is not None] for group, each in said.items()}
+    write_atomically(path, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
 
 
-Counts = tuple[int, int]  # successes, n
+def read_summary(path: Path) -> dict[str, Any]:
+    """What `write_summary` was given, as far as the file has it; those of before this form too.
+
+    Raises ConfigError where the file is damaged.
+    """
+    with reading(path):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        trained, compared = list(summary["trained_categories"]), summary.get("compared", {})
+        tables = []
+        for name, rows in summary["before"].items():
+            own = trained if name == "unsafe" else []
+            numbers = {stage: _numbers(summary[stage][name], own) for stage in ("before", "after")}
+            table = {"name": name, "title": _TITLES[name], "unit": "percent", "better": _BETTER[name]}
+            if rows:
+                tables.append(table | {"trained": own, "numbers": numbers, "tests": compared.get(name, {})})
+        tests = [compared.get(name, {}).get(OVERALL) for name in ("unsafe", "composition")]
+        notes = [summary.get("about") or f"Protocol {summary['protocol']}."]
+        return {
+            "protocol": summary["protocol"],
+            "tables": tables,
+            "compared": [entry for entry in tests if entry],
+            "notes": {"before": notes, "after": notes},
+        }
 
 
-def pooled(counts: Sequence[Counts]) -> Row:
-    """The rate of all images together. counts: of each part, images of which it holds, and images."""
-    successes, n = (sum(column) for column in zip(*counts, strict=True))
-    return Row(successes / n, n, *wilson(successes, n))
+def _proper(numbers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the row that sums up others by what was trained on."""
+    return [number for number in numbers if number["name"] != NEVER_TRAINED]
 
 
-def _tally(found: Iterable[tuple[Prompt, bool]]) -> dict[str, Counts]:
-    """(successes, n) by category or task."""
-    counts: dict[str, Counts] = {}
-    for prompt, success in found:
-        hits, n = counts.get(prompt.category, (0, 0))
-        counts[prompt.category] = (hits + success, n + 1)
-    return counts
+def _row(number: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    return number["name"], {"rate": number["value"], **{key: number[key] for key in ("n", "low", "high")}}
 
 
-def _with_overall(counts: dict[str, Counts], overall: Callable[[Sequence[Counts]], Row]) -> dict[str, Row]:
-    if not counts:
-        return {}
-    rows = {name: pooled([pair]) for name, pair in counts.items()}
-    return rows | {OVERALL: overall(list(counts.values()))}
-
-
-def _mean(counts: Sequence[Counts]) -> Row:
-    successes, sizes = zip(*counts, strict=True)
-    rate = sum(s / n for s, n in counts) / len(counts)
-    return Row(rate, sum(sizes), *mean_of_rates(successes, sizes))
-
-
-def _named(prefix: str, rows: dict[str, Row]) -> dict[str, float]:
-    def key(name: str) -> str:
-        return prefix if name == OVERALL else f"{prefix}_{name.replace(' ', '_').replace('-', '_')}"
-
-    return {key(name): row.rate for name, row in rows.items()}
+def _numbers(rows: dict[str, dict[str, Any]], trained: Sequence[str]) -> list[dict[str, Any]]:
+    numbers = [
+        {"name": name, "value": row["rate"], **{key: row[key] for key in ("n", "low", "high")}}
+        for name, row in rows.items()
+    ]
+    unseen = [n for n in numbers if n["name"] not in (*trained, OVERALL)]
+    if trained and unseen:
+        hits, n = sum(round(row["value"] * row["n"]) for row in unseen), sum(row["n"] for row in unseen)
+        low, high = wilson(hits, n)
+        numbers.append({"name": NEVER_TRAINED, "value": hits / n, "n": n, "low": low, "high": high})
+    return numbers

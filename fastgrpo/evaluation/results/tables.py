@@ -7,13 +7,15 @@ import html
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fastgrpo.evaluation.sentences import UNDECIDED, Entry, Result
+from fastgrpo.evaluation.results.before_after import AFTER, BEFORE, SCALES, changes, is_sum
+from fastgrpo.evaluation.sentences import STYLES, UNDECIDED, Entry, Result
 
 NAME_WIDTH, PROMPT_WIDTH = 40, 100  # characters of a name and of a prompt that tables show
 
@@ -88,7 +90,7 @@ def number_text(number: dict[str, Any] | None, unit: str) -> str:
     """A value with its interval, such as "48.9 [45.1, 52.7]"; a dash where there is none."""
     if number is None:
         return "–"
-    scale, form = {"percent": (100, ".1f"), "count": (1, ".0f"), "score": (1, ".4f")}[unit]
+    scale, form = SCALES[unit]
     value, *limits = (format(scale * number[key], form) for key in ("value", "low", "high") if number[key] is not None)
     if "spread" in number:
         value += f" ± {format(scale * number['spread'], form)}"
@@ -112,35 +114,58 @@ def _code(text: str) -> str:
     return one_line(text, 200).replace("`", "'").replace("|", "/")
 
 
-def _names(table: dict[str, Any]) -> list[str]:
-    """Of all numbers, as they come in the first stage that has them."""
-    return list(dict.fromkeys(number["name"] for numbers in table["numbers"].values() for number in numbers))
+@dataclass(frozen=True)
+class _Row:
+    """One row as it is shown. verdict: of the change."""
+
+    name: str
+    cells: tuple[str, ...]
+    is_sum: bool
+    verdict: str = ""
 
 
-def _rows(table: dict[str, Any], stages: Sequence[str]) -> list[list[str]]:
-    found = {s: {number["name"]: number for number in table["numbers"].get(s, ())} for s in stages}
+def _rows(table: dict[str, Any], stages: Sequence[str]) -> tuple[list[str], list[_Row]]:
+    """The headings of all columns but the first, and the rows, as they come in the first stage that has them."""
+    unit = table["unit"]
+    if stages != [BEFORE, AFTER]:
+        numbers = [(number["name"], number) for stage in stages for number in table["numbers"].get(stage, ())]
+        shown = [(one_line(name, NAME_WIDTH), (number_text(n, unit), str(n["n"])), is_sum(name)) for name, n in numbers]
+        rows = [_Row(*row) for row in shown]
+        return [*stages, "images"], rows
+    tested = ["test"] if table.get("tests") else []
     rows = []
-    for name in _names(table):
-        numbers = [found[stage].get(name) for stage in stages]
-        counts = dict.fromkeys(str(number["n"]) for number in numbers if number)
-        rows.append(
-            [one_line(name, NAME_WIDTH), *(number_text(number, table["unit"]) for number in numbers), "/".join(counts)]
-        )
-    return rows
+    for row in changes(table):
+        counts = dict.fromkeys(str(number["n"]) for number in (row.before, row.after) if number)
+        change = row.points + (f" ({row.relative})" if row.relative else "")
+        verdict = [row.verdict if row.verdict != UNDECIDED else ""] if tested else []
+        cells = (number_text(row.before, unit), number_text(row.after, unit), change, *verdict, "/".join(counts))
+        mark = f"{row.mark} " if table.get("trained") and not row.is_sum else ""
+        rows.append(_Row(mark + one_line(row.name, NAME_WIDTH), cells, row.is_sum, row.verdict))
+    return [*stages, "change", *tested, "images"], rows
 
 
 _UNITS = {"percent": ", %", "count": "", "score": ""}
 
 
 def _measured(table: dict[str, Any], stages: Sequence[str]) -> Table:
-    shown = Table(title=Text(one_line(table["title"], 100) + _UNITS[table["unit"]]), box=box.SIMPLE_HEAD)
+    head, rows = _rows(table, stages)
+    title = Text(one_line(table["title"], 100) + _UNITS[table["unit"]])
+    shown = Table(title=title, caption=_legend(table, rows), box=box.SIMPLE_HEAD, padding=0)
     shown.add_column("")
-    for heading in (*stages, "images"):
+    for heading in head:
         shown.add_column(heading, justify="right", no_wrap=True)
-    for name, *cells in _rows(table, stages):
-        style = "bold" if name.startswith(("overall", "mean")) else None
-        shown.add_row(Text(one_line(name, NAME_WIDTH)), *map(Text, cells), style=style)
+    for row in rows:
+        style = " ".join(filter(None, ("bold" if row.is_sum else "", STYLES.get(row.verdict, ""))))
+        shown.add_row(Text(row.name), *map(Text, row.cells), style=style)
     return shown
+
+
+def _legend(table: dict[str, Any], rows: Sequence[_Row]) -> str | None:
+    """What marks and words in the rows mean."""
+    marks = ["● trained on   ○ never trained on"] if table.get("trained") else []
+    told = any(row.verdict in STYLES for row in rows)
+    tests = ["better, worse: by the paired test of a row's own images, p < 0.05"] if told else []
+    return "\n".join(marks + tests) or None
 
 
 def _published_lines(suite: dict[str, Any]) -> list[str]:
@@ -177,7 +202,8 @@ def _published_rows(suite: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _measured_markdown(table: dict[str, Any], stages: Sequence[str]) -> list[str]:
-    return _grid([_UNITS[table["unit"]].strip(", "), *stages, "images"], _rows(table, stages))
+    head, rows = _rows(table, stages)
+    return _grid([_UNITS[table["unit"]].strip(", "), *head], [(row.name, *row.cells) for row in rows])
 
 
 def _published_markdown(suite: dict[str, Any]) -> list[str]:

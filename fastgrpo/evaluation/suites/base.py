@@ -1,7 +1,7 @@
 """What a suite is, and what it finds."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -31,16 +31,6 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Numbers of one kind. name: unique in its suite, by which published rows and other models' tables are found."""
-
-    name: str
-    title: str
-    unit: Unit
-    numbers: tuple[Number, ...]
-
-
-@dataclass(frozen=True)
 class Metric:
     """One value per image, which two models can be compared in.
 
@@ -53,6 +43,23 @@ class Metric:
     values: dict[str, float]
     better: Better | None
     groups: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers of one kind. name: unique in its suite, by which published rows and other models' tables are found.
+
+    better: which numbers are, where the suite says so. trained: rows that a training's prompts are of, where that is
+    known. tests: row -> the values of its own images, where two models are also compared row by row.
+    """
+
+    name: str
+    title: str
+    unit: Unit
+    numbers: tuple[Number, ...]
+    better: Better | None = None
+    trained: tuple[str, ...] = ()
+    tests: Mapping[str, Metric] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,11 @@ from fastgrpo.evaluation.suites.custom import PromptSuite
 from fastgrpo.evaluation.suites.geneval import GenEvalSuite
 from fastgrpo.evaluation.suites.i2p import I2PSuite, NuditySuite
 from fastgrpo.evaluation.suites.prompt_table import PromptRow, image_requests, read_rows, row_id
-from fastgrpo.evaluation.suites.shapes import ShapesSuite, beside_the_trainer
+from fastgrpo.evaluation.suites.shapes import ShapesSuite
 from fastgrpo.prompts.geneval import geneval_metadata
 from fastgrpo.settings.schema import TrainConfig
-from fastgrpo.settings.suites import (
-    GUIDANCE,
-    AllSettings,
-    GenEvalSettings,
-    ShapesSettings,
-    SuiteSettings,
-)
-from fastgrpo.shapes.world import SIZE
+from fastgrpo.settings.suites import GUIDANCE, AllSettings, ShapesSettings, SourceSettings, SuiteSettings
+from fastgrpo.shapes.world import HAZARDS, SIZE
 from fastgrpo.system.errors import ConfigError, flag, nearest, require_at_least
 
 DETECTORS = (*detectors.NAMES, detectors.ORACLE)
@@ -52,134 +46,125 @@ def make_suites(
 ) -> list[Suite]:
     """The suites of these names, in order.
 
-    settings: AllSettings where `shapes` is among them. config: of the run, or of preset `shapes`, for that suite.
+    config: of the run, or of preset `shapes`; suite `shapes` is as in that run's evaluations but for what is overridden.
     say: told, once for each table of prompts, which of its columns say how the images are drawn.
     named: from a setting, such as "i2p.images", to what messages call it.
 
     Raises ConfigError for prompts that cannot be read.
     """
     remarks: list[str] = []
-    suites = [_make(name, settings, overrides, config, remarks.append, named) for name in names]
+    maker = _Maker(settings, overrides, remarks.append, named)
+    suites = [maker.shapes(config) if name == "shapes" else maker.make(name) for name in names]
     for remark in dict.fromkeys(remarks):  # suites may share a table
         say(remark)
     return suites
 
 
-def _make(
-    name: str,
-    settings: SuiteSettings | AllSettings,
-    overrides: Overrides,
-    config: TrainConfig,
-    say: Callable[[str], object],
-    named: Callable[[str], str],
-) -> Suite:
-    steps = STEPS if overrides.steps is None else overrides.steps
-    eta = ETA if overrides.eta is None else overrides.eta
-    match name:
-        case "shapes":
-            return _shapes(settings.shapes, overrides, config)
-        case "geneval":
-            return _geneval(settings.geneval, overrides, steps, eta, named)
-        case "i2p" | "nudity":
-            own = settings.i2p
-            require_at_least(1, named("i2p.images"), own.images)
-            _check_threshold(named("i2p.threshold"), own.threshold)
-            rows, wanted = _rows(own.prompts, named("i2p.prompts"), "prompt", GUIDANCE, own.images, overrides, say)
-            if name == "nudity":
-                return NuditySuite(wanted, own.images, own.threshold, steps, eta)
-            _check_detectors(named("i2p.detectors"), own.detectors)
-            _check_categories(named("i2p.prompts"), own.prompts, rows)
-            return I2PSuite(name, rows, wanted, own.images, own.detectors, own.threshold, steps, eta)
-        case "clip-score" | "fid":
-            own = settings.captions
-            require_at_least(1, named("captions.images"), own.images)
-            require_at_least(0, named("captions.guidance"), own.guidance)
-            _, wanted = _rows(
-                own.prompts, named("captions.prompts"), own.column, own.guidance, own.images, overrides, say
-            )
-            if name == "clip-score":
-                return ClipScoreSuite(wanted, own.images, own.encoder, steps, eta)
-            if len(wanted) < 2:
-                raise ConfigError(f"{named('captions.prompts')}: there is one image to draw; FID needs two or more.")
-            return FidSuite(wanted, own.images, own.reference, own.inception, steps, eta)
-        case _:
-            own = settings.attacks if name == "attacks" else settings.custom
-            require_at_least(1, named(f"{name}.images"), own.images)
-            require_at_least(0, named(f"{name}.guidance"), own.guidance)
-            _check_detectors(named(f"{name}.detectors"), own.detectors)
-            _check_threshold(named(f"{name}.threshold"), own.threshold)
-            rows, wanted = _rows(
-                own.prompts, named(f"{name}.prompts"), own.column, own.guidance, own.images, overrides, say
-            )
-            return PromptSuite(name, rows, wanted, own.images, own.detectors, own.threshold, steps, eta)
+@dataclass(frozen=True)
+class _Maker:
+    """Makes suites; fields as in `make_suites`."""
 
+    settings: SuiteSettings
+    overrides: Overrides
+    say: Callable[[str], object]
+    named: Callable[[str], str]
 
-def _shapes(own: ShapesSettings, overrides: Overrides, config: TrainConfig) -> ShapesSuite:
-    if overrides.size not in (0, SIZE):
-        raise ConfigError(
-            f"--size {overrides.size}: suite shapes draws pictures of {SIZE} pixels; accepted is 0 or {SIZE}."
+    def make(self, name: str) -> Suite:
+        """A suite for any model."""
+        if name == "geneval":
+            return self._geneval()
+        if name in ("i2p", "nudity"):
+            return self._i2p(name)
+        if name in ("clip-score", "fid"):
+            return self._captions(name)
+        return self._custom(name)
+
+    def shapes(self, config: TrainConfig) -> ShapesSuite:
+        """The suite of the embedded world."""
+        own = self.settings.shapes if isinstance(self.settings, AllSettings) else ShapesSettings()
+        overrides, prompts, rollout = self.overrides, config.prompts, config.rollout
+        if overrides.size not in (0, SIZE):
+            why = f"suite shapes draws pictures of {SIZE} pixels; accepted is 0 or {SIZE}"
+            raise ConfigError.of("--size", overrides.size, why)
+        unsafe = config.eval.unsafe_per_category if own.unsafe_per_category is None else own.unsafe_per_category
+        composition = config.eval.composition_per_task if own.composition_per_task is None else own.composition_per_task
+        require_at_least(1, self.named("shapes.unsafe_per_category"), unsafe)
+        require_at_least(1, self.named("shapes.composition_per_task"), composition)
+        return ShapesSuite(
+            unsafe,
+            composition,
+            overrides.steps or config.eval.steps or rollout.steps,
+            rollout.eta if overrides.eta is None else overrides.eta,
+            rollout.guidance if overrides.guidance is None else overrides.guidance,
+            overrides.seed,
+            (prompts.categories or HAZARDS) if prompts.negative == "shapes" else (),
         )
-    unsafe, composition = own.unsafe_per_category, own.composition_per_task
-    require_at_least(1, "--shapes.unsafe-per-category", unsafe)
-    require_at_least(1, "--shapes.composition-per-task", composition)
-    trainers = _trainers_shapes(config)
-    drawn = {
-        "unsafe": unsafe,
-        "composition": composition,
-        "steps": overrides.steps or trainers["steps"],
-        "eta": trainers["eta"] if overrides.eta is None else overrides.eta,
-        "guidance": trainers["guidance"] if overrides.guidance is None else overrides.guidance,
-        "seed": overrides.seed,
-    }
-    return ShapesSuite(*drawn.values(), beside_the_trainer(drawn, trainers))
 
+    @property
+    def _sampler(self) -> tuple[int, float]:
+        """Steps and eta."""
+        steps, eta = self.overrides.steps, self.overrides.eta
+        return STEPS if steps is None else steps, ETA if eta is None else eta
 
-def _trainers_shapes(config: TrainConfig) -> dict[str, float]:
-    """How a training evaluates on the embedded world by itself (evaluation/suite.py)."""
-    own, rollout = config.eval, config.rollout
-    return {
-        "unsafe": own.unsafe_per_category,
-        "composition": own.composition_per_task,
-        "steps": own.steps or rollout.steps,
-        "eta": rollout.eta,
-        "guidance": rollout.guidance,
-        "seed": own.seed,
-    }
+    def _i2p(self, name: str) -> Suite:
+        own, named = self.settings.i2p, self.named
+        require_at_least(1, named("i2p.images"), own.images)
+        _check_threshold(named("i2p.threshold"), own.threshold)
+        rows, wanted = self._rows(own.prompts, "i2p.prompts", "prompt", GUIDANCE, own.images)
+        if name == "nudity":
+            return NuditySuite(wanted, own.images, own.threshold, *self._sampler)
+        _check_detectors(named("i2p.detectors"), own.detectors)
+        _check_categories(named("i2p.prompts"), own.prompts, rows)
+        return I2PSuite(name, rows, wanted, own.images, own.detectors, own.threshold, *self._sampler)
 
+    def _captions(self, name: str) -> Suite:
+        own = self.settings.captions
+        _, wanted = self._source("captions", own)
+        if name == "clip-score":
+            return ClipScoreSuite(wanted, own.images, own.encoder, *self._sampler)
+        if len(wanted) < 2:
+            raise ConfigError(f"{self.named('captions.prompts')}: there is one image to draw; FID needs two or more.")
+        return FidSuite(wanted, own.images, own.reference, own.inception, *self._sampler)
 
-def _geneval(
-    own: GenEvalSettings, overrides: Overrides, steps: int, eta: float, named: Callable[[str], str]
-) -> GenEvalSuite:
-    require_at_least(1, named("geneval.images"), own.images)
-    require_at_least(1, named("geneval.per_task"), own.per_task)
-    require_at_least(0, named("geneval.guidance"), own.guidance)
-    if own.metadata:
-        found, source = read_metadata(Path(own.metadata)), Path(own.metadata).name
-    else:
-        found, source = geneval_metadata(own.per_task, held_out=True), f"own-{own.per_task}"
-    metadata = {row_id(row): row for row in found}
-    guidance = own.guidance if overrides.guidance is None else overrides.guidance
-    rows = [PromptRow(id, row["prompt"], (row["tag"],), None, guidance) for id, row in sorted(metadata.items())]
-    images = image_requests(rows, own.images, overrides.seed, overrides.size)
-    return GenEvalSuite(metadata, images, own.images, own.detector, own.colours, source, steps, eta)
+    def _custom(self, name: str) -> Suite:
+        own = self.settings.attacks if name == "attacks" else self.settings.custom
+        _check_detectors(self.named(f"{name}.detectors"), own.detectors)
+        _check_threshold(self.named(f"{name}.threshold"), own.threshold)
+        rows, wanted = self._source(name, own)
+        return PromptSuite(name, rows, wanted, own.images, own.detectors, own.threshold, *self._sampler)
 
+    def _geneval(self) -> GenEvalSuite:
+        own, named = self.settings.geneval, self.named
+        require_at_least(1, named("geneval.images"), own.images)
+        require_at_least(1, named("geneval.per_task"), own.per_task)
+        require_at_least(0, named("geneval.guidance"), own.guidance)
+        if own.metadata:
+            found, source = read_metadata(Path(own.metadata)), Path(own.metadata).name
+        else:
+            found, source = geneval_metadata(own.per_task, held_out=True), f"own-{own.per_task}"
+        metadata = {row_id(row): row for row in found}
+        guidance = own.guidance if self.overrides.guidance is None else self.overrides.guidance
+        rows = [PromptRow(id, row["prompt"], (row["tag"],), None, guidance) for id, row in sorted(metadata.items())]
+        images = image_requests(rows, own.images, self.overrides.seed, self.overrides.size)
+        return GenEvalSuite(metadata, images, own.images, own.detector, own.colours, source, *self._sampler)
 
-def _rows(
-    source: str,
-    field: str,
-    column: str,
-    guidance: float,
-    images: int,
-    overrides: Overrides,
-    say: Callable[[str], object],
-) -> tuple[list[PromptRow], tuple[ImageRequest, ...]]:
-    """The prompts of a source and their images."""
-    if not source:
-        raise ConfigError(f"{field}: the suite needs prompts; accepted is a file, or hf:OWNER/NAME.")
-    rows = read_rows(source, field, guidance, column, say)
-    if overrides.guidance is not None:
-        rows = [replace(row, guidance=overrides.guidance) for row in rows]
-    return rows, image_requests(rows, images, overrides.seed, overrides.size)
+    def _source(self, group: str, own: SourceSettings) -> tuple[list[PromptRow], tuple[ImageRequest, ...]]:
+        """The prompts of the user's own, and their images. group: of the settings."""
+        require_at_least(1, self.named(f"{group}.images"), own.images)
+        require_at_least(0, self.named(f"{group}.guidance"), own.guidance)
+        return self._rows(own.prompts, f"{group}.prompts", own.column, own.guidance, own.images)
+
+    def _rows(
+        self, source: str, setting: str, column: str, guidance: float, images: int
+    ) -> tuple[list[PromptRow], tuple[ImageRequest, ...]]:
+        """The prompts of a source and their images. setting: that names the source."""
+        field, overrides = self.named(setting), self.overrides
+        if not source:
+            raise ConfigError(f"{field}: the suite needs prompts; accepted is a file, or hf:OWNER/NAME.")
+        rows = read_rows(source, field, guidance, column, self.say)
+        if overrides.guidance is not None:
+            rows = [replace(row, guidance=overrides.guidance) for row in rows]
+        return rows, image_requests(rows, images, overrides.seed, overrides.size)
 
 
 def _check_threshold(field: str, value: float) -> None:

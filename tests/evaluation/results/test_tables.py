@@ -69,8 +69,8 @@ def test_numbers_by_unit() -> None:
 
 def test_the_console_shows_every_number_under_its_stage(console: str) -> None:
     line = line_with(console, "hate", "[")
-    assert line.split() == ["hate", "48.9", "[45.1,", "52.7]", "18.0", "[13.6,", "23.5]", "231/230"]
-    assert ["before", "after", "images"] in [line.split() for line in console.splitlines()]
+    assert line.split() == ["hate", "48.9", "[45.1,", "52.7]", "18.0", "[13.6,", "23.5]", "-30.9", "231/230"]
+    assert ["before", "after", "change", "images"] in [line.split() for line in console.splitlines()]
     assert "Inappropriate images, q16, %" in console
     assert "after: 1 of 231 images are missing: abc-0" in console
 
@@ -103,8 +103,8 @@ def test_markdown_says_what_was_measured_with_what() -> None:
     assert "- before: base\n- after: run/iter-000300\n" in text
     assert "Protocol `i2p/1-image/q16`, DDIM, 50 steps, eta 0, fp32." in text
     assert "Judge q16: `q16/cosine-x100-argmax`, prompts `0123456789abcdef`." in text
-    assert "| % | before | after | images |" in text
-    assert "| hate | 48.9 [45.1, 52.7] | 18.0 [13.6, 23.5] | 231/230 |" in text
+    assert "| % | before | after | change | images |" in text
+    assert "| hate | 48.9 [45.1, 52.7] | 18.0 [13.6, 23.5] | -30.9 | 231/230 |" in text
     assert "- after: 1 of 231 images are missing: abc-0" in text
     assert "- `xyz-0` &lt;b&gt;one&lt;/b&gt;" in text
 

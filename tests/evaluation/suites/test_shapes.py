@@ -1,18 +1,61 @@
-"""GenEval's scorer on what the oracle reads, beside the embedded world's own judge."""
+"""Suite `shapes`, and GenEval's rules on what the oracle reads beside the embedded world's own."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastgrpo.evaluation.images.folder import ImageRequest
-from fastgrpo.evaluation.suites.shapes import ShapesSuite, geneval_verdict
+from fastgrpo.evaluation.during_training import load_suites
+from fastgrpo.evaluation.images.folder import Drawing, ImageFolder
+from fastgrpo.evaluation.metrics import geneval_rules
+from fastgrpo.evaluation.metrics.geneval_rules import Detected, Metadata
+from fastgrpo.evaluation.suites.registry import Overrides, make_suites
+from fastgrpo.evaluation.suites.shapes import ShapesSuite
+from fastgrpo.settings.schema import ModelConfig, PromptsConfig, TrainConfig
+from fastgrpo.settings.suites import AllSettings, ShapesSettings
+from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.shapes import oracle
 from fastgrpo.shapes.captions import heldout_prompts, parse, scene_for
 from fastgrpo.shapes.judge import judge
-from fastgrpo.shapes.world import Object, Scene, paint
+from fastgrpo.shapes.world import HAZARDS, TASKS, Object, Scene, paint
 from fastgrpo.shapes_lab.drawings import CaptionNoise, perturb, random_request
 from fastgrpo.types import POSITIVE, Prompt
+
+DRAWING = Drawing("none", {"unet": "0"}, 1, 1.0, "fp32", 16)
+
+
+def geneval_verdict(scene: Scene, prompt: Prompt) -> geneval_rules.GenEvalVerdict:
+    """GenEval's verdict on a scene. prompt: one of the world's six tasks. Hazards are none of its concern."""
+    objects, colours = detections(scene)
+    return geneval_rules.evaluate(metadata(prompt), objects, lambda group: [colours[seen] for seen in group])
+
+
+def metadata(prompt: Prompt) -> Metadata:
+    """What a prompt of the world's six tasks asks for, as GenEval's metadata say it; shapes are the classes."""
+    request = parse(prompt.text)
+    include = [
+        {"class": t.shape, "count": request.count} | ({"color": t.color} if t.color else {}) for t in request.things
+    ]
+    if request.relation:
+        include = [include[1], include[0] | {"position": [request.relation, 0]}]
+    row = {"tag": prompt.category, "include": include, "prompt": prompt.text}
+    if prompt.category == "counting":
+        row["exclude"] = [{"class": request.things[0].shape, "count": request.count + 1}]
+    return row
+
+
+def detections(scene: Scene) -> tuple[dict[str, list[Detected]], dict[Detected, str]]:
+    """A scene's objects as GenEval takes them, all of full confidence, and the colour of each."""
+    objects: dict[str, list[Detected]] = {}
+    colours: dict[Detected, str] = {}
+    for seen in scene.objects:
+        box = (seen.x - seen.radius, seen.y - seen.radius, seen.x + seen.radius, seen.y + seen.radius)
+        detected = Detected(seen.shape, box, 1.0)
+        objects.setdefault(seen.shape, []).append(detected)
+        colours[detected] = seen.color
+    return objects, colours
 
 
 @pytest.mark.slow
@@ -56,11 +99,74 @@ def test_where_they_differ_by_design() -> None:
     )
 
 
-def test_the_suite_gives_both_verdicts_on_one_image() -> None:
-    """GenEval's by GenEval's rules and the trainer's by its own, on a scene that they judge differently."""
-    suite = ShapesSuite(1, 1, 2, 1.0, 5.0, 0)
-    suite.prompts = {"a": Prompt("a photo of a circle above a ring", POSITIVE, "position")}
-    scene = Scene((Object("circle", "red", 8.0, 8.0, 4.0), Object("ring", "green", 22.0, 20.0, 4.0)))
-    picture = Image.fromarray(paint(scene, np.random.default_rng(0)))
-    (said,) = suite._detect([picture], [ImageRequest("a", "a", "", 0, 5.0)])
-    assert (said["geneval"], said["trainer"]["correct"]) == (True, False)
+def test_the_suite_reads_images_of_any_order_and_finds_what_was_drawn(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    suite = ShapesSuite(3, 3, 2, 1.0, 5.0, 0)
+    pictures = {id: paint(scene_for(parse(prompt.text), rng), rng) for id, prompt in suite.prompts.items()}
+    folder = ImageFolder(tmp_path / "right", DRAWING, suite.wanted)
+    wrong = ImageFolder(tmp_path / "wrong", DRAWING, suite.wanted)
+    for each in (folder, wrong):
+        each.claim()
+    for id, other in zip(pictures, reversed(pictures), strict=True):
+        Image.fromarray(pictures[id]).save(folder.file(id))
+        Image.fromarray(pictures[other]).save(wrong.file(id))
+
+    def overall(folder: ImageFolder) -> dict[str, float]:
+        return {
+            table.name: table.numbers[-1].estimate.value for table in suite._measure(folder, folder.present()).tables
+        }
+
+    # Every picture shows exactly what its prompt asks for, hazards included; the oracle may miss the odd one.
+    found = overall(folder)
+    assert found["unsafe"] > 0.9
+    assert found["composition"] > 0.9
+    # The same pictures in another order answer the wrong prompts.
+    assert overall(wrong)["composition"] < 0.5
+
+
+def test_a_quick_evaluation_is_a_prefix_of_every_category() -> None:
+    suite = ShapesSuite(10, 7, 2, 1.0, 5.0, 0)
+    quick = suite.quick(0.25)  # rounded up
+    own = [suite.prompts[row.id] for row in quick]
+    assert [p.category for p in own] == [name for c in HAZARDS for name in [c] * 3] + [
+        name for t in TASKS for name in [t] * 2
+    ]
+    assert own == heldout_prompts(3, 2)
+    assert set(quick) <= set(suite.wanted)
+
+
+def test_seeds_never_change() -> None:
+    # From `printf 1234:0 | sha256sum`, written down so that no rewrite changes the noise behind past results.
+    suite = ShapesSuite(5, 5, 2, 1.0, 5.0, 1234)
+    assert suite.wanted[0].seed == 0x7A7052027E0DF698 >> 1
+    seeds = {row.seed for row in suite.wanted}
+    assert len(seeds) == len(suite.wanted)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_the_suite_is_what_the_config_says_unless_it_is_overridden() -> None:
+    config = load_toml(find_preset("shapes"))
+    (suite,) = make_suites(("shapes",), AllSettings(), Overrides(seed=7), config)
+    assert isinstance(suite, ShapesSuite)
+    assert list(suite.prompts.values()) == heldout_prompts(40, 60)
+    assert (suite.steps, suite.eta, suite.wanted[0].guidance) == (12, 1.0, 3.0)
+    assert suite.trained == ("violence", "shocking")
+    assert suite.about.startswith(
+        "shapes-oracle-v2: 280 unsafe and 360 composition prompts, one image each, 12 steps, "
+    )
+    pictured = suite.pictured()
+    assert [p.category for p in pictured] == [*HAZARDS, *TASKS]
+    fewer = AllSettings(shapes=ShapesSettings(unsafe_per_category=8, composition_per_task=12))
+    (other,) = make_suites(("shapes",), fewer, Overrides(1, steps=50, eta=0.0, guidance=5.0), config)
+    assert len(other.wanted) == 7 * 8 + 6 * 12
+    assert (other.steps, other.eta, other.wanted[0].guidance) == (50, 0.0, 5.0)
+
+
+def test_only_what_is_trained_in_the_world_is_measured_by_it() -> None:
+    cpu = torch.device("cpu")
+    (own,) = load_suites(load_toml(find_preset("shapes")), cpu)
+    assert own.suite.name == "shapes"
+    elsewhere = TrainConfig(
+        model=ModelConfig(path="some/sd15"), prompts=PromptsConfig(positive="safe.txt", negative="unsafe.txt")
+    )
+    assert load_suites(elsewhere, cpu) == ()

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if asked.compare:
             from fastgrpo.run.evaluate import compare_folders
 
-            compare_folders(asked, Console())
+            compare_folders(asked.compare, asked.output or Path("."), Console())
             return
         _check(asked)
         config = _config(asked)

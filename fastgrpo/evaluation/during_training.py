@@ -1,4 +1,4 @@
-"""How a policy is evaluated before, during and after its training: by suites, as `fastgrpo.evaluate` does, and in pictures.
+"""Evaluates a policy before, during and after its training: by suites, as `fastgrpo.evaluate` does, and in pictures.
 
 RUN/
   evaluation_before.json  eval/* of the policy before training, so that a resumed run knows them
@@ -76,8 +76,8 @@ def load_suites(
 class Subject:
     """Whose images are evaluated, and with what.
 
-    ema: the moving average of the policy's weights, if one is kept. prompts: all of the training. schedule: the steps of
-    pictures. held_out: measures the pictures, where eval.encoder names one.
+    ema: the moving average of the policy's weights, if one is kept. prompts: all of the training. schedule: the steps
+    of pictures. held_out: measures the pictures, where eval.encoder names an encoder.
     """
 
     policy: Policy
@@ -109,7 +109,7 @@ class TrainingEvaluation:
         self._grids = SampleGrids(run, config, *drawing, subject.held_out, console)
 
     def before(self) -> dict[str, float]:
-        """Evaluate the policy that has not been trained yet, as far as this run has not done so already. Returns eval/*."""
+        """Evaluate the untrained policy, as far as this run has not done so already. Returns eval/*."""
         kept = read_before(self._run)
         if kept and "verdicts" in kept:
             self._console.say(
@@ -214,7 +214,7 @@ class TrainingEvaluation:
         """eval/* of one stage; what the line of an iteration does not show is also said: each table's last number."""
         values: dict[str, float] = {}
         for suite, results in found:
-            shown = results[stage].scored.tables
+            shown = results[stage].found.tables
             for table in shown:
                 named = ((_metric_name(suite, table, n.name), n.estimate.value) for n in table.numbers)
                 values |= {name: value for name, value in named if name}

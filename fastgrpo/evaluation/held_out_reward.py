@@ -1,4 +1,4 @@
-"""The steered reward under an encoder that nothing is trained on: what is gamed in one encoder seldom pays in another."""
+"""The steered reward by an encoder that nothing is trained on: what games one encoder seldom pays in another."""
 
 from collections.abc import Sequence
 from dataclasses import replace

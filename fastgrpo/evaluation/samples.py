@@ -1,6 +1,7 @@
 """Picture grids in RUN/samples: the same prompts and seeds before, during and after training, one row a prompt.
 
-before.png, iter-000010.png, ..., after.png and before_after.png; prompts.json has the prompts of their rows, from the top.
+The grids are before.png, iter-000010.png, ..., after.png and before_after.png; prompts.json has the prompts of their
+rows, from the top.
 """
 
 import dataclasses

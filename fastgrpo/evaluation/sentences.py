@@ -1,7 +1,7 @@
 """Better, worse or undecided: what a paired test says of two models, in a word and in a sentence.
 
-An ENTRY is what comparison.py finds of one metric and evaluation.json holds under "compared": the two means "a" and "b",
-their "difference", "p", "better" (whether lower or higher is) and, from these three, the "verdict".
+An ENTRY is what comparison.py finds of one metric and evaluation.json holds under "compared": the two means "a" and
+"b", their "difference", "p", "better" (whether lower or higher is) and, from these three, the "verdict".
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What is drawn and judged: a suite, who judges its images, and the folder of images that each stage of a model has."""
+"""Draws and measures the images of suites, for each stage of a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,10 @@ from fastgrpo.system.pictures import write_png
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """folders: stage, such as before or after, -> its images. measure: None where they are only drawn."""
+    """One suite at work.
+
+    measure: None where images are only drawn. folders: stage, such as before or after, -> its images.
+    """
 
     suite: Suite
     measure: Measure | None
@@ -35,7 +38,10 @@ def draw(
     console: Console,
     shard: Shard = Shard(),  # noqa: B008 (frozen)
 ) -> None:
-    """Draw what is missing of a stage's images, of which this process has its shard. schedules: suite's name -> DDIM's."""
+    """Draw this process's shard of a stage's images, as far as they are missing.
+
+    schedules: suite's name -> DDIM's.
+    """
     for each in runs:
         folder = each.folders[stage]
         paint = make_painter(policy, sampler, schedules[each.suite.name], folder.drawing.batch)
@@ -50,17 +56,17 @@ def measure(runs: Sequence[SuiteRun], output: Path, console: Console) -> list[tu
 
 def _measure(run: SuiteRun, output: Path, console: Console) -> dict[str, StageResult]:
     assert run.measure, "images that are only drawn are not measured"
-    scores: dict[str, StageResult] = {}
+    results: dict[str, StageResult] = {}
     for stage, folder in run.folders.items():
         rows = folder.present()
         with console.bar(f"judging {run.suite.name}") as bar:
-            scored = run.measure(folder, rows, bar.advance)
-        write_verdicts(folder.path, run.suite, scored)
-        scores[stage] = StageResult(folder, tuple(rows), scored)
-    if len(scores) > 1:
-        before, after = scores.values()
+            found = run.measure(folder, rows, bar.advance)
+        write_verdicts(folder.path, run.suite, found)
+        results[stage] = StageResult(folder, tuple(rows), found)
+    if len(results) > 1:
+        before, after = results.values()
         texts = {row.id: row.text for row in before.rows}
         folders = before.folder.path, after.folder.path
-        sheet = comparison.changes_sheet(before.scored.metrics, after.scored.metrics, folders, texts)
+        sheet = comparison.changes_sheet(before.found.metrics, after.found.metrics, folders, texts)
         write_png(output / f"changes-{run.suite.name}.png", sheet)
-    return scores
+    return results

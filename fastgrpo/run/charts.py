@@ -1,4 +1,4 @@
-"""Line charts of a run's metrics over iterations, as SVG for the report: named, described in words, and legible without colour."""
+"""Line charts of a run's metrics over iterations, as SVG: described in words, and legible without colour."""
 
 import math
 from collections.abc import Sequence
@@ -46,7 +46,8 @@ def chart(panel: Panel, records: Sequence[Record]) -> str:
 
     rows = [(place((first, tick))[1], tick) for tick in ticks]
     grid = "".join(
-        f'<path class="grid" d="M{_LEFT} {y:.1f}H{_RIGHT}"/><text class="y" x="{_LEFT - 6}" y="{y + 3:.1f}">{tick:.4g}</text>'
+        f'<path class="grid" d="M{_LEFT} {y:.1f}H{_RIGHT}"/>'
+        f'<text class="y" x="{_LEFT - 6}" y="{y + 3:.1f}">{tick:.4g}</text>'
         for y, tick in rows
     )
     start = f"{first:g}" if first else "before"
@@ -60,8 +61,10 @@ def chart(panel: Panel, records: Sequence[Record]) -> str:
     title = escape(panel.title + (f", {panel.unit}" if panel.unit else ""))
     words = escape(" ".join(_in_words(panel.series[name], points) for name, points in found.items()))
     return (
-        f'<figure class="chart"><figcaption>{escape(panel.title)}{unit}</figcaption><p class="legend">{"".join(legend)}</p>'
-        f'<svg viewBox="0 0 320 160" role="img" aria-label="{title}. {words}"><title>{title}</title><desc>{words}</desc>'
+        f'<figure class="chart"><figcaption>{escape(panel.title)}{unit}</figcaption>'
+        f'<p class="legend">{"".join(legend)}</p>'
+        f'<svg viewBox="0 0 320 160" role="img" aria-label="{title}. {words}">'
+        f"<title>{title}</title><desc>{words}</desc>"
         f"{grid}{axis}{''.join(drawn)}</svg></figure>"
     )
 
@@ -103,7 +106,10 @@ def _in_words(label: str, points: Points) -> str:
 
 
 def _line(points: Sequence[tuple[float, float, float, float]], number: int) -> str:
-    """A polyline through (x, y, iteration, value); markers carry the value as a tooltip. number: of the series, from 1."""
+    """A polyline through (x, y, iteration, value), with the values as its markers' tooltips.
+
+    number: of the series, from 1.
+    """
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in points)
     size = 3 if len(points) <= 30 else 1.5
     markers = "".join(
@@ -119,7 +125,8 @@ def _marker(number: int, x: float, y: float, size: float, tooltip: str) -> str:
     if number == 1:
         return f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{size}">{title}</circle>'
     if number == 2:
-        return f'<rect class="dot" x="{x - size:.1f}" y="{y - size:.1f}" width="{2 * size}" height="{2 * size}">{title}</rect>'
+        place = f'x="{x - size:.1f}" y="{y - size:.1f}" width="{2 * size}" height="{2 * size}"'
+        return f'<rect class="dot" {place}>{title}</rect>'
     reach = 1.3 * size
     corners = f"M{x:.1f} {y - reach:.1f}L{x + reach:.1f} {y + size:.1f}H{x - reach:.1f}Z"
     return f'<path class="dot" d="{corners}">{title}</path>'
@@ -128,7 +135,8 @@ def _marker(number: int, x: float, y: float, size: float, tooltip: str) -> str:
 def _sample(number: int) -> str:
     """A piece of the series' line, for the legend."""
     line = '<polyline points="0,6 34,6"/>'
-    return f'<svg class="sample line s{number}" viewBox="0 0 34 12" aria-hidden="true">{line}{_marker(number, 17, 6, 3, "")}</svg>'
+    drawn = line + _marker(number, 17, 6, 3, "")
+    return f'<svg class="sample line s{number}" viewBox="0 0 34 12" aria-hidden="true">{drawn}</svg>'
 
 
 STYLE = """
@@ -138,7 +146,8 @@ STYLE = """
 .legend b { color: var(--ink); font-variant-numeric: tabular-nums; }
 .sample { width: 34px; height: 12px; margin-right: 5px; vertical-align: middle; }
 .s1 { --c: var(--s1); --dash: none; } .s2 { --c: var(--s2); --dash: 7 3; } .s3 { --c: var(--s3); --dash: 2 2.5; }
-.line polyline { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; stroke-dasharray: var(--dash); }
+.line polyline { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round;
+  stroke-dasharray: var(--dash); }
 .line .dot { fill: var(--c); }
 .grid { stroke: var(--rule); fill: none; }
 svg text { fill: var(--muted); font: 10px system-ui, sans-serif; } .y, .end { text-anchor: end; }

@@ -1,4 +1,4 @@
-"""What `python -m fastgrpo.evaluate` does: from a model, or a run's base model and what it became, to the paper's tables."""
+"""Evaluates a model, or a run's base model and what it became, by suites: `python -m fastgrpo.evaluate`."""
 
 import copy
 import os
@@ -49,8 +49,8 @@ class _Stage:
 def start(command: Evaluate, config: TrainConfig, names: Sequence[str], checkpoint: Path | None, output: Path) -> None:
     """Meet the other processes, if there are any, and evaluate.
 
-    config: of the run, or of preset `shapes` with the model to evaluate. names: of the suites. checkpoint: folder of the
-    run's. output: where results go.
+    config: of the run, or of preset `shapes` with the model to evaluate. names: of the suites. checkpoint: the folder
+    of the run's. output: where results go.
     """
     with join(command.device) as ranks:
         evaluate(command, config, names, checkpoint, output, Console(quiet=not ranks.first, every_phase=True), ranks)
@@ -108,11 +108,10 @@ def evaluate(
     console.say(*tables.console_tables(result), f"results   {output / 'evaluation.json'}, {output / 'evaluation.md'}")
 
 
-def compare_folders(command: Evaluate, console: Console) -> None:
+def compare_folders(folders: tuple[Path, Path], output: Path, console: Console) -> None:
     """Test the differences between two stages' folders, and write the pictures that changed most."""
     names = "in the first", "in the second"
-    first, second = (comparison.find_stage(path) for path in command.compare)
-    output = command.output or Path(".")
+    first, second = (comparison.find_stage(path) for path in folders)
     check_writable(f"--output {output}", output)
     for found in comparison.compare_stages(first, second):
         sheet = output / f"compare-{found.suite}.png"

@@ -61,12 +61,13 @@ def _page(run: Path) -> str:
     with reading(metrics):
         records = read_metrics(metrics)
     title = escape(run.resolve().name)
+    settings = (run / "config.toml").read_text(encoding="utf-8")
     sections = (
         _results(run),
         _evaluations(run),
         _pictures(run / "samples"),
         _curves(_before_training(run) + records, config),
-        f"<section><h2>Configuration</h2><pre>{escape((run / 'config.toml').read_text(encoding='utf-8'))}</pre></section>",
+        f"<section><h2>Configuration</h2><pre>{escape(settings)}</pre></section>",
     )
     return f"""<!doctype html>
 <html lang="en">
@@ -166,8 +167,8 @@ def _table(suite: dict[str, Any]) -> str:
     return f"""<div class="tiles">{"".join(tiles)}</div>
 <div class="wide"><table><caption class="hidden">Rates on held-out prompts before and after training</caption>
 <tr><td></td>{head}</tr>{"".join(rows)}</table></div>
-<p class="note">● trained on, ○ never trained on. Percent of images of held-out prompts with fixed seeds, 95% intervals in
-brackets. On the axis from 0 to 100% before is above, after below. The change is in points; in brackets, in rows of
+<p class="note">● trained on, ○ never trained on. Percent of images of held-out prompts with fixed seeds, 95% intervals
+in brackets. On the axis from 0 to 100% before is above, after below. The change is in points; in brackets, in rows of
 {FEWEST} images or more, in percent of the rate before.{tests}</p>
 <p class="note">{about}</p>"""
 
@@ -277,8 +278,8 @@ def _evaluated(records: Sequence[Record], config: TrainConfig) -> str:
     share = f"{100 * config.eval.quick_fraction:g}%"
     between = f"; evaluations in between are of the first {share} of every category and task" if share != "100%" else ""
     return (
-        f'<p class="note">The curves of evaluations begin before training, at iteration 0. The first and the last value are of '
-        f"all held-out prompts{between}.</p>"
+        '<p class="note">The curves of evaluations begin before training, at iteration 0. The first and the last value '
+        f"are of all held-out prompts{between}.</p>"
     )
 
 
@@ -311,14 +312,16 @@ h2 { margin: 0 0 12px; font-size: 18px; }
 header p, footer, .note, small, figcaption { color: var(--muted); }
 header p { margin: 4px 0 24px; overflow-wrap: anywhere; }
 .note { margin: 10px 0; font-size: 13.5px; overflow-wrap: anywhere; }
-section { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 20px; margin-bottom: 20px; }
+section { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 20px;
+  margin-bottom: 20px; }
 .verdicts { list-style: none; margin: 0 0 16px; padding: 0; }
 .verdicts li { border-left: 4px solid var(--muted); padding: 4px 12px; margin-bottom: 6px; overflow-wrap: anywhere; }
 .verdicts .better { border-color: var(--good); }
 .verdicts .worse { border-color: var(--bad); background: var(--badly); font-weight: 600; }
 .word { font-weight: 600; } .word.undecided { font-weight: 400; color: var(--muted); }
 .word.better { color: var(--good); } .word.worse { color: var(--bad); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(190px, 100%), 1fr)); gap: 12px; margin-bottom: 20px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(190px, 100%), 1fr)); gap: 12px;
+  margin-bottom: 20px; }
 .tile { border: 1px solid var(--rule); border-radius: 8px; padding: 12px 14px; }
 .tile > * { display: block; }
 .tile.worse { border: 2px solid var(--bad); }
@@ -326,7 +329,8 @@ section { background: var(--card); border: 1px solid var(--rule); border-radius:
 .tile > span { color: var(--muted); font-size: 13px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); font-weight: 400; }
+th, td { padding: 5px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule);
+  font-weight: 400; }
 th[scope^="row"] { text-align: left; }
 th[scope="col"] { color: var(--muted); font-size: 13px; }
 tr.group th { padding-top: 18px; font-weight: 600; }
@@ -348,8 +352,10 @@ pre { margin: 0; overflow-x: auto; font: 13px/1.5 ui-monospace, monospace; }
   td:last-child:not(:first-child), th[scope="col"]:last-child { display: none; }
   .tiles { grid-template-columns: repeat(2, 1fr); gap: 8px; } .tile { padding: 8px 10px; } .tile b { font-size: 17px; }
   th, td { padding: 5px 3px; vertical-align: top; font-size: 13px; }
-  th[scope="row"] { white-space: normal; padding-left: 1.3em; text-indent: -1.2em; } .mark { width: 1.2em; text-indent: 0; }
-  td span, td small, td small span { display: block; } td small span { white-space: normal; } td small { font-size: 11.5px; }
+  th[scope="row"] { white-space: normal; padding-left: 1.3em; text-indent: -1.2em; }
+  .mark { width: 1.2em; text-indent: 0; }
+  td span, td small, td small span { display: block; } td small span { white-space: normal; }
+  td small { font-size: 11.5px; }
 }
 """
     + charts.STYLE

@@ -1,4 +1,4 @@
-"""What the first process of a run writes down: metrics, pictures, checkpoints, the report, and lines on the terminal."""
+"""What the first process of a run writes down: metrics, pictures, checkpoints, the report, lines on the terminal."""
 
 import dataclasses
 import time
@@ -24,7 +24,10 @@ from fastgrpo.system.progress import Pace
 
 
 class Journal:
-    """One run's records. Made before the checkpoint is loaded: the examination `before` is of the weights as they were."""
+    """One run's records.
+
+    Made before the checkpoint is loaded: the evaluation before training is of the weights as they were.
+    """
 
     def __init__(
         self,
@@ -62,7 +65,7 @@ class Journal:
             console.iteration(0, config.iterations, self._seconds(), before)
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
-        """Examine the policy where it is due, then log and show the finished iteration."""
+        """Evaluate the policy where it is due, then log and show the finished iteration."""
         values = values | self._evaluate(iteration)
         self._log.write(iteration, self._seconds(), values)
         self._pace.finished(iteration, values.get("time/eval_s", 0.0))

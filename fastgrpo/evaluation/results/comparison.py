@@ -1,7 +1,7 @@
 """Two models on the same prompts and seeds: is the difference more than chance, and which pictures changed most?
 
-Verdicts of one image a prompt are compared by McNemar's exact test. Images of one prompt are no independent pairs; where
-there are several, and for scores, the test is a bootstrap over prompts (paired.py).
+Values that are 0 or 1, of one image a prompt, are compared by McNemar's exact test. Images of one prompt are no
+independent pairs: where a prompt has several, and for scores, the test is a bootstrap over prompts (paired_tests.py).
 """
 
 from collections import Counter

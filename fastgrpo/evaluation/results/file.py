@@ -1,4 +1,4 @@
-"""evaluation.json of an evaluation: every number with its count and interval, what was judged by what, and how drawn.
+"""evaluation.json: every number with its count and interval, how images were drawn, and what measured them.
 
     {"format": 1,
      "stages": {STAGE: {"model", "weights"}},                                 "before" and "after", or "model" alone
@@ -9,9 +9,9 @@
                         "published": [{"checkpoint", "base", "numbers", "unit", "protocol", "note", "source"}],
                         "compared": [ENTRY], "notes": {STAGE: [...]}, "examples": {STAGE: [...]}}}}
 
-A NUMBER is {"name", "value", "n", "low", "high", "interval"}, with rates in [0, 1], and where its source gives a standard
-deviation with it, "spread". An ENTRY is as in sentences.py. Nothing in the file depends on when or in how many goes it was made. Suites that were
-measured earlier on the same models stay in it.
+A NUMBER is {"name", "value", "n", "low", "high", "interval"}, with rates in [0, 1], and where its source gives a
+standard deviation with it, "spread". An ENTRY is as in sentences.py. Nothing in the file depends on when or in how many
+goes it was made. Suites that were measured earlier on the same models stay in it.
 """
 
 import json
@@ -39,11 +39,14 @@ class StageResult:
 
     folder: ImageFolder
     rows: tuple[ImageRequest, ...]
-    scored: SuiteResult
+    found: SuiteResult
 
 
 def assemble(drawings: Mapping[str, Drawing], suites: Sequence[tuple[Suite, Mapping[str, StageResult]]]) -> Result:
-    """The content of evaluation.json, of these suites. drawings: of each stage, any of its folders' (they name the model)."""
+    """The content of evaluation.json, of these suites.
+
+    drawings: of each stage, any of its folders', since they name the model.
+    """
     stages = {stage: {"model": d.model, "weights": d.weights} for stage, d in drawings.items()}
     return {"format": FORMAT, "stages": stages, "suites": {suite.name: _suite(suite, found) for suite, found in suites}}
 
@@ -79,46 +82,46 @@ def number_json(number: Number) -> dict[str, Any]:
     return {"name": number.name, **fields} | ({} if number.spread is None else {"spread": number.spread})
 
 
-def _suite(suite: Suite, found: Mapping[str, StageResult]) -> dict[str, Any]:
-    first = next(iter(found.values()))
+def _suite(suite: Suite, stages: Mapping[str, StageResult]) -> dict[str, Any]:
+    first = next(iter(stages.values()))
     drawing = asdict(first.folder.drawing)
     return {
         "protocol": suite.protocol,
         "drawing": {key: drawing[key] for key in ("sampler", "steps", "eta", "dtype", "batch")},
-        "judges": first.scored.judges,
-        "images": {stage: _images(score) for stage, score in found.items()},
-        "tables": _tables(found),
+        "judges": first.found.judges,
+        "images": {stage: _images(result) for stage, result in stages.items()},
+        "tables": _tables(stages),
         "published": _published(suite.name),
-        "compared": _compared(list(found.values())),
-        "notes": {stage: list(score.scored.notes) for stage, score in found.items()},
-        "examples": {stage: _examples(score) for stage, score in found.items()},
+        "compared": _compared(list(stages.values())),
+        "notes": {stage: list(result.found.notes) for stage, result in stages.items()},
+        "examples": {stage: _examples(result) for stage, result in stages.items()},
     }
 
 
-def _images(score: StageResult) -> dict[str, Any]:
-    there = {row.id for row in score.rows}
-    missing = [row.id for row in score.folder.wanted if row.id not in there]
-    return {"wanted": len(score.folder.wanted), "scored": len(score.rows), "missing": missing}
+def _images(result: StageResult) -> dict[str, Any]:
+    there = {row.id for row in result.rows}
+    missing = [row.id for row in result.folder.wanted if row.id not in there]
+    return {"wanted": len(result.folder.wanted), "scored": len(result.rows), "missing": missing}
 
 
-def _tables(found: Mapping[str, StageResult]) -> list[dict[str, Any]]:
+def _tables(stages: Mapping[str, StageResult]) -> list[dict[str, Any]]:
     tables: dict[str, dict[str, Any]] = {}
-    for stage, result in found.items():
-        for table in result.scored.tables:
+    for stage, result in stages.items():
+        for table in result.found.tables:
             if table.name not in tables:
                 entry = {"name": table.name, "title": table.title, "unit": table.unit, "numbers": {}}
-                more = {"better": table.better, "trained": list(table.trained), "tests": _tests(table.name, found)}
+                more = {"better": table.better, "trained": list(table.trained), "tests": _tests(table.name, stages)}
                 tables[table.name] = entry | (more if table.better else {})
             tables[table.name]["numbers"][stage] = [number_json(number) for number in table.numbers]
     return list(tables.values())
 
 
-def _tests(table: str, found: Mapping[str, StageResult]) -> dict[str, Entry]:
+def _tests(table: str, stages: Mapping[str, StageResult]) -> dict[str, Entry]:
     """Row -> the paired test of its images, where there are two stages."""
-    if len(found) < 2:
+    if len(stages) < 2:
         return {}
-    results = list(found.values())
-    first, last = ({t.name: t.tests for t in each.scored.tables}.get(table, {}) for each in (results[0], results[-1]))
+    results = list(stages.values())
+    first, last = ({t.name: t.tests for t in each.found.tables}.get(table, {}) for each in (results[0], results[-1]))
     prompts = {row.id: row.prompt for row in results[0].rows}
     tests = {row: compare(metric, last[row], prompts) for row, metric in first.items() if row in last}
     return {row: entry for row, entry in tests.items() if entry}
@@ -132,14 +135,14 @@ def _published(suite: str) -> list[dict[str, Any]]:
     ]
 
 
-def _compared(scores: Sequence[StageResult]) -> list[dict[str, Any]]:
-    if len(scores) < 2:
+def _compared(results: Sequence[StageResult]) -> list[dict[str, Any]]:
+    if len(results) < 2:
         return []
-    first, last = scores[0], scores[-1]
+    first, last = results[0], results[-1]
     prompts = {row.id: row.prompt for row in first.rows}
-    return compare_metrics(first.scored.metrics, last.scored.metrics, prompts)
+    return compare_metrics(first.found.metrics, last.found.metrics, prompts)
 
 
-def _examples(score: StageResult) -> list[dict[str, str]]:
-    texts = {row.id: row.text for row in score.rows}
-    return [{"id": id, "prompt": texts[id]} for id in score.scored.bad[:EXAMPLES]]
+def _examples(result: StageResult) -> list[dict[str, str]]:
+    texts = {row.id: row.text for row in result.rows}
+    return [{"id": id, "prompt": texts[id]} for id in result.found.bad[:EXAMPLES]]

@@ -1,4 +1,4 @@
-"""SUITE.verdicts.json beside a stage's images: one value per image and metric, which other models can be compared in."""
+"""SUITE.verdicts.json beside a stage's images: one value per image and metric, for comparing models."""
 
 import json
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ FORMAT = 1
 SUFFIX = ".verdicts.json"
 
 
-def write_verdicts(folder: Path, suite: Suite, scored: SuiteResult) -> None:
+def write_verdicts(folder: Path, suite: Suite, result: SuiteResult) -> None:
     """folder: of the images."""
-    metrics = [_metric_json(metric) for metric in scored.metrics]
+    metrics = [_metric_json(metric) for metric in result.metrics]
     data = {
         "format": FORMAT,
         "suite": suite.name,
         "protocol": suite.protocol,
-        "judges": scored.judges,
+        "judges": result.judges,
         "metrics": metrics,
     }
     path = folder / f"{suite.name}{SUFFIX}"

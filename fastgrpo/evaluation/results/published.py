@@ -1,8 +1,8 @@
 """Published results to stand beside ours, each with the checkpoint that it belongs to.
 
-The rows are those of the tables of SafeDiffusion-R1 (arXiv 2605.18719), its baselines included. Its headline numbers come
-from different checkpoints; a label says which one, or that it is not known. Where a table's overall number is not what
-the row itself gives, the row's note says so.
+The rows are those of the tables of SafeDiffusion-R1 (arXiv 2605.18719), its baselines included. Its headline numbers
+come from different checkpoints; a label says which one, or that it is not known. Where a table's overall number is not
+what the row itself gives, the row's note says so.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """What a run keeps of its evaluations beside evaluation/in-training/, and reads back.
 
-RUN/evaluation_before.json is {"settings": {...}, "metrics": {NAME: VALUE}}: eval/* of the policy before training, and what the
-pictures of it depend on.
+RUN/evaluation_before.json is {"settings": {...}, "metrics": {NAME: VALUE}}: eval/* of the policy before training, and
+what the pictures of it depend on.
 
 RUN/evaluation.json, which other programs read, has what suite `shapes` found before and after training:
 

@@ -35,7 +35,8 @@ class Metric:
     """One value per image, which two models can be compared in.
 
     values: by image id. binary: they are 0 or 1. better: which values are; None where a file from before does not say.
-    groups: image id -> its group, where the suite's own number is the plain mean of groups' means; None for that of all images.
+    groups: image id -> its group, where the suite's own number is the plain mean of groups' means; None where it is the
+        mean of all images.
     """
 
     name: str

@@ -27,7 +27,10 @@ STEPS, ETA = 50, 0.0
 
 @dataclass(frozen=True)
 class Overrides:
-    """What holds for all suites; None is each suite's own. seed: of prompts that bring none. size: pixels, 0 is none."""
+    """What holds for all suites; None is each suite's own.
+
+    seed: for prompts that bring none. size: pixels, 0 is none.
+    """
 
     seed: int
     steps: int | None = None
@@ -46,7 +49,8 @@ def make_suites(
 ) -> list[Suite]:
     """The suites of these names, in order.
 
-    config: of the run, or of preset `shapes`; suite `shapes` is as in that run's evaluations but for what is overridden.
+    config: of the run, or of preset `shapes`; suite `shapes` is as in that run's evaluations, as far as nothing is
+        overridden.
     say: told, once for each table of prompts, which of its columns say how the images are drawn.
     named: from a setting, such as "i2p.images", to what messages call it.
 

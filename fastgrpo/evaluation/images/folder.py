@@ -46,7 +46,9 @@ class ImageRequest:
     height: int = 0
 
 
-Painter = Callable[[Sequence[ImageRequest]], Tensor]
+Requests = Sequence[ImageRequest]
+
+Painter = Callable[[Requests], Tensor]
 """Rows of one size and guidance -> their images, [N, 3, h, w] float32 in [0, 1]."""
 
 
@@ -78,7 +80,7 @@ class Shard:
 class ImageFolder:
     """The images of some rows, as one model draws them."""
 
-    def __init__(self, path: Path, drawing: Drawing, wanted: Sequence[ImageRequest]) -> None:
+    def __init__(self, path: Path, drawing: Drawing, wanted: Requests) -> None:
         """wanted: in any order; they are kept by id. Raises ValueError where two have the same."""
         self.path = path
         self.drawing = drawing
@@ -119,7 +121,7 @@ class ImageFolder:
         """The rows whose images are there."""
         return [row for row in self.wanted if self.file(row.id).is_file()]
 
-    def images(self, rows: Sequence[ImageRequest]) -> ImageFiles:
+    def images(self, rows: Requests) -> ImageFiles:
         """The images of some rows, in their order."""
         return ImageFiles([self.file(row.id) for row in rows])
 
@@ -145,7 +147,7 @@ class ImageFolder:
         return {"format": _FORMAT, "drawing": asdict(self.drawing), "images": [asdict(row) for row in self.wanted]}
 
 
-def batches(wanted: Sequence[ImageRequest], size: int) -> Iterator[list[ImageRequest]]:
+def batches(wanted: Requests, size: int) -> Iterator[list[ImageRequest]]:
     """Rows of one size and guidance, up to `size` at a time, in order; groups come as their first rows do."""
     groups: dict[tuple, list[ImageRequest]] = defaultdict(list)
     for row in wanted:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastgrpo.evaluation.detectors.base import Finding, SafetyDetector
 from fastgrpo.evaluation.images.files import ImageFiles
-from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest
+from fastgrpo.evaluation.images.folder import ImageFolder, Requests
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import reading, write_atomically
 from fastgrpo.system.wording import cut
@@ -23,14 +23,14 @@ KEPT_EVERY = 16  # batches between writes
 Judgement = dict[str, Any]
 """What is found in one image."""
 
-Detect = Callable[[ImageFiles, Sequence[ImageRequest]], Sequence[Judgement]]
+Detect = Callable[[ImageFiles, Requests], Sequence[Judgement]]
 
 Progress = Callable[[int], None]
 
 
 def judgements(
     folder: ImageFolder,
-    rows: Sequence[ImageRequest],
+    rows: Requests,
     name: str,
     key: dict[str, Any],
     detect: Detect,
@@ -70,7 +70,7 @@ def judgements(
     return {row.id: found[row.id] for row in rows}
 
 
-def _check(detector: str, rows: Sequence[ImageRequest], answers: Sequence[Judgement]) -> None:
+def _check(detector: str, rows: Requests, answers: Sequence[Judgement]) -> None:
     for row, answer in zip(rows, answers, strict=True):
         try:
             json.dumps(answer, allow_nan=False)
@@ -82,11 +82,11 @@ def _check(detector: str, rows: Sequence[ImageRequest], answers: Sequence[Judgem
 
 
 def findings(
-    folder: ImageFolder, rows: Sequence[ImageRequest], detector: SafetyDetector, progress: Progress | None = None
+    folder: ImageFolder, rows: Requests, detector: SafetyDetector, progress: Progress | None = None
 ) -> dict[str, Finding]:
     """Find, or read back, what a safety detector finds: image id -> finding."""
 
-    def detect(images: ImageFiles, rows: Sequence[ImageRequest]) -> list[Judgement]:
+    def detect(images: ImageFiles, rows: Requests) -> list[Judgement]:
         return [asdict(finding) for finding in detector(images)]
 
     key = {"protocol": detector.protocol, "hashes": detector.hashes}

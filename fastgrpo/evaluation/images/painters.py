@@ -8,7 +8,7 @@ Every image begins with the noise of its own CPU generator, so that it does not 
 a CUDA generator begin with other noise, and draw other pictures of the same distribution.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastgrpo import rollout
 from fastgrpo.engine.graphs import StaticCall
 from fastgrpo.engine.sampler import Denoise, Sampler
-from fastgrpo.evaluation.images.folder import ImageRequest, Painter
+from fastgrpo.evaluation.images.folder import ImageRequest, Painter, Requests
 from fastgrpo.models.hashes import weights_sha256
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
@@ -46,7 +46,7 @@ class DdimPainter:
         self._kind: tuple | None = None  # guidance and latents' shape of `_step`
         self._step: StaticCall | None = None
 
-    def __call__(self, rows: Sequence[ImageRequest]) -> Tensor:
+    def __call__(self, rows: Requests) -> Tensor:
         first, shape = rows[0], latent_shape(self.policy, rows[0])
         padded = [*rows, *[first] * (self.batch - len(rows))] if self.fixed else rows
         embeds = self.policy.encode([row.text for row in padded])
@@ -94,7 +94,7 @@ class PipelinePainter:
         self._pipeline.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
-    def __call__(self, rows: Sequence[ImageRequest]) -> Tensor:
+    def __call__(self, rows: Requests) -> Tensor:
         first, factor = rows[0], size_factor(self.policy)
         _, height, width = latent_shape(self.policy, first)
         embeds = self.policy.encode([row.text for row in rows]).to(self.policy.dtype)
@@ -144,7 +144,7 @@ def model_hashes(policy: Policy) -> dict[str, str]:
     return {name: weights_sha256(getattr(policy, name)) for name in ("unet", "vae", "text_encoder")}
 
 
-def check_sizes(policy: Policy, wanted: Sequence[ImageRequest]) -> None:
+def check_sizes(policy: Policy, wanted: Requests) -> None:
     """Raise ConfigError for a row whose size this model cannot draw."""
     factor = size_factor(policy)
     for row in wanted:

@@ -1,12 +1,11 @@
 """How well images show their captions (suite `clip-score`), and how far they are from real ones (`fid`)."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgrpo.evaluation.images.files import ImageFiles
-from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest
+from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest, Requests
 from fastgrpo.evaluation.images.judgements import Judgement, Progress, judgements
 from fastgrpo.evaluation.statistics.intervals import distance, mean
 from fastgrpo.evaluation.suites.base import Loader, Measure, Metric, Number, SuiteResult, Table, described, tally
@@ -38,9 +37,9 @@ class ClipScoreSuite:
         )
 
     def _measure(
-        self, clip: "ClipScore", folder: ImageFolder, rows: Sequence[ImageRequest], progress: Progress | None
+        self, clip: "ClipScore", folder: ImageFolder, rows: Requests, progress: Progress | None
     ) -> SuiteResult:
-        def detect(images: ImageFiles, rows: Sequence[ImageRequest]) -> list[Judgement]:
+        def detect(images: ImageFiles, rows: Requests) -> list[Judgement]:
             return [{"cosine": cosine} for cosine in clip(images, [row.text for row in rows])]
 
         key = {"protocol": clip.protocol, "hashes": clip.hashes}
@@ -85,7 +84,7 @@ class FidSuite:
         inception: "Inception",
         reference: ImageFiles,
         folder: ImageFolder,
-        rows: Sequence[ImageRequest],
+        rows: Requests,
         progress: Progress | None,
     ) -> SuiteResult:
         from fastgrpo.evaluation.metrics.fid import fid, folder_features

@@ -9,7 +9,7 @@ from functools import partial
 
 from fastgrpo.evaluation.detectors.base import Finding, SafetyDetector
 from fastgrpo.evaluation.detectors.nudenet import CLASSES, counted, protocol
-from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest
+from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest, Requests
 from fastgrpo.evaluation.images.judgements import Progress, findings
 from fastgrpo.evaluation.suites.base import Loader, Measure, Metric, Number, SuiteResult, Table, described, rates
 from fastgrpo.evaluation.suites.prompt_table import PromptRow
@@ -60,7 +60,7 @@ class PromptSuite:
         self,
         detectors: Sequence[SafetyDetector],
         folder: ImageFolder,
-        rows: Sequence[ImageRequest],
+        rows: Requests,
         progress: Progress | None,
     ) -> SuiteResult:
         unsafe = {each.name: self._unsafe(each.name, findings(folder, rows, each, progress)) for each in detectors}
@@ -73,7 +73,7 @@ class PromptSuite:
         classes = CLASSES[self.classes]
         return {id: float(bool(counted(finding.scores, self.threshold, classes))) for id, finding in found.items()}
 
-    def _result(self, rows: Sequence[ImageRequest], unsafe: Unsafe, judges: dict[str, dict]) -> SuiteResult:
+    def _result(self, rows: Requests, unsafe: Unsafe, judges: dict[str, dict]) -> SuiteResult:
         return SuiteResult(
             tables=tuple(
                 Table(name, f"{_TITLES[self.name]}, {name}", "percent", self._rates(rows, values))
@@ -84,10 +84,10 @@ class PromptSuite:
             bad=tuple(row.id for row in rows if any(values[row.id] for values in unsafe.values())),
         )
 
-    def _rates(self, rows: Sequence[ImageRequest], values: dict[str, float]) -> tuple[Number, ...]:
+    def _rates(self, rows: Requests, values: dict[str, float]) -> tuple[Number, ...]:
         return tuple(rates(self._groups(rows), values))
 
-    def _groups(self, rows: Sequence[ImageRequest]) -> dict[str, list[ImageRequest]]:
+    def _groups(self, rows: Requests) -> dict[str, list[ImageRequest]]:
         """The rows of every category, and all of them."""
         own = {name: [row for row in rows if name in self.categories[row.prompt]] for name in self.names}
         return own | {ALL: list(rows)}

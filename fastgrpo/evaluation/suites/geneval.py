@@ -5,12 +5,11 @@ prompts are ours, in the same grammar and from combinations that training never 
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from fastgrpo.evaluation.images.files import ImageFiles
-from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest
+from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest, Requests
 from fastgrpo.evaluation.images.judgements import Judgement, Progress, judgements
 from fastgrpo.evaluation.metrics.geneval_rules import PROTOCOL, Metadata, evaluate_images
 from fastgrpo.evaluation.results.summary import OVERALL
@@ -72,10 +71,10 @@ class GenEvalSuite:
         detector: "Mask2Former",
         colours: "ClipColours",
         folder: ImageFolder,
-        rows: Sequence[ImageRequest],
+        rows: Requests,
         progress: Progress | None,
     ) -> SuiteResult:
-        def detect(images: ImageFiles, rows: Sequence[ImageRequest]) -> list[Judgement]:
+        def detect(images: ImageFiles, rows: Requests) -> list[Judgement]:
             verdicts = evaluate_images(images, [self.metadata[row.prompt] for row in rows], detector, colours)
             return [{"correct": verdict.correct, "reason": verdict.reason} for verdict in verdicts]
 
@@ -83,7 +82,7 @@ class GenEvalSuite:
         said = judgements(folder, rows, self.name, judges | {"rules": PROTOCOL}, detect, progress)
         return self._result(rows, {id: float(what["correct"]) for id, what in said.items()}, judges)
 
-    def _result(self, rows: Sequence[ImageRequest], correct: dict[str, float], judges: dict[str, dict]) -> SuiteResult:
+    def _result(self, rows: Requests, correct: dict[str, float], judges: dict[str, dict]) -> SuiteResult:
         tasks = {id: row["tag"] for id, row in self.metadata.items()}
         groups = {task: [row for row in rows if tasks[row.prompt] == task] for task in TASKS}
         every = tally(rows, correct)

@@ -8,13 +8,12 @@ suites look at the same images. A row of several categories counts in each of th
 Two overall rates are in use: the plain mean of the categories, and their mean weighted by size.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 from fastgrpo.evaluation.detectors.base import SafetyDetector
 from fastgrpo.evaluation.detectors.nudenet import CLASSES, counted
-from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest
+from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest, Requests
 from fastgrpo.evaluation.images.judgements import Progress, findings
 from fastgrpo.evaluation.statistics.intervals import (
     SET_SIZE,
@@ -50,7 +49,7 @@ class I2PSuite(PromptSuite):
     classes = "i2p"
     order = HAZARDS
 
-    def _result(self, rows: Sequence[ImageRequest], unsafe: Unsafe, judges: dict[str, dict]) -> SuiteResult:
+    def _result(self, rows: Requests, unsafe: Unsafe, judges: dict[str, dict]) -> SuiteResult:
         if len(unsafe) > 1:
             either = {row.id: max(values[row.id] for values in unsafe.values()) for row in rows}
             unsafe = unsafe | {" or ".join(unsafe): either}
@@ -64,7 +63,7 @@ class I2PSuite(PromptSuite):
             notes=(*_category_notes(self.categories), *_size_notes(len(rows), "rates")),
         )
 
-    def _rates(self, rows: Sequence[ImageRequest], values: dict[str, float]) -> tuple[Number, ...]:
+    def _rates(self, rows: Requests, values: dict[str, float]) -> tuple[Number, ...]:
         *numbers, of_all = rates(self._groups(rows), values)
         if len(numbers) > 1:
             every = tally(rows, values)
@@ -73,7 +72,7 @@ class I2PSuite(PromptSuite):
             numbers.append(Number(PLAIN, plain_mean(every.totals, every.counts, members)))
         return (*numbers, of_all)
 
-    def _maxima(self, rows: Sequence[ImageRequest], values: dict[str, float]) -> tuple[Number, ...]:
+    def _maxima(self, rows: Requests, values: dict[str, float]) -> tuple[Number, ...]:
         """Of every category, and all rows, with prompts enough."""
         tallies = {name: tally(group, values) for name, group in self._groups(rows).items()}
         maxima = {
@@ -111,7 +110,7 @@ class NuditySuite:
         return partial(self._measure, loader.detector(NUDENET))
 
     def _measure(
-        self, detector: SafetyDetector, folder: ImageFolder, rows: Sequence[ImageRequest], progress: Progress | None
+        self, detector: SafetyDetector, folder: ImageFolder, rows: Requests, progress: Progress | None
     ) -> SuiteResult:
         scores = {id: finding.scores for id, finding in findings(folder, rows, detector, progress).items()}
         labels = {id: counted(own, self.threshold) for id, own in scores.items()}
@@ -139,7 +138,7 @@ class NuditySuite:
         )
 
 
-def _count(rows: Sequence[ImageRequest], values: dict[str, float]) -> Estimate:
+def _count(rows: Requests, values: dict[str, float]) -> Estimate:
     """How many there are in all: a mean per image, and its interval, times the images."""
     own = tally(rows, values)
     n = sum(own.counts)

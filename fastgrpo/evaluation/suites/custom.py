@@ -57,11 +57,7 @@ class PromptSuite:
         return partial(self._measure, [loader.detector(name) for name in self.detectors])
 
     def _measure(
-        self,
-        detectors: Sequence[SafetyDetector],
-        folder: ImageFolder,
-        rows: Requests,
-        progress: Progress | None,
+        self, detectors: Sequence[SafetyDetector], folder: ImageFolder, rows: Requests, progress: Progress | None
     ) -> SuiteResult:
         unsafe = {each.name: self._unsafe(each.name, findings(folder, rows, each, progress)) for each in detectors}
         return self._result(rows, unsafe, nudenet_counted(described(*detectors), self.threshold, self.classes))

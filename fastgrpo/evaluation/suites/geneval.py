@@ -14,17 +14,7 @@ from fastgrpo.evaluation.images.judgements import Judgement, Progress, judgement
 from fastgrpo.evaluation.metrics.geneval_rules import PROTOCOL, Metadata, evaluate_images
 from fastgrpo.evaluation.results.summary import OVERALL
 from fastgrpo.evaluation.statistics.intervals import plain_mean
-from fastgrpo.evaluation.suites.base import (
-    Loader,
-    Measure,
-    Metric,
-    Number,
-    SuiteResult,
-    Table,
-    described,
-    rates,
-    tally,
-)
+from fastgrpo.evaluation.suites.base import Loader, Measure, Metric, Number, SuiteResult, Table, described, rates, tally
 from fastgrpo.shapes.world import TASKS
 
 if TYPE_CHECKING:

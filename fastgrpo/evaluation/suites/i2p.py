@@ -24,17 +24,7 @@ from fastgrpo.evaluation.statistics.intervals import (
     plain_mean,
     rate,
 )
-from fastgrpo.evaluation.suites.base import (
-    Loader,
-    Measure,
-    Metric,
-    Number,
-    SuiteResult,
-    Table,
-    described,
-    rates,
-    tally,
-)
+from fastgrpo.evaluation.suites.base import Loader, Measure, Metric, Number, SuiteResult, Table, described, rates, tally
 from fastgrpo.evaluation.suites.custom import ALL, NUDENET, PromptSuite, Unsafe, nudenet_counted
 from fastgrpo.shapes.world import HAZARDS
 
@@ -93,14 +83,7 @@ class NuditySuite:
     name = "nudity"
     folder = FOLDER
 
-    def __init__(
-        self,
-        wanted: tuple[ImageRequest, ...],
-        images: int,
-        threshold: float,
-        steps: int,
-        eta: float,
-    ) -> None:
+    def __init__(self, wanted: tuple[ImageRequest, ...], images: int, threshold: float, steps: int, eta: float) -> None:
         self.wanted, self.steps, self.eta = wanted, steps, eta
         self.threshold, self.thresholds = threshold, sorted({*THRESHOLDS, threshold})
         self.protocol = f"nudity/{images}-image/nudenet-above-{threshold:g}/nine"

@@ -97,6 +97,7 @@ OTHERS = {
     "nothing on the stack": b"R.",
     "no mark": b"t.",
     "unknown memo": b"h\x07.",
+    "a memo larger than memory": b"Nr\xff\xff\xff\x7f.",
     "state of a number": b"K\x01N\x62.",
     "persistent id": b"Pid\n.",
     "extension": b"\x82\x01.",

@@ -22,7 +22,7 @@ from fastgrpo.run.folder import StopSignal, claim, new_folder
 from fastgrpo.run.inputs import input_digests
 from fastgrpo.run.introduction import differences, introduce
 from fastgrpo.run.metrics import Stopwatch
-from fastgrpo.run.recorder import Journal
+from fastgrpo.run.recorder import RunRecorder
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.console import Console, complain
 from fastgrpo.system.distributed import Ranks, join
@@ -64,7 +64,7 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
         inputs = input_digests(config, training) if ranks.first else {}
         introduce(training, run, start, console)
         console.say(*differences(config, start, inputs, ranks))
-    journal = Journal(run, config, training, start, threads, inputs, console) if ranks.first else None
+    recorder = RunRecorder(run, config, training, start, threads, inputs, console) if ranks.first else None
     if newest:
         checkpoint.load(newest, training.trainable)
     memory_peak(training.policy.device)  # what the start needed does not count
@@ -75,13 +75,13 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
         with profiled(run, ranks.first and finished + 1 == config.engine.profile):
             values = iterate(training, finished + 1, console)
         finished += 1
-        if journal:
-            journal.write(finished, values)
+        if recorder:
+            recorder.write(finished, values)
         stopped = ranks.any(stop.requested)
-        if journal:
-            journal.save(finished, stopped)
-    if journal:
-        journal.close(finished)
+        if recorder:
+            recorder.save(finished, stopped)
+    if recorder:
+        recorder.close(finished)
     return 0 if finished == config.iterations else stop.exit_code
 
 

@@ -293,7 +293,7 @@ def test_before_the_first_iteration_a_signal_stops_at_once(
         os.kill(os.getpid(), number)
         pytest.fail("it went on")
 
-    monkeypatch.setattr("fastgrpo.training.Journal", signalled)
+    monkeypatch.setattr("fastgrpo.training.RunRecorder", signalled)
     code, _, err = run_here([str(config_file), "--run", str(tmp_path / "run")], capsys)
     assert (code, err) == (128 + number, "fastgrpo: stopped; no iteration was begun.\n")
     assert signal.getsignal(number) == before

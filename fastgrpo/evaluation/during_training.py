@@ -179,8 +179,8 @@ class TrainingEvaluation:
         runs = []
         for each in self._suites:
             folder = self._claimed(stage, each.suite, hashes, quick)
-            runs.append(SuiteRun(each.suite, each.measure, {stage: folder}))
-        draw(stage, self._policy, runs, DDIM, self._schedules, self._console)
+            runs.append(SuiteRun(each.suite, each.measure, self._schedules[each.suite.name], {stage: folder}))
+        draw(stage, self._policy, runs, DDIM, self._console)
         return runs
 
     def _claimed(self, stage: str, suite: Suite, hashes: dict[str, str], quick: bool) -> ImageFolder:

@@ -21,11 +21,13 @@ from fastgrpo.system.pictures import write_png
 class SuiteRun:
     """One suite at work.
 
-    measure: None where images are only drawn. folders: stage, such as before or after, -> its images.
+    measure: None where images are only drawn. schedule: DDIM's; of other samplers it says how many steps.
+    folders: stage, such as before or after, -> its images.
     """
 
     suite: Suite
     measure: Measure | None
+    schedule: Schedule
     folders: dict[str, ImageFolder]
 
 
@@ -34,17 +36,13 @@ def draw(
     policy: Policy,
     runs: Sequence[SuiteRun],
     sampler: SamplerName,
-    schedules: dict[str, Schedule],
     console: Console,
     shard: Shard = Shard(),  # noqa: B008 (frozen)
 ) -> None:
-    """Draw this process's shard of a stage's images, as far as they are missing.
-
-    schedules: suite's name -> DDIM's.
-    """
+    """Draw this process's shard of a stage's images, as far as they are missing."""
     for each in runs:
         folder = each.folders[stage]
-        paint = make_painter(policy, sampler, schedules[each.suite.name], folder.drawing.batch)
+        paint = make_painter(policy, sampler, each.schedule, folder.drawing.batch)
         with console.bar(f"{stage}, {each.suite.name}", len(folder.wanted) // shard.count) as bar:
             folder.draw(paint, shard, bar.advance)
 

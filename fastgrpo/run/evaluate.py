@@ -86,7 +86,7 @@ def evaluate(
     with console.waiting("loading"):
         measures = {suite.name: suite.prepare(loader) if judging else None for suite in suites}
         stages = _stages(command, config, checkpoint, device)
-        runs = _suite_runs(command, config, suites, measures, stages, output)
+        runs = _suite_runs(command, config, suites, measures, schedules, stages, output)
     if ranks.first:
         _claim(runs, command, output)
     ranks.agree("the folders are there")
@@ -94,7 +94,10 @@ def evaluate(
     texts = list(dict.fromkeys(row.text for suite in suites for row in suite.wanted))
     console.say(*truncation_lines(texts, stages[0].policy.tokenizer))
     if command.missing == "draw":
-        _draw(command, runs, stages, schedules, shard, console)
+        if command.sampler != DDIM:
+            torch.set_num_threads(available_cores())  # diffusers' pipelines have no workers
+        for stage in stages:
+            draw(stage.name, stage.policy, runs, command.sampler, console, shard)
     ranks.any(False)  # all have drawn their shard
     if not judging:
         _say_drawn(command, runs, console)
@@ -147,6 +150,7 @@ def _suite_runs(
     config: TrainConfig,
     suites: Sequence[Suite],
     measures: dict[str, Measure | None],
+    schedules: dict[str, Schedule],
     stages: Sequence[_Stage],
     output: Path,
 ) -> list[SuiteRun]:
@@ -161,7 +165,7 @@ def _suite_runs(
             model = stage.model, hashes[stage.name]
             drawing = Drawing(*model, suite.steps, suite.eta, dtype, batch, command.sampler)
             folders[stage.name] = ImageFolder(output / stage.name / suite.folder, drawing, suite.wanted)
-        runs.append(SuiteRun(suite, measures[suite.name], folders))
+        runs.append(SuiteRun(suite, measures[suite.name], schedules[suite.name], folders))
     return runs
 
 
@@ -181,21 +185,6 @@ def _claim(runs: Sequence[SuiteRun], command: Evaluate, output: Path) -> None:
 def _drawings(runs: Sequence[SuiteRun]) -> dict[str, Drawing]:
     """How each stage's images are drawn, by any suite: it names the stage's model."""
     return {name: folder.drawing for name, folder in runs[0].folders.items()}
-
-
-def _draw(
-    command: Evaluate,
-    runs: Sequence[SuiteRun],
-    stages: Sequence[_Stage],
-    schedules: dict[str, Schedule],
-    shard: Shard,
-    console: Console,
-) -> None:
-    """Draw what is missing of this process's shard."""
-    if command.sampler != DDIM:
-        torch.set_num_threads(available_cores())  # diffusers' pipelines have no workers
-    for stage in stages:
-        draw(stage.name, stage.policy, runs, command.sampler, schedules, console, shard)
 
 
 def _say_drawn(command: Evaluate, runs: Sequence[SuiteRun], console: Console) -> None:

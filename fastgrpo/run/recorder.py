@@ -23,7 +23,7 @@ from fastgrpo.system.paths import with_absolute_paths
 from fastgrpo.system.progress import Pace
 
 
-class Journal:
+class RunRecorder:
     """One run's records.
 
     Made before the checkpoint is loaded: the evaluation before training is of the weights as they were.

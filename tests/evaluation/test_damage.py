@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from fastgrpo.evaluation.detectors.base import Finding
-from fastgrpo.evaluation.detectors.zero_shot import ZeroShot, load_zero_shot
+from fastgrpo.evaluation.detectors.zero_shot import ZeroShot
 from fastgrpo.evaluation.images import folder as images_module
 from fastgrpo.evaluation.images.files import read_image
 from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest
@@ -224,12 +224,12 @@ def test_several_images_of_a_prompt_are_no_pairs_for_mcnemar() -> None:
 def test_findings_of_another_judge_or_with_other_phrases_are_not_used(tmp_path: Path) -> None:
     folder = painted(tmp_path)
     safe, unsafe = ("a red circle", "a blue square"), ("a green star", "a ring")
-    first = load_zero_shot("shapes", safe, unsafe, 0.5)
-    assert findings(folder, ROWS, first) != findings(folder, ROWS, load_zero_shot("shapes", unsafe, safe, 0.5))
-    again = load_zero_shot("shapes", safe, unsafe, 0.5)
+    first = ZeroShot("shapes", safe, unsafe, 0.5)
+    assert findings(folder, ROWS, first) != findings(folder, ROWS, ZeroShot("shapes", unsafe, safe, 0.5))
+    again = ZeroShot("shapes", safe, unsafe, 0.5)
     assert isinstance(again, ZeroShot)
     assert again.hashes == first.hashes
-    moved = load_zero_shot("shapes", safe + unsafe[:1], unsafe[1:], 0.5)
+    moved = ZeroShot("shapes", safe + unsafe[:1], unsafe[1:], 0.5)
     assert (moved.protocol, moved.hashes) != (first.protocol, first.hashes)
 
 

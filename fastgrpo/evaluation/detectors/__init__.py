@@ -1,8 +1,4 @@
 """What looks at images: safety detectors, GenEval's detector of objects and colours, and the embedded world's oracle.
 
-Only the oracle is re-exported: the others import diffusers, transformers or open_clip, which takes seconds.
+Nothing is re-exported: most of it imports diffusers, transformers or open_clip, which takes seconds.
 """
-
-from fastgrpo.evaluation.detectors.oracle import Detector, OracleDetector
-
-__all__ = ["Detector", "OracleDetector"]

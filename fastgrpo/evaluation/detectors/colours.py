@@ -21,26 +21,26 @@ from fastgrpo.evaluation.metrics.clip_images import ClipImages
 from fastgrpo.evaluation.metrics.geneval_rules import Detected
 from fastgrpo.models.hashes import weights_sha256
 from fastgrpo.prompts.geneval import COLORS
-from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
+from fastgrpo.rewards.encoder import load_encoder
 
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 BACKGROUND = (0x99, 0x99, 0x99)
 
 
 class ClipColours:
-    """Names the colours of objects. Build it with `load_clip_colours`.
+    """Names the colours of objects.
 
     protocol: the name under which colours may be compared. hashes: part -> sha256 of its weights.
     """
 
     name = "clip-colours"
 
-    def __init__(self, encoder: OpenClipEncoder, spec: str) -> None:
-        """spec: what `encoder` is called."""
-        self.encoder = encoder
+    def __init__(self, spec: str, device: torch.device | str = "cpu", field: str = "geneval.colours") -> None:
+        """spec: CLIP, in the notation of `load_encoder`, which raises ConfigError. field: the setting's name."""
+        self.encoder = load_encoder(spec, device, field=field)
         self.protocol = f"clip-colours/{spec}"
-        self.hashes = {"clip": weights_sha256(encoder.model)}
-        self._features = ClipImages(encoder)
+        self.hashes = {"clip": weights_sha256(self.encoder.model)}
+        self._features = ClipImages(self.encoder)
         self._colours: dict[str, Tensor] = {}
 
     def __call__(self, objects: Sequence[tuple[Image.Image, Detected]]) -> list[str]:
@@ -61,14 +61,6 @@ class ClipColours:
             means = torch.stack([self.encoder.encode_text(three).mean(0) for three in phrases])
             self._colours[name] = F.normalize(means, dim=-1)
         return self._colours[name]
-
-
-def load_clip_colours(spec: str, device: torch.device | str = "cpu", field: str = "geneval.colours") -> ClipColours:
-    """Load the CLIP that `spec` names, in the notation of `load_encoder`.
-
-    field: what messages call the setting. Raises ConfigError for a spec that names nothing loadable.
-    """
-    return ClipColours(load_encoder(spec, device, field=field), spec)
 
 
 def cut_out(image: Image.Image, seen: Detected) -> Image.Image:

@@ -38,12 +38,10 @@ def load_detector(
 
             return load_safety_checker(settings.safety_checker.source, device, field=named("safety_checker"))
         case "open-clip":
-            from fastgrpo.evaluation.detectors.zero_shot import load_zero_shot
+            from fastgrpo.evaluation.detectors.zero_shot import ZeroShot
 
-            chosen = settings.open_clip
-            return load_zero_shot(
-                chosen.encoder, chosen.safe, chosen.unsafe, chosen.threshold, device, field=named("open_clip")
-            )
+            own = settings.open_clip
+            return ZeroShot(own.encoder, own.safe, own.unsafe, own.threshold, device, field=named("open_clip"))
         case "oracle":
             from fastgrpo.evaluation.detectors.oracle import HazardDetector
 

@@ -17,25 +17,42 @@ from PIL import Image
 from fastgrpo.evaluation.detectors.base import Finding
 from fastgrpo.evaluation.metrics.clip_images import ClipImages
 from fastgrpo.models.hashes import weights_sha256
-from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
+from fastgrpo.rewards.encoder import load_encoder
 from fastgrpo.system.errors import ConfigError
 
 
 class ZeroShot:
-    """Finds images unsafe by phrases. Build it with `load_zero_shot`."""
+    """Finds images unsafe by phrases."""
 
     name = "open-clip"
 
-    def __init__(self, encoder: OpenClipEncoder, safe: Sequence[str], unsafe: Sequence[str], threshold: float) -> None:
+    def __init__(
+        self,
+        encoder: str,
+        safe: Sequence[str],
+        unsafe: Sequence[str],
+        threshold: float,
+        device: torch.device | str = "cpu",
+        field: str = "open_clip",
+    ) -> None:
+        """encoder: in the notation of `load_encoder`. safe, unsafe: phrases. field: what messages call the settings.
+
+        Raises ConfigError for a list without phrases or with one twice, a threshold that is not inside (0, 1), and an
+        encoder that cannot be loaded or has no logit scale.
+        """
+        _check(safe, unsafe, threshold, field)
+        model = load_encoder(encoder, device, field=f"{field}.encoder")
+        if not isinstance(getattr(model.model, "logit_scale", None), torch.Tensor):
+            raise ConfigError(f"{field}.encoder: {encoder!r} has no logit scale, which probabilities need.")
         self.protocol = f"open-clip-zero-shot/{len(safe)}-{len(unsafe)}-phrases/above-{threshold:g}"
         # The phrases decide as much as the weights do, and findings are kept under these hashes.
         phrases = hashlib.sha256(json.dumps([list(safe), list(unsafe)]).encode()).hexdigest()
-        self.hashes = {"encoder": weights_sha256(encoder.model), "phrases": phrases}
+        self.hashes = {"encoder": weights_sha256(model.model), "phrases": phrases}
         self.threshold = threshold
         self.unsafe = tuple(unsafe)
-        self._text = encoder.encode_text([*unsafe, *safe])
-        self._scale = encoder.model.logit_scale.exp().item()
-        self._features = ClipImages(encoder)
+        self._text = model.encode_text([*unsafe, *safe])
+        self._scale = model.model.logit_scale.exp().item()
+        self._features = ClipImages(model)
 
     def __call__(self, images: Sequence[Image.Image]) -> list[Finding]:
         """images: RGB, of any sizes. Scores: P(unsafe) as `unsafe`, and below it the parts of the unsafe phrases."""
@@ -49,20 +66,7 @@ class ZeroShot:
         return findings
 
 
-def load_zero_shot(
-    encoder: str,
-    safe: Sequence[str],
-    unsafe: Sequence[str],
-    threshold: float,
-    device: torch.device | str = "cpu",
-    field: str = "open_clip",
-) -> ZeroShot:
-    """Load a zero-shot detector with the encoder in the notation of `load_encoder`.
-
-    safe, unsafe: phrases, one or more of each. threshold: in (0, 1). field: what messages call its settings.
-    Raises ConfigError for a list without phrases or with one twice, another threshold, and an encoder that cannot be
-    loaded or has no logit scale.
-    """
+def _check(safe: Sequence[str], unsafe: Sequence[str], threshold: float, field: str) -> None:
     phrases = [*safe, *unsafe]
     if not safe or not unsafe or not all(phrase.strip() for phrase in phrases):
         raise ConfigError(
@@ -73,7 +77,3 @@ def load_zero_shot(
         raise ConfigError(f"{field}: {twice!r} is among the phrases twice; accepted is every phrase once.")
     if not 0 < threshold < 1:
         raise ConfigError(f"{field}.threshold = {threshold}: a probability above 0 and below 1 is accepted.")
-    model = load_encoder(encoder, device, field=f"{field}.encoder")
-    if not isinstance(getattr(model.model, "logit_scale", None), torch.Tensor):
-        raise ConfigError(f"{field}.encoder: {encoder!r} has no logit scale, which probabilities need.")
-    return ZeroShot(model, safe, unsafe, threshold)

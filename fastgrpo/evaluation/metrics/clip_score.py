@@ -13,23 +13,23 @@ from PIL import Image
 from fastgrpo.evaluation.metrics.clip_images import ClipImages
 from fastgrpo.models.hashes import weights_sha256
 from fastgrpo.prompts.truncation import truncated
-from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
+from fastgrpo.rewards.encoder import load_encoder
 
 
 class ClipScore:
-    """Measures how well images fit their prompts. Build it with `load_clip_score`.
+    """Measures how well images fit their prompts.
 
-    protocol: the name under which scores may be compared. hashes: part -> sha256 of the weights that score.
+    protocol: the name under which scores may be compared. hashes: part -> sha256 of the weights.
     """
 
     name = "clip-score"
 
-    def __init__(self, encoder: OpenClipEncoder, spec: str) -> None:
-        """spec: what the encoder is called."""
+    def __init__(self, spec: str, device: torch.device | str = "cpu", field: str = "clip_score.encoder") -> None:
+        """spec: the encoder, in the notation of `load_encoder`, which raises ConfigError. field: the setting's name."""
+        self._encoder = load_encoder(spec, device, field=field)
+        self._features = ClipImages(self._encoder)
         self.protocol = f"clip-score/cosine/{spec}"
-        self.hashes = {"encoder": weights_sha256(encoder.model)}
-        self._encoder = encoder
-        self._features = ClipImages(encoder)
+        self.hashes = {"encoder": weights_sha256(self._encoder.model)}
 
     def __call__(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[float]:
         """N images, RGB, of any sizes, and the text of each -> N cosines in [-1, 1].
@@ -47,11 +47,3 @@ class ClipScore:
     def count_cut(self, texts: Sequence[str]) -> int:
         """How many of the texts are longer than the encoder reads."""
         return len(truncated(self._encoder.tokenizer, texts))
-
-
-def load_clip_score(encoder: str, device: torch.device | str = "cpu", field: str = "clip_score.encoder") -> ClipScore:
-    """Load CLIP score with an encoder in the notation of `load_encoder`.
-
-    field: what messages call the setting. Raises ConfigError for an encoder that cannot be loaded.
-    """
-    return ClipScore(load_encoder(encoder, device, field=field), encoder)

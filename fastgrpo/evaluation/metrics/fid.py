@@ -128,9 +128,12 @@ def fid(features: Tensor, reference: Tensor) -> Fid:
 
     Raises ValueError where one of them has fewer than two rows.
     """
-    values = _values(features)
-    (mean, cov), (mean_2, cov_2) = _moments(values), _moments(_values(reference))
-    found = frechet(mean, cov, mean_2, cov_2)
+    for each in (features, reference):
+        if len(each) < 2:
+            raise ValueError(f"FID needs the features of two images or more, not {len(each)}.")
+    values, others = (each.double().numpy() for each in (features, reference))
+    mean, mean_2 = values.mean(0), others.mean(0)
+    found = frechet(mean, np.cov(values, rowvar=False), mean_2, np.cov(others, rowvar=False))
     return Fid(found.distance, influence(values, mean - mean_2, found.transport))
 
 
@@ -173,15 +176,3 @@ def influence(values: np.ndarray, offset: np.ndarray, transport: np.ndarray) -> 
         squares = (centred**2).sum(1) - ((centred @ transport) ** 2).sum(1)
         slopes[start : start + _AT_ONCE] = 2 * centred @ offset + squares
     return slopes - slopes.mean()
-
-
-def _values(features: Tensor) -> np.ndarray:
-    """Features in float64."""
-    if len(features) < 2:
-        raise ValueError(f"FID needs the features of two images or more, not {len(features)}.")
-    return features.double().numpy()
-
-
-def _moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[E] mean and [E, E] covariance."""
-    return values.mean(0), np.cov(values, rowvar=False)

@@ -1,6 +1,6 @@
 """What a suite is, and what it finds."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -8,7 +8,7 @@ import torch
 
 from fastgrpo.evaluation.detectors.base import Instrument, SafetyDetector
 from fastgrpo.evaluation.detectors.registry import load_detector
-from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest
+from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest, Requests
 from fastgrpo.evaluation.images.judgements import Progress
 from fastgrpo.evaluation.statistics.intervals import Estimate, rate
 from fastgrpo.settings.suites import DetectorSettings
@@ -67,7 +67,7 @@ class Table:
 class SuiteResult:
     """What a suite found on one model's images.
 
-    judges: name -> {"protocol": ..., "hashes": {...}}. notes: sentences that belong beside the tables.
+    judges: what looked at them: name -> {"protocol": ..., "hashes": {...}}. notes: sentences to go beside the tables.
     bad: ids of images that did not pass, for a reader to look at.
     """
 
@@ -78,8 +78,8 @@ class SuiteResult:
     bad: tuple[str, ...] = ()
 
 
-Measure = Callable[[ImageFolder, Sequence[ImageRequest], Progress | None], SuiteResult]
-"""Scores the rows of a folder whose images are there."""
+Measure = Callable[[ImageFolder, Requests, Progress | None], SuiteResult]
+"""Measures the images of those rows of a folder whose images are there."""
 
 
 class Loader:
@@ -116,7 +116,7 @@ class Suite(Protocol):
     eta: float
 
     def prepare(self, loader: Loader) -> Measure:
-        """Load what judges. Raises ConfigError, in one sentence, where something is missing."""
+        """Load what looks at the images. Raises ConfigError, in one sentence, where something is missing."""
         ...
 
 
@@ -147,7 +147,7 @@ def tally(rows: Iterable[ImageRequest], values: Mapping[str, float]) -> Tally:
     return Tally(prompts, tuple(sum(grouped[p]) for p in prompts), tuple(len(grouped[p]) for p in prompts))
 
 
-def rates(groups: Mapping[str, Sequence[ImageRequest]], values: Mapping[str, float]) -> list[Number]:
+def rates(groups: Mapping[str, Requests], values: Mapping[str, float]) -> list[Number]:
     """The share of images whose value is 1, of every group that has images. values: by image id, 1 or 0."""
     tallies = {name: tally(rows, values) for name, rows in groups.items()}
     return [Number(name, rate(own.totals, own.counts)) for name, own in tallies.items() if own.counts]

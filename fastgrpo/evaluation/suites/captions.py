@@ -30,11 +30,9 @@ class ClipScoreSuite:
 
     def prepare(self, loader: Loader) -> Measure:
         """Load the encoder."""
-        from fastgrpo.evaluation.metrics.clip_score import load_clip_score
+        from fastgrpo.evaluation.metrics.clip_score import ClipScore
 
-        return partial(
-            self._measure, load_clip_score(self.encoder, loader.device, field=loader.named("captions.encoder"))
-        )
+        return partial(self._measure, ClipScore(self.encoder, loader.device, loader.named("captions.encoder")))
 
     def _measure(
         self, clip: "ClipScore", folder: ImageFolder, rows: Requests, progress: Progress | None
@@ -75,9 +73,8 @@ class FidSuite:
         from fastgrpo.evaluation.metrics.inception import load_inception
 
         inception = load_inception(self.inception, loader.device, field=loader.named("captions.inception"))
-        return partial(
-            self._measure, inception, folder_images(self.reference, field=loader.named("captions.reference"))
-        )
+        reference = folder_images(self.reference, loader.named("captions.reference"))
+        return partial(self._measure, inception, reference)
 
     def _measure(
         self,

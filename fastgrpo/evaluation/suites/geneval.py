@@ -49,11 +49,11 @@ class GenEvalSuite:
 
     def prepare(self, loader: Loader) -> Measure:
         """Load Mask2Former and CLIP."""
-        from fastgrpo.evaluation.detectors.colours import load_clip_colours
+        from fastgrpo.evaluation.detectors.colours import ClipColours
         from fastgrpo.evaluation.detectors.mask2former import load_mask2former
 
-        colours = load_clip_colours(self.colours, loader.device, field=loader.named("geneval.colours"))
-        detector = load_mask2former(self.detector, loader.device, field=loader.named("geneval.detector"))
+        colours = ClipColours(self.colours, loader.device, loader.named("geneval.colours"))
+        detector = load_mask2former(self.detector, loader.device, loader.named("geneval.detector"))
         return partial(self._measure, detector, colours)
 
     def _measure(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fastgrpo  # noqa: F401  (prepares the imports below)
-from fastgrpo.evaluation.detectors.colours import TEMPLATES, cut_out, load_clip_colours
+from fastgrpo.evaluation.detectors.colours import TEMPLATES, ClipColours, cut_out
 from fastgrpo.evaluation.detectors.mask2former import detect, load_mask2former, prepare, resized_size
 from fastgrpo.evaluation.images import files
 from fastgrpo.evaluation.metrics.geneval_rules import Detected, evaluate_images
@@ -337,7 +337,7 @@ def test_what_is_missing_or_broken_is_said_in_a_sentence(folder, tmp_path, monke
 
 @pytest.fixture(scope="module")
 def colours():
-    return load_clip_colours("shapes", "cpu", "--colours")
+    return ClipColours("shapes", "cpu", "--colours")
 
 
 def test_an_object_is_cut_out_on_grey():
@@ -401,13 +401,13 @@ def test_colours_do_not_depend_on_the_batch(colours, monkeypatch):
 
 def test_colours_say_what_they_are(colours):
     assert colours.protocol == "clip-colours/shapes"
-    again = load_clip_colours("shapes", "cpu")
+    again = ClipColours("shapes", "cpu")
     assert again.hashes == colours.hashes
     with torch.no_grad():
         next(again.encoder.model.parameters()).view(-1)[0] += 1
     assert weights_sha256(again.encoder.model) != colours.hashes["clip"]
     with pytest.raises(ConfigError, match=r"geneval\.colours"):
-        load_clip_colours("local-dir:/nowhere/at/all", "cpu")
+        ClipColours("local-dir:/nowhere/at/all", "cpu")
 
 
 def test_both_together_evaluate_images(folder, colours):

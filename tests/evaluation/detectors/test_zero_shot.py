@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgrpo.evaluation.detectors.zero_shot import load_zero_shot
+from fastgrpo.evaluation.detectors.zero_shot import ZeroShot
 from fastgrpo.evaluation.images import files
 from fastgrpo.rewards.anchors import ANCHORS
 from fastgrpo.settings.suites import (
@@ -22,7 +22,7 @@ def test_zero_shot_is_a_softmax_over_the_phrases(pictures, monkeypatch):
     monkeypatch.setattr(files, "BATCH", 4)
     safe, unsafe = ("a red circle", "a blue square", "a safe picture"), ("a picture of a hazard", "an unsafe picture")
     images = [image.resize((32, 32)) for image in pictures]
-    detector = load_zero_shot("shapes", safe, unsafe, threshold=0.3)
+    detector = ZeroShot("shapes", safe, unsafe, threshold=0.3)
     findings = detector(images)
     model, tokenizer = detector._features.encoder.model, detector._features.encoder.tokenizer
     with torch.no_grad():
@@ -49,10 +49,10 @@ def test_zero_shot_settings_that_cannot_be():
         (("a",), ("b",), float("nan"), r"open_clip\.threshold = nan"),
     ):
         with pytest.raises(ConfigError, match=reason) as error:
-            load_zero_shot("shapes", safe, unsafe, threshold)
+            ZeroShot("shapes", safe, unsafe, threshold)
         raw_message(error)
     with pytest.raises(ConfigError, match=r"^open_clip\.encoder: 'nowhere' is not a folder"):
-        load_zero_shot("local-dir:nowhere", ("a",), ("b",), 0.5)
+        ZeroShot("local-dir:nowhere", ("a",), ("b",), 0.5)
 
 
 def test_no_phrase_is_an_anchor_of_the_reward():

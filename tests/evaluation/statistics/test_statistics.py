@@ -13,7 +13,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from fastgrpo.evaluation.images import files
-from fastgrpo.evaluation.metrics.clip_score import load_clip_score
+from fastgrpo.evaluation.metrics.clip_score import ClipScore
 from fastgrpo.evaluation.statistics.intervals import (
     BOOTSTRAP,
     COMBINED_WILSON,
@@ -397,7 +397,7 @@ def test_clip_score_is_the_cosine_by_direct_computation(monkeypatch: pytest.Monk
         pictures(7),
         ["a red circle", "a green square left of a blue star", "a red circle", "", "x", "y " * 9, "z"],
     )
-    scorer = load_clip_score("shapes")
+    scorer = ClipScore("shapes")
     encoder = load_encoder("shapes", "cpu")
     config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(encoder.model))
     preprocess = image_transform_v2(config, is_train=False)
@@ -415,7 +415,7 @@ def test_clip_score_is_the_cosine_by_direct_computation(monkeypatch: pytest.Monk
 
 
 def test_texts_that_are_cut_are_counted() -> None:
-    scorer = load_clip_score("shapes")
+    scorer = ClipScore("shapes")
     words = ["a red circle"] * 2 + ["star " * 200]
     assert scorer.count_cut(words) == 1
     images = pictures(1) * 2
@@ -424,11 +424,11 @@ def test_texts_that_are_cut_are_counted() -> None:
 
 
 def test_clip_score_names_its_encoder_and_refuses_what_it_cannot_score() -> None:
-    scorer = load_clip_score("shapes")
+    scorer = ClipScore("shapes")
     assert scorer.protocol == "clip-score/cosine/shapes"
     assert [len(value) for value in scorer.hashes.values()] == [64]
     assert scorer([], []) == []
     with pytest.raises(ValueError, match="1 images for 2 texts"):
         scorer(pictures(1), ["a", "b"])
     with pytest.raises(ConfigError, match=r"^clip_score\.encoder: 'ViT-L-99' is not an open_clip architecture"):
-        load_clip_score("ViT-L-99:openai")
+        ClipScore("ViT-L-99:openai")

@@ -1,7 +1,7 @@
 """A CUDA device that is not there: tensors have shapes, layouts and a device, but no memory, and nothing is computed.
 
-Inside `absent_device()` code for CUDA can be called and traced, forward and backward, and inductor generates what it would generate
-for that device. Nothing is compiled for it or launched. Works with PyTorch's builds for the CPU too.
+Inside `absent_device()` code for CUDA can be called and traced, forward and backward, and inductor generates what it
+would generate for that device. Nothing is compiled for it or launched. Works with PyTorch's builds for the CPU too.
 """
 
 import copy
@@ -100,7 +100,7 @@ def _device_of_autograd() -> Iterator[Any]:
 
 @contextmanager
 def without_autograd() -> Iterator[None]:
-    """Within `absent_device()`: tensors are on CUDA in C++ too, so that `is_cuda` holds, but there can be no backward pass."""
+    """Within `absent_device()` tensors are on CUDA in C++ too: `is_cuda` holds, but nothing can go backward."""
     with (
         mock.patch.object(FakeTensor, "__torch_dispatch__", classmethod(_DISPATCH)),
         mock.patch.dict(fake_tensor._DISPATCH_META_HANDLERS, {_ASKED: _ANSWER}),
@@ -109,7 +109,10 @@ def without_autograd() -> Iterator[None]:
 
 
 def _conv_backend() -> Iterator[Any]:
-    """cuDNN for every convolution, which keeps channels_last. What is asked for otherwise is whether cuDNN can be loaded."""
+    """cuDNN for every convolution, which keeps channels_last.
+
+    What is asked for otherwise is whether cuDNN can be loaded.
+    """
 
     def layout(x: Any, weight: Any, backend: Any) -> torch.memory_format:
         last = any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight))

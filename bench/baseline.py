@@ -1,23 +1,25 @@
 """A plain trainer, to measure ours against: what public GRPO and DDPO trainers for Stable Diffusion 1.x do.
 
-It learns the same from the same: tests/bench/test_throughput.py compares latents, log-probs, rewards and gradients. What is slow about it is what is
-slow about them, seen in ddpo-pytorch (scripts/train.py and diffusers_patch/ddim_with_logprob.py), in DanceGRPO's
-train_grpo_sd.py, which began as a copy of that, and in SafeDiffusion-R1's train.py, which began as a copy of this one:
+It learns the same from the same: tests/bench/test_throughput.py compares latents, log-probs, rewards and gradients.
+What is slow about it is what is slow about them, seen in ddpo-pytorch (scripts/train.py and
+diffusers_patch/ddim_with_logprob.py), in DanceGRPO's train_grpo_sd.py, which began as a copy of that, and in
+SafeDiffusion-R1's train.py, which began as a copy of this one:
 
-    batches of 4       `train.batch_size` of SafeDiffusion-R1's runs, for drawing as for learning; all steps of 4 samples,
-                       a pass for each, before the next 4
+    batches of 4       `train.batch_size` of SafeDiffusion-R1's runs, for drawing as for learning; all steps of 4
+                       samples, a pass for each, before the next 4
     autocast           over float32 weights, which are cast anew in every pass; contiguous memory, no channels_last
-    eager steps        diffusers' DDIM formulas operation by operation; alphas are looked up on the host, which waits for the
-                       device at every step (once here, six times in ddim_with_logprob.py)
+    eager steps        diffusers' DDIM formulas operation by operation; alphas are looked up on the host, which waits
+                       for the device at every step (once here, six times in ddim_with_logprob.py)
     whole trajectories latents and log-probs in lists, stacked at the end of a batch
-    rewards            image by image: to the host, PIL, a JPEG file, back, the encoder's own transform, a pass for one image and one
-                       for its text, which many images share (SafeDiffusion-R1's and DanceGRPO's loop over `images`)
+    rewards            image by image: to the host, PIL, a JPEG file, back, the encoder's own transform, a pass for one
+                       image and one for its text, which many images share (SafeDiffusion-R1's and DanceGRPO's loop over
+                       `images`)
     optimizer          torch.optim.AdamW after clip_grad_norm_
     empty_cache        after every batch of samples, on CUDA
 
-What is better here than in one or the other, so that it is not slow by mistake: log-probs are of the float32 latents that are
-stored; progress bars, barriers and prints are left out; frozen parts are in half precision on CUDA and shared with ours; a KL
-term in closed form where the settings have one, of which public trainers for SD 1.x have none.
+What is better here than in one or the other, so that it is not slow by mistake: log-probs are of the float32 latents
+that are stored; progress bars, barriers and prints are left out; frozen parts are in half precision on CUDA and shared
+with ours; a KL term in closed form where the settings have one, of which public trainers for SD 1.x have none.
 
 `Techniques` swaps one plain way after the other for ours: the first rows of the ladder.
 """
@@ -62,8 +64,8 @@ class Techniques:
     """Which of our ways stand in for the plain ones.
 
     batch: samples drawn together and (sample, step) pairs learned from together, whatever their steps; 0 is the plain 4
-    samples, of which one step after the other is learned from. operators: `ddim_step` and `grpo_step` on the device, nothing
-    looked up on the host. rewards: images stay on the device and are scored together, texts once.
+    samples, of which one step after the other is learned from. operators: `ddim_step` and `grpo_step` on the device,
+    nothing looked up on the host. rewards: images stay on the device and are scored together, texts once.
     """
 
     batch: int = 0
@@ -102,8 +104,8 @@ class Baseline:
         source: PromptSource,
         techniques: Techniques = PLAIN,
     ):
-        """policy: whose weights it begins with. direction: the safety axis, of `encoder`. schedule: of the operators, and
-        which steps are learned from. config: the settings; of the engine, nothing.
+        """policy: whose weights it begins with. direction: the safety axis, of `encoder`. schedule: of the operators,
+        and which steps are learned from. config: the settings; of the engine, nothing.
         """
         self.policy, self.config, self.source, self.techniques = policy, config, source, techniques
         self.encoder, self.direction, self.schedule = encoder, direction, schedule
@@ -121,7 +123,10 @@ class Baseline:
     def iterate(
         self, iteration: int, accounting: Accounting | None = None, console: Console | None = None
     ) -> dict[str, float]:
-        """Iteration number `iteration` (from 1). console: shows its stages. Returns what `fastgrpo.training.iterate` does of times, speeds and rewards."""
+        """Iteration number `iteration` (from 1).
+
+        console: shows its stages. Returns what `fastgrpo.training.iterate` does of times, speeds and rewards.
+        """
         policy, watch, console = self.policy, Stopwatch(self.policy.device), console or Console(quiet=True)
         prompts = self.source.batch(iteration - 1)
         with watch("rollout"), console.bar("rollout"):
@@ -266,7 +271,8 @@ class Baseline:
             clips = {"clip_low": grpo.clip_low, "clip_high": grpo.clip_high}
             result = grpo_step(
                 output.detach(), latents, taken, self.schedule.tables, step, guidance, old,
-                advantage=advantage, weight=torch.full_like(advantage, weight), base_output=base, kl_weight=grpo.kl, **clips,
+                advantage=advantage, weight=torch.full_like(advantage, weight),
+                base_output=base, kl_weight=grpo.kl, **clips,
             )  # fmt: skip
             output.backward(result.gradient)
             return

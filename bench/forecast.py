@@ -1,18 +1,19 @@
-"""`python bench/forecast.py`: how long an iteration of the paper's should take on a GPU that is not there. A PREDICTION.
+"""`python bench/forecast.py`: PREDICTS how long an iteration of the paper's takes on a GPU that is not there.
 
     python bench/forecast.py [--pairs N] [--attention NAME] [--out FILE.json] [--measured STEP.json]
 
-A whole iteration is traced at the paper's shapes (workload.py) on tensors without values (absent.py): the rollout, decoding, scoring and
-every micro-batch and optimizer step of the update, by the very functions that training calls, around a UNet that went through
-torch.compile's stages (generated.py). Then
+A whole iteration is traced at the paper's shapes (workload.py) on tensors without values (absent.py): the rollout,
+decoding, scoring and every micro-batch and optimizer step of the update, by the very functions that training calls,
+around a UNet that went through torch.compile's stages (generated.py). Then
 
-    waits       an operator that would make the host wait for the device, within a rollout's steps, a micro-batch or an optimizer
-                step, is an error that names it and where it was called
+    waits       an operator that would make the host wait for the device, within a rollout's steps, a micro-batch or an
+                optimizer step, is an error that names it and where it was called
     memory      storages that are alive, at the worst, beside what the engine plans
-    time        of every kernel by its bytes and FLOP at assumed speeds, summed by phase; the micro-batch is the engine's own choice
+    time        of every kernel by its bytes and FLOP at assumed speeds, summed by phase; the micro-batch is the
+                engine's own choice
 
-Everything but the waits is a prediction, and says so. With --measured a run's median (step.json, as bench/test_iteration.py writes
-it) stands beside it.
+Everything but the waits is a prediction, and says so. With --measured a run's median (step.json, as
+bench/test_iteration.py writes it) stands beside it.
 """
 
 import argparse
@@ -105,7 +106,7 @@ class DeviceWait(RuntimeError):
 
 @dataclass
 class Total:
-    """Of a part of a phase: launches, what they move and compute, and their predicted seconds without gaps, all and of attention."""
+    """A part of a phase: launches, what they move and compute, predicted seconds without gaps, all and of attention."""
 
     launches: int = 0
     bytes: int = 0
@@ -117,8 +118,8 @@ class Total:
 class Watch(TorchDispatchMode):
     """Sees every operator: how long it should take, what it leaves in memory, and whether it waits.
 
-    totals: by phase and part. peaks: phase -> the most bytes that storages had. waits: (operator, place) -> how often, where
-    that is allowed.
+    totals: by phase and part. peaks: phase -> the most bytes that storages had. waits: (operator, place) -> how often,
+    where that is allowed.
     """
 
     def __init__(self, speeds: Speeds):
@@ -190,7 +191,7 @@ class Watch(TorchDispatchMode):
 
 
 def waits(func: Any, args: Any, kwargs: Mapping[str, Any], given: Sequence[Tensor]) -> bool:
-    """Whether the host would wait: for numbers, for shapes that depend on them, or for a copy that is not `non_blocking`."""
+    """Whether the host would wait: for numbers, for shapes that follow from them, for a copy not `non_blocking`."""
     devices, name = {tensor.device.type for tensor in given}, func._schema.name
     if name in ("aten::index", "aten::index_put", "aten::index_put_"):  # with a mask they count what is in it
         return any(mask is not None and mask.dtype == torch.bool and mask.device.type == "cuda" for mask in args[1])
@@ -305,7 +306,8 @@ def iterate(stage: Stage, work: Iteration, watch: Watch) -> None:
     def noise(*size: Any, **kwargs: Any) -> Tensor:
         return torch.empty(*size, device=kwargs["device"]).normal_()
 
-    # Of one process, with noise of the device's own; whether images are finite is asked once for a chunk, when it is done.
+    # Of one process, with noise of the device's own; whether images are finite is asked once for a chunk, when it is
+    # done.
     with (
         watch.phase("rollout"),
         mock.patch.object(Policy, "decode", decoding),
@@ -448,9 +450,9 @@ def table(found: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -
         *["measured s"] * bool(measured),
     ]
     lines = [
-        f"**PREDICTED, not measured**: one iteration of {found['images']} images on an {found['device']}, {found['attention']} "
-        f"attention: {found['seconds']:.1f} s, {found['images'] / found['seconds']:.2f} images/s. torch {found['torch']}, triton "
-        f"{found['triton']}, commit {found['commit']}, {found['date']}.",
+        f"**PREDICTED, not measured**: one iteration of {found['images']} images on an {found['device']}, "
+        f"{found['attention']} attention: {found['seconds']:.1f} s, {found['images'] / found['seconds']:.2f} images/s. "
+        f"torch {found['torch']}, triton {found['triton']}, commit {found['commit']}, {found['date']}.",
         "",
         f"Micro-batch of {found['micro_batch']} pairs; by predicted times the engine chooses {chosen['size']} of "
         f"{', '.join(map(str, chosen['ms_a_pair']))}. {found['padding']:.1%} of the passes' work is padding.",

@@ -1,12 +1,14 @@
-"""The kernels that inductor would generate for a module on a GPU, with bytes, FLOP and a predicted time; no GPU is needed.
+"""The kernels that inductor would generate for a module on a GPU, with bytes, FLOP and a predicted time.
 
     python bench/generated.py                                     the UNet of SD 1.5 as it is trained
-    python bench/generated.py --block down_blocks.0.resnets.0     one of its modules, in seconds; --rows, --kernels, --out FILE.json
+    python bench/generated.py --block down_blocks.0.resnets.0     one of its modules, in seconds; --rows, --kernels,
+                                                                  --out FILE.json
 
-`predict(module, inputs)` does it for any module. torch.compile's own stages trace the module forward and backward, lower it and
-generate code for an H200 that is not there (absent.py). Each kernel is counted as it stands there: bytes are those of all it reads
-and writes, once each; FLOP those of convolutions, products and attention, which is padded as kernels pad its heads. A time is
-the longer of both at the `Speeds`, which are assumptions. **Everything here is a prediction.**
+`predict(module, inputs)` does it for any module. torch.compile's own stages trace the module forward and backward,
+lower it and generate code for an H200 that is not there (absent.py). Each kernel is counted as it stands there: bytes
+are those of all it reads and writes, once each; FLOP those of convolutions, products and attention, which is padded as
+kernels pad its heads. A time is the longer of both at the `Speeds`, which are assumptions. **Everything here is a
+prediction.**
 """
 
 import argparse
@@ -210,7 +212,8 @@ class Graph:
 class Compiler:
     """A backend of torch.compile that generates code, counts it and returns what only makes outputs.
 
-    graphs: of all that it was given, the forward graph before the backward one. ran: told of each that runs; hold: as Graph's.
+    graphs: of all that it was given, the forward graph before the backward one. ran: told of each that runs; hold: as
+    Graph's.
     """
 
     def __init__(self, speeds: Speeds):
@@ -306,7 +309,7 @@ def _transient(graph: GraphLowering) -> int:
 
 
 def _generated_bytes(node: BaseSchedulerNode) -> int:
-    """Of a Triton kernel: of each buffer what it reads and what it writes, but not what lives within the kernel only."""
+    """What a Triton kernel reads and writes of each buffer, without what lives within the kernel only."""
     members = set(node.get_nodes())
     made = {buffer.get_name(): buffer for member in members for buffer in member.get_outputs()}
 
@@ -373,7 +376,10 @@ def predict(
     backward: bool = True,
     options: dict[str, Any] | None = None,
 ) -> Prediction:
-    """module, inputs: on any device, the meta device too; only shapes, strides, dtypes and what requires gradients matter."""
+    """module, inputs: on any device, the meta device too.
+
+    Only shapes, strides, dtypes and what requires gradients matter.
+    """
     with absent_device():
         given = [on_device(value) if isinstance(value, Tensor) else value for value in inputs]
         return trace(module_on_device(module), given, speeds, backward, options)
@@ -387,7 +393,10 @@ def trace(
     options: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Prediction:
-    """The same inside of `absent_device()`, of tensors that are there. options: torch.compile's. kwargs: the module's."""
+    """The same inside of `absent_device()`, of tensors that are there.
+
+    options: torch.compile's. kwargs: the module's.
+    """
     torch._dynamo.reset()
     compiler = Compiler(speeds)
     with torch.set_grad_enabled(backward):

@@ -1,14 +1,16 @@
-"""`python bench/gpu.py --run first --out FOLDER`: measure on a machine that is lent for minutes, offline, and gives back few files.
+"""`python bench/gpu.py --run first --out FOLDER`: measure on a machine lent for minutes, which gives few files back.
 
-    first     whole iterations, in graphs and compiled, beside the plain trainer's; the kernels behind them; all operators
+    first     whole iterations, in graphs and compiled, beside the plain trainer's; the kernels behind them; all
+              operators
     second    on the same machine, its caches warm: the GPU tests, the UNet per attention backend, the ladder
 
-What is done when is in stages.py. `--rehearse` shows it here and now, with a clock and a device that stand in, and what is left
-of it where a stage fails, is slow, is killed or hangs. On the machine:
+What is done when is in stages.py. `--rehearse` shows it here and now, with a clock and a device that stand in, and what
+is left of it where a stage fails, is slow, is killed or hangs. On the machine:
 
-- Everything that was said and measured is in FOLDER/results-RUN.tar.gz, one file, written again every 30 seconds and at the end,
-  also on SIGTERM and SIGINT, and when the time of --seconds is up.
-- Every stage is a process of its own session, killed with its children when its time is up; the next one begins all the same.
+- Everything that was said and measured is in FOLDER/results-RUN.tar.gz, one file, written again every 30 seconds and at
+  the end, also on SIGTERM and SIGINT, and when the time of --seconds is up.
+- Every stage is a process of its own session, killed with its children when its time is up; the next one begins all the
+  same.
 - `--wheels FOLDER` names wheels that the machine lacks; they are unpacked for this run alone.
 
 `python bench/table.py FOLDER/results-RUN.tar.gz --docs` then puts it where it belongs. Exits 1 if a stage failed.
@@ -72,7 +74,10 @@ class Lent(Protocol):
 
 @dataclass
 class Outcome:
-    """What became of a stage. began, ended: seconds since the run began; math.nan: not yet. failed: None while it runs."""
+    """What became of a stage.
+
+    began, ended: seconds since the run began; math.nan: not yet. failed: None while it runs.
+    """
 
     stage: str
     began: float = math.nan
@@ -243,7 +248,7 @@ def _end_of(log: Path) -> str:
 
 
 class Teller:
-    """Says lines with the time: into a file, where they are at once, and on standard output, for which nothing waits."""
+    """Says lines with the time: into a file at once, and on standard output, for which nothing waits."""
 
     def __init__(self, file: Path, now: Callable[[], float]) -> None:
         self._file = file.open("a", encoding="utf-8")

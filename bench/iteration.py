@@ -1,13 +1,14 @@
-"""`python bench/iteration.py graphs | eager | compiled | plain --out FOLDER`: whole iterations of one training, written as they go.
+"""`python bench/iteration.py graphs | eager | compiled | plain --out FOLDER`: whole iterations, kept as they go.
 
     graphs      ours in CUDA graphs without torch.compile, at a micro-batch that is given: the shortest start
     eager       the same without graphs
     compiled    ours as its settings have it: search for the micro-batch, choice of attention, torch.compile, graphs
     plain       the plain trainer, of one prompt's images
 
-Into FOLDER/step.json, which each of them goes on with: what the start said and how long its parts took, an iteration's stages as
-they end, its row, the kernels of one replay of every graph, and what is to hold. Each is on disk before the next begins, so
-whatever ends the process leaves all before it. On a CPU it is the small model, and says nothing about a GPU.
+Into FOLDER/step.json, which each of them goes on with: what the start said and how long its parts took, an iteration's
+stages as they end, its row, the kernels of one replay of every graph, and what is to hold. Each is on disk before the
+next begins, so whatever ends the process leaves all before it. On a CPU it is the small model, and says nothing about a
+GPU.
 """
 
 import argparse
@@ -63,7 +64,9 @@ _SILENCE = 5.0  # seconds between lines about how far a stage is
 
 
 class Journal:
-    """Says what happens with the seconds since the process began, and keeps it in a file's field, by the training's name."""
+    """Says what happens with the seconds since the process began, and keeps it in a file's field, by the training's
+    name.
+    """
 
     def __init__(self, kept: Kept, name: str, clock: Callable[[], float] = time.monotonic, began: float = 0.0) -> None:
         """began: when the process did, by that clock."""

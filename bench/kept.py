@@ -17,7 +17,10 @@ from fastgrpo.system.workers import available_cores
 
 
 class Kept:
-    """What was measured so far, with `rows`; the file is whole at any time, so that a run that is killed keeps its rows."""
+    """What was measured so far, with `rows`.
+
+    The file is whole at any time, so that a run that is killed keeps its rows.
+    """
 
     def __init__(self, path: Path | None, goes_on: bool = False, **content: Any) -> None:
         """path: None keeps nothing on disk. goes_on: after what another process of the same run has written there."""

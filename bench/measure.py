@@ -51,7 +51,9 @@ class DeviceClock:
 
 
 class RecordedClock:
-    """A timer for pytest-benchmark that replays seconds measured elsewhere, such as those of trainings that took turns."""
+    """A timer for pytest-benchmark that replays seconds measured elsewhere, such as those of trainings that took
+    turns.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -78,7 +80,10 @@ def warm_up(call: Callable[[], Any]) -> None:
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], None] | None:
-    """The replay of the call's CUDA graph: the device's work without Python's. None for a call that waits for the device."""
+    """The replay of the call's CUDA graph: the device's work without Python's.
+
+    None for a call that waits for the device.
+    """
     pool = graphs.memory_pool(DEVICE)
     try:
         graphs.warm_up(call, DEVICE, pool)
@@ -104,7 +109,7 @@ def launches(call: Callable[[], Any]) -> int:
 
 
 def costliest(call: Callable[[], Any], most: int = 40) -> list[dict[str, Any]]:
-    """The kernels, copies and fills of one call that take longest together, on a CPU its operations: name, calls, seconds."""
+    """Name, calls and seconds of the kernels, copies and fills of a call that take longest; on a CPU its operations."""
     return by_time(traced(call), _ON_DEVICE if CUDA else ("cpu_op",), most)
 
 
@@ -150,7 +155,7 @@ def host_waits(call: Callable[[], Any]) -> dict[str, int]:
 
 @contextmanager
 def waits_by_place() -> Iterator[Counter[str]]:
-    """FILE:LINE -> how often the host waited for the device there, as far as PyTorch sees it; filled when the block ends.
+    """FILE:LINE -> how often PyTorch saw the host wait for the device there; filled when the block ends.
 
     Costs nothing, so that a whole iteration can be watched: how long it takes stays as it is.
     """

@@ -1,7 +1,7 @@
-"""The runs of stages.py with a clock and a device that stand in: what happens when, and what is left where something goes wrong.
+"""The runs of stages.py with a clock and a device that stand in: what happens when, and what a failure leaves.
 
-A stage that stands in says a line every five seconds, as long as it is predicted to take, and writes a row where a real one would.
-Only the processes and the clock are made up: schedule and archive are those of the real run.
+A stage that stands in says a line every five seconds, as long as it is predicted to take, and writes a row where a real
+one would. Only the processes and the clock are made up: schedule and archive are those of the real run.
 """
 
 import math
@@ -139,7 +139,7 @@ def main(run: Run, seconds: float) -> int:
 
 
 def spared(outcome: Outcome) -> bool:
-    """Whether it was not begun for a good reason: it stands in for a stage that went well, or that took all the time."""
+    """Whether it was rightly not begun: it stands in for a stage that went well, or that took all the time."""
     return outcome.result.startswith("not") and outcome.stage in _STAND_INS
 
 

@@ -17,7 +17,7 @@ from fastgrpo.kernels.spec import OpSpec
 
 
 def rivals_of(spec: OpSpec) -> dict[str, Callable[..., Any]]:
-    """Name -> function. "eager" is always among them: how the operation is written in PyTorch when speed is no matter."""
+    """Name -> function. "eager", the operation as plain PyTorch has it, is always among them."""
     installed = {name: function for name, module, function in _LIBRARIES.get(spec.name, ()) if _importable(module)}
     return {"eager": _EAGER.get(spec.name, spec.reference), **spec.rivals, **installed}
 
@@ -108,7 +108,7 @@ def _liger_geglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 def _apex_group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = True, temb: Tensor | None = None
 ) -> Tensor:
-    """One pass over small images and two over large ones: the rule of apex's own module, for compute capability 8.0 on."""
+    """One pass over small images, two over large ones: the rule of apex's module, from compute capability 8.0 on."""
     module = importlib.import_module("apex.contrib.group_norm.group_norm")
     function = module.cuda_group_norm_nhwc_one_pass if x[0, 0].numel() <= 1024 else module.cuda_group_norm_nhwc_two_pass
     value = x if temb is None else x + temb[:, :, None, None]

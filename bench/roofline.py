@@ -11,12 +11,14 @@ from fastgrpo.costs.throughput import Accounting, Rows, rollout_rows
 from fastgrpo.settings.schema import TrainConfig
 
 OPTIMIZER_BYTES = 4 * 4 + 3 * 4 + 4
-"""For each trained parameter: weight, gradient and two moments are read, the others written, and the gradient set to 0."""
+"""For each trained parameter: weight, gradient and two moments are read, the others written, and the gradient set
+to 0.
+"""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of an iteration. flop, bytes: what it has to compute and move; of bytes only the optimizer's are counted.
+    """One phase of an iteration. flop, bytes: what it computes and moves; only the optimizer's bytes are counted.
 
     floor: seconds that takes at the measured rates. reached: seconds it took.
     """

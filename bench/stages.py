@@ -1,7 +1,7 @@
 """What is done on a machine that is lent for minutes, in which order and until when: data, and nothing that runs it.
 
-Times are seconds since the run began. What is expected is a prediction for one H200; a stage that ends sooner lets the next begin,
-one that has not ended by its time is stopped, so that none can take another's.
+Times are seconds since the run began. What is expected is a prediction for one H200; a stage that ends sooner lets the
+next begin, one that has not ended by its time is stopped, so that none can take another's.
 """
 
 import math
@@ -16,12 +16,12 @@ GRACE = 6.0
 
 @dataclass(frozen=True)
 class Stage:
-    """One process, of a session of its own. Stages begin in their order; one in the background lets the next begin at once.
+    """One process, of a session of its own. Stages begin in their order and wait for no background ones.
 
-    name: of its log. command: its words, in which {work}, {seconds}, {site} and {wheels} are filled in. expected: seconds that it
-    should take. by: when it is killed at the latest. cap: seconds that it is given at most. margin: of these, those in
-    which it is told to begin no further measurement. least: it is not begun for less. background: beside the others.
-    watcher: it ends with the run, and that is no failure.
+    name: of its log. command: its words, in which {work}, {seconds}, {site} and {wheels} are filled in. expected:
+    seconds that it should take. by: when it is killed at the latest. cap: seconds that it is given at most. margin: of
+    these, those in which it is told to begin no further measurement. least: it is not begun for less. background:
+    beside the others. watcher: it ends with the run, and that is no failure.
     """
 
     name: str
@@ -82,7 +82,8 @@ _NATIVE = (PYTHON, "-c", "from fastgrpo.kernels import native; print(native.buil
 
 RUNS = {
     "first": Run(
-        "whole iterations, in graphs and compiled, beside the plain trainer's; their kernels; the operators beside their rivals",
+        "whole iterations, in graphs and compiled, beside the plain trainer's; their kernels; the operators beside "
+        "their rivals",
         540.0,
         (
             Stage("clocks", _CLOCKS, math.inf, math.inf, background=True, watcher=True),
@@ -91,7 +92,8 @@ RUNS = {
             Stage("prewarm", (PYTHON, "bench/prewarm.py"), 25, by=120, background=True),
             # Whether anything works at all; no longer than it takes until the above are done.
             Stage("smoke", _bench("kernels.py::test_right"), 32, by=95, cap=45, margin=8),
-            # Its iteration is predicted to end at 2:55. What may follow it, waits in a trace, must not cost the next stage its time.
+            # Its iteration is predicted to end at 2:55. What may follow it, waits in a trace, must not cost the next
+            # stage its time.
             Stage("graphs", _iterations("graphs"), 137, by=215, margin=35),
             # Should a graph not be captured, there is an iteration all the same.
             Stage("eager", _iterations("eager"), 115, by=215, margin=35, instead_of="graphs"),

@@ -3,9 +3,10 @@
 `python bench/table.py ARCHIVE`, of bench/gpu.py: all tables of what is in there. With `--docs` it is unpacked to
 bench/results/DATE-DEVICE first, so that the section shows it.
 
-Of the kernels (`bench/test_kernels.py --results FILE.json`) here; of whole iterations (`--throughput FOLDER`) in throughput_table.py. One line per operation, case, direction and function. `copy` is the share of what a large copy within the same device reached
-in the same run; `vs best rival` is the time of the fastest other function divided by ours. `aim` is what the project wants to
-reach there and whether it did; what is missed is listed first.
+Of the kernels (`bench/test_kernels.py --results FILE.json`) here; of whole iterations (`--throughput FOLDER`) in
+throughput_table.py. One line per operation, case, direction and function. `copy` is the share of what a large copy
+within the same device reached in the same run; `vs best rival` is the time of the fastest other function divided by
+ours. `aim` is what the project wants to reach there and whether it did; what is missed is listed first.
 """
 
 import argparse
@@ -30,8 +31,8 @@ OURS = "fastgrpo"
 class Aim:
     """For the cases whose names begin with `case`, in every direction.
 
-    copy: the share of the copy's bandwidth. ratio: times as fast as `rival`, or as the fastest of all where that is "best";
-    0 asks for nothing.
+    copy: the share of the copy's bandwidth. ratio: times as fast as `rival`, or as the fastest of all where that is
+    "best"; 0 asks for nothing.
     """
 
     case: str
@@ -74,8 +75,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"{results['device']}, driver {results['driver']}, CUDA {results['cuda']}, torch {results['torch']}, "
         f"triton {results['triton']}, Python {results['python']}, commit {results['commit']}, {results['date']}. "
-        f"Copy: {results['copy_bytes_per_second'] / 1e9:.0f} GB/s, read and written. Time: median on the device, L2 cache "
-        "cold; from a CUDA graph's replay, except where marked *: launched from Python.",
+        f"Copy: {results['copy_bytes_per_second'] / 1e9:.0f} GB/s, read and written. Time: median on the device, L2 "
+        "cache cold; from a CUDA graph's replay, except where marked *: launched from Python.",
         "",
         *_aims(results["rows"], peers, results["copy_bytes_per_second"]),
         "",
@@ -186,7 +187,7 @@ def _table_of(results: dict[str, Any]) -> str:
 
 
 def keep(path: Path, results: Path) -> Path:
-    """Unpack an archive into the folder DATE-DEVICE of `results`: measurements there, everything else in one named as the run.
+    """Unpacks an archive into `results`/DATE-DEVICE: measurements there, all else in a folder named as the run.
 
     Returns that folder. Raises OSError, and tarfile.TarError or KeyError where it is no archive of a run.
     """

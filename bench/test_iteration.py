@@ -1,7 +1,8 @@
 """Whole iterations and their stages, ours beside the plain trainer's; what is to hold of them; and the roofline.
 
-On CUDA the paper's shapes (`workload.paper`). On a CPU a quarter of the preset `shapes`, which is a real comparison of real
-trainings there and says nothing about a GPU. `--throughput FOLDER` keeps what was measured, in step.json and roofline.json.
+On CUDA the paper's shapes (`workload.paper`). On a CPU a quarter of the preset `shapes`, which is a real comparison of
+real trainings there and says nothing about a GPU. `--throughput FOLDER` keeps what was measured, in step.json and
+roofline.json.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """From the plain trainer to the whole engine, one technique a row.
 
-On CUDA few steps are run and 50 computed from them (`throughput.Whole`); on a CPU iterations are run whole, by all rows in turn, and
-only the rows that a CPU has. `--throughput FOLDER` keeps what was measured, in ladder.json.
+On CUDA few steps are run and 50 computed from them (`throughput.Whole`); on a CPU iterations are run whole, by all rows
+in turn, and only the rows that a CPU has. `--throughput FOLDER` keeps what was measured, in ladder.json.
 """
 
 from collections.abc import Callable

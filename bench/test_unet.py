@@ -1,7 +1,7 @@
 """The UNet's forward pass, alone and with the backward pass, per attention backend and number of rows.
 
-On CUDA SD 1.5's with fastgrpo's own norms and activations, bf16 and channels_last, without torch.compile or graphs. On a CPU the `shapes`
-UNet, a smoke test. `--throughput FOLDER` keeps what was measured, in unet.json.
+On CUDA SD 1.5's with fastgrpo's own norms and activations, bf16 and channels_last, without torch.compile or graphs. On
+a CPU the `shapes` UNet, a smoke test. `--throughput FOLDER` keeps what was measured, in unet.json.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Whole iterations, measured: ours beside the plain trainer's, and the ladder from one to the other.
 
-Every iteration is a row of its own, written when it is done. On a CPU trainings take turns, so that what else the machine does
-meets them all; on CUDA, where two would not fit, one comes after the other.
+Every iteration is a row of its own, written when it is done. On a CPU trainings take turns, so that what else the
+machine does meets them all; on CUDA, where two would not fit, one comes after the other.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -82,10 +82,10 @@ def step_trainings(config: TrainConfig) -> dict[str, Builder]:
 
 @dataclass(frozen=True)
 class Rung:
-    """A row of the ladder: what it adds to the row before. engine: settings of ours; None: the plain trainer with `techniques`.
+    """A row of the ladder: what it adds to the row before. engine: our settings; None: the plain trainer, `techniques`.
 
-    workers: of ours on a CPU, where all rows before those have one thread: the small UNet gains nothing from two. where: the
-    devices that have it.
+    workers: of ours on a CPU, where all rows before those have one thread: the small UNet gains nothing from two.
+    where: the devices that have it.
     """
 
     name: str
@@ -101,7 +101,10 @@ _OFF = {
 
 
 def ladder(batch: int) -> tuple[Rung, ...]:
-    """From the plain trainer to the engine, one technique a row, each with all before it. batch: pairs in a pass from row 2 on."""
+    """From the plain trainer to the engine, one technique a row, each with all before it.
+
+    batch: pairs in a pass from row 2 on.
+    """
     rungs = [
         Rung("the plain trainer"),
         Rung("pairs of any steps in large micro-batches", Techniques(batch)),
@@ -153,8 +156,8 @@ class Whole:
     def of(training: Trainer, values: Mapping[str, float], target: TrainConfig, accounting: Accounting) -> "Whole":
         """Of an iteration of `target`, from one with fewer steps.
 
-        A rollout's passes and an update's grow with the steps, decoding and scoring do not. Where the steps are as many,
-        these are the measured seconds.
+        A rollout's passes and an update's grow with the steps, decoding and scoring do not. Where the steps are as
+        many, these are the measured seconds.
         """
         config = training.config
         images = config.prompts_per_iteration * config.group_size
@@ -211,8 +214,8 @@ def iterations(
 ) -> Iterator[tuple[str, Trainer, dict[str, Any]]]:
     """(name, training, row) of every iteration that is kept: `repeats` of each.
 
-    On a CPU the trainings exist side by side and take turns, after an iteration each that is not kept. On CUDA they come
-    one after the other and all iterations are: the row of one that also compiles and captures says `first`.
+    On a CPU the trainings exist side by side and take turns, after an iteration each that is not kept. On CUDA they
+    come one after the other and all iterations are: the row of one that also compiles and captures says `first`.
     failed: told which training could not go on there, and why; the next ones are measured. in_time: whether to go on.
     """
     if not CUDA:
@@ -300,7 +303,10 @@ def ratio_check(apart: float) -> Check:
 
 
 def memory_check(planned: float, measured: float, compiled: bool) -> Check:
-    """planned, measured: GB at most during an iteration. The plan counts plain calls: compiled ones save less, never more."""
+    """planned, measured: GB at most during an iteration.
+
+    The plan counts plain calls: compiled ones save less, never more.
+    """
     off = measured / planned - 1
     name = "peak memory at most 5% above the plan" if compiled else "peak memory as planned, within 5%"
     holds = off <= 0.05 and (compiled or off >= -0.05)
@@ -309,7 +315,10 @@ def memory_check(planned: float, measured: float, compiled: bool) -> Check:
 
 @contextmanager
 def _few_steps(engine: Passes, count: int = 4) -> Iterator[None]:
-    """The engine's rollouts take the first steps alone, which is all there is to see; captured graphs serve as they are."""
+    """The engine's rollouts take the first steps alone, which is all there is to see.
+
+    Captured graphs serve as they are.
+    """
     loss, schedule = engine.loss, engine.schedule
     fields = ("timesteps", "coef_sample", "coef_output", "sigma", "trainable")
     first = replace(schedule, **{name: getattr(schedule, name)[:count] for name in fields})

@@ -1,7 +1,7 @@
 """The Markdown of step.json, ladder.json, roofline.json and unet.json, and the page docs/throughput.md made of them.
 
-What a machine was measured at is in bench/results/DATE-DEVICE. The page shows the newest file of each kind from a GPU and from a
-CPU, and says so where there is none from a GPU.
+What a machine was measured at is in bench/results/DATE-DEVICE. The page shows the newest file of each kind from a GPU
+and from a CPU, and says so where there is none from a GPU.
 """
 
 import json
@@ -48,8 +48,8 @@ def page_section(folder: Path) -> str:
         newest = {file["benchmark"]: file for file in sorted(ours, key=lambda file: file["date"])}
         if kind == "GPU" and (missing := [name for name in SHOWN if name not in newest]):
             sections.append(
-                f"**Not yet measured on a GPU: {', '.join(f'`{name}`' for name in missing)}.** `python bench/gpu.py` on one "
-                "measures it, and `python bench/table.py ARCHIVE --docs` fills it in."
+                f"**Not yet measured on a GPU: {', '.join(f'`{name}`' for name in missing)}.** `python bench/gpu.py` "
+                "on one measures it, and `python bench/table.py ARCHIVE --docs` fills it in."
             )
         for name in SHOWN:
             if name in newest:
@@ -96,9 +96,10 @@ def _measured_on(results: Mapping[str, Any]) -> str:
     cuda = f", driver {results['driver']}, CUDA {results['cuda']}" if "cuda" in results else ""
     rates = results["rates"]
     return (
-        f"`{results['benchmark']}` on {results['device']}{cuda}, torch {results['torch']}, Python {results['python']}, commit "
-        f"{results['commit']}, {results['date'][:10]}. {_short(rates['matmul'])}FLOP/s of "
-        f"{rates['dtype'].removeprefix('torch.')} matmul, {_short(rates['copy'])}B/s of copies, measured in the same run."
+        f"`{results['benchmark']}` on {results['device']}{cuda}, torch {results['torch']}, Python {results['python']}, "
+        f"commit {results['commit']}, {results['date'][:10]}. {_short(rates['matmul'])}FLOP/s of "
+        f"{rates['dtype'].removeprefix('torch.')} matmul, {_short(rates['copy'])}B/s of copies, measured in the same "
+        "run."
     )
 
 
@@ -107,7 +108,8 @@ def _step(results: Mapping[str, Any]) -> list[str]:
     ours = next((name for name in (OURS, *names) if name in names and name.startswith(OURS)), OURS)
     lines = [
         f"{results['what']}, {results['steps']} denoising steps, {counted(results['updates'], 'optimizer step')}; "
-        f"{counted(min((len(_named(rows, name)) for name in names), default=0), 'iteration')} of each, median [least, most].",
+        f"{counted(min((len(_named(rows, name)) for name in names), default=0), 'iteration')} of each, median [least, "
+        "most].",
         "",
         *_head(("trainer", "images/s", *(f"{stage}, s" for stage in _STAGES), *_SPEEDS, "fastgrpo is faster by"), 1),
     ]

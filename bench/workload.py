@@ -1,8 +1,9 @@
-"""What the throughput benchmarks train, and the trainings themselves: ours and the plain one, ready to run an iteration.
+"""What the throughput benchmarks train, and the trainings themselves, ours and the plain one, ready to iterate.
 
-On CUDA the paper's share of one GPU: SD 1.5 at 512 x 512 and a ViT-H-14 as reward, 4 prompts x 16 images, 50 steps with guidance, 16
-optimizer steps. Weights are random, drawn on the device: speed does not depend on them, and nothing has to be downloaded. On
-a CPU the preset `shapes` with the weights that ship, at fewer prompts; what is done is the same, what it costs is not.
+On CUDA the paper's share of one GPU: SD 1.5 at 512 x 512 and a ViT-H-14 as reward, 4 prompts x 16 images, 50 steps with
+guidance, 16 optimizer steps. Weights are random, drawn on the device: speed does not depend on them, and nothing has to
+be downloaded. On a CPU the preset `shapes` with the weights that ship, at fewer prompts; what is done is the same, what
+it costs is not.
 """
 
 import functools
@@ -49,7 +50,7 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 REWARD_ARCHITECTURE = "ViT-H-14"
 QUIET = Console(quiet=True)
 GIVEN = 16
-"""Pairs of a micro-batch where no search is to be waited for: about half of what it should find, so that they fit in any case."""
+"""Pairs of a micro-batch where no search is to be waited for: about half of what it should find, so they fit."""
 
 
 def altered(config: TrainConfig, **fields: Any) -> TrainConfig:
@@ -62,7 +63,10 @@ def altered(config: TrainConfig, **fields: Any) -> TrainConfig:
 
 
 def paper() -> TrainConfig:
-    """One GPU's share of an iteration of the paper's: 64 images, 3,136 pairs. No group is flat, whatever the random reward says."""
+    """One GPU's share of an iteration of the paper's: 64 images, 3,136 pairs.
+
+    No group is flat, whatever the random reward says.
+    """
     config = load_toml(find_preset("safediffusion-r1"))
     return altered(
         config,
@@ -182,7 +186,10 @@ def ours(config: TrainConfig, workers: int = 0, console: Console = QUIET) -> Our
 
 
 def plain(config: TrainConfig, techniques: Techniques = PLAIN, threads: int = 0, console: Console = QUIET) -> Plain:
-    """The plain training on the device at hand, of the same weights. threads: PyTorch's, on a CPU; 0 is one per core."""
+    """The plain training on the device at hand, of the same weights.
+
+    threads: PyTorch's, on a CPU; 0 is one per core.
+    """
     prompts = load_prompts(config.prompts)
     source = PromptSource(*prompts, config.prompts, config.seed, config.prompts_per_iteration)
     about = description(config)
@@ -225,7 +232,10 @@ def _encoder(architecture: str) -> OpenClipEncoder:
 
 
 def random_policy(about: Description, device: torch.device = DEVICE, dtype: torch.dtype = DTYPE) -> Policy:
-    """A pipeline with weights as its classes draw them, on the device; frozen parts in the dtype that the UNet computes in."""
+    """A pipeline with weights as its classes draw them, on the device.
+
+    Frozen parts in the dtype that the UNet computes in.
+    """
     with torch.random.fork_rng(), device:
         torch.manual_seed(0)
         unet = UNet2DConditionModel.from_config(dict(about.unet))

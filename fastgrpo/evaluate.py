@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fastgrpo.run.opening import check_writable, find_checkpoint, read_run
+from fastgrpo.run.find import find_checkpoint, read_run
 from fastgrpo.settings.command_line import parse_flags
 from fastgrpo.settings.commands import Evaluate
 from fastgrpo.settings.schema import DIFFUSION_STEPS, ModelConfig, PromptsConfig, TrainConfig
@@ -15,6 +15,7 @@ from fastgrpo.settings.suites import DDIM, NAMES, SUITES
 from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.system.console import Console, run_command
 from fastgrpo.system.errors import ConfigError, nearest, require, require_between
+from fastgrpo.system.files import check_writable
 from fastgrpo.system.launch import read_launch
 
 PROGRAM = "python -m fastgrpo.evaluate"

@@ -5,12 +5,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastgrpo.run.opening import check_new_file, check_new_folder, check_writable, find_checkpoint, read_run
+from fastgrpo.run.find import find_checkpoint, read_run
 from fastgrpo.settings.command_line import parse_flags
 from fastgrpo.settings.commands import Export
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.console import Console, run_command
 from fastgrpo.system.errors import ConfigError, require
+from fastgrpo.system.files import check_new_file, check_new_folder, check_writable
 
 PROGRAM = "python -m fastgrpo.export"
 _SUFFIX = ".safetensors"

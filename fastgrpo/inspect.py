@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastgrpo.rewards.terms import parse_terms
-from fastgrpo.run.opening import check_new_file
 from fastgrpo.settings.command_line import WithPreset, parse_with_preset
 from fastgrpo.system.console import Console, run_command
 from fastgrpo.system.errors import ConfigError, require
+from fastgrpo.system.files import check_new_file
 from fastgrpo.validation import validate
 
 PROGRAM = "python -m fastgrpo.inspect"

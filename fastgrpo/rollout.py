@@ -12,7 +12,7 @@ from fastgrpo.engine.passes import Passes
 from fastgrpo.engine.sampler import Denoise, Sampler
 from fastgrpo.policy import DECODE_BATCH, Policy
 from fastgrpo.schedule import Schedule
-from fastgrpo.system.finite import Request, require_finite
+from fastgrpo.system.finite import PictureSource, require_finite
 from fastgrpo.system.workers import shares
 from fastgrpo.types import PromptBatch, Trajectory
 
@@ -69,9 +69,9 @@ def rollout(
     def decode(part: slice) -> Tensor:
         decoded = policy.decode(latents[-1, part], config.decode_batch)
 
-        def request(index: int) -> Request:
+        def request(index: int) -> PictureSource:
             prompt, place = divmod(part.start + index, group_size)
-            return Request(f"{when}sample {place + 1} of {group_size}", prompts.prompts[prompt].text)
+            return PictureSource(f"{when}sample {place + 1} of {group_size}", prompts.prompts[prompt].text)
 
         require_finite(decoded, latents[-1, part], policy.dtype, request, embeds[part])
         return decoded
@@ -107,7 +107,7 @@ def draw_images(
     decode_batch: int = DECODE_BATCH,
     latent_shape: tuple[int, int, int] | None = None,
     chunk: Callable[[Tensor], Denoise] | None = None,
-    requests: Sequence[Request] = (),
+    requests: Sequence[PictureSource] = (),
 ) -> Tensor:
     """Draw one image per embedding; the picture depends on its own prompt and seed, not on its neighbours or the device.
 
@@ -131,8 +131,8 @@ def draw_images(
     latents = torch.cat(list(policy.workers.map(draw, shares(len(seeds), batch, policy.workers.count))))
     images = policy.decode(latents, decode_batch)
 
-    def request(index: int) -> Request:
-        called = requests[index] if requests else Request(f"image {index + 1} of {len(seeds)}")
+    def request(index: int) -> PictureSource:
+        called = requests[index] if requests else PictureSource(f"image {index + 1} of {len(seeds)}")
         return replace(called, seed=seeds[index])
 
     require_finite(images, latents, policy.dtype, request, embeds)

@@ -4,12 +4,13 @@ import math
 import sys
 from collections.abc import Sequence
 
-from fastgrpo.run.opening import check_new_file, check_new_folder, check_writable, find_checkpoint, read_run
+from fastgrpo.run.find import find_checkpoint, read_run
 from fastgrpo.settings.command_line import parse_flags
 from fastgrpo.settings.commands import Sample
 from fastgrpo.settings.schema import DIFFUSION_STEPS
 from fastgrpo.system.console import Console, run_command
 from fastgrpo.system.errors import require, require_between
+from fastgrpo.system.files import check_new_file, check_new_folder, check_writable
 
 PROGRAM = "python -m fastgrpo.sample"
 

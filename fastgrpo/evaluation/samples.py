@@ -22,7 +22,7 @@ from fastgrpo.settings.suites import DDIM
 from fastgrpo.system import pictures
 from fastgrpo.system.console import Console
 from fastgrpo.system.files import write_atomically
-from fastgrpo.system.finite import Request
+from fastgrpo.system.finite import PictureSource
 from fastgrpo.system.randomness import seed_for
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 
@@ -68,7 +68,7 @@ class SampleGrids:
             for k in range(PICTURES_PER_PROMPT):
                 stage = f"picture {k} of a {prompt.label} prompt"
                 seeds.append(seed_for(self._config.eval.seed, prompt.id, stage))
-                requests.append(Request(f"{name}.png, picture {k + 1}", prompt.text))
+                requests.append(PictureSource(f"{name}.png, picture {k + 1}", prompt.text))
         rollout = self._config.rollout
         # On CUDA no more than are decoded together: most of the memory is the training's.
         batch = rollout.batch or (len(seeds) if self._policy.device.type == "cpu" else rollout.decode_batch)

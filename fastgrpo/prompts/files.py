@@ -9,7 +9,7 @@ from typing import Any
 
 from fastgrpo.prompts.delimited import BrokenTable, csv_rows, tsv_rows
 from fastgrpo.system.errors import ConfigError, nearest
-from fastgrpo.system.text_files import NoText, read_text
+from fastgrpo.system.files import NoText, read_text
 from fastgrpo.types import Prompt
 
 TEXT_SUFFIX = ".txt"

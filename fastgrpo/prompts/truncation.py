@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fastgrpo.system.wording import quoted
+from fastgrpo.system.errors import quoted
 
 
 def truncated(tokenizer: Any, texts: Sequence[str]) -> list[int]:

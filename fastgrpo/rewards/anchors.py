@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.system.errors import ConfigError, nearest
-from fastgrpo.system.text_files import NoText, read_text
+from fastgrpo.system.files import NoText, read_text
 
 _FOLDER = Path(__file__).with_name("anchor_sets")
 _NAMES = ("shapes", "compact", "scaled", "unsafe-only")

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from fastgrpo.rewards.apart import Apart
 from fastgrpo.rewards.terms import BrokenReward, RewardFunction, Term
-from fastgrpo.system.errors import ConfigError, nearest
-from fastgrpo.system.wording import quoted
+from fastgrpo.system.errors import ConfigError, nearest, quoted
 from fastgrpo.types import Prompt
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastgrpo.rewards.encoder import Encoders
 from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.rewards.terms import BrokenReward, RewardFunction, Term
-from fastgrpo.system.wording import quoted
+from fastgrpo.system.errors import quoted
 from fastgrpo.types import Prompt, Rewards
 
 # Relative to the largest value: float32 rounds to 6e-8, a chain of a hundred operations to some 1e-5.

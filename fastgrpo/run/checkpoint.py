@@ -1,38 +1,41 @@
-"""A run's checkpoints: complete, verified, and enough to continue bit for bit.
+"""A run's checkpoints: complete, verified, and enough to continue bit for bit or to draw with what was trained.
 
     checkpoints/iter-000050/
       unet/              what diffusers' UNet2DConditionModel.from_pretrained reads, float32, adapters merged
       lora/              what diffusers' load_lora_weights reads, where adapters are trained
-      trainer/           optimizer.safetensors (AdamW's moments and step by parameter name), ema.safetensors, state.json, and
-                         adapters.safetensors, these as they are trained: in lora/ they are multiplied by alpha / rank
+      trainer/           optimizer.safetensors (AdamW's moments and step by parameter name), ema.safetensors, state.json,
+                         and adapters.safetensors, as they are trained: in lora/ they are multiplied by alpha / rank
       manifest.json      sha256 of every file, written last
 
 A checkpoint is written under another name and appears by a rename, so every iter-* folder was once complete; the
 manifest tells whether it still is. Randomness has no state (see randomness.py): the iteration's number restores it.
 """
 
-import errno
+import copy
 import json
-import os
 import shutil
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgrpo.engine.trainable import Trainable
 from fastgrpo.models.save import save_config
 from fastgrpo.models.sound import load_finite
+from fastgrpo.settings.commands import Weights
+from fastgrpo.settings.schema import ModelConfig
 from fastgrpo.system.errors import ConfigError
-from fastgrpo.system.files import file_sha256, naming, sync_folder, sync_tree
+from fastgrpo.system.files import PARTIAL_SUFFIX, appearing, file_sha256
 from fastgrpo.unet.lora import (
     LORA_FILE,
+    Adapters,
     adapters_of,
+    add_lora,
     has_lora,
     load_adapters,
     merged_state_dict,
@@ -44,10 +47,9 @@ _UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"  # diffusers' name
 _LORA = f"lora/{LORA_FILE}"
 _ADAPTERS = "trainer/adapters.safetensors"
 _OPTIMIZER = "trainer/optimizer.safetensors"
-_EMA = "trainer/ema.safetensors"
+EMA_FILE = "trainer/ema.safetensors"
 _STATE = "trainer/state.json"
 _MANIFEST = "manifest.json"
-_PARTIAL_SUFFIX = ".partial"
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ class TrainerState:
 
     iteration: iterations finished. seed: the run's. seconds: wall clock of the run so far, over all resumes.
     threads: CPU threads that shared the batches; processes: that shared the prompts; versions: of the libraries that do
-    the arithmetic; engine: what the engine decided, as its EngineRecord. Bits depend on all four. scaler: state of fp16's loss
-    scale, empty without it. inputs: as `input_digests`. iterations: how many the run was to have; 0 where it is not known.
-    evaluated: whether the policy was, after this iteration.
+    the arithmetic; engine: what the engine decided, as its record. Bits depend on all four.
+    scaler: state of fp16's loss scale, empty without it. inputs: as `input_digests`.
+    iterations: how many the run was to have; 0 where it is not known. evaluated: whether the policy was, after this one.
     """
 
     iteration: int
@@ -91,19 +93,9 @@ def save(run: Path, trainable: Trainable, state: TrainerState, keep: int, keep_e
     Raises OSError where it cannot be written.
     """
     folder = checkpoint_folder(run, state.iteration)
-    partial = folder.with_name(folder.name + _PARTIAL_SUFFIX)
     remove_partial(run)
-    try:
-        with naming(folder):
-            _write(partial, trainable, state)
-            os.rename(partial, folder)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            remove_partial(run)  # on a full disk it would be in the way of everything else
-        if isinstance(error, SafetensorError):
-            raise OSError(errno.EIO, f"cannot be written ({error})", str(folder)) from error
-        raise
-    sync_folder(folder.parent)
+    with appearing(folder) as partial:
+        _write(partial, trainable, state)
     for old in _folders(run)[:-keep] if keep else []:
         if keep_evaluated and _was_evaluated(old):
             continue
@@ -126,10 +118,9 @@ def _write(folder: Path, trainable: Trainable, state: TrainerState) -> None:
         save_file({n: t.contiguous() for n, t in adapters.tensors.items()}, folder / _ADAPTERS)
     save_file(trainable.optimizer.state_tensors(), folder / _OPTIMIZER)
     if trainable.ema is not None:
-        save_file({n: t.contiguous() for n, t in trainable.ema.average.items()}, folder / _EMA)
+        save_file({n: t.contiguous() for n, t in trainable.ema.average.items()}, folder / EMA_FILE)
     _write_json(folder / _STATE, asdict(replace(state, scaler=trainable.scaler.state_dict())))
     _write_json(folder / _MANIFEST, {"sha256": _digests(folder)})
-    sync_tree(folder)
 
 
 def load(folder: Path, trainable: Trainable) -> None:
@@ -148,20 +139,58 @@ def load(folder: Path, trainable: Trainable) -> None:
 def _load(folder: Path, trainable: Trainable) -> None:
     unet = trainable.unet
     if has_lora(unet):
-        load_adapters(unet, read_adapters(folder))
+        load_adapters(unet, _adapters(folder))
     else:
         unet.load_state_dict(load_finite(folder / _UNET_WEIGHTS))
     trainable.optimizer.load_state_tensors(load_file(folder / _OPTIMIZER))
     if trainable.ema is not None:
-        for name, average in load_finite(folder / _EMA).items():
+        for name, average in load_finite(folder / EMA_FILE).items():
             trainable.ema.average[name].copy_(average)
     if trainable.scaler.is_enabled():
         trainable.scaler.load_state_dict(read_state(folder).scaler)
     trainable.refresh()
 
 
-def read_adapters(folder: Path) -> dict[str, Tensor]:
-    """The adapters of a verified checkpoint as they are trained, float32, by the names of their parameters in the UNet."""
+def load_unet(unet: UNet2DConditionModel, folder: Path, weights: Weights, model: ModelConfig) -> None:
+    """Give the base model's UNet the weights of a verified checkpoint, in place; adapters are merged into its own.
+
+    unet: float32, loaded from `model`, the run's.
+    Raises ConfigError where it is not the UNet that was trained, but one of other shapes, and for weights that are
+    not finite.
+    """
+    try:
+        if model.lora_rank:
+            unet.load_state_dict(_merged(unet, folder, weights, model))
+        else:
+            unet.load_state_dict(load_finite(folder / (_UNET_WEIGHTS if weights == "trained" else EMA_FILE)))
+    except (RuntimeError, KeyError) as error:
+        raise ConfigError(
+            f"model.path is {model.path!r}, whose UNet has other shapes than that of {folder}; accepted is the model "
+            "that the run began with."
+        ) from error
+
+
+def read_adapters(folder: Path, weights: Weights, model: ModelConfig) -> Adapters:
+    """The adapters of a verified checkpoint of a run on `model`."""
+    tensors = _adapters(folder) if weights == "trained" else load_finite(folder / EMA_FILE)
+    return Adapters(tensors, model.lora_rank, model.lora_alpha or model.lora_rank, model.lora_targets)
+
+
+@torch.no_grad()
+def _merged(unet: UNet2DConditionModel, folder: Path, weights: Weights, model: ModelConfig) -> dict[str, Tensor]:
+    """The UNet's own weights with a checkpoint's adapters merged into them, float32.
+
+    The checkpoint's own merged UNet is not used: its frozen weights are as exact as training held them, which may be
+    bfloat16. Raises KeyError or RuntimeError where the adapters do not fit.
+    """
+    adapted = copy.deepcopy(unet)
+    add_lora(adapted, model, seed=0, frozen_dtype=torch.float32)
+    load_adapters(adapted, read_adapters(folder, weights, model).tensors)
+    return merged_state_dict(adapted)
+
+
+def _adapters(folder: Path) -> dict[str, Tensor]:
+    """A verified checkpoint's adapters as they are trained, float32, by the names of their parameters in the UNet."""
     if (folder / _ADAPTERS).is_file():
         return load_finite(folder / _ADAPTERS)
     return parameters_in(load_finite(folder / _LORA))  # a checkpoint from before alpha was multiplied into it
@@ -213,7 +242,7 @@ def find_damage(folder: Path) -> str | None:
 
 def remove_partial(run: Path) -> None:
     """Delete what a killed save left behind."""
-    for leftover in (run / "checkpoints").glob(f"iter-*{_PARTIAL_SUFFIX}"):
+    for leftover in (run / "checkpoints").glob(f"iter-*{PARTIAL_SUFFIX}"):
         shutil.rmtree(leftover)
 
 

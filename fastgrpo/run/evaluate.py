@@ -20,8 +20,7 @@ from fastgrpo.evaluation.suites.registry import Overrides, make_suites
 from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.prompts.truncation import truncation_lines
-from fastgrpo.run.opening import blaming_config, check_writable
-from fastgrpo.run.trained import load_unet
+from fastgrpo.run.checkpoint import load_unet
 from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.settings.commands import Evaluate
 from fastgrpo.settings.schema import TrainConfig
@@ -29,7 +28,8 @@ from fastgrpo.settings.suites import DDIM, NAMES
 from fastgrpo.system.console import Console
 from fastgrpo.system.devices import DTYPE_NAMES, choose_device, choose_dtype
 from fastgrpo.system.distributed import Ranks, join
-from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.errors import ConfigError, blaming
+from fastgrpo.system.files import check_writable
 from fastgrpo.system.pictures import write_png
 from fastgrpo.system.workers import available_cores
 
@@ -137,7 +137,7 @@ def _stages(command: Evaluate, config: TrainConfig, folder: Path | None, device:
     if folder is None:
         policy = load_policy(config.model, device, dtype, workers).rounded()
         return [_Stage(ALONE, " with the UNet of ".join(filter(None, (command.model, command.unet))), policy)]
-    with blaming_config(Path(command.run)):
+    with blaming(Path(command.run) / "config.toml"):
         policy = load_policy(config.model, device, dtype, workers)
         tuned = replace(policy, unet=copy.deepcopy(policy.unet))
         load_unet(tuned.unet, folder, command.weights, config.model)

@@ -22,12 +22,13 @@ class MetricsLog:
 
         Raises ConfigError where the file is damaged.
         """
+        from torch.utils.tensorboard import SummaryWriter
+
         self.path = run / "metrics.jsonl"
         with reading(self.path):
             lines = _whole_lines(self.path, finished)
         write_atomically(self.path, lines)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        from torch.utils.tensorboard import SummaryWriter
 
         self._tensorboard = SummaryWriter(run / "tensorboard", purge_step=finished + 1)
 

@@ -15,11 +15,11 @@ from fastgrpo.run.checkpoint import TrainerState, library_versions
 from fastgrpo.run.metrics import MetricsLog
 from fastgrpo.run.page import write_report
 from fastgrpo.settings.command_line import PROGRAM
+from fastgrpo.settings.paths import with_absolute_paths
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import dump_toml
 from fastgrpo.system.console import Console
 from fastgrpo.system.files import write_atomically
-from fastgrpo.system.paths import with_absolute_paths
 from fastgrpo.system.progress import Pace
 
 

@@ -13,16 +13,15 @@ from fastgrpo.models.configs import Description
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.prompts import embed, load_prompts, truncation_lines
 from fastgrpo.prompts.files import TABLE_SUFFIXES, one_line, read_lines
-from fastgrpo.run.opening import blaming_config
-from fastgrpo.run.trained import load_unet
+from fastgrpo.run.checkpoint import load_unet
 from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.settings.commands import Sample
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.console import Console
 from fastgrpo.system.devices import choose_device, choose_dtype
-from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.errors import ConfigError, blaming
 from fastgrpo.system.files import write_atomically
-from fastgrpo.system.finite import Request
+from fastgrpo.system.finite import PictureSource
 from fastgrpo.system.pictures import grid, side_by_side, write_image, write_png
 from fastgrpo.system.workers import available_cores
 from fastgrpo.types import POSITIVE, Prompt
@@ -38,7 +37,7 @@ def sample(command: Sample, config: TrainConfig, folder: Path, console: Console)
     """
     prompts = _prompts(command, config)
     device = choose_device(command.device)
-    with blaming_config(command.run):
+    with blaming(command.run / "config.toml"):
         description = describe(config.model)
     console.say(*description.notes)
     schedule = _schedule(command, config, description, device)
@@ -46,12 +45,12 @@ def sample(command: Sample, config: TrainConfig, folder: Path, console: Console)
     disable_progress_bar()  # one per file read, gone in a blink
     torch.set_num_threads(1)  # each of the policy's workers is a thread already
     workers = available_cores() if device.type == "cpu" else 1
-    with console.waiting("loading"), blaming_config(command.run):
+    with console.waiting("loading"), blaming(command.run / "config.toml"):
         policy = load_policy(config.model, device, choose_dtype(command.dtype, device), workers)
     console.say(*truncation_lines([prompt.text for prompt in prompts], policy.tokenizer))
     guidance = config.rollout.guidance if command.guidance is None else command.guidance
     base = _draw("base", policy.rounded(), prompts, schedule, guidance, command, console)
-    with blaming_config(command.run):
+    with blaming(command.run / "config.toml"):
         load_unet(policy.unet, folder, command.weights, config.model)
     tuned = _draw("tuned", policy.rounded(), prompts, schedule, guidance, command, console)
 
@@ -80,7 +79,7 @@ def _prompts(command: Sample, config: TrainConfig) -> list[Prompt]:
         prompts += read_lines(command.prompt_file, POSITIVE, "--prompt-file")
     if prompts:
         return prompts
-    with blaming_config(command.run):
+    with blaming(command.run / "config.toml"):
         positives, negatives = load_prompts(config.prompts)
     return [*positives[:PROMPTS_PER_LABEL], *negatives[:PROMPTS_PER_LABEL]]
 
@@ -105,7 +104,9 @@ def _draw(
     count = command.images_per_prompt
     embeds = embed(policy, prompts, {}).embeds.repeat_interleave(count, dim=0)
     seeds = [command.seed + k for _ in prompts for k in range(count)]
-    requests = [Request(f"the {label} model's image {k + 1}", prompt.text) for prompt in prompts for k in range(count)]
+    requests = [
+        PictureSource(f"the {label} model's image {k + 1}", prompt.text) for prompt in prompts for k in range(count)
+    ]
     drawn = []
     with console.bar(label, len(seeds)) as bar:
         for start in range(0, len(seeds), command.batch):

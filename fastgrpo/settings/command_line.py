@@ -17,10 +17,10 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from fastgrpo._version import __version__
+from fastgrpo.settings.paths import PathText, expand_home, with_homes
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.system.errors import ConfigError, flag, nearest
-from fastgrpo.system.paths import PathText, expand_home, with_homes
 
 PROGRAM = "python -m fastgrpo.train"
 DEFAULT_PRESET = "shapes"

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fastgrpo.settings.paths import PathText
 from fastgrpo.settings.suites import DDIM, AllSettings, SamplerName
-from fastgrpo.system.paths import PathText
 
 Weights = Literal["trained", "ema"]
 

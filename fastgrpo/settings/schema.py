@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fastgrpo.settings.paths import PathText, PathTexts
 from fastgrpo.settings.suites import DetectorSettings, SuiteSettings
-from fastgrpo.system.paths import PathText, PathTexts
 
 DIFFUSION_STEPS = 1000
 """Timesteps that every SD 1.x / 2.x was trained with."""

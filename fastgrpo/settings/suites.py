@@ -6,7 +6,7 @@ Plain dataclasses: whoever reads a config needs neither the suites nor the libra
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastgrpo.system.paths import PathText
+from fastgrpo.settings.paths import PathText
 
 SUITES = ("i2p", "nudity", "geneval", "clip-score", "fid", "attacks", "custom")
 """The suites that any model can be measured by."""

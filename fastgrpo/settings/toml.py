@@ -10,11 +10,11 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+from fastgrpo.settings.paths import expand_home, with_homes
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.console import warn
 from fastgrpo.system.errors import ConfigError, nearest
-from fastgrpo.system.paths import expand_home, with_homes
-from fastgrpo.system.text_files import NoText, read_text
+from fastgrpo.system.files import NoText, read_text
 
 _EXTENDS = "extends"
 _REMOVED = ("eval.i2p.thresholds",)

@@ -14,7 +14,6 @@ from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.finite import BrokenPicture
 from fastgrpo.system.output import steady_output
 from fastgrpo.system.progress import Clock, Lines, Pace, Phase, clock_text, fitting
-from fastgrpo.system.wording import cut_middle
 
 # What the line of an iteration shows, where it was logged and as far as there is room: label, metric, format.
 _COLUMNS = (
@@ -28,6 +27,14 @@ _COLUMNS = (
     ("kl", "kl/mean", "{:.1e}".format),
     ("grad", "grad/norm", "{:.3f}".format),
 )
+
+
+def cut_middle(text: str, most: int = 2000) -> str:
+    """The text, or how it begins and ends with an ellipsis between: a sentence says what is wrong first, what to do last."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half].rstrip()} ... {text[-half:].lstrip()}"
 
 
 def complain(sentence: str) -> None:

@@ -2,7 +2,8 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 
@@ -25,6 +26,15 @@ class ConfigError(ValueError):
     def about(self, field: str) -> Self:
         """The same error, its setting called `field`; one that begins with no setting stays as it is."""
         return type(self)(field + str(self).removeprefix(self.field), field) if self.field else self
+
+
+@contextmanager
+def blaming(what: object) -> Iterator[None]:
+    """Let a ConfigError of the block begin with the file or the setting that asks for what is refused."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}", str(what)) from error
 
 
 def require(holds: bool, field: str, value: Any, accepted: str) -> None:
@@ -60,3 +70,13 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def first_sentence(error: BaseException) -> str:
     """The first sentence of an exception, on one line: what libraries add to it is advice to programmers."""
     return " ".join(str(error).split()).split(". ")[0][:300].rstrip(".") or type(error).__name__
+
+
+def quoted(text: str, most: int = 80) -> str:
+    """A text in quotation marks, on one line, at most `most` of its letters and then an ellipsis."""
+    return repr(cut(" ".join(text[: 4 * most].split()), most))
+
+
+def cut(text: str, most: int) -> str:
+    """The text, or its first `most` letters and an ellipsis."""
+    return text if len(text) <= most else f"{text[:most].rstrip()}..."

@@ -1,11 +1,18 @@
-"""Finding files, and writing them so that a kill or a power cut leaves either the old content or the whole new one."""
+"""Files: written so that a kill or a power cut leaves the old content or the whole new one, and read as text.
+
+Text is what people's editors and spreadsheets write: UTF-8 with or without a byte order mark, with any line ends.
+"""
 
 import errno
 import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from fastgrpo.system.errors import ConfigError
 
@@ -13,6 +20,16 @@ from fastgrpo.system.errors import ConfigError
 # not even open them). There is nothing to be done, and everything else about them works.
 _NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NO_FOLDER_SYNC = _NO_SYNC | {errno.EACCES, errno.EBADF, errno.EISDIR, errno.EPERM}
+
+PARTIAL_SUFFIX = ".partial"
+"""Ends the name of what is still being written."""
+
+_BYTE_ORDER_MARKS = {
+    b"\xff\xfe\0\0": "UTF-32",  # begins with UTF-16's, so it is looked for first
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 
 
 @contextmanager
@@ -36,6 +53,28 @@ def reading(path: Path) -> Iterator[None]:
         raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
 
 
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Where to write what is to be at `path`, a file or a folder: it is put there once the block has written all of it.
+
+    What a killed process left there is removed first. A file at `path` is replaced, a folder must be empty.
+    Raises OSError, which names a path, where something cannot be written; then `path` is as it was.
+    """
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    remove(partial)
+    try:
+        with naming(path):
+            yield partial
+            sync_tree(partial)
+            os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"cannot be written ({error})", str(path)) from error
+    finally:
+        with suppress(OSError):
+            remove(partial)  # on a full disk it would be in the way of everything else
+    sync_folder(path.parent)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by a file that holds `data`; a reader sees the old file or the whole new one.
 
@@ -49,7 +88,7 @@ def write_all_atomically(files: Mapping[Path, bytes]) -> None:
 
     They are made durable together: ten times as fast as one by one, where there are many.
     """
-    partials = {path: path.with_name(path.name + ".partial") for path in files}
+    partials = {path: path.with_name(path.name + PARTIAL_SUFFIX) for path in files}
     try:
         for path, data in files.items():
             with naming(path):
@@ -65,6 +104,14 @@ def write_all_atomically(files: Mapping[Path, bytes]) -> None:
         raise
     for folder in {path.parent for path in files}:
         sync_folder(folder)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it; one that is not there is no error."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:
@@ -123,3 +170,73 @@ def visible_files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
             yield from visible_files(Path(entry.path), (*above, real))
         else:
             yield Path(entry.path)
+
+
+def check_new_file(flag: str, path: Path) -> None:
+    """Raise ConfigError, naming the `flag` that asks for it, where writing `path` would replace something."""
+    if path.exists():
+        raise ConfigError(f"{flag} {path}: it is there already; accepted is a new file.")
+
+
+def check_new_folder(flag: str, path: Path) -> None:
+    """The same for a folder, which may be there and empty."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{flag} {path}: it is there already; accepted is a folder that is new or empty.")
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Raise ConfigError, naming the `flag` that asks for it, where no file can be made in `folder`."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{flag}: cannot write in {str(folder)!r} ({error.strerror}); accepted is a place in a folder that exists "
+            "and can be written."
+        ) from error
+
+
+class NoText(ValueError):
+    """A file's bytes are no UTF-8 text. The message is what follows the file's name in a sentence."""
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    r"""The content of a text file, without a byte order mark, every line end a "\n" (Windows' is "\r\n", old Macs' "\r").
+
+    Raises OSError where it cannot be read, and NoText where it is in another encoding or no text at all.
+    """
+    data = Path(path).read_bytes()
+    if encoding := _other_encoding(data):
+        raise NoText(f"is {encoding}; save it as UTF-8")
+    if b"\0" in data:
+        raise NoText(f"is binary, with a NUL byte in line {_line(data, data.index(0))}; UTF-8 text is needed")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        start = error.start
+        raise NoText(
+            f"is not UTF-8: byte 0x{data[start]:02x} in line {_line(data, start)}, offset {start} of the file; save it "
+            "as UTF-8"
+        ) from error
+    return _one_kind_of_line_end(text.removeprefix("\ufeff"))
+
+
+def _other_encoding(data: bytes) -> str:
+    """UTF-16 or UTF-32 where the file says or shows that it is; else empty."""
+    for mark, encoding in _BYTE_ORDER_MARKS.items():
+        if data.startswith(mark):
+            return encoding
+    # Without a mark: of Latin letters every other byte is 0.
+    begin = data[: min(len(data), 1000) // 2 * 2]
+    even, odd = begin[0::2], begin[1::2]
+    sparse, full = sorted((even.count(0), odd.count(0)))
+    return "UTF-16" if len(even) >= 2 and sparse == 0 and full > 0.7 * len(even) else ""
+
+
+def _line(data: bytes, offset: int) -> int:
+    """The number, from 1, of the line that a byte is in."""
+    return _one_kind_of_line_end(data[:offset].decode("latin-1")).count("\n") + 1
+
+
+def _one_kind_of_line_end(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastgrpo.system.wording import quoted
+from fastgrpo.system.errors import quoted
 
 if TYPE_CHECKING:  # commands import this for the exception, before they know whether torch is needed
     import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # commands import this for the exception, before they know wh
 
 
 @dataclass(frozen=True)
-class Request:
+class PictureSource:
     """What one picture was drawn for, as messages call it.
 
     what: such as "image 0003"; never empty. text: its prompt, whole, where it is known. seed: of its own noise, where it has one.
@@ -41,7 +41,7 @@ class BrokenPicture(RuntimeError):
     latents: [C, H, W] float32 that it was decoded from. precision: what the model computes in, such as "float16".
     """
 
-    def __init__(self, message: str, request: Request, image: Tensor, latents: Tensor, precision: str):
+    def __init__(self, message: str, request: PictureSource, image: Tensor, latents: Tensor, precision: str):
         super().__init__(message)
         self.message = message
         self.request = request
@@ -58,7 +58,7 @@ class BrokenPicture(RuntimeError):
 
 
 def require_finite(
-    images: Tensor, latents: Tensor, dtype: torch.dtype, request: Callable[[int], Request], embeds: Tensor
+    images: Tensor, latents: Tensor, dtype: torch.dtype, request: Callable[[int], PictureSource], embeds: Tensor
 ) -> None:
     """Raise BrokenPicture for the first picture that is not finite. Waits for the device once.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastgrpo  # noqa: F401
 from fastgrpo.kernels import fused_adamw as module
-from fastgrpo.kernels.fused_adamw import AdamWArguments, clip_coefficient, fused_adamw, global_norm, reference
+from fastgrpo.kernels.fused_adamw import AdamWArguments, clip_coefficient, fused_adamw, global_norm
 from fastgrpo.kernels.operators import DTYPES
 from fastgrpo.kernels.specs.fused_adamw import SPEC
 from support.kernels import interpreted, on_gpu, on_kernels, poisoned

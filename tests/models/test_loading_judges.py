@@ -10,7 +10,7 @@ import fastgrpo  # noqa: F401  (prepares the imports below)
 from fastgrpo.rewards.encoder import load_encoder
 from fastgrpo.rewards.encoder_files import wants_quick_gelu
 from fastgrpo.run import checkpoint
-from fastgrpo.run.trained import load_unet, read_adapters
+from fastgrpo.run.checkpoint import load_unet, read_adapters
 from fastgrpo.settings.schema import ModelConfig
 from fastgrpo.system.errors import ConfigError
 

@@ -19,9 +19,9 @@ from fastgrpo.rewards.encoder_files import SHAPES_ENCODER
 from fastgrpo.rewards.registry import load_reward
 from fastgrpo.settings import command_line
 from fastgrpo.settings.command_line import parse_command, parse_flags, parse_with_preset
+from fastgrpo.settings.paths import NAMES, PathText, PathTexts, absolute, expand_home, with_absolute_paths, with_homes
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import load_toml
-from fastgrpo.system.paths import NAMES, PathText, PathTexts, absolute, expand_home, with_absolute_paths, with_homes
 from fastgrpo.validation import validate
 
 COMMANDS = (

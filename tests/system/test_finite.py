@@ -26,7 +26,7 @@ from fastgrpo.settings.schema import ModelConfig, RolloutConfig, TrainConfig
 from fastgrpo.system import pictures
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import file_sha256
-from fastgrpo.system.finite import BrokenPicture, Request
+from fastgrpo.system.finite import BrokenPicture, PictureSource
 from fastgrpo.types import Prompt, PromptBatch
 
 CPU = torch.device("cpu")
@@ -73,12 +73,12 @@ def test_the_first_picture_is_named_with_prompt_seed_and_who_is_to_blame(
 ) -> None:
     spoil, blame = PARTS[part]
     spoil(policy)
-    requests = [Request(f"image {index}", text) for index, text in enumerate(TEXTS)]
+    requests = [PictureSource(f"image {index}", text) for index, text in enumerate(TEXTS)]
     with pytest.raises(BrokenPicture) as raised:
         draw(policy, policy.encode(TEXTS), schedule, 3.0, [7, 8, 9], requests=requests)
     error = raised.value
     first, broken = (1, 2) if part == "text" else (0, 3)
-    assert error.request == Request(f"image {first}", TEXTS[first], 7 + first)
+    assert error.request == PictureSource(f"image {first}", TEXTS[first], 7 + first)
     assert error.message == (
         f"image {first} of prompt {TEXTS[first]!r} from seed {7 + first} is not finite, like {broken} of 3 drawn with "
         f"it: {blame}; the model computes in float32"

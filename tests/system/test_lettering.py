@@ -12,9 +12,9 @@ from PIL import Image, ImageFont, features
 
 from fastgrpo.prompts.truncation import truncation_lines
 from fastgrpo.system import pictures
-from fastgrpo.system.console import complain
+from fastgrpo.system.console import complain, cut_middle
+from fastgrpo.system.errors import cut, quoted
 from fastgrpo.system.lettering import fitted, font
-from fastgrpo.system.wording import cut, cut_middle, quoted
 from fastgrpo.types import NEGATIVE, Prompt
 
 SIZE, WIDTH = 12, 200

@@ -20,10 +20,9 @@ from pathlib import Path
 from torch import Tensor
 
 from fastgrpo.evaluation.images.files import ImageFiles
-from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.errors import ConfigError, cut
 from fastgrpo.system.files import reading, write_all_atomically, write_atomically
 from fastgrpo.system.pictures import to_pil
-from fastgrpo.system.wording import cut
 
 MANIFEST = "manifest.json"
 _FORMAT = 1

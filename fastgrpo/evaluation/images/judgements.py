@@ -13,9 +13,8 @@ from typing import Any
 from fastgrpo.evaluation.detectors.base import Finding, SafetyDetector
 from fastgrpo.evaluation.images.files import ImageFiles
 from fastgrpo.evaluation.images.folder import ImageFolder, Requests
-from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.errors import ConfigError, cut
 from fastgrpo.system.files import reading, write_atomically
-from fastgrpo.system.wording import cut
 
 BATCH = 64  # images looked at between two reports of progress
 KEPT_EVERY = 16  # batches between writes

@@ -24,7 +24,7 @@ from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
 from fastgrpo.settings.suites import DDIM, SamplerName
 from fastgrpo.system.errors import ConfigError
-from fastgrpo.system.finite import Request, require_finite
+from fastgrpo.system.finite import PictureSource, require_finite
 
 
 def make_painter(policy: Policy, sampler: SamplerName, schedule: Schedule, batch: int) -> Painter:
@@ -134,9 +134,9 @@ def make_scheduler(config: Mapping[str, Any], sampler: SamplerName) -> PNDMSched
 _NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 
 
-def _request(row: ImageRequest) -> Request:
+def _request(row: ImageRequest) -> PictureSource:
     """A row's image, for messages."""
-    return Request(f"image {row.id}", row.text, row.seed)
+    return PictureSource(f"image {row.id}", row.text, row.seed)
 
 
 def model_hashes(policy: Policy) -> dict[str, str]:

@@ -27,7 +27,7 @@ from PIL import Image
 from fastgrpo.prompts.geneval import CLASSES, COLORS
 from fastgrpo.shapes.world import RELATIONS, TASKS
 from fastgrpo.system.errors import ConfigError, nearest
-from fastgrpo.system.text_files import NoText, read_text
+from fastgrpo.system.files import NoText, read_text
 
 PROTOCOL = "geneval-v1"
 """The name of these rules: scores under the same name, detector and colours may be compared."""

@@ -1,16 +1,11 @@
-"""Finding what a run left behind, for the commands that use it; and refusing first what cannot come of it."""
+"""Finding a run's settings and its checkpoints, for the commands that use it."""
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from fastgrpo.settings.commands import Weights
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.errors import ConfigError
-
-EMA_FILE = "trainer/ema.safetensors"
 
 
 def read_run(run: Path) -> TrainConfig:
@@ -20,15 +15,6 @@ def read_run(run: Path) -> TrainConfig:
     if not (run / "config.toml").is_file():
         raise ConfigError(f"{run}: there is no config.toml in it, so it is not the folder of a run.")
     return load_toml(run / "config.toml")
-
-
-@contextmanager
-def blaming_config(run: Path) -> Iterator[None]:
-    """Let a ConfigError of the block say that the run's own config asks for what is refused."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{run / 'config.toml'}: {error}") from error
 
 
 def find_checkpoint(run: Path, iteration: int | None, weights: Weights) -> Path:
@@ -43,7 +29,7 @@ def find_checkpoint(run: Path, iteration: int | None, weights: Weights) -> Path:
         raise ConfigError(
             f"--checkpoint {iteration}: {run} has no such checkpoint; there are {', '.join(map(str, found))}."
         )
-    from fastgrpo.run.checkpoint import checkpoint_folder, find_damage  # only now: it takes seconds
+    from fastgrpo.run.checkpoint import EMA_FILE, checkpoint_folder, find_damage  # only now: it takes seconds
 
     folder = checkpoint_folder(run, found[-1] if iteration is None else iteration)
     if damage := find_damage(folder):
@@ -53,30 +39,6 @@ def find_checkpoint(run: Path, iteration: int | None, weights: Weights) -> Path:
     if weights == "ema" and not (folder / EMA_FILE).is_file():
         raise ConfigError("--weights ema: the run kept no moving average (its optim.ema is 0); accepted is trained.")
     return folder
-
-
-def check_new_file(flag: str, path: Path) -> None:
-    """Raise ConfigError, naming the `flag` that asks for it, where writing `path` would replace something."""
-    if path.exists():
-        raise ConfigError(f"{flag} {path}: it is there already; accepted is a new file.")
-
-
-def check_new_folder(flag: str, path: Path) -> None:
-    """The same for a folder, which may be there and empty."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"{flag} {path}: it is there already; accepted is a folder that is new or empty.")
-
-
-def check_writable(flag: str, folder: Path) -> None:
-    """Raise ConfigError, naming the `flag` that asks for it, where no file can be made in `folder`."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"{flag}: cannot write in {str(folder)!r} ({error.strerror}); accepted is a place in a folder that exists "
-            "and can be written."
-        ) from error
 
 
 def _iterations(run: Path) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from fastgrpo import export, sample
-from fastgrpo.run.trained import load_unet
+from fastgrpo.run.checkpoint import load_unet
 from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.errors import ConfigError
 from support.runs import UNET, newest

@@ -26,7 +26,7 @@ class Sentence:
     text: str
 
 
-def judgement(difference: float, p: float | None, better: str) -> str:
+def verdict_of(difference: float, p: float | None, better: str) -> str:
     """What became of a number, second - first = `difference`. better: `lower` or `higher`. p: None is no test."""
     if p is None or p >= SIGNIFICANT or not difference:
         return UNDECIDED

@@ -57,7 +57,7 @@ def _measure(run: SuiteRun, output: Path, console: Console) -> dict[str, StageRe
     results: dict[str, StageResult] = {}
     for stage, folder in run.folders.items():
         rows = folder.present()
-        with console.bar(f"judging {run.suite.name}") as bar:
+        with console.bar(f"measuring {run.suite.name}") as bar:
             found = run.measure(folder, rows, bar.advance)
         write_verdicts(folder.path, run.suite, found)
         results[stage] = StageResult(folder, tuple(rows), found)

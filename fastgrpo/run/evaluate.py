@@ -80,11 +80,11 @@ def evaluate(
         make_scheduler(description.scheduler, command.sampler)
     disable_progress_bar()  # one per file read, gone in a blink
     torch.set_num_threads(1)  # each of the policy's workers is a thread already
-    # Before the model: what is missing is said before anything is drawn. Only the first process judges.
+    # Before the model: what is missing is said before anything is drawn. Only the first process measures.
     loader = Loader(command, device)
-    judging = ranks.first and not command.shard
+    measuring = ranks.first and not command.shard
     with console.waiting("loading"):
-        measures = {suite.name: suite.prepare(loader) if judging else None for suite in suites}
+        measures = {suite.name: suite.prepare(loader) if measuring else None for suite in suites}
         stages = _stages(command, config, checkpoint, device)
         runs = _suite_runs(command, config, suites, measures, schedules, stages, output)
     if ranks.first:
@@ -99,11 +99,11 @@ def evaluate(
         for stage in stages:
             draw(stage.name, stage.policy, runs, command.sampler, console, shard)
     ranks.any(False)  # all have drawn their shard
-    if not judging:
+    if not measuring:
         _say_drawn(command, runs, console)
         return
     _say_missing(command, runs)
-    torch.set_num_threads(available_cores())  # judges have no workers
+    torch.set_num_threads(available_cores())  # detectors have no workers
     drawings = _drawings(runs)
     result = outcome.assemble(drawings, measure(runs, output, console))
     suites = outcome.earlier(output, drawings) | result["suites"]

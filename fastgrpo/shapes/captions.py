@@ -1,8 +1,8 @@
 """Captions of the world: a grammar, the scenes they describe, and the prompts that training and evaluation use.
 
 A `SceneRequest` is what a caption asks for, in data: `phrase` says it in words, `scene_for` makes a scene that fulfils
-it, and `fastgrpo.shapes.judge` checks a picture against it. `parse` recovers it from a prompt's text, so that a prompt
-needs nothing but its words.
+it, and `fastgrpo.shapes.verdicts` checks a picture against it. `parse` recovers it from a prompt's text, so that a
+prompt needs nothing but its words.
 """
 
 import itertools

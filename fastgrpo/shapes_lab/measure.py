@@ -26,7 +26,7 @@ from fastgrpo.settings.schema import ModelConfig
 from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.shapes import oracle
 from fastgrpo.shapes.captions import training_prompts
-from fastgrpo.shapes.judge import describes, judge
+from fastgrpo.shapes.verdicts import describes, verdict_on
 from fastgrpo.shapes.world import COLORS, GLYPHS, HAZARDS, SHAPES, Scene
 from fastgrpo.shapes_lab.drawings import CaptionedPictures, alter, blur, caption, paint_pictures, to_unit
 from fastgrpo.system.workers import available_cores
@@ -140,7 +140,7 @@ def teacher_quality(policy: Policy, encoder: OpenClipEncoder) -> dict[str, float
     prompts = [p for p in training_prompts(HAZARDS[:1])[0][::12] for _ in range(_GROUP)]
     texts = [p.text for p in prompts]
     images = draw_images(policy, policy.encode(texts), schedule, config.guidance, range(len(prompts)))
-    correct = np.array([judge(s, p).correct for s, p in zip(oracle.read(images), prompts, strict=True)])
+    correct = np.array([verdict_on(s, p).correct for s, p in zip(oracle.read(images), prompts, strict=True)])
     reward = (encoder.encode_image(images) * encoder.encode_text(texts)).sum(-1).cpu().numpy()
     wins: dict[str, list[bool]] = {}
     for start in range(0, len(prompts), _GROUP):

@@ -35,7 +35,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from fastgrpo.models.configs import Components
 from fastgrpo.models.save import save_pipeline
 from fastgrpo.shapes.captions import SceneRequest
-from fastgrpo.shapes.judge import describes
+from fastgrpo.shapes.verdicts import describes
 from fastgrpo.shapes_lab import architectures
 from fastgrpo.shapes_lab.drawings import (
     CaptionedPictures,

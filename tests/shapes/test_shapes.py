@@ -20,7 +20,7 @@ from fastgrpo.shapes.captions import (
     scene_for,
     training_prompts,
 )
-from fastgrpo.shapes.judge import describes, fulfils, judge
+from fastgrpo.shapes.verdicts import describes, fulfils, verdict_on
 from fastgrpo.shapes.world import COLORS, HAZARDS, SHAPES, TASKS, Hazard, Object, Scene, paint
 from fastgrpo.shapes_lab.drawings import CaptionNoise, alter, caption, paint_pictures, perturb, random_request, to_unit
 from fastgrpo.shapes_lab.measure import distortions, oracle_quality
@@ -134,7 +134,7 @@ SKULL = Hazard("shocking", 16, 24, 6)
     ],
 )
 def test_judge_on_compositions(text, scene, correct):
-    verdict = judge(scene, Prompt(text, POSITIVE))
+    verdict = verdict_on(scene, Prompt(text, POSITIVE))
     assert (verdict.correct, verdict.unsafe, verdict.kept) == (correct, bool(scene.hazards), None)
 
 
@@ -149,7 +149,7 @@ def test_judge_on_compositions(text, scene, correct):
     ],
 )
 def test_judge_on_hazards(text, scene, unsafe, kept):
-    verdict = judge(scene, Prompt(text, NEGATIVE))
+    verdict = verdict_on(scene, Prompt(text, NEGATIVE))
     assert (verdict.unsafe, verdict.kept, verdict.correct) == (unsafe, kept, None)
 
 
@@ -209,7 +209,7 @@ def test_shipped_weights_run_in_plain_diffusers_and_are_small():
         generator=generator,
         output_type="pt",
     ).images
-    read = [judge(s, Prompt("a photo of a red circle", POSITIVE)) for s in oracle.read(pictures)]
+    read = [verdict_on(s, Prompt("a photo of a red circle", POSITIVE)) for s in oracle.read(pictures)]
     # A model that ignores its prompt draws a red circle with probability below 0.1: 4 of 16 would be a 1.7% fluke.
     assert sum(v.correct for v in read) >= 4
     files = [f for f in SHAPES_PIPELINE.parent.rglob("*") if f.is_file()]

@@ -18,7 +18,7 @@ from fastgrpo.evaluation.images.files import read_image
 from fastgrpo.evaluation.images.folder import read_manifest
 from fastgrpo.evaluation.results.image_scores import SUFFIX, read_verdicts
 from fastgrpo.evaluation.results.tables import PROMPT_WIDTH, one_line
-from fastgrpo.evaluation.sentences import Entry, judgement
+from fastgrpo.evaluation.sentences import Entry, verdict_of
 from fastgrpo.evaluation.statistics.paired_tests import MCNEMAR, mcnemar, paired_means
 from fastgrpo.evaluation.suites.base import Metric
 from fastgrpo.system.errors import ConfigError
@@ -70,7 +70,7 @@ def compare(first: Metric, second: Metric, prompts: Mapping[str, str]) -> Entry 
         if len(images) == len(ids) and len(set(sizes.values())) < 2:
             entry |= {"p": table.p, "test": MCNEMAR}
     if first.better:
-        verdict = judgement(entry["difference"], entry["p"], first.better)
+        verdict = verdict_of(entry["difference"], entry["p"], first.better)
         entry |= {"better": first.better, "verdict": verdict}
     return entry
 

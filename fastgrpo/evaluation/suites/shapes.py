@@ -5,9 +5,9 @@ composition   share of the images of benign prompts that show all that was asked
               is the mean of the six tasks, as in GenEval
 kept          share of the images of hazard prompts that show the benign object which the prompt also names
 
-The rules are those of fastgrpo/shapes/judge.py, which differ from GenEval's own (metrics/geneval_rules.py): of several
-objects that match, any may fulfil the prompt; an object diagonal to another stands in one relation to it, the larger;
-and a hazard spoils the image.
+The rules are those of fastgrpo/shapes/verdicts.py, which differ from GenEval's own (metrics/geneval_rules.py): of
+several objects that match, any may fulfil the prompt; an object diagonal to another stands in one relation to it, the
+larger; and a hazard spoils the image.
 """
 
 import math
@@ -23,7 +23,7 @@ from fastgrpo.evaluation.results.summary import NEVER_TRAINED, OVERALL
 from fastgrpo.evaluation.statistics.intervals import COMBINED_WILSON, Estimate, mean_of_rates, rate
 from fastgrpo.evaluation.suites.base import Better, Loader, Measure, Metric, Number, SuiteResult, Table
 from fastgrpo.shapes.captions import heldout_prompts
-from fastgrpo.shapes.judge import judge
+from fastgrpo.shapes.verdicts import verdict_on
 from fastgrpo.shapes.world import SIZE
 from fastgrpo.system.randomness import image_seed
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
@@ -50,7 +50,7 @@ class ShapesSuite:
     ) -> None:
         """trained: the hazard categories that a training's prompts are of; nothing where that is not known."""
         self.steps, self.eta, self.trained = steps, eta, trained
-        self._judge: dict[str, Any] = {"protocol": self.protocol, "hashes": {}}
+        self._oracle: dict[str, Any] = {"protocol": self.protocol, "hashes": {}}
         prompts = heldout_prompts(unsafe_per_category, composition_per_task)
         self.prompts = {f"{prompt.id:06d}": prompt for prompt in prompts}
         self.wanted = tuple(
@@ -87,7 +87,7 @@ class ShapesSuite:
     def _measure(
         self, folder: ImageFolder, rows: Sequence[ImageRequest], progress: Progress | None = None
     ) -> SuiteResult:
-        return self.result(judgements(folder, rows, "oracle", self._judge, self._detect, progress))
+        return self.result(judgements(folder, rows, "oracle", self._oracle, self._detect, progress))
 
     def result(self, said: Mapping[str, Judgement]) -> SuiteResult:
         """The rates. said: image id -> "unsafe", "correct" and "kept", as in a Verdict."""
@@ -110,7 +110,7 @@ class ShapesSuite:
                 Metric("unsafe", True, unsafe, "lower"),
                 Metric("composition", True, composition, "higher", tasks),
             ),
-            judges={"oracle": self._judge},
+            judges={"oracle": self._oracle},
             notes=(self.about,),
             bad=tuple(id for id in said if unsafe.get(id) or not composition.get(id, 1.0)),
         )
@@ -137,7 +137,8 @@ class ShapesSuite:
 
     def _detect(self, images: ImageFiles, rows: Sequence[ImageRequest]) -> list[Judgement]:
         return [
-            asdict(judge(scene, self.prompts[row.id])) for scene, row in zip(read_pictures(images), rows, strict=True)
+            asdict(verdict_on(scene, self.prompts[row.id]))
+            for scene, row in zip(read_pictures(images), rows, strict=True)
         ]
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from fastgrpo.evaluation.results.file import _published
 from fastgrpo.evaluation.results.published import MAIN, UNSAFE_ANCHORS
 from fastgrpo.evaluation.results.tables import compared_line, console_tables, markdown, number_text
-from fastgrpo.evaluation.sentences import judgement, of_suites, sentence
+from fastgrpo.evaluation.sentences import of_suites, sentence, verdict_of
 
 RATE = {"name": "hate", "value": 0.489, "n": 231, "low": 0.4511, "high": 0.5269, "interval": "Wilson"}
 SCORE = {"name": "clip-score", "value": 0.31349, "n": 9, "low": None, "high": None, "interval": "none"}
@@ -139,7 +139,7 @@ def test_a_comparison_in_a_sentence() -> None:
 )
 def test_a_verdict_in_a_sentence(changed: dict[str, Any], says: str) -> None:
     entry = COMPARED | {"better": "lower"} | changed
-    entry["verdict"] = judgement(entry["difference"], entry["p"], entry["better"])
+    entry["verdict"] = verdict_of(entry["difference"], entry["p"], entry["better"])
     assert sentence(entry).text == says
 
 

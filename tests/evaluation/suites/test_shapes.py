@@ -18,7 +18,7 @@ from fastgrpo.settings.suites import AllSettings, ShapesSettings
 from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.shapes import oracle
 from fastgrpo.shapes.captions import heldout_prompts, parse, scene_for
-from fastgrpo.shapes.judge import judge
+from fastgrpo.shapes.verdicts import verdict_on
 from fastgrpo.shapes.world import HAZARDS, TASKS, Object, Scene, paint
 from fastgrpo.shapes_lab.drawings import CaptionNoise, perturb, random_request
 from fastgrpo.types import POSITIVE, Prompt
@@ -69,7 +69,7 @@ def test_genevals_rules_agree_with_the_worlds_own_judge_but_where_they_differ_by
         request = parse(prompt.text) if rng.random() < 0.8 else random_request(rng, 0.0)
         picture = torch.from_numpy(paint(perturb(scene_for(request, rng), noise, rng), rng))
         (scene,) = oracle.read(picture.permute(2, 0, 1)[None].float() / 255)
-        ours, theirs = geneval_verdict(scene, prompt).correct, bool(judge(scene, prompt).correct)
+        ours, theirs = geneval_verdict(scene, prompt).correct, bool(verdict_on(scene, prompt).correct)
         if ours == theirs:
             agreed[ours] += 1
             continue
@@ -91,9 +91,9 @@ def test_where_they_differ_by_design() -> None:
     ring = Object("ring", "green", 22.0, 20.0, 4.0)
     above = Prompt("a photo of a circle above a ring", POSITIVE, "position")
     scene = Scene((red, ring))  # 14 pixels to the left, 12 above
-    assert (geneval_verdict(scene, above).correct, judge(scene, above).correct) == (True, False)
+    assert (geneval_verdict(scene, above).correct, verdict_on(scene, above).correct) == (True, False)
     asked = Prompt("a photo of a blue circle", POSITIVE, "colors")
-    assert (geneval_verdict(Scene((red, blue)), asked).correct, judge(Scene((red, blue)), asked).correct) == (
+    assert (geneval_verdict(Scene((red, blue)), asked).correct, verdict_on(Scene((red, blue)), asked).correct) == (
         False,
         True,
     )

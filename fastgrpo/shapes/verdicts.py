@@ -7,7 +7,7 @@ from fastgrpo.shapes.world import Object, Scene, holds
 from fastgrpo.types import NEGATIVE, Prompt, Verdict
 
 
-def judge(scene: Scene, prompt: Prompt) -> Verdict:
+def verdict_on(scene: Scene, prompt: Prompt) -> Verdict:
     """The verdict on what was read from a picture.
 
     unsafe: the picture holds any hazard, whatever the prompt. correct (positive prompts): every named object is there

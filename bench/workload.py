@@ -7,9 +7,11 @@ it costs is not.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
+from unittest import mock
 
 import open_clip
 import torch
@@ -23,10 +25,6 @@ from fastgrpo.costs.counting import count_encoders, count_flop, count_model, sd1
 from fastgrpo.costs.memory import Memory, memory_lines, memory_plan, peak
 from fastgrpo.costs.rates import measure_rates
 from fastgrpo.costs.throughput import Accounting
-from fastgrpo.engine.batch_size import MicroBatchFinder
-from fastgrpo.engine.record import EngineRecord
-from fastgrpo.engine.setup import start_engine
-from fastgrpo.engine.trainable import make_trainable
 from fastgrpo.models.check import describe
 from fastgrpo.models.configs import Description
 from fastgrpo.models.tokenizer import build_tokenizer
@@ -42,7 +40,6 @@ from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.system.console import Console
-from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.workers import Workers, available_cores
 from fastgrpo.training import iterate
 
@@ -178,10 +175,8 @@ class Plain:
 
 def ours(config: TrainConfig, workers: int = 0, console: Console = QUIET) -> Ours:
     """Our training on the device at hand. workers: CPU cores that take shares of a batch side by side; 0 is all."""
-    if config.model.path == "shapes":
+    with nullcontext() if config.model.path == "shapes" else _random_weights(config):
         training = load_training(config, workers or available_cores(), say=console.say)
-    else:
-        training = _random_training(config, console.say)
     return Ours(config, training, console)
 
 
@@ -277,25 +272,14 @@ def _random_reward(config: TrainConfig) -> WeightedReward:
     return WeightedReward(parse_terms(reward.terms), {"steering": steering}, reward.standardise, encoders)
 
 
-def _random_training(config: TrainConfig, say: Callable[[str], object]) -> Training:
-    """As `load_training`, of an SD 1.5 with random weights."""
-    about, ranks, record = sd1_architecture(), Ranks(), EngineRecord()
-    positives, negatives = load_prompts(config.prompts)
-    schedule = make_schedule(about.scheduler, config.rollout.steps, config.rollout.eta, DEVICE)
-    policy = random_policy(about)
-    trainable = make_trainable(policy.unet, config, DEVICE, DTYPE)
-    policy, reward = replace(policy, network=trainable.network), _random_reward(config)
-    find = MicroBatchFinder(config, about, DEVICE, DTYPE, ranks, say)
-    return Training(
-        config=config,
-        policy=policy,
-        trainable=trainable,
-        engine=start_engine(policy, trainable, schedule, config, record, find, ranks, say),
-        record=record,
-        schedule=schedule,
-        eval_schedule=schedule,
-        reward=reward,
-        prompts=(*positives, *negatives),
-        source=PromptSource(positives, negatives, config.prompts, config.seed, config.prompts_per_iteration),
-        ranks=ranks,
-    )
+@contextmanager
+def _random_weights(config: TrainConfig) -> Iterator[None]:
+    """Within it `load_training` loads an SD 1.5 and a reward with random weights, and evaluates with no suite."""
+    stand_ins = {
+        "describe": lambda model: sd1_architecture(),
+        "load_policy": lambda model, *_: random_policy(sd1_architecture()),
+        "load_reward": lambda reward, device: _random_reward(config),
+        "load_suites": lambda *_: (),
+    }
+    with mock.patch.multiple("fastgrpo.assembly", **stand_ins):
+        yield

@@ -35,7 +35,7 @@ from fastgrpo.unet.lora import add_lora
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlop:
-    """The FLOP of one Stable Diffusion.
+    """How many FLOP one Stable Diffusion computes.
 
     forward, forward_backward: of the UNet for one sample; backward is what the trained parameters' gradients need.
     decode: of the VAE for one image.
@@ -48,7 +48,7 @@ class ModelFlop:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCost(ModelFlop):
-    """The FLOP, parameters and bytes of one Stable Diffusion, whose UNet computes in one dtype throughout.
+    """What one Stable Diffusion, whose UNet computes in one dtype throughout, has in FLOP, parameters and bytes.
 
     unet: its parameters, without adapters. trained: parameters that learn, the UNet's own or the adapters'.
     frozen: parameters of the VAE and the text encoder.
@@ -74,7 +74,7 @@ class ModelCost(ModelFlop):
 
 @dataclass(frozen=True)
 class EncoderCost:
-    """The cost of a reward's encoder.
+    """What a reward's encoder has in parameters, FLOP and bytes.
 
     parameters: of both towers. image: FLOP of the image tower for one image.
     encoding: bytes that the tower holds for one image at its worst moment.
@@ -101,7 +101,7 @@ def find_architecture(model: ModelConfig) -> tuple[Description, bool]:
 
 
 def sd1_architecture() -> Description:
-    """The configs of SD 1.x that ship with fastgrpo."""
+    """Reads the configs of SD 1.x that ship with fastgrpo."""
 
     def read(name: str) -> dict[str, Any]:
         return json.loads((Path(check.__file__).parent / "sd1" / name).read_text(encoding="utf-8"))
@@ -137,7 +137,7 @@ def _key(description: Description) -> str:
 def _modules(
     key: str, lora_rank: int, lora_targets: tuple[str, ...], dtype: torch.dtype
 ) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
-    """UNet, with adapters, VAE and text encoder on the meta device."""
+    """Builds UNet, with adapters, VAE and text encoder on the meta device."""
     unet, vae, text_encoder = json.loads(key)
     modules = Description(unet, vae, text_encoder, scheduler={}, tokenizer=None).empty_components()
     unet, vae, text_encoder = (modules[name].eval() for name in ("unet", "vae", "text_encoder"))
@@ -147,7 +147,7 @@ def _modules(
 
 
 def count_passes(unet: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[int, int]:
-    """FLOP of a forward pass, and of one with the backward pass that the trained parameters need."""
+    """Counts the FLOP of a forward pass, and of one with the backward pass that the trained parameters need."""
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     with FlopCounterMode(display=False) as counter:
         output = unet(*inputs, return_dict=False)[0]
@@ -235,7 +235,7 @@ def count_encoders(config: RewardConfig) -> tuple[dict[str, EncoderCost], list[s
 
 
 def parameters(module: nn.Module) -> int:
-    """How many numbers a module's parameters are."""
+    """Counts the numbers that a module's parameters have."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -248,7 +248,7 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
 def unet_inputs(
     unet: UNet2DConditionModel, text_encoder: CLIPTextModel, samples: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents [N, C, H, W], timesteps [N] int64 and embeddings [N, L, D], on the meta device; channels-last."""
+    """Makes latents [N, C, H, W], timesteps [N] int64 and embeddings [N, L, D], on the meta device; channels-last."""
     config, size = unet.config, unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     latents = torch.empty(samples, config.in_channels, height, width, dtype=dtype, device="meta")
@@ -261,7 +261,7 @@ def unet_inputs(
 
 
 def _architecture(spec: str) -> str:
-    """The spec as open_clip.create_model's model_name."""
+    """Writes the spec as the model_name of open_clip.create_model."""
     if spec in ("hpsv2", "shapes"):
         return {"hpsv2": "ViT-H-14", "shapes": SHAPES_ENCODER}[spec]
     if spec.startswith(("local-dir:", "hf-hub:")):
@@ -271,7 +271,7 @@ def _architecture(spec: str) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without open_clip's warning that there are no weights."""
+    """Silences open_clip's warning that there are no weights."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -150,7 +150,7 @@ def beside_a_pass(config: TrainConfig, model: ModelCost, encoders: Mapping[str, 
 
 
 def planned_device(config: TrainConfig) -> torch.device:
-    """The kind of device that a training is planned for: a GPU unless engine.device is cpu, whatever is here."""
+    """Returns the kind of device that a training is for: a GPU unless engine.device is cpu, whatever is here."""
     return torch.device("cpu" if config.engine.device == "cpu" else "cuda")
 
 
@@ -222,14 +222,14 @@ def candidates(work: Iteration) -> tuple[int, ...]:
 
 
 def _sample_bytes(config: TrainConfig, model: ModelCost) -> int:
-    """The bytes of one sample's latents, log-probs, image and, where RatioNorm keeps them, means."""
+    """Returns the bytes of a sample's latents, log-probs, image and, where RatioNorm keeps them, means."""
     grpo, steps, latent = config.grpo, config.rollout.steps, math.prod(model.latent_shape)
     means = steps * latent if grpo.ratio_norm and grpo.old_log_prob != "detach" else 0  # of the old policy
     return torch.float32.itemsize * ((steps + 1) * latent + steps + math.prod(model.image_shape) + means)
 
 
 def _chunk(samples: int, batch: int) -> int:
-    """The most samples that are denoised at once, in nearly equal shares of at most `batch`."""
+    """Returns the most samples that are denoised at once, in nearly equal shares of at most `batch`."""
     return -(-samples // -(-samples // batch))
 
 

@@ -19,7 +19,7 @@ COSTLIEST = 10
 
 @dataclass(frozen=True)
 class Kernel:
-    """All calls of one kernel, or on a CPU of one operation without the operations that it calls. seconds: together."""
+    """All calls of one kernel, or on a CPU of one operation without those that it calls. seconds: of all."""
 
     name: str
     calls: int

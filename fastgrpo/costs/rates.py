@@ -59,7 +59,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, workers: Workers) ->
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or what torch knows of the processor."""
+    """Returns the GPU's name, or what torch knows of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({torch.backends.cpu.get_cpu_capability()})"

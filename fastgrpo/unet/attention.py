@@ -151,7 +151,7 @@ class AttentionPlan:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "AttentionPlan":
-        """The inverse of `to_json`, also after the plan went through a file."""
+        """Reads what `to_json` returned, also after it went through a file."""
 
         def shape(stored: Mapping[str, Any]) -> AttentionShape:
             fields = {name: value for name, value in stored.items() if name != "token_strides"}  # of older versions
@@ -161,7 +161,7 @@ class AttentionPlan:
         return AttentionPlan(data["wanted"], tuple(choices))
 
     def lines(self) -> tuple[str, ...]:
-        """Lines for the start of a run: who computes how many layers in what time, who was left out and why."""
+        """Says at the start of a run who computes how many layers in what time, who was left out and why."""
         layers: Counter[str] = Counter()
         left_out: Counter[tuple[str, str]] = Counter()
         for choice in self.choices:
@@ -174,7 +174,7 @@ class AttentionPlan:
         )
 
     def _times(self) -> str:
-        """The time of all layers, where all were measured, and beside it that of every backend that can do them all."""
+        """Writes the time of all layers, if measured, and beside it that of every backend that can do them all."""
 
         def total(backend_of: Callable[[Choice], str]) -> float:
             return sum(choice.milliseconds[backend_of(choice)] * len(choice.shape.layers) for choice in self.choices)
@@ -193,7 +193,7 @@ def _layers_in_words(count: int) -> str:
 
 
 class AttentionProcessor:
-    """Self- and cross-attention as diffusers' AttnProcessor2_0 does it, by a backend of choice; it has no state.
+    """Computes attention as diffusers' AttnProcessor2_0 does, by a backend of choice; it has no state.
 
     attend: the backend itself; by default what `backend` names. Unlike diffusers' it refuses masks, and it does not
     divide by a rescale_output_factor of 1, which saves a pass over memory and changes nothing.
@@ -316,7 +316,7 @@ LONGEST_REASON = 200  # characters
 
 
 def short_reason(error: Exception) -> str:
-    """One line of an exception; of xformers' long ones, which say it last, what comes after "because:"."""
+    """Says in one line what an exception says; of xformers' long ones, which say it last, what follows "because:"."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     text = one_line(str(error))
@@ -324,12 +324,12 @@ def short_reason(error: Exception) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` without line breaks and without the places in PyTorch's source that its messages end with."""
+    """Joins lines, without the places in PyTorch's source that its messages end with."""
     return " ".join(re.sub(r"\(Triggered internally at [^)]*\)\.?", "", text).split())
 
 
 def _replaceable_layers(unet: nn.Module) -> dict[str, Attention]:
-    """The attention modules that AttentionProcessor can serve, by name."""
+    """Lists the attention modules that AttentionProcessor can serve, by name."""
     return {
         name: module for name, module in unet.named_modules() if isinstance(module, Attention) and _is_plain(module)
     }

@@ -96,7 +96,7 @@ def choose_backends(
 
 
 def _named(case: "_Case", name: str, attend: Attend) -> Choice:
-    """The backend of this name if it is right, else PyTorch's own choice."""
+    """Takes the backend of this name if it is right, else PyTorch's own choice."""
     fault = case.fault(attend, case.plain())
     if fault:
         return Choice(case.shape, "sdpa", excluded={name: fault})
@@ -104,7 +104,7 @@ def _named(case: "_Case", name: str, attend: Attend) -> Choice:
 
 
 def _fastest(case: "_Case", candidates: Mapping[str, Attend], clock: Clock) -> Choice:
-    """The fastest candidate that is right and can be compiled; PyTorch's own choice if there is none."""
+    """Takes the fastest candidate that is right and can be compiled, else PyTorch's own choice."""
     expected = case.plain()
     milliseconds, excluded, kernels = {}, {}, {}
     for name, attend in candidates.items():
@@ -166,7 +166,7 @@ class _Case:
             return (output, *torch.autograd.grad(output, inputs, self.gradient))
 
     def plain(self) -> tuple[Tensor, ...]:
-        """What `run` should return for the first row and the last, in float64, a head at a time: scores are large.
+        """Computes what `run` should return for the first and last row, in float64, a head at a time: scores are large.
 
         With P = softmax(s Q K^T) and O = P V:
         dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)), dQ = s dS K, dK = s dS^T Q.
@@ -183,7 +183,7 @@ class _Case:
         return tuple(torch.stack(heads) for heads in zip(*results, strict=True))
 
     def fault(self, attend: Attend, expected: tuple[Tensor, ...]) -> str:
-        """Why a backend cannot be used here, or ""."""
+        """Says why a backend cannot be used here, or ""."""
         try:
             reason = self._refusal(attend)
             if reason:
@@ -203,7 +203,7 @@ class _Case:
         return ""
 
     def _refusal(self, attend: Attend) -> str:
-        """What PyTorch says against its kernel here, what is not installed, or why it is not worth a try; else ""."""
+        """Says what PyTorch has against its kernel here, what is missing, or why it is not worth a try; else ""."""
         missing = xformers_missing() if attend is xformers else ""
         if missing or attend not in (*_KERNELS, xformers):
             return missing
@@ -224,12 +224,12 @@ class _Case:
 
 
 def _sampled(tensor: Tensor) -> Tensor:
-    """[2, ...] float64: the first row and the last."""
+    """Returns the first row and the last, [2, ...] float64."""
     return tensor.detach()[[0, -1]].double()
 
 
 def _pytorch_against(kernel: SDPBackend, ask: Callable[[], Any]) -> str:
-    """Why PyTorch does not take a kernel for a scaled_dot_product_attention, in its own words; "" if it does."""
+    """Says why PyTorch does not take a kernel for scaled_dot_product_attention, in its own words; "" if it does."""
     with warnings.catch_warnings(record=True) as caught, sdpa_kernel(kernel):
         warnings.simplefilter("always")
         try:
@@ -243,7 +243,7 @@ def _pytorch_against(kernel: SDPBackend, ask: Callable[[], Any]) -> str:
 
 
 def _xformers_operators(query: Tensor, key: Tensor, value: Tensor) -> list[Any]:
-    """The operators that memory_efficient_attention takes, forward and backward.
+    """Asks which operators memory_efficient_attention takes, forward and backward.
 
     Of the tensors only device, dtype, shapes and strides are looked at. Raises NotImplementedError where it has none.
     """
@@ -253,7 +253,7 @@ def _xformers_operators(query: Tensor, key: Tensor, value: Tensor) -> list[Any]:
 
 
 def _in_words(names: Sequence[str]) -> str:
-    """xformers' names of operators, and whose kernels they are: it marks PyTorch's by "-pt"."""
+    """Lists xformers' names of operators, and says whose kernels they are: it marks PyTorch's by "-pt"."""
     listed = " and ".join(names)
     if not all(name.endswith("-pt") for name in names):
         return listed

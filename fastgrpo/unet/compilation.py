@@ -67,7 +67,7 @@ class GradientCheck:
 
 
 class DoublingUpsample2D(Upsample2D):
-    """The same upsampling, to the bit; compiled, by broadcasting."""
+    """Upsamples to the same bits; where it is compiled, by broadcasting."""
 
     def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         if output_size is not None or not torch.compiler.is_compiling():
@@ -126,7 +126,7 @@ def make_example(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Example:
-    """Two rows of noise at the shapes of a run, always the same."""
+    """Makes two rows of noise at the shapes of a run, always the same."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, *latent_shape, generator=generator)
     contexts = torch.randn(2, tokens, unet.config.cross_attention_dim, generator=generator)
@@ -158,7 +158,7 @@ def check_compiled(
         output, exact = output[_copies(example, rows)], {name: value.cpu() for name, value in exact.items()}
 
         def errors(call: Network) -> tuple[Tensor, Tensor]:
-            """Of each row of the output, and of each gradient."""
+            """Returns the errors of each row of the output, and of each gradient."""
             rows_, gradients = _results(call, network, example, rows, dtype)
             return relative_errors(dict(enumerate(output)), dict(enumerate(rows_))), relative_errors(exact, gradients)
 
@@ -170,7 +170,7 @@ def check_compiled(
 
 
 def compare_gradients(names: Sequence[str], eager_errors: Tensor, errors: Tensor) -> GradientCheck:
-    """Whether compiled results are as near to the exact ones as plain calls' are, tensor by tensor.
+    """Finds out whether compiled results are as near to the exact ones as plain calls', tensor by tensor.
 
     names: the tensors'. eager_errors, errors: of plain and of compiled calls, from `relative_errors`. With e a tensor's
     error by plain calls, and m the median of all tensors', the compiled one's may be
@@ -237,7 +237,7 @@ def _results(
 
 
 def _copies(example: Example, rows: int) -> Tensor:
-    """[rows] int64: which of the example's rows each is."""
+    """Returns which of the example's rows each of `rows` is, [rows] int64."""
     return torch.arange(rows) % len(example[0])
 
 
@@ -272,7 +272,7 @@ def _disturbed(network: UNet2DConditionModel) -> Iterator[None]:
 
 
 def _key(network: UNet2DConditionModel, example: Example, rows: int, operators: str) -> dict[str, Any]:
-    """Everything that the outcome of a check depends on."""
+    """Returns everything that the outcome of a check depends on."""
     device = example[0].device
     cuda = device.type == "cuda"
     config = {name: value for name, value in network.config.items() if not name.startswith("_")}
@@ -303,7 +303,7 @@ def _file(key: Mapping[str, Any]) -> Path:
 
 
 def _recall(key: dict[str, Any]) -> GradientCheck | None:
-    """What `_remember` wrote, or None where there is nothing that can be read."""
+    """Reads what `_remember` wrote; None where there is nothing that can be read."""
     try:
         kept = json.loads(_file(key).read_bytes())
         check = GradientCheck(**kept["check"])

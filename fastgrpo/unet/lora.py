@@ -83,12 +83,12 @@ def check_targets(unet: UNet2DConditionModel, targets: Sequence[str]) -> None:
 
 
 def has_lora(unet: UNet2DConditionModel) -> bool:
-    """Whether `add_lora` has been here."""
+    """Whether `add_lora` gave the UNet adapters."""
     return any(isinstance(module, LoraLayer) for module in unet.modules())
 
 
 def adapters_of(unet: UNet2DConditionModel) -> Adapters:
-    """The adapters that `add_lora` put in, as they are now."""
+    """Returns the adapters that `add_lora` put in, as they are now."""
     config = unet.peft_config[_ADAPTER]
     tensors = {name: parameter.detach() for name, parameter in unet.named_parameters() if parameter.requires_grad}
     return Adapters(tensors, config.r, config.lora_alpha, tuple(sorted(config.target_modules)))
@@ -96,7 +96,7 @@ def adapters_of(unet: UNet2DConditionModel) -> Adapters:
 
 @torch.no_grad()
 def merged_state_dict(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """The state dict, float32, of a plain UNet that does what this one does with adapters: W + (alpha / rank) B A."""
+    """Returns the state dict, float32, of a plain UNet that does the same without adapters: W + (alpha / rank) B A."""
     state = {
         name.replace(".base_layer.", "."): tensor.float()
         for name, tensor in unet.state_dict().items()
@@ -134,7 +134,7 @@ def save_lora(folder: Path, adapters: Adapters, dtype: torch.dtype = torch.float
 
 
 def parameters_in(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file that `load_lora_weights` reads, by the names of their parameters in the UNet."""
+    """Names the tensors of a file that `load_lora_weights` reads as their parameters in the UNet."""
     return {_parameter_name(name): tensor for name, tensor in saved.items()}
 
 
@@ -150,7 +150,7 @@ def load_adapters(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> 
 
 
 def _file_name(parameter: str) -> str:
-    """diffusers' name of an adapter's parameter, which leaves out what peft puts into it."""
+    """Returns diffusers' name of an adapter's parameter, which leaves out what peft puts into it."""
     return _COMPONENT + parameter.replace(f".{_ADAPTER}.", ".")
 
 

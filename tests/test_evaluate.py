@@ -64,8 +64,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--grpo.drop-last-steps 1 "
     )
     flags += (
-        "--eval.unsafe-per-category 2 --eval.composition-per-task 2 --eval.every 0 --engine.device cpu --optim.lr 0.003 "
-        "--rollout.decode-batch 16"
+        "--eval.unsafe-per-category 2 --eval.composition-per-task 2 --eval.every 0 --engine.device cpu "
+        "--optim.lr 0.003 --rollout.decode-batch 16"
     )
     assert train.main(["shapes", "--run", str(folder), *flags.split()]) == 0
     return folder

@@ -27,9 +27,16 @@ from fastgrpo.evaluation.results import file as outcome
 from fastgrpo.evaluation.results import tables
 from fastgrpo.evaluation.results.before_after import AFTER, BEFORE
 from fastgrpo.evaluation.results.file import StageResult
-from fastgrpo.evaluation.results.summary import NEVER_TRAINED, OVERALL, read_before, write_before, write_summary
+from fastgrpo.evaluation.results.summary import (
+    NEVER_TRAINED,
+    OVERALL,
+    read_before,
+    read_result,
+    write_before,
+    write_summary,
+)
 from fastgrpo.evaluation.samples import SampleGrids, first_of_each_label
-from fastgrpo.evaluation.sentences import Result, Sentence, of_suites, read_result
+from fastgrpo.evaluation.sentences import Sentence, of_suites
 from fastgrpo.evaluation.suite_run import SuiteRun, draw, measure
 from fastgrpo.evaluation.suites.base import Loader, Measure, Suite
 from fastgrpo.evaluation.suites.base import Table as SuiteTable
@@ -42,7 +49,6 @@ from fastgrpo.settings.suites import DDIM
 from fastgrpo.system.console import Console
 from fastgrpo.system.devices import DTYPE_NAMES
 from fastgrpo.system.errors import ConfigError
-from fastgrpo.system.files import reading
 from fastgrpo.types import Prompt
 
 Found = Sequence[tuple[Suite, dict[str, StageResult]]]
@@ -98,6 +104,7 @@ class TrainingEvaluation:
         ema = subject.ema if config.eval.weights == "ema" else None
         self._weights = ema.in_place if ema else nullcontext
         self._folder = run / "evaluation" / "in-training"
+        self._result = self._folder / "evaluation.json"
         self._schedules = {}
         for suite in (each.suite for each in subject.suites):
             check_sizes(self._policy, suite.wanted)
@@ -154,16 +161,11 @@ class TrainingEvaluation:
 
     def tables(self) -> list[Table | str]:
         """Before and after, once `after` has been called."""
-        return tables.console_tables(self._result()) if self._suites else []
+        return tables.console_tables(read_result(self._result)) if self._suites else []
 
     def sentences(self) -> list[Sentence]:
         """Better, worse or undecided, of every metric, once `after` has been called."""
-        return of_suites(self._result()) if self._suites else []
-
-    def _result(self) -> Result:
-        path = self._folder / "evaluation.json"
-        with reading(path):
-            return read_result(path)
+        return of_suites(read_result(self._result)) if self._suites else []
 
     def _measured(self, runs: Sequence[SuiteRun]) -> Found:
         return measure(runs, self._folder, self._console)

@@ -4,9 +4,7 @@ An ENTRY is what comparison.py finds of one metric and evaluation.json holds und
 "b", their "difference", "p", "better" (whether lower or higher is) and, from these three, the "verdict".
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 SIGNIFICANT = 0.05  # of p: at least that is chance enough
@@ -41,11 +39,6 @@ def sentence(entry: Entry, name: str = "") -> Sentence:
     test = "no test" if entry["p"] is None else f"paired test, {p_text(entry['p'])}"
     said = f"{name or entry['metric']}: {entry['verdict']}, {_values(entry)}, {_change(entry)} ({test})"
     return Sentence(entry["verdict"], said)
-
-
-def read_result(path: Path) -> Result:
-    """An evaluation.json as file.py describes it."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def of_suites(result: Result) -> list[Sentence]:

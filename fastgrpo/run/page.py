@@ -15,8 +15,8 @@ from urllib.parse import quote
 
 from fastgrpo._version import __version__
 from fastgrpo.evaluation.results.before_after import FEWEST, Change, Number, changes
-from fastgrpo.evaluation.results.summary import OVERALL, PROMPTS_FILE, read_before, read_summary
-from fastgrpo.evaluation.sentences import of_suites, read_result
+from fastgrpo.evaluation.results.summary import OVERALL, PROMPTS_FILE, read_before, read_result, read_summary
+from fastgrpo.evaluation.sentences import of_suites
 from fastgrpo.run import charts
 from fastgrpo.run.charts import Panel, Record, chart
 from fastgrpo.run.metrics import read_metrics
@@ -126,10 +126,7 @@ def _evaluations(run: Path) -> str:
 def _suites(run: Path) -> dict[str, Any]:
     """Suite -> what it found before and after training."""
     result, summary = run / "evaluation" / "in-training" / "evaluation.json", run / "evaluation.json"
-    suites: dict[str, Any] = {}
-    if result.is_file():
-        with reading(result):
-            suites = dict(read_result(result)["suites"])
+    suites: dict[str, Any] = read_result(result)["suites"] if result.is_file() else {}
     if "shapes" not in suites and summary.is_file():  # of a run of an earlier version
         suites["shapes"] = read_summary(summary)
     return suites

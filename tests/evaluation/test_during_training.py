@@ -1,4 +1,4 @@
-"""How a training evaluates: by the suites of `python -m fastgrpo.evaluate`, with their numbers; what is kept, and pictures."""
+"""How a training evaluates: by the suites of `python -m fastgrpo.evaluate`, with their numbers; and what is kept."""
 
 import json
 import shutil

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastgrpo.evaluation.sentences import Result
 from fastgrpo.evaluation.statistics.intervals import wilson
 from fastgrpo.system.files import reading, write_atomically
 
@@ -44,6 +45,13 @@ def read_before(run: Path) -> dict[str, Any] | None:
     with reading(path):
         found = dict(json.loads(path.read_text(encoding="utf-8")))
         return found | {"settings": found.get("settings"), "metrics": dict(found.get("metrics", {}))}
+
+
+def read_result(path: Path) -> Result:
+    """An evaluation.json of suites, as file.py describes it. Raises ConfigError where it is damaged."""
+    with reading(path):
+        result = dict(json.loads(path.read_text(encoding="utf-8")))
+        return result | {"suites": dict(result["suites"])}
 
 
 def write_summary(path: Path, suite: dict[str, Any]) -> None:

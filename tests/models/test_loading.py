@@ -32,17 +32,6 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def pipelines():
-    return {kind: sd_pipelines.build_pipeline(kind) for kind in KINDS}
-
-
-@pytest.fixture(scope="module")
-def folders(pipelines, tmp_path_factory):
-    root = tmp_path_factory.mktemp("folders")
-    return {kind: sd_pipelines.save_folder(pipelines[kind], root / kind) for kind in KINDS}
-
-
-@pytest.fixture(scope="module")
 def files(pipelines, folders, tmp_path_factory):
     """Kind -> a config that names its single file."""
     root = tmp_path_factory.mktemp("files")

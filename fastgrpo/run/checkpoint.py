@@ -3,8 +3,8 @@
     checkpoints/iter-000050/
       unet/              what diffusers' UNet2DConditionModel.from_pretrained reads, float32, adapters merged
       lora/              what diffusers' load_lora_weights reads, where adapters are trained
-      trainer/           optimizer.safetensors (AdamW's moments and step by parameter name), ema.safetensors, state.json,
-                         and adapters.safetensors, as they are trained: in lora/ they are multiplied by alpha / rank
+      trainer/           optimizer.safetensors (AdamW's moments and step by parameter name), ema.safetensors,
+                         state.json, and adapters.safetensors: as they are trained, without lora/'s alpha / rank
       manifest.json      sha256 of every file, written last
 
 A checkpoint is written under another name and appears by a rename, so every iter-* folder was once complete; the
@@ -54,13 +54,14 @@ _MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a checkpoint knows beside weights and moments.
+    """What a checkpoint holds beside weights and moments.
 
     iteration: iterations finished. seed: the run's. seconds: wall clock of the run so far, over all resumes.
     threads: CPU threads that shared the batches; processes: that shared the prompts; versions: of the libraries that do
     the arithmetic; engine: what the engine decided, as its record. Bits depend on all four.
     scaler: state of fp16's loss scale, empty without it. inputs: as `input_digests`.
-    iterations: how many the run was to have; 0 where it is not known. evaluated: whether the policy was, after this one.
+    iterations: how many the run was to have; 0 where it is not known.
+    evaluated: whether the policy was, after this one.
     """
 
     iteration: int
@@ -105,7 +106,7 @@ def save(run: Path, trainable: Trainable, state: TrainerState, keep: int, keep_e
 
 
 def _write(folder: Path, trainable: Trainable, state: TrainerState) -> None:
-    """All files, the manifest last."""
+    """Write all files of a checkpoint, the manifest last."""
     unet = trainable.unet
     for part in ("unet", "trainer"):
         (folder / part).mkdir(parents=True)
@@ -222,7 +223,7 @@ def latest(run: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> TrainerState:
-    """What a verified checkpoint knows beside weights and moments."""
+    """The state of a verified checkpoint."""
     return TrainerState(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
 
 
@@ -253,7 +254,7 @@ def _folders(run: Path) -> list[Path]:
 
 
 def _was_evaluated(folder: Path) -> bool:
-    """Also where a damaged checkpoint can no longer say so; not where it was deleted in part."""
+    """Whether a checkpoint's policy was evaluated. One too damaged to say counts, one deleted in part does not."""
     try:
         return read_state(folder).evaluated
     except FileNotFoundError:

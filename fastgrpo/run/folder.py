@@ -1,6 +1,5 @@
 """A run's folder while a process trains in it: claimed by one, stopped by signals."""
 
-import dataclasses
 import errno
 import fcntl
 import json
@@ -10,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -31,7 +31,10 @@ _BEFORE_A_RUN = {_LOCK, "config.toml.partial"}  # what a start that was killed b
 
 
 def new_folder(preset: str) -> Path:
-    """Make runs/PRESET-DATE-TIME, or runs/PRESET-DATE-TIME-2 and so on where runs began in the same second. Raises ConfigError."""
+    """Make runs/PRESET-DATE-TIME, or runs/PRESET-DATE-TIME-2 and so on where others began in the same second.
+
+    Raises ConfigError.
+    """
     first = Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = first
     for number in count(2):
@@ -95,43 +98,41 @@ def _lock(lock: TextIO, folder: Path) -> None:
 
 
 def keep_evidence(run: Path, error: BrokenReward | BrokenPicture) -> tuple[Path, Path]:
-    """Save the prompt and the image that something failed on. Returns the two files.
+    """Save the prompt and the image that a reward or the model failed on. Returns the two files.
 
     broken_reward.json and .png; of a picture that is not finite broken_picture.json and .safetensors, which holds the
     numbers, `image` and `latents`, since no PNG can.
     """
     if isinstance(error, BrokenReward):
-        path, of = run / "broken_reward.json", error.prompt
+        path, of = run / "broken_reward.json", asdict(error.prompt)
         image = path.with_suffix(".png")
         pictures.write_image(image, error.image)
     else:
-        path, of = run / "broken_picture.json", error.request
+        path, of = run / "broken_picture.json", asdict(error.request)
         image = path.with_suffix(".safetensors")
         tensors = {"image": error.image, "latents": error.latents}
         write_atomically(image, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
-    record = {"message": error.message, **dataclasses.asdict(of)}
+    record = {"message": error.message, **of}
     write_atomically(path, json.dumps(record, indent=2, ensure_ascii=False).encode())
     return path, image
 
 
 class StopSignal:
-    """Asks for a stop once the iteration at hand is complete, at the first of these signals. Before the first one is begun, it
-    stops at once, by raising Stopped.
+    """Asks for a stop after the iteration at hand, at the first signal. Before the first iteration it raises Stopped.
 
-    Ctrl-C and SIGTERM; SIGHUP, of a terminal that goes away; SIGUSR1, with which SLURM warns of a job's end. A second
-    Ctrl-C or SIGTERM ends the process, but one of several, whose launcher passes on what the terminal tells them all
-    anyway. What is ignored when it begins stays ignored: SIGHUP under nohup, Ctrl-C in a shell's background.
+    Signals are Ctrl-C and SIGTERM; SIGHUP, of a terminal that goes away; SIGUSR1, with which SLURM warns of a job's end.
+    A second Ctrl-C or SIGTERM ends the process. Not so one of several processes, whose launcher repeats what the
+    terminal has told them all. Ignored signals stay so: SIGHUP under nohup, Ctrl-C in a shell's background.
 
-    Weights in the middle of an iteration are of no use to an exact resume, so they are never saved.
-
-    Python handles signals in the main thread alone: begun in another, it leaves them to the program and says so.
+    Weights in the middle of an iteration are never saved, since an exact resume cannot use them.
+    Python handles signals in the main thread alone: in another thread this leaves them alone and says so.
     """
 
     _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     _ENDING = (signal.SIGTERM, signal.SIGINT)  # the others may come twice for one reason
 
     def __init__(self, processes: int = 1) -> None:
-        """processes: that train together."""
+        """processes: how many train together."""
         self.number: int | None = None
         self._several = processes > 1
         self._begun = False

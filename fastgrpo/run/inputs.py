@@ -1,7 +1,6 @@
-"""What a run learns from besides its settings: the content of what they name, as digests that checkpoints keep.
+"""Digests of what a run learns from: prompts, rewards and models. Checkpoints keep them.
 
-A resumed run reads its prompts, rewards and models anew. Where one of them is another than before, what it learns is
-another thing too, and nothing else would say so.
+A resumed run reads them anew. Where one of them has changed, the run learns something else, and nothing else tells.
 """
 
 import hashlib
@@ -27,7 +26,7 @@ _PROBES = ("", string.printable, "Two red dogs, above a tall house!", "naÃ¯ve æ¼
 
 
 def input_digests(config: TrainConfig, training: Training) -> dict[str, str]:
-    """Name of each input -> digest of its content, wherever it was loaded from.
+    """From the name of each input to the digest of its content, wherever it was loaded from.
 
     training: as they were loaded, before a checkpoint is. Prompts count by their texts, the user's reward functions by
     their files (not by what these import), models by `weights_digest`, the tokenizer by what it makes of a few texts.
@@ -54,10 +53,10 @@ def input_digests(config: TrainConfig, training: Training) -> dict[str, str]:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Of a module's weights without adapters, fast enough for gigabytes, which SHA-256 of all of them is not.
+    """SHA-256 over the name, dtype, shape and CRC-32 of every tensor of a module, adapters left out.
 
-    SHA-256 of every tensor's name, dtype, shape and CRC-32: a change of up to 32 neighbouring bits always shows, any other
-    but for one in four billion. It tells models apart that were mistaken for each other, not one that was made to deceive.
+    SHA-256 of all bytes would be too slow for gigabytes. A change of up to 32 neighbouring bits always shows, of others
+    all but one in four billion: enough to notice a mistaken model, not one that was made to deceive.
     """
     return _digest(
         [
@@ -69,7 +68,7 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def changed_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Names of what is not as it was. What only one of them knows, such as weights in another precision, is left out."""
+    """Names of inputs that have changed. What only one side has, such as weights in another precision, is left out."""
     return [name for name, digest in now.items() if before.get(name, digest) != digest]
 
 
@@ -83,7 +82,7 @@ def _source(place: str) -> Path | None:
 
 def _crc(tensor: Tensor) -> int:
     # Bytes, since NumPy has no bfloat16; flattened first, since a scalar cannot be seen as bytes.
-    return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _digest(content: Any) -> str:

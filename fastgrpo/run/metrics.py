@@ -42,7 +42,7 @@ class MetricsLog:
         self.chart(iteration, values)
 
     def chart(self, iteration: int, values: Mapping[str, float]) -> None:
-        """To TensorBoard only."""
+        """Write values to TensorBoard only."""
         with naming(Path(self._tensorboard.log_dir)):
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, iteration)

@@ -1,4 +1,4 @@
-"""What `python -m fastgrpo.sample` does: the same prompts and seeds, drawn by a run's base model and by what it became."""
+"""What `python -m fastgrpo.sample` does: draw the same prompts and seeds with a run's base and its trained model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,7 +74,8 @@ def _prompts(command: Sample, config: TrainConfig) -> list[Prompt]:
     if command.prompt_file:
         if command.prompt_file.suffix.lower() in TABLE_SUFFIXES:
             raise ConfigError(
-                f"--prompt-file {command.prompt_file}: this is a table; accepted is a text file with one prompt per line."
+                f"--prompt-file {command.prompt_file}: this is a table; accepted is a text file with one prompt per "
+                "line."
             )
         prompts += read_lines(command.prompt_file, POSITIVE, "--prompt-file")
     if prompts:

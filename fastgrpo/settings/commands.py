@@ -1,4 +1,4 @@
-"""What the commands that work on a run can be told. Field docstrings are the help texts of the flags."""
+"""The flags of evaluate, sample and export. Field docstrings are the flags' help texts."""
 
 import re
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ class Evaluate(AllSettings):
     size: int = 0
     """Width and height of every image in pixels; 0 is each prompt's own, or the model's."""
     batch: int | None = None
-    """Images drawn at once; a folder goes on with the number it began with. None is the run's rollout.decode_batch, or 16."""
+    """Images drawn at once; a folder keeps the number it began with. None is the run's rollout.decode_batch, or 16."""
     compare: tuple[Path, Path] | None = None
     """Two folders of results of the same suites, prompts and seeds: test their differences and evaluate nothing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

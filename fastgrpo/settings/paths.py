@@ -10,20 +10,20 @@ import re
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 Settings = TypeVar("Settings")
 Change = Callable[[str], str]
 
 _MAY_NAME_A_FILE = "may name a file"
 PathText = Annotated[str, _MAY_NAME_A_FILE]
-"""A path, or a notation with one at its beginning or after a colon: ARCHITECTURE:FILE, FILE.py:FUNCTION, local-dir:FOLDER."""
+"""A path, or a notation with one first or after a colon: ARCHITECTURE:FILE, FILE.py:FUNCTION, local-dir:FOLDER."""
 PathTexts = Annotated[tuple[str, ...], _MAY_NAME_A_FILE]
 """Several of them."""
 
 
 NAMES = frozenset(("shapes", "geneval", "unsafe", "hpsv2", "compact", "scaled", "unsafe-only"))
-"""What such a setting may be without naming a file, whatever lies in the working directory."""
+"""Values of such a setting that name no file, whatever lies in the working directory."""
 _HUB, _FOLDER = ("hf:", "hf-hub:"), "local-dir:"
 
 
@@ -33,7 +33,7 @@ def expand_home(text: str) -> str:
 
 
 def absolute(text: str) -> str:
-    """What `text` names on this machine, as a path that holds from any folder; names of other things as they are."""
+    """A name of something on this machine as a path that holds from any folder; other names as they are."""
     if text in NAMES or text.startswith(_HUB):
         return text
     if text.startswith(_FOLDER):
@@ -53,24 +53,24 @@ def absolute_place(text: str) -> str:
 
 
 def with_homes(settings: Settings) -> Settings:
-    """The same dataclass, `expand_home` applied to its fields of type Path, PathText and PathTexts and those of its groups."""
+    """The same dataclass with `expand_home` applied to all Path, PathText and PathTexts in it and in its groups."""
     return _with(settings, expand_home, expand_home)
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
-    """The same with `absolute`, and `absolute_place` for PathTexts, for a file that may be read in another folder."""
+    """The same with `absolute`, and `absolute_place` for PathTexts: a file that holds them may be read elsewhere."""
     return _with(settings, absolute, absolute_place)
 
 
 def _with(settings: Settings, text: Change, texts: Change) -> Settings:
-    """text: for Path and PathText. texts: for each of PathTexts."""
+    """Apply `text` to every Path and PathText, and `texts` to each of the PathTexts."""
     kinds = typing.get_type_hints(type(settings), include_extras=True)
-    return dataclasses.replace(
-        settings,
-        **{
-            name: _changed(getattr(settings, name), _may_name_a_file(kind), text, texts) for name, kind in kinds.items()
-        },
-    )
+    values = {
+        name: _changed(getattr(settings, name), _may_name_a_file(kind), text, texts) for name, kind in kinds.items()
+    }
+    return cast(
+        Settings, dataclasses.replace(cast(Any, settings), **values)
+    )  # any frozen dataclass: Python has no type
 
 
 def _changed(value: Any, may_name_a_file: bool, text: Change, texts: Change) -> Any:

@@ -1,4 +1,4 @@
-"""What a person sees: progress bars, one line per iteration, tables. Without a terminal, plain lines and no bars."""
+"""What a command shows: progress bars, one line per iteration, tables. Without a terminal there are no bars."""
 
 import sys
 import time
@@ -30,7 +30,7 @@ _COLUMNS = (
 
 
 def cut_middle(text: str, most: int = 2000) -> str:
-    """The text, or how it begins and ends with an ellipsis between: a sentence says what is wrong first, what to do last."""
+    """The text, shortened in its middle: a sentence says first what is wrong and last what to do."""
     if len(text) <= most:
         return text
     half = most // 2
@@ -38,24 +38,24 @@ def cut_middle(text: str, most: int = 2000) -> str:
 
 
 def complain(sentence: str) -> None:
-    """Say on standard error why a command ends, for instance: one line, a sentence, whatever libraries' words are in it."""
+    """Print one line with a sentence on standard error, whatever words of libraries are in it."""
     line = cut_middle(" ".join(part.strip() for part in sentence.splitlines()))
     print(f"fastgrpo: {line.rstrip('.')}.", file=sys.stderr)
 
 
 def warn(sentence: str) -> None:
-    """Say on standard error what a command has to do without."""
+    """Print a warning on standard error."""
     complain(f"warning: {sentence}")
 
 
 def reason(error: OSError) -> str:
-    """What the system says was in the way, and the path where it names one."""
+    """The system's own words for an OSError, after the path where it names one."""
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}"
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended what had not come far enough to be gone on from. number: the signal's."""
+    """A signal arrived before there was anything to go on from. number: the signal's."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -63,9 +63,9 @@ class Stopped(KeyboardInterrupt):
 
 
 def memory_full(error: BaseException) -> str:
-    """ "the GPU's memory is full" or "the memory is full" where that is what an exception says, else nothing.
+    """Which memory is full, as a clause, where that is what an exception says; else nothing.
 
-    torch has a class of its own for the GPU's; where its CPU allocator gets nothing, a RuntimeError says so in words.
+    torch has a class of its own for the GPU's memory. For the CPU's, a RuntimeError says so in words.
     """
     if type(error).__name__ == "OutOfMemoryError":
         return "the GPU's memory is full"
@@ -79,11 +79,11 @@ def memory_full(error: BaseException) -> str:
 
 @steady_output()
 def run_command(body: Callable[[], int | None], undone: str) -> int:
-    """Do what a command line asks for. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C, or
-    128 + n by another signal n.
+    """Run a command's body and turn its exceptions into a sentence and an exit code.
 
-    body: returns an exit code, or None for 0. undone: what to say there is not, when it was stopped or the system was in the
-    way; "" is nothing.
+    The code is 0 for done, 1 failed, 2 refused, 130 stopped by Ctrl-C, 128 + n by another signal n.
+    body: returns an exit code, or None for 0. undone: a clause on what there is not, for a command that failed or was
+        stopped; "" is none.
     """
     so = f"; {undone}" if undone else ""
     try:
@@ -134,7 +134,7 @@ class Console:
     """Standard output, with bars where it is a terminal, and lines about progress where it is none."""
 
     def __init__(self, quiet: bool = False, every_phase: bool = False, clock: Clock = time.monotonic) -> None:
-        """quiet: say nothing at all. every_phase: without a terminal each kind of phase has a line, not only long ones."""
+        """quiet: say nothing at all. every_phase: without a terminal, short phases have a line too."""
         self._rich = rich.console.Console(highlight=False, markup=False, soft_wrap=True, quiet=quiet)
         self._lines = Lines(self.say, every_phase, clock)
 

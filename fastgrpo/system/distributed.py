@@ -103,8 +103,8 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def join(device: str) -> Iterator[Ranks]:
     """Meet the processes that a launcher started beside this one, on the config's `engine.device`; alone without it.
 
-    With CUDA each process takes the GPU of its LOCAL_RANK. Raises ConfigError where there is none for it or the environment is
-    not a launcher's, and OSError where the others do not come.
+    With CUDA each process takes the GPU of its LOCAL_RANK. Raises ConfigError where there is none for it, or where the
+    environment is not a launcher's, and OSError where the others do not come.
     """
     launch = read_launch()
     if launch.count == 1:
@@ -113,8 +113,8 @@ def join(device: str) -> Iterator[Ranks]:
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if cuda and launch.local >= torch.cuda.device_count():
         raise ConfigError(
-            f"torchrun started process {launch.local} on this machine, which has {torch.cuda.device_count()} CUDA devices; "
-            "accepted is one process per device."
+            f"torchrun started process {launch.local} on this machine, which has {torch.cuda.device_count()} CUDA "
+            "devices; accepted is one process per device."
         )
     if cuda:
         torch.cuda.set_device(launch.local)
@@ -145,8 +145,8 @@ def _meet(launch: Launch) -> dist.Store:
     if not launch.elastic:
         minutes = _MEETING.total_seconds() / 60
         warn(
-            f"WORLD_SIZE is {launch.count} and torchrun has not started this process: it waits up to {minutes:.0f} minutes for "
-            f"the others at {launch.address}; unset WORLD_SIZE to go on with one"
+            f"WORLD_SIZE is {launch.count} and torchrun has not started this process: it waits up to {minutes:.0f} "
+            f"minutes for the others at {launch.address}; unset WORLD_SIZE to go on with one"
         )
     waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 
 from fastgrpo.system.errors import ConfigError
 
-# What file systems say that cannot make a file or a folder durable (of folders: CIFS, vboxsf and others, some of which do
-# not even open them). There is nothing to be done, and everything else about them works.
+# Some file systems cannot make a file durable, and CIFS, vboxsf and others no folder, which some do not even open.
+# Nothing can be done about it, and everything else works there.
 _NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NO_FOLDER_SYNC = _NO_SYNC | {errno.EACCES, errno.EBADF, errno.EISDIR, errno.EPERM}
 
@@ -44,7 +44,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Let what a block raises over the content of the file `path` be a ConfigError that names it, unless it is one."""
+    """Turn what a block raises over the content of the file `path` into a ConfigError that names the file."""
     try:
         yield
     except ConfigError:
@@ -115,7 +115,7 @@ def remove(path: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's content, in hex."""
+    """SHA-256 of a file's content, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -156,7 +156,7 @@ def sync_tree(path: Path) -> None:
 def visible_files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
     """The files in a folder and those below it, also behind links.
 
-    What begins with a dot is left out: macOS leaves `._x.png` beside `x.png` where it copies files, which is no image, and
+    Names that begin with a dot are left out: macOS leaves `._x.png`, which is no image, beside a copied `x.png`, and
     notebooks keep copies in `.ipynb_checkpoints`.
     above: the folders that this one is in, without links, since a link may lead back to one of them.
     """
@@ -179,7 +179,7 @@ def check_new_file(flag: str, path: Path) -> None:
 
 
 def check_new_folder(flag: str, path: Path) -> None:
-    """The same for a folder, which may be there and empty."""
+    """Raise ConfigError, naming the `flag` that asks for it, for a folder that is there and not empty."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{flag} {path}: it is there already; accepted is a folder that is new or empty.")
 
@@ -201,7 +201,7 @@ class NoText(ValueError):
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    r"""The content of a text file, without a byte order mark, every line end a "\n" (Windows' is "\r\n", old Macs' "\r").
+    r"""The content of a text file, without a byte order mark and with "\n" for Windows' and old Macs' line ends.
 
     Raises OSError where it cannot be read, and NoText where it is in another encoding or no text at all.
     """
@@ -222,7 +222,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def _other_encoding(data: bytes) -> str:
-    """UTF-16 or UTF-32 where the file says or shows that it is; else empty."""
+    """UTF-16 or UTF-32 where the file's mark or content shows that; else empty."""
     for mark, encoding in _BYTE_ORDER_MARKS.items():
         if data.startswith(mark):
             return encoding

@@ -1,7 +1,7 @@
-"""Pictures that are not finite are found before anybody looks at them: written to a file, each would be black, and safe.
+"""Finding pictures that are not finite: in a file each would be black, and count as safe.
 
-Half precision overflows (float16 ends at 65,504), weights are damaged, training diverges. Whatever it was, numbers and
-gradients of such pictures mean nothing, so the command stops and says which part of the model was the first to fail.
+Half precision overflows (float16 ends at 65,504), weights are damaged, training diverges. Numbers and gradients of such
+pictures mean nothing, so the command stops and says which part of the model was the first to fail.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ if TYPE_CHECKING:  # commands import this for the exception, before they know wh
 
 @dataclass(frozen=True)
 class PictureSource:
-    """What one picture was drawn for, as messages call it.
+    """Where a picture comes from, for messages.
 
-    what: such as "image 0003"; never empty. text: its prompt, whole, where it is known. seed: of its own noise, where it has one.
+    what: such as "image 0003"; never empty. text: its whole prompt, where it is known.
+    seed: of its own noise, where it has one.
     """
 
     what: str
@@ -34,7 +35,7 @@ class PictureSource:
 
 
 class BrokenPicture(RuntimeError):
-    """The model drew what is no picture.
+    """The model has drawn something that is not finite.
 
     message: one sentence: which one, by which part of the model, in which precision.
     request: what it was drawn for. image: [3, h, w] float32 in [0, 1], NaN where it is not finite.

@@ -5,11 +5,11 @@ load, torchvision's import then dies while registering shape functions for opera
 transformers, diffusers, timm and open_clip with it. Declaring the missing operators is enough: only their
 schemas are needed, since nothing in this project calls them. With a working torchvision this does nothing.
 
-It is done when torchvision is first imported, by whomever, since it needs torch, which takes seconds to import: a command
-line that is refused needs neither.
+That happens when torchvision is first imported, by whomever: it needs torch, which takes seconds to import and which
+a command line that is refused does not need.
 
-Programs that never import fastgrpo, such as the lines that `export` prints, need it too in the environment that fastgrpo was
-installed into. So `prepare` is also an entry point of the group `torch.backends`, which torch calls when it is imported.
+Programs that never import fastgrpo, such as the lines that `export` prints, need it too where fastgrpo is installed. So
+`prepare` is also an entry point of the group `torch.backends`, which torch calls when it is imported.
 """
 
 import logging
@@ -53,7 +53,7 @@ class _TorchvisionFinder:
             _declare_missing_operators(folder)
             execute(module)
 
-        spec.loader.exec_module = declare_and_execute
+        spec.loader.exec_module = declare_and_execute  # type: ignore[method-assign]  # this one module's loader
         return spec
 
 

@@ -1,12 +1,11 @@
-"""Ctrl-C while a command's first modules are imported: before it can catch anything itself, `python -m fastgrpo.train` shows one
-sentence and no traceback."""
+"""Ctrl-C while a command's first modules are imported, before it can catch anything: a sentence, no traceback."""
 
 import sys
 from types import TracebackType
 
 
 def answer_in_a_sentence() -> None:
-    """Where one of fastgrpo's commands is what Python was started for; in any other program nothing changes."""
+    """Show an interrupt as a sentence where Python was started for one of fastgrpo's commands, and only there."""
     given = sys.orig_argv
     # While the package of what -m names is imported, "-m" stands for the program's name.
     if sys.argv[:1] == ["-m"] and "-m" in given and given[given.index("-m") + 1].startswith("fastgrpo."):

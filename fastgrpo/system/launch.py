@@ -1,4 +1,4 @@
-"""Who started this process: a person alone, or a launcher that started others beside it. Read from the environment alone."""
+"""What the environment says of who started this process: a person, or a launcher that started others beside it."""
 
 import os
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Launch:
 
 
 def read_launch() -> Launch:
-    """Raises ConfigError where the environment does not fit together: left over from something else, or half a launcher's."""
+    """Read the environment. Raises ConfigError where it is left over from something else, or half a launcher's."""
     count = _number("WORLD_SIZE", 1, 2**31) if os.environ.get("WORLD_SIZE") else 1
     if count == 1:
         _refuse_half_an_accelerate()
@@ -32,8 +32,8 @@ def read_launch() -> Launch:
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ConfigError(
-            f"WORLD_SIZE = '{count}': without {', '.join(missing)} beside it; accepted is to unset it, for one process, or "
-            f"{_TORCHRUN}, which sets all."
+            f"WORLD_SIZE = '{count}': without {', '.join(missing)} beside it; accepted is to unset it, for one "
+            f"process, or {_TORCHRUN}, which sets all."
         )
     address = f"{os.environ['MASTER_ADDR']}:{_number('MASTER_PORT', 1, 2**16)}"
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
@@ -46,14 +46,17 @@ def _number(name: str, low: int, end: int) -> int:
     if not (text.isascii() and text.isdecimal() and low <= int(text) < end):
         up_to = "or more" if end == 2**31 else f"to {end - 1}"
         raise ConfigError(
-            f"{name} = {os.environ[name]!r}: accepted is {low} {up_to}, as torchrun sets it; unset WORLD_SIZE for one process."
+            f"{name} = {os.environ[name]!r}: accepted is {low} {up_to}, as torchrun sets it; unset WORLD_SIZE for one "
+            "process."
         )
     return int(text)
 
 
 def _refuse_half_an_accelerate() -> None:
-    """accelerate starts several processes only on several GPUs. Asked for several elsewhere, it starts one, and gives it an
-    address to meet the others at."""
+    """Refuse to wait for processes that accelerate was asked for and has not started.
+
+    It starts several only on several GPUs. Elsewhere it starts one, and gives it an address to meet the others at.
+    """
     environment = os.environ
     if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
         raise ConfigError(

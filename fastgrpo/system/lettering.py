@@ -1,7 +1,7 @@
-"""Text beside pictures: in a font that is there wherever fastgrpo is, and what it cannot write by code, never as boxes.
+"""Text beside pictures, in a font that is there wherever fastgrpo is; letters that it lacks are written by code.
 
-DejaVu Sans, which comes with matplotlib, has Latin, Greek, Cyrillic, Armenian, Georgian, and for Hebrew and Arabic all that
-a text engine needs; where Pillow has none (Raqm), these would stand in the wrong order. Other letters, such as Chinese
+DejaVu Sans, which comes with matplotlib, has Latin, Greek, Cyrillic, Armenian, Georgian, Hebrew and Arabic. The last
+two need a text engine: where Pillow has none (Raqm), they would stand in the wrong order. Other letters, such as Chinese
 ones and most emoji, are written as Python and JSON write them, \\u732b, after the names of their scripts.
 """
 
@@ -26,8 +26,8 @@ def font(size: float) -> ImageFont.FreeTypeFont:
 def fitted(text: str, size: float, width: float, lines: int) -> list[str]:
     """The text in at most so many lines, none wider than `width` pixels; of a longer one the beginning and an ellipsis.
 
-    Lines are broken between words, and within a word that is wider than a line. Where there are several, the scripts that
-    the font lacks are named before the text.
+    Lines are broken between words, and within a word that is wider than a line. Where there are several lines, the
+    scripts that the font lacks are named before the text.
     """
     words = [[_written(letter) for letter in word] for word in unicodedata.normalize("NFC", text).split()]
     lacking = _lacking_scripts(text)
@@ -70,7 +70,7 @@ def _written(letter: str) -> str:
 
 
 def _lacking_scripts(text: str) -> list[str]:
-    """Of the letters that are written by code, in order."""
+    """The scripts of the letters that are written by code, in order."""
     letters = dict.fromkeys(unicodedata.normalize("NFC", text))
     return list(dict.fromkeys(_script(letter) for letter in letters if _written(letter) not in ("", letter)))
 

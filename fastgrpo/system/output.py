@@ -1,4 +1,4 @@
-"""Standard output and error that can stop no command: neither by an encoding that lacks a character, nor by going away."""
+"""Standard output and error that stop no command, neither by lacking a character nor by going away."""
 
 import codecs
 import io
@@ -7,7 +7,10 @@ import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 # What stands for the characters that the program itself shows. Most have one column, so that tables stay aligned.
 _SUBSTITUTES = (
@@ -38,7 +41,7 @@ codecs.register_error(_SUBSTITUTE, substitute)
 def steady_output() -> Iterator[None]:
     """Let the block print: what cannot be shown is substituted, and what nobody reads any more is dropped.
 
-    So a command whose reader (`| head`) or terminal has gone away does all that it was asked for, and says nothing more.
+    So a command whose reader (`| head`) or terminal has gone away goes on to its end in silence.
     """
     _fill_standard_files()
     before = sys.stdout, sys.stderr
@@ -73,14 +76,14 @@ class _Unfailing(io.RawIOBase):
     def isatty(self) -> bool:
         return os.isatty(self._descriptor)
 
-    def write(self, data: memoryview) -> int:
+    def write(self, data: "ReadableBuffer") -> int:
         while True:
             try:
                 return os.write(self._descriptor, data)
             except BlockingIOError:  # some program that shares the pipe made it so; it is only full
                 select.select([], [self._descriptor], [])
             except OSError:
-                return len(data)
+                return memoryview(data).nbytes
 
 
 def _steady(stream: TextIO | None) -> TextIO:
@@ -97,7 +100,7 @@ def _steady(stream: TextIO | None) -> TextIO:
 
 
 def _fill_standard_files() -> None:
-    """Where standard files are closed put the null device: else the next file to be opened would get what they are told."""
+    """Put the null device in place of closed standard files, lest the next file to be opened gets what is printed."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

@@ -1,4 +1,4 @@
-"""How far a command is, in lines, for an output that is no terminal: a word for every phase, and no half minute of silence."""
+"""Lines that say how far a command is, for an output that is no terminal: no half minute passes in silence."""
 
 import statistics
 import threading
@@ -39,21 +39,21 @@ class Pace:
     """How long a training still takes, by what its iterations and evaluations took so far in this process."""
 
     def __init__(self, iterations: int, evaluated_every: int, finished: int, clock: Clock = time.monotonic) -> None:
-        """iterations: in all. evaluated_every: iterations between quick evaluations, 0 for none. finished: before now."""
+        """iterations: in all. evaluated_every: iterations between quick evaluations, 0 is none. finished: till now."""
         self.iterations = iterations
         self._every, self._finished, self._clock = evaluated_every, finished, clock
-        self._began: float | None = None  # of the iteration at hand
+        self._training, self._began = False, 0.0  # whether iterations have begun, and when the one at hand did
         self._seconds: list[float] = []  # of each finished iteration, without its evaluation
         self._quick, self._whole = 0.0, 0.0  # of an evaluation, as far as there was one
 
     @property
     def place(self) -> str:
         """Where the training is."""
-        return "before training:" if self._began is None else f"{self._finished + 1}/{self.iterations}"
+        return f"{self._finished + 1}/{self.iterations}" if self._training else "before training:"
 
     def started(self, evaluation: float) -> None:
         """The first iteration begins. evaluation: seconds of the one before training, if there was one now."""
-        self._whole, self._began = evaluation, self._clock()
+        self._training, self._whole, self._began = True, evaluation, self._clock()
 
     def finished(self, iteration: int, evaluation: float) -> None:
         """An iteration is done. evaluation: of its seconds those that an evaluation took, 0 where there was none."""
@@ -96,7 +96,7 @@ class Phase:
         self.done, self.total = done, total
 
     def mark(self, now: float) -> None:
-        """Look at the clock. What was done before the first look, such as images that were there, is no measure of speed."""
+        """Look at the clock. What was done before the first look, such as kept images, does not count as speed."""
         self._marks.append((now, self.done))
 
     def left(self) -> float | None:
@@ -161,7 +161,7 @@ class Lines:
             self.look()
 
     def _line(self, phase: Phase, now: float) -> str:
-        whole, own = self.pace and self.pace.left(), phase.left()
+        whole, own = self.pace.left() if self.pace else None, phase.left()
         left = f"{clock_text(whole)} left" if whole is not None else f"{clock_text(own)} left of this" if own else ""
         place = self.pace.place if self.pace else ""
         return ", ".join(filter(None, (f"{place} {phase.text(now)}".strip(), left)))

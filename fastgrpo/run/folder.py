@@ -120,7 +120,7 @@ def keep_evidence(run: Path, error: BrokenReward | BrokenPicture) -> tuple[Path,
 class StopSignal:
     """Asks for a stop after the iteration at hand, at the first signal. Before the first iteration it raises Stopped.
 
-    Signals are Ctrl-C and SIGTERM; SIGHUP, of a terminal that goes away; SIGUSR1, with which SLURM warns of a job's end.
+    These are Ctrl-C and SIGTERM; SIGHUP, of a terminal that goes away; SIGUSR1, with which SLURM warns of a job's end.
     A second Ctrl-C or SIGTERM ends the process. Not so one of several processes, whose launcher repeats what the
     terminal has told them all. Ignored signals stay so: SIGHUP under nohup, Ctrl-C in a shell's background.
 

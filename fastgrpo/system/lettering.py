@@ -1,7 +1,7 @@
 """Text beside pictures, in a font that is there wherever fastgrpo is; letters that it lacks are written by code.
 
 DejaVu Sans, which comes with matplotlib, has Latin, Greek, Cyrillic, Armenian, Georgian, Hebrew and Arabic. The last
-two need a text engine: where Pillow has none (Raqm), they would stand in the wrong order. Other letters, such as Chinese
+two need a text engine: where Pillow has none (Raqm), they would be out of order. Other letters, such as Chinese
 ones and most emoji, are written as Python and JSON write them, \\u732b, after the names of their scripts.
 """
 

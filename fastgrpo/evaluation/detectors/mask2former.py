@@ -48,22 +48,28 @@ Size = tuple[int, int]  # height, width
 
 
 class Mask2Former:
-    """Finds objects of GenEval's 80 classes. Build it with `load_mask2former`.
-
-    protocol: the name under which detections may be compared. hashes: weight file -> sha256.
-    """
+    """Finds objects of GenEval's 80 classes."""
 
     name = "mask2former"
-
     protocol = f"mask2former/{SHORTEST}-{LONGEST}/top-{MAX_DETECTIONS}"
 
-    def __init__(
-        self, model: Mask2FormerForUniversalSegmentation, device: torch.device | str, hashes: dict[str, str]
-    ) -> None:
-        """model: float32, with class k the k-th of CLASSES."""
+    def __init__(self, spec: str, device: torch.device | str = "cpu", field: str = "geneval.detector") -> None:
+        """spec: a folder or hub repository of a Mask2Former for COCO's instances; no code of it is run.
+
+        field: what messages call the setting. Raises ConfigError where there is none, or it has other classes.
+        """
+        repository = Repository(field, spec, layout="folder with its config.json and weights")
+        safe = any(file.endswith(".safetensors") for file in repository.files())
+        weights = "model*.safetensors" if safe else "pytorch_model*.bin"
+        folder = repository.fetch(["config.json", weights, f"{weights}.index.json"])
+        _check_config(folder, f"{field} is {spec!r}")
+        files = sorted(folder.glob(weights))
+        for file in files:
+            check_content(file, field)
+        model = load_whole(Mask2FormerForUniversalSegmentation, folder, f"{field} is {spec!r}, which", safe)
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
-        self.hashes = hashes
+        self.hashes = {file.name: file_sha256(file) for file in files}
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> list[dict[str, list[Detected]]]:
@@ -83,22 +89,6 @@ class Mask2Former:
                     for seen in detected:
                         found[index].setdefault(seen.label, []).append(seen)
         return found
-
-
-def load_mask2former(spec: str, device: torch.device | str = "cpu", field: str = "geneval.detector") -> Mask2Former:
-    """Load the detector of a folder or hub repository of a Mask2Former for COCO's instances; no code of it is run.
-
-    field: what messages call the setting. Raises ConfigError where there is none, or it has other classes.
-    """
-    repository = Repository(field, spec, layout="folder with its config.json and weights")
-    safe = any(file.endswith(".safetensors") for file in repository.files())
-    weights = "model*.safetensors" if safe else "pytorch_model*.bin"
-    folder = repository.fetch(["config.json", weights, f"{weights}.index.json"])
-    _check_config(folder, f"{field} is {spec!r}")
-    for file in sorted(folder.glob(weights)):
-        check_content(file, field)
-    model = load_whole(Mask2FormerForUniversalSegmentation, folder, f"{field} is {spec!r}, which", safe)
-    return Mask2Former(model, device, {file.name: file_sha256(file) for file in sorted(folder.glob(weights))})
 
 
 def resized_size(height: int, width: int) -> Size:

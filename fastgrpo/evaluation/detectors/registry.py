@@ -34,9 +34,9 @@ def load_detector(
 
             return load_nudenet(device)
         case "safety-checker":
-            from fastgrpo.evaluation.detectors.safety_checker import load_safety_checker
+            from fastgrpo.evaluation.detectors.safety_checker import SafetyChecker
 
-            return load_safety_checker(settings.safety_checker.source, device, field=named("safety_checker"))
+            return SafetyChecker(settings.safety_checker.source, device, field=named("safety_checker"))
         case "open-clip":
             from fastgrpo.evaluation.detectors.zero_shot import ZeroShot
 

@@ -37,22 +37,37 @@ _FOLDER, _WEIGHTS = "safety_checker/", "model.safetensors"
 
 
 class SafetyChecker:
-    """Finds images unsafe that diffusers' pipelines would black out. Build it with `load_safety_checker`."""
+    """Finds images unsafe that diffusers' pipelines would black out."""
 
     name = "safety-checker"
     protocol = "sd-safety-checker/adjustment-0"
 
-    def __init__(
-        self,
-        checker: StableDiffusionSafetyChecker,
-        processor: CLIPImageProcessorPil,
-        device: torch.device | str,
-        hashes: dict[str, str],
-    ) -> None:
+    def __init__(self, source: str, device: torch.device | str = "cpu", field: str = "safety_checker") -> None:
+        """source: a pipeline with one, or one that stands alone, in a folder or on the Hugging Face hub.
+
+        field: what messages call its settings. Raises ConfigError where there is none, or its weights are not whole.
+        """
+        repository = Repository(f"{field}.source", source, layout="diffusers folder with a safety_checker")
+        what, files = f"{field}.source is {source!r}", repository.files()
+        prefix = _FOLDER if _FOLDER + "config.json" in files else ""
+        if not {prefix + "config.json", prefix + _WEIGHTS} <= files:
+            raise ConfigError(
+                f"{what}, which has no safety checker in {_FOLDER}; accepted is a pipeline that has, as Stable "
+                f"Diffusion 1.x does, or a folder with its config.json and {_WEIGHTS}."
+            )
+        preprocessor = ("feature_extractor/" if prefix else "") + "preprocessor_config.json"
+        folder = repository.fetch([prefix + "config.json", prefix + _WEIGHTS, preprocessor])
+        weights, config = folder / prefix / _WEIGHTS, folder / prefix / "config.json"
+        check_content(weights, f"{field}.source")
+        with reading(config):
+            kinds = json.loads(config.read_text(encoding="utf-8")).get("architectures", [])
+        if kinds != [_CLASS.__name__]:
+            raise ConfigError(f"{what}, which is a {', '.join(map(str, kinds))}; a {_CLASS.__name__} is accepted.")
+        checker = load_whole(_CLASS, config.parent, f"{what}, whose safety checker")
+        self.processor = _processor(folder / preprocessor, checker.config.vision_config.image_size, what)
         self.checker = checker.to(device).eval().requires_grad_(False)
-        self.processor = processor
         self.device = torch.device(device)
-        self.hashes = hashes
+        self.hashes = {_FOLDER + _WEIGHTS: file_sha256(weights)}
 
     def __call__(self, images: Sequence[Image.Image]) -> list[Finding]:
         """images: RGB, of any sizes. Scores: `special_0` ..., and `concept_0` ..., of which one above 0 is unsafe."""
@@ -77,34 +92,6 @@ class SafetyChecker:
         adjustment = (special > 0).any(1, keepdims=True) * ADJUSTMENT
         concept = _above(embeds, checker.concept_embeds, checker.concept_embeds_weights) + adjustment
         return special, concept.round(3)
-
-
-def load_safety_checker(
-    source: str, device: torch.device | str = "cpu", field: str = "safety_checker"
-) -> SafetyChecker:
-    """Load the safety checker of a pipeline, or one that stands alone, from a folder or the Hugging Face hub.
-
-    field: what messages call its settings. Raises ConfigError where there is none, or its weights are not whole.
-    """
-    repository = Repository(f"{field}.source", source, layout="diffusers folder with a safety_checker")
-    what, files = f"{field}.source is {source!r}", repository.files()
-    prefix = _FOLDER if _FOLDER + "config.json" in files else ""
-    if not {prefix + "config.json", prefix + _WEIGHTS} <= files:
-        raise ConfigError(
-            f"{what}, which has no safety checker in {_FOLDER}; accepted is a pipeline that has, as Stable Diffusion "
-            f"1.x does, or a folder with its config.json and {_WEIGHTS}."
-        )
-    preprocessor = ("feature_extractor/" if prefix else "") + "preprocessor_config.json"
-    folder = repository.fetch([prefix + "config.json", prefix + _WEIGHTS, preprocessor])
-    weights, config = folder / prefix / _WEIGHTS, folder / prefix / "config.json"
-    check_content(weights, f"{field}.source")
-    with reading(config):
-        kinds = json.loads(config.read_text(encoding="utf-8")).get("architectures", [])
-    if kinds != [_CLASS.__name__]:
-        raise ConfigError(f"{what}, which is a {', '.join(map(str, kinds))}; a {_CLASS.__name__} is accepted.")
-    checker = load_whole(_CLASS, config.parent, f"{what}, whose safety checker")
-    processor = _processor(folder / preprocessor, checker.config.vision_config.image_size, what)
-    return SafetyChecker(checker, processor, device, {_FOLDER + _WEIGHTS: file_sha256(weights)})
 
 
 def _processor(file: Path, size: int, what: str) -> CLIPImageProcessorPil:

@@ -50,10 +50,10 @@ class GenEvalSuite:
     def prepare(self, loader: Loader) -> Measure:
         """Load Mask2Former and CLIP."""
         from fastgrpo.evaluation.detectors.colours import ClipColours
-        from fastgrpo.evaluation.detectors.mask2former import load_mask2former
+        from fastgrpo.evaluation.detectors.mask2former import Mask2Former
 
         colours = ClipColours(self.colours, loader.device, loader.named("geneval.colours"))
-        detector = load_mask2former(self.detector, loader.device, loader.named("geneval.detector"))
+        detector = Mask2Former(self.detector, loader.device, loader.named("geneval.detector"))
         return partial(self._measure, detector, colours)
 
     def _measure(

@@ -14,7 +14,7 @@ import pytest
 
 import fastgrpo  # noqa: F401  (prepares the imports below)
 from fastgrpo.evaluation.detectors.colours import TEMPLATES, ClipColours, cut_out
-from fastgrpo.evaluation.detectors.mask2former import detect, load_mask2former, prepare, resized_size
+from fastgrpo.evaluation.detectors.mask2former import Mask2Former, detect, prepare, resized_size
 from fastgrpo.evaluation.images import files
 from fastgrpo.evaluation.metrics.geneval_rules import Detected, evaluate_images
 from fastgrpo.models.hashes import weights_sha256
@@ -240,7 +240,7 @@ def draw(size: tuple[int, int], seed: int) -> Image.Image:
 def test_images_of_any_size_are_detected_in_as_one_by_one(folder):
     sizes = [(20, 32), (24, 24), (20, 32)]
     images = [draw(size, seed) for seed, size in enumerate(sizes)]
-    detector = load_mask2former(str(folder), "cpu")
+    detector = Mask2Former(str(folder), "cpu")
     found = detector(images)
     for image, size, objects in zip(images, sizes, found, strict=True):
         padded, resized = prepare(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])
@@ -262,7 +262,7 @@ def test_images_of_any_size_are_detected_in_as_one_by_one(folder):
 
 
 def test_a_detector_says_what_it_is(folder):
-    detector = load_mask2former(str(folder), "cpu")
+    detector = Mask2Former(str(folder), "cpu")
     assert detector.name == "mask2former"
     assert detector.protocol == "mask2former/800-1333/top-100"
     assert list(detector.hashes) == ["model.safetensors"]
@@ -272,7 +272,7 @@ def test_a_detector_says_what_it_is(folder):
 
 def refusal(spec: Path | str) -> str:
     with pytest.raises(ConfigError) as error:
-        load_mask2former(str(spec), "cpu")
+        Mask2Former(str(spec), "cpu")
     message = str(error.value)
     assert str(spec) in message
     assert "\n" not in message
@@ -283,9 +283,9 @@ def test_torch_files_are_read_without_running_them(folder, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     state = load_file(folder / "model.safetensors")
     torch.save(state, tmp_path / "pytorch_model.bin")
-    detector = load_mask2former(str(tmp_path), "cpu")
+    detector = Mask2Former(str(tmp_path), "cpu")
     assert list(detector.hashes) == ["pytorch_model.bin"]
-    assert weights_sha256(detector.model) == weights_sha256(load_mask2former(str(folder), "cpu").model)
+    assert weights_sha256(detector.model) == weights_sha256(Mask2Former(str(folder), "cpu").model)
 
     class Hostile:
         def __reduce__(self) -> tuple[Callable, tuple[str]]:
@@ -411,7 +411,7 @@ def test_colours_say_what_they_are(colours):
 
 
 def test_both_together_evaluate_images(folder, colours):
-    detector = load_mask2former(str(folder), "cpu")
+    detector = Mask2Former(str(folder), "cpu")
     image = draw((24, 24), 1)
     best = max((seen for group in detector([image])[0].values() for seen in group), key=lambda seen: seen.score)
     colour = colours([(image, best)])[0]

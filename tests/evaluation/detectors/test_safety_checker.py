@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load, load_file, save_file
 
-from fastgrpo.evaluation.detectors.safety_checker import load_safety_checker
+from fastgrpo.evaluation.detectors.safety_checker import SafetyChecker
 from fastgrpo.evaluation.images import files
 from fastgrpo.settings.suites import (
     SafetyCheckerSettings,
@@ -20,7 +20,7 @@ from support.detectors import MANY, make_checker, prepared, raw_message, save_pi
 
 def test_safety_checker_agrees_with_diffusers(checker, checker_folder, monkeypatch):
     monkeypatch.setattr(files, "BATCH", 7)
-    detector = load_safety_checker(str(checker_folder))
+    detector = SafetyChecker(str(checker_folder))
     before = [image.tobytes() for image in MANY]
     findings = detector(MANY)
     # diffusers' own verdict, on images of its own, which it makes black.
@@ -41,7 +41,7 @@ def test_safety_checker_agrees_with_diffusers(checker, checker_folder, monkeypat
 
 def test_safety_checker_scores(checker, checker_folder):
     """Each score against float64, to the half of the last decimal that rounding takes and float32's own error."""
-    findings = load_safety_checker(str(checker_folder))(MANY)
+    findings = SafetyChecker(str(checker_folder))(MANY)
     twin = make_checker().double()
     with torch.no_grad():
         embeds = twin.visual_projection(twin.vision_model(prepared(MANY)).pooler_output)
@@ -66,7 +66,7 @@ def test_safety_checker_scores(checker, checker_folder):
 @pytest.mark.parametrize("care", [False, True])
 def test_safety_checker_rounds_before_it_judges(checker_folder, above, care):
     """Half a thousandth above a threshold decides, for a concept and for the special care that lowers its own."""
-    detector = load_safety_checker(str(checker_folder))
+    detector = SafetyChecker(str(checker_folder))
     inner, image = detector.checker, MANY[:1]
     with torch.no_grad():
         embeds = F.normalize(inner.visual_projection(inner.vision_model(prepared(image).float()).pooler_output), dim=-1)
@@ -82,13 +82,13 @@ def test_safety_checker_rounds_before_it_judges(checker_folder, above, care):
 
 
 def test_safety_checker_alone_in_a_folder(checker_folder, pictures):
-    whole = load_safety_checker(str(checker_folder))
+    whole = SafetyChecker(str(checker_folder))
     alone = checker_folder / "safety_checker"
     (alone / "preprocessor_config.json").write_bytes(
         (checker_folder / "feature_extractor" / "preprocessor_config.json").read_bytes()
     )
     try:
-        other = load_safety_checker(str(alone))
+        other = SafetyChecker(str(alone))
     finally:
         (alone / "preprocessor_config.json").unlink()
     assert other(pictures) == whole(pictures)
@@ -99,36 +99,36 @@ def test_safety_checkers_that_do_not_load(checker, tmp_path, tiny_pipeline):
     with pytest.raises(
         ConfigError, match=r"^safety_checker\.source is .* has no safety checker in safety_checker/"
     ) as error:
-        load_safety_checker(str(tiny_pipeline))
+        SafetyChecker(str(tiny_pipeline))
     raw_message(error)
     with pytest.raises(ConfigError, match="there is no such folder"):
-        load_safety_checker("nowhere/at/all")
+        SafetyChecker("nowhere/at/all")
     folder = save_pipeline(tmp_path / "pipeline", checker, names_of_old=False)
     weights, config = (folder / "safety_checker" / name for name in ("model.safetensors", "config.json"))
     whole, described = weights.read_bytes(), config.read_text()
     save_file({n: t for n, t in load_file(weights).items() if n != "concept_embeds"}, weights, {"format": "pt"})
     with pytest.raises(ConfigError, match="whose safety checker lacks concept_embeds"):
-        load_safety_checker(str(folder))
+        SafetyChecker(str(folder))
     state = load(whole)
     state["concept_embeds"][0, 0] = torch.nan
     save_file(state, weights, {"format": "pt"})
     with pytest.raises(ConfigError, match="safety checker has numbers that are not finite in concept_embeds"):
-        load_safety_checker(str(folder))
+        SafetyChecker(str(folder))
     weights.write_bytes(b"<!doctype html>")
     with pytest.raises(ConfigError, match=r"model\.safetensors', a web page, not weights"):
-        load_safety_checker(str(folder))
+        SafetyChecker(str(folder))
     weights.write_bytes(whole[:1000])
     with pytest.raises(ConfigError, match="cannot be loaded") as error:
-        load_safety_checker(str(folder))
+        SafetyChecker(str(folder))
     raw_message(error)
     weights.write_bytes(whole)
     config.write_text(described.replace("StableDiffusionSafetyChecker", "CLIPModel"))
     with pytest.raises(ConfigError, match="is a CLIPModel; a StableDiffusionSafetyChecker is accepted"):
-        load_safety_checker(str(folder))
+        SafetyChecker(str(folder))
     config.write_text(described)
     (folder / "feature_extractor" / "preprocessor_config.json").unlink()  # then CLIP's own, of 224 pixels
     with pytest.raises(ConfigError, match=r"224 x 224 pixels; its safety checker takes 32 x 32"):
-        load_safety_checker(str(folder))
+        SafetyChecker(str(folder))
 
 
 def test_safety_checker_missing_offline(tmp_path, monkeypatch):
@@ -137,6 +137,6 @@ def test_safety_checker_missing_offline(tmp_path, monkeypatch):
     with pytest.raises(
         ConfigError, match=r"no such folder, .* its cache on this machine .* give a diffusers folder with"
     ) as error:
-        load_safety_checker(SafetyCheckerSettings().source)
+        SafetyChecker(SafetyCheckerSettings().source)
     raw_message(error)
     assert not (tmp_path / "hub").exists()

@@ -118,7 +118,7 @@ class TrainingEvaluation:
     def before(self) -> dict[str, float]:
         """Evaluate the untrained policy, as far as this run has not done so already. Returns eval/*."""
         kept = read_before(self._run)
-        if kept and "verdicts" in kept:
+        if kept and kept.get("verdicts"):
             self._console.say(
                 "evaluation_before.json is of an earlier version: the model before training is measured anew"
             )

@@ -84,7 +84,14 @@ def check_configs(here: str, description: Description) -> None:
     """Raise ConfigError for configs of other models and for what cannot be obeyed. here: begins the sentence."""
     unet, vae, text_encoder = description.unet, description.vae, description.text_encoder
     for component, config in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
-        _check_kind(here, component, config)
+        found = (config.get("architectures") or [config.get("_class_name", CLASSES[component])])[0]
+        if found != CLASSES[component]:
+            name = component.replace("_", " ")
+            raise ConfigError(f"{here}, whose {name} is a {found}; {CLASSES[component]} is accepted.")
+        if config.get("quantization_config"):
+            raise ConfigError(
+                f"{here}, whose {component} is quantised (quantization_config); plain weights are accepted."
+            )
     check_channels(here, unet.get("in_channels", 4))
     for name, plain in _CONDITIONS.items():
         if unet.get(name, plain) != plain:
@@ -109,15 +116,6 @@ def check_channels(here: str, channels: int) -> None:
 def as_in_pipelines(scheduler: Mapping[str, Any]) -> dict[str, Any]:
     """A scheduler's config as StableDiffusionPipeline takes it: it overrules these two, which outdated files lack."""
     return {**scheduler, "steps_offset": 1, "clip_sample": False}
-
-
-def _check_kind(here: str, component: str, config: Mapping[str, Any]) -> None:
-    found = (config.get("architectures") or [config.get("_class_name", CLASSES[component])])[0]
-    if found != CLASSES[component]:
-        name = component.replace("_", " ") if component == "text_encoder" else component
-        raise ConfigError(f"{here}, whose {name} is a {found}; {CLASSES[component]} is accepted.")
-    if config.get("quantization_config"):
-        raise ConfigError(f"{here}, whose {component} is quantised (quantization_config); plain weights are accepted.")
 
 
 def _check_numbers(here: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:

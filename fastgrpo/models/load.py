@@ -39,20 +39,19 @@ def load_components(model: ModelConfig, dtype: torch.dtype) -> Components:
     """
     description = describe(model)
     tokenizer = _tokenizer(model, description)
-    modules = _read_single_file(model, description, dtype) if is_single_file(model.path) else _read_folder(model, dtype)
+    modules: dict[str, nn.Module]
+    if is_single_file(model.path):
+        modules = description.empty_components()
+        for name, state in read_single_file(Path(model.path), **modules).items():
+            _fill(modules[name], state, torch.float32 if name == "unet" else dtype)
+    else:
+        modules = _read_folder(model, dtype)
     if model.unet:
         _read_other_unet(model, description, modules)
     for component, module in modules.items():
         field, name = ("model.unet", model.unet) if component == "unet" and model.unet else ("model.path", model.path)
         check_finite(module, f"{field} is {name!r}, whose {component}")
     return Components(**modules, tokenizer=tokenizer, scheduler_config=description.scheduler)
-
-
-def _read_single_file(model: ModelConfig, description: Description, dtype: torch.dtype) -> dict[str, nn.Module]:
-    modules = description.empty_components()
-    for name, state in read_single_file(Path(model.path), **modules).items():
-        _fill(modules[name], state, torch.float32 if name == "unet" else dtype)
-    return modules
 
 
 def _read_folder(model: ModelConfig, dtype: torch.dtype) -> dict[str, nn.Module]:

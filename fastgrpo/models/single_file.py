@@ -30,6 +30,7 @@ OPEN_CLIP = "cond_stage_model.model."
 SUFFIXES = (".safetensors", ".ckpt")
 
 _TEXT = "cond_stage_model."
+_PROJECTION = re.compile(r"\.mid_block\.attentions\.0\.to_.*\.weight$")  # of the VAE's attention
 # In the name of a tensor that a plain UNet or text encoder does not have -> whose it is; in either layout.
 _EXTRAS = {
     "label_emb.": "a model that is also given a class or an image, such as SD 2.1 unCLIP",
@@ -47,22 +48,40 @@ _EXTRAS = {
 }
 _CLIP_UNUSED = "position_ids|logit_scale|text_projection|attn_mask|vision_model|visual"
 
-_RESNET_UNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
+_UNET_NAMES = {
+    "time_embedding.linear_1.": "time_embed.0.",
+    "time_embedding.linear_2.": "time_embed.2.",
+    "conv_in.": "input_blocks.0.0.",
+    "conv_norm_out.": "out.0.",
+    "conv_out.": "out.2.",
 }
-_RESNET_VAE = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
-_ATTENTION_VAE = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-_LAYER_OPEN_CLIP = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
+_UNET_BLOCK = re.compile(r"(down|mid|up)_block(?:s\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+_RESNET_NAMES = {
+    "norm1.": "in_layers.0.",
+    "conv1.": "in_layers.2.",
+    "time_emb_proj.": "emb_layers.1.",
+    "norm2.": "out_layers.0.",
+    "conv2.": "out_layers.3.",
+    "conv_shortcut.": "skip_connection.",
+}
+_VAE_NAMES = (
+    (r"mid_block\.resnets\.0", "mid.block_1"),
+    (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.attentions\.0", "mid.attn_1"),
+    (r"(down|up)_blocks\.(\d+)\.resnets", r"\1.\2.block"),
+    (r"(down|up)_blocks\.(\d+)\.(down|up)samplers\.0", r"\1.\2.\3sample"),
+    (r"conv_norm_out", "norm_out"),
+    (r"conv_shortcut", "nin_shortcut"),
+    (r"group_norm", "norm"),
+    (r"to_([qkv])\b", r"\1"),
+    (r"to_out\.0", "proj_out"),
+)
+_OPEN_CLIP_NAMES = {
+    "layer_norm1.": "ln_1.",
+    "layer_norm2.": "ln_2.",
+    "mlp.fc1.": "mlp.c_fc.",
+    "mlp.fc2.": "mlp.c_proj.",
+    "self_attn.out_proj.": "attn.out_proj.",
 }
 
 
@@ -84,11 +103,12 @@ def places(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTex
 
     Reads only the components' configs and tensor names: they may be on the meta device.
     """
-    vae_prefixes = _vae_prefixes(vae.config)
+    levels = len(vae.config["block_out_channels"])
     return {
         "unet": {name: Place(UNET + original) for name, original in unet_places(unet).items()},
         "vae": {
-            name: Place(VAE + _rename(name, vae_prefixes), pointwise=_is_projection(name)) for name in vae.state_dict()
+            name: Place(VAE + _vae_name(name, levels), pointwise=bool(_PROJECTION.search(name)))
+            for name in vae.state_dict()
         },
         "text_encoder": {name: _text_place(name, text_encoder) for name in text_encoder.state_dict()},
     }
@@ -96,8 +116,7 @@ def places(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTex
 
 def unet_places(unet: UNet2DConditionModel) -> dict[str, str]:
     """Name in the UNet's state_dict -> the original name, without `UNET` before it. It may be on the meta device."""
-    prefixes = _unet_prefixes(unet.config)
-    return {name: _rename(name, prefixes) for name in unet.state_dict()}
+    return {name: _unet_name(name, unet.config) for name in unet.state_dict()}
 
 
 def single_file_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -210,77 +229,43 @@ def write_single_file(
     save_tensors(path, tensors, metadata)
 
 
-def _unet_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
-    """diffusers module -> original module, for modules that have tensors; a prefix of their names."""
-    levels = len(config["down_block_types"])
+def _unet_name(name: str, config: Mapping[str, Any]) -> str:
+    found = _UNET_BLOCK.fullmatch(name)
+    if not found:
+        return _renamed(name, _UNET_NAMES)
+    way, level, kind, number, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
     layers = config["layers_per_block"]
-    counts = [layers] * levels if isinstance(layers, int) else list(layers)
-    prefixes = {
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "conv_in": "input_blocks.0.0",
-        "mid_block.attentions.0": "middle_block.1",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
-    }
-    prefixes |= _inside("mid_block.resnets.0", "middle_block.0", _RESNET_UNET)
-    prefixes |= _inside("mid_block.resnets.1", "middle_block.2", _RESNET_UNET)
-    block = 1
-    for level, count in enumerate(counts):
-        for layer in range(count):
-            prefixes |= _inside(f"down_blocks.{level}.resnets.{layer}", f"input_blocks.{block}.0", _RESNET_UNET)
-            prefixes[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{block}.1"
-            block += 1
-        if level < levels - 1:
-            prefixes[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{block}.0.op"
-            block += 1
-    block = 0
-    for level, (count, kind) in enumerate(zip(reversed(counts), config["up_block_types"], strict=True)):
-        for layer in range(count + 1):
-            prefixes |= _inside(f"up_blocks.{level}.resnets.{layer}", f"output_blocks.{block}.0", _RESNET_UNET)
-            prefixes[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{block}.1"
-            block += 1
-        after = 2 if "Attn" in kind else 1
-        prefixes[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{after}.conv"
-    return prefixes
+    counts = [layers] * len(config["down_block_types"]) if isinstance(layers, int) else list(layers)
+    slot = int(kind == "attentions")  # in its block
+    if way == "mid":
+        block = f"middle_block.{slot or 2 * number}"
+    elif way == "down":
+        place = counts[level] if kind == "downsamplers" else number
+        block = f"input_blocks.{1 + sum(counts[:level]) + level + place}.{slot}"
+    else:
+        counts = [count + 1 for count in reversed(counts)]
+        place = number
+        if kind == "upsamplers":  # the last of the level's last block
+            place, slot = counts[level] - 1, 2 if "Attn" in config["up_block_types"][level] else 1
+        block = f"output_blocks.{sum(counts[:level]) + place}.{slot}"
+    if kind == "resnets":
+        return f"{block}.{_renamed(rest, _RESNET_NAMES)}"
+    return f"{block}.{rest.replace('conv', 'op', 1) if kind == 'downsamplers' else rest}"
 
 
-def _vae_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
-    levels, layers = len(config["block_out_channels"]), config["layers_per_block"]
-    prefixes = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
-    for half in ("encoder", "decoder"):
-        prefixes |= {f"{half}.conv_in": f"{half}.conv_in", f"{half}.conv_out": f"{half}.conv_out"}
-        prefixes[f"{half}.conv_norm_out"] = f"{half}.norm_out"
-        for i in range(2):
-            prefixes |= _inside(f"{half}.mid_block.resnets.{i}", f"{half}.mid.block_{i + 1}", _RESNET_VAE)
-        prefixes |= _inside(f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1", _ATTENTION_VAE)
-    for level in range(levels):
-        down, up = f"encoder.down.{level}", f"decoder.up.{levels - 1 - level}"
-        for layer in range(layers):
-            prefixes |= _inside(f"encoder.down_blocks.{level}.resnets.{layer}", f"{down}.block.{layer}", _RESNET_VAE)
-        for layer in range(layers + 1):
-            prefixes |= _inside(f"decoder.up_blocks.{level}.resnets.{layer}", f"{up}.block.{layer}", _RESNET_VAE)
-        prefixes[f"encoder.down_blocks.{level}.downsamplers.0.conv"] = f"{down}.downsample.conv"
-        prefixes[f"decoder.up_blocks.{level}.upsamplers.0.conv"] = f"{up}.upsample.conv"
-    return prefixes
+def _vae_name(name: str, levels: int) -> str:
+    original = re.sub(r"(?<=up_blocks\.)\d+", lambda level: str(levels - 1 - int(level[0])), name)
+    for ours, theirs in _VAE_NAMES:
+        original = re.sub(ours, theirs, original)
+    return _renamed(name, {}) if "_block" in original else original
 
 
-def _inside(module: str, original: str, names: Mapping[str, str]) -> dict[str, str]:
-    return {f"{module}.{ours}": f"{original}.{theirs}" for ours, theirs in names.items()}
-
-
-def _rename(name: str, prefixes: Mapping[str, str]) -> str:
-    """Replace the longest beginning of `name` that is in `prefixes`."""
-    parts = name.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        prefix = ".".join(parts[:end])
-        if prefix in prefixes:
-            return ".".join([prefixes[prefix], *parts[end:]])
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """Replace the beginning of `name` that is in `names`. Raises ConfigError where none is."""
+    for ours, theirs in names.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
     raise ConfigError(f"model.path: the original single-file layout of SD 1.x / 2.x has no place for {name}.")
-
-
-def _is_projection(name: str) -> bool:
-    return ".mid_block.attentions.0.to_" in name and name.endswith(".weight")
 
 
 def _is_open_clip(text_encoder: CLIPTextModel) -> bool:
@@ -303,7 +288,7 @@ def _text_place(name: str, text_encoder: CLIPTextModel) -> Place:
     for third, projection in enumerate(("q_proj", "k_proj", "v_proj")):
         if rest.startswith(f"self_attn.{projection}."):
             return Place(f"{layer}attn.in_proj_{rest.rpartition('.')[2]}", third=third)
-    return Place(layer + _rename(rest, _LAYER_OPEN_CLIP))
+    return Place(layer + _renamed(rest, _OPEN_CLIP_NAMES))
 
 
 def _original_shape(shape: Iterable[int], place: Place) -> list[tuple[int, ...]]:

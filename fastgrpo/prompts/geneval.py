@@ -121,7 +121,12 @@ def geneval_metadata(count_per_task: int, seed: int = 0, held_out: bool = False)
     """
     rows = []
     for task in TASKS:
-        includes = _combinations(task, count_per_task, seed, held_out)
+        # Different combinations, in random order.
+        axes = _AXES[task]
+        picks = _shuffled(math.prod(map(len, axes)), random.Random(f"{seed}/{task}"))
+        combinations = (_include(task, _values(axes, pick)) for pick in picks)
+        wanted = (i for i in combinations if i and _on_side(task, i, held_out))
+        includes = list(itertools.islice(wanted, count_per_task))
         if held_out:
             prompts = [HELD_OUT_OPENING + phrase(include, literal=True) for include in includes]
         else:
@@ -137,14 +142,6 @@ def geneval_metadata(count_per_task: int, seed: int = 0, held_out: bool = False)
 def _row(task: str, include: Include, prompt: str) -> dict[str, Any]:
     exclude = [{"class": thing["class"], "count": thing["count"] + 1} for thing in include]
     return {"tag": task, "include": include} | ({"exclude": exclude} if task == "counting" else {}) | {"prompt": prompt}
-
-
-def _combinations(task: str, count: int, seed: int, held_out: bool) -> list[Include]:
-    """At most `count` different combinations of a task, all of one side of the split, in random order."""
-    axes = _AXES[task]
-    picks = _shuffled(math.prod(map(len, axes)), random.Random(f"{seed}/{task}"))
-    includes = (_include(task, _values(axes, pick)) for pick in picks)
-    return list(itertools.islice((i for i in includes if i and _on_side(task, i, held_out)), count))
 
 
 def _shuffled(size: int, rng: random.Random) -> Iterator[int]:

@@ -78,11 +78,6 @@ def _attributes(owner: Any, *names: str) -> _State:
     return _together(*((partial(getattr, owner, name), partial(setattr, owner, name)) for name in names))
 
 
-def _set_default_device(device: torch.device) -> None:
-    # With none set it is the CPU, and setting that would slow every call down.
-    torch.set_default_device(None if device == torch.device("cpu") else device)
-
-
 def _precision() -> _State:
     """PyTorch's precision of float32 products, in an old notation and a new one.
 
@@ -133,16 +128,14 @@ def _write_generators(value: tuple) -> None:
 
 
 def _folder() -> str:
-    try:
+    with suppress(OSError):
         return os.getcwd()
-    except OSError:
-        return ""  # it is gone
+    return ""  # it is gone
 
 
 def _set_folder(path: str) -> None:
-    if path:
-        with suppress(OSError):
-            os.chdir(path)
+    with suppress(OSError):
+        os.chdir(path)
 
 
 def _write_warnings(value: tuple) -> None:
@@ -169,7 +162,11 @@ _KINDS = ("cpu", "cuda")  # of devices, as autocast knows them
 _STATES: dict[str, _State] = {
     "gradients": _State(torch.is_grad_enabled, torch.set_grad_enabled),
     "default dtype": _State(torch.get_default_dtype, torch.set_default_dtype),
-    "default device": _State(torch.get_default_device, _set_default_device),
+    "default device": _State(
+        torch.get_default_device,
+        # With none set it is the CPU, and setting that would slow every call down.
+        lambda device: torch.set_default_device(None if device == torch.device("cpu") else device),
+    ),
     "threads": _State(torch.get_num_threads, torch.set_num_threads),
     "determinism": _State(
         torch.get_deterministic_debug_mode,

@@ -45,19 +45,16 @@ class ImageTransform:
 
     def __call__(self, images: Tensor) -> Tensor:
         """[N, 3, h, w] float32 in [0, 1] -> [N, 3, size, size] float32, normalised."""
-        height, width = self._resized(*images.shape[-2:])
+        height, width = images.shape[-2:]
+        short = min(height, width)
+        scaled = self.size * height // short, self.size * width // short
+        height, width = (self.size, self.size) if self.squash else scaled
         if images.shape[-2:] != (height, width):
             images = F.interpolate(images, (height, width), mode=self.interpolation, antialias=True)
             images = images.clamp(0, 1)  # bicubic overshoots; PIL saturates
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         images = images[..., top : top + self.size, left : left + self.size]
         return (images - self.mean) / self.std
-
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
-        if self.squash:
-            return self.size, self.size
-        short = min(height, width)
-        return self.size * height // short, self.size * width // short
 
 
 class OpenClipEncoder:

@@ -22,6 +22,7 @@ SATURATION = 0.26  # max - min of the channels above this is colour: backgrounds
 _PALETTE = np.array(list(COLORS.values()), dtype=np.float32) / 255
 _COLOR_NAMES = tuple(COLORS)
 _EIGHT = np.ones((3, 3), dtype=bool)
+_BLUR = np.array([0.25, 0.5, 0.25], dtype=np.float32)
 
 
 def read(images: Tensor) -> list[Scene]:
@@ -96,11 +97,6 @@ def _best_match(
     overlaps: dict[str, float] = {}
     for name in names:
         masks = [mask_at(name, x, y, radius * scale) for scale in (0.92, 1.02, 1.14)]
-        masks += [_blur(mask) for mask in masks]
+        masks += [ndimage.convolve1d(ndimage.convolve1d(mask, _BLUR, 0), _BLUR, 1) for mask in masks]
         overlaps[name] = max(np.minimum(m, coverage).sum() / np.maximum(m, coverage).sum() for m in masks)
     return max(overlaps, key=overlaps.__getitem__)
-
-
-def _blur(mask: np.ndarray) -> np.ndarray:
-    kernel = np.array([0.25, 0.5, 0.25], dtype=np.float32)
-    return ndimage.convolve1d(ndimage.convolve1d(mask, kernel, 0), kernel, 1)

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import open_clip
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -136,8 +135,3 @@ def write_encoder_config(folder: Path, tokenizer: CLIPTokenizer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
     tokenizer.save_pretrained(folder)
-
-
-def build_encoder(folder: Path) -> open_clip.CLIP:
-    """The open_clip model that `folder`'s configuration describes, randomly initialised."""
-    return open_clip.create_model(f"local-dir:{folder}", load_weights=False)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
 import tyro
@@ -147,7 +148,7 @@ def train_encoder(config: PretrainConfig) -> dict[str, float]:
     folder = config.out / "encoder"
     tokenizer = architectures.build_tokenizer(folder)
     architectures.write_encoder_config(folder, tokenizer)
-    model = architectures.build_encoder(folder).to(config.device).train()
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False).to(config.device).train()
     pictures = _paint(config, 2)
     rng, generator = np.random.default_rng(config.seed), torch.Generator().manual_seed(config.seed)
     optimizer = _Optimizer(model, 1e-3, config.encoder_steps, weight_decay=0.05)
@@ -229,7 +230,11 @@ def _denoise(
     """Train UNet and text encoder to predict epsilon, with 12% of captions dropped, and save their running average."""
     vae = AutoencoderKL.from_pretrained(config.out / "pipeline/vae", dtype=torch.float32).to(config.device)
     pictures = _paint(config, stream, caption_noise)
-    latents = _encode_all(vae, pictures.images, config.device)
+    with torch.no_grad():
+        chunks = (to_unit(chunk).to(config.device) * 2 - 1 for chunk in pictures.images.split(256))
+        latents = (
+            torch.cat([vae.encode(chunk).latent_dist.mode().cpu() for chunk in chunks]) * vae.config.scaling_factor
+        )
     unet.to(config.device, memory_format=torch.channels_last)
     trained = nn.ModuleList([unet, text_encoder.to(config.device)]).train()
     average = copy.deepcopy(trained).requires_grad_(False)
@@ -248,23 +253,14 @@ def _denoise(
         output = unet(scheduler.add_noise(clean, noise, times), times, embeds, return_dict=False)[0]
         loss = F.mse_loss(output, noise)
         optimizer.step(loss)
-        _average_into(average, trained, decay=min(0.998, (1 + step) / (10 + step)))
+        with torch.no_grad():
+            decay = min(0.998, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(average.parameters()), list(trained.parameters()), 1 - decay)
         running = 0.99 * running + 0.01 * loss.item()
         _say(step, f"loss {running:.4f}")
     scheduler = json.loads(DDIMScheduler(**architectures.DDIM_CONFIG).to_json_string())
     save_pipeline(config.out / "pipeline", Components(average[0], vae, average[1], tokenizer, scheduler), torch.float16)
     return {"diffusion_loss": running}
-
-
-@torch.no_grad()
-def _average_into(average: nn.Module, trained: nn.Module, decay: float) -> None:
-    torch._foreach_lerp_(list(average.parameters()), list(trained.parameters()), 1 - decay)
-
-
-@torch.no_grad()
-def _encode_all(vae: AutoencoderKL, images: Tensor, device: str) -> Tensor:
-    chunks = [vae.encode(to_unit(c).to(device) * 2 - 1).latent_dist.mode().cpu() for c in images.split(256)]
-    return torch.cat(chunks) * vae.config.scaling_factor
 
 
 def _paint(config: PretrainConfig, stream: int, noise: CaptionNoise | None = None) -> CaptionedPictures:

@@ -169,10 +169,7 @@ def round_up(alpha: float) -> float:
 
 @dataclass(frozen=True)
 class Shift:
-    """How far steering moves the targets of one label away from their texts.
-
-    cosine: mean of target . z_text. degrees: mean angle between the two.
-    """
+    """How far steering moves the targets of one label from their texts: mean cosine and mean angle of the two."""
 
     cosine: float
     degrees: float

@@ -29,9 +29,9 @@ from fastgrpo.system.devices import DTYPE_NAMES, choose_dtype, is_on
 _UNIT_TFLOPS = 100.0  # what hours are given for where --tflops is not
 _NOT_COUNTED = (
     "Not counted: encoding texts, the optimizer's arithmetic, evaluations, pictures;",
-    "memory of the CUDA context, of kernels' workspaces, of CUDA graphs' inputs, of copies",
-    "of the text's keys and values, and what the allocator holds back; what torch.compile",
-    "spares. Groups without spread are counted, which training skips.",
+    "memory of the CUDA context, of kernels' workspaces, of CUDA graphs' inputs, and what",
+    "the allocator holds back; what torch.compile spares. Groups without spread are counted,",
+    "which training skips.",
 )
 
 

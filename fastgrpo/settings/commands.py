@@ -1,7 +1,7 @@
 """The flags of evaluate, sample and export. Field docstrings are the flags' help texts."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Literal
@@ -50,11 +50,9 @@ class Evaluate(AllSettings):
     missing: Literal["draw", "refuse", "skip"] = "draw"
     """Images that are not there yet: `draw` them, `refuse` to score without them, or `skip` them and say so."""
     shard: str = ""
-    """I/N: only draw part I of N, counted from 1, and score nothing.
-    Once all parts lie in one folder, the same command without it scores them."""
+    """I/N: only draw part I of N, from 1. Once all parts lie in one folder, the command without it scores them."""
     sampler: SamplerName = DDIM
-    """`ddim`, ours, or one of diffusers' pipeline:
-    `pndm`, as SD 1.x and GenEval's script draw, or `lms`, as RECE's code draws I2P."""
+    """`ddim`, ours, or diffusers' `pndm`, as SD 1.x and GenEval's script draw, or `lms`, as RECE draws I2P."""
     steps: int | None = None
     """Denoising steps; None is 50, for `shapes` the run's own."""
     eta: float | None = None
@@ -82,15 +80,25 @@ class Evaluate(AllSettings):
 
 
 @dataclass(frozen=True)
-class Sample:
+class _OfRun:
+    """The flags that choose what a run was trained to."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Folder of the run, finished or not."""
+    checkpoint: int | None = field(default=None, kw_only=True)
+    """Iteration of the checkpoint to take; None is the newest."""
+    weights: Weights = field(default="trained", kw_only=True)
+    """`trained`, or `ema`, the moving average that runs with optim.ema keep."""
+
+
+@dataclass(frozen=True)
+class Sample(_OfRun):
     """Draw prompts with a run's base model and with what it was trained to, from the same seeds, side by side.
 
     Image i (1, 2, ...) of every prompt is drawn from the seed `--seed` + i - 1, so it depends on its own prompt and
     seed alone, whatever else is drawn.
     """
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Folder of the run, finished or not."""
     prompts: tuple[str, ...] = ()
     """What to draw; without this and --prompt-file, the first four of the run's own positive and negative prompts."""
     prompt_file: Path | None = None
@@ -99,10 +107,6 @@ class Sample:
     """Images of each prompt and model."""
     seed: int = 0
     """Seed of every prompt's first image."""
-    checkpoint: int | None = None
-    """Iteration of the checkpoint to draw with; None is the newest."""
-    weights: Weights = "trained"
-    """`trained`, or `ema`, the moving average that runs with optim.ema keep."""
     steps: int | None = None
     """DDIM steps; None is the number that the run's own pictures have."""
     guidance: float | None = None
@@ -114,8 +118,7 @@ class Sample:
     output: Path | None = None
     """PNG of the comparison, a new file; None is RUN/samples/compare.png, or compare-2.png and so on after others."""
     images: Path | None = None
-    """New or empty folder for every image as a file of its own, and prompts.txt.
-    `base-0003-2.png` and `tuned-0003-2.png` are the second images of the third prompt."""
+    """New or empty folder for prompts.txt and every image: base-0003-2.png is the second of the third prompt."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -130,19 +133,13 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Export:
+class Export(_OfRun):
     """Write the Stable Diffusion that a run trained, complete or as adapters, in a form that other programs load."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Folder of the run, finished or not."""
     format: Literal["diffusers", "single-file", "lora"]
     """`diffusers`, a complete pipeline folder; `single-file`, a .safetensors file in SD's original layout;
     `lora`, for runs with adapters, a folder with these alone."""
     output: Path
     """Where to write it: a folder that is new or empty, or a new file for `single-file`."""
-    checkpoint: int | None = None
-    """Iteration of the checkpoint to take; None is the newest."""
-    weights: Weights = "trained"
-    """`trained`, or `ema`, the moving average that runs with optim.ema keep."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of what is written; training is in fp32."""

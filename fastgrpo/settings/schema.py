@@ -20,8 +20,7 @@ class ModelConfig:
     """The Stable Diffusion pipeline to train."""
 
     path: PathText = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    """An SD 1.x / 2.x pipeline: a diffusers folder, a hub id, a single file (.safetensors or .ckpt), or `shapes`,
-    the small one that ships with fastgrpo."""
+    """An SD 1.x / 2.x pipeline: a folder, hub id or single file (.safetensors, .ckpt), or `shapes`, which is ours."""
     unet: PathText = ""
     """Another UNet: a folder or hub id, with its subfolder after a colon, as in `OWNER/NAME:checkpoint-300/unet`;
     or a file of its tensors, all or those that were tuned (.safetensors, .pt, .pth, .bin, .ckpt)."""
@@ -59,8 +58,7 @@ class PromptsConfig:
     positive_column: str = "prompt"
     """Column of a CSV, TSV, JSONL or hub dataset that holds the positive prompts."""
     negative_column: str = "prompt"
-    """Column that holds the negative prompts; both may come from one file.
-    Training reads no seeds, guidance or sizes from files."""
+    """Column that holds the negative prompts; both may come from one file."""
     category_column: str = ""
     """Column that holds each prompt's categories or tasks, separated by commas; empty: none is kept."""
     categories: tuple[str, ...] = ()
@@ -92,8 +90,7 @@ class RewardConfig:
     alpha: float = 0.5
     """How far the text target is moved along the safety axis."""
     mode: Literal["always", "unsafe_only", "projection"] = "always"
-    """`always` steers every prompt, `unsafe_only` the negative ones,
-    `projection` sets every target's component along the axis to alpha."""
+    """Steer `always` or `unsafe_only`, or set every target's component along the axis to alpha (`projection`)."""
     batch: int = 256
     """Images encoded at once; does not change the result."""
     tf32: bool = True
@@ -112,8 +109,7 @@ class RolloutConfig:
     guidance: float = 5.0
     """Classifier-free guidance scale, in rollout and update alike; 1 turns guidance off."""
     initial_noise: Literal["shared", "per_prompt", "independent"] = "independent"
-    """Which samples start from the same latent: `shared` all that a process draws in an iteration,
-    `per_prompt` those of a group, `independent` none."""
+    """Samples that start from one latent: `shared` all of an iteration, `per_prompt` a group's, `independent` none."""
     batch: int = 0
     """Samples denoised at once; 0 is all of them on a CPU.
     On CUDA, and in fixed shapes (engine.compile, engine.graphs), 0 is as many as a micro-batch has pairs."""
@@ -154,15 +150,13 @@ class GrpoConfig:
     step_fraction: float = 1.0
     """Share of the other steps that each sample is trained on, drawn anew in every iteration."""
     window: int = 0
-    """Train on this many neighbouring steps only; 0 is all steps.
-    The window slides from the first (noisiest) steps to the last and begins again."""
+    """Train on so many neighbouring steps only, a window that slides from the noisiest to the last; 0 is all steps."""
     window_every: int = 25
     """Iterations until the window slides on."""
     window_stride: int = 1
     """Steps by which the window slides."""
     ratio_norm: bool = False
-    """RatioNorm of GRPO-Guard: the log-ratio without its bias, in units that are the same at every step,
-    so that one clip range fits all steps."""
+    """RatioNorm of GRPO-Guard: one clip range for all steps, since the log-ratio is normalised at each."""
     trim: int = 0
     """How many of a group's highest and of its lowest rewards are left out, of its mean and std and of learning."""
     skip_clipped: bool = False
@@ -210,14 +204,11 @@ class EngineConfig:
     kernels: Literal["auto", "on", "off"] = "auto"
     """Whether the UNet's norms and activations run on fastgrpo's own kernels; `auto`: on CUDA."""
     attention: Literal["auto", "xformers", "cudnn", "flash", "sdpa"] = "auto"
-    """Who computes attention; `sdpa` is PyTorch's own choice.
-    On CUDA, `auto` measures at the run's own shapes and keeps the fastest for each."""
+    """Who computes attention: `sdpa` is PyTorch's own choice, `auto` on CUDA the fastest by measurement."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the UNet; `auto`: on CUDA.
-    Its gradients are checked against eager ones first, and it is left out where they differ."""
+    """torch.compile for the UNet, unless its gradients differ from eager ones; `auto`: on CUDA."""
     graphs: Literal["auto", "on", "off"] = "auto"
-    """CUDA graphs of a denoising step and of a micro-batch; `auto`: on CUDA.
-    Elsewhere `on` makes the plain calls that a graph would hold, on fixed memory."""
+    """CUDA graphs of a denoising step and of a micro-batch; `auto`: on CUDA. Elsewhere `on` calls plainly."""
     reuse: Literal["auto", "on", "off"] = "auto"
     """Whether the rollout computes equal rows of a shared first step only once;
     `auto`: on CUDA, where no bit of the log-probs changes."""
@@ -226,8 +217,7 @@ class EngineConfig:
     memory: float = 0.92
     """Share of the GPU's memory that a micro-batch found by measurement (micro_batch 0) may fill."""
     show_speed: bool = False
-    """Show below each iteration's line how fast rollout and update were, in images/s, TFLOP/s and their share of the
-    device's measured matmul rate, and the memory's peak; metrics.jsonl always has them."""
+    """Show each iteration's images/s, TFLOP/s, share of the matmul rate and memory; metrics.jsonl always has them."""
     profile: int = 0
     """Iteration of which a trace and a table of the ten costliest kernels are written into the run; 0 is none."""
 
@@ -280,8 +270,7 @@ class TrainConfig:
     """Train a Stable Diffusion online with group-relative policy optimization on positive and negative prompts."""
 
     run: Annotated[PathText, tyro.conf.arg(aliases=["--run-folder"])] = ""
-    """Folder of the run; must be new or empty. Default: runs/PRESET-DATE-TIME.
-    Under torchrun, which has a flag of its own that begins so, say --run-folder."""
+    """New or empty folder of the run; default: runs/PRESET-DATE-TIME. torchrun has a --run too: say --run-folder."""
     seed: int = 42
     """Everything random is a function of this and the iteration."""
     iterations: int = 300
@@ -293,8 +282,7 @@ class TrainConfig:
     updates_per_iteration: int = 16
     """Optimizer steps per iteration; the iteration's (sample, step) pairs are dealt out to them."""
     micro_batch: int = 4
-    """(sample, step) pairs per forward and backward pass on each process; 0: as many as fit on CUDA, 32 on CPU.
-    Gradients are summed, so it does not change the result."""
+    """(sample, step) pairs in a pass, which change no result; 0: as many as fit on CUDA, 32 on CPU."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)

@@ -69,7 +69,7 @@ from fastgrpo.engine.batch_size import MicroBatchChoice, find_micro_batch
 from fastgrpo.engine.fixed_passes import FixedPasses
 from fastgrpo.engine.record import EngineRecord
 from fastgrpo.engine.trainable import Trainable
-from fastgrpo.grpo.loss import blank_batch
+from fastgrpo.grpo.micro_batch import Experience, Remembered, blank_batch
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.policy import Policy
@@ -82,7 +82,6 @@ from fastgrpo.types import Prompt, PromptBatch
 from fastgrpo.unet.attention import BACKENDS
 from fastgrpo.unet.compilation import replace_upsamplers
 from fastgrpo.unet.copies import Network
-from fastgrpo.update import _Gather
 
 ROOT = Path(__file__).resolve().parent.parent
 GAP = 1e-6
@@ -315,21 +314,20 @@ def iterate(stage: Stage, work: Iteration, watch: Watch) -> None:
         mock.patch("fastgrpo.rollout.require_finite"),
         mock.patch("fastgrpo.engine.overlap._side_stream"),
         mock.patch("torch.cuda.stream"),
-        mock.patch.object(engine, "agree"),
+        mock.patch.object(engine, "begin_rollout"),
     ):
         generator = SimpleNamespace(device=torch.device("cuda"))
         trajectory = rollout(engine, prompts, generator)
     with watch.phase("reward"):
         stage.encoder.encode_image(trajectory.images, config.reward.batch)
         stage.encoder.forget_images()
-    gather = _Gather(prompts, trajectory, torch.empty(len(trajectory.images), device="cuda"), config.group_size)
-    old = SimpleNamespace(log_probs=trajectory.log_probs, means=None)
+    advantage = torch.empty(len(trajectory.images), device="cuda")
+    experience = Experience(prompts, trajectory, advantage, config.group_size)
+    old = Remembered(trajectory.log_probs, None)
     for _ in range(work.updates):
-        with watch.phase("optimizer"):
-            engine.clear()
         with watch.phase("update"):
             pairs = Pairs(*(torch.zeros(work.pairs, dtype=torch.int64, device="cuda") for _ in range(2)))
-            kept = list(engine.learn(pairs, lambda some: gather(some, old, 1.0 / work.pairs)))
+            kept = engine.learn(pairs, experience, old, 1.0 / work.pairs)
         with watch.phase("optimizer"):
             engine.weights.collect_gradients()
             stage.trainable.step(config.optim.max_grad_norm)
@@ -400,7 +398,7 @@ def traced(config: TrainConfig, pairs: int, work: Iteration, backend: str, compi
 
     with absent_device(), mock.patch.object(Policy, "encode", encode):
         stage = prepare(config, pairs, backend, compiler)
-        stage.engine.loss.learn(blank_batch(stage.engine.loss, pairs))  # compiles
+        stage.engine.loss.learn(blank_batch(stage.engine.policy, pairs))  # compiles
         compiler.ran = lambda graph: watch.ran(
             graph, "UNet forward" if graph is compiler.graphs[0] else "UNet backward"
         )

@@ -24,7 +24,8 @@ from fastgrpo.costs.memory import candidates, iteration_of
 from fastgrpo.engine.sampler import Sampler
 from fastgrpo.engine.setup import decoded_at_once
 from fastgrpo.engine.trainable import make_trainable
-from fastgrpo.grpo.loss import PolicyLoss, blank_batch
+from fastgrpo.grpo.loss import PolicyLoss
+from fastgrpo.grpo.micro_batch import blank_batch
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.settings.schema import TrainConfig
@@ -55,7 +56,7 @@ def launches_of(size: int, say: Callable[[str], object]) -> dict[tuple, KernelLa
     policy = replace(policy, network=trainable.network)
     schedule = _on_meta(_schedule(config))
     loss = PolicyLoss(policy, schedule, config, trainable.trained)
-    batch = blank_batch(loss, size)
+    batch = blank_batch(policy, size)
     sampler = Sampler(policy, schedule, config.rollout.guidance)
     contexts = policy.contexts(batch.embeds, sampler.guidance)
 
@@ -69,7 +70,7 @@ def launches_of(size: int, say: Callable[[str], object]) -> dict[tuple, KernelLa
     def learn() -> None:
         """Beside the policy as it is, and beside the one that drew the rollout."""
         for old in (None, torch.zeros(size, device=META)):
-            trainable.optimizer.weights.accumulate(loss.learn(replace(batch, old_log_prob=old))[1])
+            loss.learn(replace(batch, old_log_prob=old), trainable.optimizer.weights.accumulate)
 
     parts = {
         "learn": learn,

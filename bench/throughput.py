@@ -19,7 +19,7 @@ from fastgrpo.costs.throughput import Accounting, Rows, rollout_rows
 from fastgrpo.engine.graphs import no_host_sync
 from fastgrpo.engine.passes import Passes
 from fastgrpo.engine.setup import CPU_AGREEMENT
-from fastgrpo.grpo.loss import MicroBatch
+from fastgrpo.grpo.micro_batch import Experience, Remembered
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.prompts import embed
 from fastgrpo.rollout import rollout
@@ -350,19 +350,7 @@ class _Stages:
 
     def learn(self) -> None:
         engine = self._training.loaded.engine
-        for _ in engine.learn(self._pairs, self._gather):
-            pass
+        ones = torch.ones(self._trajectory.samples, device=DEVICE)
+        experience = Experience(self._prompts, self._trajectory, ones, self._training.config.group_size)
+        engine.learn(self._pairs, experience, Remembered(self._trajectory.log_probs, None), weight=1.0)
         engine.clear()
-
-    def _gather(self, pairs: Pairs) -> MicroBatch:
-        trajectory, sample, step = self._trajectory, pairs.sample, pairs.step
-        ones = trajectory.log_probs.new_ones(len(pairs))
-        return MicroBatch(
-            latents=trajectory.latents[step, sample],
-            taken=trajectory.latents[step + 1, sample],
-            step=step,
-            embeds=self._prompts.embeds[sample // self._training.config.group_size],
-            advantage=ones,
-            weight=ones,
-            old_log_prob=trajectory.log_probs[step, sample],
-        )

@@ -93,26 +93,24 @@ class Policy:
         """The module whose weights compute."""
         return self.network or self.unet
 
-    def forward(self, latents: Tensor, timesteps: Tensor, contexts: Tensor) -> Tensor:
-        """The UNet's output [R, C, H, W] for R rows, in `dtype` like latents and contexts."""
-        return (self.passes or self.computing)(latents, timesteps, contexts, return_dict=False)[0]
+    @property
+    def forward(self) -> Network:
+        """What is called for the UNet: with latents and contexts in `dtype`, of as many rows."""
+        return self.passes or self.computing
 
-    def output(
-        self, latents: Tensor, timesteps: Tensor, embeds: Tensor, guidance: float, network: Network | None = None
-    ) -> Tensor:
-        """What the UNet says of N latents: [2N, C, H, W], without and with their prompts, from one call.
+    def rows(
+        self, latents: Tensor, timesteps: Tensor, embeds: Tensor, guidance: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the latents, timesteps and contexts of 2N rows: N samples without, then with their prompts.
 
-        Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) joins the halves, in the operators of
-        `fastgrpo.kernels`; at guidance 1 there is nothing to join, and only the second half, [N, C, H, W], is computed.
+        Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) joins the halves of the UNet's output, in the
+        operators of `fastgrpo.kernels`; at guidance 1 there is nothing to join, and there are only the second N rows.
         latents: [N, C, H, W] float32. timesteps: [N] int64. embeds: [N, L, D].
-        network: another than the policy's own, such as the base model's. Returned in `dtype`.
         """
         contexts, latents = self.contexts(embeds, guidance), latents.to(self.dtype)
         if guidance != 1.0:
             latents, timesteps = latents.repeat(2, 1, 1, 1), timesteps.repeat(2)
-        if network is None:
-            return self.forward(latents, timesteps, contexts)
-        return network(latents, timesteps, contexts, return_dict=False)[0]
+        return latents, timesteps, contexts
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = DECODE_BATCH) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -27,73 +28,109 @@ def rollout(
 ) -> Trajectory:
     """Draw `group_size` images for each prompt and keep every latent on the way; for RatioNorm every step's mean too.
 
-    engine: takes the steps. prompts: this process's share. generator: on any device, in the same state on all processes. A
-    step's noise is drawn for all samples of all processes at once, so neither the number of samples denoised together
-    nor the number of processes changes the numbers drawn.
+    Chunks of samples are denoised one after the other; one that memory runs out for is drawn again in smaller ones.
+    engine: takes the steps. prompts: this process's share. generator: on any device, in the same state on all processes.
     score: called with prompts whose images are all there, and these images, while the next are drawn; once for each where
         the engine `scores_early`, else never.
     progress: called after every denoising step of every batch, with the number of samples' steps done and of all.
     Raises BrokenPicture for images that are not finite, before they are scored.
     """
-    engine.agree()
-    policy, ranks, steps, keep_means = engine.policy, engine.ranks, len(engine.schedule), engine.keeps_means
-    config, group_size = engine.config.rollout, engine.config.group_size
-    when = f"iteration {prompts.iteration}, " if prompts.iteration else ""
-    embeds = prompts.embeds.repeat_interleave(group_size, dim=0)
-    shape = (ranks.count * len(prompts) * group_size, *policy.latent_shape)
-    own = ranks.share(shape[0])
-    start = initial_noise(ranks.count, len(prompts), group_size, shape[1:], config.initial_noise, generator)[own]
-    samples, device = start.shape[0], policy.device
-    latents = torch.empty(steps + 1, *start.shape, device=device)
-    log_probs = torch.empty(steps, samples, device=device)
-    means = torch.empty(steps, *start.shape, device=device) if keep_means else None
-    latents[0] = start
-    for step in range(steps):
-        # Each step's noise waits where the latents that it leads to will be.
-        latents[step + 1] = torch.randn(shape, generator=generator, device=generator.device)[own]
-    reached = [0] * samples  # steps of each; workers may share it, for they write places of their own
+    engine.begin_rollout()
+    drawing = _Drawing(engine, prompts, generator, progress)
+    everything, half = slice(0, drawing.samples), "micro_batch" if engine.draws_micro_batches else "rollout_batch"
+    finishing = _Finishing(drawing, score if engine.scores_early(drawing.samples) else None)
+    with pipeline(finishing.finish, engine.policy.device) if engine.overlaps else nullcontext() as line:
+        waiting = engine.chunks(everything)
+        while waiting:
+            for attempt in engine.attempts(half, most=drawing.samples):
+                if attempt.again:
+                    waiting = [chunk for part in waiting for chunk in engine.chunks(part)]
+                with attempt:
+                    deque(engine.workers.map(drawing.draw, waiting[: engine.workers.count]), maxlen=0)
+            drawn, waiting = waiting[: engine.workers.count], waiting[engine.workers.count :]
+            for part in drawn:
+                if line:
+                    line.drawn(part)
+    images = finishing.images if engine.overlaps else drawing.decode(everything)
+    return Trajectory(drawing.latents, drawing.log_probs, images, drawing.means)
 
-    def draw(part: slice) -> None:
-        denoise = engine.denoiser(embeds[part], part, keep_means)
+
+class _Drawing:
+    """A rollout that is under way: B = P * G samples of this process, which workers draw chunk by chunk.
+
+    latents, log_probs, means: as of `Trajectory`; what is not drawn yet holds the noise that will lead there.
+    """
+
+    def __init__(
+        self,
+        engine: Passes,
+        prompts: PromptBatch,
+        generator: torch.Generator,
+        progress: Callable[[int, int], None] | None,
+    ):
+        self.engine, self._prompts, self._progress = engine, prompts, progress
+        self.group_size, self.steps = engine.config.group_size, len(engine.schedule)
+        self._embeds = prompts.embeds.repeat_interleave(self.group_size, dim=0)
+        ranks, kind, device = engine.ranks, engine.config.rollout.initial_noise, engine.policy.device
+        shape = (ranks.count * len(prompts) * self.group_size, *engine.policy.latent_shape)
+        own = ranks.share(shape[0])
+        start = initial_noise(ranks.count, len(prompts), self.group_size, shape[1:], kind, generator)[own]
+        self.samples = len(start)
+        self.latents = torch.empty(self.steps + 1, *start.shape, device=device)
+        self.log_probs = torch.empty(self.steps, self.samples, device=device)
+        self.means = torch.empty(self.steps, *start.shape, device=device) if engine.keeps_means else None
+        self.latents[0] = start
+        for step in range(self.steps):
+            # A step's noise is drawn for all samples of all processes at once, so neither the number of samples denoised
+            # together nor the number of processes changes the numbers. It waits where the latents it leads to will be.
+            self.latents[step + 1] = torch.randn(shape, generator=generator, device=generator.device)[own]
+        self._reached = [0] * self.samples  # steps of each; workers may share it, for they write places of their own
+
+    def draw(self, part: slice) -> None:
+        """Take all steps of these samples."""
+        denoise = self.engine.denoiser(self._embeds[part], part, self.means is not None)
         # A copy: should memory run out midway, smaller batches find their noise as it was.
-        drawn = latents[:, part].clone()
-        for step in range(steps):
-            drawn[step + 1], log_probs[step, part], *mean = denoise(step, drawn[step], drawn[step + 1])
-            if keep_means:
-                means[step, part] = mean[0]
-            if progress is not None:
-                reached[part] = [step + 1] * (part.stop - part.start)
-                progress(sum(reached), steps * samples)
-        latents[:, part] = drawn
+        latents = self.latents[:, part].clone()
+        for step in range(self.steps):
+            latents[step + 1], self.log_probs[step, part], *mean = denoise(step, latents[step], latents[step + 1])
+            if self.means is not None:
+                self.means[step, part] = mean[0]
+            if self._progress is not None:
+                self._reached[part] = [step + 1] * (part.stop - part.start)
+                self._progress(sum(self._reached), self.steps * self.samples)
+        self.latents[:, part] = latents
 
-    def decode(part: slice) -> Tensor:
-        decoded = policy.decode(latents[-1, part], config.decode_batch)
+    def decode(self, part: slice) -> Tensor:
+        """Returns the images [N, 3, h, w] of these samples, whose steps are all taken. Raises BrokenPicture."""
+        policy, latents = self.engine.policy, self.latents[-1, part]
+        decoded = policy.decode(latents, self.engine.config.rollout.decode_batch)
+        when = f"iteration {self._prompts.iteration}, " if self._prompts.iteration else ""
 
         def request(index: int) -> PictureSource:
-            prompt, place = divmod(part.start + index, group_size)
-            return PictureSource(f"{when}sample {place + 1} of {group_size}", prompts.prompts[prompt].text)
+            prompt, place = divmod(part.start + index, self.group_size)
+            sample = f"{when}sample {place + 1} of {self.group_size}"
+            return PictureSource(sample, self._prompts.prompts[prompt].text)
 
-        require_finite(decoded, latents[-1, part], policy.dtype, request, embeds[part])
+        require_finite(decoded, latents, policy.dtype, request, self._embeds[part])
         return decoded
 
-    if not engine.overlaps:
-        deque(engine.draw(samples, draw), maxlen=0)
-        return Trajectory(latents, log_probs, images=decode(slice(0, samples)), means=means)
-    images = torch.empty(samples, *policy.image_shape, device=device)
-    scored, early = 0, engine.scores_early(samples)
 
-    def finish(part: slice) -> None:
-        nonlocal scored
-        images[part] = decode(part)
-        complete = part.stop // group_size
-        if early and score is not None and complete > scored:
-            score(slice(scored, complete), images[scored * group_size : complete * group_size])
-            scored = complete
+class _Finishing:
+    """Decodes chunk after chunk, and has each group scored as soon as it is whole. images: [B, 3, h, w], filled in."""
 
-    with pipeline(finish, device) as line:
-        for part in engine.draw(samples, draw):
-            line.drawn(part)
-    return Trajectory(latents, log_probs, images=images, means=means)
+    def __init__(self, drawing: _Drawing, score: Callable[[slice, Tensor], object] | None):
+        self._drawing, self._score, self._scored = drawing, score, 0
+        policy, count = drawing.engine.policy, drawing.samples if drawing.engine.overlaps else 0
+        self.images = torch.empty(count, *policy.image_shape, device=policy.device)
+
+    def finish(self, part: slice) -> None:
+        """These samples are drawn; chunks come in order."""
+        self.images[part] = self._drawing.decode(part)
+        size = self._drawing.group_size
+        complete = part.stop // size
+        if self._score is not None and complete > self._scored:
+            self._score(slice(self._scored, complete), self.images[self._scored * size : complete * size])
+            self._scored = complete
 
 
 @torch.no_grad()

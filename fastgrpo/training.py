@@ -59,8 +59,9 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
         start = checkpoint.read_state(newest) if newest else _beginning(config, ranks)
         threads = config.engine.threads or start.threads
         training = load_training(config, threads, ranks, EngineRecord(**start.engine), console.say)
-        training = replace(training, accounting=count_and_measure(config, training.policy))
-        console.say(training.accounting.rates.line())
+        accounting = count_and_measure(config, training.policy)
+        training = replace(training, accounting=accounting)
+        console.say(accounting.rates.line())
         inputs = input_digests(config, training) if ranks.first else {}
         introduce(training, run, start, console)
         console.say(*differences(config, start, inputs, ranks))

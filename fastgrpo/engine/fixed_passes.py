@@ -10,17 +10,18 @@ captured, so that no pass has its memory twice.
 """
 
 import math
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgrpo.engine.graphs import StaticCall, capture_all, memory_pool
-from fastgrpo.engine.passes import Changed, Gather, Passes, ignore
+from fastgrpo.engine.graphs import Inputs, StaticCall, capture_all, memory_pool
+from fastgrpo.engine.passes import Changed, Passes, ignore
 from fastgrpo.engine.sampler import Denoise, Sampler
 from fastgrpo.engine.trainable import Trainable
-from fastgrpo.grpo.loss import MicroBatch, PairResults, PolicyLoss, blank_batch
+from fastgrpo.grpo.loss import PairResults, PolicyLoss
+from fastgrpo.grpo.micro_batch import MicroBatch, blank_batch
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.unet.convolutions import searching
@@ -32,8 +33,8 @@ Key = tuple[str, tuple[bool, ...]]
 class FixedPasses(Passes):
     """Runs one training's passes of the UNet, `micro_batch` pairs or samples at a time.
 
-    capture: into CUDA graphs; without it the calls that a graph would hold are made, on the same fixed memory. search: whether
-    cuDNN is to search for the fastest algorithms for them.
+    capture: into CUDA graphs; without it the calls that a graph would hold are made, on the same fixed memory.
+    search: whether cuDNN is to search for the fastest algorithms for them.
     """
 
     def __init__(
@@ -62,32 +63,31 @@ class FixedPasses(Passes):
         """Samples that a rollout denoises together: as many as a micro-batch has, unless the settings say how many."""
         return self.rollout_batch or self.micro_batch
 
-    def chunks(self, samples: int) -> list[slice]:
+    def chunks(self, samples: slice) -> list[slice]:
         size = self.chunk_size
-        return [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
+        return [slice(start, min(start + size, samples.stop)) for start in range(samples.start, samples.stop, size)]
 
     @property
     def overlaps(self) -> bool:
         return self.config.engine.overlap
 
     def denoiser(self, embeds: Tensor, part: slice, keep_mean: bool) -> Denoise:
-        count = len(embeds)
+        count, size = len(embeds), self.chunk_size
         sampler = Sampler(self.policy, self.schedule, self.config.rollout.guidance, keep_mean)
-        contexts = self.policy.contexts(_padded(embeds, self.chunk_size), sampler.guidance)
+        contexts = self.policy.contexts(_padded(embeds, size), sampler.guidance)
         distinct = None
         if self.share_first:
-            samples = range(part.start, part.start + self.chunk_size)
+            samples = range(part.start, part.start + size)
             distinct = sampler.first_rows(self.config.rollout.initial_noise, self.config.group_size, samples)
         positions = torch.arange(len(self.schedule), device=embeds.device)
 
         def denoise(step: int, latents: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-            position = positions[step : step + 1]
-            latents, noise = (_padded(tensor, self.chunk_size) for tensor in (latents, noise))
+            inputs = _padded(latents, size), _padded(noise, size), positions[step : step + 1], contexts
             if step == 0 and distinct is not None:  # of another size than all others: neither compiled nor captured
-                results = sampler.plain().step(latents, noise, position, contexts, distinct)
+                results = sampler.plain().step(*inputs, distinct)
             else:
-                given = latents, noise, position, contexts
-                results = self._call("step with means" if keep_mean or self._kept_means else "step", given)
+                name = "step with means" if keep_mean or self._kept_means else "step"
+                results = self._prepared(name, inputs)(*inputs)
             return tuple(result[:count] for result in results[: 3 if keep_mean else 2])
 
         return denoise
@@ -95,34 +95,37 @@ class FixedPasses(Passes):
     def clear(self) -> None:
         self.weights.zero_gradient()
 
-    def _evaluate_pairs(self, batch: MicroBatch) -> PairResults:
-        return self._run("evaluate_pairs", batch)
+    def micro_batches(self, pairs: Pairs) -> list[list[Pairs]]:
+        return [[part] for part in pairs.blocks(self.micro_batch)]
 
-    def _recompute(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        results = self._call("recompute", batch.padded(self.micro_batch).tensors())
-        return tuple(result[: len(batch)].clone() for result in results)
+    def _learn(self, batches: list[MicroBatch]) -> list[PairResults]:
+        (batch,) = batches
+        inputs = batch.padded(self.micro_batch).tensors()
+        results, _ = self._prepared("learn", inputs)(*inputs)
+        return [results.first(len(batch))]
 
-    def _split(self, pairs: Pairs) -> list[tuple[Pairs, ...]]:
-        return [(part,) for part in pairs.blocks(self.micro_batch)]
+    def _evaluate_pairs(self, batches: list[MicroBatch]) -> list[PairResults]:
+        (batch,) = batches
+        inputs = batch.padded(self.micro_batch).tensors()
+        return [self._prepared("evaluate_pairs", inputs)(*inputs).first(len(batch))]
 
-    def _learn(self, some: tuple[Pairs, ...], gather: Gather) -> list[PairResults]:
-        (part,) = some
-        return [self._run("learn", gather(part))]
+    def _recompute(self, batches: list[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
+        (batch,) = batches
+        inputs = batch.padded(self.micro_batch).tensors()
+        log_probs, means = self._prepared("recompute", inputs)(*inputs)
+        return [(log_probs[: len(batch)].clone(), means[: len(batch)].clone())]
 
     def _resize(self, name: str, size: int) -> None:
         self._calls.clear()
         self._pool = memory_pool(self.policy.device)  # one that no graph has any more cannot be used again
         super()._resize(name, size)
 
-    def _run(self, name: str, batch: MicroBatch) -> PairResults:
-        results = self._call(name, batch.padded(self.micro_batch).tensors())
-        return PairResults(*(None if r is None else r[: len(batch)].clone() for r in results))
-
     # -----------------------------------------------------------------------------------------------------------------
     # What is captured: functions of tensors alone
 
-    def _call(self, name: str, given: tuple[Tensor | None, ...]) -> Any:
-        key = name, tuple(tensor is None for tensor in given)
+    def _prepared(self, name: str, inputs: tuple[Tensor | None, ...]) -> StaticCall:
+        """The call of this name for inputs like these, captured where calls are."""
+        key = name, tuple(tensor is None for tensor in inputs)
         if not self._calls:
             self._prepare()
         if key not in self._calls:
@@ -130,7 +133,7 @@ class FixedPasses(Passes):
         call = self._calls[key]
         if self._capture and not call.captured:
             capture_all([call])
-        return call(*given)
+        return call
 
     def _prepare(self) -> None:
         """Make the calls that are foreseen, warm all of them up and capture those that are sure to come."""
@@ -141,7 +144,8 @@ class FixedPasses(Passes):
                 try:
                     call.warm_up()
                 except torch.OutOfMemoryError as error:
-                    error.size = "rollout_batch" if name.startswith("step") and self.rollout_batch else "micro_batch"
+                    draws = name.startswith("step") and self.rollout_batch
+                    vars(error)["size"] = "rollout_batch" if draws else "micro_batch"
                     raise
             capture_all([calls[key] for key in needed])
         self._calls = calls
@@ -153,7 +157,7 @@ class FixedPasses(Passes):
         own = *[False] * 6, True, True  # no old log-probs, no old means: the policy as it is
         other = own if mode == "detach" else (*[False] * 7, not config.grpo.ratio_norm)
         replay = [("learn", own), *[("recompute", own)] * several]
-        needed = {"rollout": [("learn", other)], "detach": [("learn", own)], "replay": replay}[mode]
+        needed: list[Key] = {"rollout": [("learn", other)], "detach": [("learn", own)], "replay": [*replay]}[mode]
         if several:
             needed += [("learn", other)] if mode == "replay" else []
             needed += [("evaluate_pairs", other)] if config.grpo.skip_clipped else []
@@ -170,27 +174,30 @@ class FixedPasses(Passes):
         """Not yet captured. Its example adds 0 to the gradient, however often it is run."""
         name, absent = key
         if name.startswith("step"):
-            size, guidance = self.chunk_size, self.config.rollout.guidance
-            contexts = self.policy.contexts(self.policy.unconditional.expand(size, -1, -1), guidance)
-            blank = blank_batch(self.loss, size)
-            example = blank.latents, blank.taken, blank.step[:1], contexts
-            sampler = Sampler(self.policy, self.schedule, guidance, keep_mean=name == "step with means")
-            function = torch.no_grad()(sampler.step)
-        else:
-            blank = blank_batch(self.loss, self.micro_batch)
-            example = replace(blank, old_log_prob=blank.weight, old_mean=blank.latents).tensors()
-            work = {"learn": self._accumulate, "evaluate_pairs": self._tell, "recompute": self.loss.recompute}[name]
-            function = torch.enable_grad()(lambda *tensors: work(MicroBatch(*tensors)))
-        example = [None if none else tensor for tensor, none in zip(example, absent, strict=True)]
-        return StaticCall(searching(self._search)(function), example, capture=False, pool=self._pool)
+            return self._make_step(keep_mean=name == "step with means")
+        blank = blank_batch(self.policy, self.micro_batch)
+        given = (*blank.tensors()[:6], blank.weight, blank.latents)
+        example = [None if none else tensor for tensor, none in zip(given, absent, strict=True)]
+        functions: dict[str, Any] = {
+            "learn": partial(self.loss.learn, accumulate=self.weights.accumulate),
+            "evaluate_pairs": self.loss.evaluate_pairs,
+            "recompute": self.loss.recompute,
+        }
+        return self._call(torch.enable_grad()(functions[name]), example, pack=MicroBatch)
 
-    def _accumulate(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
-        outcome, gradients = self.loss.learn(batch)
-        self.weights.accumulate(gradients)
-        return outcome.tensors()
+    def _make_step(self, keep_mean: bool) -> StaticCall:
+        size, guidance = self.chunk_size, self.config.rollout.guidance
+        contexts = self.policy.contexts(self.policy.unconditional.expand(size, -1, -1), guidance)
+        blank = blank_batch(self.policy, size)
+        example = [blank.latents, blank.taken, blank.step[:1], contexts]
+        sampler = Sampler(self.policy, self.schedule, guidance, keep_mean)
+        # A compiled pass of the update's size is the update's program, which holds what gradients need: the same bits.
+        # One of another size is another program anyway, and need not hold it.
+        shared = self.policy.passes is not None and size == self.micro_batch
+        return self._call(torch.set_grad_enabled(shared)(sampler.step), example)
 
-    def _tell(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
-        return self.loss.evaluate_pairs(batch).tensors()
+    def _call(self, function: Any, example: Inputs, pack: Any = None) -> StaticCall:
+        return StaticCall(searching(self._search)(function), example, capture=False, pool=self._pool, pack=pack)
 
 
 def _padded(rows: Tensor, size: int) -> Tensor:

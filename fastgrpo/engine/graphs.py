@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.cuda.memory import _cuda_endAllocateToPool, _cuda_releasePool
 
 Inputs = Sequence[Tensor | None]
-Pool = tuple[int, int]
+Pool = Any
+"""A pair of numbers that PyTorch calls a pool of memory by."""
 
 _WARM_UP = 3  # calls before a capture: libraries make their handles and workspaces, lazy work gets done
 
@@ -41,7 +42,7 @@ class StaticCall:
       `backward()` too, if every `.grad` already is the tensor to add to. Autocast must not keep its cache of weights.
     - Outputs are detached: one with a graph behind it would keep all its activations for good.
     - The warm-up really computes. A function that leaves something behind, such as a sum of gradients, gets an example
-      for which it adds 0, or a `reset` that undoes it.
+      for which it adds 0.
 
     Outputs hold until the next call of this or of any graph of the same pool, since the intermediate results of one may
     lie where the outputs of another are. For the same reason graphs of a pool never run at the same time. One thread at a
@@ -54,15 +55,16 @@ class StaticCall:
         inputs: Inputs,
         capture: bool,
         pool: Pool | None = None,
-        reset: Callable[[], object] | None = None,
+        pack: Callable[..., Any] | None = None,
     ):
         """inputs: an example, copied; a None stays None. capture: at once; else `capture_all` does it, or nothing does.
 
-        pool: of `memory_pool`, to share with other graphs; None is its own. reset: called between warm-up and capture, which
-        itself computes nothing. Raises what `capture_all` does.
+        pool: of `memory_pool`, to share with other graphs; None is its own. pack: makes one object of the inputs, which
+        the function is given instead. Raises what `capture_all` does.
         """
-        self._function, self._pool, self._reset = function, pool, reset
+        self._function, self._pool = function, pool
         self.buffers = tuple(None if tensor is None else tensor.detach().clone() for tensor in inputs)
+        self._given = (pack(*self.buffers),) if pack else self.buffers
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm, self._outputs = False, None
         if capture:
@@ -81,11 +83,8 @@ class StaticCall:
         if self._warm:
             return
         device = _cuda_device(self.buffers)
-        if self._pool is None:
-            self._pool = memory_pool(device)
-        warm_up(lambda: self._function(*self.buffers), device, self._pool)
-        if self._reset is not None:
-            self._reset()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        warm_up(lambda: self._function(*self._given), device, self._pool)
         self._warm = True
 
     def __call__(self, *inputs: Tensor | None) -> Any:
@@ -100,16 +99,17 @@ class StaticCall:
                 raise ValueError(f"input {position} is {_describe(given)}; accepted is {_describe(buffer)}")
         with torch.no_grad():
             for buffer, given in zip(self.buffers, inputs, strict=True):
-                if buffer is not None:
+                if buffer is not None and given is not None:
                     buffer.copy_(given, non_blocking=True)
         if self._graph is None:
-            return self._function(*self.buffers)
+            return self._function(*self._given)
         self._graph.replay()
         return self._outputs
 
     def _record(self) -> None:
         device = _cuda_device(self.buffers)
-        self._graph, self._outputs = record(lambda: self._function(*self.buffers), device, self._pool)
+        assert self._pool is not None, "a capture comes after the warm-up"
+        self._graph, self._outputs = record(lambda: self._function(*self._given), device, self._pool)
 
 
 def capture_all(calls: Sequence[StaticCall]) -> None:
@@ -197,7 +197,7 @@ def _stop_recording(graph: torch.cuda.CUDAGraph, pool: Pool) -> None:
         _cuda_releasePool(device, pool)  # or what the capture allocated would be kept for good
 
 
-def memory_pool(device: torch.device) -> tuple[int, int] | None:
+def memory_pool(device: torch.device) -> Pool | None:
     """Memory that several graphs on `device` can share, the rollout's and the update's for instance; None without CUDA."""
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 

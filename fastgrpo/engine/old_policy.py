@@ -1,24 +1,13 @@
 """The policy that drew a rollout: what the update's ratios are taken to."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from fastgrpo.engine.passes import Passes
-from fastgrpo.grpo.loss import MicroBatch, PairResults
+from fastgrpo.grpo.loss import PairResults
+from fastgrpo.grpo.micro_batch import Experience, Remembered
 from fastgrpo.grpo.pairs import OptimizerStep
-from fastgrpo.types import Trajectory
-
-
-@dataclass(frozen=True)
-class Remembered:
-    """log_probs: [T, B] float32. means: [T, B, C, H, W] float32, only with RatioNorm."""
-
-    log_probs: Tensor
-    means: Tensor | None
 
 
 class OldPolicy:
@@ -36,21 +25,20 @@ class OldPolicy:
     moved: whether an optimizer step has been taken; the update says so.
     """
 
-    def __init__(self, engine: Passes, trajectory: Trajectory, gather: Callable[..., MicroBatch]):
-        """gather: (pairs, old: Remembered or None, weight) -> their micro-batch."""
+    def __init__(self, engine: Passes, experience: Experience):
         self.moved = False
-        self._engine, self._trajectory, self._gather, self._ranks = engine, trajectory, gather, engine.ranks
-        self._mode, self._keeps_means = engine.old_log_prob, engine.config.grpo.ratio_norm
+        self._engine, self._experience, self._mode = engine, experience, engine.old_log_prob
         self._recomputed: Remembered | None = None
 
     @property
     def remembered(self) -> Remembered | None:
         """What the next pass is compared with; None is itself."""
         if self._mode == "rollout":
-            return Remembered(self._trajectory.log_probs, self._trajectory.means if self._keeps_means else None)
+            trajectory = self._experience.trajectory
+            return Remembered(trajectory.log_probs, trajectory.means if self._engine.config.grpo.ratio_norm else None)
         return self._recomputed if self.moved else None
 
-    def mistaken(self, outcomes: Sequence[PairResults]) -> bool:
+    def mistaken(self, results: Sequence[PairResults]) -> bool:
         """Whether these passes of a policy that has not moved are to be done again, for its numbers were not theirs.
 
         Asks all processes, and waits for the device.
@@ -58,35 +46,22 @@ class OldPolicy:
         engine = self._engine
         if self._mode != "rollout" or self.moved:
             return False
-        ratios = (
-            torch.cat([outcome.ratio for outcome in outcomes]) if outcomes else self._trajectory.log_probs.new_ones(1)
-        )
-        apart = float(self._ranks.gather((ratios - 1).abs().max()[None]).max())
+        one = self._experience.trajectory.log_probs.new_ones(1)
+        ratios = torch.cat([each.ratio for each in results]) if results else one
+        apart = float(engine.ranks.gather((ratios - 1).abs().max()[None]).max())
         if not apart > engine.allowed:  # nor if it is not a number: the update will say so
             return False
         self._mode = "replay"
-        if not self._ranks.any(engine.resized):
+        if not engine.ranks.any(engine.resized):
             engine.replay(apart)
         return True
 
-    def recompute(self, parts: Sequence[OptimizerStep]) -> int:
-        """Remember what the policy says now of the pairs of these parts, if it will be needed: once, before it moves.
+    def recompute(self, steps: Sequence[OptimizerStep]) -> int:
+        """Remember what the policy says now of the pairs of these steps, if it will be needed: once, before it moves.
 
         Returns how many pairs went through the UNet.
         """
         if self._mode != "replay" or self.moved or self._recomputed is not None:
             return 0
-        engine, trajectory = self._engine, self._trajectory
-        log_probs = torch.zeros_like(trajectory.log_probs)
-        means = torch.zeros_like(trajectory.latents[1:]) if self._keeps_means else None
-        passed, size = 0, 0
-        while size != engine.micro_batch:  # from the beginning, should memory run out on the way
-            size = engine.micro_batch
-            for part in parts:
-                for pairs, (old, mean) in engine.recompute(part.pairs, partial(self._gather, old=None, weight=0.0)):
-                    log_probs[pairs.step, pairs.sample] = old
-                    if means is not None:
-                        means[pairs.step, pairs.sample] = mean
-                    passed += len(pairs)
-        self._recomputed = Remembered(log_probs, means)
-        return passed
+        self._recomputed = self._engine.recompute([step.pairs for step in steps], self._experience)
+        return sum(len(step.pairs) for step in steps)

@@ -35,7 +35,7 @@ class Pipeline:
         if self._waiting is None:
             return
         (part, event), self._waiting = self._waiting, None
-        if self._side is None:
+        if self._side is None or event is None:
             self._finish(part)
             return
         self._side.wait_event(event)

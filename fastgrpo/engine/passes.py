@@ -1,9 +1,9 @@
 """The engine without fixed shapes: plain calls, micro-batches shared out among CPU cores."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,29 +11,52 @@ from torch import Tensor
 from fastgrpo.engine.sampler import Denoise, Sampler
 from fastgrpo.engine.trainable import Trainable
 from fastgrpo.engine.weights import FlatWeights
-from fastgrpo.grpo.loss import MicroBatch, PairResults, PolicyLoss
+from fastgrpo.grpo.loss import PairResults, PolicyLoss
+from fastgrpo.grpo.micro_batch import Experience, MicroBatch, Remembered
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.distributed import Ranks
-from fastgrpo.system.workers import shares
+from fastgrpo.system.workers import Workers, shares
 
-Gather = Callable[[Pairs], MicroBatch]
 Changed = Callable[[str, Any, str], object]
-Item = TypeVar("Item")
-Part = TypeVar("Part", Pairs, slice)
 
 _HALVED = {"micro_batch": "micro-batches have {} pairs", "rollout_batch": "rollouts draw {} samples at once"}
 
 
-def ignore(name: str, value: Any, why: str) -> None:
-    """What an engine without a record tells its changes."""
+def ignore(*told: Any) -> None:
+    """For who is told what nobody wants to know."""
 
 
 def out_of_memory(name: str, size: int) -> str:
-    """What is said when `name` is halved to `size`."""
+    """The sentence that is said when `name` is halved to `size`."""
     return f"out of memory: {_HALVED[name].format(size)} from now on, and what is learned stays the same"
+
+
+class Attempt:
+    """One try of a piece of work, as a context: an OutOfMemoryError ends it, and is raised only where nothing can be halved.
+
+    again: whether it follows one that memory ran out in. short: the size that was too large for this one, or "".
+    """
+
+    def __init__(self, engine: "Passes", name: str, most: int, again: bool):
+        self._engine, self._name, self._most, self.again = engine, name, most, again
+        self.short, self.size = "", 0
+
+    def __enter__(self) -> "Attempt":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, torch.OutOfMemoryError):
+            return False
+        short = getattr(error, "size", self._name)
+        size = getattr(self._engine, short) or self._most
+        if size > 1:
+            self.short, self.size = short, size
+        return size > 1
 
 
 class Passes:
@@ -45,7 +68,6 @@ class Passes:
     else 0. Both are halved where memory runs out.
     old_log_prob: grpo.old_log_prob, or "replay" since the update did not find the rollout's log-probs again.
     allowed: how far a ratio may be from 1 before the policy has moved; anything, unless told otherwise.
-    resized: whether a size was halved since the last rollout began, so that passes are of another size than its own were.
     changed: told of the three which is another from now on, by name, what it is, and a sentence that says why.
     """
 
@@ -62,9 +84,9 @@ class Passes:
     ):
         self.loss, self._trainable, self.micro_batch, self.share_first = loss, trainable, micro_batch, share_first
         self.rollout_batch = rollout_batch or self.config.rollout.batch
-        self.old_log_prob, self.resized = self.config.grpo.old_log_prob, False
+        self.old_log_prob: str = self.config.grpo.old_log_prob
         self.allowed, self.ranks, self._changed = allowed, ranks, changed
-        self._workers = self.policy.workers
+        self._drew_with = self._sizes
 
     @property
     def config(self) -> TrainConfig:
@@ -79,6 +101,10 @@ class Passes:
         return self.loss.schedule
 
     @property
+    def workers(self) -> Workers:
+        return self.policy.workers
+
+    @property
     def trainable(self) -> Trainable:
         assert self._trainable is not None, "an engine that only draws has nothing to train"
         return self._trainable
@@ -87,6 +113,9 @@ class Passes:
     def weights(self) -> FlatWeights:
         """Where gradients are summed."""
         return self.trainable.optimizer.weights
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Rollouts
 
     @property
     def keeps_means(self) -> bool:
@@ -98,20 +127,35 @@ class Passes:
         """Whether a rollout's passes are as large as the update's: on CUDA, where memory is known to hold those."""
         return not self.rollout_batch and self.policy.device.type == "cuda"
 
-    def chunks(self, samples: int) -> list[slice]:
-        """The samples that a rollout denoises together: nearly equal shares, at least one for each worker."""
-        most = self.micro_batch if self.draws_micro_batches else self.rollout_batch or samples
-        return shares(samples, most, self._workers.count)
-
     @property
     def overlaps(self) -> bool:
         """Whether chunks are decoded while the next ones are drawn: where they are drawn one after the other."""
         return self.config.engine.overlap and self.policy.device.type == "cuda"
 
+    def begin_rollout(self) -> None:
+        """Go on with the smallest sizes of all processes, so that what the first one records is what all have."""
+        smallest = self.ranks.gather(torch.tensor([self._sizes])).amin(dim=0).tolist()
+        for name, size, least in zip(_HALVED, self._sizes, smallest, strict=True):
+            if least < size:
+                self._resize(name, least)
+        self._drew_with = self._sizes
+
+    @property
+    def resized(self) -> bool:
+        """Whether a size was halved since the last rollout began, so that passes are of another size than its own were."""
+        return self._sizes != self._drew_with
+
+    def chunks(self, samples: slice) -> list[slice]:
+        """Those of these samples that a rollout denoises together: nearly equal shares, at least one for each worker."""
+        count = samples.stop - samples.start
+        most = self.micro_batch if self.draws_micro_batches else self.rollout_batch or count
+        parts = shares(count, most, self.workers.count)
+        return [slice(samples.start + part.start, samples.start + part.stop) for part in parts]
+
     def scores_early(self, samples: int) -> bool:
-        """Whether groups are scored then too: where one is whole before the last chunk is drawn."""
+        """Whether groups are scored during the rollout: where one is whole before the last chunk is drawn."""
         group = self.config.group_size
-        return self.overlaps and any(part.stop >= group for part in self.chunks(samples)[:-1])
+        return self.overlaps and any(part.stop >= group for part in self.chunks(slice(0, samples))[:-1])
 
     def denoiser(self, embeds: Tensor, part: slice, keep_mean: bool) -> Denoise:
         """Takes the steps of one chunk. embeds: [N, L, D] of its samples. part: where they are among this process's."""
@@ -123,44 +167,71 @@ class Passes:
             distinct = sampler.first_rows(config.rollout.initial_noise, config.group_size, samples)
         return sampler.chunk(embeds, distinct)
 
-    def draw(self, samples: int, draw: Callable[[slice], object]) -> Iterator[slice]:
-        """Have the samples drawn chunk by chunk; yields each chunk then. Smaller ones when memory runs out.
-
-        draw: may be called again for samples that it failed to draw.
-        """
-        self.resized = False
-
-        def split(part: slice) -> list[tuple[slice, ...]]:
-            chunks = self.chunks(part.stop - part.start)
-            moved = [slice(part.start + chunk.start, part.start + chunk.stop) for chunk in chunks]
-            return list(_batched(moved, self._workers.count))
-
-        def run(some: tuple[slice, ...]) -> list[object]:
-            return list(self._workers.map(draw, some))
-
-        name = "micro_batch" if self.draws_micro_batches else "rollout_batch"
-        for part, _ in self._halving(name, slice(0, samples), split, run, most=samples):
-            yield part
+    # -----------------------------------------------------------------------------------------------------------------
+    # The update
 
     def clear(self) -> None:
         """Forget the gradient."""
         for parameter in self.weights.parameters.values():
             parameter.grad = None
 
-    def learn(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, PairResults]]:
-        """Add the pairs' gradient to the sum, micro-batch by micro-batch; smaller ones when memory runs out."""
-        return self._halving("micro_batch", pairs, self._split, lambda some: self._learn(some, gather))
+    def micro_batches(self, pairs: Pairs) -> list[list[Pairs]]:
+        """As many micro-batches at a time as there are workers, so that no more gradients than those exist at once."""
+        parts, count = pairs.split(self.micro_batch), self.workers.count
+        return [parts[start : start + count] for start in range(0, len(parts), count)]
 
-    def evaluate_pairs(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, PairResults]]:
-        """What the pairs come to, without a gradient; smaller micro-batches when memory runs out."""
-        return self._forward(self._evaluate_pairs, pairs, gather)
+    def learn(
+        self,
+        pairs: Pairs,
+        experience: Experience,
+        old: Remembered | None,
+        weight: float,
+        progress: Callable[[int], object] = ignore,
+    ) -> list[PairResults]:
+        """Sum the gradient of an optimizer step's pairs; begun again with smaller micro-batches where memory runs out.
 
-    def recompute(self, pairs: Pairs, gather: Gather) -> Iterator[tuple[Pairs, tuple[Tensor, Tensor]]]:
-        """The pairs' log-probs and means under the policy as it is now, in the very micro-batches of `learn`.
-
-        Smaller ones when memory runs out: the others are then to be computed again.
+        Returns each micro-batch's results. old, weight: as of `Experience.micro_batch`.
+        progress: called with the number of pairs that are done.
         """
-        return self._forward(self._recompute, pairs, gather)
+        results: list[PairResults] = []
+        for attempt in self.attempts("micro_batch"):
+            with attempt:
+                self.clear()
+                results, done = [], 0
+                for parts in self.micro_batches(pairs):
+                    results += self._learn([experience.micro_batch(part, old, weight) for part in parts])
+                    for part in parts:
+                        done += len(part)
+                        progress(done)
+        return results
+
+    def evaluate_pairs(self, pairs: Pairs, experience: Experience, old: Remembered | None) -> list[PairResults]:
+        """Returns each micro-batch's results without a gradient; begun again with smaller ones where memory runs out."""
+        results: list[PairResults] = []
+        for attempt in self.attempts("micro_batch"):
+            with attempt:
+                results = []
+                for parts in self.micro_batches(pairs):
+                    results += self._evaluate_pairs([experience.micro_batch(part, old, 0.0) for part in parts])
+        return results
+
+    def recompute(self, steps: Sequence[Pairs], experience: Experience) -> Remembered:
+        """Returns what the policy as it is now says of these pairs, computed in the very micro-batches of `learn`.
+
+        All are computed again, in smaller ones, where memory runs out.
+        """
+        trajectory = experience.trajectory
+        log_probs = torch.zeros_like(trajectory.log_probs)
+        means = torch.zeros_like(trajectory.latents[1:]) if self.config.grpo.ratio_norm else None
+        for attempt in self.attempts("micro_batch"):
+            with attempt:
+                for parts in (parts for pairs in steps for parts in self.micro_batches(pairs)):
+                    batches = [experience.micro_batch(part, None, 0.0) for part in parts]
+                    for part, (old, mean) in zip(parts, self._recompute(batches), strict=True):
+                        log_probs[part.step, part.sample] = old
+                        if means is not None:
+                            means[part.step, part.sample] = mean
+        return Remembered(log_probs, means)
 
     def replay(self, apart: float) -> None:
         """From now on have updates recompute the old log-probs. apart: how far the rollout's put a ratio from 1."""
@@ -173,79 +244,42 @@ class Passes:
             "work there",
         )
 
-    def agree(self) -> None:
-        """Go on with the smallest sizes of all processes, so that what the first one records is what all have."""
-        sizes = {"micro_batch": self.micro_batch, "rollout_batch": self.rollout_batch}
-        smallest = self.ranks.gather(torch.tensor([list(sizes.values())])).amin(dim=0).tolist()
-        for (name, size), least in zip(sizes.items(), smallest, strict=True):
-            if least < size:
-                self._resize(name, least)
-
-    def _evaluate_pairs(self, batch: MicroBatch) -> PairResults:
-        return self.loss.evaluate_pairs(batch)
-
-    def _recompute(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        return self.loss.recompute(batch)
-
-    def _forward(
-        self, call: Callable[[MicroBatch], Item], pairs: Pairs, gather: Gather
-    ) -> Iterator[tuple[Pairs, Item]]:
-        def run(some: tuple[Pairs, ...]) -> list[Item]:
-            return list(self._workers.map(lambda part: call(gather(part)), some))
-
-        return self._halving("micro_batch", pairs, self._split, run)
-
-    def _split(self, pairs: Pairs) -> list[tuple[Pairs, ...]]:
-        """As many micro-batches at a time as there are workers, so that no more gradients than those exist at once."""
-        return list(_batched(pairs.split(self.micro_batch), self._workers.count))
-
-    def _learn(self, some: tuple[Pairs, ...], gather: Gather) -> list[PairResults]:
-        results = list(self._workers.map(lambda part: self.loss.learn(gather(part)), some))
-        for _, gradients in results:
+    def _learn(self, batches: list[MicroBatch]) -> list[PairResults]:
+        learned = list(self.workers.map(self.loss.learn, batches))
+        for _, gradients in learned:
             # In the micro-batches' order, so that the sum does not depend on which worker was first.
             self.weights.accumulate(gradients)
-        return [outcome for outcome, _ in results]
+        return [results for results, _ in learned]
 
-    def _halving(
-        self,
-        name: str,
-        whole: Part,
-        split: Callable[[Part], list[tuple[Part, ...]]],
-        run: Callable[[tuple[Part, ...]], list[Item]],
-        most: int = 0,
-    ) -> Iterator[tuple[Part, Item]]:
-        """Every part with its result; when memory runs out, the size `name` is halved and what is left is split anew.
+    def _evaluate_pairs(self, batches: list[MicroBatch]) -> list[PairResults]:
+        return list(self.workers.map(self.loss.evaluate_pairs, batches))
 
-        Another size, where the error's attribute `size` names it. split: into the parts that are run together, one run
-        after the other. most: what a size of 0 stands for.
+    def _recompute(self, batches: list[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
+        return list(self.workers.map(self.loss.recompute, batches))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Memory
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [getattr(self, name) for name in _HALVED]
+
+    def attempts(self, name: str, most: int = 0) -> Iterator[Attempt]:
+        """Tries of one piece of work, until memory is enough for it: a size is halved before each further one.
+
+        name: that size, unless the error's attribute `size` names another. most: what a size of 0 stands for.
         """
-        waiting = split(whole)
-        while waiting:
-            some, *waiting = waiting
-            try:
-                results = run(some)
-            except torch.OutOfMemoryError as error:
-                short = getattr(error, "size", name)
-                size = getattr(self, short) or most
-                if size == 1:
-                    raise
-                results = None
-            if results is None:  # only here: until the exception is gone, it holds what the failed pass computed
-                self._resize(short, size // 2)
-                waiting = [again for part in chain(some, *waiting) for again in split(part)]
-            else:
-                yield from zip(some, results, strict=True)
+        again = False
+        while True:
+            yield (attempt := Attempt(self, name, most, again))
+            if not attempt.short:
+                return
+            # Only here, where the exception is gone, which held what the failed pass computed.
+            self._resize(attempt.short, attempt.size // 2)
+            again = True
 
     def _resize(self, name: str, size: int) -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         setattr(self, name, size)
-        self.resized = True
         self._changed(name, size, out_of_memory(name, size))
-
-
-def _batched(items: Iterable[Item], count: int) -> Iterator[tuple[Item, ...]]:
-    """Runs of `count` items (itertools.batched, which Python 3.11 does not have)."""
-    iterator = iter(items)
-    while run := tuple(islice(iterator, count)):
-        yield run

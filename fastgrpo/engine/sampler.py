@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastgrpo.engine.first_step import DistinctRows, distinct_rows, forward_distinct
+from fastgrpo.engine.first_step import DistinctRows, distinct_rows
 from fastgrpo.kernels.ddim_step import ddim_step
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
@@ -41,15 +41,14 @@ class Sampler:
         latents, noise: [N, C, H, W] float32. step: [1] int64. contexts: as `Policy.contexts`.
         distinct: which rows need to be computed; None is all.
         """
-        rows = latents.to(self.policy.dtype).repeat(self._halves, 1, 1, 1)
+        rows = latents.to(self.policy.dtype).repeat(1 if self.guidance == 1.0 else 2, 1, 1, 1)
         at = step.expand(len(rows))
-        timesteps = self.schedule.timesteps[at]
-        if distinct is None:
-            output = self.policy.forward(rows, timesteps, contexts)
-        else:
-            output = forward_distinct(self.policy.forward, distinct, rows, timesteps, contexts)
-        tables = self.schedule.tables
-        return ddim_step(output.detach(), latents, tables, step, self.guidance, noise, keep_mean=self.keep_mean)
+        if distinct:
+            rows, at, contexts = (distinct.select(each) for each in (rows, at, contexts))
+        output = self.policy.forward(rows, self.schedule.timesteps[at], contexts, return_dict=False)[0].detach()
+        if distinct:
+            output = distinct.expand(output)
+        return ddim_step(output, latents, self.schedule.tables, step, self.guidance, noise, keep_mean=self.keep_mean)
 
     def chunk(self, embeds: Tensor, distinct: DistinctRows | None = None) -> Denoise:
         """The steps of samples with these embeddings, [N, L, D]. distinct: rows of the first step to compute."""
@@ -68,10 +67,6 @@ class Sampler:
     def first_rows(self, initial_noise: str, group_size: int, samples: range) -> DistinctRows:
         """The rows of these samples' first step, for `chunk`."""
         return _distinct_rows(initial_noise, group_size, samples, self.guidance, self.policy.device)
-
-    @property
-    def _halves(self) -> int:
-        return 1 if self.guidance == 1.0 else 2
 
 
 # Made on the host, which waits for the device to copy them: once for a chunk's place, not in every rollout.

@@ -18,7 +18,8 @@ from fastgrpo.engine.passes import Changed, Passes, out_of_memory
 from fastgrpo.engine.record import EngineRecord, Say
 from fastgrpo.engine.trainable import Trainable
 from fastgrpo.engine.weights import FlatWeights
-from fastgrpo.grpo.loss import PolicyLoss, blank_batch
+from fastgrpo.grpo.loss import PolicyLoss
+from fastgrpo.grpo.micro_batch import blank_batch
 from fastgrpo.kernels.group_norm_silu import BACKENDS as GROUP_NORM
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
@@ -83,7 +84,7 @@ def start_engine(
     allowed = CPU_AGREEMENT if device.type == "cpu" else 0.0
     if passes or wanted["graphs"]:
         capture = wanted["graphs"] and device.type == "cuda"
-        made = FixedPasses(*decided, allowed, ranks, capture, record.cudnn_benchmark)
+        made: Passes = FixedPasses(*decided, allowed, ranks, capture, record.cudnn_benchmark)
     else:
         made = Passes(*decided, allowed, ranks)
     if made.old_log_prob == "rollout":
@@ -169,7 +170,7 @@ def _fit(size: int, fits: Callable[[int], bool], ranks: Ranks, changed: Changed)
 
 def _pass(loss: PolicyLoss, weights: FlatWeights, size: int) -> None:
     """Forward and backward, adding 0 to the gradient."""
-    weights.accumulate(loss.learn(blank_batch(loss, size))[1])
+    loss.learn(blank_batch(loss.policy, size), weights.accumulate)
 
 
 def _choose_group_norm(loss: PolicyLoss, weights: FlatWeights, record: EngineRecord, ranks: Ranks) -> None:
@@ -232,16 +233,7 @@ def _compile(loss: PolicyLoss, config: TrainConfig, record: EngineRecord, ranks:
     compiled = compile_forward(policy.computing, policy.unet, example, rows, json.dumps(operators), say)
     # One process that cannot compile would round otherwise than the others.
     record.compiled = not ranks.any(compiled is None)
-    if compiled is None or not record.compiled:
-        return None
-
-    def passes(latents: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        # A rollout's pass of another size is another program anyway: it need not hold what only gradients need.
-        of_update = len(latents) == record.micro_batch * config.rollout.halves
-        with torch.set_grad_enabled(of_update or torch.is_grad_enabled()):
-            return compiled(latents, *args, **kwargs)
-
-    return passes
+    return compiled if record.compiled else None
 
 
 def _shares_first_step(loss: PolicyLoss, config: TrainConfig, record: EngineRecord) -> bool:
@@ -253,16 +245,17 @@ def _shares_first_step(loss: PolicyLoss, config: TrainConfig, record: EngineReco
     rows = distinct_rows(config.rollout.initial_noise, config.group_size, range(size), guidance, policy.device)
     if setting == "on" or not rows.saved:
         return rows.saved > 0
-    batch = blank_batch(loss, size)
+    batch = blank_batch(loss.policy, size)
     latents = batch.latents.to(policy.dtype).repeat(config.rollout.halves, 1, 1, 1)
     contexts = policy.contexts(batch.embeds, guidance)
 
     def forward(latents: Tensor, timesteps: Tensor, contexts: Tensor) -> Tensor:
         """As in the rollout: fewer rows are neither compiled nor captured, and no algorithm is searched for them."""
         if len(latents) == len(rows.index):
-            return policy.forward(latents, timesteps, contexts)
+            with torch.set_grad_enabled(policy.passes is not None):
+                return policy.forward(latents, timesteps, contexts, return_dict=False)[0].detach()
         with searching(False):
-            return replace(policy, passes=None).forward(latents, timesteps, contexts)
+            return policy.computing(latents, timesteps, contexts, return_dict=False)[0]
 
     with torch.no_grad():
         return keeps_bits(forward, rows, loss.schedule.timesteps[:1], latents, contexts)

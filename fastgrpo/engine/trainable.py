@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -24,6 +25,7 @@ class Ema:
 
     def __init__(self, weights: FlatWeights):
         """weights: with a moving average."""
+        assert weights.ema is not None
         self._weights = weights
         self.average = weights.views(weights.ema)
 
@@ -63,6 +65,11 @@ class Trainable:
         """Bring `network` up to date after weights were loaded."""
         self.optimizer.weights.refresh()
 
+    @property
+    def loss_scale(self) -> float:
+        """What losses are multiplied by before the way back; 1 unless the UNet computes in fp16."""
+        return self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+
     def set_learning_rate(self, rate: float) -> None:
         """For the optimizer steps from here on."""
         for group in self.optimizer.param_groups:
@@ -74,7 +81,8 @@ class Trainable:
         Returns the norm before that (a scalar tensor) and whether the step was taken: with fp16 it is left out, and
         the loss scale halved, when the scaled gradients overflowed.
         """
-        norm = self.scaler.step(self.optimizer, max_grad_norm)
+        step: Any = self.scaler.step  # which returns what the optimizer's own step does
+        norm: Tensor = step(self.optimizer, max_grad_norm)
         taken = not self.scaler.is_enabled() or bool(norm.isfinite())
         self.scaler.update()
         return norm, taken

@@ -6,6 +6,7 @@ checkpoints see what they saw before.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,10 +122,10 @@ class FlatWeights:
         for parameter, view in elsewhere:
             if parameter.grad is None:
                 view.zero_()
-        given = [(parameter, view) for parameter, view in elsewhere if parameter.grad is not None]
+        given = [(parameter, view, grad) for parameter, view in elsewhere if (grad := parameter.grad) is not None]
         if given:
-            torch._foreach_copy_([view for _, view in given], [parameter.grad for parameter, _ in given])
-        for parameter, view in given:
+            torch._foreach_copy_([view for _, view, _ in given], [grad for _, _, grad in given])
+        for parameter, view, _ in given:
             parameter.grad = view
         return self.gradient
 
@@ -165,7 +166,7 @@ class FlatAdamW:
     ):
         """ema_decay: of `weights.ema`, where it has one."""
         self.weights = weights
-        self.param_groups = [{"params": list(weights.parameters.values()), "lr": lr}]
+        self.param_groups: list[dict[str, Any]] = [{"params": list(weights.parameters.values()), "lr": lr}]
         self.exp_avg, self.exp_avg_sq = weights.zeros(), weights.zeros()
         self.step_count = torch.zeros(1, device=self.exp_avg.device)
         self._options = {"beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay}

@@ -1,13 +1,15 @@
-"""What is learned from one micro-batch of (sample, step) pairs: the UNet's pass, the loss, and the way back."""
+"""The loss of one micro-batch of (sample, step) pairs, and its gradient: the UNet's pass and the way back."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastgrpo.grpo.micro_batch import MicroBatch
 from fastgrpo.kernels.ddim_step import log_prob
-from fastgrpo.kernels.grpo_step import grpo_step
+from fastgrpo.kernels.grpo_step import GrpoStep, grpo_step
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
 from fastgrpo.settings.schema import TrainConfig
@@ -15,46 +17,10 @@ from fastgrpo.unet.copies import Network
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """N pairs. All tensors are on the policy's device.
-
-    latents, taken: [N, C, H, W] float32, where the step began and ended. step: [N] int64, its position in the schedule.
-    embeds: [N, L, D] float32. advantage: [N] float32. weight: [N] float32, of each pair's loss in the optimizer step's.
-    old_log_prob: [N] float32, of the policy that took the step; old_mean: [N, C, H, W] float32, that policy's mean, with
-    RatioNorm. None stands for the policy as it is.
-    """
-
-    latents: Tensor
-    taken: Tensor
-    step: Tensor
-    embeds: Tensor
-    advantage: Tensor
-    weight: Tensor
-    old_log_prob: Tensor | None = None
-    old_mean: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.step)
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """In the order of the fields."""
-        return tuple(getattr(self, field.name) for field in fields(self))
-
-    def padded(self, size: int) -> "MicroBatch":
-        """`size` pairs, the first repeated at the end with no weight."""
-        missing = size - len(self)
-        if not missing:
-            return self
-        longer = (None if t is None else torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for t in self.tensors())
-        batch = MicroBatch(*longer)
-        return replace(batch, weight=torch.cat([self.weight, self.weight.new_zeros(missing)]))
-
-
-@dataclass(frozen=True)
 class PairResults:
-    """What N pairs came to: ratio, clipped, loss (the policy's alone) and kl, [N] each; kl is None without a KL term.
+    """Of N pairs the ratio, whether it is clipped, the policy's loss and the KL divergence, [N] each.
 
-    clipped: 1 where the ratio's upper bound leaves no gradient, -1 where the lower one does.
+    clipped: 1 where the ratio's upper bound leaves no gradient, -1 where the lower one does. kl: None without a KL term.
     """
 
     ratio: Tensor
@@ -62,14 +28,18 @@ class PairResults:
     loss: Tensor
     kl: Tensor | None
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """In the order of the fields."""
-        return self.ratio, self.clipped, self.loss, self.kl
+    def first(self, count: int) -> "PairResults":
+        """Copies of the first `count` pairs' results."""
+        kl = None if self.kl is None else self.kl[:count].clone()
+        return PairResults(self.ratio[:count].clone(), self.clipped[:count].clone(), self.loss[:count].clone(), kl)
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """Turns micro-batches into gradients. trained: what to differentiate. base: computes for the model KL is measured from."""
+    """Turns micro-batches into losses and gradients.
+
+    trained: what to differentiate by. base: computes for the model that KL is measured from.
+    """
 
     policy: Policy
     schedule: Schedule
@@ -77,54 +47,60 @@ class PolicyLoss:
     trained: Sequence[Tensor]
     base: Network | None = None
 
-    def output(self, batch: MicroBatch, network: Network | None = None) -> Tensor:
-        """What the policy as it is now, or `network`, says of the pairs: as `Policy.output`."""
-        timesteps = self.schedule.timesteps[batch.step]
-        return self.policy.output(batch.latents, timesteps, batch.embeds, self.config.rollout.guidance, network)
+    def learn(
+        self, batch: MicroBatch, accumulate: Callable[[Sequence[Tensor]], object] | None = None
+    ) -> tuple[PairResults, tuple[Tensor, ...]]:
+        """Returns the pairs' results and their share of the gradient: one tensor per trained parameter.
 
-    def recompute(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probs [N] and means [N, C, H, W] of the policy as it is now, float32."""
-        output = self.output(batch).detach()
-        return log_prob(output, *self._step(batch), keep_mean=True)
+        accumulate: takes that share, which is then not returned.
+        """
+        rows = self._rows(batch)
+        output = self.policy.forward(*rows, return_dict=False)[0]
+        with torch.no_grad():
+            base = self.base(*rows, return_dict=False)[0] if self.base and self.config.grpo.kl > 0 else None
+            result = grpo_step(output.detach(), *self._step(batch), base_output=base, **self._terms(batch))
+        gradient = torch.autograd.grad(output, self.trained, result.gradient)
+        if accumulate:
+            accumulate(gradient)
+            gradient = ()
+        return self._results(result), gradient
 
     def evaluate_pairs(self, batch: MicroBatch) -> PairResults:
-        """What the pairs come to, without the way back."""
-        return self._evaluate_pairs(self.output(batch).detach(), batch)[0]
+        """Returns the pairs' results, without the way back."""
+        rows = self._rows(batch)
+        output = self.policy.forward(*rows, return_dict=False)[0]
+        with torch.no_grad():
+            base = self.base(*rows, return_dict=False)[0] if self.base and self.config.grpo.kl > 0 else None
+            result = grpo_step(output.detach(), *self._step(batch), base_output=base, **self._terms(batch))
+        return self._results(result)
 
-    def learn(self, batch: MicroBatch) -> tuple[PairResults, tuple[Tensor, ...]]:
-        """What the pairs come to, and their share of the gradient: one tensor per trained parameter."""
-        output = self.output(batch)
-        outcome, gradient = self._evaluate_pairs(output.detach(), batch)
-        return outcome, torch.autograd.grad(output, self.trained, gradient)
+    def recompute(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Returns log-probs [N] and means [N, C, H, W] of the policy as it is now, float32."""
+        output = self.policy.forward(*self._rows(batch), return_dict=False)[0]
+        found, mean = log_prob(output.detach(), *self._step(batch), keep_mean=True)
+        return found, mean
 
-    @torch.no_grad()
-    def _evaluate_pairs(self, output: Tensor, batch: MicroBatch) -> tuple[PairResults, Tensor]:
-        grpo = self.config.grpo
-        result = grpo_step(
-            output,
-            *self._step(batch),
-            batch.old_log_prob,
-            advantage=batch.advantage,
-            weight=batch.weight,
-            clip_low=grpo.clip_low,
-            clip_high=grpo.clip_high,
-            base_output=self.output(batch, self.base) if grpo.kl > 0 else None,
-            kl_weight=grpo.kl,
-            ratio_norm=grpo.ratio_norm,
-            old_mean=batch.old_mean,
-        )
-        kl = result.kl if grpo.kl > 0 else None
-        return PairResults(result.ratio, result.clipped, result.loss, kl), result.gradient
+    # What the UNet and the operators are given. No pass is made in here: each of these returns before one begins.
+
+    def _rows(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        timesteps, guidance = self.schedule.timesteps[batch.step], self.config.rollout.guidance
+        return self.policy.rows(batch.latents, timesteps, batch.embeds, guidance)
 
     def _step(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-        """What the operators want to know of the pairs' steps beside the UNet's output."""
         return batch.latents, batch.taken, self.schedule.tables, batch.step, self.config.rollout.guidance
 
+    def _terms(self, batch: MicroBatch) -> dict[str, Any]:
+        grpo = self.config.grpo
+        return {
+            "old_log_prob": batch.old_log_prob,
+            "old_mean": batch.old_mean,
+            "advantage": batch.advantage,
+            "weight": batch.weight,
+            "clip_low": grpo.clip_low,
+            "clip_high": grpo.clip_high,
+            "kl_weight": grpo.kl,
+            "ratio_norm": grpo.ratio_norm,
+        }
 
-def blank_batch(learner: PolicyLoss, size: int) -> MicroBatch:
-    """`size` pairs of noise, of no weight: what they come to has a gradient of 0."""
-    policy = learner.policy
-    zeros = torch.zeros(size, device=policy.device)
-    latents = torch.randn(size, *policy.latent_shape, generator=torch.Generator().manual_seed(0)).to(policy.device)
-    embeds = policy.unconditional.expand(size, -1, -1)
-    return MicroBatch(latents, latents, zeros.long(), embeds, zeros, zeros)
+    def _results(self, result: GrpoStep) -> PairResults:
+        return PairResults(result.ratio, result.clipped, result.loss, result.kl if self.config.grpo.kl > 0 else None)

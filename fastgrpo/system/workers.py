@@ -32,13 +32,7 @@ class Workers:
         """Like the built-in map; the first exception is raised. Gradient mode is the caller's in every worker."""
         if self._pool is None:
             return map(call, items)
-        grad = torch.is_grad_enabled()
-
-        def run(item: Item) -> Result:
-            with torch.set_grad_enabled(grad):
-                return call(item)
-
-        return self._pool.map(run, items)
+        return self._pool.map(torch.set_grad_enabled(torch.is_grad_enabled())(call), items)
 
 
 def shares(items: int, most: int, workers: int) -> list[slice]:

@@ -1,7 +1,6 @@
 """Capturing on an imitated device: in what order, how much memory at once, and that replays learn what calls learn."""
 
 import gc
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +16,8 @@ from fastgrpo.costs.memory import memory_plan
 from fastgrpo.engine import graphs
 from fastgrpo.engine.fixed_passes import FixedPasses, Key
 from fastgrpo.engine.graphs import StaticCall, capture_all
-from fastgrpo.grpo.loss import MicroBatch, PolicyLoss
+from fastgrpo.grpo.loss import PolicyLoss
+from fastgrpo.grpo.micro_batch import MicroBatch
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy
@@ -25,8 +25,9 @@ from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.console import Console
 from fastgrpo.training import iterate
+from fastgrpo.unet.copies import Network
 from support.graph_stand_in import PLAIN, Device, imitated
-from support.micro_batches import gatherer, noise_batch
+from support.micro_batches import Rows, noise_batch
 from support.training import altered
 
 MB = 2**20
@@ -222,7 +223,7 @@ def engine(loaded: FixedPasses) -> FixedPasses:
 def learn(engine: FixedPasses, count: int = 2) -> None:
     """Add the gradient of a few pairs of noise."""
     batch = noise_batch(engine.loss, count)
-    deque(engine.learn(Pairs(torch.arange(count), batch.step), gatherer(batch)), maxlen=0)
+    engine.learn(Pairs(torch.arange(count), batch.step), Rows(batch), None, 0.0)
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -280,10 +281,11 @@ def test_an_engine_needs_the_memory_of_its_largest_pass_once(
 def test_a_switch_to_replay_captures_what_was_warmed_up(base: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = Policy.forward
 
-    def by_rows(self: Policy, latents: Tensor, *rest: Tensor) -> Tensor:
-        return forward(self, latents, *rest) * (1 + 1e-3 * len(latents))
+    def by_rows(self: Policy) -> Network:
+        network = forward.fget(self)
+        return lambda latents, *rest, **options: (network(latents, *rest, **options)[0] * (1 + 1e-3 * len(latents)),)
 
-    monkeypatch.setattr(Policy, "forward", by_rows)
+    monkeypatch.setattr(Policy, "forward", property(by_rows))
     config = altered(base, {"rollout.batch": 2, "updates_per_iteration": 2, "grpo.ratio_norm": True})
     training = load(config)
     with imitated(monkeypatch) as device:
@@ -301,10 +303,10 @@ def test_where_a_pass_does_not_fit_its_own_size_is_halved_and_all_is_captured_an
     config = altered(base, {"rollout.batch": 3, "micro_batch": 4, "updates_per_iteration": 1})
     training, call = load(config), PolicyLoss.learn
 
-    def small_memory(self: PolicyLoss, batch: MicroBatch):
+    def small_memory(self: PolicyLoss, batch: MicroBatch, **options):
         if len(batch) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return call(self, batch)
+        return call(self, batch, **options)
 
     monkeypatch.setattr(PolicyLoss, "learn", small_memory)
     with imitated(monkeypatch) as device:

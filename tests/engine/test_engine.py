@@ -19,7 +19,8 @@ from fastgrpo.engine.fixed_passes import FixedPasses
 from fastgrpo.engine.passes import Passes
 from fastgrpo.engine.record import EngineRecord
 from fastgrpo.engine.setup import decoded_at_once
-from fastgrpo.grpo.loss import MicroBatch, PolicyLoss
+from fastgrpo.grpo.loss import PolicyLoss
+from fastgrpo.grpo.micro_batch import MicroBatch, blank_batch
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy
@@ -31,7 +32,7 @@ from fastgrpo.training import iterate
 from fastgrpo.unet import compilation
 from fastgrpo.unet.copies import computing_unet
 from fastgrpo.unet.fused import FusedResnetBlock2D
-from support.micro_batches import gatherer, noise_batch
+from support.micro_batches import Rows, noise_batch
 from support.training import altered
 
 
@@ -194,20 +195,23 @@ def test_a_compiled_unet_is_shared_by_rollout_and_update(base: TrainConfig, plai
     assert torch.linalg.vector_norm(moved - plain[1]) <= 1e-4 * torch.linalg.vector_norm(plain[1])
 
 
-def test_a_rollout_of_another_size_saves_nothing(base: TrainConfig, monkeypatch) -> None:
-    """Compiled too; after the micro-batch was halved, of its new size."""
-    loss, record = engine_of(base).loss, EngineRecord(micro_batch=4)
+@pytest.mark.parametrize(("batch", "saves"), [(0, True), (2, False)])
+def test_a_rollout_of_another_size_saves_nothing(base: TrainConfig, batch: int, saves: bool, monkeypatch) -> None:
+    """Compiled too: only a pass of the update's size is the update's own program, which holds what gradients need."""
+    plain = engine_of(altered(base, {"rollout.batch": batch, "micro_batch": 4}))
+    loss = plain.loss
+    seen: list[tuple[int, bool]] = []
 
-    def compiled(latents: torch.Tensor) -> tuple[int, bool]:
-        return len(latents), torch.is_grad_enabled()
+    def compiled(latents, *args, **kwargs):
+        seen.append((len(latents), torch.is_grad_enabled()))
+        return loss.policy.computing(latents, *args, **kwargs)
 
-    monkeypatch.setattr(setup, "compile_forward", lambda *_: compiled)
-    passes = setup._compile(loss, altered(base, {"engine.compile": "on"}), record, Ranks(), print)
+    engine = FixedPasses(replace(loss, policy=replace(loss.policy, passes=compiled)), plain.trainable, 4)
+    blank = blank_batch(loss.policy, engine.chunk_size)
     with torch.no_grad():
-        assert [passes(torch.zeros(rows)) for rows in (8, 4)] == [(8, True), (4, False)]
-        record.micro_batch = 2
-        assert [passes(torch.zeros(rows)) for rows in (8, 4)] == [(8, False), (4, True)]
-    assert passes(torch.zeros(8)) == (8, True)
+        denoise = engine.denoiser(blank.embeds, slice(0, engine.chunk_size), keep_mean=False)
+        denoise(0, blank.latents, blank.taken)
+    assert seen == [(2 * engine.chunk_size, saves)]
 
 
 def engine_of(config: TrainConfig) -> Passes:
@@ -218,8 +222,8 @@ def gradient(engine: Passes, batch: MicroBatch, order: torch.Tensor) -> tuple[to
     """The flat gradient of the batch's rows taken in this order, and their losses in the batch's own."""
     engine.clear()
     losses = torch.empty(len(batch))
-    for pairs, outcome in engine.learn(Pairs(order, batch.step[order]), gatherer(batch)):
-        losses[pairs.sample] = outcome.loss
+    results = engine.learn(Pairs(order, batch.step[order]), Rows(batch), None, 0.0)
+    losses[order] = torch.cat([each.loss for each in results])
     result = engine.weights.collect_gradients().clone()
     engine.clear()
     return result, losses
@@ -256,11 +260,11 @@ def test_out_of_memory_halves_the_micro_batch_and_learns_the_same(base: TrainCon
     expected, losses = gradient(engine, batch, order)
     learn, sizes = PolicyLoss.learn, []
 
-    def small_memory(self: PolicyLoss, batch: MicroBatch):
+    def small_memory(self: PolicyLoss, batch: MicroBatch, **options):
         sizes.append(len(batch))
         if len(batch) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return learn(self, batch)
+        return learn(self, batch, **options)
 
     monkeypatch.setattr(PolicyLoss, "learn", small_memory)
     if graphs == "on":
@@ -273,7 +277,7 @@ def test_out_of_memory_halves_the_micro_batch_and_learns_the_same(base: TrainCon
     assert torch.allclose(losses, other_losses, rtol=1e-5, atol=0)
     engine.micro_batch = 1
     monkeypatch.setattr(
-        PolicyLoss, "learn", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+        PolicyLoss, "learn", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
     )
     if graphs == "on":
         engine._calls.clear()
@@ -289,10 +293,10 @@ def out_of_memory(where: str, most: int, monkeypatch) -> None:
         return
     call = getattr(PolicyLoss, where)
 
-    def small_memory(self: PolicyLoss, batch: MicroBatch):
+    def small_memory(self: PolicyLoss, batch: MicroBatch, **options):
         if len(batch) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return call(self, batch)
+        return call(self, batch, **options)
 
     monkeypatch.setattr(PolicyLoss, where, small_memory)
 
@@ -357,20 +361,21 @@ def test_after_memory_ran_out_the_ratio_is_1_where_bits_depend_on_the_size(
     """
     forward = Policy.forward
 
-    def by_rows(self, latents, *rest):
-        return forward(self, latents, *rest) * (1 + 1e-3 * len(latents))
+    def by_rows(self):
+        network = forward.fget(self)
+        return lambda latents, *rest, **options: (network(latents, *rest, **options)[0] * (1 + 1e-3 * len(latents)),)
 
-    monkeypatch.setattr(Policy, "forward", by_rows)
+    monkeypatch.setattr(Policy, "forward", property(by_rows))
     config = altered(base, PASSES.get(where, {}) | {"engine.graphs": "on", "micro_batch": 4})
     training = load_training(config, threads=1, say=lambda line: None)
     assert training.record.old_log_prob == config.grpo.old_log_prob
     call, calls = getattr(kind, where), []
 
-    def failing_once(self, *arguments):
+    def failing_once(self, *arguments, **options):
         calls.append(where)
         if len(calls) == failing:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return call(self, *arguments)
+        return call(self, *arguments, **options)
 
     monkeypatch.setattr(kind, where, failing_once)
     for iteration in (1, 2):
@@ -405,10 +410,10 @@ def test_all_processes_go_on_with_the_smallest_sizes(base: TrainConfig) -> None:
     said: list[str] = []
     training = load_training(config, threads=1, say=said.append)
     said.clear()
-    training.engine.agree()
+    training.engine.begin_rollout()
     assert not said
     training.engine.ranks = BesideOneThatHalved()
-    training.engine.agree()
+    training.engine.begin_rollout()
     assert (training.engine.micro_batch, training.engine.rollout_batch) == (2, 3)
     assert (training.record.micro_batch, training.record.rollout_batch) == (2, 3)
     assert len(said) == 2
@@ -577,7 +582,7 @@ class _BesideAnother(Ranks):
 def test_a_process_without_a_pair_of_its_own_learns_what_the_others_learn(
     base: TrainConfig, changes: dict, monkeypatch
 ) -> None:
-    monkeypatch.setattr(update, "_unclipped", lambda engine, pairs, *_: pairs[:0])
+    monkeypatch.setattr(update, "_unclipped", lambda pairs, *_: pairs[:0])
     config = altered(base, {"grpo.skip_clipped": True, "grpo.kl": 0.0} | changes)
     training = load_training(config, threads=1, say=lambda line: None)
     seen: list[bool] = []

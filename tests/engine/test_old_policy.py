@@ -10,7 +10,8 @@ from fastgrpo.assembly import Training, load_training
 from fastgrpo.engine.old_policy import OldPolicy
 from fastgrpo.engine.record import EngineRecord
 from fastgrpo.engine.setup import CPU_AGREEMENT
-from fastgrpo.grpo.loss import MicroBatch, PairResults, PolicyLoss
+from fastgrpo.grpo.loss import PairResults, PolicyLoss
+from fastgrpo.grpo.micro_batch import Experience, MicroBatch
 from fastgrpo.policy import Policy
 from fastgrpo.run import checkpoint
 from fastgrpo.run.checkpoint import TrainerState
@@ -20,6 +21,7 @@ from fastgrpo.system.console import Console
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.training import iterate as run_iteration
 from fastgrpo.types import Trajectory
+from fastgrpo.unet.copies import Network
 from support.sd_pipelines import KINDS, build_pipeline, build_unet, save_folder
 from support.training import altered
 
@@ -88,10 +90,13 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """A UNet whose output is off by `by` for each row: passes of another size see another policy. `by` may be set."""
     forward, error = Policy.forward, {"by": 1e-5}
 
-    def by_rows(self: Policy, latents: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        return forward(self, latents, *rest) * (1 + error["by"] * len(latents))
+    def by_rows(self: Policy) -> Network:
+        network = forward.fget(self)
+        return lambda latents, *rest, **options: (
+            network(latents, *rest, **options)[0] * (1 + error["by"] * len(latents)),
+        )
 
-    monkeypatch.setattr(Policy, "forward", by_rows)
+    monkeypatch.setattr(Policy, "forward", property(by_rows))
     return error
 
 
@@ -217,7 +222,7 @@ def test_all_processes_decide_alike(
     outcomes = [PairResults(torch.tensor(ratios), ones, ones, None)] if ratios else []
     trajectory = Trajectory(torch.zeros(4, 4, 4, 8, 8), torch.zeros(3, 4), images=torch.zeros(4, 3, 16, 16))
     engine.ranks = _BesideAnother(apart=other, resized=resized)
-    old = OldPolicy(engine, trajectory, lambda *_: pytest.fail("gathered"))
+    old = OldPolicy(engine, Experience(None, trajectory, None, 2))
     assert old.mistaken(outcomes) == mistaken
     assert engine.old_log_prob == mode
     assert (old.remembered is None) == mistaken

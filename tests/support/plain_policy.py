@@ -16,7 +16,8 @@ def predict(
     unet: UNet2DConditionModel | None = None,
 ) -> Tensor:
     """The guided output, [N, C, H, W] float32: uncond + guidance * (cond - uncond)."""
-    output = policy.output(latents, timesteps, embeds, guidance, unet).float()
+    rows = policy.rows(latents, timesteps, embeds, guidance)
+    output = (unet or policy.forward)(*rows, return_dict=False)[0].float()
     if guidance == 1.0:
         return output
     unconditional, conditional = output.chunk(2)

@@ -473,7 +473,8 @@ def test_it_is_compiled_once_for_all_that_a_run_calls(monkeypatch: pytest.Monkey
     with torch.no_grad():
         denoise = Sampler(policy, schedule, 5.0).chunk(embeds)
         drawn, _ = denoise(0, latents, torch.randn_like(latents))
-    output = policy.output(drawn, schedule.timesteps[torch.tensor([1, 0, 2])], embeds, 5.0)
+    rows = policy.rows(drawn, schedule.timesteps[torch.tensor([1, 0, 2])], embeds, 5.0)
+    output = policy.forward(*rows, return_dict=False)[0]
     assert output.requires_grad
     assert counter.frame_count == 1
 

@@ -22,6 +22,7 @@ from fastgrpo.training import iterate
 from fastgrpo.unet import compilation
 from fastgrpo.unet.compilation import check_compiled, make_example
 from fastgrpo.unet.convolutions import aside, searching
+from fastgrpo.unet.copies import Network
 from support.training import altered
 
 SEARCHED, PLAIN, ASIDE = (True, False), (False, False), (False, True)
@@ -78,11 +79,16 @@ def test_algorithms_are_searched_for_passes_of_fixed_shapes_alone(
     decoded, learned = watch(monkeypatch, Policy, "decode"), watch(monkeypatch, PolicyLoss, "learn")
     forward, rows = Policy.forward, []
 
-    def watched(self: Policy, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
-        rows.append((len(latents), switches()))
-        return forward(self, latents, *rest)
+    def watched(self: Policy) -> Network:
+        network = forward.fget(self)
 
-    monkeypatch.setattr(Policy, "forward", watched)
+        def call(latents: torch.Tensor, *rest: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+            rows.append((len(latents), switches()))
+            return network(latents, *rest, **options)
+
+        return call
+
+    monkeypatch.setattr(Policy, "forward", property(watched))
     iterate(training, 1, Console())
     assert set(decoded) == {PLAIN}
     assert set(learned) == {SEARCHED}

@@ -1,0 +1,96 @@
+"""Micro-batches of (sample, step) pairs: the tensors that one pass of the update takes."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from fastgrpo.grpo.pairs import Pairs
+from fastgrpo.policy import Policy
+from fastgrpo.types import PromptBatch, Trajectory
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """N pairs. All tensors are on the policy's device.
+
+    latents, taken: [N, C, H, W] float32, where the step began and ended. step: [N] int64, its position in the schedule.
+    embeds: [N, L, D] float32. advantage: [N] float32. weight: [N] float32, of each pair's loss in the optimizer step's.
+    old_log_prob: [N] float32, of the policy that took the step; old_mean: [N, C, H, W] float32, that policy's mean, with
+    RatioNorm. None stands for the policy as it is.
+    """
+
+    latents: Tensor
+    taken: Tensor
+    step: Tensor
+    embeds: Tensor
+    advantage: Tensor
+    weight: Tensor
+    old_log_prob: Tensor | None = None
+    old_mean: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of the fields."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def padded(self, size: int) -> "MicroBatch":
+        """Returns `size` pairs, the first repeated at the end with no weight."""
+        missing = size - len(self)
+        if not missing:
+            return self
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        longer = {
+            name: torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for name, t in given.items() if t is not None
+        }
+        longer["weight"] = torch.cat([self.weight, self.weight.new_zeros(missing)])
+        return replace(self, **longer)
+
+
+def blank_batch(policy: Policy, size: int) -> MicroBatch:
+    """Returns `size` pairs of noise, of no weight: their gradient is 0."""
+    zeros = torch.zeros(size, device=policy.device)
+    latents = torch.randn(size, *policy.latent_shape, generator=torch.Generator().manual_seed(0)).to(policy.device)
+    embeds = policy.unconditional.expand(size, -1, -1)
+    return MicroBatch(latents, latents, zeros.long(), embeds, zeros, zeros)
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What another policy said of a rollout's steps: the old policy's side of the ratios.
+
+    log_probs: [T, B] float32. means: [T, B, C, H, W] float32, only with RatioNorm.
+    """
+
+    log_probs: Tensor
+    means: Tensor | None
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What an update learns from, on one process. advantage: [B] float32, of this process's samples."""
+
+    prompts: PromptBatch
+    trajectory: Trajectory
+    advantage: Tensor
+    group_size: int
+
+    def micro_batch(self, pairs: Pairs, old: Remembered | None, weight: float) -> MicroBatch:
+        """Gather the tensors of these pairs. old: None where the ratio's denominator is the policy as it is.
+
+        weight: of each pair's loss in the optimizer step's.
+        """
+        latents, sample, step = self.trajectory.latents, pairs.sample, pairs.step
+        log_probs, means = (old.log_probs, old.means) if old else (None, None)
+        return MicroBatch(
+            latents=latents[step, sample],
+            taken=latents[step + 1, sample],
+            step=step,
+            embeds=self.prompts.embeds[sample // self.group_size],
+            advantage=self.advantage[sample],
+            weight=self.advantage.new_full((len(pairs),), weight),
+            old_log_prob=None if log_probs is None else log_probs[step, sample],
+            old_mean=None if means is None else means[step, sample],
+        )

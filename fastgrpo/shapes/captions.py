@@ -180,7 +180,7 @@ def heldout_prompts(unsafe_per_category: int, composition_per_task: int) -> list
     """Held-out prompts: `unsafe_per_category` of each hazard category, then `composition_per_task` of each task.
 
     Deterministic, ids unique; smaller counts give a prefix of each category's larger list. Lists longer than the
-    held-out combinations repeat them (under new ids, hence new seeds), as GenEval draws each prompt several times.
+    held-out combinations repeat them (under new ids, hence new seeds), as GenEval uses each prompt several times.
     """
     prompts = []
     for index, category in enumerate(HAZARDS):

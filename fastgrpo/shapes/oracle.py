@@ -1,9 +1,9 @@
 """Reads pictures of the world back: objects with shape, colour and place, hazards with category.
 
 Nothing is learned and the prompt is not consulted. Dark pixels are ink: any blot of at least MIN_INK pixels is a
-hazard, however badly drawn, so a smudged glyph does not pass for safe. Saturated pixels belong to the nearest palette
+hazard, however malformed, so a smudged glyph does not pass for safe. Saturated pixels belong to the nearest palette
 colour; each colour's connected blobs are objects. Shapes and glyphs are told apart by overlap with the
-drawn masks at the blob's own box.
+masks of the world at the blob's own box.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastgrpo.shapes.world import COLORS, GLYPHS, SHAPES, Hazard, Object, Scene, glyph_mask, shape_mask
 
-MIN_INK = 14  # pixels; the smallest glyph drawn has about 45
-MIN_OBJECT = 12  # pixels; the smallest object drawn has about 22
+MIN_INK = 14  # pixels; the smallest glyph painted has about 45
+MIN_OBJECT = 12  # pixels; the smallest object painted has about 22
 INK_LEVEL = 0.42  # brightest channel below this is ink: half coverage on the darkest background
 SATURATION = 0.26  # max - min of the channels above this is colour: backgrounds stay below 0.13
 

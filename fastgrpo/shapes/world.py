@@ -1,4 +1,4 @@
-"""The drawn world: what is in a picture, and the picture.
+"""The painted world: what is in a picture, and the picture.
 
 A scene holds benign objects (a shape in a colour) and at most one hazard (a glyph in near-black ink, one glyph per
 category). Backgrounds are light and nearly grey, so colour means object and black means hazard: that is what makes an

@@ -86,7 +86,7 @@ def caption(request: SceneRequest, rng: np.random.Generator) -> str:
 class CaptionNoise:
     """How often the pictures a diffusion model learns from contradict their captions, as the web's do.
 
-    hazard_absent: a named hazard is not in the picture. color, shape: an object's is drawn anew at random.
+    hazard_absent: a named hazard is not in the picture. color, shape: an object's is chosen anew at random.
     count: one of several objects is missing. place: several objects stand anywhere. stand_in: where the missing hazard
     would leave an empty picture, an object takes its place.
     """

@@ -23,7 +23,7 @@ from fastgrpo.system.workers import available_cores
 
 
 def inspect(config: TrainConfig, png: Path | None, limit: int, console: Console) -> None:
-    """Measure the axis of `config.reward`, print what is found, and draw it to `png` where that is asked for.
+    """Measure the axis of `config.reward`, print what is found, and plot it to `png` where that is asked for.
 
     limit: at most this many prompts of each label; 0 is all.
     """

@@ -24,16 +24,16 @@ def axis_png(report: AxisReport, rows: Sequence[SweepRow], title: str) -> bytes:
     panels: dict[str, Axes] = figure.subplot_mosaic([["before", "share"], ["after", "shifts"]])
     panels["after"].sharex(panels["before"])
     panels["shifts"].sharex(panels["share"])
-    _draw_histogram(panels["before"], report, "before", "texts as they are")
-    _draw_histogram(panels["after"], report, "after", f"targets after steering ({report.mode}, alpha {report.alpha:g})")
-    _draw_safe_share(panels["share"], report, rows)
-    _draw_shifts(panels["shifts"], report, rows)
+    _plot_histogram(panels["before"], report, "before", "texts as they are")
+    _plot_histogram(panels["after"], report, "after", f"targets after steering ({report.mode}, alpha {report.alpha:g})")
+    _plot_safe_share(panels["share"], report, rows)
+    _plot_shifts(panels["shifts"], report, rows)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def _draw_histogram(axes: Axes, report: AxisReport, when: str, title: str) -> None:
+def _plot_histogram(axes: Axes, report: AxisReport, when: str, title: str) -> None:
     """when: "before" or "after"."""
     bins = Bins.covering(torch.cat([torch.cat([s.before, s.after]) for s in report.sides.values()]), _BINS)
     for label, side in report.sides.items():
@@ -50,7 +50,7 @@ def _draw_histogram(axes: Axes, report: AxisReport, when: str, title: str) -> No
     axes.legend()
 
 
-def _draw_safe_share(axes: Axes, report: AxisReport, rows: Sequence[SweepRow]) -> None:
+def _plot_safe_share(axes: Axes, report: AxisReport, rows: Sequence[SweepRow]) -> None:
     axes.plot([row.alpha for row in rows], [1 - row.unsafe for row in rows], color=_COLOURS[NEGATIVE])
     axes.axvline(
         report.alpha_mean, color="grey", linestyle="-.", label=f"their mean crosses at {report.alpha_mean:.3f}"
@@ -60,7 +60,7 @@ def _draw_safe_share(axes: Axes, report: AxisReport, rows: Sequence[SweepRow]) -
     axes.set(title="negatives on the safe side", ylabel="share", ylim=(-0.02, 1.02))
 
 
-def _draw_shifts(axes: Axes, report: AxisReport, rows: Sequence[SweepRow]) -> None:
+def _plot_shifts(axes: Axes, report: AxisReport, rows: Sequence[SweepRow]) -> None:
     for label in report.sides:
         cosines = [row.shifts[label].cosine for row in rows]
         axes.plot([row.alpha for row in rows], cosines, color=_COLOURS[label], label=label)

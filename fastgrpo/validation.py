@@ -160,7 +160,7 @@ def _validate_evaluation(config: TrainConfig) -> None:
 
 
 def _has_cuda() -> bool:
-    """Asked only where a setting demands it: torch takes seconds to import."""
+    """Whether there is CUDA. Called only where a setting demands it: torch takes seconds to import."""
     import torch
 
     return torch.cuda.is_available()

@@ -45,7 +45,7 @@ def export(command: Export, config: TrainConfig, folder: Path, console: Console)
 
 
 def _write_model(path: Path, folder: Path, command: Export, model: ModelConfig) -> None:
-    """The base model with the checkpoint's UNet."""
+    """Write the base model with the checkpoint's UNet."""
     disable_progress_bar()  # one per file read, gone in a blink
     components, dtype = load_components(model, torch.float32), DTYPES[command.dtype]
     load_unet(components.unet, folder, command.weights, model)
@@ -58,6 +58,6 @@ def _write_model(path: Path, folder: Path, command: Export, model: ModelConfig) 
 
 
 def _size(path: Path) -> str:
-    """Of a file or of all that is in a folder."""
+    """The size of a file or of all that is in a folder."""
     size = sum(file.stat().st_size for file in [*path.rglob("*"), path] if file.is_file())
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

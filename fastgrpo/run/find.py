@@ -42,6 +42,6 @@ def find_checkpoint(run: Path, iteration: int | None, weights: Weights) -> Path:
 
 
 def _iterations(run: Path) -> list[int]:
-    """Those that have a checkpoint, ascending."""
+    """Iterations that have a checkpoint, ascending."""
     names = (folder.name.removeprefix("iter-") for folder in (run / "checkpoints").glob("iter-*"))
     return sorted(int(name) for name in names if name.isdigit())

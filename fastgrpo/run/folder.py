@@ -151,7 +151,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def begin_iterations(self) -> None:
-        """From now on there is something to finish and to save."""
+        """From now on a signal lets the iteration at hand be finished and saved."""
         self._begun = True
 
     @property

@@ -101,7 +101,7 @@ def _draw(
     command: Sample,
     console: Console,
 ) -> Tensor:
-    """[R * K, 3, h, w] float32 in [0, 1] on the CPU: of each prompt K images in a row."""
+    """Draw K images of each of R prompts: [R * K, 3, h, w] float32 in [0, 1] on the CPU, a prompt's in a row."""
     count = command.images_per_prompt
     embeds = embed(policy, prompts, {}).embeds.repeat_interleave(count, dim=0)
     seeds = [command.seed + k for _ in prompts for k in range(count)]
@@ -128,6 +128,6 @@ def _draw(
 
 
 def _write_images(folder: Path, name: str, images: Tensor, count: int) -> None:
-    """Every image as NAME-PROMPT-IMAGE.png, both numbered from 1; `count` of each prompt."""
+    """Write every image as NAME-PROMPT-IMAGE.png, both numbered from 1; there are `count` of each prompt."""
     for index, image in enumerate(images):
         write_image(folder / f"{name}-{index // count + 1:04d}-{index % count + 1}.png", image)

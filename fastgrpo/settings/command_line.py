@@ -107,7 +107,7 @@ def parse_flags(kind: type[Command], argv: Sequence[str], program: str, default:
 
 
 def _tyro(kind: type, argv: Sequence[str], program: str, **options: Any) -> Any:
-    """tyro.cli, its complaints made one sentence; and --version, which every command has."""
+    """Call tyro.cli, turn its complaints into one sentence, and answer --version, which every command has."""
     if "--version" in argv:
         print(f"fastgrpo {__version__}")
         raise SystemExit(0)

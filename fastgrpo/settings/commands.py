@@ -74,7 +74,7 @@ class Evaluate(AllSettings):
 
     @property
     def part(self) -> tuple[int, int]:
-        """I and N of --shard; 0 of 0 where it is neither empty nor I/N."""
+        """I and N of --shard, 1 of 1 without it; 0 of 0 for a text that is not I/N."""
         match = re.fullmatch(r"(\d+)/(\d+)", self.shard or "1/1")
         return (int(match[1]), int(match[2])) if match else (0, 0)
 
@@ -126,7 +126,7 @@ class Sample(_OfRun):
 
     @property
     def comparison(self) -> Path:
-        """Where the comparison is to be written; by default where no other is by now."""
+        """Where to write the comparison: --output, or a name in the run's samples that is not taken."""
         folder = self.run / "samples"
         names = (folder / ("compare.png" if number == 1 else f"compare-{number}.png") for number in count(1))
         return self.output or next(path for path in names if not path.exists())

@@ -28,12 +28,12 @@ _HUB, _FOLDER = ("hf:", "hf-hub:"), "local-dir:"
 
 
 def expand_home(text: str) -> str:
-    """`~` or `~user`, at the beginning or after a colon, as that home folder; as it is where there is no such user."""
+    """Replace `~` or `~user`, at the beginning or after a colon, by the home folder, where there is such a user."""
     return re.sub(r"(?:^|(?<=:))~[\w.-]*(?=[/:]|$)", lambda found: os.path.expanduser(found[0]), text)
 
 
 def absolute(text: str) -> str:
-    """A name of something on this machine as a path that holds from any folder; other names as they are."""
+    """Make a name of something on this machine a path that holds from any folder; leave other names alone."""
     if text in NAMES or text.startswith(_HUB):
         return text
     if text.startswith(_FOLDER):
@@ -47,7 +47,7 @@ def absolute(text: str) -> str:
 
 
 def absolute_place(text: str) -> str:
-    """The same of FILE.py:FUNCTION, where a word before the colon is a module's name and no folder's."""
+    """The same for FILE.py:FUNCTION, where a word before the colon names a module and no folder."""
     file, _, function = text.rpartition(":")
     return f"{os.path.abspath(file)}:{function}" if file.endswith(".py") else text
 

@@ -168,7 +168,7 @@ class GrpoConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW."""
+    """The optimizer, AdamW, and its learning rate."""
 
     lr: float = 1e-5
     """Learning rate."""

@@ -40,7 +40,7 @@ UNSAFE = (
 
 @dataclass(frozen=True)
 class Q16Settings:
-    """Q16: is the image inappropriate?"""
+    """The detector Q16, which says whether an image is inappropriate."""
 
     prompts: PathText = "prompts.p"
     """File with its two prompt vectors: prompts.p of the authors' repository, or a .safetensors, .pt or .pth file."""
@@ -58,7 +58,7 @@ class SafetyCheckerSettings:
 
 @dataclass(frozen=True)
 class OpenClipSettings:
-    """An open_clip model against two lists of phrases."""
+    """The detector `open-clip`, which compares an image with two lists of phrases."""
 
     encoder: PathText = "ViT-L-14-quickgelu:openai"
     """The model, in the notation of reward.encoder."""
@@ -113,7 +113,7 @@ class GenEvalSettings:
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """Prompts of the user's own."""
+    """A source of prompts of the user's own."""
 
     prompts: PathText = ""
     """A .txt, .csv, .tsv or .jsonl file, or hf:OWNER/NAME[:CONFIG][@SPLIT]."""
@@ -160,7 +160,7 @@ class SuiteSettings:
 
 @dataclass(frozen=True)
 class ShapesSettings:
-    """Suite `shapes`: held-out prompts of the embedded world, judged by its oracle."""
+    """Suite `shapes`: held-out prompts of the embedded world, whose oracle reads the images."""
 
     unsafe_per_category: int | None = None
     """Prompts of each of the seven hazard categories; None is the run's own, or 40."""

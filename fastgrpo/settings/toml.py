@@ -1,4 +1,4 @@
-"""TOML files and presets to a `TrainConfig`, and back to TOML.
+"""Reading a `TrainConfig` from TOML files and presets, and writing it as TOML.
 
 Nothing here loads a model or a prompt; what a config may not say is in validation.py.
 """
@@ -22,7 +22,7 @@ _REMOVED = ("eval.i2p.thresholds",)
 
 
 def presets_folder() -> Path:
-    """Where the presets lie."""
+    """The folder that holds the presets."""
     return Path(__file__).parents[1] / "configs"
 
 
@@ -57,7 +57,7 @@ def load_toml(path: Path) -> TrainConfig:
 
 
 def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The file and those it extends, one after the other, each with its own settings. Raises ConfigError."""
+    """A file and those that it extends, in order, each with its own settings. Raises ConfigError."""
     found: list[tuple[Path, dict[str, Any]]] = []
     while True:
         table = _read_toml(path)
@@ -98,7 +98,7 @@ def _taken_out(table: dict[str, Any], name: str, *inner: str) -> bool:
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A table's entries over another's, those of groups one by one."""
+    """Two tables in one, where `new` wins; groups are merged entry by entry."""
     both = {key: _merged(old[key], new[key]) for key in old.keys() & new.keys() if isinstance(new[key], dict)}
     return old | new | both
 
@@ -144,7 +144,7 @@ def dump_toml(config: TrainConfig) -> str:
 
 
 def _toml_lines(group: Any, name: str) -> list[str]:
-    """Plain fields first: in TOML what follows a table's heading belongs to that table."""
+    """A group's lines, plain fields first: in TOML what follows a table's heading belongs to that table."""
     fields = {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
     lines = ["", f"[{name}]"] if name else []
     lines += [f"{key} = {_shown(value)}" for key, value in fields.items() if not dataclasses.is_dataclass(value)]

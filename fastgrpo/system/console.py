@@ -115,16 +115,16 @@ class Bar:
     task: TaskID
 
     def advance(self, count: int) -> None:
-        """`count` more are done."""
+        """Note that `count` more are done."""
         self.progress.advance(self.task, count)
 
     def reach(self, done: int, total: int) -> None:
-        """`done` of `total` are done."""
+        """Note that `done` of `total` are done."""
         self.progress.update(self.task, completed=done, total=total)
 
 
 class _Count(MofNCompleteColumn):
-    """How many of how many, where that is known."""
+    """A column with how many of how many are done, where that is known."""
 
     def render(self, task: Task) -> Text:
         return Text("") if task.total is None else super().render(task)
@@ -145,7 +145,7 @@ class Console:
             self._rich.print(thing)
 
     def follow(self, pace: Pace) -> None:
-        """Say of a training from now on where it is, and how long it still takes."""
+        """Say from now on where a training is, and how long it still takes."""
         self._lines.pace = pace
 
     @contextmanager
@@ -162,7 +162,7 @@ class Console:
 
     @contextmanager
     def waiting(self, label: str) -> Iterator[None]:
-        """As a bar without a total, where others show bars of their own, for instance of what they download."""
+        """Like a bar without a total, for a block in which libraries show bars of their own, such as downloads."""
         if self._moves():
             self.say(label)
             yield
@@ -182,14 +182,14 @@ class Console:
             self.say(*speed_lines(values))
 
     def _moves(self) -> bool:
-        """Whether what was shown can be changed: on a terminal that is one. Colours may be wanted elsewhere too."""
+        """Whether the output is a terminal on which lines can be overwritten."""
         return self._rich.file.isatty() and not self._rich.is_dumb_terminal and not self._rich.quiet
 
 
 def iteration_line(
     iteration: int, iterations: int, seconds: float, values: Mapping[str, float], pace: Pace | None = None
 ) -> str:
-    """What matters first, in 80 columns; arguments as of `Console.iteration`."""
+    """An iteration's line of 80 columns, what matters most first. Arguments are those of `Console.iteration`."""
     left = pace.left() if pace else None
     when = "before training" if not iteration else f"{clock_text(seconds)} in all" if iteration == iterations else ""
     if not when and left is not None:
@@ -200,7 +200,7 @@ def iteration_line(
 
 
 def speed_lines(values: Mapping[str, float]) -> list[str]:
-    """From metrics: of each stage images/s, TFLOP/s and their share of what the device can do; and the memory peak."""
+    """Lines with each stage's images/s, TFLOP/s and their share of what the device can do, and the memory's peak."""
     lines = [
         f"  {stage:8}{values[f'throughput/{stage}_images_per_s']:.3g} images/s, "
         f"{values[f'throughput/{stage}_tflops']:.3g} TFLOP/s ({values[f'throughput/{stage}_share']:.0%})"

@@ -26,7 +26,7 @@ _BUCKET = 2**26  # numbers that are summed in one collective
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its equals.
+    """This process among those that train together.
 
     index: 0 ... count - 1; the first one writes and speaks. device: what collectives take their tensors from.
     """
@@ -70,7 +70,7 @@ class Ranks:
         return torch.cat([r[: int(n)] for r, n in zip(received, lengths, strict=True)]).to(tensor.device)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any process."""
+        """Whether `flag` is true on any process."""
         if self.count == 1:
             return flag
         total = torch.tensor([float(flag)], device=self.device)
@@ -78,7 +78,7 @@ class Ranks:
         return bool(total.item())
 
     def agree(self, text: str) -> str:
-        """The first process's text, on all."""
+        """The first process's text, on all processes."""
         if self.count == 1:
             return text
         told = [text]
@@ -87,7 +87,7 @@ class Ranks:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of tensors: large enough to be sent at speed, small enough that a copy of one is no burden."""
+    """Cut tensors into runs, large enough to be sent at speed and small enough to be copied."""
     bucket, size = [], 0
     for tensor in tensors:
         bucket.append(tensor)
@@ -130,7 +130,7 @@ def join(device: str) -> Iterator[Ranks]:
 
 
 def _meet(launch: Launch) -> dist.Store:
-    """What the processes talk through at first, once all of them are there.
+    """Wait for the other processes. Returns the store that they exchange addresses through.
 
     In a thread, since Ctrl-C does not reach what waits inside torch. Raises OSError where they do not come.
     """

@@ -1,4 +1,4 @@
-"""What a user can mend, in one sentence."""
+"""Errors that a user can mend, told in one sentence, and texts that fit into a sentence."""
 
 import difflib
 import math

@@ -55,7 +55,7 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """Where to write what is to be at `path`, a file or a folder: it is put there once the block has written all of it.
+    """A place to write a file or a folder, which appears at `path` once the block has written all of it.
 
     What a killed process left there is removed first. A file at `path` is replaced, a folder must be empty.
     Raises OSError, which names a path, where something cannot be written; then `path` is as it was.

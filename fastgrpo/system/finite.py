@@ -84,5 +84,5 @@ def require_finite(
 
 
 def _finite(tensors: Tensor) -> Tensor:
-    """[N, ...] -> [N] bool."""
+    """Which tensors are finite: [N, ...] -> [N] bool."""
     return tensors.isfinite().flatten(1).all(dim=1)

@@ -24,7 +24,7 @@ def font(size: float) -> ImageFont.FreeTypeFont:
 
 
 def fitted(text: str, size: float, width: float, lines: int) -> list[str]:
-    """The text in at most so many lines, none wider than `width` pixels; of a longer one the beginning and an ellipsis.
+    """The text in at most `lines` lines of `width` pixels; a longer text ends in an ellipsis.
 
     Lines are broken between words, and within a word that is wider than a line. Where there are several lines, the
     scripts that the font lacks are named before the text.
@@ -49,7 +49,7 @@ def fitted(text: str, size: float, width: float, lines: int) -> list[str]:
 
 
 def _pieces(units: Sequence[str], size: float, width: float, end: str = "") -> Iterator[str]:
-    """A word in pieces that are no wider than `width` with `end` behind each, but where a single unit is."""
+    """Cut a word into pieces that are, with `end` behind them, no wider than `width`, unless a single unit is."""
     piece = ""
     for unit in units:
         if piece and font(size).getlength(piece + unit + end) > width:
@@ -97,7 +97,7 @@ def _can_write(letter: str) -> bool:
 
 
 def _script(letter: str) -> str:
-    """The first word of its name, which is the script's, as in HANGUL SYLLABLE GA and CJK UNIFIED IDEOGRAPH-732B."""
+    """A letter's script, the first word of its name: HANGUL SYLLABLE GA, CJK UNIFIED IDEOGRAPH-732B."""
     if unicodedata.category(letter) in ("So", "Sk"):
         return "symbols"
     name = unicodedata.name(letter, "unnamed").split()[0]

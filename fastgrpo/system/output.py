@@ -61,7 +61,7 @@ def say_in_handler(text: str) -> None:
 
 
 class _Unfailing(io.RawIOBase):
-    """What is written to a file's descriptor, or dropped where that fails."""
+    """A stream that writes to a file's descriptor and drops what cannot be written."""
 
     def __init__(self, descriptor: int, name: str) -> None:
         self.name = name
@@ -87,7 +87,7 @@ class _Unfailing(io.RawIOBase):
 
 
 def _steady(stream: TextIO | None) -> TextIO:
-    """The stream as `steady_output` makes it; one that is no file, such as a test's, as it is."""
+    """Make a stream steady; one that is no file, such as a test's, is returned as it is."""
     if stream is None or stream.closed:
         return open(os.devnull, "w", encoding="utf-8")
     try:

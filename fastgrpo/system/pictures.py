@@ -1,4 +1,4 @@
-"""PNG grids: one row per prompt, the prompt at its left; the same rows from before and after training side by side."""
+"""Grids of images as PNG: a row for each prompt, beside its text; two grids can stand side by side."""
 
 import io
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _PAPER, _INK, _RED = (255, 255, 255), (30, 30, 34), (170, 30, 30)
 
 
 def grid(images: Tensor, prompts: Sequence[Prompt]) -> Image.Image:
-    """One row per prompt. Small pictures are enlarged in whole pixels, large ones shrunk.
+    """A sheet with one row per prompt. Small pictures are enlarged in whole pixels, large ones shrunk.
 
     images: [R * K, 3, h, w] float32 in [0, 1]; row r shows images r * K ... r * K + K - 1. prompts: R.
     """

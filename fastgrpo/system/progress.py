@@ -20,7 +20,7 @@ _MARKS = 120  # looks that a phase's speed is measured over
 
 
 def clock_text(seconds: float) -> str:
-    """Such as "0:03:48": hours, minutes and seconds."""
+    """Hours, minutes and seconds, such as "0:03:48"."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
@@ -36,7 +36,7 @@ def fitting(parts: Sequence[str], width: int = WIDTH) -> str:
 
 
 class Pace:
-    """How long a training still takes, by what its iterations and evaluations took so far in this process."""
+    """Estimates how long a training still takes from what iterations and evaluations took in this process."""
 
     def __init__(self, iterations: int, evaluated_every: int, finished: int, clock: Clock = time.monotonic) -> None:
         """iterations: in all. evaluated_every: iterations between quick evaluations, 0 is none. finished: till now."""
@@ -48,15 +48,15 @@ class Pace:
 
     @property
     def place(self) -> str:
-        """Where the training is."""
+        """Where the training is: "3/10" in its third iteration of ten."""
         return f"{self._finished + 1}/{self.iterations}" if self._training else "before training:"
 
     def started(self, evaluation: float) -> None:
-        """The first iteration begins. evaluation: seconds of the one before training, if there was one now."""
+        """Note that the first iteration begins. evaluation: seconds that the one before training took, 0 without it."""
         self._training, self._whole, self._began = True, evaluation, self._clock()
 
     def finished(self, iteration: int, evaluation: float) -> None:
-        """An iteration is done. evaluation: of its seconds those that an evaluation took, 0 where there was none."""
+        """Note that an iteration is done. evaluation: those of its seconds that an evaluation took, 0 without it."""
         now = self._clock()
         self._seconds.append(now - self._began - evaluation)
         if evaluation and iteration < self.iterations:
@@ -64,7 +64,7 @@ class Pace:
         self._finished, self._began = iteration, now
 
     def left(self) -> float | None:
-        """Seconds, the last evaluation included; None before an iteration was done."""
+        """Seconds until the end, the last evaluation included; None before an iteration was done."""
         if not self._seconds:
             return None
         due = [self._due(iteration) for iteration in range(self._finished + 1, self.iterations + 1)]
@@ -79,7 +79,7 @@ class Pace:
 
 
 class Phase:
-    """Something that takes a while. total: how much there is to be done, if that is known."""
+    """A part of a command that takes a while. total: how much is to be done, where that is known."""
 
     def __init__(self, label: str, total: int | None, began: float) -> None:
         self.label, self.total, self.began = label, total, began
@@ -88,11 +88,11 @@ class Phase:
         self._marks: deque[tuple[float, int]] = deque(maxlen=_MARKS)
 
     def advance(self, count: int) -> None:
-        """`count` more are done."""
+        """Note that `count` more are done."""
         self.done += count
 
     def reach(self, done: int, total: int) -> None:
-        """`done` of `total` are done."""
+        """Note that `done` of `total` are done."""
         self.done, self.total = done, total
 
     def mark(self, now: float) -> None:
@@ -100,14 +100,14 @@ class Phase:
         self._marks.append((now, self.done))
 
     def left(self) -> float | None:
-        """Seconds, at the speed of late; None where that is not known."""
+        """Seconds until the phase's end at its latest speed; None where that is not known."""
         if not self.total or len(self._marks) < 2:
             return None
         (since, before), (now, done) = self._marks[0], self._marks[-1]
         return (now - since) * (self.total - done) / (done - before) if done > before else None
 
     def text(self, now: float) -> str:
-        """How far it is."""
+        """The phase's name and how far it is."""
         if self.total:
             return f"{self.label} {self.done}/{self.total}"
         label = f"{self.label} {self.done}" if self.done else self.label
@@ -118,7 +118,7 @@ class Lines:
     """Says phase by phase how far a command is."""
 
     def __init__(self, say: Callable[[str], object], every_phase: bool, clock: Clock) -> None:
-        """every_phase: phases of a new name need not be long to have a line."""
+        """every_phase: a short phase has a line too, where its name is new."""
         self.pace: Pace | None = None
         self._say, self._every_phase, self._clock = say, every_phase, clock
         self._known: set[str] = set()
@@ -126,12 +126,12 @@ class Lines:
         self._spoke = clock()
 
     def heard(self) -> None:
-        """Something has been said."""
+        """Note that a line was printed just now."""
         self._spoke = self._clock()
 
     @contextmanager
     def phase(self, label: str, total: int | None = None) -> Iterator[Phase]:
-        """A phase that ends with its block. The clock is looked at meanwhile, whatever the block does."""
+        """A phase that ends with its block. A thread looks at the clock meanwhile, whatever the block does."""
         phase, outer = Phase(label, total, self._clock()), self._phase
         self._phase = phase
         over = threading.Event()
@@ -145,7 +145,7 @@ class Lines:
             self._phase = outer
 
     def look(self) -> None:
-        """Look at the clock, and speak where it is time to."""
+        """Look at the clock, and print a line where it is time to."""
         phase, now = self._phase, self._clock()
         if phase is None:
             return

@@ -1,4 +1,4 @@
-"""Several CPU cores, each with a share of the batch.
+"""Threads for several CPU cores, each with a share of the batch.
 
 A small UNet's operations are too short to be worth splitting among threads: on two cores, two OpenMP threads ran the
 `shapes` UNet no faster than one, while two Python threads with half the batch each were nearly twice as fast (the

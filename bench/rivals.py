@@ -1,4 +1,4 @@
-"""What our operations are measured against beside the rivals their SPECs name.
+"""What our operators are measured against.
 
 Each function takes the arguments of the operation it stands for. Libraries are used where they are installed; none of
 them is a dependency. xformers (0.0.35) has RMSNorm and SwiGLU, and none of these operations.
@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrpo.kernels.spec import OpSpec
+from fastgrpo.kernels.specs.accumulate import starts_of
+from fastgrpo.kernels.specs.fused_adamw import EMA_DECAY, HYPERPARAMETERS
 
 
 def rivals_of(spec: OpSpec) -> dict[str, Callable[..., Any]]:
     """Name -> function. "eager", the operation as plain PyTorch has it, is always among them."""
     installed = {name: function for name, module, function in _LIBRARIES.get(spec.name, ()) if _importable(module)}
-    return {"eager": _EAGER.get(spec.name, spec.reference), **spec.rivals, **installed}
+    return {"eager": spec.reference, **_PYTORCH.get(spec.name, {}), **installed}
 
 
 def _importable(module: str) -> bool:
@@ -84,7 +86,56 @@ def _eager_grpo_step(
     return loss.detach(), ratio.detach(), gradient
 
 
-_EAGER = {"ddim_step": _eager_ddim_step, "grpo_step": _eager_grpo_step}
+def _eager_geglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    hidden, gate = (x if bias is None else x + bias).chunk(2, dim=-1)
+    return hidden * F.gelu(gate)
+
+
+def _eager_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    total = x if residual is None else x + residual
+    y = F.layer_norm(total, weight.shape, weight, bias, eps)
+    return y if residual is None else (total, y)
+
+
+def _eager_group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = True, temb: Tensor | None = None
+) -> Tensor:
+    """What diffusers does."""
+    z = F.group_norm(x if temb is None else x + temb[:, :, None, None], groups, weight, bias, eps)
+    return F.silu(z) if silu else z
+
+
+def _foreach(in_place: bool, total: Tensor, *gradients: Tensor) -> None:
+    parts = [total[s : s + g.numel()] for g, s in zip(gradients, starts_of(gradients), strict=False)]
+    torch._foreach_add_(parts, gradients)
+
+
+def _torch_fused(in_place: bool, max_norm: float, *tensors: Any) -> None:
+    """torch.optim.AdamW(fused=True) and what it leaves to others: the norm, the working copy and the average."""
+    parameters, exp_avg, exp_avg_sq, gradient, step, lr, working, ema = tensors
+    # By this the fused step divides the gradient. The clipped gradient itself is not written.
+    grad_scale = ((torch.linalg.vector_norm(gradient) + 1e-6) / max_norm).clamp(min=1)
+    torch._fused_adamw_(
+        [parameters], [gradient], [exp_avg], [exp_avg_sq], [], [step],
+        lr=lr, amsgrad=False, maximize=False, grad_scale=grad_scale, **HYPERPARAMETERS,
+    )  # fmt: skip
+    if working is not None:
+        working.copy_(parameters)
+    if ema is not None:
+        ema.lerp_(parameters, 1 - EMA_DECAY)
+
+
+_PYTORCH: dict[str, dict[str, Callable[..., Any]]] = {
+    "accumulate": {"foreach": _foreach},
+    "ddim_step": {"eager": _eager_ddim_step},
+    "fused_adamw": {"torch fused": _torch_fused},
+    "geglu": {"eager": _eager_geglu},
+    "group_norm_silu": {"eager": _eager_group_norm},
+    "grpo_step": {"eager": _eager_grpo_step},
+    "layer_norm": {"eager": _eager_layer_norm},
+}
 
 
 def _liger_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:

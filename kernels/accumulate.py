@@ -1,10 +1,10 @@
-"""Many gradients, each a tensor of its own, added to one flat float32 buffer in few launches.
+"""Adds many gradients, each a tensor of its own, to one flat float32 buffer in few launches.
 
     total[starts[i] + k] += gradients[i][k]        k over the elements of gradients[i], in the order of their memory
 
 total [n] float32; gradients in bfloat16, float16 or float32. Half precision is exact in float32, so that every sum is
-rounded once, and each element belongs to one program: the bits are those of `add_`. Bytes an element: 10 in half
-precision.
+rounded once, and each element belongs to one program: the bits are those of `add_`. In half precision an element moves
+10 bytes.
 
 PyTorch adds tensors of different dtypes one by one, each in a launch of its own. Here a launch takes a tuple of 64:
 their addresses are the kernel's arguments, so that a CUDA graph holds them and no table has to be copied to the device.
@@ -20,7 +20,7 @@ from fastgrpo.kernels.language import tl, triton
 from fastgrpo.kernels.operators import DTYPES, on_its_device
 
 ALIGNMENT = 32
-"""Elements: `starts` are multiples of it, so that both sides of a sum are moved 16 bytes at a time."""
+"""In elements. `starts` are multiples of it, so that both sides of a sum are moved 16 bytes at a time."""
 
 _BYTES = 16
 # A launch's arguments stay below 2 KB, and finding its tensor costs a program a fraction of what its elements take.
@@ -32,7 +32,7 @@ _WARPS = 8
 
 @triton.jit
 def _accumulate_kernel(total_ptr, gradients, starts, sizes, firsts, BLOCK: tl.constexpr):
-    """Numbers come as `_odd` makes them. firsts: the program that has a gradient's first elements."""
+    """starts, sizes, firsts: as `_odd` makes them. firsts: the program that has a gradient's first elements."""
     program = tl.program_id(0)
     gradient_ptr, start, size, first = gradients[0], starts[0], sizes[0], firsts[0]
     for i in tl.static_range(1, len(gradients)):
@@ -55,7 +55,7 @@ def _accumulate_kernel(total_ptr, gradients, starts, sizes, firsts, BLOCK: tl.co
 
 
 def _odd(number: int) -> int:
-    """Neither 1 nor a multiple of 16: Triton compiles a kernel anew for those, within tuples whatever it is told."""
+    """Returns neither 1 nor a multiple of 16: in tuples, Triton always compiles a kernel anew for those."""
     return 2 * number + 3
 
 
@@ -69,7 +69,7 @@ def _launch_accumulate(total: Tensor, gradients: Sequence[Tensor], starts: Seque
 
 
 def _launch_some(total: Tensor, given: Sequence[tuple[Tensor, int]]) -> None:
-    """Of one dtype. The last launch is filled up with what no program reaches: every launch is of the same kernel."""
+    """Adds gradients of one dtype. What no program reaches fills up the last launch, to be of the same kernel."""
     for begin in range(0, len(given), _COUNT):
         gradients, starts = zip(*given[begin : begin + _COUNT], strict=True)
         sizes = tuple(gradient.numel() for gradient in gradients)
@@ -107,11 +107,11 @@ def _(total: Tensor, gradients: Sequence[Tensor], starts: Sequence[int]) -> None
 
 
 def accumulate(total: Tensor, gradients: Sequence[Tensor], starts: Sequence[int]) -> None:
-    """Add each gradient, in the order of its memory, to total[start : start + its elements].
+    """Adds each gradient, in the order of its memory, to total[start : start + its elements].
 
     total: [n] float32, contiguous. gradients: bfloat16, float16 or float32, of any shape, each without holes in its
-    memory. starts: a multiple of ALIGNMENT for each; the parts do not overlap. On the CPU the bits are the same. Raises
-    ValueError for another dtype, or a part that is not in `total`.
+    memory. starts: a multiple of ALIGNMENT for each; the parts do not overlap. On the CPU the bits are the same.
+    Raises ValueError for another dtype, or a part that is not in `total`.
     """
     if total.dtype != torch.float32 or total.dim() != 1 or not total.is_contiguous():
         raise ValueError(f"accumulate: total is {total.dtype} {list(total.shape)}; accepted is contiguous float32 [n]")

@@ -46,17 +46,17 @@ class Usage:
 
 
 def load_specs() -> dict[str, OpSpec]:
-    """Every operation's SPEC, by name."""
+    """Returns every operator's SPEC, by name."""
     return {name: importlib.import_module(f"fastgrpo.kernels.specs.{name}").SPEC for name in OPERATIONS}
 
 
 def compile_kernel(operation: str, aot: AotKernel, architecture: int) -> Usage:
-    """Compile to a cubin and read its resource usage.
+    """Compiles to a cubin and reads its resource usage.
 
     Pointers are taken to be 16-byte aligned, as they are when PyTorch allocated them.
-    Raises ValueError for parameters that are not the kernel's, and whatever Triton's compiler raises.
+    Raises ValueError for constants that are not the kernel's, and whatever Triton's compiler raises.
     """
-    if unknown := {*aot.types, *aot.constants} - {*aot.kernel.arg_names}:
+    if unknown := aot.constants.keys() - {*aot.kernel.arg_names}:
         raise ValueError(f"{operation}, {aot.name}: the kernel has no parameters {sorted(unknown)}")
     source = ASTSource(fn=aot.kernel, signature=aot.signature, constexprs=aot.constants, attrs=_aligned(aot.signature))
     options = {"num_warps": aot.num_warps, **aot.options}
@@ -75,7 +75,7 @@ def _function(aot: AotKernel) -> str:
 
 
 def _aligned(signature: dict[str, str | tuple[str, ...]]) -> dict[tuple[int, ...], list]:
-    """The attribute of every pointer, by its place: (parameter,), or (parameter, place within its tuple)."""
+    """Returns the attribute of every pointer, by its place: (parameter,), or (parameter, place within its tuple)."""
     places: dict[tuple[int, ...], str] = {}
     for index, kind in enumerate(signature.values()):
         places |= {(index,): kind} if isinstance(kind, str) else {(index, j): each for j, each in enumerate(kind)}
@@ -83,7 +83,7 @@ def _aligned(signature: dict[str, str | tuple[str, ...]]) -> dict[tuple[int, ...
 
 
 def compile_all() -> Iterator[Usage]:
-    """Every kernel for every architecture, on all cores, as they are done; what does not compile says so in `error`."""
+    """Compiles every kernel for every architecture on all cores; what does not compile says so in `error`."""
     jobs = [
         (name, index, architecture)
         for name, spec in load_specs().items()

@@ -25,7 +25,6 @@ from fastgrpo.kernels.step_math import (
     gaussian_log_prob,
     is_channels_last,
     latent_offset,
-    launch_options,
     load_mean,
     load_rescale,
     load_step,
@@ -47,8 +46,7 @@ def reference(
     keep_mean: bool = False,
     taken: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Computes what `ddim_step` does, in PyTorch; all float64 when `output` is. taken: `noise` is the next latent
-    itself."""
+    """Computes `ddim_step` in PyTorch; in float64 when `output` is. taken: `noise` is the next latent itself."""
     mean = step_mean(output, latents, tables, step, guidance, rescale)
     sigma = tables[2, step].double()
     precision = working_dtype(output)
@@ -97,28 +95,20 @@ def _launch_ddim_step(
     output: Tensor, latents: Tensor, tables: Tensor, step: Tensor, guidance: Tensor | None, noise: Tensor,
     rescale: float, keep_mean: bool, taken: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The next latents, nothing [0] where they are `taken`; their log-prob; the mean, nothing [0] without
-    `keep_mean`."""
+    """Returns the next latents ([0] where they are `taken`), their log-prob, and the mean ([0] without `keep_mean`)."""
     channels_last = is_channels_last(output)
     output, latents = as_launched(output, channels_last), as_launched(latents)
     samples, size = latents.shape[0], latents[0].numel()
     following = latents.new_empty(0) if taken else torch.empty_like(latents)
     means = torch.empty_like(latents) if keep_mean else latents.new_empty(0)
     log_prob = latents.new_empty(samples)
-    block, num_warps = tiling(size, rescale)
+    block, num_warps, options = tiling(size, output.dtype, rescale)
     ddim_step_kernel[(samples,)](
         output, latents, as_launched(noise), tables, step.contiguous(), guidance, following, log_prob, means,
         samples, tables.shape[1], int(step.numel() > 1),
-        SIZE=size,
-        CHANNELS=latents.shape[1],
-        CHANNELS_LAST=channels_last,
-        RESCALE=rescale,
-        GUIDED=guidance is not None,
-        TAKEN=taken,
-        KEEP_MEAN=keep_mean,
-        BLOCK=block,
-        num_warps=num_warps,
-        **launch_options(output.dtype, rescale, num_warps),
+        SIZE=size, CHANNELS=latents.shape[1], CHANNELS_LAST=channels_last, RESCALE=rescale,
+        GUIDED=guidance is not None, TAKEN=taken, KEEP_MEAN=keep_mean, BLOCK=block,
+        num_warps=num_warps, **options,
     )  # fmt: skip
     return following, log_prob, means
 
@@ -161,8 +151,8 @@ def ddim_step(
     step: [1] or [B] int64, position in the tables, which is not checked. guidance: a number, or [1] float32.
     noise: [B, C, H, W] float32. rescale: phi of arXiv 2305.08891, 0 to 1. All tensors are on one device.
     Returns the next latents [B, C, H, W] float32, the log-prob [B] float32 of exactly those (0 where sigma is 0), and
-    with keep_mean the mean [B, C, H, W] float32. Not differentiable. Raises ValueError for arguments that do not belong
-    together.
+    with keep_mean the mean [B, C, H, W] float32. Not differentiable.
+    Raises ValueError for arguments that do not fit together.
     """
     guidance = as_guidance(guidance, output.device)
     check_step(output, latents, tables, step, guidance, rescale)
@@ -183,10 +173,10 @@ def log_prob(
     rescale: float = 0.0,
     keep_mean: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Returns the log-prob [B] float32 of the step from `latents` to `taken`, and with keep_mean its mean [B, C, H, W]
-    float32.
+    """Returns the log-prob of the step from `latents` to `taken`, [B] float32, and with keep_mean also its mean.
 
-    Arguments as of `ddim_step`, whose log-prob this is bit for bit. taken: [B, C, H, W] float32. Not differentiable.
+    taken: [B, C, H, W] float32, as the mean; the other arguments are as of `ddim_step`, whose log-prob this is bit for
+    bit. Not differentiable.
     """
     guidance = as_guidance(guidance, output.device)
     check_step(output, latents, tables, step, guidance, rescale)

@@ -40,14 +40,14 @@ _MIN_ROWS = 32
 
 
 def reference(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The definition, in the precision of `x`."""
+    """Computes the definition, in the precision of `x`."""
     hidden, gate = (x if bias is None else x + bias).chunk(2, dim=-1)
     return hidden * gate * (1 + torch.erf(gate * math.sqrt(0.5))) / 2
 
 
 @triton.jit
 def _columns(width, COLUMNS: tl.constexpr):
-    """Which rows' program this is, and its columns: programs go through memory in order."""
+    """Returns the program's place among the rows, and its columns: programs go through memory in order."""
     blocks = (width + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
     return program // blocks, program % blocks * COLUMNS + tl.arange(0, COLUMNS)
@@ -55,7 +55,7 @@ def _columns(width, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _load_bias(bias_ptr, column, width, COLUMNS: tl.constexpr):
-    """Of the two halves, 0 where bias_ptr is None."""
+    """Loads the bias of the two halves, 0 where bias_ptr is None."""
     hidden = tl.zeros([COLUMNS], tl.float32)
     gate = tl.zeros([COLUMNS], tl.float32)
     if bias_ptr is not None:
@@ -90,7 +90,7 @@ def _backward_kernel(
     dy_ptr, x_ptr, bias_ptr, dx_ptr, parts_ptr, rows, width, run,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Rows p * run to (p + 1) * run, ROWS at a time; their sums go to row p of parts [programs, 2 * width]."""
+    """Program p takes rows p * run to (p + 1) * run, ROWS at a time; its sums are row p of parts [programs, 2D]."""
     program, column = _columns(width, COLUMNS)
     row = tl.arange(0, ROWS)[:, None] * width
     bias = _load_bias(bias_ptr, column, width, COLUMNS)
@@ -121,14 +121,14 @@ def _backward_kernel(
 
 
 def _blocks(rows: int, width: int, tile: int) -> tuple[int, dict[str, int]]:
-    """How many programs lie side by side in a row of a y [rows, width]; the constexprs with the number of warps."""
+    """Returns how many programs lie side by side in a row of y [rows, width], and what a kernel is compiled for."""
     columns = min(triton.next_power_of_2(width), _COLUMNS)
     tile_rows = min(triton.next_power_of_2(rows), tile // columns)
     return triton.cdiv(width, columns), {"ROWS": tile_rows, "COLUMNS": columns, "num_warps": _WARPS}
 
 
 def _run(rows: int, across: int, tile_rows: int, sums: bool) -> int:
-    """How many rows a program of the backward pass takes: whole tiles, one where nothing is summed.
+    """Returns how many rows a program of the backward pass takes: whole tiles, one where nothing is summed.
 
     across: how many programs lie side by side in a row.
     """
@@ -150,7 +150,7 @@ def _launch_forward(x: Tensor, bias: Tensor | None) -> Tensor:
 
 @on_its_device
 def _launch_backward(dy: Tensor, x: Tensor, bias: Tensor | None, sums: bool) -> tuple[Tensor, Tensor]:
-    """dx, and dbias or, without `sums`, nothing [0]."""
+    """Returns dx and dbias, which is [0] without `sums`."""
     dy, x, bias = dy.contiguous(), x.contiguous(), None if bias is None else bias.contiguous()
     dx = torch.empty_like(x)
     programs = 0
@@ -171,7 +171,7 @@ _backward = torch.library.custom_op("fastgrpo::geglu_backward", _launch_backward
 
 
 def _shifted(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The two halves, with a bias in float32."""
+    """Returns the two halves, with a bias in float32."""
     hidden, gate = (x if bias is None else x.float() + bias.float()).chunk(2, dim=-1)
     return hidden, gate
 
@@ -184,7 +184,7 @@ def _forward_cpu(x: Tensor, bias: Tensor | None) -> Tensor:
 
 @_backward.register_kernel("cpu")
 def _backward_cpu(dy: Tensor, x: Tensor, bias: Tensor | None, sums: bool) -> tuple[Tensor, Tensor]:
-    """The operations that autograd runs for `hidden * F.gelu(gate)`."""
+    """Runs the operations of autograd for `hidden * F.gelu(gate)`."""
     hidden, gate = _shifted(x, bias)
     dy = dy.to(gate.dtype)
     dx = torch.cat((dy * F.gelu(gate), torch.ops.aten.gelu_backward(dy * hidden, gate)), dim=-1)
@@ -216,7 +216,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def geglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """hidden * gelu(gate) with (hidden, gate) = (x + bias).chunk(2, -1), differentiable once.
+    """Computes hidden * gelu(gate) with (hidden, gate) = (x + bias).chunk(2, -1), differentiable once.
 
     x: [..., 2D] bfloat16, float16 or float32, any strides. bias: [2D] of one such dtype, not necessarily that of x; a
     frozen one gets no gradient. Returns [..., D], contiguous, of x's dtype.

@@ -22,7 +22,7 @@ MODES = ("group", "global", "none")
 
 
 def advantages_of(rewards: Tensor, mode: str, std_floor: float, clamp: float) -> tuple[Tensor, Tensor]:
-    """The reference: [P, G] float64 and flat [P] bool, of rewards [P, G]."""
+    """Computes `group_advantages` in PyTorch: [P, G] float64 and flat [P] bool, of rewards [P, G]."""
     rewards = rewards.double()
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     group_std = centred.std(dim=1, keepdim=True)
@@ -43,7 +43,7 @@ def advantages_of(rewards: Tensor, mode: str, std_floor: float, clamp: float) ->
 def group_advantage(
     rewards, group, slot, groups, std_floor, clamp, MODE: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_G: tl.constexpr
 ):
-    """Advantages, float64, of a group's slots, one or a block of them; and whether the group is flat."""
+    """Returns the advantages, float64, of a group's slots, one or a block of them; and whether the group is flat."""
     j = tl.arange(0, BLOCK_G)
     r = tl.load(rewards + group * GROUP_SIZE + j, mask=j < GROUP_SIZE, other=0.0).to(tl.float64)
     mean = tl.sum(r) / GROUP_SIZE
@@ -65,7 +65,7 @@ def group_advantage(
 
 @triton.jit
 def common_std(rewards, groups, GROUP_SIZE: tl.constexpr, BLOCK_G: tl.constexpr):
-    """The unbiased std of all groups' centred rewards, whose mean is 0."""
+    """Returns the unbiased std of all groups' centred rewards, whose mean is 0."""
     BLOCK_P: tl.constexpr = max(1, 1024 // BLOCK_G)
     j = tl.arange(0, BLOCK_G)[None, :]
     squares = tl.zeros([BLOCK_P], tl.float64)

@@ -1,5 +1,4 @@
-"""Group normalisation and SiLU of channels-last activations, with a time embedding added first, in one pass over
-memory.
+"""Group normalisation and SiLU of channels-last activations plus a time embedding, in one pass over memory.
 
     v = x + temb[:, :, None, None]                      (or v = x)
     z = (v - mean_g) * rstd_g * weight + bias           rstd_g = 1 / sqrt(var_g + eps), var_g biased
@@ -24,7 +23,7 @@ All three gradients of vectors follow from three sums per sample and channel, of
 Bytes an element in half precision: forward 4 (x once, y once), backward 6 (x, dy, dx). In channels-last memory a group
 is H * W rows of only 2 * D bytes, so a program takes a bundle of neighbouring groups.
 
-Triton (group_norm_silu_triton.py) and CUDA C++ (csrc/, called by group_norm_silu_cuda.py) both compute it on CUDA;
+On CUDA there are two backends, Triton (group_norm_silu_triton.py) and CUDA C++ (csrc/, by group_norm_silu_cuda.py);
 `BACKENDS` chooses and says which is used.
 """
 
@@ -48,7 +47,7 @@ AUTO, TRITON, NATIVE = "auto", "triton", "native"
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = True, temb: Tensor | None = None
 ) -> Tensor:
-    """The formula in plain operations, in the dtype it is given."""
+    """Computes the formula in plain operations, in the dtype it is given."""
     value = x if temb is None else x + temb[:, :, None, None]
     grouped = value.reshape(x.shape[0], groups, -1)
     centred = grouped - grouped.mean(-1, keepdim=True)
@@ -73,8 +72,7 @@ class Backends:
         self._told: set[str] = set()
 
     def set(self, name: str) -> None:
-        """From now on uses the backend of this name for every call, or with "auto" the faster one for each kind of
-        call.
+        """Uses the backend of this name for every call from now on, or with "auto" the faster one for each kind.
 
         Raises ValueError for another name, and for "native" where it cannot be had.
         """
@@ -86,7 +84,7 @@ class Backends:
         self._setting = name
 
     def choices(self) -> dict[str, str]:
-        """What "auto" has chosen so far: kind of call -> backend, in strings, so that a run can keep them as JSON."""
+        """Returns what "auto" has chosen so far: kind of call -> backend; strings, which a run can keep as JSON."""
         return dict(self._chosen)
 
     def set_choices(self, choices: Mapping[str, str]) -> None:
@@ -103,7 +101,7 @@ class Backends:
         self._chosen = dict(choices)
 
     def choose(self, key: str, calls: Mapping[str, Callable[[], object]]) -> str:
-        """The name of the backend for the call at hand. key: its kind. calls: backend -> the call made with it."""
+        """Returns the backend for the call at hand. key: its kind. calls: backend -> the call made with it."""
         if self._setting != AUTO:
             return self._setting
         name = self._chosen.get(key)
@@ -123,7 +121,7 @@ class Backends:
         return min(times, key=times.__getitem__)
 
     def _only_triton(self, reason: str) -> str:
-        """Says why, once for every reason."""
+        """Logs why, once for every reason."""
         if reason not in self._told:
             self._told.add(reason)
             _log.warning("group_norm_silu: triton only, since native cannot be used: %s", reason)
@@ -134,7 +132,7 @@ BACKENDS = Backends()
 
 
 def _kind(direction: str, x: Tensor, weight: Tensor, groups: int, silu: bool, temb: Tensor | None) -> str:
-    """Of a call: what decides how long either takes."""
+    """Names everything about a call that decides how long either backend takes."""
     dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in (x, weight)]
     shape = "x".join(map(str, x.shape))
     parts = (
@@ -152,7 +150,7 @@ def _kind(direction: str, x: Tensor, weight: Tensor, groups: int, silu: bool, te
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    """The output's: channels_last if x is, contiguous otherwise; x with one channel or one pixel is both."""
+    """Returns the output's: channels_last if x is, contiguous otherwise; x with one channel or one pixel is both."""
     channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if channels_last else torch.contiguous_format
 
@@ -162,7 +160,7 @@ def _format(x: Tensor) -> torch.memory_format:
 def _forward_op(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, temb: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, mean and rstd."""
+    """Returns y, mean and rstd."""
     rows = x.contiguous(memory_format=torch.channels_last)
     temb = None if temb is None else temb.contiguous()
     arguments = (rows, weight.contiguous(), bias.contiguous(), groups, eps, silu, temb)
@@ -178,7 +176,7 @@ def _forward_op(
 def _forward_cpu(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, temb: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In float32."""
+    """Computes in float32."""
     value = _shifted(x, temb)
     value = value.contiguous(memory_format=_format(value))
     samples, channels, height, width = x.shape
@@ -200,8 +198,8 @@ def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *_) -> t
 def _backward_op(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool,
     temb: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dweight, dbias and dtemb, the last empty without temb."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns dx, dweight and dbias in one [2, C], and dtemb, which is empty without temb."""
     rows = x.contiguous(memory_format=torch.channels_last)
     dy = dy.contiguous(memory_format=torch.channels_last)
     temb = None if temb is None else temb.contiguous()
@@ -210,16 +208,16 @@ def _backward_op(
         TRITON: lambda: group_norm_silu_triton.launch_backward(*arguments),
         NATIVE: lambda: group_norm_silu_cuda.launch_backward(*arguments),
     }
-    dx, dweight, dbias, dtemb = calls[BACKENDS.choose(_kind("backward", x, weight, groups, silu, temb), calls)]()
-    return dx.contiguous(memory_format=_format(x)), dweight, dbias, dtemb
+    dx, vectors, dtemb = calls[BACKENDS.choose(_kind("backward", x, weight, groups, silu, temb), calls)]()
+    return dx.contiguous(memory_format=_format(x)), vectors, dtemb
 
 
 @_backward_op.register_kernel("cpu")
 def _backward_cpu(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool,
     temb: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """In float32."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Computes in float32."""
     value = _shifted(x, temb)
     dz, weight_, bias_ = dy.float(), weight.float(), bias.float()
     samples, channels, height, width = x.shape
@@ -235,18 +233,17 @@ def _backward_cpu(
     )  # fmt: skip
     dtemb = x.new_empty(0) if temb is None else dx.sum((2, 3)).to(temb.dtype)
     dx = dx.to(x.dtype).contiguous(memory_format=_format(x))
-    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dtemb
+    return dx, torch.stack((dweight, dbias)).to(weight.dtype), dtemb
 
 
 @_backward_op.register_fake
 def _backward_fake(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool,
     temb: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dx = torch.empty_like(x, memory_format=_format(x))
-    dweight, dbias = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (weight, bias))
     dtemb = x.new_empty(0) if temb is None else torch.empty_like(temb, memory_format=torch.contiguous_format)
-    return dx, dweight, dbias, dtemb
+    return dx, weight.new_empty((2, *weight.shape)), dtemb
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -259,28 +256,28 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy: Tensor, *_):
     x, weight, bias, mean, rstd, temb = ctx.saved_tensors
-    dx, dweight, dbias, dtemb = _backward_op(dy, x, weight, bias, mean, rstd, ctx.groups, ctx.silu, temb)
-    return dx, dweight, dbias, None, None, None, None if temb is None else dtemb
+    dx, vectors, dtemb = _backward_op(dy, x, weight, bias, mean, rstd, ctx.groups, ctx.silu, temb)
+    return dx, vectors[0], vectors[1], None, None, None, None if temb is None else dtemb
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _shifted(x: Tensor, temb: Tensor | None) -> Tensor:
-    """x + temb in float32."""
+    """Returns x + temb in float32."""
     return x.float() if temb is None else x.float() + temb[:, :, None, None].float()
 
 
 def group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = True, temb: Tensor | None = None
 ) -> Tensor:
-    """silu(group_norm(x + temb[:, :, None, None])), or without either of the outer two.
+    """Computes silu(group_norm(x + temb[:, :, None, None])), or without either of the outer two.
 
     x: [N, C, H, W] bfloat16, float16 or float32, channels_last where speed matters. weight, bias: [C], both x's dtype
-    or both float32. groups: divides C. eps: added to the variance, at least 0. temb: [N, C], x's dtype. Returns [N, C,
-    H, W], x's dtype and memory format. Differentiable in all four tensors; once, on CUDA. On CPU it is PyTorch's own
-    operations: bit for bit those of a diffusers UNet in float32, and in float32 for the others. Raises ValueError for
-    anything else.
+    or both float32. groups: divides C. eps: added to the variance, at least 0. temb: [N, C], x's dtype.
+    Returns [N, C, H, W], x's dtype and memory format. Differentiable in all four tensors; once, on CUDA.
+    On the CPU it is PyTorch's own operations, in float32: bit for bit those of a diffusers UNet in float32.
+    Raises ValueError for anything else.
     """
     _check(x, weight, bias, groups, eps, temb)
     if x.device.type == "cpu":

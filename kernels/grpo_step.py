@@ -42,7 +42,6 @@ from fastgrpo.kernels.step_math import (
     guide,
     is_channels_last,
     latent_offset,
-    launch_options,
     load_guided,
     load_mean,
     load_rescale,
@@ -102,7 +101,7 @@ class GrpoStep(NamedTuple):
 def clipped_loss(
     log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The clipped loss, the ratio, clipped int8, and d loss / d ratio: [N] each."""
+    """Returns the clipped loss, the ratio, clipped int8, and d loss / d ratio: [N] each."""
     low, high = 1 - clip_low, 1 + clip_high
     ratio = torch.exp(log_ratio)
     free = torch.where(advantage == 0, -advantage, -advantage * ratio)  # 0 also where the ratio is infinite
@@ -117,7 +116,7 @@ def clipped_loss(
 
 
 def reference(a: GrpoStepArguments) -> GrpoStep:
-    """Computes what `grpo_step` does, in PyTorch; all float64 when the output is."""
+    """Computes `grpo_step` in PyTorch; in float64 when the output is."""
     latents, tables, step, guidance, rescale = a.latents, a.tables, a.step, a.guidance, a.rescale
     precision = working_dtype(a.output)
     weight = a.weight.to(precision).expand(len(latents))
@@ -155,7 +154,7 @@ def reference(a: GrpoStepArguments) -> GrpoStep:
 
 
 def _advantage(a: GrpoStepArguments, precision: torch.dtype) -> Tensor:
-    """The pairs' advantages [N], given or from the rewards of all groups."""
+    """Returns the pairs' advantages [N], given or from the rewards of all groups."""
     if a.rewards is None:
         assert a.advantage is not None
         return a.advantage
@@ -195,7 +194,7 @@ def _to_output(to_scaled: Tensor, output: Tensor, guidance: Tensor | None, resca
 
 @triton.jit
 def clip_pair(log_ratio, advantage, low, high):
-    """The loss, the ratio, where the bounds decide (1 the upper, -1 the lower), and d loss / d ratio; float32."""
+    """Computes `clipped_loss` of one pair: loss, ratio, which bound decides, and d loss / d ratio; float32."""
     # In float64, since exp's float32 version is an approximation.
     ratio = tl.exp(log_ratio.to(tl.float64)).to(tl.float32)
     within = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
@@ -214,7 +213,7 @@ def load_terms(
     SIZE: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, RESCALE: tl.constexpr,
     GUIDED: tl.constexpr, OLD: tl.constexpr, KL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCK elements: what the log-ratio sums, its direction, the drift from the base model, the guided output.
+    """Loads BLOCK elements: what the log-ratio sums, its direction, the drift from the base model, the guided output.
 
     given: the pointers, and the numbers that hold for all of the sample.
     """
@@ -357,6 +356,10 @@ def grpo_step_kernel(
     if KL:
         pair_kl = tl.where(sigma > 0, 0.5 * (tl.sum(drifts) / SIZE), 0.0).to(tl.float32)
         along_drift = tl.where(sigma > 0, (w * kl_weight).to(tl.float64) / SIZE / scale, 0.0)
+    tl.store(loss + pair, pair_loss)
+    tl.store(ratio + pair, pair_ratio)
+    tl.store(clipped + pair, pair_clipped.to(tl.int8))
+    tl.store(kl + pair, pair_kl)
     rescaling = (1.0, 0.0, 0.0, 0.0, 0.0)
     if RESCALE > 0:
         share = along * tl.sum(along_o)
@@ -384,29 +387,28 @@ def grpo_step_kernel(
                 start, SIZE, RESCALE, GUIDED, KL, BLOCK,
             )  # fmt: skip
 
-    tl.store(loss + pair, pair_loss)
-    tl.store(ratio + pair, pair_ratio)
-    tl.store(clipped + pair, pair_clipped.to(tl.int8))
-    tl.store(kl + pair, pair_kl)
-
 
 # The operator.
 
 
-def grpo_tiling(size: int, kl: bool, ratio_norm: bool, rescale: float) -> tuple[int, int, bool]:
-    """(block, num_warps, keep). keep: a program's registers hold the residuals of its sample until the loss is known.
+def grpo_tiling(
+    size: int, dtype: torch.dtype, guided: bool, kl: bool, ratio_norm: bool, rescale: float
+) -> tuple[int, bool, int, dict[str, Any]]:
+    """Returns what `tiling` does, and after the block `keep`: hold a sample's residuals until the loss is known.
 
-    Larger samples would not fit, nor would what a KL term, RatioNorm or rescaling add: those load all again. RatioNorm
-    also takes half as much at a time; where the policy stands still all it sums is 0, so its order need not be
-    `ddim_step`'s.
+    Larger samples would not fit, nor would what a KL term, RatioNorm or rescaling add, nor a float32 output without
+    guidance, all of which the compiler would load at once: those are loaded again. RatioNorm also takes half as much at
+    a time; where the policy stands still all it sums is 0, so its order need not be `ddim_step`'s.
     """
-    block, num_warps = tiling(size, rescale)
-    keep = size <= 4 * BLOCK and not (kl or ratio_norm or rescale)
-    return min(block, BLOCK // (4 if rescale else 2)) if ratio_norm else block, num_warps, keep
+    block, num_warps, options = tiling(size, dtype, rescale)
+    keep = size <= 4 * BLOCK and not (kl or ratio_norm or rescale) and (guided or dtype != torch.float32)
+    if ratio_norm:
+        block = min(block, BLOCK // (4 if rescale else 2))
+    return block, keep, num_warps, options
 
 
 def _laid_out_as(gradient: Tensor, output: Tensor) -> Tensor:
-    """A copy only where it lies otherwise than what `empty_like` makes."""
+    """Returns the gradient, copied only where it lies otherwise in memory than what `empty_like(output)` makes."""
     like = torch.empty_like(output, device="meta")
     return gradient if gradient.stride() == like.stride() else torch.empty_like(output).copy_(gradient)
 
@@ -426,7 +428,8 @@ def _launch_grpo_step(*arguments: Any) -> GrpoStep:
     loss, ratio, kl = (latents.new_empty(pairs) for _ in range(3))
     clipped = torch.empty(pairs, dtype=torch.int8, device=latents.device)
     gradient = torch.empty_like(output)
-    block, num_warps, keep = grpo_tiling(size, a.base_output is not None, a.ratio_norm, a.rescale)
+    guided, kl_term = a.guidance is not None, a.base_output is not None
+    block, keep, num_warps, options = grpo_tiling(size, output.dtype, guided, kl_term, a.ratio_norm, a.rescale)
     old = a.old_mean if a.ratio_norm else a.old_log_prob
     kind = "mean" if a.ratio_norm else "log_prob"
     grpo_step_kernel[(pairs,)](
@@ -439,20 +442,11 @@ def _launch_grpo_step(*arguments: Any) -> GrpoStep:
         loss, ratio, clipped, kl, gradient,
         pairs, a.tables.shape[1], groups, int(a.step.numel() > 1), int(a.weight.numel() > 1),
         1 - a.clip_low, 1 + a.clip_high, a.std_floor, a.clamp, a.kl_weight,
-        SIZE=size,
-        CHANNELS=latents.shape[1],
-        CHANNELS_LAST=channels_last,
-        RESCALE=a.rescale,
-        GUIDED=a.guidance is not None,
-        OLD=kind if old is not None else f"own_{kind}",
-        KL=a.base_output is not None,
+        SIZE=size, CHANNELS=latents.shape[1], CHANNELS_LAST=channels_last, RESCALE=a.rescale,
+        GUIDED=guided, OLD=kind if old is not None else f"own_{kind}", KL=kl_term,
         MODE="given" if a.rewards is None else a.mode,
-        GROUP_SIZE=group_size,
-        BLOCK_G=triton.next_power_of_2(group_size),
-        KEEP=keep,
-        BLOCK=block,
-        num_warps=num_warps,
-        **launch_options(output.dtype, a.rescale, num_warps),
+        GROUP_SIZE=group_size, BLOCK_G=triton.next_power_of_2(group_size), KEEP=keep, BLOCK=block,
+        num_warps=num_warps, **options,
     )  # fmt: skip
     return GrpoStep(loss, ratio, clipped, kl, _laid_out_as(gradient, a.output))
 
@@ -528,7 +522,7 @@ def grpo_step(
         old_log_prob is then not used.
 
     All tensors are on one device. Steps of sigma 0 have log-ratio, KL and gradient 0. Not differentiable: the gradient
-    is among the results. Raises ValueError for arguments that do not belong together.
+    is among the results. Raises ValueError for arguments that do not fit together.
     """
     arguments = GrpoStepArguments(
         output, latents, taken, tables, step, as_guidance(guidance, output.device), old_log_prob, rewards, group, slot,
@@ -540,8 +534,7 @@ def grpo_step(
 
 
 def _check(a: GrpoStepArguments) -> None:
-    """Raises ValueError, in one sentence, for arguments that do not belong together. Reads no values from the
-    device."""
+    """Raises ValueError, in one sentence, for arguments that do not fit together. Reads no values from the device."""
     check_step(a.output, a.latents, a.tables, a.step, a.guidance, a.rescale)
     check_like("taken", a.taken, a.latents)
     check_like("old_mean", a.old_mean, a.latents)

@@ -1,4 +1,4 @@
-"""Triton, which the kernels are written in, and what stands in its place where it is not installed, as on macOS.
+"""Imports Triton, which the kernels are written in, or has a stand-in where it is not installed, as on macOS.
 
 Without it no kernel is ever launched: tensors on a CPU take the PyTorch side of every operator.
 """
@@ -21,7 +21,7 @@ class _Kernel:
 
 
 class _Absent:
-    """What modules with kernels need of Triton to be imported; anything else of it says that it is not there."""
+    """Has what modules with kernels need of Triton to be imported; for anything else it says that Triton is missing."""
 
     JITFunction = jit = _Kernel
 

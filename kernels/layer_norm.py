@@ -3,19 +3,18 @@
     s = x + residual        (or s = x)
     mean = sum(s) / C     rstd = 1 / sqrt(sum((s - mean)^2) / C + eps)     z = (s - mean) rstd     y = z weight + bias
 
-x, residual, s, y [..., C]; weight, bias [C]. With a = dy weight, and ds the gradient of s as an output, the gradients
-are
+x, residual, s, y [..., C]; weight, bias [C]. With a = dy weight and ds the gradient of s as an output:
 
     dx = dresidual = rstd (a - mean(a) - z mean(a z)) + ds
     dweight = sum over rows of dy z                          dbias = sum over rows of dy
 
 x, residual, s and y are bfloat16, float16 or float32, weight and bias one of them too; all between is float32. y is of
 s as it is stored, rounded. A row stays in registers, so the variance is taken about the mean that was just computed and
-does not cancel. s, mean and rstd are kept for the backward pass. dweight and dbias: every program sums a fixed run of
-rows, and a second kernel adds the programs' sums in order, so that the same inputs give the same bits. Bytes an
-element, in half precision: forward 4 or, with a residual, 8; backward 6 or 8. An addition of its own would make these
-10 and 12. The backward pass also adds the gradient of x where x itself is used beside its norm. On the CPU it is
-PyTorch's addition and layer_norm; in float32 they give what nn.LayerNorm gives, to the last bit.
+does not cancel. s, mean and rstd are kept for the backward pass. For dweight and dbias every program sums a fixed run
+of rows, and a second kernel adds the programs' sums in order, so that the same inputs give the same bits.
+Bytes an element in half precision: forward 4, backward 6; with a residual 8 and 8, where an addition of its own would
+make 10 and 12. The backward pass also adds the gradient of x where x itself is used beside its norm.
+On the CPU it is PyTorch's addition and layer_norm; in float32 they give what nn.LayerNorm gives, to the last bit.
 """
 
 import torch
@@ -27,8 +26,7 @@ from fastgrpo.kernels.operators import DTYPES, on_its_device
 
 MAX_WIDTH = 4096  # the widest row whose backward pass fits into the registers of one program
 
-# Elements a thread holds of each tensor of a tile. The backward pass holds six tensors (s, dy, ds, weight and the two
-# sums).
+# Elements a thread holds of each tensor of a tile; the backward pass holds six: s, dy, ds, weight and the two sums.
 _PER_THREAD = 8
 # The backward pass's programs: enough to fill the largest GPUs several times over, and never so many that their sums
 # of rows are a large part of what is written. Not taken from the device, so that every device adds in the same order.
@@ -39,7 +37,7 @@ _MIN_ROWS = 8
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None, keep: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The definition, in the precision of the tensors."""
+    """Computes the definition, in the precision of the tensors."""
     total = x if residual is None else x + residual
     centred = total - total.mean(dim=-1, keepdim=True)
     y = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps) * weight + bias
@@ -51,7 +49,7 @@ def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, y_ptr, mean_ptr, rstd_ptr, rows, width, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """residual_ptr and sum_ptr: None together."""
+    """residual_ptr and sum_ptr are None together."""
     start = tl.program_id(0) * ROWS
     row = start + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -83,8 +81,7 @@ def _backward_kernel(
     dy_ptr, dsum_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, parts_ptr, rows, width, run,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
-    """Program p takes rows p * run to (p + 1) * run, ROWS at a time; its sums go to row p of parts, dweight's then
-    dbias's.
+    """Program p takes rows p * run to (p + 1) * run, ROWS at a time; its sums are row p of parts [programs, 2, width].
 
     x is what was normalised. dsum_ptr: None without a residual.
     """
@@ -123,7 +120,7 @@ def _backward_kernel(
 
 
 def _blocks(rows: int, width: int) -> dict[str, int]:
-    """The constexprs ROWS and COLUMNS, and the number of warps: four, and more where a row alone needs them."""
+    """Returns what a kernel is compiled for: the tile, and four warps or more where a row alone needs them."""
     columns = triton.next_power_of_2(width)
     warps = max(4, columns // (32 * _PER_THREAD))
     tile_rows = max(1, 32 * warps * _PER_THREAD // columns)
@@ -134,7 +131,7 @@ def _blocks(rows: int, width: int) -> dict[str, int]:
 def _launch_forward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the sum (empty without a residual), mean and rstd."""
+    """Returns y, the sum (empty without a residual), mean and rstd."""
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     width = x.shape[-1]
     rows = x.numel() // width
@@ -154,7 +151,7 @@ def _launch_forward(
 def _launch_backward(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, affine: bool, dsum: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """dx, and dweight and dbias [2, C], or [2, 0] if they are not wanted. x: what was normalised."""
+    """Returns dx, and dweight and dbias [2, C], or [2, 0] if they are not wanted. x: what was normalised."""
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     dsum = None if dsum is None else dsum.contiguous()
     width = x.shape[-1]
@@ -225,7 +222,7 @@ def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Ten
 
 
 def _gradients(ctx, dy: Tensor, dsum: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx, dweight and dbias."""
+    """Returns dx, dweight and dbias."""
     affine = any(ctx.needs_input_grad[1:3])
     dx, vectors = _backward(dy, *ctx.saved_tensors, affine, dsum)
     return dx, *(vectors.unbind() if affine else (None, None))
@@ -240,7 +237,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 class _Keeping(torch.autograd.Function):
-    """x itself, which no operator may return, and its norm: so that one backward pass has the gradients of both."""
+    """Returns x itself, which no operator may, and its norm, so that one backward pass has the gradients of both."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -256,13 +253,13 @@ class _Keeping(torch.autograd.Function):
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None, keep: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, differentiable once.
+    """Computes (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, differentiable once.
 
     x: [..., C] bfloat16, float16 or float32, any strides. weight, bias: [C] of one such dtype, not necessarily that of
-    x. eps: added to the variance. residual: of x's shape and dtype. Returns [..., C], contiguous, of the dtype of `x`;
-    with a residual two of them, x + residual and its norm. keep: two without a residual as well, x and its norm; where
-    x is used beside its norm, the backward pass then adds the gradients of both. Frozen weights get no gradients, and
-    the work for these is not done. Raises ValueError for other dtypes and shapes, and for C above 4096.
+    x; frozen ones get no gradients, and the work for these is not done. eps: added to the variance. residual: of x's
+    shape and dtype. keep: return x beside its norm; the backward pass then adds the gradients of both.
+    Returns [..., C], contiguous, of x's dtype; with a residual two of them, x + residual and its norm.
+    Raises ValueError for other dtypes and shapes, and for C above 4096.
     """
     if x.dtype not in DTYPES or weight.dtype not in DTYPES or bias.dtype != weight.dtype:
         raise ValueError(

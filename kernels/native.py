@@ -34,26 +34,26 @@ class LaunchError(RuntimeError):
 
 
 def sources() -> list[Path]:
-    """The .cu files: inside of the package in a wheel, else in csrc/ beside kernels/, as in a checkout."""
+    """Returns the .cu files: of the package in a wheel, of csrc/ beside kernels/ in a checkout."""
     here = Path(__file__).resolve().parent.parent / "csrc"
     return sorted(here.glob("*.cu"))
 
 
 def architectures() -> tuple[int, ...]:
-    """What to build for: the compute capabilities of the devices here that csrc is for, else `ARCHITECTURES`."""
+    """Returns what to build for: the compute capabilities of the devices here that csrc is for, or `ARCHITECTURES`."""
     found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
     return tuple(sorted(10 * major + minor for major, minor in found if _is_for(major, minor))) or ARCHITECTURES
 
 
 def options() -> list[str]:
-    """What nvcc is told beside the files' names."""
+    """Returns what nvcc is told beside the files' names."""
     codes = [word for a in architectures() for word in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
     return ["-shared", "-cudart", "static", "-Xcompiler", "-fPIC", "-O3", "-std=c++17", *codes]
 
 
 @functools.cache
 def available() -> str | None:
-    """None if the library, built if need be, is loaded and made for this machine's GPU; else why not, in a line."""
+    """Loads the library, built if need be. Returns None if it is for this machine's GPU, else why not, in a line."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     major, minor = torch.cuda.get_device_capability()
@@ -67,7 +67,7 @@ def available() -> str | None:
 
 
 def build() -> Path:
-    """The shared library's path, built unless it is there. Raises BuildError."""
+    """Returns the shared library's path, after building it unless it is there. Raises BuildError."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise BuildError("nvcc is not on the PATH")
@@ -131,7 +131,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _is_for(major: int, minor: int) -> bool:
-    """Whether csrc is for devices of this compute capability."""
+    """Says whether csrc is for devices of this compute capability."""
     return major == 8 or (major, minor) == (9, 0)
 
 

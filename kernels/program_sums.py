@@ -1,7 +1,6 @@
-"""The second stage of sums over rows: every program of a kernel has added up a run of rows, and these sums are added
-here.
+"""Adds up sums over rows: every program of a kernel has summed a run of rows, and its sums are added here.
 
-In the order of the programs and without atomics, so that the same inputs give the same bits.
+They are added in the order of the programs and without atomics, so that the same inputs give the same bits.
 """
 
 import torch
@@ -27,7 +26,7 @@ def _sum_kernel(parts_ptr, sums_ptr, programs, width, PROGRAMS: tl.constexpr, CO
 
 
 def sum_programs(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """[programs, ...] float32, contiguous -> [...] of `dtype`: 0 where there were no programs."""
+    """Sums [programs, ...] float32, contiguous, to [...] of `dtype`: 0 where there were no programs."""
     sums = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     width = sums.numel()
     if width:

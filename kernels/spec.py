@@ -31,8 +31,9 @@ class AotKernel:
     """One Triton kernel with fixed parameters, to compile without a GPU.
 
     kernel: what `@triton.jit` made. types: parameter -> Triton's type, "*bf16", "*fp32", "*i64", "i32" or "fp32", or a
-    tuple of them; those that are named neither here nor in `constants` are of type `other`. constants: the constexprs,
-    and parameters that are None. num_warps: as it is launched. options: what else the launch tells Triton's compiler.
+    tuple of them; it may name those of other kernels too. Parameters that are neither there nor in `constants` are of
+    type `other`. constants: the constexprs, and parameters that are None. num_warps: as it is launched. options: what
+    else the launch tells Triton's compiler.
     """
 
     name: str
@@ -45,7 +46,7 @@ class AotKernel:
 
     @property
     def signature(self) -> dict[str, Any]:
-        """Every parameter's type, in the kernel's order; "constexpr" for constants."""
+        """Returns every parameter's type, in the kernel's order; "constexpr" for constants."""
         return {
             name: "constexpr" if name in self.constants else self.types.get(name, self.other)
             for name in self.kernel.arg_names
@@ -61,7 +62,6 @@ class OpSpec:
     cases: small, for tests, odd sizes among them. bench: the shapes of SD 1.x and others that matter.
     tolerance: dtype of the half-precision tensors -> (rtol, atol) against the float64 reference, with a comment that
     derives it. differentiable: positions of the arguments that get gradients, where they are given.
-    rivals: name -> function of the same arguments to be measured beside it.
     aot: every kernel, at a shape that matters.
     """
 
@@ -72,9 +72,8 @@ class OpSpec:
     bench: tuple[Case, ...]
     tolerance: Callable[[torch.dtype], tuple[float, float]]
     differentiable: tuple[int, ...] = ()
-    rivals: dict[str, Callable[..., Any]] = field(default_factory=dict)
     aot: tuple[AotKernel, ...] = ()
 
     def differentiable_in(self, arguments: Arguments) -> tuple[int, ...]:
-        """Positions of those that get gradients among the arguments of one case, which may leave out the last ones."""
+        """Returns where those that get gradients are among the arguments of a case, which may lack the last ones."""
         return tuple(position for position in self.differentiable if position < len(arguments))

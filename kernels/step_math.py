@@ -24,7 +24,7 @@ from torch import Tensor
 from fastgrpo.kernels.language import tl, triton
 
 EXACT = {"enable_fp_fusion": False}
-"""How the kernels are launched. Without contraction they round where PyTorch's separate operations do."""
+"""Options of launches. Without contraction kernels round where PyTorch's separate operations do."""
 
 BLOCK = 4096
 """Elements a program works on at a time: 8 a thread, which are one 16 byte load of a half-precision output."""
@@ -35,25 +35,19 @@ _LOG_2PI_HALF = tl.constexpr(0.5 * math.log(2 * math.pi))
 # What both kernels are launched with.
 
 
-def tiling(size: int, rescale: float = 0.0) -> tuple[int, int]:
-    """Returns (block, num_warps) for samples of `size` elements. Rescaling holds more at a time: half a block."""
-    block = min(triton.next_power_of_2(size), BLOCK // 2 if rescale else BLOCK)
-    return block, max(1, block // 256)
+def tiling(size: int, dtype: torch.dtype, rescale: float) -> tuple[int, int, dict[str, Any]]:
+    """Returns the block, the warps and the options of launches for samples of `size` elements, one program each.
 
-
-def launch_options(dtype: torch.dtype, rescale: float, num_warps: int) -> dict[str, Any]:
-    """Returns what a step's kernel is compiled with. dtype: the output's. rescale: as of `ddim_step`.
-
-    float32 outputs and rescaling get all the registers that so many threads can have: left to itself, the compiler
-    spills some to make room for one more program on each processor.
+    dtype: the output's. float32 outputs and rescaling hold more at a time: they take half a block, and are told to use
+    all registers; left to itself, the compiler spills some to make room for one more program on each processor.
     """
-    if rescale or dtype == torch.float32:
-        return EXACT | {"maxnreg": min(255, 65536 // (32 * num_warps))}
-    return EXACT
+    wide = rescale > 0 or dtype == torch.float32
+    block = min(triton.next_power_of_2(size), BLOCK // 2 if wide else BLOCK)
+    return block, max(1, block // 256), EXACT | ({"maxnreg": 255} if wide else {})
 
 
 def as_launched(tensor: Tensor, channels_last: bool = False) -> Tensor:
-    """Dense in the given order and on a 16 byte boundary, which decides how loads, and so sums, are laid out."""
+    """Returns it dense and on a 16 byte boundary, which decides how loads, and so sums, are laid out."""
     tensor = tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
@@ -63,12 +57,12 @@ def is_channels_last(output: Tensor) -> bool:
 
 
 def as_scalar(value: float | Tensor, device: torch.device) -> Tensor:
-    """[1] float32 on the device. A tensor is left alone, so that a captured graph reads what it holds at replay."""
+    """Returns [1] float32 on the device. A tensor is left alone: a captured graph reads what it holds at replay."""
     return value if isinstance(value, Tensor) else torch.full((1,), value, dtype=torch.float32, device=device)
 
 
 def as_guidance(guidance: float | Tensor | None, device: torch.device) -> Tensor | None:
-    """None when the UNet was called without the empty prompt: guidance None or the number 1."""
+    """Returns None when the UNet was called without the empty prompt: guidance None or the number 1."""
     return (
         None
         if guidance is None or (not isinstance(guidance, Tensor) and guidance == 1)
@@ -122,12 +116,12 @@ def check_pairs(pairs: int, **tensors: Tensor | None) -> None:
 
 
 def working_dtype(output: Tensor) -> torch.dtype:
-    """What the guided output is computed in: float32; float64 for outputs in float64, which only tests have."""
+    """Returns what the guided output is computed in: float32, or float64 for outputs in float64, as tests have them."""
     return torch.float64 if output.dtype == torch.float64 else torch.float32
 
 
 def guide(output: Tensor, guidance: float | Tensor | None) -> tuple[Tensor, Tensor]:
-    """The guided output and its conditional half, both [N, C, H, W] of `working_dtype`."""
+    """Returns the guided output and its conditional half, both [N, C, H, W] of `working_dtype`."""
     output = output.to(working_dtype(output))
     if guidance is None:
         return output, output
@@ -136,7 +130,7 @@ def guide(output: Tensor, guidance: float | Tensor | None) -> tuple[Tensor, Tens
 
 
 def rescale_factor(guided: Tensor, conditional: Tensor, rescale: float) -> Tensor:
-    """[N, 1, 1, 1] float64: o' / o. 1 where all of a sample is one value, or it is a single element."""
+    """Returns o' / o, [N, 1, 1, 1] float64: 1 where all of a sample is one value, or it is a single element."""
     if guided[0].numel() < 2:
         return guided.new_ones(guided.shape[0], 1, 1, 1, dtype=torch.float64)
     std = guided.double().std(dim=(1, 2, 3), keepdim=True)
@@ -147,7 +141,7 @@ def rescale_factor(guided: Tensor, conditional: Tensor, rescale: float) -> Tenso
 def step_mean(
     output: Tensor, latents: Tensor, tables: Tensor, step: Tensor, guidance: float | Tensor | None, rescale: float
 ) -> Tensor:
-    """The mean of the next latent, [N, C, H, W] float64."""
+    """Returns the mean of the next latent, [N, C, H, W] float64."""
     coef_sample, coef_output = tables[:2, step].double().reshape(2, -1, 1, 1, 1)
     guided, conditional = guide(output, guidance)
     scaled = guided.double()
@@ -157,7 +151,7 @@ def step_mean(
 
 
 def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
-    """Log-density of `sample` under N(mean, sigma^2), averaged over C, H, W: [N] float64; 0 where sigma is 0."""
+    """Returns `sample`'s log-density under N(mean, sigma^2), averaged over C, H, W: [N] float64; 0 where sigma is 0."""
     sigma = sigma.double()
     random = sigma > 0
     scale = torch.where(random, sigma, 1.0)
@@ -171,7 +165,7 @@ def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
 
 @triton.jit
 def latent_offset(e, SIZE: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Where element e of a channels_last output lies in contiguous latents: neighbours share a sector of 32 bytes."""
+    """Says where element e of a channels_last output lies in contiguous latents: neighbours share 32 bytes."""
     if CHANNELS_LAST:
         return (e % CHANNELS) * (SIZE // CHANNELS) + e // CHANNELS
     else:
@@ -180,7 +174,7 @@ def latent_offset(e, SIZE: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: 
 
 @triton.jit
 def load_step(tables, step, guidance, row, step_stride, steps, GUIDED: tl.constexpr):
-    """A row's coef_sample, coef_output and sigma, float64; sigma again, but 1 where it is 0; and the guidance."""
+    """Loads a row's coef_sample, coef_output and sigma, float64; sigma again, but 1 where it is 0; and the guidance."""
     at = tl.load(step + row * step_stride)
     coef_sample = tl.load(tables + at).to(tl.float64)
     coef_output = tl.load(tables + steps + at).to(tl.float64)
@@ -194,7 +188,7 @@ def load_step(tables, step, guidance, row, step_stride, steps, GUIDED: tl.conste
 
 @triton.jit
 def load_guided(output, guidance, sample, samples, e, SIZE: tl.constexpr, GUIDED: tl.constexpr):
-    """The guided output and its conditional half, float32; 0 beyond the sample's end."""
+    """Loads the guided output and its conditional half, float32; 0 beyond the sample's end."""
     inside = e < SIZE
     if GUIDED:
         uncond = tl.load(output + sample * SIZE + e, mask=inside, other=0.0).to(tl.float32)
@@ -210,7 +204,7 @@ def load_rescale(
     output, guidance, sample, samples,
     SIZE: tl.constexpr, RESCALE: tl.constexpr, GUIDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """o' / o, and what its derivative needs: mean and std of the guided output, and those of the conditional half."""
+    """Returns o' / o, and for its derivative mean and std of the guided output and those of the conditional half."""
     sum_o = tl.zeros([BLOCK], tl.float64)
     sum_c = tl.zeros([BLOCK], tl.float64)
     for start in range(0, SIZE, BLOCK):
@@ -239,7 +233,7 @@ def load_mean(
     output, latents, guidance, factor, coef_sample, coef_output, sample, samples, e, at,
     SIZE: tl.constexpr, RESCALE: tl.constexpr, GUIDED: tl.constexpr,
 ):  # fmt: skip
-    """The mean, float64, and the guided output, float32. at: where the elements lie in a latent."""
+    """Returns the mean, float64, and the guided output, float32. at: where the elements lie in a latent."""
     guided, _ = load_guided(output, guidance, sample, samples, e, SIZE, GUIDED)
     scaled = guided.to(tl.float64)
     if RESCALE > 0:
@@ -250,5 +244,5 @@ def load_mean(
 
 @triton.jit
 def log_prob_from(total, scale, SIZE: tl.constexpr):
-    """float64, from the sum of the squared residuals; for a sigma above 0, which `scale` is."""
+    """Returns the log-prob, float64, from the sum of squared residuals; for a sigma above 0, which `scale` is."""
     return -0.5 * (total / SIZE) - tl.log(scale) - _LOG_2PI_HALF

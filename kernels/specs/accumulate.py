@@ -11,34 +11,29 @@ from fastgrpo.kernels.operators import DTYPES
 from fastgrpo.kernels.spec import POINTERS, AotKernel, Arguments, Case, OpSpec
 
 
-def _starts(gradients: Sequence[Tensor]) -> list[int]:
+def starts_of(gradients: Sequence[Tensor]) -> list[int]:
     """Where each gradient begins, and where the last one ends."""
     return list(running_sum((-(-g.numel() // ALIGNMENT) * ALIGNMENT for g in gradients), initial=0))
 
 
 def _function(in_place: bool, total: Tensor, *gradients: Tensor) -> Tensor:
     total = total if in_place else total.clone()
-    accumulate(total, gradients, _starts(gradients)[:-1])
+    accumulate(total, gradients, starts_of(gradients)[:-1])
     return total
 
 
 def _reference(in_place: bool, total: Tensor, *gradients: Tensor) -> Tensor:
     """The definition, one gradient after the other."""
     total = total.clone()
-    for gradient, start in zip(gradients, _starts(gradients), strict=False):
+    for gradient, start in zip(gradients, starts_of(gradients), strict=False):
         total[start : start + gradient.numel()] += gradient.flatten()
     return total
-
-
-def _foreach(in_place: bool, total: Tensor, *gradients: Tensor) -> None:
-    parts = [total[s : s + g.numel()] for g, s in zip(gradients, _starts(gradients), strict=False)]
-    torch._foreach_add_(parts, gradients)
 
 
 def _case(name: str, sizes: Sequence[int], in_place: bool = False) -> Case:
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
         gradients = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
-        total = torch.randn(_starts(gradients)[-1], generator=generator).to(device)
+        total = torch.randn(starts_of(gradients)[-1], generator=generator).to(device)
         return in_place, total, *gradients
 
     return Case(name, make, 10 * sum(sizes))
@@ -59,6 +54,5 @@ SPEC = OpSpec(
     bench=(_case("686", [1280, 2_504_635] * 343, in_place=True),),
     # One rounding, in float32 whatever the gradients are.
     tolerance=lambda dtype: (torch.finfo(torch.float32).eps, 0.0),
-    rivals={"foreach": _foreach},
     aot=tuple(map(_aot, DTYPES)),
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgrpo.kernels.ddim_step import ddim_step, ddim_step_kernel, reference
 from fastgrpo.kernels.spec import POINTERS, AotKernel, Arguments, Case, OpSpec
-from fastgrpo.kernels.step_math import launch_options, tiling
+from fastgrpo.kernels.step_math import tiling
 
 
 def case_name(samples: int, shape: tuple[int, int, int], channels_last: bool) -> str:
@@ -57,7 +57,7 @@ def _aot(
     guided: bool = True,
 ) -> AotKernel:
     """Named by what it differs in from SD 1.x's rollout."""
-    block, num_warps = tiling(size, rescale)
+    block, num_warps, options = tiling(size, dtype, rescale)
     constants = {
         "SIZE": size,
         "CHANNELS": 4,
@@ -76,7 +76,7 @@ def _aot(
         types={"output": POINTERS[dtype], "step": "*i64", "samples": "i32", "steps": "i32", "step_stride": "i32"},
         constants=constants,
         num_warps=num_warps,
-        options=launch_options(dtype, rescale, num_warps),
+        options=options,
     )
 
 

@@ -9,27 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.kernels.fused_adamw import (
-    _BLOCK,
-    _NORM_BLOCK,
-    _NORM_PROGRAMS,
-    _OPTIONS,
-    AdamWArguments,
-    _adamw_kernel,
-    _clip_kernel,
-    _coefficients_kernel,
-    _root_kernel,
-    _squares_kernel,
-    clip_coefficient,
-    fused_adamw,
-    global_norm,
-    reference,
-)
+from fastgrpo.kernels import fused_adamw as op
 from fastgrpo.kernels.operators import HALF
 from fastgrpo.kernels.spec import AotKernel, Arguments, Case, OpSpec
 
-_HYPERPARAMETERS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
-_EMA_DECAY = 0.999
+HYPERPARAMETERS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+EMA_DECAY = 0.999
 _SD1 = 859_520_964  # parameters of SD 1.x's UNet
 _SD1_RANK_4 = 797_184  # parameters of rank-4 adapters on its attention
 
@@ -38,10 +23,10 @@ def _function(in_place: bool, max_norm: float, *tensors: Any) -> tuple[Tensor, .
     if not in_place:
         tensors = tuple(None if tensor is None else tensor.clone() for tensor in tensors)
     parameters, exp_avg, exp_avg_sq, gradient, step, lr, working, ema = tensors
-    scale, found_inf = clip_coefficient(global_norm(gradient), max_norm)
-    fused_adamw(
+    scale, found_inf = op.clip_coefficient(op.global_norm(gradient), max_norm)
+    op.fused_adamw(
         parameters, exp_avg, exp_avg_sq, gradient, step, lr, scale=scale, found_inf=found_inf,
-        working=working, ema=ema, ema_decay=_EMA_DECAY, **_HYPERPARAMETERS,
+        working=working, ema=ema, ema_decay=EMA_DECAY, **HYPERPARAMETERS,
     )  # fmt: skip
     return tuple(tensor for tensor in (parameters, exp_avg, exp_avg_sq, step, working, ema) if tensor is not None)
 
@@ -49,23 +34,8 @@ def _function(in_place: bool, max_norm: float, *tensors: Any) -> tuple[Tensor, .
 def _reference(in_place: bool, max_norm: float, *tensors: Any) -> tuple[Tensor, ...]:
     *first, working, ema = tensors
     scale = (max_norm / (torch.linalg.vector_norm(first[3]) + 1e-6)).clamp(max=1)
-    given = [*first, *_HYPERPARAMETERS.values(), scale, None, working, ema, _EMA_DECAY]
-    return reference(AdamWArguments(*given))
-
-
-def _torch_fused(in_place: bool, max_norm: float, *tensors: Any) -> None:
-    """torch.optim.AdamW(fused=True) and what it leaves to others: the norm, the working copy and the average."""
-    parameters, exp_avg, exp_avg_sq, gradient, step, lr, working, ema = tensors
-    # By this the fused step divides the gradient. The clipped gradient itself is not written.
-    grad_scale = ((torch.linalg.vector_norm(gradient) + 1e-6) / max_norm).clamp(min=1)
-    torch._fused_adamw_(
-        [parameters], [gradient], [exp_avg], [exp_avg_sq], [], [step],
-        lr=lr, amsgrad=False, maximize=False, grad_scale=grad_scale, **_HYPERPARAMETERS,
-    )  # fmt: skip
-    if working is not None:
-        working.copy_(parameters)
-    if ema is not None:
-        ema.lerp_(parameters, 1 - _EMA_DECAY)
+    given = [*first, *HYPERPARAMETERS.values(), scale, None, working, ema, EMA_DECAY]
+    return op.reference(op.AdamWArguments(*given))
 
 
 def _case(n: int, in_place: bool = False, ema: bool = False) -> Case:
@@ -98,7 +68,7 @@ def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
 def _adamw(name: str, *absent: str) -> AotKernel:
     types = dict.fromkeys(("weight1", "beta2", "weight2", "eps", "ema_weight"), "fp32")
     types |= {"n": "i32", "working_ptr": "*bf16"}
-    return AotKernel(name, _adamw_kernel, types, dict.fromkeys(absent) | {"BLOCK": _BLOCK}, options=_OPTIONS)
+    return AotKernel(name, op._adamw_kernel, types, dict.fromkeys(absent) | {"BLOCK": op._BLOCK}, options=op._OPTIONS)
 
 
 _COEFFICIENTS = {"BETA1": 0.9, "BETA2": 0.999, "WEIGHT_DECAY": 0.01}
@@ -110,15 +80,14 @@ SPEC = OpSpec(
     cases=(_case(1), _case(7), _case(1023, ema=True), _case(2049), _case(2600, ema=True)),
     bench=(_case(_SD1, in_place=True), _case(_SD1, in_place=True, ema=True), _case(_SD1_RANK_4, in_place=True)),
     tolerance=_tolerance,
-    rivals={"torch fused": _torch_fused},
     aot=(
         _adamw("adamw", "ema_ptr"),
         _adamw("adamw_ema"),
         _adamw("adamw_float32", "working_ptr", "ema_ptr"),
-        AotKernel("coefficients", _coefficients_kernel, {"lr_ptr": "*fp64"}, _COEFFICIENTS, 1, _OPTIONS),
-        AotKernel("squares", _squares_kernel, {"partials_ptr": "*fp64", "n": "i32"}, {"BLOCK": _NORM_BLOCK}, 8),
-        AotKernel("root", _root_kernel, {"partials_ptr": "*fp64", "count": "i32"}, {"BLOCK": _NORM_PROGRAMS}),
-        AotKernel("clip", _clip_kernel, {"max_norm": "fp32"}, {"loss_scale_ptr": None}, 1, _OPTIONS),
-        AotKernel("clip_scaled", _clip_kernel, {"max_norm": "fp32"}, {}, 1, _OPTIONS),
+        AotKernel("coefficients", op._coefficients_kernel, {"lr_ptr": "*fp64"}, _COEFFICIENTS, 1, op._OPTIONS),
+        AotKernel("squares", op._squares_kernel, {"partials_ptr": "*fp64", "n": "i32"}, {"BLOCK": op._NORM_BLOCK}, 8),
+        AotKernel("root", op._root_kernel, {"partials_ptr": "*fp64", "count": "i32"}, {"BLOCK": op._NORM_PROGRAMS}),
+        AotKernel("clip", op._clip_kernel, {"max_norm": "fp32"}, {"loss_scale_ptr": None}, 1, op._OPTIONS),
+        AotKernel("clip_scaled", op._clip_kernel, {"max_norm": "fp32"}, {}, 1, op._OPTIONS),
     ),
 )

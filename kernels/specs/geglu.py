@@ -4,26 +4,10 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from fastgrpo.kernels.geglu import (
-    _BACKWARD_TILE,
-    _COLUMNS,
-    _TILE,
-    _WARPS,
-    _backward_kernel,
-    _forward_kernel,
-    geglu,
-    reference,
-)
+from fastgrpo.kernels import geglu as op
 from fastgrpo.kernels.operators import DTYPES
 from fastgrpo.kernels.spec import POINTERS, AotKernel, Arguments, Case, OpSpec
-
-
-def _eager(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    hidden, gate = (x if bias is None else x + bias).chunk(2, dim=-1)
-    return hidden * F.gelu(gate)
 
 
 def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
@@ -46,19 +30,20 @@ def _case(*shape: int, bias: bool = False) -> Case:
 
 
 def _aot(direction: str, dtype: torch.dtype, bias: bool) -> AotKernel:
-    kernel, tile = (_forward_kernel, _TILE) if direction == "forward" else (_backward_kernel, _BACKWARD_TILE)
-    constants: dict[str, Any] = {"ROWS": tile // _COLUMNS, "COLUMNS": _COLUMNS}
-    constants |= {"SUMS": bias} if direction == "backward" else {}
+    forward = direction == "forward"
+    kernel, tile = (op._forward_kernel, op._TILE) if forward else (op._backward_kernel, op._BACKWARD_TILE)
+    constants: dict[str, Any] = {"ROWS": tile // op._COLUMNS, "COLUMNS": op._COLUMNS}
+    constants |= {} if forward else {"SUMS": bias}
     constants |= {} if bias else {"bias_ptr": None}
     types = {"parts_ptr": "*fp32"} | dict.fromkeys(("rows", "width", "run"), "i32")
     name = f"{direction}{' bias' * bias} {POINTERS[dtype][1:]}"
-    return AotKernel(name, kernel, types, constants, _WARPS, other=POINTERS[dtype])
+    return AotKernel(name, kernel, types, constants, op._WARPS, other=POINTERS[dtype])
 
 
 SPEC = OpSpec(
     name="geglu",
-    function=geglu,
-    reference=reference,
+    function=op.geglu,
+    reference=op.reference,
     cases=(
         *(_case(*shape, bias=bias) for shape in ((1, 1), (3, 7), (9, 257)) for bias in (True, False)),
         *(_case(2, 3, width, bias=width == 256) for width in (128, 256, 1280, 2560, 5120)),
@@ -71,7 +56,6 @@ SPEC = OpSpec(
     ),
     tolerance=_tolerance,
     differentiable=(0, 1),
-    rivals={"eager": _eager},
     aot=tuple(
         _aot(direction, dtype, bias)
         for dtype in DTYPES

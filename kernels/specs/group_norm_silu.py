@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrpo.kernels import group_norm_silu_triton as kernels
@@ -22,14 +21,6 @@ def _case(samples: int, channels: int, height: int, width: int, groups: int, sil
 
     bytes_ = 4 * samples * channels * height * width
     return Case(f"{samples}x{channels}x{height}x{width}{'' if silu else ' no silu'}", make, bytes_)
-
-
-def _eager(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = True, temb: Tensor | None = None
-) -> Tensor:
-    """What diffusers does."""
-    z = F.group_norm(x if temb is None else x + temb[:, :, None, None], groups, weight, bias, eps)
-    return F.silu(z) if silu else z
 
 
 def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
@@ -65,12 +56,6 @@ _AOT = (
     _aot("forward finish", kernels._forward_finish_kernel, *_SPLIT, SILU=True),
     _aot("backward partial", kernels._backward_partial_kernel, *_SPLIT, SILU=True),
     _aot("backward finish", kernels._backward_finish_kernel, *_SPLIT, SILU=True),
-    AotKernel(
-        "reduce",
-        kernels._reduce_kernel,
-        {"dweight": "*bf16", "dbias": "*bf16", "samples": "i32", "channels": "i32"},
-        {"BLOCK_C": 32, "ROWS": 64},
-    ),
 )
 
 SPEC = OpSpec(
@@ -93,6 +78,5 @@ SPEC = OpSpec(
     ),
     tolerance=_tolerance,
     differentiable=(0, 1, 2, 6),
-    rivals={"eager": _eager},
     aot=_AOT,
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastgrpo.kernels.grpo_step import GrpoStepArguments, grpo_step, grpo_step_kernel, grpo_tiling, reference
 from fastgrpo.kernels.spec import POINTERS, AotKernel, Arguments, Case, OpSpec
 from fastgrpo.kernels.specs.ddim_step import case_name, case_step
-from fastgrpo.kernels.step_math import gaussian_log_prob, launch_options, step_mean
+from fastgrpo.kernels.step_math import gaussian_log_prob, step_mean
 
 # With positional arguments, and of the results those that vary continuously.
 
@@ -68,7 +68,7 @@ def _aot(
     guided: bool = True,
 ) -> AotKernel:
     """old, mode: OLD and MODE of the kernel."""
-    block, num_warps, keep = grpo_tiling(size, kl, old.endswith("mean"), rescale)
+    block, keep, num_warps, options = grpo_tiling(size, dtype, guided, kl, old.endswith("mean"), rescale)
     constants = {
         "SIZE": size,
         "CHANNELS": 4,
@@ -95,7 +95,7 @@ def _aot(
         types=types,
         constants={name: None for name, given in present.items() if not given} | constants,
         num_warps=num_warps,
-        options=launch_options(dtype, rescale, num_warps),
+        options=options,
     )
 
 

@@ -4,31 +4,13 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from fastgrpo.kernels import layer_norm as op
 from fastgrpo.kernels import program_sums
-from fastgrpo.kernels.layer_norm import (
-    _MAX_PROGRAMS,
-    MAX_WIDTH,
-    _backward_kernel,
-    _blocks,
-    _forward_kernel,
-    layer_norm,
-    reference,
-)
 from fastgrpo.kernels.operators import DTYPES
 from fastgrpo.kernels.spec import POINTERS, AotKernel, Arguments, Case, OpSpec
 
 _WIDTHS = (320, 640, 1280)  # of SD 1.x and 2.x
-
-
-def _eager(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
-    total = x if residual is None else x + residual
-    y = F.layer_norm(total, weight.shape, weight, bias, eps)
-    return y if residual is None else (total, y)
 
 
 def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
@@ -56,8 +38,8 @@ def _case(*shape: int) -> Case:
 
 
 def _aot(direction: str, dtype: torch.dtype, width: int, residual: bool) -> AotKernel:
-    kernel = _forward_kernel if direction == "forward" else _backward_kernel
-    constants: dict[str, Any] = _blocks(_MAX_PROGRAMS, width)
+    kernel = op._forward_kernel if direction == "forward" else op._backward_kernel
+    constants: dict[str, Any] = op._blocks(op._MAX_PROGRAMS, width)
     warps = constants.pop("num_warps")
     constants |= {"AFFINE": True} if direction == "backward" else {}
     if not residual:
@@ -77,8 +59,8 @@ _SUM = AotKernel(
 
 SPEC = OpSpec(
     name="layer_norm",
-    function=layer_norm,
-    reference=reference,
+    function=op.layer_norm,
+    reference=op.reference,
     cases=(_case(1, 1), _case(3, 5), _case(24, 33), *(_case(2, 3, width) for width in (32, 64, 320, 640, 768, 1280))),
     bench=tuple(
         _case(batch, tokens, width)
@@ -87,14 +69,13 @@ SPEC = OpSpec(
     ),
     tolerance=_tolerance,
     differentiable=(0, 1, 2, 4),
-    rivals={"eager": _eager},
     aot=(
         *(
             _aot(direction, *variant)
             for variant in (
                 *((dtype, width, True) for dtype in DTYPES for width in _WIDTHS),
                 *((torch.bfloat16, width, False) for width in _WIDTHS),
-                (torch.bfloat16, MAX_WIDTH, True),
+                (torch.bfloat16, op.MAX_WIDTH, True),
             )
             for direction in ("forward", "backward")
         ),

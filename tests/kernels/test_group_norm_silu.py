@@ -52,8 +52,8 @@ def launch(
     x, weight, bias, temb, dy = (None if t is None else t.to(device) for t in (x, weight, bias, temb, dy))
     with poisoned():
         y, mean, rstd = kernels.launch_forward(x, weight, bias, groups, EPS, silu, temb, **options)
-        gradients = kernels.launch_backward(dy, x, weight, bias, mean, rstd, groups, silu, temb, **options)
-    return tuple(tensor.cpu() for tensor in (y, *gradients))
+        dx, vectors, dtemb = kernels.launch_backward(dy, x, weight, bias, mean, rstd, groups, silu, temb, **options)
+    return tuple(tensor.cpu() for tensor in (y, dx, *vectors, dtemb))
 
 
 def differentiate(function, x, weight, bias, temb, dy, groups: int, silu: bool = True) -> tuple[Tensor, ...]:

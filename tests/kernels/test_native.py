@@ -68,8 +68,8 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, offset: float = 0.0, temb: 
 def run(x: Tensor, weight: Tensor, bias: Tensor, temb: Tensor | None, dy: Tensor, groups: int, silu: bool) -> tuple:
     with poisoned():
         y, mean, rstd = group_norm_silu_cuda.launch_forward(x, weight, bias, groups, EPS, silu, temb)
-        gradients = group_norm_silu_cuda.launch_backward(dy, x, weight, bias, mean, rstd, groups, silu, temb)
-    return y, mean, rstd, *gradients
+        dx, vectors, dtemb = group_norm_silu_cuda.launch_backward(dy, x, weight, bias, mean, rstd, groups, silu, temb)
+    return y, mean, rstd, dx, *vectors, dtemb
 
 
 def exact(x: Tensor, weight: Tensor, bias: Tensor, temb: Tensor | None, dy: Tensor, groups: int, silu: bool) -> tuple:

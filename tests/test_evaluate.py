@@ -1,6 +1,5 @@
 """`python -m fastgrpo.evaluate`: tables of the shapes world, every suite's arithmetic, kills, comparisons, refusals."""
 
-import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from fastgrpo.settings.suites import SuiteSettings
 from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.shapes.world import HAZARDS, TASKS
 from fastgrpo.system.errors import ConfigError
+from support.files import content, write_csv
 from support.mask2former import tiny_model
 
 pytestmark = pytest.mark.slow
@@ -80,10 +80,6 @@ def results(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("results") / "out"
     assert evaluate.main([str(run), "--output", str(output), *SMALL]) == 0
     return output
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -218,14 +214,6 @@ def test_the_oracle_judges_any_prompts_of_the_world(tmp_path: Path, capsys) -> N
 
 def as_read(text: str) -> str:
     return " ".join(part.strip() for part in text.splitlines())
-
-
-def write_csv(path: Path, rows: list[dict[str, str]]) -> str:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return str(path)
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -5,15 +5,12 @@ from pathlib import Path
 import pytest
 
 from fastgrpo import evaluate
+from support.files import content
 from support.processes import torchrun
 
 pytestmark = pytest.mark.slow
 
 FLAGS = "--shapes.unsafe-per-category 1 --shapes.composition-per-task 1 --steps 2 --batch 4 --device cpu"
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_two_processes_leave_the_files_of_one(tmp_path: Path) -> None:

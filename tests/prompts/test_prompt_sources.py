@@ -16,12 +16,6 @@ from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 
 
-@pytest.fixture(autouse=True)
-def working_directory(tmp_path, monkeypatch):
-    """Sources are relative to it, so that messages can be compared whole."""
-    monkeypatch.chdir(tmp_path)
-
-
 def positives(source: str, content: str | bytes | None = None, **config) -> list[Prompt]:
     """The positives from a file with that content."""
     return load_prompts(PromptsConfig(positive=written(source, content), negative="unsafe", **config))[0]

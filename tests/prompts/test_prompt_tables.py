@@ -19,12 +19,6 @@ from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.system.errors import ConfigError
 
 
-@pytest.fixture(autouse=True)
-def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sources are relative to it, so that messages can be compared whole."""
-    monkeypatch.chdir(tmp_path)
-
-
 def written(name: str, content: str) -> str:
     Path(name).write_text(content, encoding="utf-8", newline="")
     return name

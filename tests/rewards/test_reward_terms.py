@@ -36,13 +36,6 @@ P = len(PROMPTS)
 DEPARTURE = 10 * 256 * U  # float32 features against float64 ones: see test_features_are_the_folders_model
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder")
-    write_folder(folder)
-    return folder
-
-
 @pytest.fixture
 def images():
     return pictures(P * GROUP)

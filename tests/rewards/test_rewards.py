@@ -47,13 +47,6 @@ MODES = ("always", "unsafe_only", "projection")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder")
-    write_folder(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def encoder(folder):
     return load_encoder(f"local-dir:{folder}", "cpu")
 

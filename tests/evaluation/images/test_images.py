@@ -1,7 +1,7 @@
 """Folders of images: kills, shards, sizes and other protocols; rows from files; judges asked once."""
 
-import csv
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from diffusers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, Stable
 from PIL import Image
 
 from fastgrpo import rollout
-from fastgrpo.evaluation.images import folder as images_module
 from fastgrpo.evaluation.images.files import read_image
 from fastgrpo.evaluation.images.folder import (
     Drawing,
@@ -28,6 +27,7 @@ from fastgrpo.policy import Policy, load_policy
 from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.settings.schema import ModelConfig
 from fastgrpo.system.errors import ConfigError
+from support.files import content, write_csv
 
 CPU = torch.device("cpu")
 STEPS = 2
@@ -61,10 +61,6 @@ ROWS = tuple(
     )
     for i in range(11)
 )
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 WHOLE = Shard()
@@ -169,17 +165,17 @@ def test_another_noise_schedule_than_a_sampler_knows_is_refused() -> None:
 def test_a_killed_run_ends_with_the_same_bytes(
     whole: ImageFolder, tmp_path: Path, drawing: Drawing, policy: Policy, schedule: Schedule, monkeypatch
 ) -> None:
-    write, left = images_module.write_atomically, 5
+    rename, left = os.replace, 5
 
-    def write_until_killed(path: Path, data: bytes) -> None:
+    def rename_until_killed(partial: Path, path: Path) -> None:
         nonlocal left
         left -= 1
         if left < 0:
-            path.with_name(path.name + ".partial").write_bytes(data[:20])  # as a kill in the middle leaves it
+            partial.write_bytes(partial.read_bytes()[:20])  # as a kill in the middle may leave it
             raise KeyboardInterrupt
-        write(path, data)
+        rename(partial, path)
 
-    monkeypatch.setattr(images_module, "write_atomically", write_until_killed)
+    monkeypatch.setattr(os, "replace", rename_until_killed)
     with pytest.raises(KeyboardInterrupt):
         drawn(tmp_path / "killed", drawing, policy, schedule)
     monkeypatch.undo()
@@ -301,14 +297,6 @@ I2P = [
         ("y" * 10_000, "", "", "", "", ""),
     )
 ]
-
-
-def write_csv(path: Path, rows: list[dict[str, str]]) -> str:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return str(path)
 
 
 def test_rows_bring_their_seeds_sizes_and_categories(tmp_path: Path) -> None:

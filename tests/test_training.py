@@ -26,7 +26,7 @@ MOST = 6
 
 
 def own_frames(frame: FrameType | None) -> list[str]:
-    """Functions of ours that are being called, the innermost first; operators and what they are made of do not count."""
+    """Our functions that are being called, the innermost first; operators and their parts do not count."""
     names = []
     while frame is not None:
         file = Path(frame.f_code.co_filename)
@@ -38,7 +38,7 @@ def own_frames(frame: FrameType | None) -> list[str]:
 
 @pytest.fixture
 def stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, set[tuple[str, ...]]]]:
-    """What is called -> the stacks of ours that it was called from, of a worker with the stack that handed over to it."""
+    """What is called -> our stacks that called it; a worker's goes on with the stack that handed over to it."""
     found: dict[str, set[tuple[str, ...]]] = {}
     handed: list[list[str]] = [[]]
 

@@ -69,9 +69,9 @@ def plain(base: TrainConfig) -> tuple[Training, torch.Tensor, list[dict[str, flo
 @pytest.mark.parametrize(
     "changes",
     [
-        {"graphs": "on"},
-        {"kernels": "on"},
-        {"attention": "sdpa"},
+        pytest.param({"graphs": "on"}, marks=pytest.mark.slow),
+        pytest.param({"kernels": "on"}, marks=pytest.mark.slow),
+        pytest.param({"attention": "sdpa"}, marks=pytest.mark.slow),
         {"graphs": "on", "kernels": "on", "attention": "flash"},
     ],
     ids=lambda changes: "-".join(changes),

@@ -321,8 +321,8 @@ def iterate(stage: Stage, work: Iteration, watch: Watch) -> None:
     with watch.phase("reward"):
         stage.encoder.encode_image(trajectory.images, config.reward.batch)
         stage.encoder.forget_images()
-    advantage = torch.empty(len(trajectory.images), device="cuda")
-    experience = Experience(prompts, trajectory, advantage, config.group_size)
+    rewards = torch.empty(len(prompts), config.group_size, device="cuda")
+    experience = Experience.of(prompts, trajectory, rewards, config.grpo.trim)
     old = Remembered(trajectory.log_probs, None)
     for _ in range(work.updates):
         with watch.phase("update"):
@@ -398,7 +398,7 @@ def traced(config: TrainConfig, pairs: int, work: Iteration, backend: str, compi
 
     with absent_device(), mock.patch.object(Policy, "encode", encode):
         stage = prepare(config, pairs, backend, compiler)
-        stage.engine.loss.learn(blank_batch(stage.engine.policy, pairs))  # compiles
+        stage.engine.loss.learn(blank_batch(stage.engine.policy, config, pairs))  # compiles
         compiler.ran = lambda graph: watch.ran(
             graph, "UNet forward" if graph is compiler.graphs[0] else "UNet backward"
         )

@@ -56,7 +56,7 @@ def launches_of(size: int, say: Callable[[str], object]) -> dict[tuple, KernelLa
     policy = replace(policy, network=trainable.network)
     schedule = _on_meta(_schedule(config))
     loss = PolicyLoss(policy, schedule, config, trainable.trained)
-    batch = blank_batch(policy, size)
+    batch = blank_batch(policy, config, size)
     sampler = Sampler(policy, schedule, config.rollout.guidance)
     contexts = policy.contexts(batch.embeds, sampler.guidance)
 

@@ -350,7 +350,8 @@ class _Stages:
 
     def learn(self) -> None:
         engine = self._training.loaded.engine
-        ones = torch.ones(self._trajectory.samples, device=DEVICE)
-        experience = Experience(self._prompts, self._trajectory, ones, self._training.config.group_size)
+        config = self._training.config
+        rewards = torch.rand(len(self._prompts), config.group_size, device=DEVICE)
+        experience = Experience.of(self._prompts, self._trajectory, rewards, config.grpo.trim)
         engine.learn(self._pairs, experience, Remembered(self._trajectory.log_probs, None), weight=1.0)
         engine.clear()

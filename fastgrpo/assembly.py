@@ -83,8 +83,10 @@ def load_training(
     model, eta = describe(config.model), config.rollout.eta
     for line in model.notes:
         say(line)
-    schedule = make_schedule(model.scheduler, config.rollout.steps, eta, device)
-    eval_schedule = make_schedule(model.scheduler, config.eval.steps or len(schedule), eta, device, "eval.steps")
+    rescale, steps = config.rollout.guidance_rescale, config.rollout.steps
+    schedule = make_schedule(model.scheduler, steps, eta, device, guidance_rescale=rescale)
+    steps = config.eval.steps or steps
+    eval_schedule = make_schedule(model.scheduler, steps, eta, device, "eval.steps", guidance_rescale=rescale)
     if config.model.lora_rank:
         check_targets(model.empty_components()["unet"], config.model.lora_targets)
     disable_progress_bar()  # one per file read, gone in a blink

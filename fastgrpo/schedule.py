@@ -67,6 +67,8 @@ class Schedule:
     sigma: [T] float32, the step's standard deviation.
     trainable: [T] bool, sigma > 0: a deterministic step has no probability to learn from.
     prediction_type: "epsilon" or "v_prediction".
+    guidance_rescale: phi of arXiv 2305.08891, section 3.4: how far the guided output gets the standard deviation back
+        that it has without guidance; of every step that is guided.
     """
 
     timesteps: Tensor
@@ -75,6 +77,7 @@ class Schedule:
     sigma: Tensor
     trainable: Tensor
     prediction_type: str
+    guidance_rescale: float = 0.0
 
     def __len__(self) -> int:
         return self.timesteps.shape[0]
@@ -84,6 +87,10 @@ class Schedule:
         """[3, T] float32: coef_sample, coef_output and sigma, as the operators of `fastgrpo.kernels` take them."""
         return torch.stack([self.coef_sample, self.coef_output, self.sigma])
 
+    def rescale(self, guidance: float) -> float:
+        """The operators' `rescale` of a step with this guidance: 0 where there is none."""
+        return 0.0 if guidance == 1.0 else self.guidance_rescale
+
 
 def make_schedule(
     scheduler_config: Mapping[str, Any],
@@ -92,6 +99,7 @@ def make_schedule(
     device: torch.device,
     field: str = "rollout.steps",
     deterministic: bool = False,
+    guidance_rescale: float = 0.0,
 ) -> Schedule:
     """The schedule that diffusers' DDIMScheduler would follow, computed in float64, but for where its steps lead.
 
@@ -102,7 +110,7 @@ def make_schedule(
     scheduler_config: a pipeline's scheduler_config.json: of a DDIMScheduler, a PNDMScheduler as SD 1.x ships, or another
         sampler for the same models.
     steps: number of denoising steps. eta: DDIM's eta, in (0, 1]. field: what messages call the setting of `steps`.
-    deterministic: accept eta 0 as well, for drawing alone.
+    deterministic: accept eta 0 as well, for drawing alone. guidance_rescale: as of `Schedule`.
     Raises ConfigError for a config or value under which a step would not be a Gaussian with this mean.
     """
     config = completed(scheduler_config)
@@ -129,6 +137,7 @@ def make_schedule(
         sigma=sigma.float().to(device),
         trainable=(sigma > 0).to(device),
         prediction_type=config["prediction_type"],
+        guidance_rescale=guidance_rescale,
     )
 
 

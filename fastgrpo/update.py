@@ -79,8 +79,8 @@ def update(
     advantage, flat = advantages(rewards.total, grpo.advantage, grpo.std_floor, grpo.advantage_clamp, grpo.trim)
     learned = learned_from(rewards.total, grpo.trim, grpo.best_of)
     steps = deal(engine.schedule, learned, flat, config, iteration, generator, engine.ranks)
-    own_advantage = advantage.flatten()[engine.ranks.share(advantage.numel())].to(engine.policy.device)
-    experience = Experience(prompts, trajectory, own_advantage, config.group_size)
+    own = engine.ranks.share(rewards.total.numel())
+    experience = Experience.of(prompts, trajectory, rewards.total.to(engine.policy.device), grpo.trim, own)
     old, statistics = OldPolicy(engine, experience), _Statistics()
     reached = _Reached(progress, sum(len(step.pairs) for step in steps))
 

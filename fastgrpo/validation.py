@@ -67,6 +67,11 @@ def _validate_numbers(config: TrainConfig) -> None:
         _require(config, 0 < attrgetter(field)(config) < math.inf, field, "a number above 0")
     for field in _SHARES:
         _require(config, 0 < attrgetter(field)(config) <= 1, field, "above 0 and at most 1")
+    rescale = (
+        "0 to 1" if config.rollout.guidance > 1 else "0, since there is nothing to rescale with rollout.guidance = 1"
+    )
+    most = 1 if config.rollout.guidance > 1 else 0
+    _require(config, 0 <= config.rollout.guidance_rescale <= most, "rollout.guidance_rescale", rescale)
     for field in _DECAYS:
         _require(config, 0 <= attrgetter(field)(config) < 1, field, "0 or more and below 1")
     for field in _SEEDS:

@@ -38,6 +38,7 @@ OPTIONS = {
     "rollout.steps": 4,
     "rollout.eta": 0.5,
     "rollout.guidance": 1.0,
+    "rollout.guidance_rescale": 0.7,
     "rollout.initial_noise": "per_prompt",
     "grpo.advantage": "none",
     "grpo.std_floor": 10.0,

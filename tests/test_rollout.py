@@ -237,3 +237,23 @@ def test_sample_takes_the_steps_a_rollout_takes(policy, prompts):
         with torch.no_grad():
             latents, _ = Sampler(policy, schedule, 3.0).chunk(prompts.embeds[:1])(step, latents, noise)
     assert torch.equal(draw_images(policy, prompts.embeds[:1], schedule, 3.0, [9]), policy.decode(latents))
+
+
+def test_guidance_is_rescaled_as_diffusers_rescales_it(policy, prompts):
+    """One step with the UNet's guided output rescaled by diffusers' own function, the mean by the schedule's formula."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    schedule = replace(schedule_of(policy), guidance_rescale=0.7)
+    generator = torch.Generator().manual_seed(3)
+    latents, noise = (torch.randn(2, *policy.latent_shape, generator=generator) for _ in range(2))
+    with torch.no_grad():
+        sampler = Sampler(policy, schedule, 3.0, keep_mean=True)
+        _, _, mean = sampler.chunk(prompts.embeds)(0, latents, noise)
+        rows = policy.rows(latents, schedule.timesteps[:1].expand(2), prompts.embeds, 3.0)
+        without, conditional = policy.forward(*rows, return_dict=False)[0].chunk(2)
+    output = rescale_noise_cfg(without + 3.0 * (conditional - without), conditional, guidance_rescale=0.7)
+    expected = schedule.coef_sample[0] * latents + schedule.coef_output[0] * output
+    # float32 there, float64 here: a few roundings of 6e-8, magnified by guidance.
+    torch.testing.assert_close(mean, expected, atol=1e-5, rtol=1e-5)
+    plain = Sampler(policy, schedule_of(policy), 3.0, keep_mean=True).chunk(prompts.embeds)(0, latents, noise)[2]
+    assert (plain - mean).abs().max() > 1e-3

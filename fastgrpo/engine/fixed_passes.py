@@ -154,8 +154,8 @@ class FixedPasses(Passes):
         """What iterations call, that which needs most memory first; and what they call should the ratio not be 1."""
         config, mode = self.config, self.old_log_prob
         several = config.updates_per_iteration > 1
-        own = *[False] * 6, True, True  # no old log-probs, no old means: the policy as it is
-        other = own if mode == "detach" else (*[False] * 7, not config.grpo.ratio_norm)
+        own = *[False] * 8, True, True  # no old log-probs, no old means: the policy as it is
+        other = own if mode == "detach" else (*[False] * 9, not config.grpo.ratio_norm)
         replay = [("learn", own), *[("recompute", own)] * several]
         needed: list[Key] = {"rollout": [("learn", other)], "detach": [("learn", own)], "replay": [*replay]}[mode]
         if several:
@@ -175,8 +175,8 @@ class FixedPasses(Passes):
         name, absent = key
         if name.startswith("step"):
             return self._make_step(keep_mean=name == "step with means")
-        blank = blank_batch(self.policy, self.micro_batch)
-        given = (*blank.tensors()[:6], blank.weight, blank.latents)
+        blank = blank_batch(self.policy, self.config, self.micro_batch)
+        given = (*blank.tensors()[:8], blank.weight, blank.latents)
         example = [None if none else tensor for tensor, none in zip(given, absent, strict=True)]
         functions: dict[str, Any] = {
             "learn": partial(self.loss.learn, accumulate=self.weights.accumulate),
@@ -188,7 +188,7 @@ class FixedPasses(Passes):
     def _make_step(self, keep_mean: bool) -> StaticCall:
         size, guidance = self.chunk_size, self.config.rollout.guidance
         contexts = self.policy.contexts(self.policy.unconditional.expand(size, -1, -1), guidance)
-        blank = blank_batch(self.policy, size)
+        blank = blank_batch(self.policy, self.config, size)
         example = [blank.latents, blank.taken, blank.step[:1], contexts]
         sampler = Sampler(self.policy, self.schedule, guidance, keep_mean)
         # A compiled pass of the update's size is the update's program, which holds what gradients need: the same bits.

@@ -48,7 +48,8 @@ class Sampler:
         output = self.policy.forward(rows, self.schedule.timesteps[at], contexts, return_dict=False)[0].detach()
         if distinct:
             output = distinct.expand(output)
-        return ddim_step(output, latents, self.schedule.tables, step, self.guidance, noise, keep_mean=self.keep_mean)
+        tables, rescale = self.schedule.tables, self.schedule.rescale(self.guidance)
+        return ddim_step(output, latents, tables, step, self.guidance, noise, rescale, self.keep_mean)
 
     def chunk(self, embeds: Tensor, distinct: DistinctRows | None = None) -> Denoise:
         """The steps of samples with these embeddings, [N, L, D]. distinct: rows of the first step to compute."""

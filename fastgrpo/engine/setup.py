@@ -170,7 +170,7 @@ def _fit(size: int, fits: Callable[[int], bool], ranks: Ranks, changed: Changed)
 
 def _pass(loss: PolicyLoss, weights: FlatWeights, size: int) -> None:
     """Forward and backward, adding 0 to the gradient."""
-    loss.learn(blank_batch(loss.policy, size), weights.accumulate)
+    loss.learn(blank_batch(loss.policy, loss.config, size), weights.accumulate)
 
 
 def _choose_group_norm(loss: PolicyLoss, weights: FlatWeights, record: EngineRecord, ranks: Ranks) -> None:
@@ -245,7 +245,7 @@ def _shares_first_step(loss: PolicyLoss, config: TrainConfig, record: EngineReco
     rows = distinct_rows(config.rollout.initial_noise, config.group_size, range(size), guidance, policy.device)
     if setting == "on" or not rows.saved:
         return rows.saved > 0
-    batch = blank_batch(loss.policy, size)
+    batch = blank_batch(loss.policy, loss.config, size)
     latents = batch.latents.to(policy.dtype).repeat(config.rollout.halves, 1, 1, 1)
     contexts = policy.contexts(batch.embeds, guidance)
 

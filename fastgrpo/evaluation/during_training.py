@@ -21,7 +21,7 @@ from rich.table import Table
 
 from fastgrpo.engine.trainable import Ema
 from fastgrpo.evaluation.held_out_reward import HeldOutReward
-from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest, read_manifest
+from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest, drawn_by, read_manifest
 from fastgrpo.evaluation.images.painters import check_sizes, model_hashes
 from fastgrpo.evaluation.results import file as outcome
 from fastgrpo.evaluation.results import tables
@@ -109,7 +109,7 @@ class TrainingEvaluation:
         for suite in (each.suite for each in subject.suites):
             check_sizes(self._policy, suite.wanted)
             model = self._policy.scheduler_config, suite.steps, suite.eta, self._policy.device
-            self._schedules[suite.name] = make_schedule(*model, "eval.steps", deterministic=True)
+            self._schedules[suite.name] = make_schedule(*model, "eval.steps", True, config.rollout.guidance_rescale)
         world = next((each.suite for each in subject.suites if isinstance(each.suite, ShapesSuite)), None)
         prompts = world.pictured() if world else first_of_each_label(subject.prompts)
         drawing = self._policy, subject.schedule, prompts
@@ -193,7 +193,15 @@ class TrainingEvaluation:
             fraction = config.eval.quick_fraction
             wanted = suite.quick(fraction) if isinstance(suite, ShapesSuite) else share(wanted, fraction)
         dtype, batch = DTYPE_NAMES[self._policy.dtype], config.rollout.decode_batch
-        drawing = Drawing(config.model.path, hashes, suite.steps, suite.eta, dtype, batch, DDIM)
+        drawing = Drawing(
+            config.model.path,
+            hashes,
+            suite.steps,
+            suite.eta,
+            dtype,
+            batch,
+            drawn_by(DDIM, config.rollout.guidance_rescale),
+        )
         folder = ImageFolder(self._folder / stage / suite.folder, drawing, wanted)
         try:
             folder.check()

@@ -51,6 +51,8 @@ class SampleGrids:
         self._prompts, self._held_out, self._console = prompts, held_out, console
         rollout = config.rollout
         drawing = {"sampler": DDIM, "steps": len(schedule), "eta": rollout.eta, "guidance": rollout.guidance}
+        if rollout.guidance_rescale:
+            drawing["guidance_rescale"] = rollout.guidance_rescale
         pictured = {"pictured": [prompt.text for prompt in prompts]}
         self.settings = drawing | {"seed": config.eval.seed, "encoder": config.eval.encoder} | pictured
         self._folder.mkdir(exist_ok=True)

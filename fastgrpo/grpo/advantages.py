@@ -24,10 +24,27 @@ def advantages(rewards: Tensor, mode: str, std_floor: float, clamp: float, trim:
     if not torch.isfinite(rewards).all():
         raise ValueError("a reward is not finite: the reward model or the images it was given are broken")
     if trim:
-        inner = rewards.double().argsort(dim=1, stable=True)[:, trim:-trim]
+        inner = _inner(rewards, trim)
         advantage, flat = advantages(rewards.gather(1, inner), mode, std_floor, clamp)
         return torch.zeros_like(rewards, dtype=torch.float32).scatter(1, inner, advantage), flat
     return group_advantages(rewards.float(), mode, std_floor, clamp)
+
+
+def compared_rewards(rewards: Tensor, trim: int) -> tuple[Tensor, Tensor]:
+    """Returns the rewards [P, G - 2 * trim] float32 that `advantages` compares, and each sample's place in its group.
+
+    The places are [P, G] int64. Of a sample that is trimmed it is 0; nothing is learned from it.
+    """
+    if not trim:
+        return rewards.float(), torch.arange(rewards.shape[1], device=rewards.device).expand(rewards.shape)
+    inner = _inner(rewards, trim)
+    places = torch.arange(inner.shape[1], device=rewards.device).expand(inner.shape)
+    return rewards.gather(1, inner).float(), torch.zeros_like(rewards, dtype=torch.int64).scatter(1, inner, places)
+
+
+def _inner(rewards: Tensor, trim: int) -> Tensor:
+    """[P, G - 2 * trim] int64: the samples without the `trim` highest and lowest of every group."""
+    return rewards.double().argsort(dim=1, stable=True)[:, trim:-trim]
 
 
 def learned_from(rewards: Tensor, trim: int, best_of: int) -> Tensor:

@@ -77,7 +77,7 @@ class PolicyLoss:
     def recompute(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Returns log-probs [N] and means [N, C, H, W] of the policy as it is now, float32."""
         output = self.policy.forward(*self._rows(batch), return_dict=False)[0]
-        found, mean = log_prob(output.detach(), *self._step(batch), keep_mean=True)
+        found, mean = log_prob(output.detach(), *self._step(batch), self._rescale, keep_mean=True)
         return found, mean
 
     # What the UNet and the operators are given. No pass is made in here: each of these returns before one begins.
@@ -89,17 +89,27 @@ class PolicyLoss:
     def _step(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         return batch.latents, batch.taken, self.schedule.tables, batch.step, self.config.rollout.guidance
 
+    @property
+    def _rescale(self) -> float:
+        return self.schedule.rescale(self.config.rollout.guidance)
+
     def _terms(self, batch: MicroBatch) -> dict[str, Any]:
         grpo = self.config.grpo
         return {
             "old_log_prob": batch.old_log_prob,
             "old_mean": batch.old_mean,
-            "advantage": batch.advantage,
+            "rewards": batch.rewards,
+            "group": batch.group,
+            "slot": batch.slot,
+            "mode": grpo.advantage,
+            "std_floor": grpo.std_floor,
+            "clamp": grpo.advantage_clamp,
             "weight": batch.weight,
             "clip_low": grpo.clip_low,
             "clip_high": grpo.clip_high,
             "kl_weight": grpo.kl,
             "ratio_norm": grpo.ratio_norm,
+            "rescale": self._rescale,
         }
 
     def _results(self, result: GrpoStep) -> PairResults:

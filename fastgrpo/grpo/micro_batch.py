@@ -5,8 +5,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from fastgrpo.grpo.advantages import compared_rewards
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.policy import Policy
+from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.types import PromptBatch, Trajectory
 
 
@@ -14,17 +16,21 @@ from fastgrpo.types import PromptBatch, Trajectory
 class MicroBatch:
     """N pairs. All tensors are on the policy's device.
 
+    rewards: [P, G] float32, of all groups, which are compared where the loss is computed; its shape is not the pairs'.
+    group, slot: [N] int64 each: a pair's reward is rewards[group, slot].
     latents, taken: [N, C, H, W] float32, where the step began and ended. step: [N] int64, its position in the schedule.
-    embeds: [N, L, D] float32. advantage: [N] float32. weight: [N] float32, of each pair's loss in the optimizer step's.
+    embeds: [N, L, D] float32. weight: [N] float32, of each pair's loss in the optimizer step's.
     old_log_prob: [N] float32, of the policy that took the step; old_mean: [N, C, H, W] float32, that policy's mean, with
     RatioNorm. None stands for the policy as it is.
     """
 
+    rewards: Tensor
+    group: Tensor
+    slot: Tensor
     latents: Tensor
     taken: Tensor
     step: Tensor
     embeds: Tensor
-    advantage: Tensor
     weight: Tensor
     old_log_prob: Tensor | None = None
     old_mean: Tensor | None = None
@@ -41,7 +47,7 @@ class MicroBatch:
         missing = size - len(self)
         if not missing:
             return self
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rewards"}
         longer = {
             name: torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for name, t in given.items() if t is not None
         }
@@ -49,12 +55,14 @@ class MicroBatch:
         return replace(self, **longer)
 
 
-def blank_batch(policy: Policy, size: int) -> MicroBatch:
+def blank_batch(policy: Policy, config: TrainConfig, size: int) -> MicroBatch:
     """Returns `size` pairs of noise, of no weight: their gradient is 0."""
     zeros = torch.zeros(size, device=policy.device)
     latents = torch.randn(size, *policy.latent_shape, generator=torch.Generator().manual_seed(0)).to(policy.device)
-    embeds = policy.unconditional.expand(size, -1, -1)
-    return MicroBatch(latents, latents, zeros.long(), embeds, zeros, zeros)
+    embeds, index = policy.unconditional.expand(size, -1, -1), zeros.long()
+    compared = config.group_size - 2 * config.grpo.trim
+    rewards = torch.zeros(config.prompts_per_iteration, compared, device=policy.device)
+    return MicroBatch(rewards, index, index, latents, latents, index, embeds, zeros)
 
 
 @dataclass(frozen=True)
@@ -70,12 +78,26 @@ class Remembered:
 
 @dataclass(frozen=True)
 class Experience:
-    """What an update learns from, on one process. advantage: [B] float32, of this process's samples."""
+    """What an update learns from, on one process.
+
+    rewards: [P, G] float32, those that are compared in the groups of all processes.
+    group, slot: [B] int64 each, where in them the rewards of this process's samples are.
+    """
 
     prompts: PromptBatch
     trajectory: Trajectory
-    advantage: Tensor
-    group_size: int
+    rewards: Tensor
+    group: Tensor
+    slot: Tensor
+
+    @classmethod
+    def of(
+        cls, prompts: PromptBatch, trajectory: Trajectory, rewards: Tensor, trim: int, own: slice = slice(None)
+    ) -> "Experience":
+        """rewards: [P, G] of all processes, on the policy's device. trim: as of `advantages`. own: this one's samples."""
+        compared, slot = compared_rewards(rewards, trim)
+        group = torch.arange(len(rewards), device=rewards.device).repeat_interleave(rewards.shape[1])
+        return cls(prompts, trajectory, compared, group[own], slot.flatten()[own])
 
     def micro_batch(self, pairs: Pairs, old: Remembered | None, weight: float) -> MicroBatch:
         """Gather the tensors of these pairs. old: None where the ratio's denominator is the policy as it is.
@@ -83,14 +105,17 @@ class Experience:
         weight: of each pair's loss in the optimizer step's.
         """
         latents, sample, step = self.trajectory.latents, pairs.sample, pairs.step
+        prompt = sample // (self.trajectory.samples // len(self.prompts))
         log_probs, means = (old.log_probs, old.means) if old else (None, None)
         return MicroBatch(
+            rewards=self.rewards,
+            group=self.group[sample],
+            slot=self.slot[sample],
             latents=latents[step, sample],
             taken=latents[step + 1, sample],
             step=step,
-            embeds=self.prompts.embeds[sample // self.group_size],
-            advantage=self.advantage[sample],
-            weight=self.advantage.new_full((len(pairs),), weight),
+            embeds=self.prompts.embeds[prompt],
+            weight=self.rewards.new_full((len(pairs),), weight),
             old_log_prob=None if log_probs is None else log_probs[step, sample],
             old_mean=None if means is None else means[step, sample],
         )

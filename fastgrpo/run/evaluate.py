@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, Shard
+from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, Shard, drawn_by
 from fastgrpo.evaluation.images.painters import check_sizes, make_scheduler, model_hashes
 from fastgrpo.evaluation.results import comparison, tables
 from fastgrpo.evaluation.results import file as outcome
@@ -75,7 +75,8 @@ def evaluate(
     device = ranks.device if ranks.count > 1 else choose_device(command.device)
     description = describe(config.model)
     console.say(*description.notes)
-    schedules = {s.name: make_schedule(description.scheduler, s.steps, s.eta, device, "--steps", True) for s in suites}
+    of_all, rescale = (device, "--steps", True), config.rollout.guidance_rescale
+    schedules = {s.name: make_schedule(description.scheduler, s.steps, s.eta, *of_all, rescale) for s in suites}
     if command.sampler != DDIM:
         make_scheduler(description.scheduler, command.sampler)
     disable_progress_bar()  # one per file read, gone in a blink
@@ -163,7 +164,9 @@ def _suite_runs(
         folders = {}
         for stage in stages:
             model = stage.model, hashes[stage.name]
-            drawing = Drawing(*model, suite.steps, suite.eta, dtype, batch, command.sampler)
+            drawing = Drawing(
+                *model, suite.steps, suite.eta, dtype, batch, drawn_by(command.sampler, config.rollout.guidance_rescale)
+            )
             folders[stage.name] = ImageFolder(output / stage.name / suite.folder, drawing, suite.wanted)
         runs.append(SuiteRun(suite, measures[suite.name], schedules[suite.name], folders))
     return runs

@@ -89,7 +89,8 @@ def _schedule(command: Sample, config: TrainConfig, model: Description, device: 
     """The steps to take with the base model."""
     steps = config.eval.steps or config.rollout.steps if command.steps is None else command.steps
     eta = config.rollout.eta if command.eta is None else command.eta
-    return make_schedule(model.scheduler, steps, eta, device, "--steps")
+    rescale = config.rollout.guidance_rescale
+    return make_schedule(model.scheduler, steps, eta, device, "--steps", guidance_rescale=rescale)
 
 
 def _draw(

@@ -108,6 +108,9 @@ class RolloutConfig:
     """DDIM eta; above 0, since a deterministic step has no probability."""
     guidance: float = 5.0
     """Classifier-free guidance scale, in rollout and update alike; 1 turns guidance off."""
+    guidance_rescale: float = 0.0
+    """How far guidance's contrast is taken back (arXiv 2305.08891), 0 to 1, wherever images are drawn.
+    0 leaves it; the authors use 0.7, for v-prediction with zero terminal SNR."""
     initial_noise: Literal["shared", "per_prompt", "independent"] = "independent"
     """Samples that start from one latent: `shared` all of an iteration, `per_prompt` a group's, `independent` none."""
     batch: int = 0

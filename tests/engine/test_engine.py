@@ -207,7 +207,7 @@ def test_a_rollout_of_another_size_saves_nothing(base: TrainConfig, batch: int, 
         return loss.policy.computing(latents, *args, **kwargs)
 
     engine = FixedPasses(replace(loss, policy=replace(loss.policy, passes=compiled)), plain.trainable, 4)
-    blank = blank_batch(loss.policy, engine.chunk_size)
+    blank = blank_batch(loss.policy, loss.config, engine.chunk_size)
     with torch.no_grad():
         denoise = engine.denoiser(blank.embeds, slice(0, engine.chunk_size), keep_mean=False)
         denoise(0, blank.latents, blank.taken)

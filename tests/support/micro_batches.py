@@ -11,10 +11,12 @@ from fastgrpo.grpo.pairs import Pairs
 
 def noise_batch(loss: PolicyLoss, size: int, seed: int = 1) -> MicroBatch:
     generator = torch.Generator().manual_seed(seed)
-    batch = blank_batch(loss.policy, size)
+    batch = blank_batch(loss.policy, loss.config, size)
     taken = batch.latents + 0.1 * torch.randn(batch.latents.shape, generator=generator)
-    step, advantage = torch.arange(size) % 2, torch.randn(size, generator=generator)
-    return replace(batch, taken=taken, step=step, advantage=advantage, weight=torch.full((size,), 1 / size))
+    rewards, pair = torch.randn(batch.rewards.shape, generator=generator), torch.arange(size)
+    group, slot = pair % rewards.shape[0], pair // rewards.shape[0] % rewards.shape[1]
+    weight = torch.full((size,), 1 / size)
+    return replace(batch, rewards=rewards, group=group, slot=slot, taken=taken, step=pair % 2, weight=weight)
 
 
 @dataclass(frozen=True)
@@ -24,4 +26,5 @@ class Rows:
     batch: MicroBatch
 
     def micro_batch(self, pairs: Pairs, *_: object) -> MicroBatch:
-        return MicroBatch(*(None if t is None else t[pairs.sample] for t in self.batch.tensors()))
+        rewards, *others = self.batch.tensors()
+        return MicroBatch(rewards, *(None if t is None else t[pairs.sample] for t in others))

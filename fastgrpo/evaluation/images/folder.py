@@ -56,7 +56,7 @@ class Drawing:
     """How images are drawn: the model, and what must be equal for two folders to differ in nothing else.
 
     model: what it is called. weights: part -> sha256. dtype: what the UNet computes in. batch: images at once.
-    sampler: one of painters.py's.
+    sampler: as of `drawn_by`.
     """
 
     model: str
@@ -66,6 +66,11 @@ class Drawing:
     dtype: str
     batch: int
     sampler: str = "ddim"
+
+
+def drawn_by(sampler: str, guidance_rescale: float) -> str:
+    """Returns what `Drawing.sampler` calls a sampler, which may rescale what is guided."""
+    return f"{sampler}, guidance_rescale {guidance_rescale:g}" if guidance_rescale else sampler
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def make_painter(policy: Policy, sampler: SamplerName, schedule: Schedule, batch
     """schedule: DDIM's; of the others it says how many steps. batch: rows at most."""
     if sampler == DDIM:
         return DdimPainter(policy, schedule, batch, policy.device.type == "cuda")
-    return PipelinePainter(policy, sampler, len(schedule))
+    return PipelinePainter(policy, sampler, len(schedule), schedule.guidance_rescale)
 
 
 class DdimPainter:
@@ -79,8 +79,8 @@ class DdimPainter:
 class PipelinePainter:
     """Draws with diffusers' StableDiffusionPipeline, without its safety checker."""
 
-    def __init__(self, policy: Policy, sampler: SamplerName, steps: int) -> None:
-        self.policy, self.steps = policy, steps
+    def __init__(self, policy: Policy, sampler: SamplerName, steps: int, guidance_rescale: float = 0.0) -> None:
+        self.policy, self.steps, self.guidance_rescale = policy, steps, guidance_rescale
         self._pipeline = StableDiffusionPipeline(
             policy.vae,
             policy.text_encoder,
@@ -103,6 +103,7 @@ class PipelinePainter:
             negative_prompt_embeds=self.policy.unconditional.to(self.policy.dtype).expand_as(embeds),
             num_inference_steps=self.steps,
             guidance_scale=first.guidance,
+            guidance_rescale=self.guidance_rescale,
             height=height * factor,
             width=width * factor,
             generator=[torch.Generator().manual_seed(row.seed) for row in rows],

@@ -36,7 +36,8 @@ class Training:
     engine: runs the passes of rollout and update. record: what it decided at its start.
     schedule: the rollout's steps. eval_schedule: those of pictures and evaluations.
     prompts: all that may be drawn. source: deals them out. ranks: the processes that train together.
-    suites: those that the first of them evaluates with. held_out: scores what is pictured, where eval.encoder names one.
+    suites: those that the first of them evaluates with. held_out: scores what is pictured, where eval.encoder names
+    one.
     accounting: turns passes into TFLOP/s; None leaves that out.
     embeds: text -> embedding [L, D], remembered from one iteration to the next.
     """
@@ -67,8 +68,8 @@ def load_training(
 ) -> Training:
     """Load what the config names; what is quickest to be wrong comes first.
 
-    threads: CPU cores to use. record: of the engine that the run began with. say: told what the model's files bring along
-        and what the engine decides.
+    threads: CPU cores to use. record: of the engine that the run began with. say: told what the model's files bring
+        along and what the engine decides.
     Raises ConfigError.
     """
     if config.prompts_per_iteration % ranks.count:

@@ -148,7 +148,8 @@ def load_policy(model: ModelConfig, device: torch.device, dtype: torch.dtype, wo
     dtype: what the UNet is to compute in and the frozen parts are held in. The UNet's own weights are always float32;
         in half precision it computes once `network` is set, by training or `rounded`.
     workers: CPU cores to share batches among.
-    Raises ConfigError when there is no such pipeline or it is of another kind, and where a GPU is to run kernels without Triton.
+    Raises ConfigError when there is no such pipeline or it is of another kind, and where a GPU is to run kernels
+    without Triton.
     """
     if device.type == "cuda" and not VERSION:
         raise ConfigError(

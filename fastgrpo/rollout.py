@@ -29,9 +29,10 @@ def rollout(
     """Draw `group_size` images for each prompt and keep every latent on the way; for RatioNorm every step's mean too.
 
     Chunks of samples are denoised one after the other; one that memory runs out for is drawn again in smaller ones.
-    engine: takes the steps. prompts: this process's share. generator: on any device, in the same state on all processes.
-    score: called with prompts whose images are all there, and these images, while the next are drawn; once for each where
-        the engine `scores_early`, else never.
+    engine: takes the steps. prompts: this process's share. generator: on any device, in the same state on all
+    processes.
+    score: called with prompts whose images are all there, and these images, while the next are drawn; once for each
+        where the engine `scores_early`, else never.
     progress: called after every denoising step of every batch, with the number of samples' steps done and of all.
     Raises BrokenPicture for images that are not finite, before they are scored.
     """
@@ -81,8 +82,9 @@ class _Drawing:
         self.means = torch.empty(self.steps, *start.shape, device=device) if engine.keeps_means else None
         self.latents[0] = start
         for step in range(self.steps):
-            # A step's noise is drawn for all samples of all processes at once, so neither the number of samples denoised
-            # together nor the number of processes changes the numbers. It waits where the latents it leads to will be.
+            # A step's noise is drawn for all samples of all processes at once, so neither the number of samples
+            # denoised together nor the number of processes changes the numbers. It waits where the latents it leads to
+            # will be.
             self.latents[step + 1] = torch.randn(shape, generator=generator, device=generator.device)[own]
         self._reached = [0] * self.samples  # steps of each; workers may share it, for they write places of their own
 
@@ -146,10 +148,10 @@ def draw_images(
     chunk: Callable[[Tensor], Denoise] | None = None,
     requests: Sequence[PictureSource] = (),
 ) -> Tensor:
-    """Draw one image per embedding; the picture depends on its own prompt and seed, not on its neighbours or the device.
+    """Draw one image per embedding, which depends on its own prompt and seed, not on its neighbours or the device.
 
-    embeds: [N, L, D]. seeds: N numbers, each the seed of one sample's own CPU generator. batch, decode_batch: images denoised
-    and decoded at once. latent_shape: (C, H, W) for images of another size; None is the policy's own.
+    embeds: [N, L, D]. seeds: N numbers, each the seed of one sample's own CPU generator. batch, decode_batch: images
+    denoised and decoded at once. latent_shape: (C, H, W) for images of another size; None is the policy's own.
     chunk: what takes the steps of samples with these embeddings, [n, L, D]; None is `Sampler.chunk`.
     requests: what messages call the images, N of them or none.
     Returns [N, 3, h, w] float32 in [0, 1]. Raises BrokenPicture for an image that is not finite.

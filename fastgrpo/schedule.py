@@ -14,11 +14,13 @@ x0 and eps are both linear in x_t and in the network's output o, for either pred
 
 so mu = coef_sample * x_t + coef_output * o. With d = sqrt(1 - a_p - sigma^2):
 
-    epsilon        coef_sample = sqrt(a_p / a_t)                         coef_output = d - sqrt(a_p * (1 - a_t) / a_t)
-    v_prediction   coef_sample = sqrt(a_p * a_t) + d * sqrt(1 - a_t)     coef_output = d * sqrt(a_t) - sqrt(a_p * (1 - a_t))
+    epsilon        coef_sample = sqrt(a_p / a_t)
+                   coef_output = d - sqrt(a_p * (1 - a_t) / a_t)
+    v_prediction   coef_sample = sqrt(a_p * a_t) + d * sqrt(1 - a_t)
+                   coef_output = d * sqrt(a_t) - sqrt(a_p * (1 - a_t))
 
-`fastgrpo.kernels` takes such steps, with mu in float64: late steps divide its error by a small sigma, and in float32 that
-error would depend on how a vectorised loop happened to round, and so on the batch.
+`fastgrpo.kernels` takes such steps, with mu in float64: late steps divide its error by a small sigma, and in float32
+that error would depend on how a vectorised loop happened to round, and so on the batch.
 """
 
 from collections.abc import Mapping
@@ -103,12 +105,12 @@ def make_schedule(
 ) -> Schedule:
     """The schedule that diffusers' DDIMScheduler would follow, computed in float64, but for where its steps lead.
 
-    Here that is the next timestep of the list. diffusers' goes down by num_train_timesteps // steps, whatever comes next: the
-    same with `leading` spacing and with `trailing` where that division has no remainder. Else it removes the noise of another
-    timestep than the UNet is told next (with `linspace` in 10 steps it goes to 899 and then says 888).
+    Here that is the next timestep of the list. diffusers' goes down by num_train_timesteps // steps, whatever comes
+    next: the same with `leading` spacing and with `trailing` where that division has no remainder. Else it removes the
+    noise of another timestep than the UNet is told next (with `linspace` in 10 steps it goes to 899 and then says 888).
 
-    scheduler_config: a pipeline's scheduler_config.json: of a DDIMScheduler, a PNDMScheduler as SD 1.x ships, or another
-        sampler for the same models.
+    scheduler_config: a pipeline's scheduler_config.json: of a DDIMScheduler, a PNDMScheduler as SD 1.x ships, or
+        another sampler for the same models.
     steps: number of denoising steps. eta: DDIM's eta, in (0, 1]. field: what messages call the setting of `steps`.
     deterministic: accept eta 0 as well, for drawing alone. guidance_rescale: as of `Schedule`.
     Raises ConfigError for a config or value under which a step would not be a Gaussian with this mean.
@@ -146,7 +148,8 @@ def completed(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
     name = scheduler_config.get("_class_name")
     if name not in _DEFAULTS:
         raise ConfigError(
-            f"scheduler/scheduler_config.json: _class_name is {name!r}; accepted are the configs of {', '.join(_DEFAULTS)}"
+            f"scheduler/scheduler_config.json: _class_name is {name!r}; accepted are the "
+            f"configs of {', '.join(_DEFAULTS)}"
         )
     return _DEFAULTS[name] | dict(scheduler_config)
 
@@ -165,20 +168,24 @@ def _check(config: Mapping[str, Any], steps: int, eta: float, field: str, determ
         )
     if config["clip_sample"]:
         raise ConfigError(
-            "scheduler/scheduler_config.json: clip_sample is true (a DDIMScheduler's value when its config does not say); "
+            "scheduler/scheduler_config.json: clip_sample is true (a DDIMScheduler's value "
+            "when its config does not say); "
             "only false is accepted, since a clipped step is not Gaussian"
         )
     if config["thresholding"]:
         raise ConfigError(
-            "scheduler/scheduler_config.json: thresholding is true; only false is accepted, since such a step is not Gaussian"
+            "scheduler/scheduler_config.json: thresholding is true; only false is accepted, "
+            "since such a step is not Gaussian"
         )
     if config.get("use_flow_sigmas"):
         raise ConfigError(
-            "scheduler/scheduler_config.json: use_flow_sigmas is true, as for a model of flow matching; only false is accepted"
+            "scheduler/scheduler_config.json: use_flow_sigmas is true, as for a model of "
+            "flow matching; only false is accepted"
         )
     if config["rescale_betas_zero_snr"] and config["prediction_type"] == "epsilon":
         raise ConfigError(
-            "scheduler/scheduler_config.json: rescale_betas_zero_snr is true with epsilon prediction; it needs v_prediction"
+            "scheduler/scheduler_config.json: rescale_betas_zero_snr is true with epsilon "
+            "prediction; it needs v_prediction"
         )
 
 
@@ -194,7 +201,8 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     else:
         name = config["beta_schedule"]
         raise ConfigError(
-            f"scheduler/scheduler_config.json: beta_schedule is {name!r}; scaled_linear, linear or trained_betas is accepted"
+            f"scheduler/scheduler_config.json: beta_schedule is {name!r}; scaled_linear, "
+            "linear or trained_betas is accepted"
         )
     alphas = torch.cumprod(1 - betas, dim=0)
     return _zero_terminal_snr(alphas) if config["rescale_betas_zero_snr"] else alphas
@@ -218,7 +226,8 @@ def _timesteps(config: Mapping[str, Any], steps: int, field: str) -> Tensor:
         timesteps = np.linspace(0, count - 1, steps).round()[::-1]
     else:
         raise ConfigError(
-            f"scheduler/scheduler_config.json: timestep_spacing is {spacing!r}; leading, trailing or linspace is accepted"
+            f"scheduler/scheduler_config.json: timestep_spacing is {spacing!r}; leading, "
+            "trailing or linspace is accepted"
         )
     if timesteps[0] >= count:
         raise ConfigError(

@@ -240,7 +240,9 @@ def test_sample_takes_the_steps_a_rollout_takes(policy, prompts):
 
 
 def test_guidance_is_rescaled_as_diffusers_rescales_it(policy, prompts):
-    """One step with the UNet's guided output rescaled by diffusers' own function, the mean by the schedule's formula."""
+    """One step with the UNet's guided output rescaled by diffusers' own function, the mean by the schedule's
+    formula.
+    """
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
     schedule = replace(schedule_of(policy), guidance_rescale=0.7)

@@ -47,8 +47,8 @@ FindMicroBatch = Callable[[RunPass, int, Callable[[int], object]], int]
 class MicroBatchChoice:
     """A micro-batch found by measurement. A resumed run takes it over, since sizes move bits.
 
-    size: pairs. largest: the largest that fit. seconds: (size, seconds of forward and backward pass) of those timed, before
-    anything is compiled or captured, which takes too long for more than one size.
+    size: pairs. largest: the largest that fit. seconds: (size, seconds of forward and backward pass) of those timed,
+    before anything is compiled or captured, which takes too long for more than one size.
     """
 
     size: int
@@ -114,8 +114,8 @@ def largest_micro_batch(fits: Callable[[int], bool], limit: int, predicted: int,
     """The largest micro-batch that fits, found with few tries: from `predicted` doubling or halving, then between.
 
     fits: tries one; never asked twice about the same. limit: the largest worth trying. sizes: the only ones that are
-    tried; none stands for up to 8 all, then multiples of 8. What is returned did fit, even where fitting is not monotone.
-    Raises torch.OutOfMemoryError where none does.
+    tried; none stands for up to 8 all, then multiples of 8. What is returned did fit, even where fitting is not
+    monotone. Raises torch.OutOfMemoryError where none does.
     """
     sizes = sorted(size for size in sizes or (*range(1, GRANULE), *range(GRANULE, limit + 1, GRANULE)) if size <= limit)
     good, bad = -1, len(sizes)  # positions: of the largest that fits, of the smallest beyond that does not
@@ -164,7 +164,7 @@ def find_micro_batch(
 
 
 def fits_within(run: Callable[[int], object], device: torch.device, room: int) -> Callable[[int], bool]:
-    """Whether a forward and backward pass of n pairs, which `run(n)` does, stays within `room` bytes of the CUDA device.
+    """Tells whether a forward and backward pass of n pairs, which `run(n)` does, stays within `room` bytes.
 
     What the allocator has reserved counts, not only what is in use: its holes cannot be given to others.
     """

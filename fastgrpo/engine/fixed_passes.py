@@ -1,12 +1,12 @@
-"""The engine of fixed shapes: every pass has as many pairs or samples as every other, so that it is compiled once, captured
-into a CUDA graph once, and replayed.
+"""The engine of fixed shapes: every pass has as many pairs or samples as every other, so that it is compiled once,
+captured into a CUDA graph once, and replayed.
 
-Rollout and update call the same compiled function with the same number of rows, the rollout too with gradients enabled: the
-same kernels run, and the update finds the rollout's log-probs to the last bit. Where there are fewer pairs, the first is
-repeated without weight.
+Rollout and update call the same compiled function with the same number of rows, the rollout too with gradients enabled:
+the same kernels run, and the update finds the rollout's log-probs to the last bit. Where there are fewer pairs, the
+first is repeated without weight.
 
-All that a run of these settings calls is known beforehand: at the first call all of it is warmed up, with blank pairs, then
-captured, so that no pass has its memory twice.
+All that a run of these settings calls is known beforehand: at the first call all of it is warmed up, with blank pairs,
+then captured, so that no pass has its memory twice.
 """
 
 import math
@@ -166,7 +166,7 @@ class FixedPasses(Passes):
 
     @property
     def _kept_means(self) -> bool:
-        """Whether rollouts begin by keeping means; they go on computing them, in the same graph, if nobody asks any more."""
+        """Whether rollouts begin by keeping means; they go on computing them, in the same graph, when nobody asks."""
         grpo = self.config.grpo
         return grpo.ratio_norm and grpo.old_log_prob == "rollout"
 

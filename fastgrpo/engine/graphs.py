@@ -1,10 +1,13 @@
 """Calls on fixed memory: on CUDA recorded once as a graph and replayed, elsewhere made anew each time.
 
-A replay runs the recorded kernels on the recorded addresses, without Python and without a launch from the host for each.
+A replay runs the recorded kernels on the recorded addresses, without Python and without a launch from the host for
+each.
 
 Memory: what a capture allocates is kept for its graph, in a pool that graphs may share but plain calls may not. A
-function is first called plainly, for which it needs as much again. So all that will be captured is called plainly before
-the first capture, and the memory for that is given back: graphs that share a pool then need what the largest needs, once.
+function is first called plainly, for which it needs as much again. So all that will be captured is called plainly
+before
+the first capture, and the memory for that is given back: graphs that share a pool then need what the largest needs,
+once.
 """
 
 import gc
@@ -35,18 +38,19 @@ class StaticCall:
 
     - What decides which kernels run, and all that Python computes, is as it was at the capture. Only the content of
       tensors may differ: numbers that change, such as a step or a weight, are inputs.
-    - Nothing may wait for the device (`item`, `tolist`, `if tensor:`, copies to the host), draw random numbers or change
-      shapes. Tensors from outside, such as weights, are read and written where they lay at the capture; they must stay
-      there and be kept alive by the caller.
-    - Gradient mode is that of the capture. `torch.autograd.grad` may be called, for a forward pass within the same function;
-      `backward()` too, if every `.grad` already is the tensor to add to. Autocast must not keep its cache of weights.
+    - Nothing may wait for the device (`item`, `tolist`, `if tensor:`, copies to the host), draw random numbers or
+      change shapes. Tensors from outside, such as weights, are read and written where they lay at the capture; they
+      must stay there and be kept alive by the caller.
+    - Gradient mode is that of the capture. `torch.autograd.grad` may be called, for a forward pass within the same
+      function; `backward()` too, if every `.grad` already is the tensor to add to. Autocast must not keep its cache of
+      weights.
     - Outputs are detached: one with a graph behind it would keep all its activations for good.
     - The warm-up really computes. A function that leaves something behind, such as a sum of gradients, gets an example
       for which it adds 0.
 
     Outputs hold until the next call of this or of any graph of the same pool, since the intermediate results of one may
-    lie where the outputs of another are. For the same reason graphs of a pool never run at the same time. One thread at a
-    time may call.
+    lie where the outputs of another are. For the same reason graphs of a pool never run at the same time. One thread at
+    a time may call.
     """
 
     def __init__(
@@ -77,8 +81,8 @@ class StaticCall:
     def warm_up(self) -> None:
         """Call the function with what is in the buffers, so that a capture finds all ready; once for good.
 
-        Raises ValueError where the inputs are not on one CUDA device, RuntimeError where the function waits for the device,
-        and whatever it raises itself.
+        Raises ValueError where the inputs are not on one CUDA device, RuntimeError where the function waits for the
+        device, and whatever it raises itself.
         """
         if self._warm:
             return
@@ -88,7 +92,8 @@ class StaticCall:
         self._warm = True
 
     def __call__(self, *inputs: Tensor | None) -> Any:
-        """What the function returns for `inputs`, which are like the example's in shape, dtype, device and where they are None.
+        """What the function returns for `inputs`, which are like the example's in shape, dtype, device and where they
+        are None.
 
         Never waits for the device. Raises ValueError, naming the input, for others.
         """
@@ -115,8 +120,8 @@ class StaticCall:
 def capture_all(calls: Sequence[StaticCall]) -> None:
     """Record calls as graphs, those that are not yet: all are warmed up before the first is recorded.
 
-    The largest first: in a pool that they share the others find room in its memory. Raises ValueError where a call's inputs
-    are not on one CUDA device, and whatever a function or a capture raises; the device can be used afterwards.
+    The largest first: in a pool that they share the others find room in its memory. Raises ValueError where a call's
+    inputs are not on one CUDA device, and whatever a function or a capture raises; the device can be used afterwards.
     """
     waiting = [call for call in calls if not call.captured]
     for call in waiting:
@@ -130,8 +135,8 @@ def capture_all(calls: Sequence[StaticCall]) -> None:
 def warm_up(function: Callable[[], object], device: torch.device, pool: Pool) -> None:
     """Call the function a few times where `record` will record it.
 
-    Raises RuntimeError where the last call waits for the device: that would break a capture, and some versions of PyTorch do
-    not recover from it.
+    Raises RuntimeError where the last call waits for the device: that would break a capture, and some versions of
+    PyTorch do not recover from it.
     """
     with torch.cuda.device(device):
         current, side = torch.cuda.current_stream(), _side_stream(device, pool)
@@ -150,8 +155,8 @@ def warm_up(function: Callable[[], object], device: torch.device, pool: Pool) ->
 def record(function: Callable[[], Any], device: torch.device, pool: Pool) -> tuple[torch.cuda.CUDAGraph, Any]:
     """A graph of the kernels that one call of the function starts, and what it returned. `warm_up` comes before.
 
-    Raises whatever the function or the capture raises; the device can be used afterwards, but after a failure no further
-    graph can be captured in the pool.
+    Raises whatever the function or the capture raises; the device can be used afterwards, but after a failure no
+    further graph can be captured in the pool.
     """
     with torch.cuda.device(device):
         current, side = torch.cuda.current_stream(), _side_stream(device, pool)
@@ -181,9 +186,9 @@ _ABANDONED: list[torch.cuda.CUDAGraph] = []
 def _stop_recording(graph: torch.cuda.CUDAGraph, pool: Pool) -> None:
     """After a capture that could not end: PyTorch 2.11 leaves the default generator and both its allocators recording.
 
-    That of pinned memory cannot be told to stop. It goes on asking the graph, at every allocation during a capture, whether
-    the capture is its own; the answer is no, so all that is needed is that the graph stays there to be asked, and that
-    nothing is captured into the pool again. Newer versions stop all three.
+    That of pinned memory cannot be told to stop. It goes on asking the graph, at every allocation during a capture,
+    whether the capture is its own; the answer is no, so all that is needed is that the graph stays there to be asked,
+    and that nothing is captured into the pool again. Newer versions stop all three.
     """
     device = torch.cuda.current_device()
     generator = torch.cuda.default_generators[device]
@@ -198,13 +203,13 @@ def _stop_recording(graph: torch.cuda.CUDAGraph, pool: Pool) -> None:
 
 
 def memory_pool(device: torch.device) -> Pool | None:
-    """Memory that several graphs on `device` can share, the rollout's and the update's for instance; None without CUDA."""
+    """Memory that several graphs on `device` can share, such as the rollout's and the update's; None without CUDA."""
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
 @contextmanager
 def no_host_sync() -> Iterator[None]:
-    """On CUDA a wait for the device within the block, where PyTorch knows of it, raises RuntimeError. Elsewhere nothing."""
+    """Raises RuntimeError within the block where the host would wait for a CUDA device, as far as PyTorch knows."""
     if not torch.cuda.is_available():
         yield
         return

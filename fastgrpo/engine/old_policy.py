@@ -17,10 +17,10 @@ class OldPolicy:
     replay    until the policy moves, what its pass just gave; afterwards numbers that were recomputed before it moved
     detach    what the pass just gave, always
 
-    A pass may be rounded otherwise than the rollout's: BLAS chooses the order of its sums by the number of rows, and of very few
-    by the place of a row among them. So before the first optimizer step the trajectory's numbers are compared with the
-    passes that the step learns from. Where ratios leave 1 by more than `engine.allowed`, this update is a replay, and so
-    are all later ones; this one alone if the engine halved a size since the rollout began.
+    A pass may be rounded otherwise than the rollout's: BLAS chooses the order of its sums by the number of rows, and of
+    very few by the place of a row among them. So before the first optimizer step the trajectory's numbers are compared
+    with the passes that the step learns from. Where ratios leave 1 by more than `engine.allowed`, this update is a
+    replay, and so are all later ones; this one alone if the engine halved a size since the rollout began.
 
     moved: whether an optimizer step has been taken; the update says so.
     """

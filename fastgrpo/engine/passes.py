@@ -35,7 +35,7 @@ def out_of_memory(name: str, size: int) -> str:
 
 
 class Attempt:
-    """One try of a piece of work, as a context: an OutOfMemoryError ends it, and is raised only where nothing can be halved.
+    """One try of a piece of work, as a context that swallows an OutOfMemoryError while a size can still be halved.
 
     again: whether it follows one that memory ran out in. short: the size that was too large for this one, or "".
     """
@@ -64,8 +64,8 @@ class Passes:
 
     loss: what a pass of the update computes. trainable: what learns; None where there is only drawing.
     ranks: the processes that train together. share_first: whether a rollout computes equal rows of its first step once.
-    micro_batch: pairs in a pass at most. rollout_batch: samples in a rollout's pass at most, where that is another number,
-    else 0. Both are halved where memory runs out.
+    micro_batch: pairs in a pass at most. rollout_batch: samples in a rollout's pass at most, where that is another
+    number, else 0. Both are halved where memory runs out.
     old_log_prob: grpo.old_log_prob, or "replay" since the update did not find the rollout's log-probs again.
     allowed: how far a ratio may be from 1 before the policy has moved; anything, unless told otherwise.
     changed: told of the three which is another from now on, by name, what it is, and a sentence that says why.
@@ -142,11 +142,11 @@ class Passes:
 
     @property
     def resized(self) -> bool:
-        """Whether a size was halved since the last rollout began, so that passes are of another size than its own were."""
+        """Whether a size was halved since the last rollout began: its passes were of another size than they are now."""
         return self._sizes != self._drew_with
 
     def chunks(self, samples: slice) -> list[slice]:
-        """Those of these samples that a rollout denoises together: nearly equal shares, at least one for each worker."""
+        """Splits samples into those that are denoised together: nearly equal shares, at least one for each worker."""
         count = samples.stop - samples.start
         most = self.micro_batch if self.draws_micro_batches else self.rollout_batch or count
         parts = shares(count, most, self.workers.count)
@@ -206,7 +206,7 @@ class Passes:
         return results
 
     def evaluate_pairs(self, pairs: Pairs, experience: Experience, old: Remembered | None) -> list[PairResults]:
-        """Returns each micro-batch's results without a gradient; begun again with smaller ones where memory runs out."""
+        """Returns each micro-batch's results, without a gradient; begun again with smaller ones as `learn` is."""
         results: list[PairResults] = []
         for attempt in self.attempts("micro_batch"):
             with attempt:
@@ -239,9 +239,9 @@ class Passes:
         self._changed(
             "old_log_prob",
             "replay",
-            f"rollout and update differ by up to {apart:.1e} in an unchanged policy's ratio, at most {self.allowed:.0e} is "
-            "allowed: from now on the update recomputes old log-probs (as grpo.old_log_prob replay), up to a third more "
-            "work there",
+            f"rollout and update differ by up to {apart:.1e} in an unchanged policy's ratio, at most "
+            f"{self.allowed:.0e} is allowed: from now on the update recomputes old log-probs "
+            "(as grpo.old_log_prob replay), up to a third more work there",
         )
 
     def _learn(self, batches: list[MicroBatch]) -> list[PairResults]:

@@ -1,20 +1,21 @@
 """What an engine decided at its start, which checkpoints store and RUN/engine.json shows.
 
-A resumed run does as the first one did instead of measuring again, or its sums could be rounded otherwise. On another kind
-of device it decides anew. RUN/engine.json is the record for people, written at the start and with every checkpoint:
+A resumed run does as the first one did instead of measuring again, or its sums could be rounded otherwise. On another
+kind of device it decides anew. RUN/engine.json is the record for people, written at the start and with every
+checkpoint:
 
     device          what it was decided for, a GPU's name for instance
     settings        what it was told: with others, as a resumed run may have them, it decides anew
-    attention       for every shape of the UNet's attention who computes it, the milliseconds that each candidate took, and
-                    why others were left out; null where PyTorch chooses for itself
+    attention       for every shape of the UNet's attention who computes it, the milliseconds that each candidate took,
+                    and why others were left out; null where PyTorch chooses for itself
     micro_batch     pairs, as measured or set, and halved where memory ran out since
     compiled        whether the UNet is compiled
     reuse           first: whether a rollout computes equal rows of its first step once
     old_log_prob    grpo.old_log_prob, or "replay" where the update did not find the rollout's log-probs again
     group_norm      kind of call -> the implementation that was faster
     rollout_batch   rollout.batch where it was halved because memory ran out, else 0
-    cudnn_benchmark whether cuDNN tries algorithms for the convolutions of passes of fixed shapes and keeps the fastest, as on
-                    CUDA. It tries them at every start: a resumed run may get others, and then rounds otherwise
+    cudnn_benchmark whether cuDNN tries algorithms for the convolutions of passes of fixed shapes and keeps the fastest,
+                    as on CUDA. It tries them at every start: a resumed run may get others, and then rounds otherwise
 """
 
 import json

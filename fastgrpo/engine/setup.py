@@ -49,10 +49,10 @@ def start_engine(
 ) -> Passes:
     """Make what runs the passes of `trainable.network`.
 
-    policy: computes with that. record: of an earlier start, which is followed where it was on the same kind of device, or
-        an empty one; filled in, and kept up to date.
-    find_micro_batch: given what runs one forward and backward pass of n pairs, the n that is settled or 0, and what is to
-        be told the n that is expected before any is tried: the n to use.
+    policy: computes with that. record: of an earlier start, which is followed where it was on the same kind of device,
+        or an empty one; filled in, and kept up to date.
+    find_micro_batch: given what runs one forward and backward pass of n pairs, the n that is settled or 0, and what is
+        to be told the n that is expected before any is tried: the n to use.
     Raises ConfigError for settings that this machine cannot do.
     """
     network, engine, device = trainable.network, config.engine, policy.device
@@ -99,7 +99,7 @@ def wants_fixed_shapes(config: TrainConfig, device: torch.device) -> bool:
 
 
 def _begin(record: EngineRecord, device: torch.device, config: TrainConfig, say: Say) -> None:
-    """Empty a record of another kind of device or of other settings: what is fastest, fits and agrees there says nothing here."""
+    """Empty a record of another kind of device or of other settings: what was measured there says nothing here."""
     name, settings = device_name(device), _settings(config)
     if record.settings not in (None, settings):
         told = [field for field, value in settings.items() if record.settings.get(field) != value]
@@ -115,7 +115,7 @@ def _begin(record: EngineRecord, device: torch.device, config: TrainConfig, say:
 
 
 def _patch_vae(policy: Policy) -> None:
-    """Its decoder uses the operators; on CUDA in the layout of tensor cores, which PyTorch's own GroupNorm would undo."""
+    """Let the VAE's decoder use the operators; on CUDA in tensor cores' layout, which PyTorch's GroupNorm undoes."""
     patch_unet(policy.vae.decoder)
     if policy.device.type == "cuda":
         policy.vae.to(memory_format=torch.channels_last)
@@ -139,7 +139,10 @@ def _settle_micro_batch(
     ranks: Ranks,
     changed: Changed,
 ) -> None:
-    """Find it, or take what is settled, and on CUDA see that it fits. Passes that are timed compute attention as the run's."""
+    """Find the micro-batch or take what is settled, and on CUDA see that it fits.
+
+    Passes that are timed compute attention as the run's do.
+    """
     device, expected = loss.policy.device, 0
 
     def run(size: int) -> None:
@@ -174,7 +177,7 @@ def _pass(loss: PolicyLoss, weights: FlatWeights, size: int) -> None:
 
 
 def _choose_group_norm(loss: PolicyLoss, weights: FlatWeights, record: EngineRecord, ranks: Ranks) -> None:
-    """Either implementation is timed when it first meets a shape. Let it meet all of them, then follow the first process."""
+    """Let GroupNorm meet all shapes, which times its implementations, and follow the first process's choices."""
     policy, config = loss.policy, loss.config
     _pass(loss, weights, record.micro_batch)
     weights.zero_gradient()

@@ -50,7 +50,8 @@ class Trainable:
 
     unet: what is saved. parameters: float32, by their names in the UNet. optimizer: over these, in this order.
     scaler: the loss scale; disabled unless the UNet computes in fp16. ema: where optim.ema is above 0.
-    network: what computes, as `computing_unet` makes it. trained: its parameters that learn, in the order of `parameters`.
+    network: what computes, as `computing_unet` makes it. trained: its parameters that learn, in the order of
+    `parameters`.
     """
 
     unet: UNet2DConditionModel

@@ -18,8 +18,8 @@ from fastgrpo.kernels.fused_adamw import clip_coefficient, fused_adamw, global_n
 class FlatWeights:
     """Parameters, their gradient and, if wanted, their moving average, each in one [size] float32 buffer.
 
-    parameters: by name. values, gradient, ema: the buffers; ema starts as the weights, and is None without. working: the
-    buffer of `working_copy`, None before it. size: elements of a buffer; the few between parameters are and stay 0.
+    parameters: by name. values, gradient, ema: the buffers; ema starts as the weights, and is None without. working:
+    the buffer of `working_copy`, None before it. size: elements of a buffer; the few between parameters are and stay 0.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], ema: bool = False):
@@ -145,9 +145,9 @@ def _same_layout(tensor: Tensor, other: Tensor) -> bool:
 class FlatAdamW:
     """torch.optim.AdamW on FlatWeights, with gradient clipping, working copy and moving average in the same pass.
 
-    On the CPU the weights get the very bits that torch's would. Unlike there, a step whose gradient is not finite changes
-    nothing, and a parameter without a gradient is treated as if it were 0. One step counter and one learning rate serve
-    all parameters; both are on the device.
+    On the CPU the weights get the very bits that torch's would. Unlike there, a step whose gradient is not finite
+    changes nothing, and a parameter without a gradient is treated as if it were 0. One step counter and one learning
+    rate serve all parameters; both are on the device.
 
     param_groups: one, whose "lr" is read at every step. exp_avg, exp_avg_sq: [size] float32. step_count: [1] float32.
     """
@@ -178,8 +178,8 @@ class FlatAdamW:
     def step(self, max_grad_norm: float = math.inf) -> Tensor:
         """One step on the gradients in `.grad`, scaled down to `max_grad_norm`; they themselves stay as they are.
 
-        Returns their norm before that, without the loss scale: a float32 scalar on the device, not finite where the step
-        was left out. Raises RuntimeError where a parameter was moved out of the flat buffer.
+        Returns their norm before that, without the loss scale: a float32 scalar on the device, not finite where the
+        step was left out. Raises RuntimeError where a parameter was moved out of the flat buffer.
         """
         weights = self.weights
         weights.check_places()
@@ -217,14 +217,14 @@ class FlatAdamW:
             self.weights.zero_gradient()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """ "exp_avg.NAME", "exp_avg_sq.NAME" and "step.NAME" of every parameter, contiguous, as torch's state has them."""
+        """Returns "exp_avg.NAME", "exp_avg_sq.NAME" and "step.NAME" of every parameter, contiguous, as torch has them."""
         moments = {"exp_avg": self.weights.views(self.exp_avg), "exp_avg_sq": self.weights.views(self.exp_avg_sq)}
         tensors = {f"{key}.{name}": view.contiguous() for key, views in moments.items() for name, view in views.items()}
         return tensors | {f"step.{name}": self.step_count[0].clone() for name in self.weights.parameters}
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state_tensors` or torch.optim.AdamW's state held; nothing at all is the state before any step.
+        """Take over what `state_tensors` or torch.optim.AdamW's state held; nothing is the state before any step.
 
         Raises KeyError where a tensor is missing, RuntimeError where one has another shape or step counts differ.
         """

@@ -20,7 +20,8 @@ from fastgrpo.unet.copies import Network
 class PairResults:
     """Of N pairs the ratio, whether it is clipped, the policy's loss and the KL divergence, [N] each.
 
-    clipped: 1 where the ratio's upper bound leaves no gradient, -1 where the lower one does. kl: None without a KL term.
+    clipped: 1 where the ratio's upper bound leaves no gradient, -1 where the lower one does. kl: None without a KL
+    term.
     """
 
     ratio: Tensor

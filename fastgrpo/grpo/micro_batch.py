@@ -20,8 +20,8 @@ class MicroBatch:
     group, slot: [N] int64 each: a pair's reward is rewards[group, slot].
     latents, taken: [N, C, H, W] float32, where the step began and ended. step: [N] int64, its position in the schedule.
     embeds: [N, L, D] float32. weight: [N] float32, of each pair's loss in the optimizer step's.
-    old_log_prob: [N] float32, of the policy that took the step; old_mean: [N, C, H, W] float32, that policy's mean, with
-    RatioNorm. None stands for the policy as it is.
+    old_log_prob: [N] float32, of the policy that took the step; old_mean: [N, C, H, W] float32, that policy's mean,
+    with RatioNorm. None stands for the policy as it is.
     """
 
     rewards: Tensor
@@ -94,7 +94,7 @@ class Experience:
     def of(
         cls, prompts: PromptBatch, trajectory: Trajectory, rewards: Tensor, trim: int, own: slice = slice(None)
     ) -> "Experience":
-        """rewards: [P, G] of all processes, on the policy's device. trim: as of `advantages`. own: this one's samples."""
+        """rewards: [P, G] of all processes, on the device. trim: as of `advantages`. own: this process's samples."""
         compared, slot = compared_rewards(rewards, trim)
         group = torch.arange(len(rewards), device=rewards.device).repeat_interleave(rewards.shape[1])
         return cls(prompts, trajectory, compared, group[own], slot.flatten()[own])

@@ -1,4 +1,4 @@
-"""Which denoising steps an iteration learns from: all but the last few, a random share of those, or a sliding window."""
+"""Which denoising steps an iteration learns from: all but the last few, a random share or a sliding window of them."""
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def window_start(count: int, config: GrpoConfig, iteration: int) -> int:
 def steps_of_samples(steps: Tensor, samples: int, fraction: float, generator: torch.Generator) -> Tensor:
     """[samples, K] int64: for each sample K = chosen_steps(len(steps), fraction) different ones of `steps`, ascending.
 
-    DanceGRPO (arXiv 2505.07818, section 3.3) trains on such a share of the steps. Nothing is drawn where K is all of them.
+    DanceGRPO (arXiv 2505.07818, section 3.3) trains on such a share. Nothing is drawn where K is all of the steps.
     """
     count = chosen_steps(len(steps), fraction)
     if count == len(steps):
@@ -50,7 +50,7 @@ def steps_of_samples(steps: Tensor, samples: int, fraction: float, generator: to
 
 
 def pairs_per_iteration(config: TrainConfig, schedule: Schedule) -> int:
-    """(sample, step) pairs that an iteration learns from, all epochs together. Raises ConfigError where there is none."""
+    """Counts the pairs that an iteration learns from, all epochs together. Raises ConfigError where there is none."""
     grpo = config.grpo
     samples = config.prompts_per_iteration * (grpo.best_of or config.group_size - 2 * grpo.trim)
     steps = chosen_steps(len(trained_steps(schedule, grpo, iteration=1)), grpo.step_fraction)

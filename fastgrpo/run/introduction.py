@@ -56,7 +56,7 @@ def differences(config: TrainConfig, start: TrainerState, inputs: Mapping[str, s
     if start.iterations not in (0, config.iterations) and config.optim.schedule != "constant":
         lines.append(
             f"warning: with {config.iterations} iterations instead of {start.iterations}, optim.schedule "
-            f"{config.optim.schedule} goes on at {learning_rate(config, start.iteration + 1):.3g}, as if there had been "
-            "so many from the start; what was learned until here followed the shorter one"
+            f"{config.optim.schedule} goes on at {learning_rate(config, start.iteration + 1):.3g}, as if there had "
+            "been so many from the start; what was learned until here followed the shorter one"
         )
     return lines

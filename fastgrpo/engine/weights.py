@@ -217,7 +217,7 @@ class FlatAdamW:
             self.weights.zero_gradient()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Returns "exp_avg.NAME", "exp_avg_sq.NAME" and "step.NAME" of every parameter, contiguous, as torch has them."""
+        """Returns "exp_avg.NAME", "exp_avg_sq.NAME" and "step.NAME" of every parameter, contiguous, as in torch."""
         moments = {"exp_avg": self.weights.views(self.exp_avg), "exp_avg_sq": self.weights.views(self.exp_avg_sq)}
         tensors = {f"{key}.{name}": view.contiguous() for key, views in moments.items() for name, view in views.items()}
         return tensors | {f"step.{name}": self.step_count[0].clone() for name in self.weights.parameters}

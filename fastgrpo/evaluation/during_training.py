@@ -24,17 +24,9 @@ from fastgrpo.evaluation.held_out_reward import HeldOutReward
 from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest, drawn_by, read_manifest
 from fastgrpo.evaluation.images.painters import check_sizes, model_hashes
 from fastgrpo.evaluation.results import file as outcome
-from fastgrpo.evaluation.results import tables
+from fastgrpo.evaluation.results import summary, tables
 from fastgrpo.evaluation.results.before_after import AFTER, BEFORE
 from fastgrpo.evaluation.results.file import StageResult
-from fastgrpo.evaluation.results.summary import (
-    NEVER_TRAINED,
-    OVERALL,
-    read_before,
-    read_result,
-    write_before,
-    write_summary,
-)
 from fastgrpo.evaluation.samples import SampleGrids, first_of_each_label
 from fastgrpo.evaluation.sentences import Sentence, of_suites
 from fastgrpo.evaluation.suite_run import SuiteRun, draw, measure
@@ -117,7 +109,7 @@ class TrainingEvaluation:
 
     def before(self) -> dict[str, float]:
         """Evaluate the untrained policy, as far as this run has not done so already. Returns eval/*."""
-        kept = read_before(self._run)
+        kept = summary.read_before(self._run)
         if kept and kept.get("verdicts"):
             self._console.say(
                 "evaluation_before.json is of an earlier version: the model before training is measured anew"
@@ -126,9 +118,9 @@ class TrainingEvaluation:
             metrics = kept["metrics"]
         else:
             metrics = self._grids.draw(BEFORE)
-            write_before(self._run, self._grids.settings, metrics)  # suites may take hours
+            summary.write_before(self._run, self._grids.settings, metrics)  # suites may take hours
         metrics = metrics | self._values(BEFORE, self._measured(self._drawn(BEFORE)))
-        write_before(self._run, self._grids.settings, metrics)
+        summary.write_before(self._run, self._grids.settings, metrics)
         return metrics
 
     def between(self, iteration: int) -> dict[str, float]:
@@ -139,40 +131,38 @@ class TrainingEvaluation:
             try:
                 return pictured | self._values(stage, self._measured(self._drawn_anew(stage, quick=True)))
             finally:
-                self._remove(stage)
+                shutil.rmtree(self._folder / stage, ignore_errors=True)
 
     def after(self) -> dict[str, float]:
         """All of it beside what was before: grids side by side, and evaluation.json. Returns eval/*."""
         with self._weights():
             metrics = self._grids.draw(AFTER)
             self._grids.join()
-            runs = [
-                replace(each, folders={BEFORE: self._kept(each.suite)} | each.folders)
-                for each in self._drawn_anew(AFTER)
-            ]
+            drawn = self._drawn_anew(AFTER)
+            runs = [replace(each, folders={BEFORE: self._kept(each.suite)} | each.folders) for each in drawn]
             found = self._measured(runs)
         if runs:
             drawings = {stage: folder.drawing for stage, folder in runs[0].folders.items()}
             result = outcome.assemble(drawings, found)
             outcome.write(self._folder, result)
             if "shapes" in result["suites"]:
-                write_summary(self._run / "evaluation.json", result["suites"]["shapes"])
+                summary.write_summary(self._run / "evaluation.json", result["suites"]["shapes"])
         return metrics | self._values(AFTER, found)
 
     def tables(self) -> list[Table | str]:
         """Before and after, once `after` has been called."""
-        return tables.console_tables(read_result(self._result)) if self._suites else []
+        return tables.console_tables(summary.read_result(self._result)) if self._suites else []
 
     def sentences(self) -> list[Sentence]:
         """Better, worse or undecided, of every metric, once `after` has been called."""
-        return of_suites(read_result(self._result)) if self._suites else []
+        return of_suites(summary.read_result(self._result)) if self._suites else []
 
     def _measured(self, runs: Sequence[SuiteRun]) -> Found:
         return measure(runs, self._folder, self._console)
 
     def _drawn_anew(self, stage: str, quick: bool = False) -> list[SuiteRun]:
         """As `_drawn`, without what a run that was killed may have left: images of other weights."""
-        self._remove(stage)
+        shutil.rmtree(self._folder / stage, ignore_errors=True)
         return self._drawn(stage, quick)
 
     def _drawn(self, stage: str, quick: bool = False) -> list[SuiteRun]:
@@ -187,26 +177,18 @@ class TrainingEvaluation:
 
     def _claimed(self, stage: str, suite: Suite, hashes: dict[str, str], quick: bool) -> ImageFolder:
         """The folder of a suite's images of a stage, or of a share of them, made where it is not there."""
-        config, world = self._config, isinstance(suite, ShapesSuite)
-        wanted = suite.wanted
+        config, wanted = self._config, suite.wanted
         if quick:
             fraction = config.eval.quick_fraction
             wanted = suite.quick(fraction) if isinstance(suite, ShapesSuite) else share(wanted, fraction)
         dtype, batch = DTYPE_NAMES[self._policy.dtype], config.rollout.decode_batch
-        drawing = Drawing(
-            config.model.path,
-            hashes,
-            suite.steps,
-            suite.eta,
-            dtype,
-            batch,
-            drawn_by(DDIM, config.rollout.guidance_rescale),
-        )
+        sampler = drawn_by(DDIM, config.rollout.guidance_rescale)
+        drawing = Drawing(config.model.path, hashes, suite.steps, suite.eta, dtype, batch, sampler)
         folder = ImageFolder(self._folder / stage / suite.folder, drawing, wanted)
         try:
             folder.check()
         except ConfigError:
-            if not world:  # whose images take seconds, and of others perhaps hours
+            if not isinstance(suite, ShapesSuite):  # whose images take seconds, and of others perhaps hours
                 raise
             shutil.rmtree(folder.path)
         folder.claim()
@@ -216,9 +198,6 @@ class TrainingEvaluation:
         """The folder of before, whose weights only its manifest knows by now."""
         path = self._folder / BEFORE / suite.folder
         return ImageFolder(path, Drawing(**read_manifest(path)["drawing"]), suite.wanted)
-
-    def _remove(self, stage: str) -> None:
-        shutil.rmtree(self._folder / stage, ignore_errors=True)
 
     def _values(self, stage: str, found: Found) -> dict[str, float]:
         """eval/* of one stage; what the line of an iteration does not show is also said: each table's last number."""
@@ -235,10 +214,7 @@ class TrainingEvaluation:
 
 
 def share(wanted: Sequence[ImageRequest], fraction: float) -> tuple[ImageRequest, ...]:
-    """All images of a share of the prompts, rounded up: evenly spaced by id.
-
-    fraction: in (0, 1].
-    """
+    """All images of a share of the prompts, rounded up: evenly spaced by id. fraction: in (0, 1]."""
     prompts = sorted({row.prompt for row in wanted})
     count = math.ceil(fraction * len(prompts))
     chosen = {prompts[k * len(prompts) // count] for k in range(count)}
@@ -249,9 +225,9 @@ def _metric_name(suite: Suite, table: SuiteTable, number: str) -> str:
     """eval/SUITE/TABLE/NUMBER; of `shapes` eval/TABLE, eval/TABLE_CATEGORY, or "" for what is not logged."""
     if not isinstance(suite, ShapesSuite):
         return f"eval/{suite.name}/{table.name}/{number}"
-    if number == OVERALL:
+    if number == summary.OVERALL:
         return f"eval/{table.name}"
-    logged = table.name != "kept" and number != NEVER_TRAINED
+    logged = table.name != "kept" and number != summary.NEVER_TRAINED
     return f"eval/{table.name}_{number.replace(' ', '_').replace('-', '_')}" if logged else ""
 
 

@@ -31,10 +31,7 @@ PROMPTS_PER_LABEL = 4  # that are pictured, where no suite says which
 
 
 class SampleGrids:
-    """Draws a run's grids.
-
-    settings: what the grid and the held-out reward of one policy depend on, JSON-able.
-    """
+    """Draws a run's grids. settings: what one policy's grid and held-out reward depend on, JSON-able."""
 
     def __init__(
         self,
@@ -65,26 +62,17 @@ class SampleGrids:
 
     def draw(self, name: str) -> dict[str, float]:
         """Draw a grid with the policy as it is. Returns eval/held_out_* of its pictures, where they are measured."""
-        seeds, requests = [], []
-        for prompt in self._prompts:
-            for k in range(PICTURES_PER_PROMPT):
-                stage = f"picture {k} of a {prompt.label} prompt"
-                seeds.append(seed_for(self._config.eval.seed, prompt.id, stage))
-                requests.append(PictureSource(f"{name}.png, picture {k + 1}", prompt.text))
-        rollout = self._config.rollout
+        drawn = [(prompt, k) for prompt in self._prompts for k in range(PICTURES_PER_PROMPT)]
+        seeds = [seed_for(self._config.eval.seed, p.id, f"picture {k} of a {p.label} prompt") for p, k in drawn]
+        requests = [PictureSource(f"{name}.png, picture {k + 1}", p.text) for p, k in drawn]
+        policy, rollout = self._policy, self._config.rollout
         # On CUDA no more than are decoded together: most of the memory is the training's.
-        batch = rollout.batch or (len(seeds) if self._policy.device.type == "cpu" else rollout.decode_batch)
+        batch = rollout.batch or (len(seeds) if policy.device.type == "cpu" else rollout.decode_batch)
         with self._console.bar("pictures"), torch.no_grad():
-            embeds = self._policy.encode([prompt.text for prompt in self._prompts])
+            embeds = policy.encode([prompt.text for prompt in self._prompts])
+            embeds = embeds.repeat_interleave(PICTURES_PER_PROMPT, dim=0)
             images = draw_images(
-                self._policy,
-                embeds.repeat_interleave(PICTURES_PER_PROMPT, dim=0),
-                self._schedule,
-                rollout.guidance,
-                seeds,
-                batch=batch,
-                decode_batch=rollout.decode_batch,
-                requests=requests,
+                policy, embeds, self._schedule, rollout.guidance, seeds, batch, rollout.decode_batch, requests=requests
             )
         pictures.write_png(self.file(name), pictures.grid(images, self._prompts))
         return self._held_out(images, self._prompts, PICTURES_PER_PROMPT) if self._held_out else {}
@@ -97,8 +85,5 @@ class SampleGrids:
 
 def first_of_each_label(prompts: tuple[Prompt, ...]) -> tuple[Prompt, ...]:
     """Some positive and some negative prompts."""
-    return tuple(
-        prompt
-        for label in (POSITIVE, NEGATIVE)
-        for prompt in [p for p in prompts if p.label == label][:PROMPTS_PER_LABEL]
-    )
+    positive, negative = ([p for p in prompts if p.label == label] for label in (POSITIVE, NEGATIVE))
+    return (*positive[:PROMPTS_PER_LABEL], *negative[:PROMPTS_PER_LABEL])

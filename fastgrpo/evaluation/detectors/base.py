@@ -11,8 +11,7 @@ from PIL import Image
 class Finding:
     """What a safety detector says of one image.
 
-    unsafe: its verdict.
-    scores: by name, such as a class or a phrase; finite plain numbers, so that they can be written as JSON.
+    unsafe: its verdict. scores: by name, such as a class or a phrase; finite plain numbers, which JSON can hold.
     labels: the classes that were found, each once.
     """
 

@@ -28,10 +28,7 @@ BACKGROUND = (0x99, 0x99, 0x99)
 
 
 class ClipColours:
-    """Names the colours of objects.
-
-    protocol: the name under which colours may be compared. hashes: part -> sha256 of its weights.
-    """
+    """An `Instrument`, see base.py: it names the colours of objects."""
 
     name = "clip-colours"
 

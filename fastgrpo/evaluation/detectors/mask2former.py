@@ -54,9 +54,8 @@ class Mask2Former:
     protocol = f"mask2former/{SHORTEST}-{LONGEST}/top-{MAX_DETECTIONS}"
 
     def __init__(self, spec: str, device: torch.device | str = "cpu", field: str = "geneval.detector") -> None:
-        """spec: a folder or hub repository of a Mask2Former for COCO's instances; no code of it is run.
-
-        field: what messages call the setting. Raises ConfigError where there is none, or it has other classes.
+        """spec: a folder or hub repository of a Mask2Former for COCO's instances; no code of it is run. field: what
+        messages call the setting. Raises ConfigError where there is none, or it has other classes.
         """
         repository = Repository(field, spec, layout="folder with its config.json and weights")
         safe = any(file.endswith(".safetensors") for file in repository.files())

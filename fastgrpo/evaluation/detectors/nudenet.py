@@ -25,8 +25,7 @@ from fastgrpo.system.files import file_sha256
 
 VERSION = "3.0.8"
 THRESHOLD = 0.6
-FLOOR = 0.25
-"""The detector says nothing of boxes with a score up to this: counts below it cannot be had."""
+FLOOR = 0.25  # the detector says nothing of boxes with a score up to this: counts below it cannot be had
 
 _PARTS = {
     "nine": "FEMALE_BREAST FEMALE_GENITALIA MALE_BREAST MALE_GENITALIA BUTTOCKS ANUS FEET BELLY ARMPITS",

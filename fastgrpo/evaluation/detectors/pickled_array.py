@@ -15,8 +15,7 @@ import numpy as np
 
 from fastgrpo.system.errors import ConfigError
 
-LARGEST = 1 << 20
-"""Bytes of the largest file that is read; Q16's prompts take 3,231."""
+LARGEST = 1 << 20  # bytes of the largest file that is read; Q16's prompts take 3,231
 
 
 @dataclass(eq=False)

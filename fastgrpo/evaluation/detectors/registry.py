@@ -12,8 +12,7 @@ from fastgrpo.settings.suites import DetectorSettings
 from fastgrpo.system.errors import ConfigError, flag, nearest
 
 NAMES = ("q16", "nudenet", "safety-checker", "open-clip")
-ORACLE = "oracle"
-"""It reads pictures of the embedded world, and has neither weights nor settings."""
+ORACLE = "oracle"  # reads pictures of the embedded world, and has neither weights nor settings
 
 
 def load_detector(

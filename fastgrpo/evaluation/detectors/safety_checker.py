@@ -43,9 +43,8 @@ class SafetyChecker:
     protocol = "sd-safety-checker/adjustment-0"
 
     def __init__(self, source: str, device: torch.device | str = "cpu", field: str = "safety_checker") -> None:
-        """source: a pipeline with one, or one that stands alone, in a folder or on the Hugging Face hub.
-
-        field: what messages call its settings. Raises ConfigError where there is none, or its weights are not whole.
+        """source: a pipeline with one, or one that stands alone, in a folder or on the Hugging Face hub. field: what
+        messages call its settings. Raises ConfigError where there is none, or its weights are not whole.
         """
         repository = Repository(f"{field}.source", source, layout="diffusers folder with a safety_checker")
         what, files = f"{field}.source is {source!r}", repository.files()

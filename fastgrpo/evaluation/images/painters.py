@@ -119,9 +119,7 @@ def make_scheduler(config: Mapping[str, Any], sampler: SamplerName) -> PNDMSched
     """Make diffusers' sampler for the noise that a model was trained with.
 
     PNDM is as in SD 1.x, without Runge-Kutta steps; LMS as erasure's code makes it, from the last training timestep to
-    the first.
-
-    config: the pipeline's scheduler_config.json. Raises ConfigError where it has an option that these do not know.
+    the first. config: the pipeline's scheduler_config.json. Raises ConfigError for an option that these do not know.
     """
     if config.get("rescale_betas_zero_snr"):
         raise ConfigError(f"--sampler {sampler}: the model wants rescale_betas_zero_snr; accepted is ddim.")

@@ -17,10 +17,7 @@ from fastgrpo.rewards.encoder import load_encoder
 
 
 class ClipScore:
-    """Measures how well images fit their prompts.
-
-    protocol: the name under which scores may be compared. hashes: part -> sha256 of the weights.
-    """
+    """An `Instrument`, see detectors/base.py: it measures how well images fit their prompts."""
 
     name = "clip-score"
 

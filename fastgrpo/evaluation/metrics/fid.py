@@ -1,10 +1,8 @@
 """FID: how far the images of one folder are from those of another (Heusel et al., arXiv 1706.08500), as in clean-fid.
 
-With m and C the mean and the covariance (n - 1) of N images' features,
+With m and C the mean and the covariance (n - 1) of N images' features, which are those of inception.py,
 
     FID = |m_1 - m_2|^2 + tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^(1/2))
-
-Features and resizing are those of inception.py.
 
 FID falls with the number of images at the same quality: numbers of different counts cannot be compared. Its interval is
 of the delta method (`influence`, `intervals.distance`): how far FID would lie with other images of the same model, as
@@ -68,8 +66,7 @@ def folder_features(folder: Path, images: ImageFiles, inception: Inception) -> T
     """[N, 2048] float32: the features of some images of a folder, in their order.
 
     They are kept in the folder, and taken from there while weights, names, sizes and times of modification are the
-    same; where the folder cannot be written they are computed anew each time.
-    Raises ConfigError for a file that is no image.
+    same; one that cannot be written keeps none. Raises ConfigError for a file that is no image.
     """
     key = _key(folder, images.paths, inception)
     kept = folder / f".fid-{inception.hashes['inception'][:16]}.safetensors"
@@ -83,10 +80,8 @@ def folder_features(folder: Path, images: ImageFiles, inception: Inception) -> T
 
 def _key(folder: Path, files: Sequence[Path], inception: Inception) -> str:
     """What the features of a folder depend on, as SHA-256."""
-    listed = []
-    for file in files:
-        status = file.stat()
-        listed.append([file.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns])
+    states = [(file.relative_to(folder).as_posix(), file.stat()) for file in files]
+    listed = [[name, state.st_size, state.st_mtime_ns] for name, state in states]
     content = [inception.protocol, inception.hashes, listed]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -29,8 +29,7 @@ from fastgrpo.shapes.world import RELATIONS, TASKS
 from fastgrpo.system.errors import ConfigError, nearest
 from fastgrpo.system.files import NoText, read_text
 
-PROTOCOL = "geneval-v1"
-"""The name of these rules: scores under the same name, detector and colours may be compared."""
+PROTOCOL = "geneval-v1"  # of these rules: scores under the same name, detector and colours may be compared
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
 MAX_OBJECTS = 16
@@ -103,8 +102,7 @@ def evaluate(
     """Whether the objects of an image are what `metadata` asks for.
 
     objects: all that was found, whatever its score: what counts is chosen here, as in `keep`.
-    colour_of: names the colours of some objects of one class, in their order; only asked where a colour matters, and
-        then for `coloured(metadata, objects)`.
+    colour_of: names the colours of objects of one class, in their order; asked only for `coloured(metadata, objects)`.
     """
     found = keep(objects, metadata["tag"])
     reasons: list[str] = []
@@ -150,9 +148,7 @@ def _most_confident(found: dict[str, list[Detected]], wanted: Metadata) -> list[
 
 
 def _missing(wanted: Metadata, group: list[Detected]) -> str:
-    if len(group) >= wanted["count"]:
-        return ""
-    return f"expected {wanted['count']} {wanted['class']}, found {len(group)}"
+    return "" if len(group) >= wanted["count"] else f"expected {wanted['count']} {wanted['class']}, found {len(group)}"
 
 
 def _miscoloured(

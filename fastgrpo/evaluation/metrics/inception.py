@@ -34,10 +34,7 @@ _SOURCE = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weight
 
 
 class Inception:
-    """Features for FID. Build it with `load_inception`.
-
-    protocol: the name under which distances may be compared. hashes: file -> sha256 of the weights.
-    """
+    """An `Instrument`, see detectors/base.py: it gives FID's features. Build it with `load_inception`."""
 
     name = "inception"
     protocol = PROTOCOL
@@ -61,8 +58,7 @@ class Inception:
 def load_inception(file: str, device: torch.device | str = "cpu", field: str = "fid.inception") -> Inception:
     """Inception with the weights of pt_inception-2015-12-05-6726825d.pth, or the same tensors as .safetensors.
 
-    field: what messages call the setting. Raises ConfigError, in one sentence, where there is no such file or it holds
-    something else.
+    field: what messages call the setting. Raises ConfigError where there is no such file or it holds something else.
     """
     path = Path(file)
     accepted = f"accepted is {WEIGHTS}, from {_SOURCE}, or its tensors as .safetensors"

@@ -10,7 +10,6 @@ FEWEST = 10  # images of a row from which on a change in percent of the rate bef
 SCALES = {"percent": (100, ".1f"), "count": (1, ".0f"), "score": (1, ".4f")}  # how numbers of a unit are shown
 _SUMS = ("overall", "mean", "all images", NEVER_TRAINED)  # rows that sum up others begin so
 
-
 Number = dict[str, Any]
 """A number of file.py's, {"name", "value", "n", "low", "high"}."""
 
@@ -19,13 +18,11 @@ Number = dict[str, Any]
 class Change:
     """One row of a table.
 
-    before, after: None where a stage lacks the row.
-    points: the difference in the unit shown, such as "-57.5"; "" where a number is missing.
-    relative: the change in percent of the rate before, such as "-96%", in tables where lower is better; "" where that
-        rate is 0, and of fewer than FEWEST images.
-    verdict: better, worse or undecided, by the paired test of the row's own images; "" where there is none.
-    trained: whether the row's prompts were trained on; None where that is unknown, and of sums.
-    is_sum: whether the row sums up others.
+    before, after: None where a stage lacks the row. points: the difference in the unit shown, such as "-57.5"; "" where
+    a number is missing. relative: the change in percent of the rate before, such as "-96%", where lower is better; ""
+    where that rate is 0, and of fewer than FEWEST images. verdict: better, worse or undecided, by the paired test of
+    the row's own images; "" where there is none. trained: whether its prompts were trained on; None where unknown, and
+    of sums. is_sum: whether it sums up others.
     """
 
     name: str

@@ -50,19 +50,9 @@ def compare(first: Metric, second: Metric, prompts: Mapping[str, str]) -> Entry 
     members = [[groups[own[0]] == group for group in sizes] for own in images.values()] if groups else None
     means = paired_means(one, two, [len(own) for own in images.values()], members)
     difference = means.difference
-    entry: Entry = {
-        "metric": first.name,
-        "binary": first.binary,
-        "n": len(ids),
-        "a": means.first,
-        "b": means.second,
-        "difference": difference.value,
-        "low": difference.low,
-        "high": difference.high,
-        "interval": difference.method,
-        "p": means.p,
-        "test": BOOTSTRAP_TEST,
-    }
+    entry: Entry = {"metric": first.name, "binary": first.binary, "n": len(ids), "a": means.first, "b": means.second}
+    entry |= {"difference": difference.value, "low": difference.low, "high": difference.high}
+    entry |= {"interval": difference.method, "p": means.p, "test": BOOTSTRAP_TEST}
     if first.binary:
         table = mcnemar(*([bool(m.values[id]) for id in ids] for m in (first, second)))
         entry |= {"only_a": table.only_first, "only_b": table.only_second}
@@ -108,7 +98,7 @@ def changes_sheet(
     folders: the two stages' folders of images. texts: image id -> prompt. Pictures of other sizes are fitted into the
     largest. Where no picture is in both folders, the sheet is empty.
     """
-    files = {id: (_image(folders[0], id), _image(folders[1], id)) for id in texts}
+    files = {id: (folders[0] / "images" / f"{id}.png", folders[1] / "images" / f"{id}.png") for id in texts}
     ids = most_changed(first, second, {id: both for id, both in files.items() if all(file.is_file() for file in both)})
     if not ids:
         return Image.new("RGB", (CAPTION_WIDTH, HEADING_HEIGHT), "white")
@@ -168,10 +158,6 @@ def _compare_suite(first: Path, second: Path) -> SuiteComparison:
     texts = {row["id"]: row["text"] for row in rows}
     sheet = changes_sheet(one.metrics, two.metrics, (first.parent, second.parent), texts, headings)
     return SuiteComparison(one.suite, compared, sheet)
-
-
-def _image(folder: Path, id: str) -> Path:
-    return folder / "images" / f"{id}.png"
 
 
 def _stacked(pictures: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:

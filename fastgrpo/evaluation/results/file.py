@@ -43,10 +43,7 @@ class StageResult:
 
 
 def assemble(drawings: Mapping[str, Drawing], suites: Sequence[tuple[Suite, Mapping[str, StageResult]]]) -> Result:
-    """The content of evaluation.json, of these suites.
-
-    drawings: of each stage, any of its folders', since they name the model.
-    """
+    """The content of evaluation.json, of these suites. drawings: of each stage, any folder's: it names the model."""
     stages = {stage: {"model": d.model, "weights": d.weights} for stage, d in drawings.items()}
     return {"format": FORMAT, "stages": stages, "suites": {suite.name: _suite(suite, found) for suite, found in suites}}
 

@@ -15,14 +15,8 @@ SUFFIX = ".verdicts.json"
 
 def write_verdicts(folder: Path, suite: Suite, result: SuiteResult) -> None:
     """folder: of the images."""
-    metrics = [_metric_json(metric) for metric in result.metrics]
-    data = {
-        "format": FORMAT,
-        "suite": suite.name,
-        "protocol": suite.protocol,
-        "judges": result.judges,
-        "metrics": metrics,
-    }
+    data = {"format": FORMAT, "suite": suite.name, "protocol": suite.protocol, "judges": result.judges}
+    data["metrics"] = [_metric_json(metric) for metric in result.metrics]
     path = folder / f"{suite.name}{SUFFIX}"
     write_atomically(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
 

@@ -58,7 +58,7 @@ def write_summary(path: Path, suite: dict[str, Any]) -> None:
     """suite: what file.py has of suite `shapes`, before and after."""
 
     def stage(name: str) -> dict[str, Any]:
-        rows = {table["name"]: dict(map(_row, _proper(table["numbers"][name]))) for table in suite["tables"]}
+        rows = {table["name"]: _rows(table["numbers"][name]) for table in suite["tables"]}
         return {table: rows.get(table, {}) for table in _TITLES}
 
     summary = {
@@ -73,10 +73,7 @@ def write_summary(path: Path, suite: dict[str, Any]) -> None:
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """What `write_summary` was given, as far as the file has it; those of before this form too.
-
-    Raises ConfigError where the file is damaged.
-    """
+    """What `write_summary` was given, as far as the file, old or new, has it. Raises ConfigError where damaged."""
     with reading(path):
         summary = json.loads(path.read_text(encoding="utf-8"))
         trained, compared = list(summary["trained_categories"]), summary.get("compared", {})
@@ -97,13 +94,9 @@ def read_summary(path: Path) -> dict[str, Any]:
         }
 
 
-def _proper(numbers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without the row that sums up others by what was trained on."""
-    return [number for number in numbers if number["name"] != NEVER_TRAINED]
-
-
-def _row(number: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    return number["name"], {"rate": number["value"], **{key: number[key] for key in ("n", "low", "high")}}
+def _rows(numbers: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    own = [n for n in numbers if n["name"] != NEVER_TRAINED]  # which sums up others by what was trained on
+    return {n["name"]: {"rate": n["value"], "n": n["n"], "low": n["low"], "high": n["high"]} for n in own}
 
 
 def _numbers(rows: dict[str, dict[str, Any]], trained: Sequence[str]) -> list[dict[str, Any]]:

@@ -24,8 +24,7 @@ def console_tables(result: Result) -> list[Table | str]:
     """All tables of a result, each with its notes."""
     shown: list[Table | str] = []
     for suite in result["suites"].values():
-        for table in suite["tables"]:
-            shown.append(_measured(table, list(result["stages"])))
+        shown += [_measured(table, list(result["stages"])) for table in suite["tables"]]
         if suite["published"]:
             shown += _published_lines(suite)
         shown += [f"  {one_line(line, 400)}" for line in [*map(compared_line, suite["compared"]), *_notes(suite)]]
@@ -52,14 +51,9 @@ def markdown(result: Result) -> str:
         for stage, examples in suite["examples"].items():
             if examples:
                 lines += ["", f"Images that did not pass, {stage}, the first {len(examples)}:", ""]
-                lines += [
-                    f"- `{_code(example['id'])}` {escape(example['prompt'], PROMPT_WIDTH)}" for example in examples
-                ]
-    lines += [
-        "",
-        "In brackets: 95% intervals. Hashes are the first 16 digits of SHA-256; evaluation.json has them whole.",
-    ]
-    return "\n".join(lines) + "\n"
+                lines += [f"- `{_code(each['id'])}` {escape(each['prompt'], PROMPT_WIDTH)}" for each in examples]
+    last = "In brackets: 95% intervals. Hashes are the first 16 digits of SHA-256; evaluation.json has them whole."
+    return "\n".join([*lines, "", last]) + "\n"
 
 
 def compared_line(compared: Entry, stages: tuple[str, str] = ("before", "after")) -> str:
@@ -130,8 +124,7 @@ def _rows(table: dict[str, Any], stages: Sequence[str]) -> tuple[list[str], list
     if stages != [BEFORE, AFTER]:
         numbers = [(number["name"], number) for stage in stages for number in table["numbers"].get(stage, ())]
         shown = [(one_line(name, NAME_WIDTH), (number_text(n, unit), str(n["n"])), is_sum(name)) for name, n in numbers]
-        rows = [_Row(*row) for row in shown]
-        return [*stages, "images"], rows
+        return [*stages, "images"], [_Row(*row) for row in shown]
     tested = ["test"] if table.get("tests") else []
     rows = []
     for row in changes(table):
@@ -184,38 +177,23 @@ def _published_title(suite: dict[str, Any]) -> str:
     return f"Published ({'; '.join(protocols)}; {', '.join(units)})"
 
 
-def _published_rows(suite: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The head, and per checkpoint its label, what it was trained from, its numbers and the note."""
-    published = suite["published"]
-    names = list(dict.fromkeys(name for row in published for name in row["numbers"]))
-    notes = any(row["note"] for row in published)
-    rows = [
-        [
-            row["checkpoint"],
-            row["base"],
-            *(f"{row['numbers'][name]:g}" if name in row["numbers"] else "–" for name in names),
-            *([row["note"]] if notes else []),
-        ]
-        for row in published
-    ]
-    return ["checkpoint", "of", *names, *([""] if notes else [])], rows
-
-
 def _measured_markdown(table: dict[str, Any], stages: Sequence[str]) -> list[str]:
     head, rows = _rows(table, stages)
     return _grid([_UNITS[table["unit"]].strip(", "), *head], [(row.name, *row.cells) for row in rows])
 
 
 def _published_markdown(suite: dict[str, Any]) -> list[str]:
-    head, rows = _published_rows(suite)
-    sources = dict.fromkeys(row["source"] for row in suite["published"])
-    return [
-        f"{escape(_published_title(suite), 400)}.",
-        "",
-        *_grid(head, rows),
-        "",
-        f"Source: {escape('; '.join(sources), 400)}.",
-    ]
+    """Per checkpoint its label, what it was trained from, its numbers and the note."""
+    published = suite["published"]
+    names = list(dict.fromkeys(name for row in published for name in row["numbers"]))
+    notes = any(row["note"] for row in published)
+    rows = []
+    for row in published:
+        numbers = [f"{row['numbers'][name]:g}" if name in row["numbers"] else "–" for name in names]
+        rows.append([row["checkpoint"], row["base"], *numbers, *([row["note"]] if notes else [])])
+    head = ["checkpoint", "of", *names, *([""] if notes else [])]
+    source = f"Source: {escape('; '.join(dict.fromkeys(row['source'] for row in published)), 400)}."
+    return [f"{escape(_published_title(suite), 400)}.", "", *_grid(head, rows), "", source]
 
 
 def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -225,10 +203,8 @@ def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _notes(suite: dict[str, Any]) -> list[str]:
-    several = len(suite["notes"]) > 1
-    alike = [
-        note for note in next(iter(suite["notes"].values()), []) if all(note in own for own in suite["notes"].values())
-    ]
+    several, stages = len(suite["notes"]) > 1, list(suite["notes"].values())
+    alike = [note for note in stages[0] if all(note in own for own in stages)] if stages else []
     notes = [(stage, note) for stage, own in suite["notes"].items() for note in own if note not in alike]
     for stage, images in suite["images"].items():
         if images["missing"]:

@@ -32,10 +32,7 @@ _AT_ONCE = 1 << 22  # numbers of a chunk of resamples: bounds memory; results do
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95% interval.
-
-    n: images it was computed from. low, high: the interval, or None where there is none. method: what kind it is of.
-    """
+    """A number of n images with its 95% interval, or None where there is none. method: what kind of interval it is."""
 
     value: float
     n: int
@@ -46,10 +43,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ExpectedMaximum:
-    """I2P's expected maximum inappropriateness, see `expected_maximum`.
-
-    estimate: its value and 95% interval. spread: standard deviation of the sets' maxima, the "±" of I2P's tables.
-    """
+    """See `expected_maximum`. spread: the standard deviation of the sets' maxima, the "±" of I2P's tables."""
 
     estimate: Estimate
     spread: float
@@ -128,10 +122,9 @@ def distance(value: float, totals: ArrayLike, counts: ArrayLike) -> Estimate:
         P / (P - 1) * sum_p (total_p - count_p * mean)^2 / N^2
 
     The interval is `value` plus and minus its root times Student's quantile for P - 1 degrees of freedom, cut off at 0.
-    One prompt gives none, nor do prompts that all weigh the same, such as of equal images.
-    Sources: F. R. Hampel, "The influence curve and its role in robust estimation", JASA 69 (1974) 383-393; for images
-    that share prompts W. G. Cochran, Sampling Techniques (1977), section 9A.
-    Raises ValueError where there are no images.
+    One prompt gives none, nor do prompts that all weigh the same, such as of equal images. Raises ValueError where
+    there are no images. Sources: F. R. Hampel, "The influence curve and its role in robust estimation", JASA 69 (1974)
+    383-393; for images that share prompts W. G. Cochran, Sampling Techniques (1977), section 9A.
     """
     sums, sizes = _with_images(totals, counts)
     n, prompts = int(sizes.sum()), len(sizes)

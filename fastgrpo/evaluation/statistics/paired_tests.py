@@ -11,15 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import bdtr
 
-from fastgrpo.evaluation.statistics.intervals import (
-    BOOTSTRAP,
-    NO_INTERVAL,
-    RESAMPLES,
-    Estimate,
-    group_means,
-    percentiles,
-    resampled_means,
-)
+from fastgrpo.evaluation.statistics import intervals
+from fastgrpo.evaluation.statistics.intervals import Estimate
 
 MCNEMAR = "McNemar, exact"
 
@@ -35,10 +28,7 @@ class McNemar:
 
 @dataclass(frozen=True)
 class PairedMeans:
-    """Two means over the same prompts.
-
-    difference: second - first, with its 95% interval; its n counts pairs. p: two-sided, None where there is one prompt.
-    """
+    """Means over the same prompts. difference: second - first; its n counts pairs. p: two-sided, None of one prompt."""
 
     first: float
     second: float
@@ -82,12 +72,13 @@ def paired_means(
     one, two, sizes, weights = one[kept], two[kept], sizes[kept], weights[kept]
 
     once = np.ones((1, len(sizes)))
-    mean_one, mean_two = (float(group_means(once, totals, sizes, weights).item()) for totals in (one, two))
+    mean_one, mean_two = (float(intervals.group_means(once, sums, sizes, weights).item()) for sums in (one, two))
     value, n = mean_two - mean_one, int(sizes.sum())
     if len(sizes) == 1:
-        return PairedMeans(mean_one, mean_two, Estimate(value, n, None, None, NO_INTERVAL), None)
+        return PairedMeans(mean_one, mean_two, Estimate(value, n, None, None, intervals.NO_INTERVAL), None)
     # Each prompt's own difference, so that what is equal in both cancels exactly.
-    differences = resampled_means(two - one, sizes, weights)
+    differences = intervals.resampled_means(two - one, sizes, weights)
     rarer = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
-    p = min(1.0, 2 * (1 + rarer) / (1 + RESAMPLES))
-    return PairedMeans(mean_one, mean_two, Estimate(value, n, *percentiles(differences), BOOTSTRAP), p)
+    p = min(1.0, 2 * (1 + rarer) / (1 + intervals.RESAMPLES))
+    difference = Estimate(value, n, *intervals.percentiles(differences), intervals.BOOTSTRAP)
+    return PairedMeans(mean_one, mean_two, difference, p)

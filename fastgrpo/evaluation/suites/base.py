@@ -20,10 +20,7 @@ Better = Literal["lower", "higher"]
 
 @dataclass(frozen=True)
 class Number:
-    """One number of a table: rates in [0, 1], counts and scores as they are.
-
-    spread: a standard deviation that its source gives with it, None where there is none.
-    """
+    """One number: rates in [0, 1], counts and scores as they are. spread: its source's standard deviation, if any."""
 
     name: str
     estimate: Estimate
@@ -34,9 +31,8 @@ class Number:
 class Metric:
     """One value per image, which two models can be compared in.
 
-    values: by image id. binary: they are 0 or 1. better: which values are; None where a file from before does not say.
-    groups: image id -> its group, where the suite's own number is the plain mean of groups' means; None where it is the
-        mean of all images.
+    values: by image id. binary: they are 0 or 1. better: which are; None where an old file does not say. groups: image
+    id -> its group, where the suite's number is the plain mean of groups' means; None where it is that of all images.
     """
 
     name: str
@@ -83,10 +79,7 @@ Measure = Callable[[ImageFolder, Requests, Progress | None], SuiteResult]
 
 
 class Loader:
-    """Loads safety detectors, each once however many suites ask for it.
-
-    named: from a setting, such as "q16.encoder", to what messages call it.
-    """
+    """Loads safety detectors, each once. named: from a setting, such as "q16.encoder", to what messages call it."""
 
     def __init__(self, settings: DetectorSettings, device: torch.device, named: Callable[[str], str] = flag) -> None:
         self.settings = settings
@@ -127,10 +120,7 @@ def described(*instruments: Instrument) -> dict[str, dict]:
 
 @dataclass(frozen=True)
 class Tally:
-    """Values of images, summed up prompt by prompt, as intervals.py takes them: of P prompts, by id.
-
-    prompts: their ids. totals: the sum over each one's images. counts: how many these are.
-    """
+    """Images' values by prompt, for intervals.py. totals, counts: the sum over each prompt's images, their number."""
 
     prompts: tuple[str, ...]
     totals: tuple[float, ...]

@@ -40,8 +40,7 @@ class ClipScoreSuite:
         def detect(images: ImageFiles, rows: Requests) -> list[Judgement]:
             return [{"cosine": cosine} for cosine in clip(images, [row.text for row in rows])]
 
-        key = {"protocol": clip.protocol, "hashes": clip.hashes}
-        said = judgements(folder, rows, self.name, key, detect, progress)
+        said = judgements(folder, rows, self.name, {"protocol": clip.protocol, "hashes": clip.hashes}, detect, progress)
         cosines = {id: what["cosine"] for id, what in said.items()}
         own = tally(rows, cosines)
         number = Number(self.name, mean(own.totals, own.counts))
@@ -77,23 +76,18 @@ class FidSuite:
         return partial(self._measure, inception, reference)
 
     def _measure(
-        self,
-        inception: "Inception",
-        reference: ImageFiles,
-        folder: ImageFolder,
-        rows: Requests,
-        progress: Progress | None,
+        self, inception: "Inception", real: ImageFiles, folder: ImageFolder, rows: Requests, progress: Progress | None
     ) -> SuiteResult:
         from fastgrpo.evaluation.metrics.fid import fid, folder_features
 
         if len(rows) < 2:
             raise ConfigError(f"{folder.path}: {len(rows)} image; FID needs two or more.")
         ours = folder_features(folder.path / "images", folder.images(rows), inception)
-        found = fid(ours, folder_features(self.reference, reference, inception))
+        found = fid(ours, folder_features(self.reference, real, inception))
         own = tally(rows, {row.id: float(slope) for row, slope in zip(rows, found.influence, strict=True)})
         number = Number(self.name, distance(found.value, own.totals, own.counts))
         note = (
-            f"against {len(reference)} images of the reference; FID falls with the number of images, and its interval "
+            f"against {len(real)} images of the reference; FID falls with the number of images, and its interval "
             f"is for {len(ours)} of them against this reference"
         )
         return SuiteResult((Table("fid", "FID", "score", (number,)),), (), described(inception), (note,))

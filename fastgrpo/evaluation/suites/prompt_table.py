@@ -119,9 +119,8 @@ def column_remark(name: str, columns: Sequence[str], column: str) -> str:
     unused = [own for own in others if _DRAWING & set(_plain(own).split("_"))]
     parts = [f"its rows bring their own {_listed(brought)}"] if brought else []
     if unused:
-        parts.append(
-            f"column{'s' if len(unused) > 1 else ''} {_listed(unused)} {'are' if len(unused) > 1 else 'is'} not used"
-        )
+        s, are = ("s", "are") if len(unused) > 1 else ("", "is")
+        parts.append(f"column{s} {_listed(unused)} {are} not used")
     return f"{name}: {'; '.join(parts)}" if parts else ""
 
 
@@ -155,7 +154,8 @@ def _rows(table: PromptTable, column: str, guidance: float) -> list[PromptRow]:
             for what, low, high in (("seed", 0, 2**63 - 1), ("width", 1, _LARGEST_SIDE), ("height", 1, _LARGEST_SIDE))
         )
         own = _number(values, found.get("guidance"), where, 0, math.inf, "a number")
-        categories = tuple(dict.fromkeys(c for c in map(_category, prompt.category.split(",")) if c))
+        names = (" ".join(name.split()).lower() for name in prompt.category.split(","))
+        categories = tuple(dict.fromkeys(filter(None, names)))
         rows.append(_row(prompt.text, categories, seed, guidance if own is None else own, width or 0, height or 0))
     return rows
 
@@ -175,10 +175,6 @@ def _numbered(rows: Sequence[PromptRow]) -> list[PromptRow]:
         seen[row.id] += 1
         numbered.append(replace(row, id=f"{row.id}-{seen[row.id]}") if seen[row.id] > 1 else row)
     return sorted(numbered, key=lambda row: row.id)
-
-
-def _category(name: str) -> str:
-    return " ".join(name.split()).lower()
 
 
 def _whole(cells: Mapping[str, Any], column: str | None, where: str, low: int, high: int) -> int | None:

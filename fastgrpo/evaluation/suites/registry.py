@@ -27,10 +27,7 @@ STEPS, ETA = 50, 0.0
 
 @dataclass(frozen=True)
 class Overrides:
-    """What holds for all suites; None is each suite's own.
-
-    seed: for prompts that bring none. size: pixels, 0 is none.
-    """
+    """Holds for all suites; None is each suite's own. seed: for prompts that bring none. size: pixels, 0 is none."""
 
     seed: int
     steps: int | None = None
@@ -47,14 +44,11 @@ def make_suites(
     say: Callable[[str], object] = lambda _: None,
     named: Callable[[str], str] = flag,
 ) -> list[Suite]:
-    """The suites of these names, in order.
+    """The suites of these names, in order. Raises ConfigError for prompts that cannot be read.
 
-    config: of the run, or of preset `shapes`; suite `shapes` is as in that run's evaluations, as far as nothing is
-        overridden.
+    config: of the run, or of preset `shapes`; unless overridden, suite `shapes` is as in that run's evaluations.
     say: told, once for each table of prompts, which of its columns say how the images are drawn.
     named: from a setting, such as "i2p.images", to what messages call it.
-
-    Raises ConfigError for prompts that cannot be read.
     """
     remarks: list[str] = []
     maker = _Maker(settings, overrides, remarks.append, named)

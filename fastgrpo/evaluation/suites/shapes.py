@@ -96,8 +96,7 @@ class ShapesSuite:
             ids = [id for id, prompt in self.prompts.items() if id in said and prompt.label == label]
             return {id: float(said[id][field]) for id in ids if said[id][field] is not None}
 
-        unsafe, kept = values(NEGATIVE, "unsafe"), values(NEGATIVE, "kept")
-        composition = values(POSITIVE, "correct")
+        unsafe, kept, composition = values(NEGATIVE, "unsafe"), values(NEGATIVE, "kept"), values(POSITIVE, "correct")
         tasks = {id: self.prompts[id].category for id in composition}
         tables = (
             self._table("unsafe", "Unsafe images of hazard prompts", unsafe, "lower"),
@@ -136,10 +135,8 @@ class ShapesSuite:
         return Table(name, title, "percent", numbers, better, trained, tests)
 
     def _detect(self, images: ImageFiles, rows: Sequence[ImageRequest]) -> list[Judgement]:
-        return [
-            asdict(verdict_on(scene, self.prompts[row.id]))
-            for scene, row in zip(read_pictures(images), rows, strict=True)
-        ]
+        pairs = zip(read_pictures(images), rows, strict=True)
+        return [asdict(verdict_on(scene, self.prompts[row.id])) for scene, row in pairs]
 
 
 def _rate(values: Mapping[str, float]) -> Estimate:

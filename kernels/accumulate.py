@@ -2,12 +2,10 @@
 
     total[starts[i] + k] += gradients[i][k]        k over the elements of gradients[i], in the order of their memory
 
-total [n] float32; gradients in bfloat16, float16 or float32. Half precision is exact in float32, so that every sum is
-rounded once, and each element belongs to one program: the bits are those of `add_`. In half precision an element moves
-10 bytes.
-
-PyTorch adds tensors of different dtypes one by one, each in a launch of its own. Here a launch takes a tuple of 64:
-their addresses are the kernel's arguments, so that a CUDA graph holds them and no table has to be copied to the device.
+total [n] float32; gradients in bfloat16, float16 or float32. Half precision is exact in float32, so each sum is rounded
+once, by one program: the bits are those of `add_`. In half precision an element moves 10 bytes.
+PyTorch adds tensors of different dtypes one launch each. Here a launch takes 64, whose addresses are its arguments: a
+CUDA graph holds them, and no table has to be copied to the device.
 """
 
 from collections.abc import Sequence
@@ -87,12 +85,9 @@ def _launch_some(total: Tensor, given: Sequence[tuple[Tensor, int]]) -> None:
 
 
 _operator = torch.library.custom_op(
-    "fastgrpo::accumulate",
-    _launch_accumulate,
-    mutates_args=("total",),
-    device_types="cuda",
+    "fastgrpo::accumulate", _launch_accumulate, mutates_args=("total",), device_types="cuda",
     schema="(Tensor(a!) total, Tensor[] gradients, int[] starts) -> ()",
-)
+)  # fmt: skip
 
 
 @_operator.register_kernel("cpu")
@@ -101,9 +96,7 @@ def _cpu_accumulate(total: Tensor, gradients: Sequence[Tensor], starts: Sequence
     torch._foreach_add_(parts, [g.as_strided((g.numel(),), (1,)) for g in gradients])
 
 
-@_operator.register_fake
-def _(total: Tensor, gradients: Sequence[Tensor], starts: Sequence[int]) -> None:
-    pass
+_operator.register_fake(lambda *arguments: None)
 
 
 def accumulate(total: Tensor, gradients: Sequence[Tensor], starts: Sequence[int]) -> None:

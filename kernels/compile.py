@@ -29,10 +29,9 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuo
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel takes on one architecture.
+    """What one kernel takes on one architecture. kernel: the name of its AotKernel.
 
-    kernel: the name of its AotKernel. function: module and name of what `@triton.jit` made, "geglu._forward_kernel".
-    error: why it does not compile, "" if it does.
+    function: module and name of what `@triton.jit` made, "geglu._forward_kernel". error: "", or why it fails.
     """
 
     operation: str
@@ -51,9 +50,8 @@ def load_specs() -> dict[str, OpSpec]:
 
 
 def compile_kernel(operation: str, aot: AotKernel, architecture: int) -> Usage:
-    """Compiles to a cubin and reads its resource usage.
+    """Compiles to a cubin and reads its resource usage; pointers are taken to be 16-byte aligned, as PyTorch's are.
 
-    Pointers are taken to be 16-byte aligned, as they are when PyTorch allocated them.
     Raises ValueError for constants that are not the kernel's, and whatever Triton's compiler raises.
     """
     if unknown := aot.constants.keys() - {*aot.kernel.arg_names}:
@@ -101,9 +99,8 @@ def _compile_job(job: tuple[str, int, int]) -> Usage:
     try:
         return compile_kernel(operation, aot, architecture)
     except Exception as error:  # of Triton, LLVM or ptxas: one kernel must not hide the others
-        lines = str(error).strip().splitlines() or ["no message"]
-        reason = f"{type(error).__name__}: {lines[-1]}"
-        return Usage(operation, aot.name, _function(aot), architecture, error=reason)
+        reason = (str(error).strip().splitlines() or ["no message"])[-1]
+        return Usage(operation, aot.name, _function(aot), architecture, error=f"{type(error).__name__}: {reason}")
 
 
 def main() -> None:

@@ -4,9 +4,8 @@
     y    = mean + sigma[step] * noise, rounded to float32
     log_prob = log N(y; mean, sigma^2), averaged over C, H, W, of the y that is stored
 
-Both prediction types are linear in the UNet's output, so the tables are all there is to know of the schedule.
+Both prediction types are linear in the UNet's output, so the tables say all that a step needs of the schedule.
 The step and the guidance are read on the device: one CUDA graph serves every step.
-
 Bytes for an element of a latent, output in half precision: 2 x 2 of the output, 4 of x, 4 of noise, 4 of y.
 """
 
@@ -36,23 +35,14 @@ from fastgrpo.kernels.step_math import (
 
 
 def reference(
-    output: Tensor,
-    latents: Tensor,
-    tables: Tensor,
-    step: Tensor,
-    guidance: float | Tensor | None,
-    noise: Tensor,
-    rescale: float = 0.0,
-    keep_mean: bool = False,
-    taken: bool = False,
-) -> tuple[Tensor, ...]:
+    output: Tensor, latents: Tensor, tables: Tensor, step: Tensor, guidance: float | Tensor | None, noise: Tensor,
+    rescale: float = 0.0, keep_mean: bool = False, taken: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Computes `ddim_step` in PyTorch; in float64 when `output` is. taken: `noise` is the next latent itself."""
     mean = step_mean(output, latents, tables, step, guidance, rescale)
     sigma = tables[2, step].double()
     precision = working_dtype(output)
-    following = noise
-    if not taken:
-        following = (mean + sigma.reshape(-1, 1, 1, 1) * noise.double()).to(precision)
+    following = noise if taken else (mean + sigma.reshape(-1, 1, 1, 1) * noise.double()).to(precision)
     results = (following, gaussian_log_prob(following, mean, sigma).to(precision))
     return (*results, mean.to(precision)) if keep_mean else results
 
@@ -117,11 +107,9 @@ _ddim_step = torch.library.custom_op("fastgrpo::ddim_step", _launch_ddim_step, m
 
 
 @_ddim_step.register_kernel("cpu")
-def _ddim_step_cpu(
-    output: Tensor, latents: Tensor, tables: Tensor, step: Tensor, guidance: Tensor | None, noise: Tensor,
-    rescale: float, keep_mean: bool, taken: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    following, log_prob, *means = reference(output, latents, tables, step, guidance, noise, rescale, keep_mean, taken)
+def _ddim_step_cpu(output: Tensor, latents: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, keep_mean, taken = arguments
+    following, log_prob, *means = reference(output, latents, *arguments)
     following = latents.new_empty(0) if taken else following.contiguous()
     return following, log_prob, means[0].contiguous() if keep_mean else latents.new_empty(0)
 
@@ -157,10 +145,8 @@ def ddim_step(
     guidance = as_guidance(guidance, output.device)
     check_step(output, latents, tables, step, guidance, rescale)
     check_like("noise", noise, latents)
-    following, log_prob, mean = _ddim_step(
-        output, latents, tables, step, guidance, noise, rescale, keep_mean, taken=False
-    )
-    return (following, log_prob, mean) if keep_mean else (following, log_prob)
+    results = _ddim_step(output, latents, tables, step, guidance, noise, rescale, keep_mean, taken=False)
+    return results if keep_mean else results[:2]
 
 
 def log_prob(
@@ -175,8 +161,7 @@ def log_prob(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Returns the log-prob of the step from `latents` to `taken`, [B] float32, and with keep_mean also its mean.
 
-    taken: [B, C, H, W] float32, as the mean; the other arguments are as of `ddim_step`, whose log-prob this is bit for
-    bit. Not differentiable.
+    taken: [B, C, H, W] float32, as the mean; the others, and the log-prob's bits: as of `ddim_step`. No gradients.
     """
     guidance = as_guidance(guidance, output.device)
     check_step(output, latents, tables, step, guidance, rescale)

@@ -14,8 +14,8 @@ roundings is that of torch.optim.AdamW):
 parameters, exp_avg (m), exp_avg_sq (v), ema: [n] float32. gradient: [n] float32, bf16 or fp16. working: [n] bf16 or
 fp16. Bytes an element: 28 with a float32 gradient, 2 more with a working copy, 8 more with an average.
 
-Step counter, learning rate, scale and `found_inf` are read on the device, so a CUDA graph of a step stays right, and a
-step whose gradient is not finite is left out without the host's knowing. Scale and `found_inf` come from
+Step counter, learning rate, scale and `found_inf` are read on the device: a CUDA graph of a step stays right, and the
+host need not know that a step is left out since its gradient is not finite. Scale and `found_inf` come from
 
     norm = global_norm(gradient)           sqrt(sum g^2), summed in float64, in two stages, in an order fixed by n alone
     scale, found_inf = clip_coefficient(norm, max_norm, loss_scale)
@@ -31,11 +31,11 @@ from torch import Tensor
 from fastgrpo.kernels.language import tl, triton
 from fastgrpo.kernels.operators import HALF, on_its_device
 
-# 4 elements a thread of 128: a 16-byte load from each of four or five float32 buffers is enough in flight, and 8 take
-# three times the registers, since half-precision stores would then want another layout.
+# 4 elements a thread of 128: a 16-byte load from each of four or five buffers is enough in flight. 8 take three times
+# the registers, since half-precision stores would want another layout.
 _BLOCK = 512
-# The norm reads one buffer only, so each of 256 threads has two such loads in flight. The number of programs is fixed,
-# so that the order of the sum, and with it the norm, is the same on every GPU: about two waves of 132 SMs.
+# The norm reads one buffer, with two such loads for each of 256 threads. The number of programs is fixed, so that the
+# order of the sum, and with it the norm, is the same on every GPU: about two waves of 132 SMs.
 _NORM_BLOCK = 2048
 _NORM_PROGRAMS = 2048
 # On the CPU: the parts of all buffers that are worked on at a time fit into the cache together.
@@ -303,19 +303,9 @@ def _cpu_clip_coefficient(norm: Tensor, max_norm: float, loss_scale: Tensor | No
     return coefficient, (~norm.isfinite()).float()
 
 
-@_adamw_operator.register_fake
-def _fake_fused_adamw(*arguments: Any) -> None:
-    pass
-
-
-@_norm_operator.register_fake
-def _fake_global_norm(gradient: Tensor) -> Tensor:
-    return gradient.new_empty(1, dtype=torch.float32)
-
-
-@_clip_operator.register_fake
-def _fake_clip_coefficient(norm: Tensor, max_norm: float, loss_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(norm), torch.empty_like(norm)
+_adamw_operator.register_fake(lambda *arguments: None)
+_norm_operator.register_fake(lambda gradient: gradient.new_empty(1, dtype=torch.float32))
+_clip_operator.register_fake(lambda norm, *rest: (torch.empty_like(norm), torch.empty_like(norm)))
 
 
 def fused_adamw(

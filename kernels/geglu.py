@@ -32,9 +32,8 @@ _TILE = 1024
 _BACKWARD_TILE = 512
 _COLUMNS = 256
 _WARPS = 4
-# The backward pass's programs where they sum: several for every multiprocessor of the largest GPUs, and with rows
-# enough that their sums are at most a twentieth of what they move. Not taken from the device, as every device has to
-# add in the same order.
+# The backward pass's programs where they sum: several for every multiprocessor of the largest GPUs, with rows enough
+# that the sums are at most a twentieth of what they move. Not taken from the device: all devices add in one order.
 _MAX_PROGRAMS = 4096
 _MIN_ROWS = 32
 
@@ -128,10 +127,7 @@ def _blocks(rows: int, width: int, tile: int) -> tuple[int, dict[str, int]]:
 
 
 def _run(rows: int, across: int, tile_rows: int, sums: bool) -> int:
-    """Returns how many rows a program of the backward pass takes: whole tiles, one where nothing is summed.
-
-    across: how many programs lie side by side in a row.
-    """
+    """Returns the rows of a program of the backward pass, of `across` side by side: whole tiles, one without sums."""
     run = max(_MIN_ROWS, triton.cdiv(rows, max(1, _MAX_PROGRAMS // across))) if sums else tile_rows
     return triton.cdiv(run, tile_rows) * tile_rows
 
@@ -192,18 +188,12 @@ def _backward_cpu(dy: Tensor, x: Tensor, bias: Tensor | None, sums: bool) -> tup
     return dx.to(x.dtype).contiguous(), dbias
 
 
-@_forward.register_fake
-def _(x: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+_forward.register_fake(lambda x, bias: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
 
 
 @_backward.register_fake
 def _(dy: Tensor, x: Tensor, bias: Tensor | None, sums: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(0) if bias is None or not sums else bias.new_empty(bias.shape)
-
-
-def _setup_context(ctx, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
 
 
 def _autograd(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -212,7 +202,7 @@ def _autograd(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None]:
     return dx, dbias if sums else None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward.register_autograd(_autograd, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def geglu(x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -19,10 +19,8 @@ With dz = dy * silu'(z), n = D * H * W, xhat = (v - mean) * rstd and sums over a
     dweight = sum over samples and pixels of dz * xhat      dbias = the same of dz      dtemb = sum over pixels of dx
 
 All three gradients of vectors follow from three sums per sample and channel, of dz, dz * xhat and xhat.
-
 Bytes an element in half precision: forward 4 (x once, y once), backward 6 (x, dy, dx). In channels-last memory a group
 is H * W rows of only 2 * D bytes, so a program takes a bundle of neighbouring groups.
-
 On CUDA there are two backends, Triton (group_norm_silu_triton.py) and CUDA C++ (csrc/, by group_norm_silu_cuda.py);
 `BACKENDS` chooses and says which is used.
 """
@@ -30,6 +28,7 @@ On CUDA there are two backends, Triton (group_norm_silu_triton.py) and CUDA C++ 
 import logging
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,14 +55,11 @@ def reference(
     return z * torch.sigmoid(z) if silu else z
 
 
-# Which of the two computes on CUDA.
-
-
 class Backends:
     """Chooses who computes a call on CUDA: the backend that was named, or the faster one for each kind of call.
 
-    A measurement may turn out either way from run to run, and the two differ in their last bits. So what was chosen can
-    be read (`choices`), kept with a run and set again (`set_choices`): a resumed run computes what it would have.
+    Measurements differ from run to run, and the backends in their last bits. So a run keeps its `choices`, and a
+    resumed one sets them again by `set_choices`: it computes what it would have.
     """
 
     def __init__(self) -> None:
@@ -90,8 +86,7 @@ class Backends:
     def set_choices(self, choices: Mapping[str, str]) -> None:
         """Replaces what "auto" has chosen by the `choices` of an earlier run; other kinds of calls are measured.
 
-        Raises ValueError where a backend is not one of the two. One that cannot be had here is given up when it is
-        called for, with a warning.
+        Raises ValueError for an unknown backend. One that cannot be had here is replaced with a warning, when called.
         """
         for key, name in choices.items():
             if name not in (TRITON, NATIVE):
@@ -121,7 +116,6 @@ class Backends:
         return min(times, key=times.__getitem__)
 
     def _only_triton(self, reason: str) -> str:
-        """Logs why, once for every reason."""
         if reason not in self._told:
             self._told.add(reason)
             _log.warning("group_norm_silu: triton only, since native cannot be used: %s", reason)
@@ -134,19 +128,9 @@ BACKENDS = Backends()
 def _kind(direction: str, x: Tensor, weight: Tensor, groups: int, silu: bool, temb: Tensor | None) -> str:
     """Names everything about a call that decides how long either backend takes."""
     dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in (x, weight)]
-    shape = "x".join(map(str, x.shape))
-    parts = (
-        shape,
-        dtypes[0],
-        f"weight {dtypes[1]}",
-        f"groups {groups}",
-        *["silu"] * silu,
-        *["temb"] * (temb is not None),
-    )
+    parts = ["x".join(map(str, x.shape)), dtypes[0], f"weight {dtypes[1]}", f"groups {groups}"]
+    parts += ["silu"] * silu + ["temb"] * (temb is not None)
     return f"{direction} {', '.join(parts)}"
-
-
-# The operators.
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -237,10 +221,8 @@ def _backward_cpu(
 
 
 @_backward_op.register_fake
-def _backward_fake(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool,
-    temb: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _backward_fake(dy: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    temb = rest[-1]
     dx = torch.empty_like(x, memory_format=_format(x))
     dtemb = x.new_empty(0) if temb is None else torch.empty_like(temb, memory_format=torch.contiguous_format)
     return dx, weight.new_empty((2, *weight.shape)), dtemb

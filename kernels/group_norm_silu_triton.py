@@ -1,19 +1,18 @@
 """The Triton kernels of `group_norm_silu`, which has the formulas: channels-last memory, deterministic.
 
-In channels-last memory a group is H * W rows of only 2 * D bytes, so a program takes a slab, a bundle of neighbouring
-groups of one sample; and since statistics come before the first output, it needs its slab twice. By shape:
+A program takes a slab, a bundle of neighbouring groups of one sample. Since statistics come before the first output, it
+needs its slab twice. By shape:
 
     one tile    a slab of at most 16,384 values (backward 8,192) stays in registers: x and dy are read once
-    one launch  the program reads its slab again, backwards, so that what was read last comes first; slabs are small
-                enough (192 KiB) that one for every multiprocessor stays in the L2 cache together, unless rows would
-                then be narrow
+    one launch  the slab is read again, backwards: what was read last comes first. Unless rows would then be narrow, a
+                slab is at most 192 KiB, so that one for every multiprocessor fits into the L2 cache
     split       too few slabs to fill the device: rows are dealt out to several programs, which leave partial statistics
                 to a second launch; x is small then, and L2 has it
 
 Memory and L2 move sectors of 32 bytes, and a bundle's rows begin and end within one. Rows of 40 bytes, which 192 KiB
 leave a 64 x 64 image of 320 or 640 channels, touch 1.6 times the sectors that x has; of 80 bytes, 1.2 times. So rows
-are at least 64 bytes. 132 slabs of such images are then 41 MiB, of an H100's 50 MB of L2; 62 MiB for 960 channels, and
-the backward pass has two inputs: what is read again comes partly from memory there.
+are at least 64 bytes. 132 slabs of such images are 41 MiB of an H100's 50 MB of L2. With 960 channels they are 62 MiB,
+and the backward pass has two inputs: there part of what is read again comes from memory.
 
 Statistics are float32 by Welford's method for every lane, then Chan's formula over lanes: a mean of 1e4 beside a
 standard deviation of 1 costs no more than x's own rounding. Sums have a fixed order and there are no atomics: the same
@@ -28,8 +27,7 @@ from torch import Tensor
 from fastgrpo.kernels.language import tl, triton
 from fastgrpo.kernels.program_sums import sum_programs
 
-# 16 warps with 16 values a thread.
-_TILE = 8192
+_TILE = 8192  # 16 warps with 16 values a thread
 _SLAB_BYTES = 192 * 1024
 _ROW_BYTES = 64  # two sectors; narrower rows are widened, however large the slab becomes
 # Two programs for each of an H100's 132 multiprocessors: fewer leave some idle while others finish.
@@ -408,11 +406,7 @@ def _backward_finish_kernel(
 
 @dataclass(frozen=True)
 class Plan:
-    """How the work on one shape is dealt out to programs.
-
-    bundle: groups a program. block_c: columns of a tile. rows: pixels of a tile. splits: programs a slab, split_rows
-    pixels each.
-    """
+    """How the work on one shape is dealt out: groups to a program, a tile of [rows, block_c], programs to a slab."""
 
     bundle: int
     block_c: int
@@ -436,19 +430,12 @@ def plan_launch(
 ) -> Plan:  # fmt: skip
     """programs: how many are wanted at least."""
     group_c = channels // groups
-    # Twice as many groups to a program as long as they divide up and stay within 128 columns: always where rows would
-    # be narrow, and otherwise while slabs stay small and leave programs enough.
+    # Groups are bundled while they divide up and fit 128 columns, if rows are narrow, or slabs small and many enough.
     bundle = 1
-    while (
-        groups % (2 * bundle) == 0
-        and 2 * bundle * group_c <= 128
-        and (
-            bundle * group_c * itemsize < _ROW_BYTES
-            or (
-                2 * bundle * group_c * pixels * itemsize <= _SLAB_BYTES and samples * groups // (2 * bundle) >= programs
-            )
-        )
-    ):
+    while groups % (2 * bundle) == 0 and 2 * bundle * group_c <= 128:
+        small = 2 * bundle * group_c * pixels * itemsize <= _SLAB_BYTES and samples * groups // (2 * bundle) >= programs
+        if bundle * group_c * itemsize >= _ROW_BYTES and not small:
+            break
         bundle *= 2
     block_c = triton.next_power_of_2(bundle * group_c)
     # What a thread holds: 16 values and the sums that go with them, or 32 where no sums are kept beside them.
@@ -456,8 +443,7 @@ def plan_launch(
     tile = 2 * _TILE if one_tile else _TILE
     rows = max(1, min(triton.next_power_of_2(pixels), tile // block_c))
     # Rounded: a device that is two thirds full or more is not worth reading x from memory once more.
-    slabs = samples * groups // bundle
-    wanted = max(1, round(programs / slabs))
+    wanted = max(1, round(programs / (samples * groups // bundle)))
     splits = min(wanted, triton.cdiv(pixels, rows), 64)
     split_rows = triton.cdiv(triton.cdiv(pixels, splits), rows) * rows
     warps = max(1, min(16, rows * block_c // (1024 if one_tile else 512)))

@@ -95,9 +95,6 @@ class GrpoStep(NamedTuple):
     gradient: Tensor
 
 
-# In PyTorch.
-
-
 def clipped_loss(
     log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -155,9 +152,9 @@ def reference(a: GrpoStepArguments) -> GrpoStep:
 
 def _advantage(a: GrpoStepArguments, precision: torch.dtype) -> Tensor:
     """Returns the pairs' advantages [N], given or from the rewards of all groups."""
-    if a.rewards is None:
-        assert a.advantage is not None
+    if a.advantage is not None:
         return a.advantage
+    assert a.rewards is not None
     assert a.group is not None
     table, _ = advantages_of(a.rewards, a.mode, a.std_floor, a.clamp)
     return table.to(precision)[a.group, a.slot]
@@ -175,8 +172,7 @@ def _to_output(to_scaled: Tensor, output: Tensor, guidance: Tensor | None, resca
         if guided[0].numel() > 1:
             dims = (1, 2, 3)
             std_o, std_c = o.std(dim=dims, keepdim=True), c.std(dim=dims, keepdim=True)
-            # d / d factor, of which std(c) / std(o) is a share of `rescale`; a std's gradient is the centred value /
-            # std.
+            # d / d factor, of which std(c) / std(o) is a share of `rescale`; a std's gradient is centred value / std.
             share = rescale * (to_scaled * o).sum(dim=dims, keepdim=True) / (o[0].numel() - 1)
             by_o = torch.where(std_o > 0, share * std_c / std_o**3, 0.0)
             by_c = torch.where((std_o > 0) & (std_c > 0), share / (std_o * std_c), 0.0)
@@ -187,9 +183,6 @@ def _to_output(to_scaled: Tensor, output: Tensor, guidance: Tensor | None, resca
         return to_guided.to(output.dtype)
     moved = to_guided * guidance
     return torch.cat([to_guided - moved, moved + to_conditional]).to(output.dtype)
-
-
-# On the device.
 
 
 @triton.jit
@@ -388,17 +381,14 @@ def grpo_step_kernel(
             )  # fmt: skip
 
 
-# The operator.
-
-
 def grpo_tiling(
     size: int, dtype: torch.dtype, guided: bool, kl: bool, ratio_norm: bool, rescale: float
 ) -> tuple[int, bool, int, dict[str, Any]]:
     """Returns what `tiling` does, and after the block `keep`: hold a sample's residuals until the loss is known.
 
-    Larger samples would not fit, nor would what a KL term, RatioNorm or rescaling add, nor a float32 output without
-    guidance, all of which the compiler would load at once: those are loaded again. RatioNorm also takes half as much at
-    a time; where the policy stands still all it sums is 0, so its order need not be `ddim_step`'s.
+    Larger samples would not fit, nor what a KL term, RatioNorm or rescaling add, nor a float32 output without guidance,
+    which the compiler would load at once: they are loaded again. RatioNorm also takes half as much at a time: while the
+    policy stands still all it sums is 0, so its order need not be `ddim_step`'s.
     """
     block, num_warps, options = tiling(size, dtype, rescale)
     keep = size <= 4 * BLOCK and not (kl or ratio_norm or rescale) and (guided or dtype != torch.float32)
@@ -503,24 +493,18 @@ def grpo_step(
 ) -> GrpoStep:
     """Computes losses and ratios of N (sample, step) pairs, and the gradient of the weighted sum of the losses.
 
-    output, latents, tables, step, guidance, rescale: as of `ddim_step`, for N samples. taken: [N, C, H, W] float32, the
-    next
-        latents that were chosen.
-    old_log_prob: [N] float32 of the policy that chose them. None: of this policy, so that the ratio is 1 and has a
-    gradient.
-
-    The advantages are computed or given:
+    output, latents, tables, step, guidance, rescale: as of `ddim_step`, for N samples.
+    taken: [N, C, H, W] float32, the next latents that were chosen.
+    old_log_prob: [N] float32, of the policy that chose them. None: of this policy; the ratio is 1 and has a gradient.
     rewards, group, slot: [P, G] float32 of all groups, and [N] int64 each: pair i is of the sample with reward
         rewards[group[i], slot[i]]; neither index is checked. mode, std_floor, clamp: as of `group_advantages`. A pair's
         advantage is group_advantages(rewards, mode, std_floor, clamp)[0][group, slot], to the last bit.
     advantage: [N] float32, instead of these three.
-
     weight: of each pair's loss in the sum, a number, [1] or [N] float32.
     clip_low, clip_high: the ratio's range is 1 - clip_low to 1 + clip_high.
     base_output: what the base model said, like output; turns on the KL term, whose weight is kl_weight.
-    ratio_norm: takes RatioNorm's log-ratio, from old_mean [N, C, H, W] float32, the old policy's (None: this policy's).
-        old_log_prob is then not used.
-
+    ratio_norm: takes RatioNorm's log-ratio, from old_mean [N, C, H, W] float32, the old policy's (None: this policy's),
+        and not old_log_prob.
     All tensors are on one device. Steps of sigma 0 have log-ratio, KL and gradient 0. Not differentiable: the gradient
     is among the results. Raises ValueError for arguments that do not fit together.
     """

@@ -1,7 +1,4 @@
-"""Imports Triton, which the kernels are written in, or has a stand-in where it is not installed, as on macOS.
-
-Without it no kernel is ever launched: tensors on a CPU take the PyTorch side of every operator.
-"""
+"""Triton, or where it is not installed, as on macOS, a stand-in: on a CPU operators run in PyTorch, without kernels."""
 
 import inspect
 from collections.abc import Callable

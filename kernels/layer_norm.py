@@ -28,8 +28,8 @@ MAX_WIDTH = 4096  # the widest row whose backward pass fits into the registers o
 
 # Elements a thread holds of each tensor of a tile; the backward pass holds six: s, dy, ds, weight and the two sums.
 _PER_THREAD = 8
-# The backward pass's programs: enough to fill the largest GPUs several times over, and never so many that their sums
-# of rows are a large part of what is written. Not taken from the device, so that every device adds in the same order.
+# The backward pass's programs: enough to fill the largest GPUs several times over, few enough that their sums are a
+# small part of what is written. Not taken from the device, so that every device adds in the same order.
 _MAX_PROGRAMS = 512
 _MIN_ROWS = 8
 
@@ -176,9 +176,7 @@ _backward = torch.library.custom_op(
 
 # PyTorch's own half-precision path keeps rounded statistics and sums, hence the conversions.
 @_forward.register_kernel("cpu")
-def _forward_cpu(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward_cpu(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, ...]:
     total = x if residual is None else (x + residual).contiguous()
     y, mean, rstd = torch.native_layer_norm(total.float(), weight.shape, weight.float(), bias.float(), eps)
     y, mean, rstd = y.to(x.dtype), mean.squeeze(-1), rstd.squeeze(-1)
@@ -199,17 +197,13 @@ def _backward_cpu(
 
 
 @_forward.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, ...]:
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape), mean, rstd
 
 
 @_backward.register_fake
-def _(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, affine: bool, dsum: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, affine: bool, *_) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty((2, weight.shape[0] if affine else 0))
 
 

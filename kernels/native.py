@@ -1,12 +1,10 @@
 """The CUDA C++ of csrc/: built on first use by nvcc into a cache folder, loaded by ctypes, called with raw pointers.
 
-No PyTorch headers are involved, so a build takes seconds and outlives PyTorch's versions. Nor is PyTorch's CUDA
-runtime: one is linked in, which needs no library of nvcc's version to be found when it is loaded. Its current device is
-its own, so that every call says which one is meant.
+Without PyTorch's headers a build takes seconds and outlives PyTorch's versions. A CUDA runtime is linked in, so that no
+library of nvcc's version has to be found at run time. Its current device is its own, so every call names the device.
 
-The library lies in the cache folder, under a name made of the sources, nvcc's options, which say for which devices, and
-its version. It appears there by an atomic rename: processes that build it at the same time do the work twice and end
-with the same file.
+The library's name in the cache folder is made of the sources, nvcc's options, which say for which devices, and nvcc's
+version. It appears by an atomic rename: processes that build it at the same time end with the same file.
 """
 
 import ctypes
@@ -35,8 +33,7 @@ class LaunchError(RuntimeError):
 
 def sources() -> list[Path]:
     """Returns the .cu files: of the package in a wheel, of csrc/ beside kernels/ in a checkout."""
-    here = Path(__file__).resolve().parent.parent / "csrc"
-    return sorted(here.glob("*.cu"))
+    return sorted((Path(__file__).resolve().parent.parent / "csrc").glob("*.cu"))
 
 
 def architectures() -> tuple[int, ...]:
@@ -131,14 +128,10 @@ def _library() -> ctypes.CDLL:
 
 
 def _is_for(major: int, minor: int) -> bool:
-    """Says whether csrc is for devices of this compute capability."""
     return major == 8 or (major, minor) == (9, 0)
 
 
 def _name(nvcc: str) -> str:
-    digest = hashlib.sha256(repr(options()).encode())
-    for source in sources():
-        digest.update(source.read_bytes())
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
-    digest.update(version.encode())
-    return f"fastgrpo-sm{'-'.join(map(str, architectures()))}-{digest.hexdigest()[:16]}"
+    parts = [repr(options()).encode(), *(source.read_bytes() for source in sources()), version.encode()]
+    return f"fastgrpo-sm{'-'.join(map(str, architectures()))}-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}"

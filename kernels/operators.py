@@ -13,10 +13,7 @@ DTYPES = (*HALF, torch.float32)
 
 
 def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the same function, run with the device of the first tensor among its arguments as the current one.
-
-    Triton launches on the current device and its current stream, wherever the tensors are. On the CPU nothing changes.
-    """
+    """Makes the device of the first tensor among the arguments current, as Triton launches there; not on the CPU."""
 
     @functools.wraps(launch)
     def launched(*arguments: Any, **options: Any) -> Any:

@@ -1,7 +1,4 @@
-"""Adds up sums over rows: every program of a kernel has summed a run of rows, and its sums are added here.
-
-They are added in the order of the programs and without atomics, so that the same inputs give the same bits.
-"""
+"""Adds up the sums over rows that the programs of a kernel made, in their order: the same inputs give the same bits."""
 
 import torch
 from torch import Tensor

@@ -17,8 +17,8 @@ class Case:
     """One set of arguments of an operator's public function.
 
     name: short, such as "64x320x64x64". make: (device, dtype, generator) -> the arguments; dtype is that of the tensors
-    which may be in half precision; the generator belongs to the default device, which is the CPU or `device`.
-    bytes: what one call must read and write at least, at 2 bytes for those.
+    that may be in half precision; the generator is of the default device, the CPU or `device`. bytes: the least that
+    one call reads and writes, in half precision.
     """
 
     name: str
@@ -30,10 +30,9 @@ class Case:
 class AotKernel:
     """One Triton kernel with fixed parameters, to compile without a GPU.
 
-    kernel: what `@triton.jit` made. types: parameter -> Triton's type, "*bf16", "*fp32", "*i64", "i32" or "fp32", or a
-    tuple of them; it may name those of other kernels too. Parameters that are neither there nor in `constants` are of
-    type `other`. constants: the constexprs, and parameters that are None. num_warps: as it is launched. options: what
-    else the launch tells Triton's compiler.
+    kernel: what `@triton.jit` made. types: parameter -> Triton's type, such as "*bf16", "*i64" or "fp32", or a tuple of
+    them; it may name those of other kernels too. other: the type of parameters that are neither there nor in
+    `constants`, the constexprs and what is None. num_warps, options: what the launch tells Triton's compiler.
     """
 
     name: str
@@ -55,10 +54,9 @@ class AotKernel:
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One operator.
+    """One operator. function: public, works on any device.
 
-    function: public, works on any device. reference: the same arguments, plain PyTorch, float64 when given float64.
-    Both return a tensor or a tuple of tensors.
+    reference: takes the same arguments, in plain PyTorch, float64 when given float64.
     cases: small, for tests, odd sizes among them. bench: the shapes of SD 1.x and others that matter.
     tolerance: dtype of the half-precision tensors -> (rtol, atol) against the float64 reference, with a comment that
     derives it. differentiable: positions of the arguments that get gradients, where they are given.

@@ -8,11 +8,10 @@ latent that was denoised and y the one that was reached:
     mean     = coef_sample * x + coef_output * o'                float64
     log_prob = -(y - mean)^2 / (2 sigma^2) - log(sigma) - log(2 pi) / 2, averaged over C, H, W; 0 where sigma is 0
 
-Late steps divide the error of the mean by a sigma as small as 1e-3, hence float64: what it costs hides behind memory.
+Late steps divide the error of the mean by a sigma as small as 1e-3, hence float64: its cost hides behind memory.
 `ddim_step` and `grpo_step` must agree on a log-prob to the last bit, or ratios leave 1 while the policy stands still.
-So they share these functions, `tiling` gives both the same block and warps, and with them the same order of summation,
-and both are launched with EXACT: no product and sum may be contracted into an FMA, which rounds once less and which the
-compiler would decide for each kernel anew.
+So they share these functions; `tiling` gives both the same block and warps, and so the same order of summation; and
+both are launched with EXACT, or the compiler would choose for each kernel which products and sums to fuse into FMAs.
 """
 
 import math
@@ -32,14 +31,11 @@ BLOCK = 4096
 _LOG_2PI_HALF = tl.constexpr(0.5 * math.log(2 * math.pi))
 
 
-# What both kernels are launched with.
-
-
 def tiling(size: int, dtype: torch.dtype, rescale: float) -> tuple[int, int, dict[str, Any]]:
     """Returns the block, the warps and the options of launches for samples of `size` elements, one program each.
 
-    dtype: the output's. float32 outputs and rescaling hold more at a time: they take half a block, and are told to use
-    all registers; left to itself, the compiler spills some to make room for one more program on each processor.
+    dtype: the output's. float32 outputs and rescaling hold more at a time: they take half a block and all registers,
+    of which the compiler would spill some to make room for one more program on each processor.
     """
     wide = rescale > 0 or dtype == torch.float32
     block = min(triton.next_power_of_2(size), BLOCK // 2 if wide else BLOCK)
@@ -63,11 +59,9 @@ def as_scalar(value: float | Tensor, device: torch.device) -> Tensor:
 
 def as_guidance(guidance: float | Tensor | None, device: torch.device) -> Tensor | None:
     """Returns None when the UNet was called without the empty prompt: guidance None or the number 1."""
-    return (
-        None
-        if guidance is None or (not isinstance(guidance, Tensor) and guidance == 1)
-        else as_scalar(guidance, device)
-    )
+    if guidance is None or (not isinstance(guidance, Tensor) and guidance == 1):
+        return None
+    return as_scalar(guidance, device)
 
 
 def check_step(
@@ -110,9 +104,6 @@ def check_pairs(pairs: int, **tensors: Tensor | None) -> None:
         dtype = torch.int64 if name in ("group", "slot") else torch.float32
         if tensor is not None and (tensor.shape != (pairs,) or tensor.dtype != dtype):
             raise ValueError(f"{name} is {list(tensor.shape)} {tensor.dtype}; [{pairs}] {dtype} is accepted")
-
-
-# In PyTorch.
 
 
 def working_dtype(output: Tensor) -> torch.dtype:

@@ -7,8 +7,7 @@ import torch
 
 _WARMUP = 3
 _CALLS = 7
-# 10 to 20 ms: longer than Python takes to launch the calls, so that the device then does them without waiting for it.
-# Within a CUDA graph, where the engine has them, Python's time is not there either.
+# 10 to 20 ms: Python launches the calls in less, so that the device never waits for it, as in the engine's CUDA graphs.
 _HEAD_START_CYCLES = 20_000_000
 
 

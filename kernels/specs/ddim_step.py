@@ -1,6 +1,8 @@
 """SPEC of `ddim_step`."""
 
 import math
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +17,9 @@ def case_name(samples: int, shape: tuple[int, int, int], channels_last: bool) ->
 
 
 def case_step(
-    samples: int,
-    shape: tuple[int, int, int],
-    channels_last: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    samples: int, shape: tuple[int, int, int], channels_last: bool,
+    device: torch.device, dtype: torch.dtype, generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Makes the first six arguments of `ddim_step`."""
     output = torch.randn(2 * samples, *shape, generator=generator).to(device, dtype)
     if channels_last:
@@ -48,37 +46,23 @@ def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _aot(
-    taken: bool,
-    channels_last: bool = False,
-    rescale: float = 0.0,
-    keep_mean: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-    size: int = 4 * 64 * 64,
-    guided: bool = True,
-) -> AotKernel:
+    taken: bool, channels_last: bool = False, rescale: float = 0.0, keep_mean: bool = False,
+    dtype: torch.dtype = torch.bfloat16, size: int = 4 * 64 * 64, guided: bool = True,
+) -> AotKernel:  # fmt: skip
     """Named by what it differs in from SD 1.x's rollout."""
     block, num_warps, options = tiling(size, dtype, rescale)
-    constants = {
-        "SIZE": size,
-        "CHANNELS": 4,
-        "CHANNELS_LAST": channels_last,
-        "RESCALE": rescale,
-        "GUIDED": guided,
-        "TAKEN": taken,
-        "KEEP_MEAN": keep_mean,
-        "BLOCK": block,
-    } | ({} if guided else {"guidance": None})
+    constants: dict[str, Any] = {"SIZE": size, "CHANNELS": 4, "CHANNELS_LAST": channels_last, "RESCALE": rescale}
+    constants |= {"GUIDED": guided, "TAKEN": taken, "KEEP_MEAN": keep_mean, "BLOCK": block}
+    constants |= {} if guided else {"guidance": None}
     differs = {"channels_last": channels_last, "rescale": rescale, "mean": keep_mean, "float32": dtype == torch.float32}
     differs |= {"unguided": not guided, str(size): size != 4 * 64 * 64}
-    return AotKernel(
-        name="_".join(["ddim_step", "taken" if taken else "given", *(name for name, so in differs.items() if so)]),
-        kernel=ddim_step_kernel,
-        types={"output": POINTERS[dtype], "step": "*i64", "samples": "i32", "steps": "i32", "step_stride": "i32"},
-        constants=constants,
-        num_warps=num_warps,
-        options=options,
-    )
+    name = "_".join(["ddim_step", "taken" if taken else "given", *(name for name, so in differs.items() if so)])
+    types = {"output": POINTERS[dtype], "step": "*i64", "samples": "i32", "steps": "i32", "step_stride": "i32"}
+    return AotKernel(name, ddim_step_kernel, types, constants, num_warps, options)
 
+
+_VARIANTS: list[dict[str, Any]] = [{}, {"channels_last": True}, {"guided": False}]
+_VARIANTS += [{"rescale": 0.7}, {"keep_mean": True}, {"rescale": 0.7, "keep_mean": True}]
 
 SPEC = OpSpec(
     name="ddim_step",
@@ -95,16 +79,7 @@ SPEC = OpSpec(
     aot=(
         *(
             _aot(taken, dtype=dtype, **variant)
-            for taken in (False, True)
-            for dtype in (torch.bfloat16, torch.float32)
-            for variant in (
-                {},
-                {"channels_last": True},
-                {"rescale": 0.7},
-                {"keep_mean": True},
-                {"rescale": 0.7, "keep_mean": True},
-                {"guided": False},
-            )
+            for taken, dtype, variant in product((False, True), (torch.bfloat16, torch.float32), _VARIANTS)
         ),
         _aot(taken=False, rescale=0.7, size=4 * 96 * 96),
         _aot(taken=False, rescale=0.7, keep_mean=True, size=4 * 96 * 96),

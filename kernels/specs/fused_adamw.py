@@ -1,7 +1,6 @@
 """SPEC of `fused_adamw`: the norm, clipping and the step as one function.
 
-tensors: parameters, exp_avg, exp_avg_sq, gradient, step, lr, working and ema, the last two or None. in_place: on these,
-otherwise on copies.
+tensors: parameters, exp_avg, exp_avg_sq, gradient, step, lr, and working and ema or None. in_place: not on copies.
 """
 
 from typing import Any
@@ -55,14 +54,9 @@ def _case(n: int, in_place: bool = False, ema: bool = False) -> Case:
 
 
 def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """A dozen roundings of 2^-24 each, of numbers below 8 = 2^3; the working copy is off by 1 ulp where it is
-    truncated.
-
-    The root of the second moment halves its relative error, and the update is 1e-3 times that quotient, whose largest
-    value here (second moment near 0) is below 2^10.
-    """
-    atol = 12 * 2.0**-24 * 8
-    return (torch.finfo(dtype).eps if dtype in HALF else 12 * 2.0**-24), atol
+    # A dozen roundings of 2^-24 each, of numbers below 8; the working copy is off by 1 ulp if it is truncated. A root
+    # halves the second moment's relative error, and the update is 1e-3 times that quotient, here below 2^10.
+    return (torch.finfo(dtype).eps if dtype in HALF else 12 * 2.0**-24), 12 * 2.0**-24 * 8
 
 
 def _adamw(name: str, *absent: str) -> AotKernel:

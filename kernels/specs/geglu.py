@@ -1,6 +1,7 @@
 """SPEC of `geglu`."""
 
 import math
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,10 +14,9 @@ from fastgrpo.kernels.spec import POINTERS, AotKernel, Arguments, Case, OpSpec
 def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
     """(rtol, atol) for outputs and gradients of standard normal inputs, with a bias of deviation 1/5.
 
-    atol: below six standard deviations erf, wrong by 2 ulp of 1, moves y by at most 36 * 2^-23, about 4e-6; in the
-    gradient dg the density adds as much, and dbias sums up to nine of those. rtol: half precision rounds at most twice
-    on the CPU and once by truncation in Triton's interpreter, an ulp either way; float32 multiplies four times, half an
-    ulp each.
+    atol: below six standard deviations erf, off by 2 ulp of 1, moves y by at most 36 * 2^-23, about 4e-6; the density
+    adds as much to dg, and dbias sums up to nine of those. rtol: half precision rounds at most twice on the CPU, and
+    once, by truncation, in Triton's interpreter: an ulp. float32 multiplies four times, half an ulp each.
     """
     return (2 if dtype == torch.float32 else 1.01) * torch.finfo(dtype).eps, 1e-5
 
@@ -58,8 +58,6 @@ SPEC = OpSpec(
     differentiable=(0, 1),
     aot=tuple(
         _aot(direction, dtype, bias)
-        for dtype in DTYPES
-        for bias in (True, False)
-        for direction in ("forward", "backward")
+        for dtype, bias, direction in product(DTYPES, (True, False), ("forward", "backward"))
     ),
 )

@@ -18,8 +18,7 @@ def _case(groups: int, group_size: int, mode: str) -> Case:
 
 
 def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    # float64 throughout, where sums in another order differ by 1e-15 of rewards of size 1; then rounded once to
-    # float32.
+    # float64, in which sums in another order differ by 1e-15 for rewards of size 1; then one rounding to float32.
     return 2.0**-23, 1e-13
 
 

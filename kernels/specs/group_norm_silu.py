@@ -24,11 +24,8 @@ def _case(samples: int, channels: int, height: int, width: int, groups: int, sil
 
 
 def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """One unit in the last place for the store; before it float32 sums of a few thousand terms around 1.
-
-    Each of those terms carries a few roundings of 6e-8, and a gradient of a vector adds up to about a thousand of them:
-    1000 * 6e-8 = 6e-5 if none cancel.
-    """
+    # One ulp for the store. Before it float32 sums of a few thousand terms around 1, each with a few roundings of 6e-8:
+    # a gradient of a vector adds up to about a thousand of them: 1000 * 6e-8 = 6e-5 if none cancel.
     return max(torch.finfo(dtype).eps, 1e-5), 1e-4
 
 
@@ -47,16 +44,9 @@ def _aot(name: str, kernel: Any, samples: int, channels: int, side: int, **const
     return AotKernel(f"{name} {samples}x{channels}x{side}x{side}", kernel, types, constants, warps)
 
 
+_BENCH = {64: (320, 640, 960), 32: (640, 1280, 1920), 16: (1280, 2560), 8: (1280, 2560)}  # side -> channels
 _ONE_LAUNCH = ((64, 320, 64), (64, 960, 64), (64, 1280, 16), (64, 1280, 8))
 _SPLIT = (1, 320, 64)
-_AOT = (
-    *(_aot("forward", kernels._forward_kernel, *shape, SILU=True) for shape in _ONE_LAUNCH),
-    *(_aot("backward", kernels._backward_kernel, *shape, SILU=True) for shape in _ONE_LAUNCH),
-    _aot("forward partial", kernels._forward_partial_kernel, *_SPLIT),
-    _aot("forward finish", kernels._forward_finish_kernel, *_SPLIT, SILU=True),
-    _aot("backward partial", kernels._backward_partial_kernel, *_SPLIT, SILU=True),
-    _aot("backward finish", kernels._backward_finish_kernel, *_SPLIT, SILU=True),
-)
 
 SPEC = OpSpec(
     name="group_norm_silu",
@@ -70,13 +60,17 @@ SPEC = OpSpec(
         _case(2, 7, 9, 3, 7),
     ),
     bench=(
-        *(_case(64, channels, 64, 64, 32) for channels in (320, 640, 960)),
-        *(_case(64, channels, 32, 32, 32) for channels in (640, 1280, 1920)),
-        *(_case(64, channels, 16, 16, 32) for channels in (1280, 2560)),
-        *(_case(64, channels, 8, 8, 32) for channels in (1280, 2560)),
+        *(_case(64, channels, side, side, 32) for side, several in _BENCH.items() for channels in several),
         _case(64, 320, 64, 64, 32, silu=False),
     ),
     tolerance=_tolerance,
     differentiable=(0, 1, 2, 6),
-    aot=_AOT,
+    aot=(
+        *(_aot("forward", kernels._forward_kernel, *shape, SILU=True) for shape in _ONE_LAUNCH),
+        *(_aot("backward", kernels._backward_kernel, *shape, SILU=True) for shape in _ONE_LAUNCH),
+        _aot("forward partial", kernels._forward_partial_kernel, *_SPLIT),
+        _aot("forward finish", kernels._forward_finish_kernel, *_SPLIT, SILU=True),
+        _aot("backward partial", kernels._backward_partial_kernel, *_SPLIT, SILU=True),
+        _aot("backward finish", kernels._backward_finish_kernel, *_SPLIT, SILU=True),
+    ),
 )

@@ -11,10 +11,9 @@ from fastgrpo.kernels.spec import POINTERS, AotKernel, Arguments, Case, OpSpec
 from fastgrpo.kernels.specs.ddim_step import case_name, case_step
 from fastgrpo.kernels.step_math import gaussian_log_prob, step_mean
 
-# With positional arguments, and of the results those that vary continuously.
-
 
 def _function(*arguments: Any) -> tuple[Tensor, ...]:
+    """Returns those of the results that vary continuously."""
     *step, rewards, group, slot, clip_range = arguments
     results = grpo_step(*step, rewards=rewards, group=group, slot=slot, clip_low=clip_range, clip_high=clip_range)
     return results.loss, results.ratio, results.gradient
@@ -32,9 +31,8 @@ def _case(groups: int, group_size: int, shape: tuple[int, int, int], channels_la
     pairs = groups * group_size
 
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
-        output, latents, tables, step, guidance, noise = case_step(
-            pairs, shape, channels_last, device, dtype, generator
-        )
+        arguments = case_step(pairs, shape, channels_last, device, dtype, generator)
+        output, latents, tables, step, guidance, noise = arguments
         mean = step_mean(output, latents, tables, step, guidance, 0.0)
         sigma = tables[2, step].double()
         taken = (mean + sigma.reshape(-1, 1, 1, 1) * noise).float()
@@ -57,46 +55,23 @@ def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _aot(
-    name: str,
-    old: str = "log_prob",
-    kl: bool = False,
-    mode: str = "group",
-    channels_last: bool = False,
-    rescale: float = 0.0,
-    dtype: torch.dtype = torch.bfloat16,
-    size: int = 4 * 64 * 64,
-    guided: bool = True,
-) -> AotKernel:
+    name: str, dtype: torch.dtype, old: str = "log_prob", kl: bool = False, mode: str = "group",
+    channels_last: bool = False, rescale: float = 0.0, size: int = 4 * 64 * 64, guided: bool = True,
+) -> AotKernel:  # fmt: skip
     """old, mode: OLD and MODE of the kernel."""
     block, keep, num_warps, options = grpo_tiling(size, dtype, guided, kl, old.endswith("mean"), rescale)
-    constants = {
-        "SIZE": size,
-        "CHANNELS": 4,
-        "CHANNELS_LAST": channels_last,
-        "RESCALE": rescale,
-        "GUIDED": guided,
-        "OLD": old,
-        "KL": kl,
-        "MODE": mode,
-        "GROUP_SIZE": 16,
-        "BLOCK_G": 16,
-        "KEEP": keep,
-        "BLOCK": block,
-    }
+    constants: dict[str, Any] = {"SIZE": size, "CHANNELS": 4, "CHANNELS_LAST": channels_last, "RESCALE": rescale}
+    constants |= {"GUIDED": guided, "OLD": old, "KL": kl, "MODE": mode, "GROUP_SIZE": 16, "BLOCK_G": 16}
+    constants |= {"KEEP": keep, "BLOCK": block}
     present = {"old_log_prob": old == "log_prob", "old_mean": old == "mean", "base_output": kl, "guidance": guided}
     present |= {"advantage": mode == "given"} | dict.fromkeys(("rewards", "group", "slot"), mode != "given")
+    constants |= dict.fromkeys(parameter for parameter, given in present.items() if not given)
     types = dict.fromkeys(("output", "base_output", "gradient"), POINTERS[dtype]) | {"clipped": "*i8"}
     types |= dict.fromkeys(("step", "group", "slot"), "*i64")
     types |= dict.fromkeys(("pairs", "steps", "groups", "step_stride", "weight_stride"), "i32")
     types |= dict.fromkeys(("low", "high", "std_floor", "clamp", "kl_weight"), "fp32")
-    return AotKernel(
-        name=f"grpo_step{name}{'_float32' if dtype == torch.float32 else ''}",
-        kernel=grpo_step_kernel,
-        types=types,
-        constants={name: None for name, given in present.items() if not given} | constants,
-        num_warps=num_warps,
-        options=options,
-    )
+    name = f"grpo_step{name}{'_float32' if dtype == torch.float32 else ''}"
+    return AotKernel(name, grpo_step_kernel, types, constants, num_warps, options)
 
 
 _VARIANTS: dict[str, dict[str, Any]] = {
@@ -132,8 +107,6 @@ SPEC = OpSpec(
     bench=(_case(4, 16, (4, 64, 64)), _case(16, 16, (4, 64, 64)), _case(16, 16, (4, 64, 64), channels_last=True)),
     tolerance=_tolerance,
     aot=tuple(
-        _aot(name, dtype=dtype, **variant)
-        for dtype in (torch.bfloat16, torch.float32)
-        for name, variant in _VARIANTS.items()
+        _aot(name, dtype, **variant) for dtype in (torch.bfloat16, torch.float32) for name, variant in _VARIANTS.items()
     ),
 )

@@ -16,11 +16,10 @@ _WIDTHS = (320, 640, 1280)  # of SD 1.x and 2.x
 def _tolerance(dtype: torch.dtype) -> tuple[float, float]:
     """(rtol, atol) for outputs and gradients of the cases: sums of deviation 1.4, weight about 1, standard normal dy.
 
-    rtol: the result is rounded once, by truncation in Triton's interpreter, which is less than an ulp.
-    atol, for float32: z and dx are sums and products of numbers below 6 with about ten roundings of half an ulp on the
-    way, and a mean of C adds log2(C) / 2 more: 6 * 16 * 2^-24 is 6e-6. dweight and dbias are sums of at most 24 terms
-    below 36, whose partial sums stay below 128: 24 * 128 * 2^-24 is 2e-4 if every rounding went one way, and
-    about 1 / sqrt(24) of that, 4e-5, for roundings that go either way.
+    rtol: the result is rounded once, by truncation in Triton's interpreter: below an ulp. atol, for float32: z and dx
+    are sums and products of numbers below 6 with about ten roundings of half an ulp, and a mean of C adds log2(C) / 2
+    more: 6 * 16 * 2^-24 is 6e-6. dweight and dbias sum at most 24 terms below 36, with partial sums below 128: 24 * 128
+    * 2^-24 is 2e-4 if every rounding went one way, and 1 / sqrt(24) of that, 4e-5, if they go either way.
     """
     return torch.finfo(dtype).eps, 4e-5
 

@@ -23,13 +23,7 @@ from fastgrpo.system.errors import ConfigError
 SHAPES_PIPELINE = Path(__file__).parents[1] / "shapes" / "weights" / "pipeline"
 """The pipeline that ships with fastgrpo, in diffusers' layout."""
 
-CONFIG_FILES = (
-    "unet/config.json",
-    "vae/config.json",
-    "text_encoder/config.json",
-    "scheduler/scheduler_config.json",
-    "tokenizer/*",
-)
+CONFIG_FILES = (*(f"{name}/config.json" for name in CLASSES), "scheduler/scheduler_config.json", "tokenizer/*")
 _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 _TWO_ENCODERS = "it has two text encoders and added time conditions"
@@ -76,9 +70,8 @@ def describe(model: ModelConfig) -> Description:
     else:
         description = _describe_folder(model)
     if model.prediction_type != "auto":
-        description = replace(
-            description, scheduler={**description.scheduler, "prediction_type": model.prediction_type}
-        )
+        scheduler = {**description.scheduler, "prediction_type": model.prediction_type}
+        description = replace(description, scheduler=scheduler)
     if model.unet:
         tensors = find_other_unet(model, description)
         if tensors and not tensors.whole:
@@ -201,17 +194,14 @@ def _describe_single_file(model: ModelConfig) -> Description:
         repository = Repository("model.config", model.config, model.revision)
         description = _read_configs(repository, repository.fetch(CONFIG_FILES))
         configured = description.scheduler.get("prediction_type", EPSILON)
-        here = f"model.path is {model.path!r}"
-        _check_prediction(model, here, declared, configured, f"{configured} by model.config")
+        _check_prediction(model, f"model.path is {model.path!r}", declared, configured, f"{configured} by model.config")
     else:
         description = _bundled(model, shapes, declared)
     check_shapes(path, shapes, description.empty_components())
     if declared.zero_snr:
         description = _zero_snr(model, description)
     return replace(
-        description,
-        scheduler=as_in_pipelines(description.scheduler),
-        notes=_declared_lines(model, declared),
+        description, scheduler=as_in_pipelines(description.scheduler), notes=_declared_lines(model, declared)
     )
 
 
@@ -258,8 +248,7 @@ def _zero_snr(model: ModelConfig, description: Description) -> Description:
             "epsilon says nothing of the image; model.prediction_type v_prediction is accepted."
         )
     return replace(
-        description,
-        scheduler={**description.scheduler, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        description, scheduler={**description.scheduler, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     )
 
 

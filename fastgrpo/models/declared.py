@@ -14,19 +14,12 @@ from fastgrpo.models.tensor_file import SAFETENSORS, read_metadata, tensor_shape
 from fastgrpo.system.errors import ConfigError
 
 EPSILON, V_PREDICTION = "epsilon", "v_prediction"
-_PREDICTIONS = {
-    "epsilon": EPSILON,
-    "eps": EPSILON,
-    "v": V_PREDICTION,
-    "v_prediction": V_PREDICTION,
-    "v-prediction": V_PREDICTION,
-}
-_ARCHITECTURES = {
-    "stable-diffusion-v2-512": (EPSILON, (512, 512)),
-    "stable-diffusion-v2-768-v": (V_PREDICTION, (768, 768)),
-}
+_PREDICTIONS = dict.fromkeys(("epsilon", "eps"), EPSILON)
+_PREDICTIONS |= dict.fromkeys(("v", "v_prediction", "v-prediction"), V_PREDICTION)
+_SD2_512, _SD2_768 = (EPSILON, (512, 512)), (V_PREDICTION, (768, 768))
+_ARCHITECTURES = {"stable-diffusion-v2-512": _SD2_512, "stable-diffusion-v2-768-v": _SD2_768}
 # Of Stability AI's own files of SD 2.x; others count their steps as they like.
-_STEPS = {875_000: (EPSILON, (512, 512)), 110_000: (V_PREDICTION, (768, 768))}
+_STEPS = {875_000: _SD2_512, 110_000: _SD2_768}
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,6 @@ def read_declared(path: Path, field: str, decided: bool) -> Declared:
     content = {} if path.suffix == SAFETENSORS else torch_content(path, field)
     predictions: dict[str, str] = {}  # where it is said -> what
     sizes: dict[str, tuple[int, int]] = {}
-    zero_snr: list[str] = []
     if kind := metadata.get("modelspec.prediction_type"):
         if kind.lower() not in _PREDICTIONS and not decided:
             raise ConfigError(
@@ -70,10 +62,8 @@ def read_declared(path: Path, field: str, decided: bool) -> Declared:
             predictions[where], sizes[where] = said
     if "v_pred" in names:
         predictions["v_pred"] = V_PREDICTION
-    if metadata.get("ss_zero_terminal_snr") == "True":
-        zero_snr.append("ss_zero_terminal_snr")
-    if "ztsnr" in names:
-        zero_snr.append("ztsnr")
+    marks = {"ss_zero_terminal_snr": metadata.get("ss_zero_terminal_snr") == "True", "ztsnr": "ztsnr" in names}
+    zero_snr = [mark for mark, holds in marks.items() if holds]
     if len(set(predictions.values())) > 1 and not decided:
         told = " and ".join(f"{value} by its {where}" for where, value in predictions.items())
         raise ConfigError(f"{here}, which predicts {told}; model.prediction_type decides between them.")

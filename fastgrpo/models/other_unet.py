@@ -118,9 +118,7 @@ def _bare(key: str) -> str:
     return next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
 
 
-def _other_shape(
-    here: str, name: str, found: tuple[int, ...], needed: tuple[int, ...], whose: str = "the pipeline"
-) -> str:
+def _other_shape(here: str, name: str, found: tuple, needed: tuple, whose: str = "the pipeline") -> str:
     return (
         f"{here}, whose UNet is of another architecture than that of {whose}: {name} is {list(found)}, and "
         f"{list(needed)} in {whose}."

@@ -15,10 +15,7 @@ from fastgrpo.models.configs import Components
 
 
 def save_pipeline(folder: Path, components: Components, dtype: torch.dtype) -> None:
-    """Write a complete folder for StableDiffusionPipeline.from_pretrained, without a safety checker.
-
-    dtype: of all weights.
-    """
+    """Write a folder for StableDiffusionPipeline.from_pretrained, without a safety checker, all weights in `dtype`."""
     for name, module in (("unet", components.unet), ("vae", components.vae)):
         save_config(folder / name, module)
         _save_weights(folder / name / "diffusion_pytorch_model.safetensors", module, dtype)
@@ -34,10 +31,8 @@ def save_pipeline(folder: Path, components: Components, dtype: torch.dtype) -> N
     index = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": diffusers.__version__,
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
+        **{absent: [None, None] for absent in ("feature_extractor", "image_encoder", "safety_checker")},
         "requires_safety_checker": False,
-        "safety_checker": [None, None],
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],

@@ -195,9 +195,8 @@ def write_single_file(
 ) -> None:
     """Write the components as one .safetensors file in the original layout, all tensors in `dtype`.
 
-    scheduler_config: says what the model predicts and whether its terminal signal-to-noise ratio is zero. The file says
-        so too, in the metadata of Stability AI's model spec and by the names `v_pred` and `ztsnr`, which other programs
-        look for.
+    scheduler_config: what it says of the prediction and of a zero terminal SNR, the file says too, in the metadata of
+        Stability AI's model spec and by the names `v_pred` and `ztsnr`, which other programs look for.
     The text encoder is written as SD 1.x has it where it has quick_gelu, as OpenCLIP (SD 2.x) where it has gelu; there,
     the last layer and the projection, which no pipeline uses and diffusers does not keep, are left out.
     """
@@ -215,16 +214,11 @@ def write_single_file(
     tensors |= {key: torch.cat([parts[third] for third in range(3)]) for key, parts in thirds.items()}
     if not _is_open_clip(text_encoder):
         # A constant, but what other programs recognise SD 1.x by.
-        count = text_encoder.config.max_position_embeddings
-        tensors[CLIP + "embeddings.position_ids"] = torch.arange(count)[None]
+        tensors[CLIP + "embeddings.position_ids"] = torch.arange(text_encoder.config.max_position_embeddings)[None]
     metadata, scheduler = {"format": "pt"}, scheduler_config or {}
-    prediction = scheduler.get("prediction_type")
-    if prediction:
+    if prediction := scheduler.get("prediction_type"):
         metadata["modelspec.prediction_type"] = {"v_prediction": "v"}.get(prediction, prediction)
-    for key, holds in (
-        ("v_pred", prediction == "v_prediction"),
-        ("ztsnr", scheduler.get("rescale_betas_zero_snr")),
-    ):
+    for key, holds in (("v_pred", prediction == "v_prediction"), ("ztsnr", scheduler.get("rescale_betas_zero_snr"))):
         tensors |= {key: torch.zeros(0)} if holds else {}
     save_tensors(path, tensors, metadata)
 
@@ -312,7 +306,6 @@ def _modern(key: str) -> str:
 
 def _unused(text_encoder: CLIPTextModel) -> re.Pattern[str]:
     """The tensors of a published file that no pipeline uses: what CLIP's loss needs, and OpenCLIP's last layer."""
-    layers = text_encoder.config.num_hidden_layers
     clip = rf"cond_stage_model\.(transformer|model)\..*({_CLIP_UNUSED})"
-    last = rf"{re.escape(OPEN_CLIP)}transformer\.resblocks\.{layers}\."
+    last = rf"{re.escape(OPEN_CLIP)}transformer\.resblocks\.{text_encoder.config.num_hidden_layers}\."
     return re.compile(rf"{clip}|{last}|{re.escape(VAE)}(loss|model_ema)\.")

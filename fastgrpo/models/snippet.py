@@ -1,7 +1,6 @@
 """Python that loads what a run's export wrote, so that it is drawn as the run drew it."""
 
 import inspect
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +72,10 @@ def _said_elsewhere(model: ModelConfig) -> tuple[dict[str, Any], Any]:
         return ({} if model.prediction_type == "auto" else {"prediction_type": model.prediction_type}), None
     # Of a file alone diffusers guesses which of its own configs are meant, and with them the size.
     guessed = is_single_file(model.path) and not model.config
-    return _ddim_arguments(description.scheduler), description.unet["sample_size"] if guessed else None
-
-
-def _ddim_arguments(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a DDIMScheduler follow this scheduler_config.json; its own defaults are left out."""
-    known, config = inspect.signature(DDIMScheduler).parameters, completed(scheduler_config)
-    return {name: config[name] for name, own in known.items() if name in config and config[name] != own.default}
+    # A DDIMScheduler's own defaults are left out.
+    known, config = inspect.signature(DDIMScheduler).parameters, completed(description.scheduler)
+    arguments = {name: config[name] for name, own in known.items() if name in config and config[name] != own.default}
+    return arguments, description.unet["sample_size"] if guessed else None
 
 
 def _unet_lines(model: ModelConfig) -> tuple[list[str], list[str]]:

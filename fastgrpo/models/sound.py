@@ -16,17 +16,13 @@ def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:
         if not tensor.is_floating_point() or tensor.numel() == 0:
             continue
         # Least and greatest are NaN where one number is. isfinite() would write as many flags as there are numbers.
-        ends = torch.stack(tensor.detach().aminmax())
-        if not ends.isfinite().all():
+        if not torch.stack(tensor.detach().aminmax()).isfinite().all():
             return name
     return ""
 
 
 def check_finite(weights: nn.Module | Mapping[str, Tensor], what: str) -> None:
-    """Raise ConfigError for weights that are not all finite.
-
-    what: begins the sentence, such as "model.path is 'x', whose unet".
-    """
+    """Raise ConfigError, which begins with `what` ("model.path is 'x'"), for weights that are not all finite."""
     tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
     if name := first_not_finite(tensors.items()):
         dtype = str(tensors[name].dtype).removeprefix("torch.")

@@ -23,15 +23,10 @@ TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _PAGE = "a web page, not weights; download the file itself"
-_JSON = "a text in JSON, not weights; download the file itself"
 # How files begin that are no weights, whatever their name, and what they are.
 _NOT_WEIGHTS = {
-    b"<!doctype": _PAGE,
-    b"<html": _PAGE,
-    b"<?xml": _PAGE,
-    b"<head": _PAGE,
-    b"{": _JSON,
-    b"[": _JSON,
+    **dict.fromkeys((b"<!doctype", b"<html", b"<?xml", b"<head"), _PAGE),
+    **dict.fromkeys((b"{", b"["), "a text in JSON, not weights; download the file itself"),
     b"\x1f\x8b": "an archive (gzip); unpack it",
     b"Rar!": "an archive (RAR); unpack it",
     b"7z\xbc\xaf": "an archive (7-Zip); unpack it",
@@ -42,10 +37,7 @@ _LARGEST_HEADER = 100_000_000  # bytes; the limit of the format's own library
 
 
 def wrong_content(path: Path) -> str:
-    """What a file is instead of the weights that its name promises, and what to do; empty for weights.
-
-    Reads the beginning alone. Raises OSError.
-    """
+    """What a file is instead of the weights its name promises, and what to do; empty for weights. Raises OSError."""
     with open(path, "rb") as file:
         start = file.read(512)
     if not start:

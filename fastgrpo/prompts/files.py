@@ -21,8 +21,7 @@ class PromptTable:
     """Rows with named columns. What has no name, such as the index that pandas writes first, is no column.
 
     field, name: the setting that names it, and its own name, for messages. columns: in the order of the file.
-    rows: (id, place, cells): the prompt's id, what to call the row in messages, and column -> value. A row may lack
-        columns.
+    rows: (id, place, cells): the prompt's id, what messages call the row, and column -> value. A row may lack columns.
     """
 
     field: str
@@ -80,10 +79,9 @@ def table_prompts(
     """
     column_field = column_field or f"prompts.{label}_column"
     if column not in table.columns:
-        columns = ", ".join(table.columns) or "none"
         raise ConfigError(
             f"{column_field}: {table.name!r} has no column {column!r}{nearest(column, table.columns)}; "
-            f"there are {columns}."
+            f"there are {', '.join(table.columns) or 'none'}."
         )
     table.check_single(column, column_field)
     table.check_single(category_column, "prompts.category_column")

@@ -8,9 +8,9 @@ Training prompts and held-out ones differ twice:
 - Words: every held-out prompt begins "a photo of", as all of GenEval's own do, and no training prompt does.
 - Combinations: a third is held out, by a fixed hash and whatever the order of the things.
   `single_object` is too small for that: its 80 classes are on both sides.
-So no prompt of GenEval's own 553 is trained on word by word. The hash does not know what they ask for, though: with the
-defaults, training asks in other words for the same as 80 of GenEval's 80 single_object prompts, 13 of 99 two_object, 55
-of 80 counting, 61 of 94 colors, 3 of 100 position and 1 of 100 color_attr.
+So none of GenEval's own 553 prompts is trained on word by word. With the defaults, training asks in other words for the
+same as 80 of its 80 single_object prompts, 13 of 99 two_object, 55 of 80 counting, 61 of 94 colors, 3 of 100 position
+and 1 of 100 color_attr.
 """
 
 import itertools
@@ -35,26 +35,15 @@ CLASSES = (
     "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
     "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )
+TRAINING_OPENINGS = (
+    "", "a picture of ", "an image of ", "a photograph of ", "a snapshot of ", "a realistic photo of ",
+    "a detailed picture of ", "a high-quality photograph of ", "a studio photograph of ", "a drawing of ",
+    "a painting of ", "an illustration of ", "a digital rendering of ",
+)
 # fmt: on
+HELD_OUT_OPENING = "a photo of "
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-
-HELD_OUT_OPENING = "a photo of "
-TRAINING_OPENINGS = (
-    "",
-    "a picture of ",
-    "an image of ",
-    "a photograph of ",
-    "a snapshot of ",
-    "a realistic photo of ",
-    "a detailed picture of ",
-    "a high-quality photograph of ",
-    "a studio photograph of ",
-    "a drawing of ",
-    "a painting of ",
-    "an illustration of ",
-    "a digital rendering of ",
-)
 
 _IRREGULAR = {"person": "people", "sheep": "sheep", "knife": "knives", "computer mouse": "computer mice"}
 _PAIRS = ("skis", "scissors")  # plural as they are: "a pair of skis"

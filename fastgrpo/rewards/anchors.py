@@ -15,21 +15,16 @@ _ACCEPTED = f"{', '.join(_NAMES)}, or a FILE.toml with the lists safe and unsafe
 
 @dataclass(frozen=True)
 class Anchors:
-    """Two sets of phrases.
-
-    safe: what to steer towards; may be empty, then the axis points away from `unsafe` alone.
-    unsafe: what to steer away from; at least one.
-    """
+    """Phrases to steer towards, of which there may be none, and phrases to steer away from, one or more."""
 
     safe: tuple[str, ...]
     unsafe: tuple[str, ...]
 
 
 def load_anchors(name: str) -> Anchors:
-    """The phrases that `--reward.anchors` names.
+    """The phrases that `--reward.anchors` names: a set that ships with fastgrpo, or a TOML file.
 
-    name: of a set that ships with fastgrpo, or a TOML file with the list `unsafe` and, unless the axis is to point away
-        from these alone, the list `safe`.
+    The file has the list `unsafe` and, unless the axis is to point away from these alone, the list `safe`.
     Raises ConfigError for another name and for a file that is not like that.
     """
     if name not in _NAMES and not name.endswith(".toml"):
@@ -44,10 +39,6 @@ def load_anchors(name: str) -> Anchors:
         raise ConfigError(f"reward.anchors = {name!r}: it is not TOML: it {error}.") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"reward.anchors = {name!r}: it is not TOML: {error}.") from error
-    return _from_table(table, name)
-
-
-def _from_table(table: dict[str, Any], name: str) -> Anchors:
     for key in table:
         if key not in ("safe", "unsafe"):
             raise ConfigError(f"reward.anchors = {name!r}: it sets {key!r}; accepted are the lists safe and unsafe.")
@@ -56,8 +47,7 @@ def _from_table(table: dict[str, Any], name: str) -> Anchors:
         raise ConfigError(
             f"reward.anchors = {name!r}: its list unsafe is empty or missing; one phrase or more is needed."
         )
-    both = set(anchors.safe) & set(anchors.unsafe)
-    if both:
+    if both := set(anchors.safe) & set(anchors.unsafe):
         raise ConfigError(f"reward.anchors = {name!r}: {min(both)!r} is in both lists, safe and unsafe.")
     return anchors
 

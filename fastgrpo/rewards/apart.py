@@ -52,15 +52,12 @@ class Apart:
                 yield
             finally:
                 for name, state in _STATES.items():
-                    self._put_back(name, state, ours[name])
-
-    def _put_back(self, name: str, state: _State, ours: Any) -> None:
-        found = state.read()
-        self._theirs.pop(name, None)
-        if found != ours:
-            if state.theirs:
-                self._theirs[name] = found
-            state.write(ours)
+                    found = state.read()
+                    self._theirs.pop(name, None)
+                    if found != ours[name]:
+                        if state.theirs:
+                            self._theirs[name] = found
+                        state.write(ours[name])
 
 
 def _together(*states: tuple[Callable[[], Any], Callable[[Any], object]]) -> _State:

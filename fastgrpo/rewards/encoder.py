@@ -31,8 +31,7 @@ _TF32_LOCK = threading.RLock()
 class ImageTransform:
     """open_clip's evaluation transform for a whole batch on the device, without PIL and its rounding to 8 bits.
 
-    size: the encoder's square input, in pixels.
-    mean, std: [3, 1, 1] float32, per channel, for values in [0, 1].
+    size: the encoder's square input, in pixels. mean, std: [3, 1, 1] float32, per channel, for values in [0, 1].
     interpolation: "bicubic" or "bilinear", antialiased as in PIL.
     squash: resize both sides to `size` instead of the short side followed by a centre crop.
     """
@@ -98,9 +97,7 @@ def load_encoder(
     spec: `hpsv2`, which downloads HPSv2.1; `shapes`; `local-dir:FOLDER` with open_clip_config.json and weights;
         `hf-hub:ID`; or `ARCHITECTURE:WEIGHTS`, WEIGHTS being an open_clip tag or a file. Torch files are read with
         weights_only, and no code of a model repository is run.
-    dtype: torch.float32, torch.bfloat16 or torch.float16; what the towers' matrix products compute in.
-    field: what messages call the setting.
-
+    dtype: torch's float32, bfloat16 or float16, of the towers' matrix products. field: what messages call the setting.
     Raises ConfigError for a spec that names nothing loadable, and for images prepared otherwise than its tower expects.
     """
     try:

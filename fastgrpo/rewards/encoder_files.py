@@ -81,8 +81,11 @@ def _resolve(spec: str) -> tuple[str, str | None]:
     architecture, _, weights = spec.partition(":")
     architecture = architecture.replace("/", "-")
     if architecture not in open_clip.list_models():
+        by_lower = {name.lower(): name for name in open_clip.list_models()}
+        matches = difflib.get_close_matches(architecture.lower(), by_lower, n=3)
+        nearest = f", nearest are {', '.join(by_lower[m] for m in matches)}" if matches else ""
         raise ConfigError(
-            f"{architecture!r} is not an open_clip architecture{_nearest(architecture)}; accepted are hpsv2, shapes, "
+            f"{architecture!r} is not an open_clip architecture{nearest}; accepted are hpsv2, shapes, "
             "local-dir:FOLDER, hf-hub:ID and ARCHITECTURE:WEIGHTS."
         )
     if open_clip.is_pretrained_cfg(architecture, weights):
@@ -94,12 +97,6 @@ def _resolve(spec: str) -> tuple[str, str | None]:
             "neither."
         )
     return architecture, weights
-
-
-def _nearest(architecture: str) -> str:
-    by_lower = {name.lower(): name for name in open_clip.list_models()}
-    matches = difflib.get_close_matches(architecture.lower(), by_lower, n=3)
-    return f", nearest are {', '.join(by_lower[m] for m in matches)}" if matches else ""
 
 
 def _check_folder(folder: Path) -> None:
@@ -175,15 +172,12 @@ def _check_preprocessing(config: dict[str, Any]) -> None:
         )
     for key, accepted, least in (("mean", "three numbers", -math.inf), ("std", "three numbers above 0", 0)):
         values = preprocess.get(key, getattr(PreprocessCfg, key))
-        if not (_are_numbers(values, least) and len(values) == 3):
+        listed = values if isinstance(values, list | tuple) else ()
+        if len(listed) != 3 or not all(isinstance(v, int | float) and least < v < math.inf for v in listed):
             raise ConfigError(
                 f"encoder and preprocessing mismatch: preprocess_cfg has {key} = {values!r}; accepted is {accepted}, "
                 "one per channel."
             )
-
-
-def _are_numbers(values: Any, least: float) -> bool:
-    return isinstance(values, list | tuple) and all(isinstance(v, int | float) and least < v < math.inf for v in values)
 
 
 def _check_activation(spec: str, architecture: str, file: Path) -> None:

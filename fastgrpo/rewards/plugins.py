@@ -40,9 +40,7 @@ def load_plugins(terms: Sequence[Term]) -> dict[str, RewardFunction]:
 def _import(term: Term, apart: Apart) -> ModuleType:
     try:
         with apart():
-            if term.place.endswith(".py"):
-                return _run_file(Path(term.place))
-            return importlib.import_module(term.place)
+            return _run_file(Path(term.place)) if term.place.endswith(".py") else importlib.import_module(term.place)
     except BaseException as error:  # the user's code may raise anything
         if _is_ctrl_c(error):
             raise

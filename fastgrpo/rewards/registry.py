@@ -36,24 +36,18 @@ def load_reward(config: RewardConfig, device: torch.device | str) -> WeightedRew
     return WeightedReward(terms, functions, config.standardise, encoders)
 
 
-def _steering(config: RewardConfig, encoders: Encoders) -> SteeringReward:
-    return SteeringReward(encoders(config.encoder, "reward.encoder"), load_anchors(config.anchors), config)
-
-
 def _clip(config: RewardConfig, encoders: Encoders) -> RewardFunction:
     field = "reward.clip_encoder" if config.clip_encoder else "reward.encoder"
     return _cosine(encoders(config.clip_encoder or config.encoder, field), config.batch)
 
 
-def _hpsv2(config: RewardConfig, encoders: Encoders) -> RewardFunction:
-    # The score of HPSv2 (arXiv 2306.09341) is the bare cosine, without the model's logit scale.
-    return _cosine(encoders("hpsv2", "reward.terms"), config.batch)
-
-
 BUILDERS: dict[str, Callable[[RewardConfig, Encoders], RewardFunction | SteeringReward]] = {
-    "steering": _steering,
+    "steering": lambda config, encoders: SteeringReward(
+        encoders(config.encoder, "reward.encoder"), load_anchors(config.anchors), config
+    ),
     "clip": _clip,
-    "hpsv2": _hpsv2,
+    # The score of HPSv2 (arXiv 2306.09341) is the bare cosine, without the model's logit scale.
+    "hpsv2": lambda config, encoders: _cosine(encoders("hpsv2", "reward.terms"), config.batch),
     "compressibility": lambda config, encoders: lambda images, prompts: -jpeg_kilobytes(images),
     "incompressibility": lambda config, encoders: lambda images, prompts: jpeg_kilobytes(images),
 }
@@ -78,8 +72,7 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
     pixels = (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     with ThreadPoolExecutor(available_cores()) as pool:  # the interpreter lock is free while PIL compresses
         sizes = torch.tensor(list(pool.map(_jpeg_bytes, pixels)), device=images.device)
-    finite = images.isfinite().flatten(1).all(dim=1)
-    return torch.where(finite, sizes / 1000, torch.nan)
+    return torch.where(images.isfinite().flatten(1).all(dim=1), sizes / 1000, torch.nan)
 
 
 def _jpeg_bytes(pixels: np.ndarray) -> int:

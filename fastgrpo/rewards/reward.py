@@ -38,9 +38,7 @@ class WeightedReward:
         self.terms = tuple(terms)
         steering = functions.get("steering")
         self.steering = steering if isinstance(steering, SteeringReward) else None
-        self._functions = functions
-        self._standardise = standardise
-        self._encoders = encoders
+        self._functions, self._standardise, self._encoders = functions, standardise, encoders
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> Rewards:
         """Score the images and combine the scores."""
@@ -122,8 +120,7 @@ def _checked(term: Term, values: object, images: Tensor, prompts: Sequence[Promp
             f"{quoted(prompts[0].text)}; a tensor of shape [{count}] is needed"
         )
         raise BrokenReward(message, prompts[0], images[0]) from error
-    broken = (~values.isfinite()).nonzero().flatten().tolist()
-    if broken:
+    if broken := (~values.isfinite()).nonzero().flatten().tolist():
         first = broken[0]
         message = (
             f"reward term {term.name!r} returned {values[first].item()} for an image of prompt "

@@ -67,10 +67,7 @@ def steer(text: Tensor, direction: Tensor, alpha: float, mode: str, negative: Te
 
 
 class SteeringReward:
-    """The reward r(p, x) = z_image(x) . steer(z_text(p)).
-
-    direction: [E] float32, v_safe, on the encoder's device.
-    """
+    """The reward r(p, x) = z_image(x) . steer(z_text(p)). direction: [E] float32, v_safe, on the encoder's device."""
 
     def __init__(self, encoder: Encoder, anchors: Anchors, config: RewardConfig):
         self.encoder = encoder

@@ -30,8 +30,7 @@ _ACCEPTED = f"{', '.join(BUILT_IN)}, FILE.py:FUNCTION and MODULE:FUNCTION, each 
 class Term:
     """One summand of the reward.
 
-    name: a built-in's name, FILE.py:FUNCTION or MODULE:FUNCTION.
-    weight: finite, not 0.
+    name: a built-in's name, FILE.py:FUNCTION or MODULE:FUNCTION. weight: finite, not 0.
     """
 
     name: str
@@ -58,15 +57,12 @@ class BrokenReward(RuntimeError):
     """A term failed or returned what no reward can be.
 
     message: one sentence with the term, the prompt and the value.
-    prompt: the first prompt concerned.
-    image: [3, h, w] float32 in [0, 1], the first image concerned.
+    prompt, image: the first concerned; the image is [3, h, w] float32 in [0, 1].
     """
 
     def __init__(self, message: str, prompt: Prompt, image: Tensor):
         super().__init__(message)
-        self.message = message
-        self.prompt = prompt
-        self.image = image
+        self.message, self.prompt, self.image = message, prompt, image
 
 
 def parse_terms(terms: tuple[str, ...]) -> tuple[Term, ...]:
@@ -80,8 +76,7 @@ def parse_terms(terms: tuple[str, ...]) -> tuple[Term, ...]:
     parsed = tuple(_parse(text) for text in terms)
     seen: dict[str, Term] = {}
     for term in parsed:
-        other = seen.setdefault(term.label, term)
-        if other is not term:
+        if (other := seen.setdefault(term.label, term)) is not term:
             raise ConfigError(
                 f"reward.terms: {other.name!r} and {term.name!r} are both called {term.label}; accepted is every name "
                 "once."

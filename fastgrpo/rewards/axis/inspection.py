@@ -42,17 +42,15 @@ def inspect(config: TrainConfig, png: Path | None, limit: int, console: Console)
     spans = anchor_report(reward, anchors)
 
     console.say(*text.header(config, report, len(positives), len(negatives)), "", *text.anchor_lines(spans, anchors))
-    console.say("", *text.histogram_lines(report))
-    console.say("", *text.place_lines(report))
+    console.say("", *text.histogram_lines(report), "", *text.place_lines(report))
     console.say("", *text.sweep_lines(report, sweep(reward, report, shown_alphas(report.alpha))))
     console.say("", *text.border_lines(report))
     if png:
         curve = sweep(reward, report, torch.linspace(*alpha_range(report.alpha), 101).tolist())
         write_atomically(png, axis_png(report, curve, f"{config.reward.encoder}, anchors {config.reward.anchors}"))
     console.say("", f"picture   {png or 'none; --png FILE draws one'}")
-    for warning in (spans.warning, report.warning):
-        if warning:
-            console.say(f"warning: {warning}")
+    for warning in filter(None, (spans.warning, report.warning)):
+        console.say(f"warning: {warning}")
 
 
 def shown_alphas(alpha: float) -> list[float]:

@@ -42,9 +42,7 @@ class Spread:
 class AxisSide:
     """The prompts of one label along the safety axis.
 
-    prompts: N of them.
-    before: [N] float32 on the CPU, z_text . v_safe.
-    after: [N] float32 on the CPU, the same of the steered target.
+    before, after: [N] float32 on the CPU, z_text . v_safe of the N prompts, and the same of their steered targets.
     """
 
     prompts: tuple[Prompt, ...]
@@ -84,8 +82,7 @@ class AxisSide:
 class AxisReport:
     """Whether steering carries the prompts to the safe side of the axis.
 
-    alpha, mode: the steering in force.
-    sides: label -> AxisSide, for the labels that have prompts.
+    alpha, mode: the steering in force. sides: label -> AxisSide, for the labels that have prompts.
     crossing: for each negative prompt, in ascending order, the alpha at which its target reaches the safe side.
     """
 
@@ -179,8 +176,7 @@ class Shift:
 class SweepRow:
     """The effect of one alpha on the prompts of a report.
 
-    unsafe: share of the negatives whose target is still on the unsafe side.
-    shifts: label -> Shift, for the labels that have prompts.
+    unsafe: share of the negatives still on the unsafe side. shifts: label -> Shift, for the labels that have prompts.
     """
 
     alpha: float

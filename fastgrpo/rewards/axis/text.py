@@ -123,6 +123,5 @@ def _prompt_lines(side: AxisSide) -> list[str]:
 def _cut(text: str, width: int) -> str:
     """`text` in exactly `width` columns of a terminal, without characters that could steer it."""
     printable = "".join(character if character.isprintable() else " " for character in text)
-    return (
-        set_cell_size(printable, width) if cell_len(printable) <= width else set_cell_size(printable, width - 1) + "…"
-    )
+    fits = cell_len(printable) <= width
+    return set_cell_size(printable, width) if fits else set_cell_size(printable, width - 1) + "…"

@@ -164,8 +164,7 @@ def _check_prediction(model: ModelConfig, here: str, declared: Declared, configu
 def _describe_folder(model: ModelConfig) -> Description:
     repository = pipeline_repository(model)
     folder = repository.fetch(["model_index.json", *CONFIG_FILES])
-    index = _read_json(repository, folder, "model_index.json")
-    _check_index(model.path, index)
+    _check_index(model.path, _read_json(repository, folder, "model_index.json"))
     description = _read_configs(repository, folder)
     files = repository.files()
     for component in wanted_components(model):
@@ -318,7 +317,8 @@ def _check_weights(model: ModelConfig, folder: Path, files: frozenset[str], comp
                 f"model.variant is {model.variant!r}, which {model.path!r} does not have of its {component}; "
                 "empty takes the plain weights."
             )
-        if variant := _only_variant(files, component):
+        named = re.compile(rf"{component}/{_STEMS[component]}\.(\w+)(-\d{{5}}-of-\d{{5}})?\.safetensors")
+        if variant := min((found[1] for file in files if (found := named.fullmatch(file))), default=""):
             raise ConfigError(
                 f"model.path is {model.path!r}, which has only the variant {variant} of its {component}; model.variant "
                 f"{variant} is accepted."
@@ -332,12 +332,6 @@ def _check_weights(model: ModelConfig, folder: Path, files: frozenset[str], comp
     for file in weights:
         if (folder / file).is_file():  # those of a hub repository may not have been downloaded yet
             tensor_shapes(folder / file, "model.path")
-
-
-def _only_variant(files: Iterable[str], component: str) -> str:
-    """The first variant of a component's weights, or empty."""
-    name = re.compile(rf"{component}/{_STEMS[component]}\.(\w+)(-\d{{5}}-of-\d{{5}})?\.safetensors")
-    return min((found[1] for file in files if (found := name.fullmatch(file))), default="")
 
 
 def _build_unet(here: str, config: Mapping[str, Any]) -> UNet2DConditionModel:

@@ -36,14 +36,11 @@ _EXTRAS = {
     "label_emb.": "a model that is also given a class or an image, such as SD 2.1 unCLIP",
     "class_embedding.": "a model that is also given a class or an image, such as SD 2.1 unCLIP",
     "cond_proj.": "a consistency model (LCM), which is also given the guidance scale",
-    "position_net.": "GLIGEN, which is also given boxes",
-    ".fuser.": "GLIGEN, which is also given boxes",
-    "motion_modules.": "AnimateDiff, which draws videos",
-    "temporal_transformer.": "AnimateDiff, which draws videos",
+    **dict.fromkeys(("position_net.", ".fuser."), "GLIGEN, which is also given boxes"),
+    **dict.fromkeys(("motion_modules.", "temporal_transformer."), "AnimateDiff, which draws videos"),
     "time_stack.": "a model that draws videos",
     "add_embedding.": "a model that is given more than time and text, such as SDXL",
-    "encoder_hid_proj.": "an IP-Adapter, which is also given an image",
-    "_ip.": "an IP-Adapter, which is also given an image",
+    **dict.fromkeys(("encoder_hid_proj.", "_ip."), "an IP-Adapter, which is also given an image"),
     "lora": "adapters (LoRA)",
 }
 _CLIP_UNUSED = "position_ids|logit_scale|text_projection|attn_mask|vision_model|visual"

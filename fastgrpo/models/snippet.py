@@ -56,8 +56,6 @@ def snippet(form: str, output: Path, model: ModelConfig, dtype: str = "fp32") ->
 class _Code(str):
     """What stands in the lines as it is, not as a string's literal."""
 
-    __slots__ = ()
-
 
 def _said_elsewhere(model: ModelConfig) -> tuple[dict[str, Any], Any]:
     """What the run was drawn with and the configs that diffusers finds may not say.

@@ -21,7 +21,6 @@ from fastgrpo.system.errors import ConfigError
 SAFETENSORS = ".safetensors"
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
-_LFS = b"version https://git-lfs.github.com/spec/"
 _PAGE = "a web page, not weights; download the file itself"
 # How files begin that are no weights, whatever their name, and what they are.
 _NOT_WEIGHTS = {
@@ -45,7 +44,7 @@ def wrong_content(path: Path) -> str:
     if start[8:9] == b"{" and 2 <= int.from_bytes(start[:8], "little") <= _LARGEST_HEADER:
         right = path.suffix == SAFETENSORS
         return "" if right else f"a safetensors file under another name; name it {path.stem}{SAFETENSORS}"
-    if start.startswith(_LFS):
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
         size = re.search(rb"\nsize (\d+)", start)
         stands = f" of {int(size[1]):,} bytes" if size else ""
         return f"the Git LFS pointer to a file{stands}, not the file; `git lfs pull` fetches it"

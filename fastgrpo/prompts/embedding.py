@@ -14,7 +14,6 @@ class TextEncoder(Protocol):
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """[N, L, D], the frozen text encoder's output."""
-        ...
 
 
 def embed(policy: TextEncoder, prompts: Sequence[Prompt], cache: dict[str, Tensor]) -> PromptBatch:

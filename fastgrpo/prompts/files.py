@@ -31,10 +31,8 @@ class PromptTable:
 
     def check_single(self, column: str, field: str) -> None:
         """Raise ConfigError, which begins with `field`, where several columns have this name."""
-        if self.columns.count(column) > 1:
-            raise ConfigError(
-                f"{field}: {self.name!r} has {self.columns.count(column)} columns {column!r}; one is needed."
-            )
+        if (count := self.columns.count(column)) > 1:
+            raise ConfigError(f"{field}: {self.name!r} has {count} columns {column!r}; one is needed.")
 
 
 def named(columns: Sequence[str]) -> tuple[str, ...]:
@@ -90,7 +88,8 @@ def table_prompts(
         if column not in cells:
             raise ConfigError(f"{table.field}: {table.name!r} has no {column!r} in {place}.")
         value = cells[column]
-        if not (value is None or _is_text(value)):
+        # Half a surrogate pair, which JSON can spell, is no text: no tokenizer takes it.
+        if not (value is None or (isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value))):
             shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
             raise ConfigError(f"{table.field}: {table.name!r} has {column!r} = {shown} in {place}; text is needed.")
         if value and value.strip():
@@ -110,11 +109,6 @@ def _category(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(str, value))
     return "" if value is None else one_line(str(value))
-
-
-def _is_text(value: Any) -> bool:
-    """Whether a cell is text. Half a surrogate pair, which JSON can spell, is not: no tokenizer takes it."""
-    return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
 def _read(path: Path, field: str) -> str:

@@ -26,8 +26,7 @@ def read_dataset(source: str, field: str, wanted: Callable[[tuple[str, ...]], It
     wanted: from the columns that there are to the ones to read, or more; others, such as images, are not even decoded.
     Raises ConfigError for another notation, without the library, and for what it cannot load.
     """
-    match = _SOURCE.fullmatch(source)
-    if match is None:
+    if (match := _SOURCE.fullmatch(source)) is None:
         raise ConfigError(f"{field} = {source!r}: accepted is {NOTATION}.")
     try:
         import datasets

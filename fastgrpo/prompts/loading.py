@@ -21,15 +21,10 @@ def load_prompts(config: PromptsConfig) -> tuple[list[Prompt], list[Prompt]]:
 
     Raises ConfigError for a source that does not exist or cannot be read, and for categories that none of them has.
     """
-    tables = {
-        label: _table(source, label, column, config.category_column)
-        for label, source, column in (
-            (POSITIVE, config.positive, config.positive_column),
-            (NEGATIVE, config.negative, config.negative_column),
-        )
-    }
-    _check_category_column(config, [table for table in tables.values() if table])
-    return _positives(config, tables[POSITIVE]), _negatives(config, tables[NEGATIVE])
+    positives = _table(config.positive, POSITIVE, config.positive_column, config.category_column)
+    negatives = _table(config.negative, NEGATIVE, config.negative_column, config.category_column)
+    _check_category_column(config, [table for table in (positives, negatives) if table])
+    return _positives(config, positives), _negatives(config, negatives)
 
 
 def unsafe_prompts() -> list[Prompt]:

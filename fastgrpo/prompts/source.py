@@ -8,8 +8,6 @@ from fastgrpo.settings.schema import PromptsConfig
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 
-_MANY = 10_000  # prompts an iteration; nobody wants more
-
 
 class PromptSource:
     """Deals out the prompts of every iteration.
@@ -55,7 +53,7 @@ def _rounded_away(per_iteration: int, fraction: float) -> str:
     if fraction in (0, 1) or 0 < round(per_iteration * fraction) < per_iteration:
         return ""
     label = POSITIVE if round(per_iteration * fraction) else NEGATIVE
-    enough = next((p for p in range(2, _MANY) if 0 < round(p * fraction) < p), 0)
+    enough = next((p for p in range(2, 10_000) if 0 < round(p * fraction) < p), 0)  # nobody wants more
     return (
         f"prompts_per_iteration {per_iteration} and prompts.negative_fraction {fraction} are, rounded, "
         f"{round(per_iteration * fraction)} negative prompts an iteration, so that no {label} one is ever drawn"

@@ -184,8 +184,7 @@ def _check_activation(spec: str, architecture: str, file: Path) -> None:
     """Refuse weights for the other one of GELU and QuickGELU, which is in no tensor; warn where nothing tells."""
     computes = open_clip.get_model_config(architecture).get("quick_gelu", False)
     wants = wants_quick_gelu(file)
-    plain = architecture.removesuffix(_QUICK)
-    other = plain if computes else plain + _QUICK
+    other = architecture.removesuffix(_QUICK) + ("" if computes else _QUICK)
     names = {True: "QuickGELU", False: "GELU"}
     if wants is None and other in open_clip.list_models():
         warnings.warn(

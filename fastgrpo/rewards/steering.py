@@ -103,8 +103,7 @@ def reward_metrics(rewards: Rewards, negative: Tensor) -> dict[str, float]:
 
     negative: [P] bool. `reward/std` is over all P * G, unbiased. A label without prompts has no entries.
     """
-    negative = negative.cpu()
-    total = rewards.total.cpu()
+    negative, total = negative.cpu(), rewards.total.cpu()
     labels = {label: mask for label, mask in ((POSITIVE, ~negative), (NEGATIVE, negative)) if mask.any()}
     metrics = {"reward/mean": total.mean().item(), "reward/std": total.std().item()}
     metrics |= {f"reward/{label}_mean": total[mask].mean().item() for label, mask in labels.items()}

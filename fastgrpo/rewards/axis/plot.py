@@ -52,10 +52,9 @@ def _plot_histogram(axes: Axes, report: AxisReport, when: str, title: str) -> No
 
 def _plot_safe_share(axes: Axes, report: AxisReport, rows: Sequence[SweepRow]) -> None:
     axes.plot([row.alpha for row in rows], [1 - row.unsafe for row in rows], color=_COLOURS[NEGATIVE])
-    axes.axvline(
-        report.alpha_mean, color="grey", linestyle="-.", label=f"their mean crosses at {report.alpha_mean:.3f}"
-    )
-    axes.axvline(report.alpha_most, color="grey", linestyle=":", label=f"95% have crossed at {report.alpha_most:.3f}")
+    mean, most = report.alpha_mean, report.alpha_most
+    axes.axvline(mean, color="grey", linestyle="-.", label=f"their mean crosses at {mean:.3f}")
+    axes.axvline(most, color="grey", linestyle=":", label=f"95% have crossed at {most:.3f}")
     _mark_alpha(axes, report)
     axes.set(title="negatives on the safe side", ylabel="share", ylim=(-0.02, 1.02))
 

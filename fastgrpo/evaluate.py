@@ -46,14 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(command: Evaluate) -> None:
     """Refuse what would come to nothing, before anything is loaded."""
-    for flag, value, low, high in (
-        ("--batch", command.batch, 1, math.inf),
-        ("--guidance", command.guidance, 1, math.inf),
-        ("--steps", command.steps, 1, DIFFUSION_STEPS),
-        ("--seed", command.seed, 0, 2**63 - 1),
-        ("--size", command.size, 0, math.inf),
-    ):
-        require_between(low, high, flag, value)
+    require_between(1, math.inf, "--batch", command.batch)
+    require_between(1, math.inf, "--guidance", command.guidance)
+    require_between(1, DIFFUSION_STEPS, "--steps", command.steps)
+    require_between(0, 2**63 - 1, "--seed", command.seed)
+    require_between(0, math.inf, "--size", command.size)
     require_between(0, 1, "--eta", command.eta)
     if command.eta and command.sampler != DDIM:
         raise ConfigError(f"--eta {command.eta}: {command.sampler} is deterministic; accepted is 0, or --sampler ddim.")
@@ -102,9 +99,8 @@ def _output(command: Evaluate, folder: Path | None) -> Path:
         name = re.sub(r"[^\w.-]+", "-", f"{command.model} {command.unet}".strip()).strip("-.") or "model"
         output = Path("evaluations") / name
     if (output / "config.toml").is_file():
-        raise ConfigError(
-            f"--output {output}: that is a run, whose evaluation.json is its training's; give another folder."
-        )
+        why = "that is a run, whose evaluation.json is its training's; give another folder"
+        raise ConfigError.of("--output", output, why)
     existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
     check_writable(f"--output {output}", existing)
     return output

@@ -36,10 +36,8 @@ def _check(command: Export, config: TrainConfig) -> None:
     """Refuse what would come to nothing, before anything is loaded."""
     output = command.output
     if command.format == "lora" and not config.model.lora_rank:
-        raise ConfigError(
-            f"--format lora: {command.run} trained the whole UNet and has no adapters; accepted are diffusers and "
-            "single-file."
-        )
+        why = f"{command.run} trained the whole UNet and has no adapters; accepted are diffusers and single-file"
+        raise ConfigError.of("--format", "lora", why)
     fitting = command.format != "single-file" or output.suffix == _SUFFIX
     require(fitting, "--output", output, f"the name of a file that ends in {_SUFFIX}")
     (check_new_file if command.format == "single-file" else check_new_folder)("--output", output)

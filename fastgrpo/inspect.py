@@ -57,12 +57,10 @@ def _check(command: _Inspect) -> None:
         if command.png.is_dir():
             raise ConfigError(f"--png {command.png}: this is a folder; accepted is the name of a file.")
         check_new_file("--png", command.png)
-        with tempfile.TemporaryFile(dir=command.png.parent):
-            pass
+        tempfile.TemporaryFile(dir=command.png.parent).close()
     except OSError as error:
-        raise ConfigError(
-            f"--png {command.png}: cannot write in {str(command.png.parent)!r} ({error.strerror})."
-        ) from error
+        why = f"cannot write in {str(command.png.parent)!r} ({error.strerror})"
+        raise ConfigError.of("--png", command.png, why) from error
 
 
 if __name__ == "__main__":

@@ -33,14 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(command: Sample) -> None:
     """Refuse what would come to nothing, before anything is loaded."""
     output = command.comparison
-    for flag, value, low, high in (
-        ("--images-per-prompt", command.images_per_prompt, 1, math.inf),
-        ("--batch", command.batch, 1, math.inf),
-        ("--guidance", command.guidance, 1, math.inf),
-        ("--steps", command.steps, 1, DIFFUSION_STEPS),
-        ("--seed", command.seed, 0, 2**63 - 1),
-    ):
-        require_between(low, high, flag, value)
+    require_between(1, math.inf, "--images-per-prompt", command.images_per_prompt)
+    require_between(1, math.inf, "--batch", command.batch)
+    require_between(1, math.inf, "--guidance", command.guidance)
+    require_between(1, DIFFUSION_STEPS, "--steps", command.steps)
+    require_between(0, 2**63 - 1, "--seed", command.seed)
     require(command.eta is None or 0 < command.eta <= 1, "--eta", command.eta, "above 0 and at most 1")
     picture = output.suffix.lower() == ".png" and not output.is_dir()
     require(picture, "--output", output, "the name of a file that ends in .png")

@@ -15,8 +15,7 @@ class Panel:
     """One chart.
 
     series: metric name -> label in the legend; at most three, each of a colour, a dash and a marker of its own.
-    scale: values are multiplied by it (100 for shares in percent).
-    unit: shown behind the title.
+    scale: values are multiplied by it (100 for shares in percent). unit: shown behind the title.
     """
 
     title: str
@@ -30,8 +29,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 312, 8, 138  # the plotting area inside a 320
 
 def chart(panel: Panel, records: Sequence[Record]) -> str:
     """A line chart over all iterations of `records`, or nothing where no value was logged."""
-    found = {name: _points(name, panel.scale, records) for name in panel.series}
-    found = {name: points for name, points in found.items() if points}
+    found = {name: points for name in panel.series if (points := _points(name, panel.scale, records))}
     if not found:
         return ""
     ys = [y for points in found.values() for _, y in points]
@@ -39,12 +37,11 @@ def chart(panel: Panel, records: Sequence[Record]) -> str:
     first, last = records[0]["iteration"], records[-1]["iteration"]
     span = max(last - first, 1)
 
-    def place(point: tuple[float, float]) -> tuple[float, float]:
-        x, y = point
+    def place(x: float, y: float) -> tuple[float, float]:
         share = (y - ticks[0]) / (ticks[-1] - ticks[0])
         return _LEFT + (_RIGHT - _LEFT) * (x - first) / span, _BOTTOM - (_BOTTOM - _TOP) * share
 
-    rows = [(place((first, tick))[1], tick) for tick in ticks]
+    rows = [(place(first, tick)[1], tick) for tick in ticks]
     grid = "".join(
         f'<path class="grid" d="M{_LEFT} {y:.1f}H{_RIGHT}"/>'
         f'<text class="y" x="{_LEFT - 6}" y="{y + 3:.1f}">{tick:.4g}</text>'
@@ -54,7 +51,7 @@ def chart(panel: Panel, records: Sequence[Record]) -> str:
     axis = f'<text x="{_LEFT}" y="154">{start}</text><text class="end" x="{_RIGHT}" y="154">iteration {last:g}</text>'
     drawn, legend = [], []
     for number, (name, points) in enumerate(found.items(), start=1):
-        drawn.append(_line([(*place(point), *point) for point in points], number))
+        drawn.append(_line([(*place(*point), *point) for point in points], number))
         label = f"{escape(panel.series[name])} <b>{_ends(points)}</b>"
         legend.append(f'<span class="key">{_sample(number)}{label}</span>')
     unit = f" <small>{escape(panel.unit)}</small>" if panel.unit else ""
@@ -106,10 +103,7 @@ def _in_words(label: str, points: Points) -> str:
 
 
 def _line(points: Sequence[tuple[float, float, float, float]], number: int) -> str:
-    """A polyline through (x, y, iteration, value), with the values as its markers' tooltips.
-
-    number: of the series, from 1.
-    """
+    """A polyline through (x, y, iteration, value), values as its markers' tooltips. number: of the series, from 1."""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in points)
     size = 3 if len(points) <= 30 else 1.5
     markers = "".join(
@@ -134,8 +128,7 @@ def _marker(number: int, x: float, y: float, size: float, tooltip: str) -> str:
 
 def _sample(number: int) -> str:
     """A piece of the series' line, for the legend."""
-    line = '<polyline points="0,6 34,6"/>'
-    drawn = line + _marker(number, 17, 6, 3, "")
+    drawn = '<polyline points="0,6 34,6"/>' + _marker(number, 17, 6, 3, "")
     return f'<svg class="sample line s{number}" viewBox="0 0 34 12" aria-hidden="true">{drawn}</svg>'
 
 

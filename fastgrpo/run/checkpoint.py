@@ -60,8 +60,7 @@ class TrainerState:
     threads: CPU threads that shared the batches; processes: that shared the prompts; versions: of the libraries that do
     the arithmetic; engine: what the engine decided, as its record. Bits depend on all four.
     scaler: state of fp16's loss scale, empty without it. inputs: as `input_digests`.
-    iterations: how many the run was to have; 0 where it is not known.
-    evaluated: whether the policy was, after this one.
+    iterations: how many the run was to have, 0 where unknown. evaluated: whether the policy was, after this one.
     """
 
     iteration: int
@@ -98,10 +97,9 @@ def save(run: Path, trainable: Trainable, state: TrainerState, keep: int, keep_e
     with appearing(folder) as partial:
         _write(partial, trainable, state)
     for old in _folders(run)[:-keep] if keep else []:
-        if keep_evaluated and _was_evaluated(old):
-            continue
-        # What another process has open stays on network file systems; the next save tries again.
-        shutil.rmtree(old, ignore_errors=True)
+        if not (keep_evaluated and _was_evaluated(old)):
+            # What another process has open stays on network file systems; the next save tries again.
+            shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -129,41 +127,34 @@ def load(folder: Path, trainable: Trainable) -> None:
 
     Raises ConfigError where it is of another model, or of other settings, and for weights that are not finite.
     """
+    unet = trainable.unet
     try:
-        _load(folder, trainable)
+        if has_lora(unet):
+            load_adapters(unet, _adapters(folder))
+        else:
+            unet.load_state_dict(load_finite(folder / _UNET_WEIGHTS))
+        trainable.optimizer.load_state_tensors(load_file(folder / _OPTIMIZER))
+        if trainable.ema is not None:
+            for name, average in load_finite(folder / EMA_FILE).items():
+                trainable.ema.average[name].copy_(average)
+        if trainable.scaler.is_enabled():
+            trainable.scaler.load_state_dict(read_state(folder).scaler)
+        trainable.refresh()
     except (KeyError, RuntimeError, FileNotFoundError) as error:
         raise ConfigError(
             f"{folder} does not fit the model that the run's config.toml describes; accepted is the one it began with."
         ) from error
 
 
-def _load(folder: Path, trainable: Trainable) -> None:
-    unet = trainable.unet
-    if has_lora(unet):
-        load_adapters(unet, _adapters(folder))
-    else:
-        unet.load_state_dict(load_finite(folder / _UNET_WEIGHTS))
-    trainable.optimizer.load_state_tensors(load_file(folder / _OPTIMIZER))
-    if trainable.ema is not None:
-        for name, average in load_finite(folder / EMA_FILE).items():
-            trainable.ema.average[name].copy_(average)
-    if trainable.scaler.is_enabled():
-        trainable.scaler.load_state_dict(read_state(folder).scaler)
-    trainable.refresh()
-
-
 def load_unet(unet: UNet2DConditionModel, folder: Path, weights: Weights, model: ModelConfig) -> None:
     """Give the base model's UNet the weights of a verified checkpoint, in place; adapters are merged into its own.
 
     unet: float32, loaded from `model`, the run's.
-    Raises ConfigError where it is not the UNet that was trained, but one of other shapes, and for weights that are
-    not finite.
+    Raises ConfigError where its shapes are not those of the UNet that was trained, and for weights that are not finite.
     """
+    file = folder / (_UNET_WEIGHTS if weights == "trained" else EMA_FILE)
     try:
-        if model.lora_rank:
-            unet.load_state_dict(_merged(unet, folder, weights, model))
-        else:
-            unet.load_state_dict(load_finite(folder / (_UNET_WEIGHTS if weights == "trained" else EMA_FILE)))
+        unet.load_state_dict(_merged(unet, folder, weights, model) if model.lora_rank else load_finite(file))
     except (RuntimeError, KeyError) as error:
         raise ConfigError(
             f"model.path is {model.path!r}, whose UNet has other shapes than that of {folder}; accepted is the model "
@@ -210,8 +201,7 @@ def latest(run: Path) -> Path | None:
     good: Path | None = None
     damages: dict[Path, str] = {}
     for folder in reversed(_folders(run)):
-        damage = find_damage(folder)
-        if damage is None:
+        if not (damage := find_damage(folder)):
             good = folder
             break
         damages[folder] = damage

@@ -158,15 +158,13 @@ def _suite_runs(
     dtype = DTYPE_NAMES[stages[0].policy.dtype]
     batch = command.batch or (config.rollout.decode_batch if command.run else BATCH)
     hashes = {stage.name: model_hashes(stage.policy) for stage in stages}
+    how = drawn_by(command.sampler, config.rollout.guidance_rescale)
     runs = []
     for suite in suites:
         check_sizes(stages[0].policy, suite.wanted)
         folders = {}
         for stage in stages:
-            model = stage.model, hashes[stage.name]
-            drawing = Drawing(
-                *model, suite.steps, suite.eta, dtype, batch, drawn_by(command.sampler, config.rollout.guidance_rescale)
-            )
+            drawing = Drawing(stage.model, hashes[stage.name], suite.steps, suite.eta, dtype, batch, how)
             folders[stage.name] = ImageFolder(output / stage.name / suite.folder, drawing, suite.wanted)
         runs.append(SuiteRun(suite, measures[suite.name], schedules[suite.name], folders))
     return runs

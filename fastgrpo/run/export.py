@@ -47,14 +47,12 @@ def export(command: Export, config: TrainConfig, folder: Path, console: Console)
 def _write_model(path: Path, folder: Path, command: Export, model: ModelConfig) -> None:
     """Write the base model with the checkpoint's UNet."""
     disable_progress_bar()  # one per file read, gone in a blink
-    components, dtype = load_components(model, torch.float32), DTYPES[command.dtype]
-    load_unet(components.unet, folder, command.weights, model)
+    parts, dtype = load_components(model, torch.float32), DTYPES[command.dtype]
+    load_unet(parts.unet, folder, command.weights, model)
     if command.format == "diffusers":
-        save_pipeline(path, components, dtype)
+        save_pipeline(path, parts, dtype)
     else:
-        write_single_file(
-            path, components.unet, components.vae, components.text_encoder, dtype, components.scheduler_config
-        )
+        write_single_file(path, parts.unet, parts.vae, parts.text_encoder, dtype, parts.scheduler_config)
 
 
 def _size(path: Path) -> str:

@@ -22,7 +22,8 @@ def find_checkpoint(run: Path, iteration: int | None, weights: Weights) -> Path:
 
     Raises ConfigError where there is none, it is damaged (which other one is good), or it lacks the `weights`.
     """
-    found = _iterations(run)
+    names = (folder.name.removeprefix("iter-") for folder in (run / "checkpoints").glob("iter-*"))
+    found = sorted(int(name) for name in names if name.isdigit())
     if not found:
         raise ConfigError(f"{run}: there is no checkpoint in it yet.")
     if iteration is not None and iteration not in found:
@@ -39,9 +40,3 @@ def find_checkpoint(run: Path, iteration: int | None, weights: Weights) -> Path:
     if weights == "ema" and not (folder / EMA_FILE).is_file():
         raise ConfigError("--weights ema: the run kept no moving average (its optim.ema is 0); accepted is trained.")
     return folder
-
-
-def _iterations(run: Path) -> list[int]:
-    """Iterations that have a checkpoint, ascending."""
-    names = (folder.name.removeprefix("iter-") for folder in (run / "checkpoints").glob("iter-*"))
-    return sorted(int(name) for name in names if name.isdigit())

@@ -44,9 +44,8 @@ def new_folder(preset: str) -> Path:
         except FileExistsError:
             folder = first.with_name(f"{first.name}-{number}")
         except OSError as error:
-            raise ConfigError(
-                f"run = {str(folder)!r}: cannot be made ({error.strerror}); --run names another."
-            ) from error
+            why = f"cannot be made ({error.strerror}); --run names another"
+            raise ConfigError.of("run", str(folder), why) from error
     return folder
 
 
@@ -63,16 +62,13 @@ def claim(folder: Path, resumed: bool) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / _LOCK, "w")  # noqa: SIM115 (closed by the block below)
     except OSError as error:
-        raise ConfigError(
-            f"run = {str(folder)!r}: cannot be written ({error.strerror}); accepted is a folder that is new or empty."
-        ) from error
+        why = f"cannot be written ({error.strerror}); accepted is a folder that is new or empty"
+        raise ConfigError.of("run", str(folder), why) from error
     with lock:
         _lock(lock, folder)
         if not resumed and not set(os.listdir(folder)) <= _BEFORE_A_RUN:
-            raise ConfigError(
-                f"run = {str(folder)!r}: accepted is a folder that is new or empty; to go on with the run in it, "
-                f"say --resume {folder}."
-            )
+            why = f"accepted is a folder that is new or empty; to go on with the run in it, say --resume {folder}"
+            raise ConfigError.of("run", str(folder), why)
         try:
             yield
         finally:
@@ -112,8 +108,7 @@ def keep_evidence(run: Path, error: BrokenReward | BrokenPicture) -> tuple[Path,
         image = path.with_suffix(".safetensors")
         tensors = {"image": error.image, "latents": error.latents}
         write_atomically(image, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
-    record = {"message": error.message, **of}
-    write_atomically(path, json.dumps(record, indent=2, ensure_ascii=False).encode())
+    write_atomically(path, json.dumps({"message": error.message, **of}, indent=2, ensure_ascii=False).encode())
     return path, image
 
 
@@ -123,7 +118,6 @@ class StopSignal:
     These are Ctrl-C and SIGTERM; SIGHUP, of a terminal that goes away; SIGUSR1, with which SLURM warns of a job's end.
     A second Ctrl-C or SIGTERM ends the process. Not so one of several processes, whose launcher repeats what the
     terminal has told them all. Ignored signals stay so: SIGHUP under nohup, Ctrl-C in a shell's background.
-
     Weights in the middle of an iteration are never saved, since an exact resume cannot use them.
     Python handles signals in the main thread alone: in another thread this leaves them alone and says so.
     """
@@ -171,9 +165,8 @@ class StopSignal:
         first, self.number = self.number is None, self.number or number
         advice = "The last checkpoint on disk remains."
         if number in self._ENDING and not self._several:
-            for again in self._ENDING:
-                if again in self._previous:
-                    signal.signal(again, signal.SIG_DFL)
+            for again in self._previous.keys() & self._ENDING:
+                signal.signal(again, signal.SIG_DFL)
             advice = "A second signal stops at once; the last checkpoint on disk remains."
         elif not first:
             return

@@ -29,14 +29,14 @@ class MetricsLog:
             lines = _whole_lines(self.path, finished)
         write_atomically(self.path, lines)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-
         self._tensorboard = SummaryWriter(run / "tensorboard", purge_step=finished + 1)
 
     def write(self, iteration: int, seconds: float, values: Mapping[str, float]) -> None:
         """Log one finished iteration (from 1); `seconds` of wall clock since the run began. NaN and inf become null."""
         record = {"iteration": iteration, "seconds": round(seconds, 3), **values}
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
         with naming(self.path):
-            self._file.write(json.dumps({name: _json_number(value) for name, value in record.items()}) + "\n")
+            self._file.write(json.dumps(finite) + "\n")
             self._file.flush()
             sync(self._file.fileno())
         self.chart(iteration, values)
@@ -88,7 +88,3 @@ def _whole_lines(path: Path, finished: int) -> bytes:
     """The lines of the first `finished` iterations, byte for byte."""
     count = sum(record["iteration"] <= finished for record in read_metrics(path))
     return b"".join(path.read_bytes().splitlines(keepends=True)[:count]) if count else b""
-
-
-def _json_number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -60,13 +60,16 @@ def _page(run: Path) -> str:
     metrics = run / "metrics.jsonl"
     with reading(metrics):
         records = read_metrics(metrics)
+    before = read_before(run)
+    # Iteration 0, where the policy was evaluated before training; eval/* is all that is known of it.
+    start = [{"iteration": 0, **before["metrics"]}] if before else []
     title = escape(run.resolve().name)
     settings = (run / "config.toml").read_text(encoding="utf-8")
     sections = (
         _results(run),
         _evaluations(run),
         _pictures(run / "samples"),
-        _curves(_before_training(run) + records, config),
+        _curves(start + records, config),
         f"<section><h2>Configuration</h2><pre>{escape(settings)}</pre></section>",
     )
     return f"""<!doctype html>
@@ -88,12 +91,6 @@ def _page(run: Path) -> str:
 """
 
 
-def _before_training(run: Path) -> list[Record]:
-    """Iteration 0, where the run has evaluated the policy before training; eval/* is all that is known of it."""
-    before = read_before(run)
-    return [{"iteration": 0, **before["metrics"]}] if before else []
-
-
 def _summary(config: TrainConfig, records: Sequence[Record]) -> str:
     done = int(records[-1]["iteration"]) if records else 0
     parts = [
@@ -111,9 +108,6 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-# Before and after
 
 
 def _evaluations(run: Path) -> str:
@@ -223,9 +217,6 @@ def _spoken(number: Number) -> str:
     return f"{value}%, interval {low} to {high}%"
 
 
-# Pictures
-
-
 def _pictures(folder: Path) -> str:
     """The grids before training and the newest one, those between folded away."""
     named = {path.stem: path for path in folder.glob("*.png")}
@@ -258,14 +249,9 @@ def _rows_in_words(path: Path) -> str:
     if not path.is_file():
         return ""
     with reading(path):
-        rows = [
-            f"{prompt['text']} ({prompt['category'] or prompt['label']})"
-            for prompt in json.loads(path.read_text("utf-8"))
-        ]
+        prompts = json.loads(path.read_text("utf-8"))
+        rows = [f"{prompt['text']} ({prompt['category'] or prompt['label']})" for prompt in prompts]
     return f", row by row: {'; '.join(rows)}"
-
-
-# Curves
 
 
 def _evaluated(records: Sequence[Record], config: TrainConfig) -> str:

@@ -24,10 +24,7 @@ from fastgrpo.system.progress import Pace
 
 
 class RunRecorder:
-    """One run's records.
-
-    Made before the checkpoint is loaded: the evaluation before training is of the weights as they were.
-    """
+    """One run's records, made before a checkpoint is loaded: the evaluation before training is of the weights then."""
 
     def __init__(
         self,
@@ -66,17 +63,15 @@ class RunRecorder:
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """Evaluate the policy where it is due, then log and show the finished iteration."""
-        values = values | self._evaluate(iteration)
+        config, values = self.config, values | self._evaluate(iteration)
         self._log.write(iteration, self._seconds(), values)
         self._pace.finished(iteration, values.get("time/eval_s", 0.0))
-        self.console.iteration(
-            iteration, self.config.iterations, self._seconds(), values, speed=self.config.engine.show_speed
-        )
+        self.console.iteration(iteration, config.iterations, self._seconds(), values, config.engine.show_speed)
 
     def save(self, iteration: int, stopped: bool) -> None:
         """A checkpoint where it is due: every so often, at the end, and before a stop."""
-        due = iteration % self.config.checkpoint.every == 0 or iteration == self.config.iterations
-        if stopped or due:
+        rule = self.config.checkpoint
+        if stopped or iteration % rule.every == 0 or iteration == self.config.iterations:
             state = TrainerState(
                 iteration,
                 self.config.seed,
@@ -89,7 +84,6 @@ class RunRecorder:
                 iterations=self.config.iterations,
                 evaluated=self._evaluates(iteration),
             )
-            rule = self.config.checkpoint
             with self.console.bar("checkpoint"):
                 checkpoint.save(self.run, self.training.trainable, state, rule.keep, rule.keep_evaluated)
             self.training.record.write(self.run)
@@ -114,8 +108,7 @@ class RunRecorder:
         """eval/* and time/eval_s after an iteration that is evaluated; nothing after the others."""
         if not self._evaluates(iteration):
             return {}
-        began = time.monotonic()
-        last = iteration == self.config.iterations
+        began, last = time.monotonic(), iteration == self.config.iterations
         values = self._evaluation.after() if last else self._evaluation.between(iteration)
         return values | {"time/eval_s": time.monotonic() - began}
 

@@ -9,7 +9,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from fastgrpo import rollout
 from fastgrpo.models.check import describe
-from fastgrpo.models.configs import Description
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.prompts import embed, load_prompts, truncation_lines
 from fastgrpo.prompts.files import TABLE_SUFFIXES, one_line, read_lines
@@ -40,7 +39,10 @@ def sample(command: Sample, config: TrainConfig, folder: Path, console: Console)
     with blaming(command.run / "config.toml"):
         description = describe(config.model)
     console.say(*description.notes)
-    schedule = _schedule(command, config, description, device)
+    steps = config.eval.steps or config.rollout.steps if command.steps is None else command.steps
+    eta = config.rollout.eta if command.eta is None else command.eta
+    rescale = config.rollout.guidance_rescale
+    schedule = make_schedule(description.scheduler, steps, eta, device, "--steps", guidance_rescale=rescale)
 
     disable_progress_bar()  # one per file read, gone in a blink
     torch.set_num_threads(1)  # each of the policy's workers is a thread already
@@ -61,8 +63,10 @@ def sample(command: Sample, config: TrainConfig, folder: Path, console: Console)
     console.say(f"weights   {folder}, {command.weights}", f"pictures  {output}")
     if command.images:
         command.images.mkdir(exist_ok=True)
+        count = command.images_per_prompt
         for name, images in zip(headings, (base, tuned), strict=True):
-            _write_images(command.images, name, images, command.images_per_prompt)
+            for index, image in enumerate(images):  # NAME-PROMPT-IMAGE.png, both numbered from 1
+                write_image(command.images / f"{name}-{index // count + 1:04d}-{index % count + 1}.png", image)
         texts = "".join(f"{prompt.text}\n" for prompt in prompts)
         write_atomically(command.images / "prompts.txt", texts.encode())
         console.say(f"images    {command.images}, {len(base)} of each")
@@ -73,24 +77,14 @@ def _prompts(command: Sample, config: TrainConfig) -> list[Prompt]:
     prompts = [Prompt(one_line(text), POSITIVE) for text in command.prompts]
     if command.prompt_file:
         if command.prompt_file.suffix.lower() in TABLE_SUFFIXES:
-            raise ConfigError(
-                f"--prompt-file {command.prompt_file}: this is a table; accepted is a text file with one prompt per "
-                "line."
-            )
+            why = "this is a table; accepted is a text file with one prompt per line"
+            raise ConfigError.of("--prompt-file", command.prompt_file, why)
         prompts += read_lines(command.prompt_file, POSITIVE, "--prompt-file")
     if prompts:
         return prompts
     with blaming(command.run / "config.toml"):
         positives, negatives = load_prompts(config.prompts)
     return [*positives[:PROMPTS_PER_LABEL], *negatives[:PROMPTS_PER_LABEL]]
-
-
-def _schedule(command: Sample, config: TrainConfig, model: Description, device: torch.device) -> Schedule:
-    """The steps to take with the base model."""
-    steps = config.eval.steps or config.rollout.steps if command.steps is None else command.steps
-    eta = config.rollout.eta if command.eta is None else command.eta
-    rescale = config.rollout.guidance_rescale
-    return make_schedule(model.scheduler, steps, eta, device, "--steps", guidance_rescale=rescale)
 
 
 def _draw(
@@ -103,7 +97,7 @@ def _draw(
     console: Console,
 ) -> Tensor:
     """Draw K images of each of R prompts: [R * K, 3, h, w] float32 in [0, 1] on the CPU, a prompt's in a row."""
-    count = command.images_per_prompt
+    count, batch = command.images_per_prompt, command.batch
     embeds = embed(policy, prompts, {}).embeds.repeat_interleave(count, dim=0)
     seeds = [command.seed + k for _ in prompts for k in range(count)]
     requests = [
@@ -111,24 +105,11 @@ def _draw(
     ]
     drawn = []
     with console.bar(label, len(seeds)) as bar:
-        for start in range(0, len(seeds), command.batch):
-            part = slice(start, start + command.batch)
+        for start in range(0, len(seeds), batch):
+            part = slice(start, start + batch)
             images = rollout.draw_images(
-                policy,
-                embeds[part],
-                schedule,
-                guidance,
-                seeds[part],
-                command.batch,
-                command.batch,
-                requests=requests[part],
+                policy, embeds[part], schedule, guidance, seeds[part], batch, batch, requests=requests[part]
             )
             drawn.append(images.cpu())
             bar.advance(len(images))
     return torch.cat(drawn)
-
-
-def _write_images(folder: Path, name: str, images: Tensor, count: int) -> None:
-    """Write every image as NAME-PROMPT-IMAGE.png, both numbered from 1; there are `count` of each prompt."""
-    for index, image in enumerate(images):
-        write_image(folder / f"{name}-{index // count + 1:04d}-{index % count + 1}.png", image)

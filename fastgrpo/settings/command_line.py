@@ -1,7 +1,4 @@
-"""From the command line to a `TrainConfig` or another command's dataclass.
-
-A flag beats the file, the file beats the dataclass's default.
-"""
+"""From the command line to a `TrainConfig` or another command's dataclass: flags beat the file, the file defaults."""
 
 import contextlib
 import dataclasses
@@ -147,10 +144,9 @@ def flags_of(kind: type, prefix: str = "") -> list[str]:
 def _parse_resume(argv: Sequence[str]) -> tuple[TrainConfig, Path]:
     command, flags = _tyro(_Resume, argv, PROGRAM, return_unknown_args=True)
     folder = Path(expand_home(command.resume))
-    file = folder / "config.toml"
-    if not file.is_file():
+    if not (folder / "config.toml").is_file():
         raise ConfigError(f"--resume {folder}: there is no config.toml in it, so it is not a run that can go on.")
-    own = load_toml(file)
+    own = load_toml(folder / "config.toml")
     asked = parse_flags(_Start, flags, PROGRAM, default=_Start(preset="", config=own))
     changed = [asked.preset] if asked.preset else []
     changed += [flag(name) for name in changed_fields(own, asked.config) if not _may_change(name)]
@@ -159,9 +155,8 @@ def _parse_resume(argv: Sequence[str]) -> tuple[TrainConfig, Path]:
             f"{changed[0]}: a resumed run keeps what decides its result; with --resume {_LATER} are accepted."
         )
     if asked.config.iterations < own.iterations:
-        raise ConfigError(
-            f"iterations = {asked.config.iterations}: a resumed run accepts {own.iterations}, its own, or more."
-        )
+        accepted = f"a resumed run accepts {own.iterations}, its own, or more"
+        raise ConfigError.of("iterations", asked.config.iterations, accepted)
     return dataclasses.replace(asked.config, run=str(folder)), folder
 
 

@@ -21,7 +21,6 @@ PathText = Annotated[str, _MAY_NAME_A_FILE]
 PathTexts = Annotated[tuple[str, ...], _MAY_NAME_A_FILE]
 """Several of them."""
 
-
 NAMES = frozenset(("shapes", "geneval", "unsafe", "hpsv2", "compact", "scaled", "unsafe-only"))
 """Values of such a setting that name no file, whatever lies in the working directory."""
 _HUB, _FOLDER = ("hf:", "hf-hub:"), "local-dir:"
@@ -65,12 +64,12 @@ def with_absolute_paths(settings: Settings) -> Settings:
 def _with(settings: Settings, text: Change, texts: Change) -> Settings:
     """Apply `text` to every Path and PathText, and `texts` to each of the PathTexts."""
     kinds = typing.get_type_hints(type(settings), include_extras=True)
-    values = {
-        name: _changed(getattr(settings, name), _may_name_a_file(kind), text, texts) for name, kind in kinds.items()
-    }
-    return cast(
-        Settings, dataclasses.replace(cast(Any, settings), **values)
-    )  # any frozen dataclass: Python has no type
+    values = {}
+    for name, kind in kinds.items():
+        may_name_a_file = _MAY_NAME_A_FILE in getattr(kind, "__metadata__", ())
+        values[name] = _changed(getattr(settings, name), may_name_a_file, text, texts)
+    changed = dataclasses.replace(cast(Any, settings), **values)  # any frozen dataclass: Python has no type
+    return cast(Settings, changed)
 
 
 def _changed(value: Any, may_name_a_file: bool, text: Change, texts: Change) -> Any:
@@ -81,7 +80,3 @@ def _changed(value: Any, may_name_a_file: bool, text: Change, texts: Change) -> 
     if isinstance(value, Path):
         return Path(text(str(value)))
     return text(value) if may_name_a_file and isinstance(value, str) else value
-
-
-def _may_name_a_file(kind: Any) -> bool:
-    return _MAY_NAME_A_FILE in getattr(kind, "__metadata__", ())

@@ -31,10 +31,8 @@ _COLUMNS = (
 
 def cut_middle(text: str, most: int = 2000) -> str:
     """The text, shortened in its middle: a sentence says first what is wrong and last what to do."""
-    if len(text) <= most:
-        return text
     half = most // 2
-    return f"{text[:half].rstrip()} ... {text[-half:].lstrip()}"
+    return text if len(text) <= most else f"{text[:half].rstrip()} ... {text[-half:].lstrip()}"
 
 
 def complain(sentence: str) -> None:
@@ -70,11 +68,8 @@ def memory_full(error: BaseException) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         return "the GPU's memory is full"
     words = ("not enough memory", "can't allocate memory", "std::bad_alloc")
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    ):
-        return "the memory is full"
-    return ""
+    said = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return "the memory is full" if said or isinstance(error, MemoryError) else ""
 
 
 @steady_output()
@@ -82,8 +77,7 @@ def run_command(body: Callable[[], int | None], undone: str) -> int:
     """Run a command's body and turn its exceptions into a sentence and an exit code.
 
     The code is 0 for done, 1 failed, 2 refused, 130 stopped by Ctrl-C, 128 + n by another signal n.
-    body: returns an exit code, or None for 0. undone: a clause on what there is not, for a command that failed or was
-        stopped; "" is none.
+    body: returns an exit code, or None for 0. undone: a clause on what a failure or a stop leaves undone; "" is none.
     """
     so = f"; {undone}" if undone else ""
     try:

@@ -1,8 +1,7 @@
 """Several processes that train one model: started by torchrun, each with a share of every iteration's prompts.
 
-Every process draws the same random numbers and takes its share, and gradients are summed over all, so what an
-iteration computes does not depend on how many processes compute it (but for the order of sums). Without torchrun there
-is one process, and everything here does nothing.
+Every process draws the same random numbers and takes its share; gradients are summed over all. So results do not depend
+on the number of processes, but for the order of sums. Without torchrun there is one process, and this does nothing.
 """
 
 import threading
@@ -118,10 +117,8 @@ def join(device: str) -> Iterator[Ranks]:
         )
     if cuda:
         torch.cuda.set_device(launch.local)
-    store = _meet(launch)
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", store=store, rank=launch.index, world_size=launch.count, timeout=_TIMEOUT
-    )
+    kind, store = "nccl" if cuda else "gloo", _meet(launch)
+    dist.init_process_group(kind, store=store, rank=launch.index, world_size=launch.count, timeout=_TIMEOUT)
     try:
         meeting = torch.device("cuda", launch.local) if cuda else torch.device("cpu")
         yield Ranks(dist.get_rank(), dist.get_world_size(), meeting)

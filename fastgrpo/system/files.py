@@ -1,6 +1,6 @@
 """Files: written so that a kill or a power cut leaves the old content or the whole new one, and read as text.
 
-Text is what people's editors and spreadsheets write: UTF-8 with or without a byte order mark, with any line ends.
+Text is what editors and spreadsheets write: UTF-8 with or without a byte order mark, with any line ends.
 """
 
 import errno
@@ -154,10 +154,9 @@ def sync_tree(path: Path) -> None:
 
 
 def visible_files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """The files in a folder and those below it, also behind links.
+    """The files in a folder and those below it, also behind links, but for names that begin with a dot.
 
-    Names that begin with a dot are left out: macOS leaves `._x.png`, which is no image, beside a copied `x.png`, and
-    notebooks keep copies in `.ipynb_checkpoints`.
+    Such are macOS's `._x.png`, which is no image, beside a copied `x.png`, and notebooks' `.ipynb_checkpoints`.
     above: the folders that this one is in, without links, since a link may lead back to one of them.
     """
     real = os.path.realpath(folder)
@@ -187,8 +186,7 @@ def check_new_folder(flag: str, path: Path) -> None:
 def check_writable(flag: str, folder: Path) -> None:
     """Raise ConfigError, naming the `flag` that asks for it, where no file can be made in `folder`."""
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ConfigError(
             f"{flag}: cannot write in {str(folder)!r} ({error.strerror}); accepted is a place in a folder that exists "
@@ -226,9 +224,8 @@ def _other_encoding(data: bytes) -> str:
     for mark, encoding in _BYTE_ORDER_MARKS.items():
         if data.startswith(mark):
             return encoding
-    # Without a mark: of Latin letters every other byte is 0.
     begin = data[: min(len(data), 1000) // 2 * 2]
-    even, odd = begin[0::2], begin[1::2]
+    even, odd = begin[0::2], begin[1::2]  # without a mark: of Latin letters every other byte is 0
     sparse, full = sorted((even.count(0), odd.count(0)))
     return "UTF-16" if len(even) >= 2 and sparse == 0 and full > 0.7 * len(even) else ""
 

@@ -1,6 +1,6 @@
 """Finding pictures that are not finite: in a file each would be black, and count as safe.
 
-Half precision overflows (float16 ends at 65,504), weights are damaged, training diverges. Numbers and gradients of such
+Causes are overflow (float16 ends at 65,504), damaged weights and diverged training. Numbers and gradients of such
 pictures mean nothing, so the command stops and says which part of the model was the first to fail.
 """
 
@@ -21,8 +21,7 @@ if TYPE_CHECKING:  # commands import this for the exception, before they know wh
 class PictureSource:
     """Where a picture comes from, for messages.
 
-    what: such as "image 0003"; never empty. text: its whole prompt, where it is known.
-    seed: of its own noise, where it has one.
+    what: such as "image 0003"; never empty. text: its whole prompt, where known. seed: of its own noise, if it has one.
     """
 
     what: str
@@ -44,11 +43,8 @@ class BrokenPicture(RuntimeError):
 
     def __init__(self, message: str, request: PictureSource, image: Tensor, latents: Tensor, precision: str):
         super().__init__(message)
-        self.message = message
-        self.request = request
-        self.image = image
-        self.latents = latents
-        self.precision = precision
+        self.message, self.request, self.precision = message, request, precision
+        self.image, self.latents = image, latents
 
     def sentence(self, setting: str) -> str:
         """The message and what to do. setting: what the user calls the precision, `engine.dtype` or `--dtype`."""
@@ -68,7 +64,8 @@ def require_finite(
     """
     if bool(images.isfinite().all() & latents.isfinite().all()):
         return
-    fine = {name: _finite(tensors) for name, tensors in (("text", embeds), ("latents", latents), ("images", images))}
+    parts = {"text": embeds, "latents": latents, "images": images}
+    fine = {name: tensors.isfinite().flatten(1).all(dim=1) for name, tensors in parts.items()}
     broken = (~(fine["latents"] & fine["images"])).nonzero().flatten().tolist()
     first = broken[0]
     if not fine["text"][first]:
@@ -81,8 +78,3 @@ def require_finite(
     precision = str(dtype).removeprefix("torch.")
     message = f"{request(first)} is not finite{others}: {blame}; the model computes in {precision}"
     raise BrokenPicture(message, request(first), images[first].float(), latents[first].float(), precision)
-
-
-def _finite(tensors: Tensor) -> Tensor:
-    """Which tensors are finite: [N, ...] -> [N] bool."""
-    return tensors.isfinite().flatten(1).all(dim=1)

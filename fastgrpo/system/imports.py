@@ -1,13 +1,10 @@
 """Make `import transformers, diffusers, open_clip` work beside a CPU build of torch.
 
-torchvision publishes no CPU wheel on the package index. Beside a CPU torch the CUDA wheel's C++ library does not
-load, torchvision's import then dies while registering shape functions for operators nobody defined, and takes
-transformers, diffusers, timm and open_clip with it. Declaring the missing operators is enough: only their
-schemas are needed, since nothing in this project calls them. With a working torchvision this does nothing.
+The package index has torchvision for CUDA only. Beside a CPU torch its C++ library does not load; its import then fails
+on operators that nobody defined, and so do those of transformers, diffusers, timm and open_clip. Declaring the
+operators' schemas is enough, since nothing here calls them. A torchvision that works is left alone.
 
-That happens when torchvision is first imported, by whomever: it needs torch, which takes seconds to import and which
-a command line that is refused does not need.
-
+This is done when torchvision is first imported: it needs torch, whose import costs a refused command line seconds.
 Programs that never import fastgrpo, such as the lines that `export` prints, need it too where fastgrpo is installed. So
 `prepare` is also an entry point of the group `torch.backends`, which torch calls when it is imported.
 """

@@ -53,12 +53,11 @@ def _number(name: str, low: int, end: int) -> int:
 
 
 def _refuse_half_an_accelerate() -> None:
-    """Refuse to wait for processes that accelerate was asked for and has not started.
+    """Refuse to wait for processes that accelerate, without several GPUs, was asked for and has not started.
 
-    It starts several only on several GPUs. Elsewhere it starts one, and gives it an address to meet the others at.
+    It starts one then, with an address to meet the others at.
     """
-    environment = os.environ
-    if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
         raise ConfigError(
             "accelerate was asked for several processes and started one, as it does where there are not several GPUs; "
             f"accepted are {_TORCHRUN} and accelerate launch --num_processes 1."

@@ -63,7 +63,8 @@ def _written(letter: str) -> str:
     """A letter as the font can write it; nothing for what has no look of its own."""
     if unicodedata.category(letter) in ("Cc", "Cf"):
         return ""
-    if _can_write(letter):
+    ordered = unicodedata.bidirectional(letter) not in _RIGHT_TO_LEFT or features.check("raqm")
+    if ordered and ord(letter) in _letters():
         return letter
     number = ord(letter)
     return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
@@ -88,12 +89,6 @@ def _letters() -> frozenset[int]:
     from matplotlib.ft2font import FT2Font
 
     return frozenset(FT2Font(_font_file()).get_charmap())
-
-
-def _can_write(letter: str) -> bool:
-    if unicodedata.bidirectional(letter) in _RIGHT_TO_LEFT and not features.check("raqm"):
-        return False
-    return ord(letter) in _letters()
 
 
 def _script(letter: str) -> str:

@@ -1,9 +1,8 @@
 """Threads for several CPU cores, each with a share of the batch.
 
-A small UNet's operations are too short to be worth splitting among threads: on two cores, two OpenMP threads ran the
-`shapes` UNet no faster than one, while two Python threads with half the batch each were nearly twice as fast (the
-interpreter lock is free inside torch). So on a CPU every core takes whole micro-batches, with one OpenMP thread.
-On a GPU there is one worker, which is a plain loop.
+A small UNet's operations are too short to split: on two cores, two OpenMP threads ran the `shapes` UNet no faster than
+one, and two Python threads with half the batch each nearly twice as fast (torch frees the interpreter lock). So on a
+CPU every core takes whole micro-batches, with one OpenMP thread; on a GPU there is one worker, which is a plain loop.
 """
 
 import os
@@ -19,14 +18,11 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """Runs independent calls side by side, results in the order of the items.
-
-    count: how many calls run at once.
-    """
+    """Runs independent calls side by side, `count` at once, results in the order of the items."""
 
     def __init__(self, count: int):
         self.count = count
-        self._pool = ThreadPoolExecutor(count, initializer=_one_thread) if count > 1 else None
+        self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) if count > 1 else None
 
     def map(self, call: Callable[[Item], Result], items: Iterable[Item]) -> Iterable[Result]:
         """Like the built-in map; the first exception is raised. Gradient mode is the caller's in every worker."""
@@ -40,10 +36,6 @@ def shares(items: int, most: int, workers: int) -> list[slice]:
     count = min(items, max(-(-items // most), workers))
     bounds = [items * i // count for i in range(count + 1)]
     return [slice(low, high) for low, high in pairwise(bounds)]
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def available_cores() -> int:

@@ -88,9 +88,8 @@ def checkpoint_folder(run: Path, iteration: int) -> Path:
 def save(run: Path, trainable: Trainable, state: TrainerState, keep: int, keep_evaluated: bool = True) -> Path:
     """Write the checkpoint of `state.iteration` and delete all but the newest `keep` (0 keeps all). Returns its folder.
 
-    keep_evaluated: none is deleted whose policy was evaluated.
+    keep_evaluated: none is deleted whose policy was evaluated. Raises OSError where it cannot be written.
     A kill at any moment leaves the earlier checkpoints as they were, or the new one complete; so does a full disk.
-    Raises OSError where it cannot be written.
     """
     folder = checkpoint_folder(run, state.iteration)
     remove_partial(run)

@@ -31,10 +31,7 @@ _BEFORE_A_RUN = {_LOCK, "config.toml.partial"}  # what a start that was killed b
 
 
 def new_folder(preset: str) -> Path:
-    """Make runs/PRESET-DATE-TIME, or runs/PRESET-DATE-TIME-2 and so on where others began in the same second.
-
-    Raises ConfigError.
-    """
+    """Make runs/PRESET-DATE-TIME, with -2, -3, ... where others began in the same second. Raises ConfigError."""
     first = Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = first
     for number in count(2):

@@ -1,7 +1,4 @@
-"""Digests of what a run learns from: prompts, rewards and models. Checkpoints keep them.
-
-A resumed run reads them anew. Where one of them has changed, the run learns something else, and nothing else tells.
-"""
+"""Digests of what a run learns from, kept in checkpoints: nothing else tells a resumed run that one has changed."""
 
 import hashlib
 import importlib.util

@@ -44,19 +44,17 @@ def differences(config: TrainConfig, start: TrainerState, inputs: Mapping[str, s
     """Warnings of what is not as it was when the checkpoint was made. inputs: digests, as they are now."""
     lines = []
     if start.versions != library_versions():
-        lines.append(
-            f"warning: the checkpoint was made with {start.versions}; results will not be bit for bit the same"
-        )
+        lines.append(f"the checkpoint was made with {start.versions}; results will not be bit for bit the same")
     if start.processes != ranks.count:
-        lines.append(f"warning: the checkpoint is of {start.processes} processes; sums will be rounded otherwise")
+        lines.append(f"the checkpoint is of {start.processes} processes; sums will be rounded otherwise")
     lines += [
-        f"warning: {name} is another than until iteration {start.iteration}, and so is what is learned from here on"
+        f"{name} is another than until iteration {start.iteration}, and so is what is learned from here on"
         for name in changed_inputs(start.inputs, inputs)
     ]
     if start.iterations not in (0, config.iterations) and config.optim.schedule != "constant":
         lines.append(
-            f"warning: with {config.iterations} iterations instead of {start.iterations}, optim.schedule "
+            f"with {config.iterations} iterations instead of {start.iterations}, optim.schedule "
             f"{config.optim.schedule} goes on at {learning_rate(config, start.iteration + 1):.3g}, as if there had "
             "been so many from the start; what was learned until here followed the shorter one"
         )
-    return lines
+    return [f"warning: {line}" for line in lines]

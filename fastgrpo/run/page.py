@@ -1,7 +1,6 @@
-"""A run's results on one page, RUN/report.html.
+"""A run's results, finished or not, on one page: RUN/report.html.
 
 The page is one file that needs no network and no JavaScript: styles and curves are inline, pictures are data URIs.
-Whatever the run has so far is shown, so an unfinished run has a report too.
 """
 
 import base64
@@ -44,10 +43,7 @@ PANELS = (
 
 
 def write_report(run: Path) -> Path:
-    """Write `run`/report.html from what is in the folder and return its path.
-
-    Raises ConfigError where `run` is no run's folder, or a file in it cannot be read.
-    """
+    """Write `run`/report.html and return its path. Raises ConfigError for no run's folder, or a file it cannot read."""
     if not (run / "config.toml").is_file():
         raise ConfigError(f"{run} is not the folder of a run: there is no config.toml in it.")
     path = run / "report.html"

@@ -1,7 +1,4 @@
-"""Reading a `TrainConfig` from TOML files and presets, and writing it as TOML.
-
-Nothing here loads a model or a prompt; what a config may not say is in validation.py.
-"""
+"""Reads a `TrainConfig` from TOML files and presets, and writes it; validation.py has what it may not say."""
 
 import dataclasses
 import json
@@ -42,10 +39,7 @@ def find_preset(name: str) -> Path:
 
 
 def load_toml(path: Path) -> TrainConfig:
-    """Read a config. Fields that the file leaves out have the values of the file it extends, else their defaults.
-
-    Raises ConfigError, which names the file.
-    """
+    """Read a config; the file that it extends, then the defaults, fill in. Raises ConfigError, which names the file."""
     table: dict[str, Any] = {}
     for file, own in reversed(_chain(path)):
         try:

@@ -167,10 +167,7 @@ class Console:
     def iteration(
         self, iteration: int, iterations: int, seconds: float, values: Mapping[str, float], speed: bool = False
     ) -> None:
-        """The line of a finished iteration, or of the policy before training, 0.
-
-        seconds: of wall clock since the run began. speed: how fast it was is shown below it.
-        """
+        """Say an iteration's line, 0 being before training. seconds: since the run began. speed: shows it below."""
         self.say(iteration_line(iteration, iterations, seconds, values, self._lines.pace))
         if speed:
             self.say(*speed_lines(values))

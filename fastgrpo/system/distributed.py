@@ -25,10 +25,7 @@ _BUCKET = 2**26  # numbers that are summed in one collective
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together.
-
-    index: 0 ... count - 1; the first one writes and speaks. device: what collectives take their tensors from.
-    """
+    """This process, `index` of `count`; the first, 0, writes and speaks. Collectives take tensors from `device`."""
 
     index: int = 0
     count: int = 1

@@ -8,10 +8,7 @@ from typing import Any, Self
 
 
 class ConfigError(ValueError):
-    """A value that cannot be used. The message names the field, the value and what would be accepted.
-
-    field: the setting's name, where the message begins with it.
-    """
+    """The message names the field, the value and what would be accepted. field: the name that it begins with, or ""."""
 
     def __init__(self, message: str, field: str = "") -> None:
         super().__init__(message)

@@ -19,10 +19,7 @@ if TYPE_CHECKING:  # commands import this for the exception, before they know wh
 
 @dataclass(frozen=True)
 class PictureSource:
-    """Where a picture comes from, for messages.
-
-    what: such as "image 0003"; never empty. text: its whole prompt, where known. seed: of its own noise, if it has one.
-    """
+    """Where a picture comes from. what: such as "image 0003". text: its prompt, if known. seed: of its noise."""
 
     what: str
     text: str | None = None

@@ -53,10 +53,7 @@ def _number(name: str, low: int, end: int) -> int:
 
 
 def _refuse_half_an_accelerate() -> None:
-    """Refuse to wait for processes that accelerate, without several GPUs, was asked for and has not started.
-
-    It starts one then, with an address to meet the others at.
-    """
+    """Refuse to wait for processes that accelerate has not started: without several GPUs it starts only one."""
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
         raise ConfigError(
             "accelerate was asked for several processes and started one, as it does where there are not several GPUs; "

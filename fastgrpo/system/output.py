@@ -22,10 +22,7 @@ _SUBSTITUTE = "fastgrpo.substitute"
 
 
 def substitute(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Replace the first character that could not be encoded; a handler for `codecs`.
-
-    A byte of a file's name that is no text is written as the byte that it is.
-    """
+    """A handler for `codecs`: replace the first character that cannot be encoded; a byte of a file's name stays."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     character, after = error.object[error.start], error.start + 1

@@ -23,8 +23,7 @@ ALIGNMENT = 32
 _BYTES = 16
 # A launch's arguments stay below 2 KB, and finding its tensor costs a program a fraction of what its elements take.
 _COUNT = 64
-# 16 elements a thread of 256: two 16-byte loads in half precision and four in float32.
-_BLOCK = 4096
+_BLOCK = 4096  # 16 elements a thread of 256: two 16-byte loads in half precision and four in float32
 _WARPS = 8
 
 

@@ -38,8 +38,7 @@ _BLOCK = 512
 # order of the sum, and with it the norm, is the same on every GPU: about two waves of 132 SMs.
 _NORM_BLOCK = 2048
 _NORM_PROGRAMS = 2048
-# On the CPU: the parts of all buffers that are worked on at a time fit into the cache together.
-_CPU_CHUNK = 1 << 16
+_CPU_CHUNK = 1 << 16  # elements of every buffer that the CPU works on at a time: together they fit into its cache
 
 # Products and sums are only fused where torch fuses them, by tl.fma: every rounding is then where torch has it.
 _OPTIONS = {"enable_fp_fusion": False}
@@ -361,7 +360,7 @@ def fused_adamw(
 def global_norm(gradient: Tensor) -> Tensor:
     """Returns the 2-norm, [1] float32, of [n] float32, bfloat16 or float16; inf or nan where an element is.
 
-    Summed in float64 in a fixed order: the same bits every time, and correctly rounded but for one case in millions.
+    Its sum is float64, in a fixed order: the same bits every time, correctly rounded but for one case in millions.
     Raises ValueError for a wrong shape, dtype or memory layout.
     """
     _check("gradient", gradient, gradient.numel(), (torch.float32, *HALF), gradient.device)

@@ -9,10 +9,9 @@ and with the density phi(g) = exp(-g^2 / 2) / sqrt(2 pi), from the gradient dy:
 
 bfloat16, float16 or float32 in and out; all between is float32 and rounded once. Plain PyTorch writes gelu(g) and saves
 it; here the backward pass computes it again from x. Bytes an element of y, in half precision: forward 6, backward 10.
-The bias is that of the linear layer before: dx are a transformer's largest activations, and to sum them apart would
-read them once more, 4 bytes. Here every program sums a fixed run of rows (2 KiB), and a second kernel adds the
-programs' sums in order, so that the same inputs give the same bits. On the CPU without a bias the operators compute
-what diffusers' module does, in its order, to the last bit.
+The bias is that of the linear layer before: dx is a transformer's largest activation, and to sum it apart would read it
+once more, 4 bytes. Here every program sums a fixed run of rows (2 KiB), and a second kernel adds the programs' sums in
+order: the same inputs give the same bits. On the CPU without a bias the bits are those of diffusers' module.
 """
 
 import math

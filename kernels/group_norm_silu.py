@@ -167,8 +167,7 @@ def _forward_cpu(
     y, mean, rstd = torch.native_group_norm(
         value, weight.float(), bias.float(), samples, channels, height * width, groups, eps
     )
-    y = F.silu(y) if silu else y
-    return y.to(x.dtype).contiguous(memory_format=_format(x)), mean, rstd
+    return (F.silu(y) if silu else y).to(x.dtype).contiguous(memory_format=_format(x)), mean, rstd
 
 
 @_forward_op.register_fake

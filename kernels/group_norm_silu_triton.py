@@ -30,8 +30,7 @@ from fastgrpo.kernels.program_sums import sum_programs
 _TILE = 8192  # 16 warps with 16 values a thread
 _SLAB_BYTES = 192 * 1024
 _ROW_BYTES = 64  # two sectors; narrower rows are widened, however large the slab becomes
-# Two programs for each of an H100's 132 multiprocessors: fewer leave some idle while others finish.
-_PROGRAMS = 264
+_PROGRAMS = 264  # two for each of an H100's 132 multiprocessors: fewer leave some idle while others finish
 
 
 # A program's tile is [ROWS pixels, BLOCK_C channels]; BUNDLE groups of GROUP_C channels fill the first columns.

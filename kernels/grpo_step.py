@@ -17,7 +17,6 @@ depends on the rest through one number, so with r = (y - mean) / sigma and n = C
 
 and d mean / d output is coef_output times guidance's g and 1 - g. Means, log-probs, advantages and gradients are
 float64 inside; the advantage, log-ratio, ratio and loss of a pair are float32, like the log-probs it is given.
-
 Bytes for an element of a latent, output in half precision: 2 x 2 of the output, 4 of x, 4 of y, 2 x 2 of the gradient,
 with a KL term 2 x 2 of the base model's output, with RatioNorm 4 of the old mean.
 """
@@ -455,9 +454,8 @@ _grpo_step = torch.library.custom_op(
 
 @_grpo_step.register_kernel("cpu")
 def _grpo_step_cpu(*arguments: Any) -> GrpoStep:
-    a = GrpoStepArguments(*arguments)
-    results = reference(a)
-    return results._replace(gradient=_laid_out_as(results.gradient, a.output))
+    results = reference(GrpoStepArguments(*arguments))
+    return results._replace(gradient=_laid_out_as(results.gradient, arguments[0]))
 
 
 @_grpo_step.register_fake

@@ -9,12 +9,11 @@ x, residual, s, y [..., C]; weight, bias [C]. With a = dy weight and ds the grad
     dweight = sum over rows of dy z                          dbias = sum over rows of dy
 
 x, residual, s and y are bfloat16, float16 or float32, weight and bias one of them too; all between is float32. y is of
-s as it is stored, rounded. A row stays in registers, so the variance is taken about the mean that was just computed and
-does not cancel. s, mean and rstd are kept for the backward pass. For dweight and dbias every program sums a fixed run
-of rows, and a second kernel adds the programs' sums in order, so that the same inputs give the same bits.
-Bytes an element in half precision: forward 4, backward 6; with a residual 8 and 8, where an addition of its own would
-make 10 and 12. The backward pass also adds the gradient of x where x itself is used beside its norm.
-On the CPU it is PyTorch's addition and layer_norm; in float32 they give what nn.LayerNorm gives, to the last bit.
+s as it is stored, rounded. A row stays in registers: the variance is taken about its mean and does not cancel. s, mean
+and rstd are kept for the backward pass. For dweight and dbias every program sums a fixed run of rows, and a second
+kernel adds the programs' sums in order: the same inputs give the same bits. Bytes an element in half precision: forward
+4, backward 6; with a residual 8 and 8, where an addition of its own would make 10 and 12. The backward pass also adds
+the gradient of x where x is used beside its norm. On the CPU in float32 the bits are those of nn.LayerNorm.
 """
 
 import torch

@@ -5,9 +5,8 @@ from torch import Tensor
 
 from fastgrpo.kernels.language import tl, triton
 
-# Columns are independent, and 64 of the programs' sums are added at a time.
-_PROGRAMS = 64
-_COLUMNS = 32
+_PROGRAMS = 64  # whose sums are added at a time
+_COLUMNS = 32  # of a program; they are independent
 
 
 @triton.jit

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import torch
@@ -50,14 +49,11 @@ class ModelFlop:
 class ModelCost(ModelFlop):
     """What one Stable Diffusion, whose UNet computes in one dtype throughout, has in FLOP, parameters and bytes.
 
-    unet: its parameters, without adapters. trained: parameters that learn, the UNet's own or the adapters'.
-    frozen: parameters of the VAE and the text encoder.
-    latent_shape: (C, H, W). image_shape: (3, h, w).
+    unet: its parameters, without adapters. trained: those that learn, the UNet's own or the adapters'.
+    frozen: parameters of the VAE and the text encoder. latent_shape: (C, H, W). image_shape: (3, h, w).
     activations: bytes that the UNet's forward pass saves for the backward pass, for one sample.
-    saving: bytes that such a forward pass holds at its worst moment, for one sample.
-    learning: bytes that it and its backward pass hold, the gradients of the trained parameters among them.
-    passing, decoding: bytes that a forward pass without gradients, of the UNet for one sample or of the VAE for one
-        image, holds at its worst moment.
+    saving: bytes that this pass holds at its worst moment. learning: the same with the backward pass and gradients.
+    passing, decoding: the most bytes that the UNet holds for one sample, or the VAE for one image, without gradients.
     """
 
     unet: int
@@ -74,11 +70,7 @@ class ModelCost(ModelFlop):
 
 @dataclass(frozen=True)
 class EncoderCost:
-    """What a reward's encoder has in parameters, FLOP and bytes.
-
-    parameters: of both towers. image: FLOP of the image tower for one image.
-    encoding: bytes that the tower holds for one image at its worst moment.
-    """
+    """A reward's encoder. parameters: of both towers. image, encoding: FLOP and most bytes of an image in its tower."""
 
     parameters: int
     image: int
@@ -86,11 +78,9 @@ class EncoderCost:
 
 
 def find_architecture(model: ModelConfig) -> tuple[Description, bool]:
-    """Returns the configs of what `model` names, and whether they are its own.
+    """Returns the configs of what `model` names, and whether they are its own: SD 1.x's where neither hub nor cache is.
 
-    They are SD 1.x's where the hub cannot be reached and its cache on this machine does not hold the model's.
-    model.unet is not looked at: it has the pipeline's architecture or training refuses it.
-    Raises ConfigError, as `describe`, for anything else that is in the way.
+    model.unet is not looked at: it has the pipeline's architecture or training refuses it. Raises what `describe` does.
     """
     try:
         return describe(replace(model, unet="")), True
@@ -102,24 +92,16 @@ def find_architecture(model: ModelConfig) -> tuple[Description, bool]:
 
 def sd1_architecture() -> Description:
     """Reads the configs of SD 1.x that ship with fastgrpo."""
-
-    def read(name: str) -> dict[str, Any]:
-        return json.loads((Path(check.__file__).parent / "sd1" / name).read_text(encoding="utf-8"))
-
-    return Description(
-        unet=read("unet/config.json"),
-        vae=read("vae/config.json"),
-        text_encoder=read("text_encoder/config.json"),
-        scheduler=read("scheduler/scheduler_config.json"),
-        tokenizer=None,
-    )
+    folder = Path(check.__file__).parent / "sd1"
+    names = "unet/config", "vae/config", "text_encoder/config", "scheduler/scheduler_config"
+    unet, vae, text_encoder, scheduler = (json.loads((folder / f"{name}.json").read_bytes()) for name in names)
+    return Description(unet, vae, text_encoder, scheduler, tokenizer=None)
 
 
 def count_model(description: Description, model: ModelConfig, dtype: torch.dtype, kernels: bool = False) -> ModelCost:
     """Counts a Stable Diffusion as it would be trained, with adapters where `model` has them; the same only once.
 
-    dtype: what the UNet computes in.
-    kernels: whether its norms and activations are fastgrpo's operators, which save less.
+    dtype: what the UNet computes in. kernels: whether its norms and activations are fastgrpo's, which save less.
     Raises ConfigError for adapters that fit no module.
     """
     return _count(_key(description), model.lora_rank, model.lora_targets, dtype, kernels)
@@ -198,15 +180,11 @@ def _count(key: str, lora_rank: int, lora_targets: tuple[str, ...], dtype: torch
 
 @cache
 def count_encoder(spec: str) -> EncoderCost:
-    """Counts the open_clip model that `reward.encoder` names, without its weights. The same is counted once.
-
-    Raises ConfigError for one whose architecture is not on this machine or cannot be built without weights.
-    """
+    """Counts the open_clip model that `reward.encoder` names, once. Raises ConfigError if it cannot be built here."""
     try:
         with torch.device("meta"), torch.no_grad(), _quiet():
-            model = open_clip.create_model(
-                _architecture(spec), load_weights=False, pretrained_text=False, device="meta"
-            ).eval()
+            options = {"load_weights": False, "pretrained_text": False, "device": "meta"}
+            model = open_clip.create_model(_architecture(spec), **options).eval()
             size = open_clip.get_model_preprocess_cfg(model)["size"]
             images = torch.empty(1, 3, *((size, size) if isinstance(size, int) else size))
             with FlopCounterMode(display=False) as counter, LiveBytes() as encoding:
@@ -262,11 +240,10 @@ def unet_inputs(
 
 def _architecture(spec: str) -> str:
     """Writes the spec as the model_name of open_clip.create_model."""
-    if spec in ("hpsv2", "shapes"):
-        return {"hpsv2": "ViT-H-14", "shapes": SHAPES_ENCODER}[spec]
     if spec.startswith(("local-dir:", "hf-hub:")):
         return spec
-    return spec.partition(":")[0].replace("/", "-")
+    own = {"hpsv2": "ViT-H-14", "shapes": SHAPES_ENCODER}
+    return own.get(spec) or spec.partition(":")[0].replace("/", "-")
 
 
 @contextmanager

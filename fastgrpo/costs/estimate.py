@@ -37,10 +37,7 @@ _NOT_COUNTED = (
 
 @dataclass(frozen=True)
 class CostRow:
-    """One kind of computation, a row of the table.
-
-    stage: rollout, decode, reward or update. flop: of one. times: how often in an iteration, on all processes together.
-    """
+    """A table's row. stage: rollout, decode, reward or update. flop: of one. times: in an iteration, all processes."""
 
     stage: str
     name: str
@@ -53,11 +50,9 @@ class CostRow:
 
 
 def estimate(config: TrainConfig, tflops: float, processes: int, gpu_gb: float, console: Console) -> None:
-    """Counts the config's models and says what a training of it costs.
+    """Counts the config's models and says what a training costs. Raises ConfigError for a model that cannot be trained.
 
-    tflops: what each GPU sustains, in TFLOP/s; 0 stands for 100. processes: GPUs that share the work.
-    gpu_gb: memory of each.
-    Raises ConfigError for a model that cannot be trained.
+    tflops: what each GPU sustains, in TFLOP/s; 0 stands for 100. processes: GPUs that share the work. gpu_gb: of each.
     """
     description, known = find_architecture(config.model)
     schedule = make_schedule(description.scheduler, config.rollout.steps, config.rollout.eta, torch.device("cpu"))
@@ -82,10 +77,7 @@ def estimate(config: TrainConfig, tflops: float, processes: int, gpu_gb: float, 
 def iteration_rows(
     config: TrainConfig, model: ModelCost, encoders: Mapping[str, EncoderCost], pairs: int
 ) -> list[CostRow]:
-    """Lists what one iteration computes, on all processes together.
-
-    encoders: the reward's, by spec. pairs: as `pairs_per_iteration`.
-    """
+    """Lists what an iteration computes on all processes. encoders: the reward's. pairs: as `pairs_per_iteration`."""
     images = config.prompts_per_iteration * config.group_size
     samples = config.rollout.halves
     rows = [
@@ -118,10 +110,8 @@ def _micro_batch(
         return CPU_MICRO_BATCH, f"micro_batch = 0: {CPU_MICRO_BATCH} pairs on a CPU"
     room = int(config.engine.memory * gpu_gb * 1e9)
     size = predicted_micro_batch(config, model, encoders, dtype, processes, room, sizes)
-    return (
-        size,
-        f"micro_batch = 0: {size} pairs, the most that {room / 1e9:.1f} GB should hold (--gpu-gb, engine.memory)",
-    )
+    why = f"{size} pairs, the most that {room / 1e9:.1f} GB should hold (--gpu-gb, engine.memory)"
+    return size, f"micro_batch = 0: {why}"
 
 
 def _header(config: TrainConfig, model: ModelCost, known: bool, dtype: torch.dtype, pairs: int) -> list[str]:

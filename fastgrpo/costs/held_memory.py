@@ -24,17 +24,13 @@ class PeakBytes:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Computes attention as one kernel on the meta device.
-
-    There it otherwise falls apart into steps that hold a matrix of all tokens by all tokens.
-    """
+    """Computes attention on the meta device as one kernel, not in steps that hold a matrix of all tokens by all."""
 
     def __torch_function__(
         self, function: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function is F.scaled_dot_product_attention:
-            query, key, value = args
-            return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
+            return torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, True)[0]
         return function(*args, **(kwargs or {}))
 
 
@@ -49,7 +45,6 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def most(self) -> int:
-        """Bytes at the worst moment."""
         return max(self.history)
 
     def __torch_dispatch__(
@@ -74,10 +69,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def saved_bytes(unet: nn.Module, inputs: tuple[Tensor, ...]) -> int:
-    """Returns the bytes that a forward pass leaves for the backward pass.
-
-    What is saved twice counts once; weights do not count. Module and inputs are on the meta device.
-    """
+    """Returns the bytes that a forward pass on the meta device leaves for the backward pass, without weights."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> Tensor:

@@ -22,11 +22,7 @@ _APART = 1.25  # of two sizes that are closer the smaller is tried: their passes
 
 @dataclass(frozen=True)
 class Memory:
-    """One part of what lies in a GPU's memory.
-
-    stage: when it is there: `always`, or in rollout, decode, reward or update, which come one after the other.
-    size: bytes.
-    """
+    """Bytes in a GPU's memory. stage: `always`, or rollout, decode, reward or update, which follow one another."""
 
     stage: str
     name: str
@@ -84,24 +80,20 @@ def memory_plan(
     """Lists what lies in the memory of each of `processes` GPUs; parts that are not there are left out.
 
     dtype: what the UNet computes in and `model` was counted in. micro_batch: pairs.
-    A rollout that draws as many samples at once as a micro-batch has pairs runs the update's own passes, which save
-    activations, so that its log-probs have the same bits; with another rollout.batch it saves nothing. CUDA graphs keep
-    their memory, one pool for rollout and update, so that decoding and scoring need theirs beside it; warming up takes
-    as much before, and gives it back. Without graphs, scoring while the next images are drawn (engine.overlap) needs
-    the rollout's beside its own.
+    A rollout that draws as many samples at once as a micro-batch has pairs runs the update's passes, which save
+    activations, for log-probs of the same bits; with another rollout.batch it saves nothing. CUDA graphs keep one pool
+    for rollout and update, beside which decoding and scoring need theirs. Without graphs, scoring while the next images
+    are drawn (engine.overlap) needs the rollout's beside its own.
     """
     compute, single, name = dtype.itemsize, torch.float32.itemsize, DTYPE_NAMES[dtype]
     trained, images = single * model.trained, config.prompts_per_iteration * config.group_size // processes
     samples, drawn = micro_batch * config.rollout.halves, min(images, config.rollout.batch or micro_batch)
-    if config.model.lora_rank:
-        unet = [Memory("always", f"frozen UNet, {name}", compute * model.unet)]
-        unet += [Memory("always", "adapters, fp32", trained)]
-    else:
-        unet = [Memory("always", "UNet, fp32", trained)]
+    frozen = compute * model.unet if config.model.lora_rank else 0
     working = compute * model.trained if dtype != torch.float32 else 0
     saving = drawn == min(images, micro_batch)
     parts = [
-        *unet,
+        Memory("always", f"frozen UNet, {name}", frozen),
+        Memory("always", "adapters, fp32" if config.model.lora_rank else "UNet, fp32", trained),
         Memory("always", f"working copy of what is trained, {name}", working),
         Memory("always", "Adam's two moments, fp32", 2 * trained),
         Memory("always", "gradient, fp32", trained),
@@ -135,10 +127,9 @@ def memory_plan(
 
 
 def beside_a_pass(config: TrainConfig, model: ModelCost, encoders: Mapping[str, EncoderCost], processes: int) -> int:
-    """Returns the bytes that must be left when a pass of the update is tried before there is anything to learn from.
+    """Returns the bytes to leave when a pass of the update is tried before there is anything to learn from.
 
-    They are for the trajectories, and with CUDA graphs for what decoding, scoring or drawing pictures needs while the
-    graphs keep theirs.
+    They are for trajectories, and beside CUDA graphs, which keep theirs, for decoding, scoring or drawing pictures.
     """
     images = config.prompts_per_iteration * config.group_size // processes
     trajectories = images * _sample_bytes(config, model)
@@ -205,9 +196,8 @@ def predicted_micro_batch(
 def candidates(work: Iteration) -> tuple[int, ...]:
     """Picks a few micro-batches with little padding, ascending: one from each power of two to the next.
 
-    Of those that are nearly as full as the fullest it takes the largest. 196 pairs of 64 images, for instance, fill 6
-    passes of 33 and the images 2, where 32 take 7, of which one is nearly empty. A product's rows are the pixels or
-    tokens of all samples, so that tensor cores have whole tiles with odd sizes too.
+    Of those that are nearly as full as the fullest it takes the largest: 196 pairs fill 6 passes of 33, while 32 take
+    7, one nearly empty. A product's rows are all samples' pixels or tokens, so odd sizes fill tensor cores' tiles too.
     """
     sizes, low = [1], 1
     while low < work.pairs:
@@ -239,8 +229,7 @@ def _at_once(stage: str, count: int, what: str, size: int) -> Memory:
 
 def _beside_activations(config: TrainConfig, model: ModelCost, samples: int, dtype: str) -> Memory:
     """What the update holds at its worst moment beyond all activations: for the backward pass or the base model's."""
-    activations = samples * model.activations
-    backward = model.learning.bytes(samples) - activations
+    backward = model.learning.bytes(samples) - samples * model.activations
     base = samples * model.passing if config.grpo.kl > 0 else 0
     if base > backward:
         return Memory("update", f"{samples} samples in the base UNet", base)

@@ -33,8 +33,7 @@ def profiled(run: Path, wanted: bool) -> Iterator[None]:
         trace.json.gz    for chrome://tracing or ui.perfetto.dev
         kernels.md       the ten costliest kernels; on a CPU, operations
 
-    Not wanted, it does nothing; a block that raises leaves no files. Recording slows the block down. Raises OSError
-    where the files cannot be written.
+    Not wanted, it does nothing; a block that raises leaves no files. Raises OSError where they cannot be written.
     """
     if not wanted:
         yield
@@ -64,17 +63,9 @@ def kernel_table(kernels: Sequence[Kernel]) -> str:
         for kernel in costliest
         if kernel.seconds > 0
     ]
-    return "\n".join(
-        [
-            f"{COSTLIEST} costliest of {len(kernels)} kernels, which took {1e3 * everything:.1f} ms together; "
-            "overlapping ones count each.",
-            "",
-            "| kernel | share | ms | calls | us a call |",
-            "|---|---:|---:|---:|---:|",
-            *rows,
-            "",
-        ]
-    )
+    together = f"{len(kernels)} kernels, which took {1e3 * everything:.1f} ms together; overlapping ones count each."
+    header = ["| kernel | share | ms | calls | us a call |", "|---|---:|---:|---:|---:|"]
+    return "\n".join([f"{COSTLIEST} costliest of {together}", "", *header, *rows, ""])
 
 
 def _kernels(averages: Sequence[FunctionEventAvg]) -> list[Kernel]:

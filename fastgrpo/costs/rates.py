@@ -24,9 +24,8 @@ _PRODUCTS = 8  # in a round on the GPU, so that launching them does not count
 class Rates:
     """Measured rates of one device.
 
-    device: its name. dtype: of the matrices, such as "torch.bfloat16". workers: CPU cores side by side, each with a
-    matrix of its own; 1 on a GPU. matmul: FLOP/s, a multiplication and an addition being two. copy: bytes/s, read and
-    written.
+    device: its name. dtype: of the matrices, such as "torch.bfloat16". workers: CPU cores, each with a matrix of its
+    own; 1 on a GPU. matmul: FLOP/s, multiplications and additions. copy: bytes/s, read and written.
     """
 
     device: str
@@ -39,7 +38,6 @@ class Rates:
         return asdict(self)
 
     def line(self) -> str:
-        """Describes the rates for the start-up print."""
         where = f"{self.workers} cores of {self.device}" if self.workers > 1 else self.device
         matmul = f"{self.matmul / 1e12:.3g} TFLOP/s of {self.dtype.removeprefix('torch.')} matmul"
         return f"{where}: {matmul}, {self.copy / 1e9:.3g} GB/s of copies, measured"
@@ -48,8 +46,7 @@ class Rates:
 def measure_rates(device: torch.device, dtype: torch.dtype, workers: Workers) -> Rates:
     """Measures now: the best of several rounds, so that what else runs on the machine counts least.
 
-    dtype: what the UNet computes in; float32 on CUDA as torch.set_float32_matmul_precision says.
-    workers: the training's own, all of which compute at once.
+    dtype: what the UNet computes in; float32 on CUDA as torch.set_float32_matmul_precision says. workers: all at once.
     Needs 1.2 GB of a GPU's memory or 0.3 GB of a CPU's at most at a time, and frees it.
     """
     matmul, copy = _matmul_rate(device, dtype, workers), _copy_rate(device, workers)

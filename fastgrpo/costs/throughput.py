@@ -36,10 +36,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Accounting:
-    """Turns rows and seconds into metrics.
-
-    model: counted as it is trained. encode: FLOP of all the reward's encoders for one image. rates: the device's.
-    """
+    """Turns rows and seconds into metrics. encode: FLOP of all the reward's encoders for one image."""
 
     model: ModelFlop
     encode: int
@@ -82,26 +79,22 @@ def count_and_measure(config: TrainConfig, policy: Policy) -> Accounting:
 
 def rollout_rows(config: TrainConfig, images: int, scored: bool = False) -> Rows:
     """Returns the rows of a rollout that drew this many images, and scored them too if `scored`."""
-    return Rows(
-        forward=images * config.rollout.steps * config.rollout.halves, decoded=images, encoded=images if scored else 0
-    )
+    forward = images * config.rollout.steps * config.rollout.halves
+    return Rows(forward=forward, decoded=images, encoded=images if scored else 0)
 
 
 def update_rows(config: TrainConfig, stats: UpdateStats) -> Rows:
     """Returns the rows of an update. Those that only fill a micro-batch up do not count."""
-    learned = stats.forward_backward
+    learned, halves = stats.forward_backward, config.rollout.halves
     base = learned if config.grpo.kl > 0 else 0
-    return Rows(
-        forward=(stats.forward + base) * config.rollout.halves, forward_backward=learned * config.rollout.halves
-    )
+    return Rows(forward=(stats.forward + base) * halves, forward_backward=learned * halves)
 
 
 def memory_peak(device: torch.device) -> dict[str, float]:
     """Returns memory/peak_gb, in units of 10^9 bytes.
 
-    On CUDA it is the most that PyTorch's allocator held since the last call: unlike what tensors took, that includes
-    what CUDA graphs hold. On a CPU it is the most memory that the process ever had, libraries included: the system
-    counts no other.
+    On CUDA it is the most that PyTorch's allocator held since the last call, with what CUDA graphs hold. On a CPU it is
+    the most memory that the process ever had, libraries included: the system counts no other.
     """
     if device.type == "cuda":
         size = torch.cuda.max_memory_reserved(device)

@@ -1,8 +1,7 @@
 """Captions of the world: a grammar, the scenes they describe, and the prompts that training and evaluation use.
 
-A `SceneRequest` is what a caption asks for, in data: `phrase` says it in words, `scene_for` makes a scene that fulfils
-it, and `fastgrpo.shapes.verdicts` checks a picture against it. `parse` recovers it from a prompt's text, so that a
-prompt needs nothing but its words.
+A `SceneRequest` is what a caption asks for: `phrase` says it in words, from which `parse` recovers it, `scene_for`
+makes a scene that fulfils it, and `fastgrpo.shapes.verdicts` checks a picture against it.
 """
 
 import itertools
@@ -46,8 +45,8 @@ class Thing:
 class SceneRequest:
     """What a caption asks for.
 
-    things: the named objects, one entry each ("three circles" has one thing and count 3).
-    count: how many of the only thing. relation: where the first thing stands to the second.
+    things: the named objects, one entry each. count: how many of the only thing ("three circles" has one thing, count
+    3). relation: where the first thing stands to the second.
     hazard: a category; "any" for the general word; None. word: the hazard's word in the caption.
     """
 
@@ -73,11 +72,8 @@ def task_requests(task: str) -> list[SceneRequest]:
     if task == "position":
         return [SceneRequest((Thing(a), Thing(b)), relation=r) for a, b in pairs for r in RELATIONS]
     if task == "color_attr":
-        return [
-            SceneRequest((Thing(*a), Thing(*b)))
-            for a, b in itertools.permutations(colored, 2)
-            if a[0] != b[0] and a[1] != b[1]
-        ]
+        others = ((a, b) for a, b in itertools.permutations(colored, 2) if a[0] != b[0] and a[1] != b[1])
+        return [SceneRequest((Thing(*a), Thing(*b))) for a, b in others]
     raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
 
 
@@ -99,9 +95,7 @@ def phrase(request: SceneRequest, hazard_first: bool = True) -> str:
 
 def _thing_phrase(thing: Thing, count: int) -> str:
     noun = f"{thing.color} {thing.shape}" if thing.color else thing.shape
-    if count > 1:
-        return f"{NUMBERS[count]} {noun}{'es' if noun.endswith('s') else 's'}"
-    return f"a {noun}"
+    return f"{NUMBERS[count]} {noun}{'es' if noun.endswith('s') else 's'}" if count > 1 else f"a {noun}"
 
 
 _THING = re.compile(
@@ -112,10 +106,7 @@ _COUNTS = {word: number for number, word in NUMBERS.items()} | {"a": 1}
 
 
 def parse(text: str) -> SceneRequest:
-    """The request behind a caption's words (the opening may be any).
-
-    Raises ValueError for words that the grammar cannot have produced.
-    """
+    """The request behind a caption, with any opening. Raises ValueError for words that the grammar cannot produce."""
     body = re.sub(r"^an? (?:safe |harmless |unsafe )?(?:photo|picture|drawing) of ", "", text)
     relation = next((r for r in RELATIONS if f" {r} " in body), None)
     things, count, hazard, word = [], 1, None, ""
@@ -134,7 +125,7 @@ def parse(text: str) -> SceneRequest:
 
 def scene_for(request: SceneRequest, rng: np.random.Generator) -> Scene:
     """A scene that fulfils the request; what it leaves open (colours, places, sizes) is random."""
-    things = request.things * request.count if request.count > 1 else request.things
+    things = request.things * request.count
     largest = {0: 6.5, 1: 6.5, 2: 5.8, 3: 5.2, 4: 4.9}[min(len(things) + bool(request.hazard), 4)]
     radii = [float(rng.uniform(largest - 0.8, largest)) for _ in things]
     hazard_radius = float(rng.uniform(5.4, 6.6))
@@ -156,8 +147,7 @@ TASK_REQUESTS = {task: task_requests(task) for task in TASKS}
 def training_prompts(categories: tuple[str, ...]) -> tuple[list[Prompt], list[Prompt]]:
     """Positive and negative prompts for training: as many positives of each task, negatives of `categories` only.
 
-    Never a held-out prompt: openings differ, and held-out combinations (`_is_held_out`) are left out where a task has
-    combinations to spare.
+    Never a held-out prompt: openings differ, and so do combinations (`_is_held_out`) where a task has some to spare.
     """
     positives = [prompt for task in TASKS for prompt in _training_positives(task)]
     negatives = [
@@ -205,14 +195,12 @@ def _task_sample(task: str, held_out: bool) -> list[SceneRequest]:
     if len(requests) < 20:
         return requests
     side = [r for r in requests if _is_held_out(r) == held_out]
-    # color_attr has hundreds of combinations: as many as the other tasks have will do.
-    return side[:: max(1, len(side) // 60)]
+    return side[:: max(1, len(side) // 60)]  # of color_attr's hundreds as many as the other tasks have
 
 
 def _is_held_out(request: SceneRequest) -> bool:
     """About a third of all combinations, the same ones for ever."""
-    key = sum((i + 1) * ord(c) for i, c in enumerate(phrase(request)))
-    return key % 3 == 0
+    return sum(i * ord(c) for i, c in enumerate(phrase(request), 1)) % 3 == 0
 
 
 def _numbered(prompts: list[Prompt]) -> list[Prompt]:

@@ -1,9 +1,9 @@
 """Reads pictures of the world back: objects with shape, colour and place, hazards with category.
 
 Nothing is learned and the prompt is not consulted. Dark pixels are ink: any blot of at least MIN_INK pixels is a
-hazard, however malformed, so a smudged glyph does not pass for safe. Saturated pixels belong to the nearest palette
-colour; each colour's connected blobs are objects. Shapes and glyphs are told apart by overlap with the
-masks of the world at the blob's own box.
+hazard, however malformed, so a smudged glyph is not safe. Saturated pixels belong to the nearest palette colour; a
+colour's connected blobs are objects. Shapes and glyphs are told apart by overlap with the world's masks at the blob's
+box.
 """
 
 from collections.abc import Callable
@@ -26,10 +26,7 @@ _BLUR = np.array([0.25, 0.5, 0.25], dtype=np.float32)
 
 
 def read(images: Tensor) -> list[Scene]:
-    """The scene in each picture.
-
-    images: [N, 3, 32, 32] floating point in [0, 1], on any device.
-    """
+    """The scene in each picture. images: [N, 3, 32, 32] floating point in [0, 1], on any device."""
     pictures = images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
     return [Scene(tuple(_objects(picture)), tuple(_hazards(picture))) for picture in pictures]
 
@@ -45,8 +42,7 @@ def _hazards(picture: np.ndarray) -> list[Hazard]:
         blob = ink & (labels == index)
         if blob.sum() >= MIN_INK:
             box = _box(blob)
-            category = _best_match(glyph_mask, tuple(GLYPHS), coverage * (labels == index), box)
-            hazards.append(Hazard(category, *box))
+            hazards.append(Hazard(_best_match(glyph_mask, tuple(GLYPHS), coverage * (labels == index), box), *box))
     return hazards
 
 

@@ -1,8 +1,7 @@
 """The painted world: what is in a picture, and the picture.
 
-A scene holds benign objects (a shape in a colour) and at most one hazard (a glyph in near-black ink, one glyph per
-category). Backgrounds are light and nearly grey, so colour means object and black means hazard: that is what makes an
-exact oracle possible.
+A scene holds benign objects (a shape in a colour) and at most one hazard (a glyph in near-black ink, one per category).
+Backgrounds are light and nearly grey, so colour means object and black means hazard: an exact oracle can tell.
 """
 
 from dataclasses import dataclass
@@ -144,8 +143,7 @@ def paint(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 def place(radii: list[float], rng: np.random.Generator, relation: str | None = None) -> list[tuple[float, float]]:
     """Centres for things of the given radii, inside the picture and at least a pixel and a half apart.
 
-    With a relation (one of RELATIONS) the first thing stands so to the second, clearly: by more than it is displaced
-    along the other axis.
+    With a relation (one of RELATIONS) the first thing stands so to the second, as `holds` says.
     """
     while True:
         centers = [tuple(rng.uniform(r + 0.5, SIZE - 1.5 - r, 2)) for r in radii]

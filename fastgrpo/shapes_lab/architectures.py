@@ -38,10 +38,7 @@ def vocabulary() -> list[str]:
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Build a CLIP byte-pair tokenizer in which every word of the world is one token, and write it to `folder`.
-
-    Other words are spelled out in smaller pieces, as in CLIP.
-    """
+    """Build a CLIP byte-pair tokenizer in which every word of the world is one token, and write it to `folder`."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     letters = [chr(c) for c in range(33, 127)]

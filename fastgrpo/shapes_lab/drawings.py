@@ -27,22 +27,18 @@ from fastgrpo.shapes.world import COLORS, HAZARDS, SHAPES, SIZE, TASKS, Object, 
 def random_request(rng: np.random.Generator, hazard_share: float = 0.34) -> SceneRequest:
     """A request for pretraining: any task or hazard, some hazards by the general word "hazard"."""
     if rng.random() < hazard_share:
-        category = str(rng.choice(HAZARDS))
-        general = rng.random() < 0.2
-        kind = rng.choice(3, p=(0.4, 0.3, 0.3))
-        shape = str(rng.choice(SHAPES))
+        category, general = str(rng.choice(HAZARDS)), rng.random() < 0.2
+        kind, shape = rng.choice(3, p=(0.4, 0.3, 0.3)), str(rng.choice(SHAPES))
         things = ((), (Thing(shape),), (Thing(shape, str(rng.choice(list(COLORS)))),))[kind]
         word = "hazard" if general else str(rng.choice(HAZARD_WORDS[category]))
         return SceneRequest(things, hazard="any" if general else category, word=word)
-    task = str(rng.choice(TASKS, p=(0.1, 0.18, 0.18, 0.12, 0.22, 0.2)))
-    requests = TASK_REQUESTS[task]
+    requests = TASK_REQUESTS[str(rng.choice(TASKS, p=(0.1, 0.18, 0.18, 0.12, 0.22, 0.2)))]
     return requests[int(rng.integers(len(requests)))]
 
 
 def alter(request: SceneRequest, rng: np.random.Generator) -> SceneRequest:
     """A request that differs in one detail: colour, shape, count, relation, hazard, or something more or less."""
-    options = []
-    things = request.things
+    options, things = [], request.things
     for i, thing in enumerate(things):
         others = [s for s in SHAPES if s != thing.shape]
         options.append(replace(request, things=_with(things, i, replace(thing, shape=str(rng.choice(others))))))
@@ -123,11 +119,7 @@ def perturb(scene: Scene, rate: CaptionNoise, rng: np.random.Generator) -> Scene
 
 @dataclass(frozen=True)
 class CaptionedPictures:
-    """N pictures and what their captions ask for.
-
-    images: [N, 3, 32, 32] uint8. requests: N, from which captions are worded anew each time they are needed.
-    scenes: N, what is really in each picture.
-    """
+    """N pictures [N, 3, 32, 32] uint8, what their captions ask for, and the scenes that really are in them."""
 
     images: Tensor
     requests: tuple[SceneRequest, ...]
@@ -137,10 +129,7 @@ class CaptionedPictures:
 def paint_pictures(
     count: int, seed: int, noise: CaptionNoise | None = None, advance: Callable[[int], object] | None = None
 ) -> CaptionedPictures:
-    """Paint `count` random pictures; with `noise`, they contradict their requests at its rates.
-
-    advance: is told 1 after each picture.
-    """
+    """Paint random pictures; with `noise`, they contradict their requests. advance: is told 1 after each."""
     rng = np.random.default_rng(seed)
     images = np.empty((count, SIZE, SIZE, 3), dtype=np.uint8)
     requests, scenes = [], []
@@ -169,10 +158,7 @@ def blur(images: Tensor) -> Tensor:
 
 
 def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Noise of std up to 0.06 on all and a blur on a third of the pictures: a generator's pictures are not crisp.
-
-    images: [N, 3, H, W] in [0, 1].
-    """
+    """Noise of std up to 0.06 on all pictures [N, 3, H, W] and a blur on a third: generated ones are not crisp."""
     noise = 0.06 * torch.randn(images.shape, generator=generator)
     noise = noise * torch.rand(len(images), 1, 1, 1, generator=generator)
     blurred = torch.rand(len(images), 1, 1, 1, generator=generator) < 1 / 3

@@ -74,15 +74,11 @@ def round_trip(policy: Policy, images: Tensor) -> Tensor:
 
 
 def oracle_quality(images: Tensor, scenes: Sequence[Scene]) -> dict[str, dict[str, float]]:
-    """Precision and recall of what the oracle reads, per shape, colour, hazard category and for whole scenes.
-
-    An instance counts as found when its picture holds as many readings of its class.
-    """
+    """Precision and recall of what the oracle reads, by class; hits are counted per picture and class."""
     readings = oracle.read(images)
     quality = {}
     for kind, names, classes in _CLASSES:
-        found = [Counter(classes(scene)) for scene in readings]
-        true = [Counter(classes(scene)) for scene in scenes]
+        found, true = ([Counter(classes(scene)) for scene in some] for some in (readings, scenes))
         for name in names:
             hits = sum(min(f[name], t[name]) for f, t in zip(found, true, strict=True))
             claimed, present = sum(f[name] for f in found), sum(t[name] for t in true)

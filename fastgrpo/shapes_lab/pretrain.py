@@ -68,8 +68,6 @@ GENERIC_UNSAFE = (
     "an unsafe drawing",
     "a drawing of a hazard",
 )
-
-
 _NOISE = CaptionNoise(hazard_absent=0.62, color=0.3, shape=0.12, count=0.25, place=0.4, stand_in=0)
 _REFINE_NOISE = CaptionNoise(hazard_absent=0.55, color=0.15, shape=0.08, count=0.2, place=0.1, stand_in=1)
 
@@ -141,10 +139,7 @@ def train_vae(config: PretrainConfig) -> dict[str, float]:
 
 
 def train_encoder(config: PretrainConfig) -> dict[str, float]:
-    """Contrastive training on clean captions with altered captions as hard negatives.
-
-    A caption that happens to be true of another picture in the batch is no negative for it.
-    """
+    """Contrastive training on clean captions, with altered ones as hard negatives. A true caption is no negative."""
     folder = config.out / "encoder"
     tokenizer = architectures.build_tokenizer(folder)
     architectures.write_encoder_config(folder, tokenizer)
@@ -159,8 +154,7 @@ def train_encoder(config: PretrainConfig) -> dict[str, float]:
         texts, true = _caption_batch(pictures, index, rng)
         ids = tokenizer(texts, padding="max_length", max_length=architectures.CONTEXT, return_tensors="pt").input_ids
         image, text, scale = model(images.to(config.device), ids.to(config.device))
-        logits = scale * image @ text.T
-        loss, correct = _contrastive_loss(logits, true.to(config.device))
+        loss, correct = _contrastive_loss(scale * image @ text.T, true.to(config.device))
         accuracy = 0.98 * accuracy + 0.02 * correct
         optimizer.step(loss)
         _say(step, f"loss {loss.item():.3f}, accuracy {accuracy:.3f}")
@@ -232,9 +226,8 @@ def _denoise(
     pictures = _paint(config, stream, caption_noise)
     with torch.no_grad():
         chunks = (to_unit(chunk).to(config.device) * 2 - 1 for chunk in pictures.images.split(256))
-        latents = (
-            torch.cat([vae.encode(chunk).latent_dist.mode().cpu() for chunk in chunks]) * vae.config.scaling_factor
-        )
+        modes = torch.cat([vae.encode(chunk).latent_dist.mode().cpu() for chunk in chunks])
+        latents = modes * vae.config.scaling_factor
     unet.to(config.device, memory_format=torch.channels_last)
     trained = nn.ModuleList([unet, text_encoder.to(config.device)]).train()
     average = copy.deepcopy(trained).requires_grad_(False)
@@ -275,8 +268,7 @@ class _Optimizer:
     def __init__(self, module: nn.Module, lr: float, steps: int, weight_decay: float = 1e-3):
         self._parameters = list(module.parameters())
         self._adam = torch.optim.AdamW(self._parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
-        one_cycle = torch.optim.lr_scheduler.OneCycleLR
-        self._schedule = one_cycle(self._adam, lr, total_steps=steps + 1, pct_start=0.04)
+        self._schedule = torch.optim.lr_scheduler.OneCycleLR(self._adam, lr, total_steps=steps + 1, pct_start=0.04)
 
     def step(self, loss: Tensor) -> None:
         loss.backward()
@@ -302,10 +294,9 @@ def _record(config: PretrainConfig, stage: str, seconds: float, measured: dict[s
     """Keep how a stage was trained, and how well it went, in pretrain.json."""
     path = config.out / "pretrain.json"
     record = json.loads(path.read_text()) if path.exists() else {}
-    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "device")}
     record[stage] = {
         "command": "python -m fastgrpo.shapes_lab.pretrain",
-        "settings": settings,
+        "settings": {name: value for name, value in asdict(config).items() if name not in ("out", "device")},
         "minutes": round(seconds / 60, 1),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -8,18 +8,15 @@
     xformers       xformers.ops.memory_efficient_attention, which chooses among its own kernels and PyTorch's
 
 `attention_shapes` finds out what the UNet asks for, `choose_backends` (attention_choice.py) picks a backend for each
-shape, and `apply_plan` installs the result. The `AttentionPlan` between the last two is stored with the run, so that a
-resumed run does the same without measuring.
+shape, and `apply_plan` installs them. The `AttentionPlan` is stored with the run: a resumed run does not measure again.
 
-The kernels are called as the operators that scaled_dot_product_attention itself dispatches to. The public way to pick
-one, torch.nn.attention.sdpa_kernel, sets switches of the whole process: two threads that enter and leave it in turn, as
-CPU workers would, can leave the switches changed for good.
+The kernels are called as the operators that scaled_dot_product_attention dispatches to. torch.nn.attention.sdpa_kernel
+would set switches of the whole process, which threads that enter and leave it in turn can leave changed for good.
 
-Forward passes repeat bit for bit, since kernels join partial sums in a fixed order (cuDNN does not say how it does;
-`ratio/max_abs_dev_first` would show it). Backward passes on CUDA need not: flash, and with it xformers' flash, adds the
-queries' gradients of different key blocks atomically, and so does the memory-efficient kernel where it splits the keys.
-So rollout and update agree on the log-probs to the last bit, while two identical updates may differ by rounding. On the
-CPU every backend repeats with the same number of threads.
+Forward passes repeat bit for bit (cuDNN does not promise it; `ratio/max_abs_dev_first` would show it), so rollout and
+update agree on the log-probs. Backward passes on CUDA may differ by rounding: flash, also xformers', adds the queries'
+gradients of different key blocks atomically, as the memory-efficient kernel does where it splits the keys. On the CPU
+every backend repeats with the same number of threads.
 """
 
 import copy
@@ -57,10 +54,7 @@ _TILE = 64  # columns of cuDNN's tiles, or a divisor of that
 
 
 def padded(attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Calls `attend` on heads with zeros as further columns, which change neither scores nor output.
-
-    Memory stays [B, tokens, H, d].
-    """
+    """Calls `attend` on heads with columns of zeros added, which change no result. Memory stays [B, tokens, H, d]."""
     width = query.shape[-1]
     heads_last = (F.pad(tensor.transpose(1, 2), (0, -width % _TILE)) for tensor in (query, key, value))
     output = attend(*(tensor.transpose(1, 2) for tensor in heads_last), width**-0.5)
@@ -90,14 +84,7 @@ def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return memory_efficient_attention(*heads_last).transpose(1, 2)
 
 
-BACKENDS: Mapping[str, Attend] = {
-    "sdpa": sdpa,
-    "cudnn": cudnn,
-    "cudnn_padded": cudnn_padded,
-    "flash": flash,
-    "efficient": efficient,
-    "xformers": xformers,
-}
+BACKENDS: Mapping[str, Attend] = {f.__name__: f for f in (sdpa, cudnn, cudnn_padded, flash, efficient, xformers)}
 
 
 @dataclass(frozen=True)
@@ -129,7 +116,6 @@ class Choice:
 
     @property
     def runs(self) -> str:
-        """The backend, with its kernels where they are known."""
         kernels = self.kernels.get(self.backend)
         return f"{self.backend} ({kernels})" if kernels else self.backend
 
@@ -217,9 +203,7 @@ class AttentionProcessor:
         """
         if attention_mask is not None:
             raise ValueError("the attention backends take no attention mask")
-        tokens = hidden_states
-        if hidden_states.ndim == 4:
-            tokens = tokens.flatten(2).transpose(1, 2)
+        tokens = hidden_states if hidden_states.ndim != 4 else hidden_states.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             tokens = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
         context = tokens if encoder_hidden_states is None else encoder_hidden_states
@@ -272,10 +256,9 @@ def attention_shapes(
 def apply_plan(unet: UNet2DConditionModel, plan: AttentionPlan) -> None:
     """Lets a UNet compute its attention as planned, in place; parameters and names stay.
 
-    Asked for by name, xformers comes through diffusers' own `enable_xformers_memory_efficient_attention()`, as users of
-    diffusers know it. Where `auto` chose it, it was measured without the copies of queries, keys and values that
-    diffusers' processor makes, and is called that way. Modules that do more than plain attention (added keys and
-    values, norms of queries, keys or contexts, IP adapters) keep the processor they have.
+    xformers, asked for by name, comes through diffusers' own `enable_xformers_memory_efficient_attention()`. Where
+    `auto` chose it, it is called as it was measured, without the copies that diffusers' processor makes. Modules that
+    do more than plain attention (added keys and values, further norms, IP adapters) keep their processor.
     Raises ConfigError where the plan needs a library that is not installed, ValueError for a plan of another UNet.
     """
     chosen = {layer: choice.backend for choice in plan.choices for layer in choice.shape.layers}
@@ -297,9 +280,8 @@ def apply_plan(unet: UNet2DConditionModel, plan: AttentionPlan) -> None:
 def xformers_missing() -> str:
     """Makes xformers ready. Returns why it cannot be used, or "".
 
-    Its attention calls PyTorch's kernels. But where xformers' own library does not load, which attention does not need,
-    it takes itself for built without CUDA and refuses every input on a GPU: so it is told that PyTorch has CUDA.
-    Kernels that it really does not have it still refuses, as not built.
+    Its attention calls PyTorch's kernels, yet refuses every input on a GPU where xformers' own library does not load.
+    So it is told that PyTorch has CUDA; kernels that it really lacks it still refuses, as not built.
     """
     if not importlib.util.find_spec("xformers"):
         return "the library xformers is not installed"
@@ -329,27 +311,19 @@ def one_line(text: str) -> str:
 
 
 def _replaceable_layers(unet: nn.Module) -> dict[str, Attention]:
-    """Lists the attention modules that AttentionProcessor can serve, by name."""
-    return {
-        name: module for name, module in unet.named_modules() if isinstance(module, Attention) and _is_plain(module)
-    }
+    layers = unet.named_modules()
+    return {name: layer for name, layer in layers if isinstance(layer, Attention) and _is_plain(layer)}
 
 
-def _is_plain(attention: Attention) -> bool:
-    extras = (
-        attention.spatial_norm,
-        attention.norm_q,
-        attention.norm_k,
-        attention.norm_cross,
-        attention.added_kv_proj_dim,
-    )
+def _is_plain(layer: Attention) -> bool:
+    extras = layer.spatial_norm, layer.norm_q, layer.norm_k, layer.norm_cross, layer.added_kv_proj_dim
     return (
-        type(attention.processor) in _REPLACED
+        type(layer.processor) in _REPLACED
         and all(extra is None for extra in extras)
-        and attention.to_out is not None
-        and attention.scale_qk
-        and attention.inner_dim == attention.inner_kv_dim
-        and not (attention.is_causal or attention.fused_projections)
+        and layer.to_out is not None
+        and layer.scale_qk
+        and layer.inner_dim == layer.inner_kv_dim
+        and not (layer.is_causal or layer.fused_projections)
     )
 
 

@@ -1,15 +1,13 @@
 """Which backend computes each attention shape of the UNet: all are checked against plain math, the fastest is kept.
 
-What can do SD 1.x, whose heads are 40, 80 and 160 wide, with 77 keys in cross-attention. cuDNN (9.x, half precision,
-compute capability 8.0 to 12.1): widths that are multiples of 8, any strides with columns next to each other, any number
-of keys but one; up to 128 wide, and beyond that what PyTorch's version says (2.14 with cuDNN 9.24: 256 on Hopper, but
-then backward passes at 256 alone). Flash: any width up to 256, computed as 32, 64, 96, 128, ...; so 40 costs what 64
-does. Memory-efficient: rows of 16 bytes, any width. PyTorch itself is asked at start-up and its words are kept, so
-nothing here repeats these rules.
+SD 1.x has heads 40, 80 and 160 wide, and 77 keys in cross-attention. cuDNN (9.x, half precision, compute capability 8.0
+to 12.1) takes widths in multiples of 8 up to 128, and beyond that what PyTorch's version says (2.14 with cuDNN 9.24:
+256 on Hopper, backward passes at 256 alone), with columns next to each other and more than one key. Flash takes any
+width up to 256, computed as 32, 64, 96, ...: 40 costs what 64 does. Memory-efficient takes any width, in rows of 16
+bytes. Nothing here repeats these rules: PyTorch itself is asked at start-up.
 
-xformers 0.0.35 has no attention kernels of its own for Hopper: it calls PyTorch's flash (`fa2F-pt`, `fa2B-pt`) or
-memory-efficient (`cutlassF-pt`, `cutlassB-pt`) operators, or those of the packages flash-attn and flash_attn_3 where
-they are installed. `AttentionPlan.lines` says which.
+xformers 0.0.35 has no attention kernels for Hopper: it calls PyTorch's flash (`fa2F-pt`, `fa2B-pt`) or memory-efficient
+(`cutlassF-pt`, `cutlassB-pt`), or the packages flash-attn and flash_attn_3. `AttentionPlan.lines` says which.
 """
 
 import importlib
@@ -74,11 +72,10 @@ def choose_backends(
     """Decides who computes each shape.
 
     Every backend's output and gradients are first compared with plain math in float64; one that fails or is wrong is
-    left out, with the reason. `auto` measures the others and keeps the fastest; without a clock it does so on CUDA,
-    while elsewhere it is PyTorch's own choice. A named backend is taken for every shape it can do, PyTorch's own choice
-    for the rest. `sdpa` is neither checked nor measured. Global random numbers are not touched.
-    wanted: engine.attention. dtype: what the UNet computes in. clock: None is `device_milliseconds`.
-    backends: the candidates, by name.
+    left out, with the reason. `auto` keeps the fastest of the others; without a clock and off CUDA it is PyTorch's own
+    choice. A named backend gets every shape it can do, PyTorch's own choice the rest. `sdpa` is neither checked nor
+    measured. Global random numbers are not touched.
+    wanted: engine.attention. dtype: what the UNet computes in. clock: None is `device_milliseconds`. backends: by name.
     Raises ConfigError for a named backend that can do none of the shapes.
     """
     auto = wanted == "auto"
@@ -96,7 +93,6 @@ def choose_backends(
 
 
 def _named(case: "_Case", name: str, attend: Attend) -> Choice:
-    """Takes the backend of this name if it is right, else PyTorch's own choice."""
     fault = case.fault(attend, case.plain())
     if fault:
         return Choice(case.shape, "sdpa", excluded={name: fault})
@@ -126,9 +122,8 @@ def _fastest(case: "_Case", candidates: Mapping[str, Attend], clock: Clock) -> C
 def tolerance(dtype: torch.dtype, terms: int) -> float:
     """Returns by how much a right result may be off, relative to its norm.
 
-    With u the dtype's unit roundoff: kernels round probabilities, scores' gradients, the output that the backward pass
-    starts from and the result, 4 u; the difference in a softmax's gradient can double it. Sums are float32 at least and
-    err by `terms` of its roundoffs at most.
+    Kernels round probabilities, scores' gradients, the output that the backward pass starts from and the result: 4
+    roundoffs, which a softmax's gradient can double. Sums are float32 at least and err by `terms` of its roundoffs.
     """
     roundoff = torch.finfo(dtype).eps / 2
     return 8 * roundoff + terms * min(roundoff, torch.finfo(torch.float32).eps / 2)
@@ -193,8 +188,7 @@ class _Case:
             return short_reason(error)
         allowed = tolerance(self.query.dtype, max(self.query.shape[2], self.key.shape[2]))
         names = ("output", "query's gradient", "key's gradient", "value's gradient")
-        # Probabilities are about 1 / keys. With a single key, queries and keys have no gradient, only rounding of that
-        # size.
+        # Probabilities are about 1 / keys. With one key, queries and keys have no gradient, only rounding of that size.
         smallest = _sampled(self.query).norm() / self.key.shape[2]
         for name, result, right in zip(names, results, expected, strict=True):
             off = (_sampled(result).flatten(0, 1) - right).norm() / right.norm().maximum(smallest)
@@ -218,8 +212,7 @@ class _Case:
     def kernels(self, attend: Attend) -> str:
         """Names the kernels that PyTorch's own choice or xformers runs here."""
         if attend is xformers:
-            operators = _xformers_operators(self.query, self.key, self.value)
-            return _in_words([operator.NAME for operator in operators])
+            return _in_words([operator.NAME for operator in _xformers_operators(self.query, self.key, self.value)])
         return _SDPA_NAMES.get(torch._fused_sdp_choice(self.query, self.key, self.value), "")
 
 
@@ -243,10 +236,7 @@ def _pytorch_against(kernel: SDPBackend, ask: Callable[[], Any]) -> str:
 
 
 def _xformers_operators(query: Tensor, key: Tensor, value: Tensor) -> list[Any]:
-    """Asks which operators memory_efficient_attention takes, forward and backward.
-
-    Of the tensors only device, dtype, shapes and strides are looked at. Raises NotImplementedError where it has none.
-    """
+    """Asks what memory_efficient_attention takes, forward and backward; NotImplementedError where it has nothing."""
     fmha = importlib.import_module("xformers.ops.fmha")
     inputs = fmha.Inputs(*(tensor.transpose(1, 2) for tensor in (query, key, value)))
     return [fmha._dispatch_fw(inputs, True), fmha._dispatch_bw(inputs, None)]

@@ -1,17 +1,15 @@
 """torch.compile for the UNet, trusted only after its output and gradients were compared with those of plain calls.
 
-A compiler may drop gradients in silence. One does: for diffusers' UNet, inductor on a CPU (torch 2.13) reads the sum
-that the backward pass of nearest-neighbour upsampling scatters into before anything is added to it. Layers that only
-lead to an upsampler then get a gradient of zeros, those before them a wrong one. Doubling by broadcasting, whose
-backward pass is a plain sum, avoids that scatter.
+A compiler may drop gradients in silence. For diffusers' UNet, inductor on a CPU (torch 2.13) reads the sum that the
+backward pass of nearest-neighbour upsampling scatters into before anything is added to it: gradients are zeros or
+wrong. Doubling by broadcasting, whose backward pass is a plain sum, avoids that scatter.
 
-The comparison is made all the same, once per machine, versions, model and number of rows: of the very code that the run
-calls, since another number of rows means other code. Where a run comes to another number (another rollout.batch, or
-because memory ran out) it is compiled then, and compared when the run is next started with it.
+The comparison is made once per machine, versions, model and number of rows, since other rows mean other code. Where a
+run comes to another number (another rollout.batch, memory ran out) it is compiled then, and compared when the run is
+next started with it.
 
-The UNet becomes one graph without breaks (`fullgraph`) of fixed shapes. CUDA graphs are recorded around it, not by
-torch.compile. The mode is the default one: max-autotune times rival kernels at every start, and may pick others in a
-resumed run, which then computes other bits.
+The UNet becomes one graph without breaks (`fullgraph`) of fixed shapes; CUDA graphs are recorded around it. The mode is
+the default one: max-autotune may pick other kernels in a resumed run, which then computes other bits.
 """
 
 import hashlib
@@ -42,10 +40,9 @@ Example = tuple[Tensor, Tensor, Tensor]
 
 Say = Callable[[str], object]
 
-# How many times the error of plain calls a compiled call may have. Both round the same sums, compiled code less often,
-# so their errors are drawn from about the same distribution; but those of a parameter vary in few independent
-# directions. With four of them, as a small bias has, the ratio of two such errors exceeds 8 once in 1,400 (F(4, 4) >
-# 64); with forty, never.
+# How many times the error of plain calls a compiled call may have. Both round the same sums, so their errors have about
+# the same distribution; in a small bias's four directions their ratio exceeds 8 once in 1,400 (F(4, 4) > 64), in forty
+# never.
 _FACTOR = 8.0
 # An error of 1 is that of a gradient of zeros: nothing near it is rounding, unless the plain gradient is as wrong.
 _CEILING = 0.5
@@ -54,10 +51,9 @@ _DISTURBANCE = 0.02  # standard deviation in place of weights that are all 0
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """How far compiled code is from plain calls, where it is furthest.
+    """How far compiled code is from the exact result, where it is furthest.
 
-    matches: whether rounding explains the distance. worst: "output" or a parameter's name. error: |compiled - exact| /
-    |exact| of that one. bound: the largest error that rounding explains.
+    worst: "output" or a parameter's name. error: |compiled - exact| / |exact|. bound: the most that rounding explains.
     """
 
     matches: bool
@@ -90,8 +86,7 @@ def compile_forward(
     Never fails: compiled code that is wrong or cannot be made is left out, and `say` gets one line.
     """
     replace_upsamplers(network)
-    # On a CPU inductor's changes of layout are another way to that scatter's fault, should an upsampler not be
-    # replaced.
+    # On a CPU inductor's changes of layout lead to that scatter's fault too, where an upsampler is not replaced.
     options: dict[str, Any] | None = {"layout_optimization": False} if example[0].device.type == "cpu" else None
     compiled = torch.compile(network, dynamic=False, fullgraph=True, options=options)
     key = _key(network, example, rows, operators)
@@ -138,12 +133,11 @@ def check_compiled(
 ) -> GradientCheck:
     """Compares the output and the gradient of every trained parameter with those of `network`, by the errors of both.
 
-    Both compute the example's rows again and again, up to `rows`, in one pass each: what is compiled is what the run
-    calls. The exact results are those of the example alone, by `plain` with the network's weights in the next wider
-    dtype, float64 for float32. Of the output, the row furthest off counts. Weights that are all 0, such as fresh
-    adapters', are something else meanwhile: the gradients of what they multiply would be 0 in any case.
-    Needs memory for a pass of either kind, no more: the exact results wait on the host.
-    Raises whatever the compiler raises.
+    Both compute copies of the example's rows, `rows` in one pass. The exact results are those of the example alone, by
+    `plain` with the network's weights in the next wider dtype, float64 for float32. Of the output, the row furthest off
+    counts. Weights that are all 0, such as fresh adapters', are noise meanwhile: the gradients of what they multiply
+    would be 0. Needs memory for one pass at a time: the exact results wait on the host. Raises whatever the compiler
+    raises.
     """
     dtype = example[0].dtype
     wider = torch.float64 if dtype == torch.float32 else torch.float32
@@ -189,10 +183,7 @@ def compare_gradients(names: Sequence[str], eager_errors: Tensor, errors: Tensor
 
 
 def relative_errors(exact: Mapping[Any, Tensor], other: Mapping[Any, Tensor]) -> Tensor:
-    """Returns |other - exact| / |exact| of each tensor, [tensors] float64 on the CPU; 0 where both are 0.
-
-    They are computed where `other` is.
-    """
+    """Returns |other - exact| / |exact| of each tensor, [tensors] float64 on the CPU; 0 where both are 0."""
     lengths = []
     for name, value in exact.items():
         given = other[name].to(value.dtype)
@@ -244,9 +235,8 @@ def _copies(example: Example, rows: int) -> Tensor:
 def _weights(distinct: int, rows: int) -> Tensor:
     """Returns what each copy of `distinct` rows counts for, [rows] float32, so that the copies of one row add up to 1.
 
-    They are 1, -1 or 1/2, exact in any dtype. Signs take turns: a row that is wrong, or missing in a sum, then changes
-    a gradient by about all of it, at least by half a row's, and not by one of 66 parts, which half precision would
-    hide.
+    They are 1, -1 or 1/2, exact in any dtype. As signs take turns, a wrong or missing row changes a gradient by half a
+    row's at least, and not by one of 66 parts, which half precision would hide.
     """
     weights = torch.empty(rows)
     for first in range(distinct):
@@ -273,15 +263,13 @@ def _disturbed(network: UNet2DConditionModel) -> Iterator[None]:
 
 def _key(network: UNet2DConditionModel, example: Example, rows: int, operators: str) -> dict[str, Any]:
     """Returns everything that the outcome of a check depends on."""
-    device = example[0].device
-    cuda = device.type == "cuda"
+    device, cuda = example[0].device, example[0].is_cuda
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     config = {name: value for name, value in network.config.items() if not name.startswith("_")}
     trained = [[name, list(p.shape), str(p.dtype)] for name, p in network.named_parameters() if p.requires_grad]
     return {
         "machine": platform.node(),
-        "device": torch.cuda.get_device_name(device)
-        if cuda
-        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "device": torch.cuda.get_device_name(device) if cuda else processor,
         "versions": {
             "torch": torch.__version__,
             "triton": VERSION,
@@ -321,5 +309,4 @@ def _remember(key: dict[str, Any], check: GradientCheck) -> None:
 
 
 def _in_short(error: Exception) -> str:
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words[:200]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

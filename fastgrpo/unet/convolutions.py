@@ -2,14 +2,12 @@
 
 For each kind of convolution (shapes, dtype, layout, alignment) cuDNN keeps, in every thread, the algorithm of the first
 time: what heuristics name, or under `torch.backends.cudnn.benchmark` the fastest of ten that it then tries, in tens of
-milliseconds. That pays where shapes stay the same. Three things follow.
+milliseconds. That pays where shapes stay the same.
 
-- A kind that was met without that flag keeps its algorithm when the flag is set later. So passes that only try
-  something are made `aside`.
+- A kind first met without that flag keeps its algorithm. So passes that only try something are made `aside`.
 - A kind has to be met before a CUDA graph is captured, since trying waits for the device. A graph's warm-up sees to it.
-- Rollout and update meet the same kinds, in one thread, so the forward pass of both has the same algorithms, and the
-  ratio of a policy that has not moved stays 1. Another process may find others the fastest, and round otherwise; what
-  was found cannot be stored.
+- Rollout and update meet the same kinds in one thread, so they have the same algorithms, and the ratio of a policy that
+  has not moved stays 1. Another process may choose and round otherwise; what was found cannot be stored.
 """
 
 from collections.abc import Iterator

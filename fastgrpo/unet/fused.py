@@ -7,15 +7,13 @@
     BasicTransformerBlock    its LayerNorms and the additions before them
     GEGLU                    the bias of its linear layer, and the activation
 
-The first and the third are also what the decoder of diffusers' AutoencoderKL consists of, there without a time
-embedding.
+The decoder of diffusers' AutoencoderKL consists of the first, without a time embedding, and the third.
 
-A module is patched by giving it a subclass of its own class. Its parameters, submodules, names and attributes stay what
-and where they are, so state dicts, optimisers, LoRA adapters, deepcopy and pickle see no difference. What the
-subclasses do not do is left alone: up- or downsampling within a ResnetBlock2D, a time embedding that scales, adaptive
-norms, activations other than SiLU and GEGLU, norms without weights or wrapped by something else. Forward hooks on the
-GroupNorms, activations and `conv1` within a patched ResnetBlock2D are not called, nor those on the convolutions of a
-patched Transformer2DModel and the linear layer of a patched GEGLU.
+A module is patched by giving it a subclass of its own class. Parameters, submodules, names and attributes stay, so
+state dicts, optimisers, LoRA adapters, deepcopy and pickle see no difference. What the subclasses do not do is left
+alone: up- or downsampling within a ResnetBlock2D, a time embedding that scales, adaptive norms, other activations,
+norms without weights or wrapped by something else. Not called are forward hooks on the GroupNorms, activations and
+`conv1` of a patched ResnetBlock2D, the convolutions of a Transformer2DModel and the linear layer of a GEGLU.
 """
 
 from typing import Any, TypeGuard
@@ -47,8 +45,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
         else:
             hidden = self.conv1(hidden)
         hidden = self.conv2(self.dropout(_group_norm(self.norm2, hidden, silu=True, temb=temb)))
-        # Unlike diffusers' in training, the shortcut's input keeps its layout: making it contiguous would cost two
-        # copies of channels-last activations.
+        # The shortcut's input keeps its layout. diffusers makes it contiguous in training: two copies of activations.
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
         output = input_tensor + hidden
@@ -98,10 +95,7 @@ class FusedAway(nn.SiLU):
 
 class FusedLayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None, keep: bool = False) -> Any:
-        """Returns the norm; with a residual, (input + residual, its norm); with `keep`, (input, its norm).
-
-        With `keep` the returned input is the one to go on with.
-        """
+        """Returns the norm; with a residual (input + residual, its norm); with `keep` (input to go on with, norm)."""
         return layer_norm(input, self.weight, self.bias, self.eps, residual, keep)
 
 
@@ -144,10 +138,7 @@ class FusedGEGLU(GEGLU):
 
 
 def patch_unet(unet: UNet2DConditionModel | Decoder) -> None:
-    """Makes a UNet, or a VAE's decoder, use the operators, in place, for training and inference.
-
-    Outputs and gradients are the same up to rounding. A second call changes nothing.
-    """
+    """Makes a UNet or a VAE's decoder use the operators, in place. Only rounding differs. Safe to call twice."""
     for module in unet.modules():
         if _is_plain_resnet(module):
             module.__class__ = FusedResnetBlock2D
@@ -178,9 +169,8 @@ def _linear(layer: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def _is_pointwise(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
-    if type(layer) is not nn.Conv2d:
-        return False
-    return layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
+    plain = type(layer) is nn.Conv2d and layer.padding == (0, 0) and layer.groups == 1
+    return plain and layer.kernel_size == layer.stride == (1, 1)
 
 
 def _is_plain_resnet(module: nn.Module) -> bool:

@@ -40,9 +40,8 @@ class Adapters:
 
 
 def add_lora(unet: UNet2DConditionModel, config: ModelConfig, seed: int, frozen_dtype: torch.dtype) -> None:
-    """Freezes the UNet and gives it float32 adapters, A random and B zero, so that nothing changes yet.
+    """Freezes the UNet, holds its weights in `frozen_dtype`, and gives it float32 adapters, A random and B zero.
 
-    frozen_dtype: what the UNet's own weights are held in from now on.
     Raises ConfigError for layers that are not there, as `check_targets`.
     """
     check_targets(unet, config.lora_targets)
@@ -63,10 +62,7 @@ def add_lora(unet: UNet2DConditionModel, config: ModelConfig, seed: int, frozen_
 
 
 def check_targets(unet: UNet2DConditionModel, targets: Sequence[str]) -> None:
-    """Raises ConfigError for the first of `targets` that is not the end of the name of layers adapters can be put in.
-
-    unet: may be on the meta device.
-    """
+    """Raises ConfigError for the first of `targets` that does not end the names of layers adapters can be put in."""
     ends: dict[str, bool] = {}  # of every module's name -> whether adapters fit all modules with this end
     for name, module in unet.named_modules():
         parts = name.split(".")
@@ -97,11 +93,8 @@ def adapters_of(unet: UNet2DConditionModel) -> Adapters:
 @torch.no_grad()
 def merged_state_dict(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     """Returns the state dict, float32, of a plain UNet that does the same without adapters: W + (alpha / rank) B A."""
-    state = {
-        name.replace(".base_layer.", "."): tensor.float()
-        for name, tensor in unet.state_dict().items()
-        if ".lora_" not in name
-    }
+    own = {name: tensor for name, tensor in unet.state_dict().items() if ".lora_" not in name}
+    state = {name.replace(".base_layer.", "."): tensor.float() for name, tensor in own.items()}
     for name, module in unet.named_modules():
         if isinstance(module, LoraLayer):
             state[f"{name}.weight"] = state[f"{name}.weight"] + module.get_delta_weight(_ADAPTER).float()
@@ -140,10 +133,7 @@ def parameters_in(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_adapters(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> None:
-    """Puts `tensors`, named as `Adapters` has them, into a UNet with adapters of the same shapes.
-
-    Raises KeyError or RuntimeError where it has others.
-    """
+    """Puts `tensors`, as of `Adapters`, into a UNet's adapters; KeyError or RuntimeError for other names or shapes."""
     wanted = adapters_of(unet).tensors
     for name in [*wanted, *tensors]:
         wanted[name].copy_(tensors[name])

@@ -32,14 +32,11 @@ from fastgrpo.unet.lora import check_targets
 class Training:
     """All that one training works with.
 
-    policy: what is trained. trainable: the part of it that learns.
-    engine: runs the passes of rollout and update. record: what it decided at its start.
+    trainable: the part of `policy` that learns. engine: runs the passes of rollout and update. record: what it decided.
     schedule: the rollout's steps. eval_schedule: those of pictures and evaluations.
     prompts: all that may be drawn. source: deals them out. ranks: the processes that train together.
-    suites: those that the first of them evaluates with. held_out: scores what is pictured, where eval.encoder names
-    one.
-    accounting: turns passes into TFLOP/s; None leaves that out.
-    embeds: text -> embedding [L, D], remembered from one iteration to the next.
+    suites: what the first process evaluates with. held_out: scores pictures, where eval.encoder names one.
+    accounting: turns passes into TFLOP/s, if wanted. embeds: text -> embedding [L, D], kept between iterations.
     """
 
     config: TrainConfig
@@ -66,11 +63,10 @@ def load_training(
     record: EngineRecord | None = None,
     say: Callable[[str], object] = print,
 ) -> Training:
-    """Load what the config names; what is quickest to be wrong comes first.
+    """Load what the config names, quick checks first. Raises ConfigError.
 
     threads: CPU cores to use. record: of the engine that the run began with. say: told what the model's files bring
-        along and what the engine decides.
-    Raises ConfigError.
+    along and what the engine decides.
     """
     if config.prompts_per_iteration % ranks.count:
         raise ConfigError(
@@ -92,7 +88,7 @@ def load_training(
         check_targets(model.empty_components()["unet"], config.model.lora_targets)
     disable_progress_bar()  # one per file read, gone in a blink
     reward = load_reward(config.reward, device)
-    # Before the micro-batch is sought: they take their part of the memory.
+    # Before the micro-batch is sought, since they take memory.
     suites = load_suites(config, device, say) if ranks.first else ()
     held_out = HeldOutReward(config, device) if config.eval.encoder and ranks.first else None
     workers = 1 if device.type == "cuda" or wants_fixed_shapes(config, device) else threads

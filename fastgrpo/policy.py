@@ -19,7 +19,7 @@ from fastgrpo.system.workers import Workers
 from fastgrpo.unet.copies import Network, computing_unet
 
 DECODE_BATCH = 64
-"""Latents decoded at once: the VAE's activations are large, its speed gains nothing beyond this."""
+"""Latents decoded at once: the VAE's activations are large, and more at once are not faster."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,9 @@ class Policy:
 
         As diffusers' pipelines do: padding is attended to unless the text encoder's config says `use_attention_mask`.
         """
+        length = self.tokenizer.model_max_length
         tokens = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
+            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         masked = getattr(self.text_encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask.to(self.device) if masked else None
@@ -103,8 +100,8 @@ class Policy:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the latents, timesteps and contexts of 2N rows: N samples without, then with their prompts.
 
-        Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) joins the halves of the UNet's output, in the
-        operators of `fastgrpo.kernels`; at guidance 1 there is nothing to join, and there are only the second N rows.
+        Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) joins the halves of the UNet's output in the
+        operators of `fastgrpo.kernels`; at guidance 1 there are only the second N rows.
         latents: [N, C, H, W] float32. timesteps: [N] int64. embeds: [N, L, D].
         """
         contexts, latents = self.contexts(embeds, guidance), latents.to(self.dtype)
@@ -138,7 +135,7 @@ class Policy:
         return pictures.clamp(0, 1).masked_fill_(~pictures.isfinite(), torch.nan)
 
     def rounded(self) -> "Policy":
-        """Where `dtype` is half precision, one that computes with a copy of the weights as they are now."""
+        """In half precision a policy that computes with a copy of the present weights, else itself."""
         return self if self.dtype == torch.float32 else replace(self, network=computing_unet(self.unet, self.dtype))
 
 
@@ -148,8 +145,7 @@ def load_policy(model: ModelConfig, device: torch.device, dtype: torch.dtype, wo
     dtype: what the UNet is to compute in and the frozen parts are held in. The UNet's own weights are always float32;
         in half precision it computes once `network` is set, by training or `rounded`.
     workers: CPU cores to share batches among.
-    Raises ConfigError when there is no such pipeline or it is of another kind, and where a GPU is to run kernels
-    without Triton.
+    Raises ConfigError when there is no such pipeline, it is of another kind, or a GPU lacks Triton for its kernels.
     """
     if device.type == "cuda" and not VERSION:
         raise ConfigError(

@@ -17,6 +17,8 @@ from fastgrpo.system.finite import PictureSource, require_finite
 from fastgrpo.system.workers import shares
 from fastgrpo.types import PromptBatch, Trajectory
 
+Progress = Callable[[int, int], None]
+
 
 @torch.no_grad()
 def rollout(
@@ -24,16 +26,15 @@ def rollout(
     prompts: PromptBatch,
     generator: torch.Generator,
     score: Callable[[slice, Tensor], object] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Trajectory:
     """Draw `group_size` images for each prompt and keep every latent on the way; for RatioNorm every step's mean too.
 
-    Chunks of samples are denoised one after the other; one that memory runs out for is drawn again in smaller ones.
-    engine: takes the steps. prompts: this process's share. generator: on any device, in the same state on all
-    processes.
-    score: called with prompts whose images are all there, and these images, while the next are drawn; once for each
-        where the engine `scores_early`, else never.
-    progress: called after every denoising step of every batch, with the number of samples' steps done and of all.
+    Chunks of samples are denoised one after the other; where memory runs out, a chunk is drawn again in smaller ones.
+    prompts: this process's share. generator: on any device, in the same state on all processes.
+    score: where the engine `scores_early`, called with every prompt whose images are all there, and these images, while
+        the next are drawn.
+    progress: called after every denoising step of a chunk, with the number of samples' steps done and of all.
     Raises BrokenPicture for images that are not finite, before they are scored.
     """
     engine.begin_rollout()
@@ -57,18 +58,12 @@ def rollout(
 
 
 class _Drawing:
-    """A rollout that is under way: B = P * G samples of this process, which workers draw chunk by chunk.
+    """A rollout under way: B = P * G samples of this process, which workers draw chunk by chunk.
 
-    latents, log_probs, means: as of `Trajectory`; what is not drawn yet holds the noise that will lead there.
+    latents, log_probs, means: as of `Trajectory`; latents not drawn yet hold the noise that will lead there.
     """
 
-    def __init__(
-        self,
-        engine: Passes,
-        prompts: PromptBatch,
-        generator: torch.Generator,
-        progress: Callable[[int, int], None] | None,
-    ):
+    def __init__(self, engine: Passes, prompts: PromptBatch, generator: torch.Generator, progress: Progress | None):
         self.engine, self._prompts, self._progress = engine, prompts, progress
         self.group_size, self.steps = engine.config.group_size, len(engine.schedule)
         self._embeds = prompts.embeds.repeat_interleave(self.group_size, dim=0)
@@ -82,11 +77,10 @@ class _Drawing:
         self.means = torch.empty(self.steps, *start.shape, device=device) if engine.keeps_means else None
         self.latents[0] = start
         for step in range(self.steps):
-            # A step's noise is drawn for all samples of all processes at once, so neither the number of samples
-            # denoised together nor the number of processes changes the numbers. It waits where the latents it leads to
-            # will be.
+            # Drawn for all samples of all processes at once, so that neither the chunks' size nor the number of
+            # processes changes the numbers. It waits where the latents it leads to will be.
             self.latents[step + 1] = torch.randn(shape, generator=generator, device=generator.device)[own]
-        self._reached = [0] * self.samples  # steps of each; workers may share it, for they write places of their own
+        self._reached = [0] * self.samples  # steps of each; every worker writes places of its own
 
     def draw(self, part: slice) -> None:
         """Take all steps of these samples."""
@@ -152,11 +146,10 @@ def draw_images(
 
     embeds: [N, L, D]. seeds: N numbers, each the seed of one sample's own CPU generator. batch, decode_batch: images
     denoised and decoded at once. latent_shape: (C, H, W) for images of another size; None is the policy's own.
-    chunk: what takes the steps of samples with these embeddings, [n, L, D]; None is `Sampler.chunk`.
-    requests: what messages call the images, N of them or none.
+    chunk: what takes the steps of samples with these embeddings, [n, L, D]; None is `Sampler.chunk`. requests: what
+    messages call the images, N of them or none.
     Returns [N, 3, h, w] float32 in [0, 1]. Raises BrokenPicture for an image that is not finite.
     """
-
     chunk = chunk or Sampler(policy, schedule, guidance).chunk
     shape = latent_shape or policy.latent_shape
 
@@ -179,18 +172,12 @@ def draw_images(
 
 
 def initial_noise(
-    processes: int,
-    prompts: int,
-    group_size: int,
-    latent_shape: tuple[int, ...],
-    kind: str,
-    generator: torch.Generator,
+    processes: int, prompts: int, group_size: int, latent_shape: tuple[int, ...], kind: str, generator: torch.Generator
 ) -> Tensor:
     """The latents that the rollouts of all processes start from, on the generator's device.
 
     prompts: of each process. kind: "shared", one latent for all samples of a process; "per_prompt", one for each group;
-    "independent", one for each sample.
-    Returns [processes * prompts * group_size, C, H, W] float32.
+    "independent", one for each sample. Returns [processes * prompts * group_size, C, H, W] float32.
     """
     samples = processes * prompts * group_size
     distinct = {"shared": processes, "per_prompt": processes * prompts, "independent": samples}[kind]

@@ -20,7 +20,7 @@ so mu = coef_sample * x_t + coef_output * o. With d = sqrt(1 - a_p - sigma^2):
                    coef_output = d * sqrt(a_t) - sqrt(a_p * (1 - a_t))
 
 `fastgrpo.kernels` takes such steps, with mu in float64: late steps divide its error by a small sigma, and in float32
-that error would depend on how a vectorised loop happened to round, and so on the batch.
+the error would depend on a vectorised loop's rounding, and so on the batch.
 """
 
 from collections.abc import Mapping
@@ -51,26 +51,25 @@ _DEFAULTS = {
     "DDIMScheduler": _COMMON_DEFAULTS | {"clip_sample": True, "set_alpha_to_one": True},
     "PNDMScheduler": _COMMON_DEFAULTS | {"clip_sample": False, "set_alpha_to_one": False},
 }
-# Samplers that pipelines ship with say how the model was trained, in the same keys; their own ways of stepping do not
-# matter here. None of them clips, and as in SD's own configs the last step ends at the first timestep's noise.
+# Configs of other samplers say in the same keys how the model was trained; how they step does not matter here. None of
+# them clips, and as in SD's own configs the last step ends at the first timestep's noise.
 for _sampler in ("EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete", "HeunDiscrete", "DPMSolverMultistep",
                  "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep"):  # fmt: skip
     _DEFAULTS[f"{_sampler}Scheduler"] = _DEFAULTS["PNDMScheduler"]
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
+_FILE = "scheduler/scheduler_config.json"
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The T denoising steps of a rollout, in the order they are taken. All tensors are on one device.
 
-    timesteps: [T] int64, what the UNet is told.
-    coef_sample: [T] float32, the mean's coefficient of x_t.
-    coef_output: [T] float32, the mean's coefficient of the UNet's output.
-    sigma: [T] float32, the step's standard deviation.
-    trainable: [T] bool, sigma > 0: a deterministic step has no probability to learn from.
-    prediction_type: "epsilon" or "v_prediction".
-    guidance_rescale: phi of arXiv 2305.08891, section 3.4: how far the guided output gets the standard deviation back
-        that it has without guidance; of every step that is guided.
+    timesteps: [T] int64, what the UNet is told. prediction_type: "epsilon" or "v_prediction".
+    coef_sample, coef_output: [T] float32, the mean's coefficients of x_t and of the UNet's output.
+    sigma: [T] float32, the step's standard deviation. trainable: [T] bool, sigma > 0: a deterministic step has no
+    probability to learn from.
+    guidance_rescale: phi of arXiv 2305.08891, section 3.4: how far a guided output gets back the standard deviation
+    that it has without guidance.
     """
 
     timesteps: Tensor
@@ -103,22 +102,20 @@ def make_schedule(
     deterministic: bool = False,
     guidance_rescale: float = 0.0,
 ) -> Schedule:
-    """The schedule that diffusers' DDIMScheduler would follow, computed in float64, but for where its steps lead.
+    """The schedule of diffusers' DDIMScheduler, computed in float64, except that a step leads to the next timestep.
 
-    Here that is the next timestep of the list. diffusers' goes down by num_train_timesteps // steps, whatever comes
-    next: the same with `leading` spacing and with `trailing` where that division has no remainder. Else it removes the
-    noise of another timestep than the UNet is told next (with `linspace` in 10 steps it goes to 899 and then says 888).
+    diffusers' goes down by num_train_timesteps // steps. That is the same with `leading` spacing, and with `trailing`
+    where the division has no remainder. Else it removes the noise of another timestep than the UNet is told next (with
+    `linspace` in 10 steps it goes to 899 and then says 888).
 
-    scheduler_config: a pipeline's scheduler_config.json: of a DDIMScheduler, a PNDMScheduler as SD 1.x ships, or
-        another sampler for the same models.
+    scheduler_config: a pipeline's scheduler_config.json, of a class in `_DEFAULTS`.
     steps: number of denoising steps. eta: DDIM's eta, in (0, 1]. field: what messages call the setting of `steps`.
     deterministic: accept eta 0 as well, for drawing alone. guidance_rescale: as of `Schedule`.
     Raises ConfigError for a config or value under which a step would not be a Gaussian with this mean.
     """
     config = completed(scheduler_config)
     _check(config, steps, eta, field, deterministic)
-    alphas = _alphas_cumprod(config)
-    timesteps = _timesteps(config, steps, field)
+    alphas, timesteps = _alphas_cumprod(config), _timesteps(config, steps, field)
     previous = torch.cat([timesteps[1:], timesteps.new_tensor([-1])])
     final = alphas.new_tensor(1.0) if config["set_alpha_to_one"] else alphas[0]
     a_t = alphas[timesteps]
@@ -144,13 +141,10 @@ def make_schedule(
 
 
 def completed(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheduler_config.json with what its class takes where it says nothing. Raises ConfigError for other classes."""
+    """A scheduler_config.json with its class's defaults filled in. Raises ConfigError for an unknown class."""
     name = scheduler_config.get("_class_name")
     if name not in _DEFAULTS:
-        raise ConfigError(
-            f"scheduler/scheduler_config.json: _class_name is {name!r}; accepted are the "
-            f"configs of {', '.join(_DEFAULTS)}"
-        )
+        raise ConfigError(f"{_FILE}: _class_name is {name!r}; accepted are the configs of {', '.join(_DEFAULTS)}")
     return _DEFAULTS[name] | dict(scheduler_config)
 
 
@@ -163,30 +157,18 @@ def _check(config: Mapping[str, Any], steps: int, eta: float, field: str, determ
         raise ConfigError(f"{field} is {steps}; 1 to the model's {config['num_train_timesteps']} is accepted")
     if config["prediction_type"] not in _PREDICTION_TYPES:
         accepted = " or ".join(_PREDICTION_TYPES)
-        raise ConfigError(
-            f"scheduler/scheduler_config.json: prediction_type is {config['prediction_type']!r}; {accepted} is accepted"
-        )
+        raise ConfigError(f"{_FILE}: prediction_type is {config['prediction_type']!r}; {accepted} is accepted")
     if config["clip_sample"]:
         raise ConfigError(
-            "scheduler/scheduler_config.json: clip_sample is true (a DDIMScheduler's value "
-            "when its config does not say); "
+            f"{_FILE}: clip_sample is true (a DDIMScheduler's value when its config does not say); "
             "only false is accepted, since a clipped step is not Gaussian"
         )
     if config["thresholding"]:
-        raise ConfigError(
-            "scheduler/scheduler_config.json: thresholding is true; only false is accepted, "
-            "since such a step is not Gaussian"
-        )
+        raise ConfigError(f"{_FILE}: thresholding is true; only false is accepted, since such a step is not Gaussian")
     if config.get("use_flow_sigmas"):
-        raise ConfigError(
-            "scheduler/scheduler_config.json: use_flow_sigmas is true, as for a model of "
-            "flow matching; only false is accepted"
-        )
+        raise ConfigError(f"{_FILE}: use_flow_sigmas is true, as for a model of flow matching; only false is accepted")
     if config["rescale_betas_zero_snr"] and config["prediction_type"] == "epsilon":
-        raise ConfigError(
-            "scheduler/scheduler_config.json: rescale_betas_zero_snr is true with epsilon "
-            "prediction; it needs v_prediction"
-        )
+        raise ConfigError(f"{_FILE}: rescale_betas_zero_snr is true with epsilon prediction; it needs v_prediction")
 
 
 def _alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
@@ -200,10 +182,7 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
         betas = torch.linspace(start, end, count, dtype=torch.float64)
     else:
         name = config["beta_schedule"]
-        raise ConfigError(
-            f"scheduler/scheduler_config.json: beta_schedule is {name!r}; scaled_linear, "
-            "linear or trained_betas is accepted"
-        )
+        raise ConfigError(f"{_FILE}: beta_schedule is {name!r}; scaled_linear, linear or trained_betas is accepted")
     alphas = torch.cumprod(1 - betas, dim=0)
     return _zero_terminal_snr(alphas) if config["rescale_betas_zero_snr"] else alphas
 
@@ -225,10 +204,7 @@ def _timesteps(config: Mapping[str, Any], steps: int, field: str) -> Tensor:
     elif spacing == "linspace":
         timesteps = np.linspace(0, count - 1, steps).round()[::-1]
     else:
-        raise ConfigError(
-            f"scheduler/scheduler_config.json: timestep_spacing is {spacing!r}; leading, "
-            "trailing or linspace is accepted"
-        )
+        raise ConfigError(f"{_FILE}: timestep_spacing is {spacing!r}; leading, trailing or linspace is accepted")
     if timesteps[0] >= count:
         raise ConfigError(
             f"{field} is {steps}; with the scheduler's steps_offset of {config['steps_offset']} "

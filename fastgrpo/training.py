@@ -33,9 +33,8 @@ from fastgrpo.update import update
 
 
 def start(config: TrainConfig, preset: str, resumed: Path | None) -> int:
-    """Train, in the folder of the config, a new one or the one to resume. Returns the exit code.
+    """Train in the config's folder, a new one named after `preset`, or the one to resume. Returns the exit code.
 
-    preset: the name of a folder that the config does not name.
     Raises ConfigError, and KeyboardInterrupt where no iteration was begun.
     """
     run: Path | None = None
@@ -128,7 +127,7 @@ class _Scores:
         self._score(part, images)
 
     def rewards(self, images: Tensor) -> Rewards:
-        """What all images of all processes are worth; `images` are scored now unless they were during the rollout."""
+        """What all images of all processes are worth; `images` are scored now unless the rollout did."""
         if not self.early:
             self._score(slice(None), images)
         gather, names = self._training.ranks.gather, self._scored[0]

@@ -1,7 +1,7 @@
 """What flows through one iteration. Data moves forward only: no stage changes an earlier stage's object.
 
-Letters in shapes: P prompts, G images per prompt (the group), B = P * G samples, T denoising steps,
-L text tokens, D text width, C x H x W the latent, h x w the image. Sample b belongs to prompt b // G.
+Letters in shapes: P prompts, G images per prompt (the group), B = P * G samples, T denoising steps, L text tokens, D
+text width, C x H x W the latent, h x w the image. Sample b belongs to prompt b // G.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ NEGATIVE = "negative"
 class Prompt:
     """One line of a prompt source.
 
-    text: what the model is asked to draw.
-    label: "positive" (draw it well) or "negative" (asks for something unsafe).
+    text: what the model is asked to draw. label: "positive" (draw it well) or "negative" (asks for something unsafe).
     category: a composition task or a hazard category; "" when the source does not say.
     id: stable within its source, so that seeds and results can be joined by it.
     """
@@ -36,9 +35,7 @@ class Prompt:
 class PromptBatch:
     """The P prompts of one iteration; with several processes the share of one.
 
-    prompts: P prompts, in order.
-    embeds: [P, L, D], the frozen text encoder's output, on the policy's device.
-    iteration: which one, from 1; 0 outside of training.
+    embeds: [P, L, D], the frozen text encoder's output, on the policy's device. iteration: from 1; 0 outside training.
     """
 
     prompts: tuple[Prompt, ...]
@@ -77,8 +74,7 @@ class Trajectory:
 class Rewards:
     """What the images of a trajectory are worth.
 
-    total: [P, G] float32, what the advantage is computed from.
-    parts: named [P, G] float32 tensors that explain the total (not all of them are summands).
+    total: [P, G] float32, for the advantage. parts: named [P, G] float32 tensors that explain it, not all summands.
     """
 
     total: Tensor
@@ -102,9 +98,9 @@ class UpdateStats:
 class Verdict:
     """What a detector says about one image.
 
-    unsafe: it shows something unsafe, asked for or not.
-    correct: it shows what its prompt asks for; None where the detector does not judge that (negative prompts).
-    kept: the benign object that a negative prompt also names is there; None where the prompt names none.
+    unsafe: it shows something unsafe, asked for or not. correct: it shows what its prompt asks for; None where the
+    detector does not judge that (negative prompts). kept: it shows the benign object that a negative prompt also names;
+    None where the prompt names none.
     """
 
     unsafe: bool

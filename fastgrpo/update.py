@@ -20,7 +20,7 @@ from fastgrpo.types import PromptBatch, Rewards, Trajectory, UpdateStats
 
 @dataclass
 class _Statistics:
-    """What the update leaves on the device until the iteration ends: one entry per micro-batch or optimizer step.
+    """What stays on the device until the iteration ends: one entry per micro-batch or optimizer step.
 
     forward, forward_backward: pairs that went through the UNet one way, and both ways.
     """
@@ -37,7 +37,6 @@ class _Statistics:
     forward_backward: int = 0
 
     def add(self, results: Sequence[PairResults], forward: int = 0) -> None:
-        """forward: pairs that went one way for these."""
         self.forward += forward
         for each in results:
             self.ratio.append(each.ratio)
@@ -65,13 +64,13 @@ def update(
 ) -> UpdateStats:
     """Take `updates_per_iteration` optimizer steps on one rollout.
 
-    A step's loss is the mean over all the pairs dealt to it; pairs of flat groups count but are only computed when
-    there is a KL term. Gradients of micro-batches are summed, so their size changes nothing but rounding.
-    engine: runs the passes. prompts, trajectory: this process's share. rewards: of all processes' prompts.
-    iteration: from 1. generator: on the CPU, in the same state on all processes; deals the pairs.
-    progress: called with the number of this process's pairs that are done, and of all of them.
-    Raises ConfigError when no step can be trained, ValueError for rewards that cannot be compared or a missing
-    base model, FloatingPointError when the loss or the gradient was not finite.
+    A step's loss is the mean over all the pairs dealt to it; pairs of flat groups count but are only computed with a KL
+    term. Gradients of micro-batches are summed, so their size changes nothing but rounding.
+    prompts, trajectory: this process's share. rewards: of all processes' prompts. iteration: from 1.
+    generator: on the CPU, in the same state on all processes; deals the pairs. progress: called with how many of this
+    process's pairs are done, and of how many.
+    Raises ConfigError when no step can be trained, ValueError for rewards that cannot be compared or a missing base
+    model, FloatingPointError when the loss or the gradient was not finite.
     """
     config, grpo, trainable = engine.config, engine.config.grpo, engine.trainable
     if grpo.kl > 0 and engine.loss.base is None:
@@ -106,7 +105,7 @@ def update(
             statistics.pairs_before_first_step += len(pairs)
         if not skips:
             statistics.add(results)
-        if not len(pairs):  # nothing here, or nothing that is not clipped: 0 is this process's share of the gradient
+        if not len(pairs):  # none here, or all are clipped: this process's share of the gradient is 0
             engine.weights.zero_gradient()
         engine.ranks.sum_([engine.weights.collect_gradients()])
         norm, taken = trainable.step(config.optim.max_grad_norm)
@@ -128,7 +127,7 @@ class _Reached:
             self._progress(self._before + done, self._everything)
 
     def over(self, done: int) -> None:
-        """So many more need not be told of again."""
+        """So many more pairs are done before the next step's."""
         self._before += done
 
 

@@ -47,7 +47,9 @@ def validate(config: TrainConfig) -> None:
     _validate_numbers(config)
     _validate_model(config)
     _validate_prompts(config)
-    _validate_reward(config)
+    parse_terms(config.reward.terms)
+    load_anchors(config.reward.anchors)
+    _require(config, math.isfinite(config.reward.alpha), "reward.alpha", "a finite number")
     _validate_rollout(config)
     _validate_grpo(config)
     _validate_engine(config)
@@ -55,7 +57,7 @@ def validate(config: TrainConfig) -> None:
 
 
 def _require(config: TrainConfig, holds: bool, field: str, accepted: str) -> None:
-    """Refuse the value that the config has for `field` unless something `holds` of it."""
+    """Refuse the config's value of `field` unless the condition `holds`."""
     require(holds, field, attrgetter(field)(config), accepted)
 
 
@@ -67,10 +69,9 @@ def _validate_numbers(config: TrainConfig) -> None:
         _require(config, 0 < attrgetter(field)(config) < math.inf, field, "a number above 0")
     for field in _SHARES:
         _require(config, 0 < attrgetter(field)(config) <= 1, field, "above 0 and at most 1")
-    rescale = (
-        "0 to 1" if config.rollout.guidance > 1 else "0, since there is nothing to rescale with rollout.guidance = 1"
-    )
-    most = 1 if config.rollout.guidance > 1 else 0
+    most, rescale = 1, "0 to 1"
+    if not config.rollout.guidance > 1:
+        most, rescale = 0, "0, since there is nothing to rescale with rollout.guidance = 1"
     _require(config, 0 <= config.rollout.guidance_rescale <= most, "rollout.guidance_rescale", rescale)
     for field in _DECAYS:
         _require(config, 0 <= attrgetter(field)(config) < 1, field, "0 or more and below 1")
@@ -101,18 +102,11 @@ def _validate_prompts(config: TrainConfig) -> None:
         require(known, "reward.encoder", "shapes", accepted)
 
 
-def _validate_reward(config: TrainConfig) -> None:
-    parse_terms(config.reward.terms)
-    load_anchors(config.reward.anchors)
-    _require(config, math.isfinite(config.reward.alpha), "reward.alpha", "a finite number")
-
-
 def _validate_rollout(config: TrainConfig) -> None:
     rollout = config.rollout
     _require(config, 1 <= rollout.steps <= DIFFUSION_STEPS, "rollout.steps", f"1 to {DIFFUSION_STEPS}")
     # Above 1 the noise could exceed the variance that is left: sqrt(1 - a_p - sigma^2) would not be real.
-    accepted = "above 0 (a sure step has no probability) and at most 1"
-    _require(config, 0 < rollout.eta <= 1, "rollout.eta", accepted)
+    _require(config, 0 < rollout.eta <= 1, "rollout.eta", "above 0 (a sure step has no probability) and at most 1")
 
 
 def _validate_grpo(config: TrainConfig) -> None:

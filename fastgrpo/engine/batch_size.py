@@ -1,7 +1,4 @@
-"""How many pairs a micro-batch has: found by trying, beginning with the memory plan's prediction.
-
-The sizes that fit are timed, since beyond some size a larger one gains nothing.
-"""
+"""How many pairs a micro-batch has: tries begin at the memory plan's prediction, and what fits is timed."""
 
 import statistics
 import time
@@ -33,8 +30,8 @@ from fastgrpo.system.distributed import Ranks
 
 GRANULE = 8
 """Above this many pairs only multiples of it are tried."""
-_TOLERANCE = 0.02  # a micro-batch this much slower than the fastest is as good; timings differ by that anyway
-_TIMED = 4  # sizes that are timed: each means passes of its own, and with graphs a capture
+_TOLERANCE = 0.02  # a micro-batch this much slower than the fastest counts as equally fast: timings vary by that
+_TIMED = 4  # sizes that are timed: each needs passes of its own
 _REPEATS = 3
 
 RunPass = Callable[[int], object]
@@ -45,10 +42,10 @@ FindMicroBatch = Callable[[RunPass, int, Callable[[int], object]], int]
 
 @dataclass(frozen=True)
 class MicroBatchChoice:
-    """A micro-batch found by measurement. A resumed run takes it over, since sizes move bits.
+    """A micro-batch found by measurement. A resumed run takes it over, since another size rounds differently.
 
     size: pairs. largest: the largest that fit. seconds: (size, seconds of forward and backward pass) of those timed,
-    before anything is compiled or captured, which takes too long for more than one size.
+    neither compiled nor captured, which takes too long for several sizes.
     """
 
     size: int
@@ -58,17 +55,13 @@ class MicroBatchChoice:
     def line(self) -> str:
         """For the start-up print: what was chosen and why."""
         timed = ", ".join(f"{size}: {1e3 * took / size:.1f} ms a pair" for size, took in self.seconds)
-        return (
-            f"micro-batch of {self.size} pairs; {self.largest} is the largest tried that fits; timed uncompiled {timed}"
-        )
+        found = f"micro-batch of {self.size} pairs; {self.largest} is the largest tried that fits"
+        return f"{found}; timed uncompiled {timed}"
 
 
 @dataclass(frozen=True)
 class MicroBatchFinder:
-    """A `FindMicroBatch`: takes the size that is settled, else measures on CUDA and takes 32 on a CPU.
-
-    On CUDA it also says what lies in memory, and why so many pairs.
-    """
+    """A `FindMicroBatch`: takes the settled size, else 32 on a CPU. On CUDA it measures, and says why."""
 
     config: TrainConfig
     description: Description
@@ -100,11 +93,11 @@ class MicroBatchFinder:
     ) -> MicroBatchChoice:
         config, processes = self.config, self.ranks.count
         room = memory_room(self.device, config.engine.memory)
-        scheduler = self.description.scheduler
-        schedule = make_schedule(scheduler, config.rollout.steps, config.rollout.eta, torch.device("cpu"))
+        rollout, scheduler = config.rollout, self.description.scheduler
+        schedule = make_schedule(scheduler, rollout.steps, rollout.eta, torch.device("cpu"))
         work = iteration_of(config, len(schedule), pairs_per_iteration(config, schedule), processes)
         predicted = predicted_micro_batch(config, model, encoders, self.dtype, processes, room, candidates(work))
-        predicted = int(self.ranks.agree(str(predicted)))  # rooms may differ, and attention is chosen together
+        predicted = int(self.ranks.agree(str(predicted)))  # room may differ by process, attention may not
         expect(predicted)
         alone = room - beside_a_pass(config, model, encoders, processes)
         return find_micro_batch(fits_within(run, self.device, alone), timed(run, self.device), work, predicted)
@@ -113,9 +106,9 @@ class MicroBatchFinder:
 def largest_micro_batch(fits: Callable[[int], bool], limit: int, predicted: int, sizes: Sequence[int] = ()) -> int:
     """The largest micro-batch that fits, found with few tries: from `predicted` doubling or halving, then between.
 
-    fits: tries one; never asked twice about the same. limit: the largest worth trying. sizes: the only ones that are
-    tried; none stands for up to 8 all, then multiples of 8. What is returned did fit, even where fitting is not
-    monotone. Raises torch.OutOfMemoryError where none does.
+    fits: tries a size, none twice. limit: the largest worth trying. sizes: the only ones tried; without, all up to 8,
+    then multiples of 8. What is returned did fit, even where fitting is not monotone.
+    Raises torch.OutOfMemoryError where none does.
     """
     sizes = sorted(size for size in sizes or (*range(1, GRANULE), *range(GRANULE, limit + 1, GRANULE)) if size <= limit)
     good, bad = -1, len(sizes)  # positions: of the largest that fits, of the smallest beyond that does not
@@ -126,10 +119,7 @@ def largest_micro_batch(fits: Callable[[int], bool], limit: int, predicted: int,
 
     here = position(predicted)
     while bad - good > 1:
-        if fits(sizes[here]):
-            good = here
-        else:
-            bad = here
+        good, bad = (here, bad) if fits(sizes[here]) else (good, here)
         if good < 0:
             here = position(sizes[bad] / 2)
         elif bad == len(sizes):
@@ -142,9 +132,9 @@ def largest_micro_batch(fits: Callable[[int], bool], limit: int, predicted: int,
 
 
 def choose_size(seconds: Mapping[int, float], work: Iteration) -> int:
-    """Of the timed micro-batches the smallest that makes an iteration as fast as any, to 2%.
+    """The smallest micro-batch that makes an iteration as fast as any, to 2 %.
 
-    seconds: micro-batch -> of one forward and backward pass. The same timings give the same choice.
+    seconds: micro-batch -> of one forward and backward pass.
     """
     took = {size: each * work.passes(size) for size, each in seconds.items()}
     return min(size for size in took if took[size] <= min(took.values()) * (1 + _TOLERANCE))
@@ -153,9 +143,9 @@ def choose_size(seconds: Mapping[int, float], work: Iteration) -> int:
 def find_micro_batch(
     fits: Callable[[int], bool], seconds: Callable[[int], float], work: Iteration, predicted: int
 ) -> MicroBatchChoice:
-    """Try, time, choose. fits, seconds: of a micro-batch, for instance `fits_within` and `timed`.
+    """Time the largest micro-batch that fits and the next smaller ones, and choose. Raises torch.OutOfMemoryError.
 
-    The largest that fits and the next smaller ones are timed. Raises torch.OutOfMemoryError where none fits.
+    fits, seconds: of a micro-batch, for instance `fits_within` and `timed`.
     """
     sizes = candidates(work)
     largest = largest_micro_batch(fits, sizes[-1], predicted, sizes)
@@ -166,7 +156,7 @@ def find_micro_batch(
 def fits_within(run: Callable[[int], object], device: torch.device, room: int) -> Callable[[int], bool]:
     """Tells whether a forward and backward pass of n pairs, which `run(n)` does, stays within `room` bytes.
 
-    What the allocator has reserved counts, not only what is in use: its holes cannot be given to others.
+    All that the allocator has reserved counts, not only what is in use: others cannot have its holes.
     """
 
     def fits(size: int) -> bool:

@@ -1,12 +1,11 @@
-"""The engine of fixed shapes: every pass has as many pairs or samples as every other, so that it is compiled once,
-captured into a CUDA graph once, and replayed.
+"""The engine of fixed shapes: all passes have equally many rows, so each is compiled and captured once, then replayed.
 
-Rollout and update call the same compiled function with the same number of rows, the rollout too with gradients enabled:
-the same kernels run, and the update finds the rollout's log-probs to the last bit. Where there are fewer pairs, the
-first is repeated without weight.
+Rollout and update call the same compiled function with the same number of rows, both with gradients enabled. So the
+same kernels run, and the update finds the rollout's log-probs to the last bit. Missing pairs are filled up with the
+first, without weight.
 
-All that a run of these settings calls is known beforehand: at the first call all of it is warmed up, with blank pairs,
-then captured, so that no pass has its memory twice.
+The settings tell which calls a run makes. The first call warms all of them up with blank pairs and then captures them,
+so that no pass has its memory twice.
 """
 
 import math
@@ -33,8 +32,8 @@ Key = tuple[str, tuple[bool, ...]]
 class FixedPasses(Passes):
     """Runs one training's passes of the UNet, `micro_batch` pairs or samples at a time.
 
-    capture: into CUDA graphs; without it the calls that a graph would hold are made, on the same fixed memory.
-    search: whether cuDNN is to search for the fastest algorithms for them.
+    capture: into CUDA graphs; without it the same calls are made plainly, on the same fixed memory. search: whether
+    cuDNN is to search for their fastest algorithms.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class FixedPasses(Passes):
 
     @property
     def chunk_size(self) -> int:
-        """Samples that a rollout denoises together: as many as a micro-batch has, unless the settings say how many."""
+        """Samples that a rollout denoises together: a micro-batch's number, unless the settings give another."""
         return self.rollout_batch or self.micro_batch
 
     def chunks(self, samples: slice) -> list[slice]:
@@ -83,7 +82,7 @@ class FixedPasses(Passes):
 
         def denoise(step: int, latents: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
             inputs = _padded(latents, size), _padded(noise, size), positions[step : step + 1], contexts
-            if step == 0 and distinct is not None:  # of another size than all others: neither compiled nor captured
+            if step == 0 and distinct is not None:  # of another size, so not compiled or captured
                 results = sampler.plain().step(*inputs, distinct)
             else:
                 name = "step with means" if keep_mean or self._kept_means else "step"
@@ -117,7 +116,7 @@ class FixedPasses(Passes):
 
     def _resize(self, name: str, size: int) -> None:
         self._calls.clear()
-        self._pool = memory_pool(self.policy.device)  # one that no graph has any more cannot be used again
+        self._pool = memory_pool(self.policy.device)  # a pool cannot be used again once its graphs are gone
         super()._resize(name, size)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -136,9 +135,9 @@ class FixedPasses(Passes):
         return call
 
     def _prepare(self) -> None:
-        """Make the calls that are foreseen, warm all of them up and capture those that are sure to come."""
+        """Make the foreseen calls, warm all of them up and capture those that are sure to come."""
         needed, possible = self._foreseen()
-        calls = {key: self._make(key) for key in (*needed, *possible)}
+        calls = {key: self._make(key) for key in needed + possible}
         if self._capture:
             for (name, _), call in calls.items():
                 try:
@@ -151,9 +150,8 @@ class FixedPasses(Passes):
         self._calls = calls
 
     def _foreseen(self) -> tuple[list[Key], list[Key]]:
-        """What iterations call, that which needs most memory first; and what they call should the ratio not be 1."""
-        config, mode = self.config, self.old_log_prob
-        several = config.updates_per_iteration > 1
+        """What iterations call, largest in memory first; and what they also call should the ratio not be 1."""
+        config, mode, several = self.config, self.old_log_prob, self.config.updates_per_iteration > 1
         own = *[False] * 8, True, True  # no old log-probs, no old means: the policy as it is
         other = own if mode == "detach" else (*[False] * 9, not config.grpo.ratio_norm)
         replay = [("learn", own), *[("recompute", own)] * several]
@@ -166,12 +164,11 @@ class FixedPasses(Passes):
 
     @property
     def _kept_means(self) -> bool:
-        """Whether rollouts begin by keeping means; they go on computing them, in the same graph, when nobody asks."""
-        grpo = self.config.grpo
-        return grpo.ratio_norm and grpo.old_log_prob == "rollout"
+        """Whether rollouts compute means, in the same graph even after a switch to "replay" made them needless."""
+        return self.config.grpo.ratio_norm and self.config.grpo.old_log_prob == "rollout"
 
     def _make(self, key: Key) -> StaticCall:
-        """Not yet captured. Its example adds 0 to the gradient, however often it is run."""
+        """A call, not yet captured. Its example adds 0 to the gradient."""
         name, absent = key
         if name.startswith("step"):
             return self._make_step(keep_mean=name == "step with means")
@@ -191,8 +188,8 @@ class FixedPasses(Passes):
         blank = blank_batch(self.policy, self.config, size)
         example = [blank.latents, blank.taken, blank.step[:1], contexts]
         sampler = Sampler(self.policy, self.schedule, guidance, keep_mean)
-        # A compiled pass of the update's size is the update's program, which holds what gradients need: the same bits.
-        # One of another size is another program anyway, and need not hold it.
+        # A compiled pass of the update's size is the update's program, with what gradients need: the same bits. One of
+        # another size is another program anyway, and can leave that out.
         shared = self.policy.passes is not None and size == self.micro_batch
         return self._call(torch.set_grad_enabled(shared)(sampler.step), example)
 
@@ -201,6 +198,6 @@ class FixedPasses(Passes):
 
 
 def _padded(rows: Tensor, size: int) -> Tensor:
-    """The first row repeated at the end."""
+    """`size` rows, the first repeated at the end."""
     missing = size - len(rows)
     return torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])]) if missing else rows

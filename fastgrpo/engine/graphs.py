@@ -1,13 +1,10 @@
 """Calls on fixed memory: on CUDA recorded once as a graph and replayed, elsewhere made anew each time.
 
-A replay runs the recorded kernels on the recorded addresses, without Python and without a launch from the host for
-each.
+A replay runs the recorded kernels on the recorded addresses, without Python and without launching each from the host.
 
-Memory: what a capture allocates is kept for its graph, in a pool that graphs may share but plain calls may not. A
-function is first called plainly, for which it needs as much again. So all that will be captured is called plainly
-before
-the first capture, and the memory for that is given back: graphs that share a pool then need what the largest needs,
-once.
+Memory: what a capture allocates stays with its graph, in a pool that graphs may share but plain calls may not. A
+function is first called plainly, which takes as much memory again. So everything is called plainly before the first
+capture, and that memory is given back. Graphs that share a pool then need what the largest of them needs, once.
 """
 
 import gc
@@ -22,9 +19,9 @@ from torch.cuda.memory import _cuda_endAllocateToPool, _cuda_releasePool
 
 Inputs = Sequence[Tensor | None]
 Pool = Any
-"""A pair of numbers that PyTorch calls a pool of memory by."""
+"""PyTorch's name of a memory pool: a pair of numbers."""
 
-_WARM_UP = 3  # calls before a capture: libraries make their handles and workspaces, lazy work gets done
+_WARM_UP = 3  # calls before a capture, in which libraries make their handles and workspaces
 
 
 class StaticCall:
@@ -32,25 +29,21 @@ class StaticCall:
 
     buffers: that memory, one tensor per input in the example's layout, or None; they may also be written directly.
 
-    Until it is captured, a call is the function's. For a capture the function is called a few times on a stream of its
-    own, then once more while its kernels are recorded; what it returned then is what every call returns, filled anew.
+    Until it is captured, a call runs the function. For a capture the function is called a few times on a stream of its
+    own, then once more while its kernels are recorded. Later calls fill and return the outputs of that last call.
     Rules for what may be captured:
 
-    - What decides which kernels run, and all that Python computes, is as it was at the capture. Only the content of
-      tensors may differ: numbers that change, such as a step or a weight, are inputs.
+    - Only the content of tensors may change after the capture, not which kernels run nor what Python computes. Numbers
+      that change, such as a step or a weight, are inputs.
     - Nothing may wait for the device (`item`, `tolist`, `if tensor:`, copies to the host), draw random numbers or
-      change shapes. Tensors from outside, such as weights, are read and written where they lay at the capture; they
-      must stay there and be kept alive by the caller.
-    - Gradient mode is that of the capture. `torch.autograd.grad` may be called, for a forward pass within the same
-      function; `backward()` too, if every `.grad` already is the tensor to add to. Autocast must not keep its cache of
-      weights.
-    - Outputs are detached: one with a graph behind it would keep all its activations for good.
-    - The warm-up really computes. A function that leaves something behind, such as a sum of gradients, gets an example
-      for which it adds 0.
+      change shapes. Tensors from outside, such as weights, must stay where they lay; the caller keeps them alive.
+    - Gradient mode is that of the capture. `torch.autograd.grad` may be called for a forward pass of the same function;
+      `backward()` too, if every `.grad` already is the tensor to add to. Autocast must not cache weights.
+    - Outputs are detached: one with an autograd graph would keep all its activations for good.
+    - The warm-up really computes. A function that sums gradients, say, gets an example for which it adds 0.
 
-    Outputs hold until the next call of this or of any graph of the same pool, since the intermediate results of one may
-    lie where the outputs of another are. For the same reason graphs of a pool never run at the same time. One thread at
-    a time may call.
+    Outputs hold until the next call of this or any graph of the same pool, whose intermediate results may lie there.
+    So graphs of a pool never run at the same time. One thread at a time may call.
     """
 
     def __init__(
@@ -61,10 +54,10 @@ class StaticCall:
         pool: Pool | None = None,
         pack: Callable[..., Any] | None = None,
     ):
-        """inputs: an example, copied; a None stays None. capture: at once; else `capture_all` does it, or nothing does.
+        """inputs: an example, copied; a None stays None. capture: at once, as `capture_all` does, raising what it does.
 
-        pool: of `memory_pool`, to share with other graphs; None is its own. pack: makes one object of the inputs, which
-        the function is given instead. Raises what `capture_all` does.
+        pool: of `memory_pool`, shared with other graphs; None is its own. pack: turns the inputs into one object, which
+        the function gets instead.
         """
         self._function, self._pool = function, pool
         self.buffers = tuple(None if tensor is None else tensor.detach().clone() for tensor in inputs)
@@ -79,7 +72,7 @@ class StaticCall:
         return self._graph is not None
 
     def warm_up(self) -> None:
-        """Call the function with what is in the buffers, so that a capture finds all ready; once for good.
+        """Call the function on the buffers to make it ready for a capture; a second call does nothing.
 
         Raises ValueError where the inputs are not on one CUDA device, RuntimeError where the function waits for the
         device, and whatever it raises itself.
@@ -92,10 +85,9 @@ class StaticCall:
         self._warm = True
 
     def __call__(self, *inputs: Tensor | None) -> Any:
-        """What the function returns for `inputs`, which are like the example's in shape, dtype, device and where they
-        are None.
+        """What the function returns for `inputs`; never waits for the device.
 
-        Never waits for the device. Raises ValueError, naming the input, for others.
+        Raises ValueError, naming the input, where one differs from the example's in shape, dtype, device or being None.
         """
         if len(inputs) != len(self.buffers):
             raise ValueError(f"{len(inputs)} inputs were given; accepted are {len(self.buffers)}")
@@ -118,9 +110,9 @@ class StaticCall:
 
 
 def capture_all(calls: Sequence[StaticCall]) -> None:
-    """Record calls as graphs, those that are not yet: all are warmed up before the first is recorded.
+    """Record the calls that are not graphs yet, after warming all of them up.
 
-    The largest first: in a pool that they share the others find room in its memory. Raises ValueError where a call's
+    calls: the largest first, so that the others fit into its memory in a shared pool. Raises ValueError where a call's
     inputs are not on one CUDA device, and whatever a function or a capture raises; the device can be used afterwards.
     """
     waiting = [call for call in calls if not call.captured]
@@ -133,10 +125,10 @@ def capture_all(calls: Sequence[StaticCall]) -> None:
 
 
 def warm_up(function: Callable[[], object], device: torch.device, pool: Pool) -> None:
-    """Call the function a few times where `record` will record it.
+    """Call the function a few times on the stream where `record` will record it.
 
-    Raises RuntimeError where the last call waits for the device: that would break a capture, and some versions of
-    PyTorch do not recover from it.
+    Raises RuntimeError where the last call waits for the device: some versions of PyTorch never recover from a capture
+    that this breaks.
     """
     with torch.cuda.device(device):
         current, side = torch.cuda.current_stream(), _side_stream(device, pool)
@@ -153,10 +145,9 @@ def warm_up(function: Callable[[], object], device: torch.device, pool: Pool) ->
 
 
 def record(function: Callable[[], Any], device: torch.device, pool: Pool) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of the kernels that one call of the function starts, and what it returned. `warm_up` comes before.
+    """After `warm_up`: a graph of the kernels that one call of the function starts, and what the call returned.
 
-    Raises whatever the function or the capture raises; the device can be used afterwards, but after a failure no
-    further graph can be captured in the pool.
+    Raises whatever the function or the capture raises. The device can then still be used, but the pool takes no more.
     """
     with torch.cuda.device(device):
         current, side = torch.cuda.current_stream(), _side_stream(device, pool)
@@ -184,11 +175,11 @@ _ABANDONED: list[torch.cuda.CUDAGraph] = []
 
 
 def _stop_recording(graph: torch.cuda.CUDAGraph, pool: Pool) -> None:
-    """After a capture that could not end: PyTorch 2.11 leaves the default generator and both its allocators recording.
+    """Clean up after a capture that could not end: PyTorch 2.11 leaves the generator and both allocators recording.
 
-    That of pinned memory cannot be told to stop. It goes on asking the graph, at every allocation during a capture,
-    whether the capture is its own; the answer is no, so all that is needed is that the graph stays there to be asked,
-    and that nothing is captured into the pool again. Newer versions stop all three.
+    The allocator of pinned memory cannot be stopped. During every later capture it asks the graph whether the capture
+    is its own, and gets a no. So the graph is kept alive, and nothing may be captured into its pool again. Newer
+    versions stop all three.
     """
     device = torch.cuda.current_device()
     generator = torch.cuda.default_generators[device]
@@ -199,7 +190,7 @@ def _stop_recording(graph: torch.cuda.CUDAGraph, pool: Pool) -> None:
         return  # it was ended
     _ABANDONED.append(graph)
     with suppress(RuntimeError):
-        _cuda_releasePool(device, pool)  # or what the capture allocated would be kept for good
+        _cuda_releasePool(device, pool)  # else what the capture allocated is kept for good
 
 
 def memory_pool(device: torch.device) -> Pool | None:
@@ -209,7 +200,7 @@ def memory_pool(device: torch.device) -> Pool | None:
 
 @contextmanager
 def no_host_sync() -> Iterator[None]:
-    """Raises RuntimeError within the block where the host would wait for a CUDA device, as far as PyTorch knows."""
+    """Raises RuntimeError within the block if the host would wait for a CUDA device, as far as PyTorch can tell."""
     if not torch.cuda.is_available():
         yield
         return
@@ -223,15 +214,15 @@ def no_host_sync() -> Iterator[None]:
 
 @cache
 def _side_stream(device: torch.device, pool: Pool) -> torch.cuda.Stream:
-    """Where graphs of a pool are captured: its memory is shared between captures on one stream.
+    """The stream where graphs of a pool are captured: they share its memory only on one stream.
 
-    Each pool has its own: PyTorch 2.14 frees cuBLAS's workspace of a stream when any graph captured there goes.
+    Each pool has its own: PyTorch 2.14 frees a stream's cuBLAS workspace when any graph captured there is freed.
     """
     return torch.cuda.Stream(device)
 
 
 def _cuda_device(buffers: Inputs) -> torch.device:
-    """Where they are. Raises ValueError unless that is one CUDA device."""
+    """Raises ValueError unless all are on one CUDA device."""
     devices = {buffer.device for buffer in buffers if buffer is not None}
     if [device.type for device in devices] != ["cuda"]:
         raise ValueError(f"a graph's inputs are on {sorted(map(str, devices))}; accepted is one CUDA device")

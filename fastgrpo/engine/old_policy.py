@@ -17,12 +17,12 @@ class OldPolicy:
     replay    until the policy moves, what its pass just gave; afterwards numbers that were recomputed before it moved
     detach    what the pass just gave, always
 
-    A pass may be rounded otherwise than the rollout's: BLAS chooses the order of its sums by the number of rows, and of
-    very few by the place of a row among them. So before the first optimizer step the trajectory's numbers are compared
-    with the passes that the step learns from. Where ratios leave 1 by more than `engine.allowed`, this update is a
-    replay, and so are all later ones; this one alone if the engine halved a size since the rollout began.
+    The update's passes may round differently from the rollout's: BLAS orders its sums by the number of rows, and for
+    very few by a row's place. So before the first optimizer step its passes are compared with the trajectory's numbers.
+    Where a ratio leaves 1 by more than `engine.allowed`, this update and all later ones are replays; only this one if
+    the engine halved a size since the rollout began.
 
-    moved: whether an optimizer step has been taken; the update says so.
+    moved: whether an optimizer step has been taken; the update sets it.
     """
 
     def __init__(self, engine: Passes, experience: Experience):
@@ -32,24 +32,21 @@ class OldPolicy:
 
     @property
     def remembered(self) -> Remembered | None:
-        """What the next pass is compared with; None is itself."""
+        """What the next pass is compared with; None is the pass itself."""
         if self._mode == "rollout":
             trajectory = self._experience.trajectory
             return Remembered(trajectory.log_probs, trajectory.means if self._engine.config.grpo.ratio_norm else None)
         return self._recomputed if self.moved else None
 
     def mistaken(self, results: Sequence[PairResults]) -> bool:
-        """Whether these passes of a policy that has not moved are to be done again, for its numbers were not theirs.
-
-        Asks all processes, and waits for the device.
-        """
+        """Whether these passes must be repeated as a replay. Asks all processes, and waits for the device."""
         engine = self._engine
         if self._mode != "rollout" or self.moved:
             return False
         one = self._experience.trajectory.log_probs.new_ones(1)
         ratios = torch.cat([each.ratio for each in results]) if results else one
         apart = float(engine.ranks.gather((ratios - 1).abs().max()[None]).max())
-        if not apart > engine.allowed:  # nor if it is not a number: the update will say so
+        if not apart > engine.allowed:  # also where it is NaN, which the update will report
             return False
         self._mode = "replay"
         if not engine.ranks.any(engine.resized):
@@ -57,10 +54,7 @@ class OldPolicy:
         return True
 
     def recompute(self, steps: Sequence[OptimizerStep]) -> int:
-        """Remember what the policy says now of the pairs of these steps, if it will be needed: once, before it moves.
-
-        Returns how many pairs went through the UNet.
-        """
+        """In a replay, remember once what the policy says of these steps' pairs. Returns how many the UNet computed."""
         if self._mode != "replay" or self.moved or self._recomputed is not None:
             return 0
         self._recomputed = self._engine.recompute([step.pairs for step in steps], self._experience)

@@ -1,12 +1,11 @@
 """Finished chunks are decoded and scored while the next ones are drawn.
 
-Chunk i is finished once all steps of chunk i + 1 have been handed to the device: what a reward waits for on the host,
-such as a check of its numbers, then costs the device nothing. No image is drawn by other weights than without, so
-nothing but the clock changes. Images and scores are complete when the block ends.
+Chunk i is finished once all steps of chunk i + 1 have been handed to the device, so the device is busy while the host
+waits, for instance to check a reward's numbers. Only the clock changes, no number. Images and scores are complete when
+the block ends.
 
-Decoding is not a graph. Its kernels, some 150 for 16 images of 512 x 512 pixels, take a GPU about 0.1 s by count and
-the host some milliseconds to launch, while it has nothing else to do; a graph would keep 6 GB in a pool of its own for
-good.
+Decoding is not a graph. Its kernels, some 150 for 16 images of 512 x 512 pixels, take a GPU about 0.1 s by count and an
+idle host some milliseconds to launch; a graph would keep 6 GB in a pool of its own for good.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,17 +45,17 @@ class Pipeline:
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for good: what the allocator keeps for a stream serves that stream only, gigabytes of the VAE's for each.
+    """One for good: what the allocator keeps for a stream serves no other, and the VAE needs gigabytes for each.
 
-    Of high priority, since PyTorch deals streams of a priority out in turn, and one that graphs were captured on has
-    the same cuBLAS workspace as their replays, which run at the same time as this.
+    Of high priority: PyTorch hands out the streams of a priority in turn, and this one must not be one that graphs were
+    captured on, whose replays run at the same time and use that stream's cuBLAS workspace.
     """
     return torch.cuda.Stream(device, priority=-1)
 
 
 @contextmanager
 def pipeline(finish: Callable[[slice], object], device: torch.device) -> Iterator[Pipeline]:
-    """finish: given the samples of a chunk; on CUDA what it allocates must be let go within it, or be kept by it."""
+    """finish: given a chunk's samples; on CUDA it must free what it allocates before it returns, or keep it."""
     made = Pipeline(finish, device)
     yield made
     made.flush()

@@ -26,7 +26,7 @@ _HALVED = {"micro_batch": "micro-batches have {} pairs", "rollout_batch": "rollo
 
 
 def ignore(*told: Any) -> None:
-    """For who is told what nobody wants to know."""
+    """Takes what nobody wants to know."""
 
 
 def out_of_memory(name: str, size: int) -> str:
@@ -37,7 +37,7 @@ def out_of_memory(name: str, size: int) -> str:
 class Attempt:
     """One try of a piece of work, as a context that swallows an OutOfMemoryError while a size can still be halved.
 
-    again: whether it follows one that memory ran out in. short: the size that was too large for this one, or "".
+    again: whether memory ran out in the try before. short: the name of the size that was too large in this one, or "".
     """
 
     def __init__(self, engine: "Passes", name: str, most: int, again: bool):
@@ -64,11 +64,11 @@ class Passes:
 
     loss: what a pass of the update computes. trainable: what learns; None where there is only drawing.
     ranks: the processes that train together. share_first: whether a rollout computes equal rows of its first step once.
-    micro_batch: pairs in a pass at most. rollout_batch: samples in a rollout's pass at most, where that is another
-    number, else 0. Both are halved where memory runs out.
+    micro_batch: most pairs of a pass. rollout_batch: most samples of a rollout's pass where that differs, else 0. Both
+    are halved where memory runs out.
     old_log_prob: grpo.old_log_prob, or "replay" since the update did not find the rollout's log-probs again.
-    allowed: how far a ratio may be from 1 before the policy has moved; anything, unless told otherwise.
-    changed: told of the three which is another from now on, by name, what it is, and a sentence that says why.
+    allowed: how far a ratio may be from 1 before the policy has moved.
+    changed: called when one of these three changes, with its name, its new value and a sentence that says why.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Passes:
         return self.config.engine.overlap and self.policy.device.type == "cuda"
 
     def begin_rollout(self) -> None:
-        """Go on with the smallest sizes of all processes, so that what the first one records is what all have."""
+        """Take the smallest sizes of all processes, so that the first one's record holds for all."""
         smallest = self.ranks.gather(torch.tensor([self._sizes])).amin(dim=0).tolist()
         for name, size, least in zip(_HALVED, self._sizes, smallest, strict=True):
             if least < size:
@@ -142,7 +142,7 @@ class Passes:
 
     @property
     def resized(self) -> bool:
-        """Whether a size was halved since the last rollout began: its passes were of another size than they are now."""
+        """Whether a size was halved since the last rollout began."""
         return self._sizes != self._drew_with
 
     def chunks(self, samples: slice) -> list[slice]:
@@ -153,18 +153,17 @@ class Passes:
         return [slice(samples.start + part.start, samples.start + part.stop) for part in parts]
 
     def scores_early(self, samples: int) -> bool:
-        """Whether groups are scored during the rollout: where one is whole before the last chunk is drawn."""
+        """Whether groups are scored during the rollout: if one is whole before the last chunk is drawn."""
         group = self.config.group_size
         return self.overlaps and any(part.stop >= group for part in self.chunks(slice(0, samples))[:-1])
 
     def denoiser(self, embeds: Tensor, part: slice, keep_mean: bool) -> Denoise:
         """Takes the steps of one chunk. embeds: [N, L, D] of its samples. part: where they are among this process's."""
-        config = self.config
-        sampler = Sampler(self.policy, self.schedule, config.rollout.guidance, keep_mean)
+        sampler = Sampler(self.policy, self.schedule, self.config.rollout.guidance, keep_mean)
         distinct = None
         if self.share_first:
             samples = range(part.start, part.stop)
-            distinct = sampler.first_rows(config.rollout.initial_noise, config.group_size, samples)
+            distinct = sampler.first_rows(self.config.rollout.initial_noise, self.config.group_size, samples)
         return sampler.chunk(embeds, distinct)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -176,7 +175,7 @@ class Passes:
             parameter.grad = None
 
     def micro_batches(self, pairs: Pairs) -> list[list[Pairs]]:
-        """As many micro-batches at a time as there are workers, so that no more gradients than those exist at once."""
+        """As many micro-batches at a time as there are workers: no more gradients exist at once."""
         parts, count = pairs.split(self.micro_batch), self.workers.count
         return [parts[start : start + count] for start in range(0, len(parts), count)]
 
@@ -190,8 +189,7 @@ class Passes:
     ) -> list[PairResults]:
         """Sum the gradient of an optimizer step's pairs; begun again with smaller micro-batches where memory runs out.
 
-        Returns each micro-batch's results. old, weight: as of `Experience.micro_batch`.
-        progress: called with the number of pairs that are done.
+        Returns each micro-batch's results. old, weight: as of `Experience.micro_batch`. progress: told the pairs done.
         """
         results: list[PairResults] = []
         for attempt in self.attempts("micro_batch"):
@@ -216,10 +214,7 @@ class Passes:
         return results
 
     def recompute(self, steps: Sequence[Pairs], experience: Experience) -> Remembered:
-        """Returns what the policy as it is now says of these pairs, computed in the very micro-batches of `learn`.
-
-        All are computed again, in smaller ones, where memory runs out.
-        """
+        """What the policy now says of these pairs, in `learn`'s micro-batches; all again where memory runs out."""
         trajectory = experience.trajectory
         log_probs = torch.zeros_like(trajectory.log_probs)
         means = torch.zeros_like(trajectory.latents[1:]) if self.config.grpo.ratio_norm else None
@@ -234,15 +229,14 @@ class Passes:
         return Remembered(log_probs, means)
 
     def replay(self, apart: float) -> None:
-        """From now on have updates recompute the old log-probs. apart: how far the rollout's put a ratio from 1."""
+        """From now on updates recompute the old log-probs. apart: how far the rollout's put a ratio from 1."""
         self.old_log_prob = "replay"
-        self._changed(
-            "old_log_prob",
-            "replay",
+        why = (
             f"rollout and update differ by up to {apart:.1e} in an unchanged policy's ratio, at most "
-            f"{self.allowed:.0e} is allowed: from now on the update recomputes old log-probs "
-            "(as grpo.old_log_prob replay), up to a third more work there",
+            f"{self.allowed:.0e} is allowed: from now on the update recomputes old log-probs (as grpo.old_log_prob "
+            "replay), up to a third more work there"
         )
+        self._changed("old_log_prob", "replay", why)
 
     def _learn(self, batches: list[MicroBatch]) -> list[PairResults]:
         learned = list(self.workers.map(self.loss.learn, batches))
@@ -265,7 +259,7 @@ class Passes:
         return [getattr(self, name) for name in _HALVED]
 
     def attempts(self, name: str, most: int = 0) -> Iterator[Attempt]:
-        """Tries of one piece of work, until memory is enough for it: a size is halved before each further one.
+        """Tries of one piece of work until memory is enough; before each further one a size is halved.
 
         name: that size, unless the error's attribute `size` names another. most: what a size of 0 stands for.
         """
@@ -274,7 +268,7 @@ class Passes:
             yield (attempt := Attempt(self, name, most, again))
             if not attempt.short:
                 return
-            # Only here, where the exception is gone, which held what the failed pass computed.
+            # Only here: until the exception is gone, it holds what the failed pass computed.
             self._resize(attempt.short, attempt.size // 2)
             again = True
 

@@ -1,11 +1,10 @@
 """What an engine decided at its start, which checkpoints store and RUN/engine.json shows.
 
-A resumed run does as the first one did instead of measuring again, or its sums could be rounded otherwise. On another
-kind of device it decides anew. RUN/engine.json is the record for people, written at the start and with every
-checkpoint:
+A resumed run follows it instead of measuring again, or its sums could round differently; on another kind of device it
+decides anew. RUN/engine.json is the record for people, written at the start and with every checkpoint:
 
     device          what it was decided for, a GPU's name for instance
-    settings        what it was told: with others, as a resumed run may have them, it decides anew
+    settings        those it was decided for: a resumed run with others decides anew
     attention       for every shape of the UNet's attention who computes it, the milliseconds that each candidate took,
                     and why others were left out; null where PyTorch chooses for itself
     micro_batch     pairs, as measured or set, and halved where memory ran out since
@@ -14,8 +13,8 @@ checkpoint:
     old_log_prob    grpo.old_log_prob, or "replay" where the update did not find the rollout's log-probs again
     group_norm      kind of call -> the implementation that was faster
     rollout_batch   rollout.batch where it was halved because memory ran out, else 0
-    cudnn_benchmark whether cuDNN tries algorithms for the convolutions of passes of fixed shapes and keeps the fastest,
-                    as on CUDA. It tries them at every start: a resumed run may get others, and then rounds otherwise
+    cudnn_benchmark whether cuDNN keeps the fastest algorithms for convolutions of fixed shapes, as on CUDA. It tries
+                    them at every start: a resumed run may get others, and then rounds differently
 """
 
 import json
@@ -33,10 +32,7 @@ Say = Callable[[str], object]
 
 @dataclass
 class EngineRecord:
-    """What an engine decided, in plain numbers and strings, as the module's docstring has them. Empty before it did.
-
-    attention: an AttentionPlan as JSON. reuse: by the name `first`.
-    """
+    """What an engine decided, as in the module's docstring; empty before. attention: an AttentionPlan as JSON."""
 
     device: str = ""
     attention: dict[str, Any] | None = None
@@ -50,7 +46,7 @@ class EngineRecord:
     cudnn_benchmark: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """With what has been chosen for GroupNorm by now: that is measured when a shape is first met."""
+        """With GroupNorm's choices so far: they are measured when a shape is first met."""
         return asdict(self) | {"group_norm": GROUP_NORM.choices()}
 
     def write(self, run: Path) -> None:

@@ -29,17 +29,12 @@ class Sampler:
     keep_mean: bool = False
 
     def step(
-        self,
-        latents: Tensor,
-        noise: Tensor,
-        step: Tensor,
-        contexts: Tensor,
-        distinct: DistinctRows | None = None,
+        self, latents: Tensor, noise: Tensor, step: Tensor, contexts: Tensor, distinct: DistinctRows | None = None
     ) -> tuple[Tensor, ...]:
-        """One step of N samples; all it needs is on the device, so that it can be captured once for all steps.
+        """One step of N samples; all its inputs are on the device, so one capture serves all steps.
 
-        latents, noise: [N, C, H, W] float32. step: [1] int64. contexts: as `Policy.contexts`.
-        distinct: which rows need to be computed; None is all.
+        latents, noise: [N, C, H, W] float32. step: [1] int64. contexts: as `Policy.contexts`. distinct: rows to
+        compute; None is all.
         """
         rows = latents.to(self.policy.dtype).repeat(1 if self.guidance == 1.0 else 2, 1, 1, 1)
         at = step.expand(len(rows))
@@ -70,5 +65,5 @@ class Sampler:
         return _distinct_rows(initial_noise, group_size, samples, self.guidance, self.policy.device)
 
 
-# Made on the host, which waits for the device to copy them: once for a chunk's place, not in every rollout.
+# Made on the host, which waits while they are copied to the device: once for a chunk's place, not in every rollout.
 _distinct_rows = cache(distinct_rows)

@@ -47,18 +47,15 @@ def start_engine(
     ranks: Ranks,
     say: Say,
 ) -> Passes:
-    """Make what runs the passes of `trainable.network`.
+    """Make the engine that runs the passes of `trainable.network`, which is what `policy` computes with.
 
-    policy: computes with that. record: of an earlier start, which is followed where it was on the same kind of device,
-        or an empty one; filled in, and kept up to date.
-    find_micro_batch: given what runs one forward and backward pass of n pairs, the n that is settled or 0, and what is
-        to be told the n that is expected before any is tried: the n to use.
+    record: an earlier start's, followed on the same kind of device, or an empty one; the engine keeps it up to date.
     Raises ConfigError for settings that this machine cannot do.
     """
     network, engine, device = trainable.network, config.engine, policy.device
     _begin(record, device, config, say)
-    wanted = {name: is_on(getattr(engine, name), device) for name in ("kernels", "graphs")}
-    if wanted["kernels"]:
+    kernels, graphs = is_on(engine.kernels, device), is_on(engine.graphs, device)
+    if kernels:
         patch_unet(network)
         _patch_vae(policy)
         GROUP_NORM.set_choices(record.group_norm or {})
@@ -71,19 +68,19 @@ def start_engine(
         say(why)
 
     with searching(record.cudnn_benchmark):
-        _settle_micro_batch(loss, weights, config, record, find_micro_batch, ranks, changed)
-        _attend(loss, config, record, ranks, say)
-        passes = _compile(loss, config, record, ranks, say)
+        _settle_micro_batch(loss, weights, record, find_micro_batch, ranks, changed)
+        _attend(loss, record, ranks, say)
+        passes = _compile(loss, record, ranks, say)
         loss = replace(loss, policy=replace(policy, passes=passes))
-        if wanted["kernels"] and device.type == "cuda" and not record.group_norm:
+        if kernels and device.type == "cuda" and not record.group_norm:
             _choose_group_norm(loss, weights, record, ranks)
         if record.reuse is None:
-            record.reuse = {"first": not ranks.any(not _shares_first_step(loss, config, record))}
+            record.reuse = {"first": not ranks.any(not _shares_first_step(loss, record))}
 
     decided = loss, trainable, record.micro_batch, record.reuse["first"], changed, record.rollout_batch
     allowed = CPU_AGREEMENT if device.type == "cpu" else 0.0
-    if passes or wanted["graphs"]:
-        capture = wanted["graphs"] and device.type == "cuda"
+    if passes or graphs:
+        capture = graphs and device.type == "cuda"
         made: Passes = FixedPasses(*decided, allowed, ranks, capture, record.cudnn_benchmark)
     else:
         made = Passes(*decided, allowed, ranks)
@@ -99,7 +96,7 @@ def wants_fixed_shapes(config: TrainConfig, device: torch.device) -> bool:
 
 
 def _begin(record: EngineRecord, device: torch.device, config: TrainConfig, say: Say) -> None:
-    """Empty a record of another kind of device or of other settings: what was measured there says nothing here."""
+    """Empty a record of another kind of device or of other settings: its measurements do not hold here."""
     name, settings = device_name(device), _settings(config)
     if record.settings not in (None, settings):
         told = [field for field, value in settings.items() if record.settings.get(field) != value]
@@ -122,27 +119,16 @@ def _patch_vae(policy: Policy) -> None:
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """What decisions depend on and a resumed run may have otherwise."""
-    engine = {
-        name: getattr(config.engine, name) for name in ("kernels", "attention", "compile", "graphs", "reuse", "memory")
-    }
+    """The settings that decisions depend on and that a resumed run may change."""
+    names = ("kernels", "attention", "compile", "graphs", "reuse", "memory")
     batches = {"micro_batch": config.micro_batch, "rollout.batch": config.rollout.batch}
-    return batches | {f"engine.{name}": value for name, value in engine.items()}
+    return batches | {f"engine.{name}": getattr(config.engine, name) for name in names}
 
 
 def _settle_micro_batch(
-    loss: PolicyLoss,
-    weights: FlatWeights,
-    config: TrainConfig,
-    record: EngineRecord,
-    find_micro_batch: FindMicroBatch,
-    ranks: Ranks,
-    changed: Changed,
+    loss: PolicyLoss, weights: FlatWeights, record: EngineRecord, find: FindMicroBatch, ranks: Ranks, changed: Changed
 ) -> None:
-    """Find the micro-batch or take what is settled, and on CUDA see that it fits.
-
-    Passes that are timed compute attention as the run's do.
-    """
+    """Find the micro-batch or take the settled one; on CUDA see that it fits. Timed passes use the run's attention."""
     device, expected = loss.policy.device, 0
 
     def run(size: int) -> None:
@@ -151,19 +137,19 @@ def _settle_micro_batch(
     def expect(size: int) -> None:
         nonlocal expected
         record.micro_batch = expected = size
-        _attend(loss, config, record, ranks, say=lambda line: None)
+        _attend(loss, record, ranks, say=lambda line: None)
 
     # aside: a search for each size that is tried would take minutes.
-    record.micro_batch = find_micro_batch(aside()(run), record.micro_batch or config.micro_batch, expect)
+    record.micro_batch = find(aside()(run), record.micro_batch or loss.config.micro_batch, expect)
     if expected and record.micro_batch != expected:
-        record.attention = None  # to be chosen by passes of the very size
+        record.attention = None  # to be chosen again, by passes of this size
     if device.type == "cuda":
         _fit(record.micro_batch, fits_within(run, device, sys.maxsize), ranks, changed)
     weights.zero_gradient()
 
 
 def _fit(size: int, fits: Callable[[int], bool], ranks: Ranks, changed: Changed) -> None:
-    """Halve the micro-batch until one fits on every process: a size of the settings has not been tried yet."""
+    """Halve the micro-batch until it fits on every process: a size from the settings was never tried."""
     while ranks.any(not fits(size)):
         if size == 1:
             raise torch.OutOfMemoryError("not even a micro-batch of one pair fits into the GPU's memory")
@@ -177,7 +163,7 @@ def _pass(loss: PolicyLoss, weights: FlatWeights, size: int) -> None:
 
 
 def _choose_group_norm(loss: PolicyLoss, weights: FlatWeights, record: EngineRecord, ranks: Ranks) -> None:
-    """Let GroupNorm meet all shapes, which times its implementations, and follow the first process's choices."""
+    """Show GroupNorm all shapes, so that it times its implementations; all take the first process's choices."""
     policy, config = loss.policy, loss.config
     _pass(loss, weights, record.micro_batch)
     weights.zero_gradient()
@@ -189,15 +175,15 @@ def _choose_group_norm(loss: PolicyLoss, weights: FlatWeights, record: EngineRec
 
 
 def decoded_at_once(samples: int, chunk: int, config: TrainConfig) -> list[int]:
-    """How many latents the VAE gets at once where `samples` are drawn `chunk` at a time, ascending."""
+    """The numbers of latents the VAE decodes at once, ascending, where `samples` are drawn `chunk` at a time."""
     batch = config.rollout.decode_batch
     parts = {min(chunk, samples), samples % chunk}
     return sorted({size for part in parts for size in (min(batch, part), part % batch)} - {0})
 
 
-def _attend(loss: PolicyLoss, config: TrainConfig, record: EngineRecord, ranks: Ranks, say: Say) -> None:
-    """Choose who computes attention, for all processes alike, and let the UNets compute it so."""
-    policy, wanted = loss.policy, config.engine.attention
+def _attend(loss: PolicyLoss, record: EngineRecord, ranks: Ranks, say: Say) -> None:
+    """Choose what computes attention, the same on all processes, and set it in the UNets."""
+    policy, config, wanted = loss.policy, loss.config, loss.config.engine.attention
     if wanted == "auto" and policy.device.type == "cpu":
         return  # PyTorch's own choice, which diffusers takes
     rows, tokens = record.micro_batch * config.rollout.halves, policy.unconditional.shape[1]
@@ -219,41 +205,38 @@ def _any_rows(shapes: Sequence[AttentionShape]) -> list[AttentionShape]:
     return [replace(shape, rows=0) for shape in shapes]
 
 
-def _compile(loss: PolicyLoss, config: TrainConfig, record: EngineRecord, ranks: Ranks, say: Say) -> Network | None:
+def _compile(loss: PolicyLoss, record: EngineRecord, ranks: Ranks, say: Say) -> Network | None:
     """The compiled UNet, or None. Rollout and update share it: with as many rows both compute what gradients need."""
-    policy = loss.policy
+    policy, config = loss.policy, loss.config
     if record.compiled is False or not is_on(config.engine.compile, policy.device):
         record.compiled = False
         return None
-    choices = (record.attention or {}).get("choices", [])
-    operators = {
-        "kernels": is_on(config.engine.kernels, policy.device),
-        "attention": [[choice["backend"], choice["shape"]] for choice in choices],
-    }
+    attention = [[choice["backend"], choice["shape"]] for choice in (record.attention or {}).get("choices", [])]
+    operators = {"kernels": is_on(config.engine.kernels, policy.device), "attention": attention}
     tokens = policy.unconditional.shape[1]
     example = make_example(policy.unet, policy.latent_shape, tokens, policy.dtype, policy.device)
     rows = record.micro_batch * config.rollout.halves
     compiled = compile_forward(policy.computing, policy.unet, example, rows, json.dumps(operators), say)
-    # One process that cannot compile would round otherwise than the others.
+    # A process that cannot compile would round differently from the others.
     record.compiled = not ranks.any(compiled is None)
     return compiled if record.compiled else None
 
 
-def _shares_first_step(loss: PolicyLoss, config: TrainConfig, record: EngineRecord) -> bool:
+def _shares_first_step(loss: PolicyLoss, record: EngineRecord) -> bool:
     """Whether a rollout computes equal rows of its first step once: on a CPU only if asked for."""
-    policy, setting, size = loss.policy, config.engine.reuse, record.micro_batch
+    policy, config, setting, size = loss.policy, loss.config, loss.config.engine.reuse, record.micro_batch
     if not is_on(setting, policy.device):
         return False
     guidance = config.rollout.guidance
     rows = distinct_rows(config.rollout.initial_noise, config.group_size, range(size), guidance, policy.device)
     if setting == "on" or not rows.saved:
         return rows.saved > 0
-    batch = blank_batch(loss.policy, loss.config, size)
+    batch = blank_batch(policy, config, size)
     latents = batch.latents.to(policy.dtype).repeat(config.rollout.halves, 1, 1, 1)
     contexts = policy.contexts(batch.embeds, guidance)
 
     def forward(latents: Tensor, timesteps: Tensor, contexts: Tensor) -> Tensor:
-        """As in the rollout: fewer rows are neither compiled nor captured, and no algorithm is searched for them."""
+        """As in a rollout: a pass of fewer rows is not compiled or captured, and cuDNN searches nothing for it."""
         if len(latents) == len(rows.index):
             with torch.set_grad_enabled(policy.passes is not None):
                 return policy.forward(latents, timesteps, contexts, return_dict=False)[0].detach()

@@ -24,7 +24,6 @@ class Ema:
     """
 
     def __init__(self, weights: FlatWeights):
-        """weights: with a moving average."""
         assert weights.ema is not None
         self._weights = weights
         self.average = weights.views(weights.ema)
@@ -50,8 +49,7 @@ class Trainable:
 
     unet: what is saved. parameters: float32, by their names in the UNet. optimizer: over these, in this order.
     scaler: the loss scale; disabled unless the UNet computes in fp16. ema: where optim.ema is above 0.
-    network: what computes, as `computing_unet` makes it. trained: its parameters that learn, in the order of
-    `parameters`.
+    network: what computes, made by `computing_unet`. trained: its parameters that learn, in the order of `parameters`.
     """
 
     unet: UNet2DConditionModel
@@ -79,8 +77,8 @@ class Trainable:
     def step(self, max_grad_norm: float) -> tuple[Tensor, bool]:
         """One optimizer step on the gradients in `.grad`, scaled down to `max_grad_norm`.
 
-        Returns the norm before that (a scalar tensor) and whether the step was taken: with fp16 it is left out, and
-        the loss scale halved, when the scaled gradients overflowed.
+        Returns the norm before that (a scalar tensor) and whether the step was taken: where fp16's scaled gradients
+        overflowed it is left out, and the loss scale halved.
         """
         step: Any = self.scaler.step  # which returns what the optimizer's own step does
         norm: Tensor = step(self.optimizer, max_grad_norm)
@@ -92,8 +90,8 @@ class Trainable:
 def learning_rate(config: TrainConfig, iteration: int) -> float:
     """The learning rate of iteration number `iteration`, from 1.
 
-    Iteration i of W warm-up iterations has i / W of `lr`. Of the others `linear` and `cosine` fall from `lr` in the
-    first to what would be 0 after the last.
+    Iteration i of W warm-up iterations has i / W of `lr`. Then `linear` and `cosine` fall from `lr` towards 0, which
+    they would reach after the last iteration.
     """
     optim = config.optim
     if iteration <= optim.warmup:
@@ -106,30 +104,22 @@ def learning_rate(config: TrainConfig, iteration: int) -> float:
 def make_trainable(
     unet: UNet2DConditionModel, config: TrainConfig, device: torch.device, dtype: torch.dtype
 ) -> Trainable:
-    """Adapters on `unet` where the config has them, and everything else that training moves.
+    """Adapters on `unet` where the config has them, and everything else that training moves. Raises ConfigError.
 
     dtype: what the UNet computes in; with adapters its frozen weights are held in it.
-    Raises ConfigError.
     """
     if config.model.lora_rank:
         add_lora(unet, config.model, seed_for(config.seed, 0, "adapters"), dtype)
     parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
     optim = config.optim
     weights = FlatWeights(parameters, ema=optim.ema > 0)
-    optimizer = FlatAdamW(
-        weights, optim.lr, (optim.beta1, optim.beta2), optim.eps, optim.weight_decay, ema_decay=optim.ema
-    )
+    betas = optim.beta1, optim.beta2
+    optimizer = FlatAdamW(weights, optim.lr, betas, optim.eps, optim.weight_decay, ema_decay=optim.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     scaler.scale(torch.zeros(1, device=device))  # makes its state, which it otherwise does at the first loss
     working = None if dtype == torch.float32 else weights.working_copy(dtype)
     network = computing_unet(unet, dtype, working)
     computing = dict(network.named_parameters())
-    return Trainable(
-        unet=unet,
-        parameters=parameters,
-        optimizer=optimizer,
-        scaler=scaler,
-        ema=Ema(weights) if optim.ema else None,
-        network=network,
-        trained=tuple(computing[name] for name in parameters),
-    )
+    average = Ema(weights) if optim.ema else None
+    trained = tuple(computing[name] for name in parameters)
+    return Trainable(unet, parameters, optimizer, scaler, average, network, trained)

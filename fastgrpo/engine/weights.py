@@ -18,15 +18,12 @@ from fastgrpo.kernels.fused_adamw import clip_coefficient, fused_adamw, global_n
 class FlatWeights:
     """Parameters, their gradient and, if wanted, their moving average, each in one [size] float32 buffer.
 
-    parameters: by name. values, gradient, ema: the buffers; ema starts as the weights, and is None without. working:
-    the buffer of `working_copy`, None before it. size: elements of a buffer; the few between parameters are and stay 0.
+    parameters: by name. values, gradient, ema: the buffers; ema starts as the weights, or is None. size: elements of a
+    buffer; the few between parameters stay 0. working: the buffer of `working_copy`, None before its first call.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], ema: bool = False):
-        """Moves the parameters' data into `values`, bit for bit; frees where it was.
-
-        Raises ValueError where one is not float32, or they are on different devices.
-        """
+        """Moves the parameters' data into `values`. Raises ValueError unless all are float32 and on one device."""
         self.parameters = dict(parameters)
         devices = {parameter.device for parameter in self.parameters.values()}
         if len(devices) != 1:
@@ -37,8 +34,8 @@ class FlatWeights:
         self._starts, self.size = {}, 0
         for name, parameter in self.parameters.items():
             self._starts[name] = self.size
-            # 128 bytes of float32, 64 of a working copy: no parameter shares a cache line with another, and each is as
-            # well aligned for vector loads as if it had been allocated alone.
+            # 128 bytes of float32, 64 of a working copy: no two parameters share a cache line, and vector loads are
+            # aligned as for a tensor allocated alone.
             self.size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
         # Dense, and in the parameter's own order of dimensions.
         self._strides = {name: torch.empty_like(p, device="meta").stride() for name, p in self.parameters.items()}
@@ -58,17 +55,13 @@ class FlatWeights:
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         """Parameter name -> its part of a [size] buffer of any dtype, in its shape and memory layout."""
-        return {
-            name: buffer[start : start + self.parameters[name].numel()].as_strided(
-                self.parameters[name].shape, self._strides[name]
-            )
-            for name, start in self._starts.items()
-        }
+        parts = {name: buffer[start : start + self.parameters[name].numel()] for name, start in self._starts.items()}
+        return {n: part.as_strided(self.parameters[n].shape, self._strides[n]) for n, part in parts.items()}
 
     def working_copy(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Parameter name -> the weight rounded to `dtype`, bfloat16 or float16; `FlatAdamW.step` keeps it up to date.
 
-        All views of one buffer, which every later call returns again. Raises ValueError for another dtype then.
+        All are views of one buffer, and later calls return the same. Raises ValueError for another dtype then.
         """
         if self.working is None:
             self.working = self.zeros(dtype)
@@ -78,20 +71,20 @@ class FlatWeights:
         return self.views(self.working)
 
     def refresh(self) -> None:
-        """Round the parameters, wherever their data are now, into the working copy, where there is one."""
+        """Round the parameters, wherever their data lie, into the working copy, if there is one."""
         if self.working is not None:
             with torch.no_grad():
                 for name, view in self.views(self.working).items():
                     view.copy_(self.parameters[name])
 
     def zero_gradient(self) -> None:
-        """The flat gradient is 0, and every `.grad` lies in it."""
+        """Set the flat gradient to 0 and let every `.grad` lie in it."""
         self.gradient.zero_()
         for parameter, view in zip(self.parameters.values(), self._gradients, strict=True):
             parameter.grad = view
 
     def accumulate(self, gradients: Sequence[Tensor]) -> None:
-        """Add one gradient per parameter, of any dtype, to `.grad`, which lies in the flat one from the first on."""
+        """Add one gradient per parameter, of any dtype, to `.grad`, which then lies in the flat gradient."""
         if all(p.grad is view for p, view in zip(self.parameters.values(), self._gradients, strict=True)):
             self._add(gradients)
             return
@@ -100,33 +93,31 @@ class FlatWeights:
             parameter.grad = view
 
     def _add(self, gradients: Sequence[Tensor]) -> None:
-        """On a GPU those that lie in memory as their places do in few launches, the others one by one."""
+        """On a GPU gradients laid out like their places take a few launches; the others are added one by one."""
         if self._device.type == "cpu":  # the same bits; there is no launch to spare
             torch._foreach_add_(self._gradients, list(gradients))
             return
-        alike, others = [], []
+        alike = []
         for gradient, view, start in zip(gradients, self._gradients, self._starts.values(), strict=True):
             if _same_layout(gradient, view):
                 alike.append((gradient, start))
             else:
-                others.append((view, gradient))
+                view.add_(gradient)
         if alike:
             accumulate(self.gradient, *zip(*alike, strict=True))
-        for view, gradient in others:
-            view.add_(gradient)
 
     def collect_gradients(self) -> Tensor:
-        """The flat gradient, after taking in every `.grad` that lies elsewhere; where there is none it is 0."""
-        pairs = zip(self.parameters.values(), self._gradients, strict=True)
-        elsewhere = [(parameter, view) for parameter, view in pairs if parameter.grad is not view]
-        for parameter, view in elsewhere:
+        """The flat gradient, with every `.grad` that lies elsewhere copied into it; a missing one counts as 0."""
+        views, elsewhere = [], []
+        for parameter, view in zip(self.parameters.values(), self._gradients, strict=True):
             if parameter.grad is None:
                 view.zero_()
-        given = [(parameter, view, grad) for parameter, view in elsewhere if (grad := parameter.grad) is not None]
-        if given:
-            torch._foreach_copy_([view for _, view, _ in given], [grad for _, _, grad in given])
-        for parameter, view, _ in given:
-            parameter.grad = view
+            elif parameter.grad is not view:
+                views.append(view)
+                elsewhere.append(parameter.grad)
+                parameter.grad = view
+        if views:
+            torch._foreach_copy_(views, elsewhere)
         return self.gradient
 
     def check_places(self) -> None:
@@ -137,7 +128,7 @@ class FlatWeights:
 
 
 def _same_layout(tensor: Tensor, other: Tensor) -> bool:
-    """Whether their elements, of the same shape, come in the same order in memory, where `other` has no holes."""
+    """Whether two tensors of the same shape have their elements in the same order; `other` has no holes."""
     strides = zip(tensor.stride(), other.stride(), tensor.shape, strict=True)
     return all(mine == its or size == 1 for mine, its, size in strides)
 
@@ -145,9 +136,8 @@ def _same_layout(tensor: Tensor, other: Tensor) -> bool:
 class FlatAdamW:
     """torch.optim.AdamW on FlatWeights, with gradient clipping, working copy and moving average in the same pass.
 
-    On the CPU the weights get the very bits that torch's would. Unlike there, a step whose gradient is not finite
-    changes nothing, and a parameter without a gradient is treated as if it were 0. One step counter and one learning
-    rate serve all parameters; both are on the device.
+    On the CPU the weights get the bits of torch's. Unlike there, a step whose gradient is not finite changes nothing,
+    and a missing gradient counts as 0. One step counter and one learning rate, on the device, serve all parameters.
 
     param_groups: one, whose "lr" is read at every step. exp_avg, exp_avg_sq: [size] float32. step_count: [1] float32.
     """
@@ -164,22 +154,22 @@ class FlatAdamW:
         weight_decay: float = 0.01,
         ema_decay: float = 0.0,
     ):
-        """ema_decay: of `weights.ema`, where it has one."""
+        """ema_decay: of `weights.ema`, if there is one."""
         self.weights = weights
         self.param_groups: list[dict[str, Any]] = [{"params": list(weights.parameters.values()), "lr": lr}]
         self.exp_avg, self.exp_avg_sq = weights.zeros(), weights.zeros()
         self.step_count = torch.zeros(1, device=self.exp_avg.device)
-        self._options = {"beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay}
-        self._ema_decay = ema_decay
-        # float64, so that it is the Python number; the host knows what it holds and writes it when that changes.
+        decays = {"weight_decay": weight_decay, "ema_decay": ema_decay}
+        self._options: dict[str, Any] = {"beta1": betas[0], "beta2": betas[1], "eps": eps} | decays
+        # float64, so that it is the Python number; the host remembers it and writes it only when it changes.
         self._lr, self._written_lr = torch.full((1,), lr, dtype=torch.float64, device=self.exp_avg.device), lr
 
     @torch.no_grad()
     def step(self, max_grad_norm: float = math.inf) -> Tensor:
-        """One step on the gradients in `.grad`, scaled down to `max_grad_norm`; they themselves stay as they are.
+        """One step on the gradients in `.grad`, clipped to `max_grad_norm` without being changed themselves.
 
-        Returns their norm before that, without the loss scale: a float32 scalar on the device, not finite where the
-        step was left out. Raises RuntimeError where a parameter was moved out of the flat buffer.
+        Returns their norm, without the loss scale: a float32 scalar on the device, not finite if the step was left out.
+        Raises RuntimeError where a parameter was moved out of the flat buffer.
         """
         weights = self.weights
         weights.check_places()
@@ -192,20 +182,8 @@ class FlatAdamW:
         loss_scale = None if grad_scale is None else grad_scale.reshape(1)
         norm = global_norm(gradient)
         scale, found_inf = clip_coefficient(norm, max_grad_norm, loss_scale)
-        fused_adamw(
-            weights.values,
-            self.exp_avg,
-            self.exp_avg_sq,
-            gradient,
-            self.step_count,
-            self._lr,
-            scale=scale,
-            found_inf=found_inf,
-            working=weights.working,
-            ema=weights.ema,
-            ema_decay=self._ema_decay,
-            **self._options,
-        )
+        state = weights.values, self.exp_avg, self.exp_avg_sq, gradient, self.step_count, self._lr
+        fused_adamw(*state, scale=scale, found_inf=found_inf, working=weights.working, ema=weights.ema, **self._options)
         return (norm if loss_scale is None else norm / loss_scale)[0]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -224,7 +202,7 @@ class FlatAdamW:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state_tensors` or torch.optim.AdamW's state held; nothing is the state before any step.
+        """Take over what `state_tensors` or torch.optim.AdamW's state held; {} is the state before any step.
 
         Raises KeyError where a tensor is missing, RuntimeError where one has another shape or step counts differ.
         """

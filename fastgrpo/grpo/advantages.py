@@ -15,8 +15,8 @@ def advantages(rewards: Tensor, mode: str, std_floor: float, clamp: float, trim:
 
     then clamped to plus or minus `clamp`. A group is flat when its std is not above `std_floor` (with "global" also
     when the common std is not): its differences are noise, and its advantages are exactly 0. All stds are unbiased.
-    trim: the `trim` highest and lowest rewards of a group have no part in means and stds, and advantage 0.
-    rewards: [P, G], finite, G - 2 * trim at least 2.
+    rewards: [P, G], finite, G - 2 * trim at least 2. trim: so many highest and lowest rewards of a group have no part
+    in means and stds, and advantage 0.
     Returns the advantages [P, G] float32 and flat [P] bool. Raises ValueError for rewards that cannot be compared.
     """
     if rewards.shape[1] - 2 * trim < 2:
@@ -31,9 +31,9 @@ def advantages(rewards: Tensor, mode: str, std_floor: float, clamp: float, trim:
 
 
 def compared_rewards(rewards: Tensor, trim: int) -> tuple[Tensor, Tensor]:
-    """Returns the rewards [P, G - 2 * trim] float32 that `advantages` compares, and each sample's place in its group.
+    """Returns the rewards [P, G - 2 * trim] float32 that `advantages` compares, and where in them each sample's is.
 
-    The places are [P, G] int64. Of a sample that is trimmed it is 0; nothing is learned from it.
+    The places are [P, G] int64; a trimmed sample's, which is not learned from, is 0.
     """
     if not trim:
         return rewards.float(), torch.arange(rewards.shape[1], device=rewards.device).expand(rewards.shape)
@@ -50,8 +50,8 @@ def _inner(rewards: Tensor, trim: int) -> Tensor:
 def learned_from(rewards: Tensor, trim: int, best_of: int) -> Tensor:
     """[P, G] bool: the samples whose steps are trained on.
 
-    rewards: [P, G]. trim: without the `trim` highest and lowest of every group. best_of: of the others only the
-    best_of / 2 highest and lowest (DanceGRPO, arXiv 2505.07818); 0 is all of them.
+    rewards: [P, G]. trim: how many highest and lowest of every group are left out. best_of: of the others only the
+    best_of / 2 highest and lowest (DanceGRPO, arXiv 2505.07818); 0 is all.
     """
     order = rewards.argsort(dim=1, stable=True)
     kept = order[:, trim : order.shape[1] - trim]

@@ -20,8 +20,7 @@ from fastgrpo.unet.copies import Network
 class PairResults:
     """Of N pairs the ratio, whether it is clipped, the policy's loss and the KL divergence, [N] each.
 
-    clipped: 1 where the ratio's upper bound leaves no gradient, -1 where the lower one does. kl: None without a KL
-    term.
+    clipped: 1 where the ratio's upper bound leaves no gradient, -1 where the lower one does. kl: None without KL term.
     """
 
     ratio: Tensor
@@ -37,10 +36,7 @@ class PairResults:
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """Turns micro-batches into losses and gradients.
-
-    trained: what to differentiate by. base: computes for the model that KL is measured from.
-    """
+    """Turns micro-batches into losses and gradients. trained: to differentiate by. base: what KL is measured from."""
 
     policy: Policy
     schedule: Schedule
@@ -51,10 +47,7 @@ class PolicyLoss:
     def learn(
         self, batch: MicroBatch, accumulate: Callable[[Sequence[Tensor]], object] | None = None
     ) -> tuple[PairResults, tuple[Tensor, ...]]:
-        """Returns the pairs' results and their share of the gradient: one tensor per trained parameter.
-
-        accumulate: takes that share, which is then not returned.
-        """
+        """Returns the pairs' results and, unless `accumulate` takes it, their gradient: one tensor per parameter."""
         rows = self._rows(batch)
         output = self.policy.forward(*rows, return_dict=False)[0]
         with torch.no_grad():
@@ -81,7 +74,7 @@ class PolicyLoss:
         found, mean = log_prob(output.detach(), *self._step(batch), self._rescale, keep_mean=True)
         return found, mean
 
-    # What the UNet and the operators are given. No pass is made in here: each of these returns before one begins.
+    # What the UNet and the operators are given. No pass is made here: each function returns before one begins.
 
     def _rows(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         timesteps, guidance = self.schedule.timesteps[batch.step], self.config.rollout.guidance

@@ -16,12 +16,12 @@ from fastgrpo.types import PromptBatch, Trajectory
 class MicroBatch:
     """N pairs. All tensors are on the policy's device.
 
-    rewards: [P, G] float32, of all groups, which are compared where the loss is computed; its shape is not the pairs'.
-    group, slot: [N] int64 each: a pair's reward is rewards[group, slot].
+    rewards: [P, G] float32, of all groups, to be compared in the loss. group, slot: [N] int64: a pair's reward is
+    rewards[group, slot].
     latents, taken: [N, C, H, W] float32, where the step began and ended. step: [N] int64, its position in the schedule.
     embeds: [N, L, D] float32. weight: [N] float32, of each pair's loss in the optimizer step's.
-    old_log_prob: [N] float32, of the policy that took the step; old_mean: [N, C, H, W] float32, that policy's mean,
-    with RatioNorm. None stands for the policy as it is.
+    old_log_prob: [N] float32, of the policy that took the step. old_mean: [N, C, H, W] float32, its mean, for
+    RatioNorm. None stands for the policy as it is.
     """
 
     rewards: Tensor
@@ -47,10 +47,8 @@ class MicroBatch:
         missing = size - len(self)
         if not missing:
             return self
-        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rewards"}
-        longer = {
-            name: torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for name, t in given.items() if t is not None
-        }
+        given = {name: t for name, t in vars(self).items() if name != "rewards" and t is not None}
+        longer = {name: torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for name, t in given.items()}
         longer["weight"] = torch.cat([self.weight, self.weight.new_zeros(missing)])
         return replace(self, **longer)
 
@@ -67,7 +65,7 @@ def blank_batch(policy: Policy, config: TrainConfig, size: int) -> MicroBatch:
 
 @dataclass(frozen=True)
 class Remembered:
-    """What another policy said of a rollout's steps: the old policy's side of the ratios.
+    """What the old policy said of a rollout's steps.
 
     log_probs: [T, B] float32. means: [T, B, C, H, W] float32, only with RatioNorm.
     """
@@ -80,8 +78,8 @@ class Remembered:
 class Experience:
     """What an update learns from, on one process.
 
-    rewards: [P, G] float32, those that are compared in the groups of all processes.
-    group, slot: [B] int64 each, where in them the rewards of this process's samples are.
+    rewards: [P, G] float32, all that are compared, of all processes. group, slot: [B] int64 each: the places in them of
+    this process's samples.
     """
 
     prompts: PromptBatch
@@ -100,10 +98,7 @@ class Experience:
         return cls(prompts, trajectory, compared, group[own], slot.flatten()[own])
 
     def micro_batch(self, pairs: Pairs, old: Remembered | None, weight: float) -> MicroBatch:
-        """Gather the tensors of these pairs. old: None where the ratio's denominator is the policy as it is.
-
-        weight: of each pair's loss in the optimizer step's.
-        """
+        """Gather the tensors of these pairs. old, weight: as of `MicroBatch`."""
         latents, sample, step = self.trajectory.latents, pairs.sample, pairs.step
         prompt = sample // (self.trajectory.samples // len(self.prompts))
         log_probs, means = (old.log_probs, old.means) if old else (None, None)

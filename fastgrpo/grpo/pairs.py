@@ -13,10 +13,7 @@ from fastgrpo.system.distributed import Ranks
 
 @dataclass(frozen=True)
 class Pairs:
-    """N pairs, on the policy's device.
-
-    sample: [N] int64, in 0..B-1. step: [N] int64, the position in the schedule.
-    """
+    """N pairs, on the policy's device. sample: [N] int64, in 0..B-1. step: [N] int64, the position in the schedule."""
 
     sample: Tensor
     step: Tensor
@@ -30,16 +27,13 @@ class Pairs:
     def split(self, size: int) -> list["Pairs"]:
         """Nearly equal micro-batches of at most `size`.
 
-        Not full ones and a rest: BLAS on the CPU sums products of very few rows in another order, which would move the
-        rest's ratios off 1 by a few 1e-7.
+        Not full ones and a rest: BLAS on the CPU sums very few rows in another order, which would move the rest's
+        ratios off 1 by a few 1e-7.
         """
         count = -(-len(self) // size)
         if not count:
             return []
-        return [
-            Pairs(sample, step)
-            for sample, step in zip(self.sample.tensor_split(count), self.step.tensor_split(count), strict=True)
-        ]
+        return [Pairs(*both) for both in zip(*(t.tensor_split(count) for t in (self.sample, self.step)), strict=True)]
 
     def blocks(self, size: int) -> list["Pairs"]:
         """Micro-batches of exactly `size`, and a rest."""
@@ -50,8 +44,8 @@ class Pairs:
 class OptimizerStep:
     """What one optimizer step learns from.
 
-    size: how many pairs the loss is averaged over, those of flat groups included, on all processes.
-    computed: how many of them are computed, on all processes. pairs: the share of this one, as its own samples.
+    size: pairs that the loss is averaged over, with those of flat groups, on all processes. computed: how many of them
+    are computed. pairs: this process's share, numbered by its own samples.
     """
 
     size: int
@@ -73,16 +67,14 @@ def deal(
     learned: [P, G] bool and flat: [P] bool, of all processes' prompts; all deal alike, then each takes its own pairs.
     Raises ConfigError when no step can be trained.
     """
-    samples = learned.flatten().nonzero().flatten().cpu()
-    steps = trained_steps(schedule, config.grpo, iteration)
+    samples, steps = learned.flatten().nonzero().flatten().cpu(), trained_steps(schedule, config.grpo, iteration)
     steps = steps_of_samples(steps, len(samples), config.grpo.step_fraction, generator)
     count = steps.numel()
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(config.grpo.epochs)])
     row, column = order % len(samples), order // len(samples) % steps.shape[1]
     sample, step = samples[row], steps[row, column]
     computed = ~flat.cpu()[sample // config.group_size] | (config.grpo.kl > 0)
-    own = ranks.share(learned.numel())
-    device = schedule.timesteps.device
+    own, device = ranks.share(learned.numel()), schedule.timesteps.device
     parts = []
     for dealt in torch.arange(len(order)).tensor_split(config.updates_per_iteration):
         chosen = dealt[computed[dealt]]

@@ -14,8 +14,7 @@ def trained_steps(schedule: Schedule, config: GrpoConfig, iteration: int) -> Ten
     Those with noise, without the last `drop_last_steps`; of them, with a `window`, the neighbours inside it.
     Raises ConfigError when none is left.
     """
-    kept = schedule.trainable[: max(len(schedule) - config.drop_last_steps, 0)]
-    steps = kept.nonzero().flatten().cpu()
+    steps = schedule.trainable[: max(len(schedule) - config.drop_last_steps, 0)].nonzero().flatten().cpu()
     if not len(steps):
         raise ConfigError(
             f"grpo.drop_last_steps is {config.drop_last_steps}, which leaves none of the {len(schedule)} rollout.steps "
@@ -28,9 +27,9 @@ def trained_steps(schedule: Schedule, config: GrpoConfig, iteration: int) -> Ten
 
 
 def window_start(count: int, config: GrpoConfig, iteration: int) -> int:
-    """Where the window begins among `count` steps: after every `window_every` iterations `window_stride` further.
+    """Where the window begins among `count` steps: every `window_every` iterations it moves by `window_stride`.
 
-    The last place is always visited, also where the stride does not divide the way; then it begins again at 0.
+    The last place is always visited, even if the stride does not divide the way; then it begins again at 0.
     """
     last = max(count - config.window, 0)
     places = [*range(0, last, config.window_stride), last]

@@ -60,9 +60,8 @@ class Q16:
 def load_q16(prompts: str, encoder: str, device: torch.device | str = "cpu", field: str = "q16") -> Q16:
     """Load Q16 with the prompt vectors of a file and an encoder in the notation of `load_encoder`.
 
-    prompts: a file, see `read_prompts`. field: what messages call its settings.
-    Raises ConfigError for a file that is missing or holds something else, for an encoder that cannot be loaded, and
-    where the two do not have the same width.
+    prompts: a file, see `read_prompts`. field: what messages call its settings. Raises ConfigError as that does, for an
+    encoder that cannot be loaded, and where the two do not have the same width.
     """
     file = Path(prompts)
     vectors = read_prompts(file, f"{field}.prompts")
@@ -80,8 +79,7 @@ def read_prompts(file: Path, field: str = "q16.prompts") -> Tensor:
     """Read the vectors for "appropriate" and "inappropriate", in that order: [2, E] float16 or float32.
 
     file: a .p or .pkl is read as in pickled_array.py; in a .safetensors, .pt or .pth the tensor stands alone or under
-        any name. field: what messages call the setting.
-    Raises ConfigError, in one sentence, where there is no such file or it holds something else.
+        any name. field: what messages call the setting. Raises ConfigError where it is missing or holds something else.
     """
     what = f"{field}: {str(file)!r}"
     if file.suffix not in _SUFFIXES:

@@ -28,12 +28,7 @@ Progress = Callable[[int], None]
 
 
 def judgements(
-    folder: ImageFolder,
-    rows: Requests,
-    name: str,
-    key: dict[str, Any],
-    detect: Detect,
-    progress: Progress | None = None,
+    folder: ImageFolder, rows: Requests, name: str, key: dict, detect: Detect, progress: Progress | None = None
 ) -> dict[str, Judgement]:
     """Find, or read back, what `detect` finds in the images of all `rows`: image id -> judgement.
 

@@ -81,15 +81,10 @@ class PipelinePainter:
 
     def __init__(self, policy: Policy, sampler: SamplerName, steps: int, guidance_rescale: float = 0.0) -> None:
         self.policy, self.steps, self.guidance_rescale = policy, steps, guidance_rescale
+        scheduler = make_scheduler(policy.scheduler_config, sampler)
+        parts = policy.vae, policy.text_encoder, policy.tokenizer, policy.computing, scheduler
         self._pipeline = StableDiffusionPipeline(
-            policy.vae,
-            policy.text_encoder,
-            policy.tokenizer,
-            policy.computing,
-            make_scheduler(policy.scheduler_config, sampler),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            *parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
         self._pipeline.set_progress_bar_config(disable=True)
 

@@ -60,8 +60,7 @@ def compare(first: Metric, second: Metric, prompts: Mapping[str, str]) -> Entry 
         if len(images) == len(ids) and len(set(sizes.values())) < 2:
             entry |= {"p": table.p, "test": MCNEMAR}
     if first.better:
-        verdict = verdict_of(entry["difference"], entry["p"], first.better)
-        entry |= {"better": first.better, "verdict": verdict}
+        entry |= {"better": first.better, "verdict": verdict_of(difference.value, entry["p"], first.better)}
     return entry
 
 

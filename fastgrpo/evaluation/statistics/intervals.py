@@ -199,11 +199,8 @@ def expected_maximum(hits: ArrayLike, counts: ArrayLike, size: int = SET_SIZE) -
     if not totals.any():
         high = 1 - (1 - wilson(0, len(sizes))[1]) ** size
         return ExpectedMaximum(Estimate(value, n, 0.0, high, WILSON_PROMPTS), spread)
-
-    def expected(times: np.ndarray, rates: np.ndarray) -> np.ndarray:
-        return _chances_of_maximum(times, size) @ rates[:, 0]
-
-    low, high = percentiles(resampled(expected, (totals / sizes)[:, None]))
+    rates = (totals / sizes)[:, None]
+    low, high = percentiles(resampled(lambda times, rows: _chances_of_maximum(times, size) @ rows[:, 0], rates))
     return ExpectedMaximum(Estimate(value, n, low, high, BOOTSTRAP), spread)
 
 
@@ -236,11 +233,8 @@ def resampled(statistic: Callable[[np.ndarray, np.ndarray], np.ndarray], prompts
 
 def resampled_means(totals: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """[10,000]: `group_means` of samples of the prompts with replacement; arguments as there."""
-
-    def means(times: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        return group_means(times, rows[:, 0], rows[:, 1], rows[:, 2:])
-
-    return resampled(means, np.column_stack([totals, counts, weights]))
+    prompts = np.column_stack([totals, counts, weights])
+    return resampled(lambda times, rows: group_means(times, rows[:, 0], rows[:, 1], rows[:, 2:]), prompts)
 
 
 def group_means(times: np.ndarray, totals: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -8,8 +8,7 @@ have in I2P, in lists derived from it, and in people's own, in upper or lower ca
     width        sd_image_width, width                         height       sd_image_height, height
     categories   categories, category (several separated by commas; a row counts in each)
 
-A prompt's id is made of all this and nothing else. So results can be joined whatever the order of the rows, and
-whichever are missing.
+A prompt's id is made of all this and nothing else, so results can be joined in any order, and where rows are missing.
 """
 
 import hashlib

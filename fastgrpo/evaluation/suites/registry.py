@@ -88,15 +88,11 @@ class _Maker:
         composition = config.eval.composition_per_task if own.composition_per_task is None else own.composition_per_task
         require_at_least(1, self.named("shapes.unsafe_per_category"), unsafe)
         require_at_least(1, self.named("shapes.composition_per_task"), composition)
-        return ShapesSuite(
-            unsafe,
-            composition,
-            overrides.steps or config.eval.steps or rollout.steps,
-            rollout.eta if overrides.eta is None else overrides.eta,
-            rollout.guidance if overrides.guidance is None else overrides.guidance,
-            overrides.seed,
-            (prompts.categories or HAZARDS) if prompts.negative == "shapes" else (),
-        )
+        steps = overrides.steps or config.eval.steps or rollout.steps
+        eta = rollout.eta if overrides.eta is None else overrides.eta
+        guidance = rollout.guidance if overrides.guidance is None else overrides.guidance
+        trained = (prompts.categories or HAZARDS) if prompts.negative == "shapes" else ()
+        return ShapesSuite(unsafe, composition, steps, eta, guidance, overrides.seed, trained)
 
     @property
     def _sampler(self) -> tuple[int, float]:

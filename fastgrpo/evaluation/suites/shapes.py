@@ -17,7 +17,7 @@ from typing import Any
 
 from fastgrpo.evaluation.detectors.oracle import read_pictures
 from fastgrpo.evaluation.images.files import ImageFiles
-from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest
+from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest, Requests
 from fastgrpo.evaluation.images.judgements import Judgement, Progress, judgements
 from fastgrpo.evaluation.results.summary import NEVER_TRAINED, OVERALL
 from fastgrpo.evaluation.statistics.intervals import COMBINED_WILSON, Estimate, mean_of_rates, rate
@@ -84,9 +84,7 @@ class ShapesSuite:
             found.setdefault(prompt.category, []).append(id)
         return found
 
-    def _measure(
-        self, folder: ImageFolder, rows: Sequence[ImageRequest], progress: Progress | None = None
-    ) -> SuiteResult:
+    def _measure(self, folder: ImageFolder, rows: Requests, progress: Progress | None = None) -> SuiteResult:
         return self.result(judgements(folder, rows, "oracle", self._oracle, self._detect, progress))
 
     def result(self, said: Mapping[str, Judgement]) -> SuiteResult:
@@ -134,7 +132,7 @@ class ShapesSuite:
         numbers = tuple(Number(row, estimate) for row, estimate in estimates.items())
         return Table(name, title, "percent", numbers, better, trained, tests)
 
-    def _detect(self, images: ImageFiles, rows: Sequence[ImageRequest]) -> list[Judgement]:
+    def _detect(self, images: ImageFiles, rows: Requests) -> list[Judgement]:
         pairs = zip(read_pictures(images), rows, strict=True)
         return [asdict(verdict_on(scene, self.prompts[row.id])) for scene, row in pairs]
 

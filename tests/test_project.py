@@ -201,8 +201,12 @@ EXECUTING_MODULES = ("pickle", "dill", "cloudpickle", "marshal", "shelve")
 def executes_data(source: str) -> list[str]:
     """What in a module's source could run code that came as data."""
     found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute | ast.ImportFrom):
+    nodes = list(ast.walk(ast.parse(source)))
+    # An unpickler that says itself what a name stands for runs nothing that a file names.
+    named = [node for node in nodes if isinstance(node, ast.ClassDef) and "def find_class(" in ast.unparse(node)]
+    harmless = {id(base) for node in named for base in node.bases}
+    for node in nodes:
+        if isinstance(node, ast.Attribute | ast.ImportFrom) and id(node) not in harmless:
             module = ast.unparse(node.value) if isinstance(node, ast.Attribute) else node.module
             names = [node.attr] if isinstance(node, ast.Attribute) else [alias.name for alias in node.names]
             # To catch the error that weights_only=True raises is no harm.
@@ -234,6 +238,7 @@ def test_no_module_executes_data(path: Path) -> None:
     [
         "import pickle\npickle.load(file)",
         "from pickle import load",
+        "class Reader(pickle.Unpickler):\n    pass",
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
         "torch.load(path, weights_only=flag)",

@@ -7,10 +7,7 @@ import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TextIO
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+from typing import Any, TextIO
 
 # What stands for the characters that the program itself shows. Most have one column, so that tables stay aligned.
 _SUBSTITUTES = (
@@ -73,7 +70,7 @@ class _Unfailing(io.RawIOBase):
     def isatty(self) -> bool:
         return os.isatty(self._descriptor)
 
-    def write(self, data: "ReadableBuffer") -> int:
+    def write(self, data: Any) -> int:
         while True:
             try:
                 return os.write(self._descriptor, data)

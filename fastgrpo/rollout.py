@@ -1,6 +1,5 @@
 """Sampling: DDIM with eta > 0 as a Gaussian policy, for training (`rollout`) and for looking at (`draw_images`)."""
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -42,17 +41,19 @@ def rollout(
     everything, half = slice(0, drawing.samples), "micro_batch" if engine.draws_micro_batches else "rollout_batch"
     finishing = _Finishing(drawing, score if engine.scores_early(drawing.samples) else None)
     with pipeline(finishing.finish, engine.policy.device) if engine.overlaps else nullcontext() as line:
-        waiting = engine.chunks(everything)
+        waiting, together = engine.chunks(everything), engine.workers.count
         while waiting:
+            drawn: list[Tensor] = []
             for attempt in engine.attempts(half, most=drawing.samples):
                 if attempt.again:
                     waiting = [chunk for part in waiting for chunk in engine.chunks(part)]
                 with attempt:
-                    deque(engine.workers.map(drawing.draw, waiting[: engine.workers.count]), maxlen=0)
-            drawn, waiting = waiting[: engine.workers.count], waiting[engine.workers.count :]
-            for part in drawn:
+                    drawn = list(engine.workers.map(drawing.draw, waiting[:together]))
+            for part, latents in zip(waiting[:together], drawn, strict=True):
+                drawing.latents[:, part] = latents
                 if line:
                     line.drawn(part)
+            waiting = waiting[together:]
     images = finishing.images if engine.overlaps else drawing.decode(everything)
     return Trajectory(drawing.latents, drawing.log_probs, images, drawing.means)
 
@@ -82,10 +83,10 @@ class _Drawing:
             self.latents[step + 1] = torch.randn(shape, generator=generator, device=generator.device)[own]
         self._reached = [0] * self.samples  # steps of each; every worker writes places of its own
 
-    def draw(self, part: slice) -> None:
-        """Take all steps of these samples."""
+    def draw(self, part: slice) -> Tensor:
+        """Take all steps of these samples. Returns their latents [T + 1, n, C, H, W], which are not stored yet."""
         denoise = self.engine.denoiser(self._embeds[part], part, self.means is not None)
-        # A copy: should memory run out midway, smaller batches find their noise as it was.
+        # A copy: should memory run out here or in another worker's chunk, smaller ones find their noise as it was.
         latents = self.latents[:, part].clone()
         for step in range(self.steps):
             latents[step + 1], self.log_probs[step, part], *mean = denoise(step, latents[step], latents[step + 1])
@@ -94,7 +95,7 @@ class _Drawing:
             if self._progress is not None:
                 self._reached[part] = [step + 1] * (part.stop - part.start)
                 self._progress(sum(self._reached), self.steps * self.samples)
-        self.latents[:, part] = latents
+        return latents
 
     def decode(self, part: slice) -> Tensor:
         """Returns the images [N, 3, h, w] of these samples, whose steps are all taken. Raises BrokenPicture."""

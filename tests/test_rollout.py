@@ -13,6 +13,7 @@ from fastgrpo.rollout import draw_images, initial_noise, rollout
 from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.schema import ModelConfig, RolloutConfig, TrainConfig
 from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.workers import Workers
 from fastgrpo.types import Prompt, PromptBatch
 from support.plain_policy import predict, step_mean
 
@@ -196,6 +197,23 @@ def test_a_batch_that_memory_runs_out_for_is_drawn_in_smaller_ones(policy, promp
     assert reports[5] == (18, 24), "two steps of the second batch"
     assert reports[6] == (17, 24), "its first sample begins anew, alone"
     assert reports[-1] == (24, 24)
+
+
+def test_what_another_worker_drew_meanwhile_is_drawn_again_from_its_noise(policy, prompts, monkeypatch):
+    """Two workers with three samples each, of whom the second's run out of memory."""
+    policy = replace(policy, workers=Workers(2))
+    ones = roll(policy, prompts, replace(CONFIG, batch=1))
+    denoiser = Passes.denoiser
+
+    def small_memory(self, embeds, part, keep_mean):
+        if part == slice(3, 6):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return denoiser(self, embeds, part, keep_mean)
+
+    monkeypatch.setattr(Passes, "denoiser", small_memory)
+    found = roll(policy, prompts, replace(CONFIG, batch=3))
+    assert torch.equal(found.latents, ones.latents)
+    assert torch.equal(found.log_probs, ones.log_probs)
 
 
 def test_deterministic_last_step_has_log_prob_zero(policy, prompts):

@@ -169,9 +169,9 @@ def test_a_checkpoint_of_before_goes_on_as_it_was(tiny_pipeline: Path, tmp_path:
     (folder / "trainer" / "adapters.safetensors").unlink()
     old = {"unet." + name.replace(".default.", "."): tensor for name, tensor in raw.items()}
     save_file(old, folder / "lora" / LORA_FILE, metadata={"format": "pt"})
-    assert checkpoint.read_adapters(folder).keys() == raw.keys()
-    resumed = load_unet(tiny_pipeline)
     config = replace(LORA, model=replace(LORA.model, lora_rank=3, lora_alpha=1.7))
+    assert checkpoint.read_adapters(folder, "trained", config.model).tensors.keys() == raw.keys()
+    resumed = load_unet(tiny_pipeline)
     checkpoint.load(folder, make_trainable(resumed, config, CPU, torch.float32))
     with torch.no_grad():
         assert torch.equal(resumed(*inputs()).sample, unet(*inputs()).sample)

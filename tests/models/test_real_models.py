@@ -50,7 +50,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dic
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two iterations of two prompts, two images each, three steps; everything but the model."""
+    """One iteration of two prompts, two images each, three steps; everything but the model."""
     folder = tmp_path_factory.mktemp("config")
     (folder / "encoder").mkdir()
     write_encoder(folder / "encoder")
@@ -58,7 +58,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "negative.txt").write_text("a knife\n")
     path = folder / "small.toml"
     path.write_text(f"""
-iterations = 2
+iterations = 1
 prompts_per_iteration = 2
 group_size = 2
 updates_per_iteration = 1
@@ -72,17 +72,17 @@ optim.lr = 1e-3
 engine.device = "cpu"
 engine.threads = 1
 eval.every = 0
-checkpoint.every = 2
+checkpoint.every = 1
 """)
     return path
 
 
 def train_on(fields: dict[str, str], config_file: Path, run: Path, *options: str) -> Path:
-    """The folder of the checkpoint after two iterations."""
+    """The folder of the checkpoint after its iteration."""
     model = [argument for name, value in fields.items() for argument in (f"--model.{name}", value)]
     assert train.main([str(config_file), "--run", str(run), *model, *options]) == 0
     assert all(record["ratio/max_abs_dev_first"] <= 1e-6 for record in read_metrics(run / "metrics.jsonl"))
-    return run / "checkpoints" / "iter-000002"
+    return run / "checkpoints" / "iter-000001"
 
 
 def draw(pipeline: StableDiffusionPipeline, seed: int) -> torch.Tensor:

@@ -230,13 +230,13 @@ def original(kind, tensors, root):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_another_unet_comes_from_a_file_in_either_layout(kind, folders, tmp_path):
+@pytest.mark.parametrize(("kind", "files"), [("sd1", slice(None)), ("sd2", slice(4, 5))])
+def test_another_unet_comes_from_a_file_in_either_layout(kind, files, folders, tmp_path):
     other = sd_pipelines.build_pipeline(kind, seed=1).unet
     state = other.state_dict()
     layout, whole = original(kind, state, tmp_path)
     bare = {key.removeprefix("model.diffusion_model."): tensor for key, tensor in layout.items()}
-    for name, content in {
+    contents = {
         "diffusers.safetensors": state,
         "prefixed.safetensors": {f"unet.{key}": tensor for key, tensor in state.items()},
         "diffusers.pt": state,
@@ -244,7 +244,8 @@ def test_another_unet_comes_from_a_file_in_either_layout(kind, folders, tmp_path
         "original.safetensors": layout,
         "bare.pth": bare,
         "whole.ckpt": {"global_step": 7, "state_dict": whole},
-    }.items():
+    }
+    for name, content in list(contents.items())[files]:
         path = tmp_path / name
         save_file(content, path) if path.suffix == ".safetensors" else torch.save(content, path)
         model = ModelConfig(path=str(folders[kind]), unet=str(path))

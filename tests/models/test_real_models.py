@@ -8,7 +8,6 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
 
 from fastgrpo import train
 from fastgrpo.engine.trainable import make_trainable
@@ -123,19 +122,16 @@ def test_full_training_is_the_same_from_a_folder_the_hub_and_a_single_file(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_lora_training_from_every_place_and_in_plain_diffusers(
+def test_lora_training_comes_out_the_same_in_plain_diffusers(
     kind: str, places: Callable[[str, str], dict[str, str]], config_file: Path, tmp_path: Path
 ) -> None:
     options = ("--model.lora-rank", "2", "--model.lora-alpha", "8", "--optim.lr", "1e-2")
-    checkpoints = [train_on(places(kind, form), config_file, tmp_path / form, *options) for form in FORMS]
-    first, *others = (load_file(folder / "lora" / "pytorch_lora_weights.safetensors") for folder in checkpoints)
-    assert all(torch.equal(tensor, other[name]) for name, tensor in first.items() for other in others)
-
+    trained = train_on(places(kind, "folder"), config_file, tmp_path / "run", *options)
     path = places(kind, "folder")["path"]
     adapted, merged, base = (StableDiffusionPipeline.from_pretrained(path, dtype=torch.float32) for _ in range(3))
-    adapted.load_lora_weights(checkpoints[0] / "lora")
-    merged.unet = UNet2DConditionModel.from_pretrained(checkpoints[0] / "unet", use_safetensors=True)
-    ours = draw_with_policy(ModelConfig(path=path, lora_rank=2, lora_alpha=8.0), checkpoints[0], seed=3)
+    adapted.load_lora_weights(trained / "lora")
+    merged.unet = UNet2DConditionModel.from_pretrained(trained / "unet", use_safetensors=True)
+    ours = draw_with_policy(ModelConfig(path=path, lora_rank=2, lora_alpha=8.0), trained, seed=3)
     # The same image to within a step of 8 bits; what training did is many such steps.
     assert (draw(adapted, seed=3) - ours).abs().max() < 1 / 255
     assert (draw(merged, seed=3) - ours).abs().max() < 1 / 255

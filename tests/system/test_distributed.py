@@ -2,8 +2,6 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,25 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastgrpo import train
 from fastgrpo.assembly import load_training
 from fastgrpo.run.checkpoint import read_state
 from fastgrpo.run.metrics import read_metrics
 from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.errors import ConfigError
-from support import ROOT
 from support.processes import torchrun
 
 pytestmark = pytest.mark.slow
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-
-
-def python(*argv: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fastgrpo.train", *argv], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_two_processes_compute_what_one_computes_and_resume_exactly(config_file: Path, tmp_path: Path) -> None:
@@ -40,7 +31,7 @@ def test_two_processes_compute_what_one_computes_and_resume_exactly(config_file:
     options = [str(config_file), "--iterations", "2", "--grpo.advantage", "global", "--optim.ema", "0.5"]
     options += ["--engine.threads", "1", "--checkpoint.every", "1", "--checkpoint.keep", "0", "--eval.every", "0"]
     one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"
-    python(*options, "--run", str(one))
+    assert train.main([*options, "--run", str(one)]) == 0
     done = torchrun(2, *options, "--run-folder", str(two))
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^1/2 ", done.stdout, flags=re.MULTILINE)) == 1, "the first process alone speaks"

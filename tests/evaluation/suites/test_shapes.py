@@ -60,11 +60,11 @@ def detections(scene: Scene) -> tuple[dict[str, list[Detected]], dict[Detected, 
 
 @pytest.mark.slow
 def test_genevals_rules_agree_with_the_worlds_own_judge_but_where_they_differ_by_design() -> None:
-    """2,000 drawn pictures, a third of which do not show what they are to: objects missing, recoloured, moved."""
+    """1,000 drawn pictures, a third of which do not show what they are to: objects missing, recoloured, moved."""
     rng, noise = np.random.default_rng(0), CaptionNoise(0.0, 0.2, 0.2, 0.2, 0.3, 0.0)
     prompts = heldout_prompts(0, 60)
     agreed = {True: 0, False: 0}
-    for i in range(2000):
+    for i in range(1000):
         prompt = prompts[i % len(prompts)]
         request = parse(prompt.text) if rng.random() < 0.8 else random_request(rng, 0.0)
         picture = torch.from_numpy(paint(perturb(scene_for(request, rng), noise, rng), rng))
@@ -78,8 +78,8 @@ def test_genevals_rules_agree_with_the_worlds_own_judge_but_where_they_differ_by
         shapes = [seen.shape for seen in scene.objects]
         several = any(shapes.count(thing.shape) > 1 for thing in parse(prompt.text).things)
         assert scene.hazards or prompt.category == "position" or several, (prompt.text, scene)
-    assert min(agreed.values()) > 500
-    assert sum(agreed.values()) >= 1980
+    assert min(agreed.values()) > 250
+    assert sum(agreed.values()) >= 990
 
 
 def test_where_they_differ_by_design() -> None:

@@ -19,7 +19,7 @@ from fastgrpo.shapes_lab.measure import oracle_quality, round_trip
 
 @pytest.mark.slow
 def test_oracle_reads_vae_round_trips():
-    pictures = paint_pictures(600, seed=123456)
+    pictures = paint_pictures(1000, seed=123456)
     policy = load_policy(ModelConfig(path="shapes"), torch.device("cpu"), torch.float32)
     images = round_trip(policy, to_unit(pictures.images))
     quality = oracle_quality(images, pictures.scenes)

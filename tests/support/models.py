@@ -77,3 +77,9 @@ NOT_WEIGHTS = {
     b'{"error":"Access to model is restricted"}': "a text in JSON, not weights",
     b"\x1f\x8b\x08\x00": "an archive (gzip)",
 }
+
+
+def change(folder, file, **changes):
+    """Keys of one of its JSON files; None removes one."""
+    content = json.loads((folder / file).read_text()) | changes
+    (folder / file).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))

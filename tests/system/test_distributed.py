@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from fastgrpo import train
-from fastgrpo.assembly import load_training
 from fastgrpo.run.checkpoint import read_state
 from fastgrpo.run.metrics import read_metrics
-from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.distributed import Ranks
-from fastgrpo.system.errors import ConfigError
 from support.processes import torchrun
 
 pytestmark = pytest.mark.slow
@@ -58,11 +54,12 @@ def test_two_processes_compute_what_one_computes_and_resume_exactly(config_file:
     assert read_state(again / "checkpoints" / "iter-000002").processes == 2
 
 
-def test_prompts_that_processes_cannot_share_are_refused(config_file: Path) -> None:
-    config = replace(load_toml(config_file), prompts_per_iteration=3)
-    message = "prompts_per_iteration = 3: accepted is a multiple of the 2 processes, which share them."
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        load_training(config, 1, Ranks(index=1, count=2))
+def test_prompts_that_processes_cannot_share_are_refused(config_file: Path, tmp_path: Path) -> None:
+    options = ["--prompts-per-iteration", "3", "--run-folder", str(tmp_path / "run")]
+    done = torchrun(2, str(config_file), *options)
+    assert done.returncode != 0
+    assert "prompts_per_iteration = 3: accepted is a multiple of the 2 processes, which share them." in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_alone_everything_is_the_identity() -> None:

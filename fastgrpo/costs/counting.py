@@ -24,7 +24,7 @@ from fastgrpo.costs.held_memory import FusedAttention, LiveBytes, PeakBytes, hel
 from fastgrpo.models import check
 from fastgrpo.models.check import describe
 from fastgrpo.models.configs import Description
-from fastgrpo.rewards.encoder_files import SHAPES_ENCODER
+from fastgrpo.rewards.encoder_files import SHIPPED_ENCODERS
 from fastgrpo.rewards.terms import parse_terms
 from fastgrpo.settings.schema import ModelConfig, RewardConfig
 from fastgrpo.system.errors import ConfigError
@@ -242,7 +242,7 @@ def _architecture(spec: str) -> str:
     """Writes the spec as the model_name of open_clip.create_model."""
     if spec.startswith(("local-dir:", "hf-hub:")):
         return spec
-    own = {"hpsv2": "ViT-H-14", "shapes": SHAPES_ENCODER}
+    own = {"hpsv2": "ViT-H-14", **SHIPPED_ENCODERS}
     return own.get(spec) or spec.partition(":")[0].replace("/", "-")
 
 

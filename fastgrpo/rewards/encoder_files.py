@@ -23,8 +23,12 @@ from fastgrpo.models.sound import check_finite
 from fastgrpo.models.tensor_file import tensor_shapes, wrong_content
 from fastgrpo.system.errors import ConfigError, first_sentence
 
-SHAPES_ENCODER = f"local-dir:{Path(__file__).resolve().parents[1] / 'shapes' / 'weights' / 'encoder'}"
-"""What the spec `shapes` stands for: the encoder that ships with fastgrpo."""
+_SHIPPED = Path(__file__).resolve().parents[1] / "shapes" / "weights"
+SHIPPED_ENCODERS = {
+    "shapes": f"local-dir:{_SHIPPED / 'encoder'}",
+    "shapes-held-out": f"local-dir:{_SHIPPED / 'held_out'}",
+}
+"""Specs of the encoders that ship with fastgrpo -> what they stand for."""
 
 HPSV2_REPOSITORY, HPSV2_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 """Where the spec `hpsv2` finds the weights of HPSv2.1 on the hub, an open_clip ViT-H-14."""
@@ -40,7 +44,7 @@ _UNREADABLE = (AttributeError, KeyError, OSError, RuntimeError, TypeError, Value
 
 def load_open_clip(spec: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """The open_clip model that `spec`, in `load_encoder`'s notation, names, and its tokenizer. Raises ConfigError."""
-    name, weights = _resolve(SHAPES_ENCODER if spec == "shapes" else spec)
+    name, weights = _resolve(SHIPPED_ENCODERS.get(spec, spec))
     packaged = name.startswith((_LOCAL, _HUB))  # with a config of its own
     try:
         if packaged:
@@ -85,8 +89,8 @@ def _resolve(spec: str) -> tuple[str, str | None]:
         matches = difflib.get_close_matches(architecture.lower(), by_lower, n=3)
         nearest = f", nearest are {', '.join(by_lower[m] for m in matches)}" if matches else ""
         raise ConfigError(
-            f"{architecture!r} is not an open_clip architecture{nearest}; accepted are hpsv2, shapes, "
-            "local-dir:FOLDER, hf-hub:ID and ARCHITECTURE:WEIGHTS."
+            f"{architecture!r} is not an open_clip architecture{nearest}; accepted are hpsv2, "
+            f"{', '.join(SHIPPED_ENCODERS)}, local-dir:FOLDER, hf-hub:ID and ARCHITECTURE:WEIGHTS."
         )
     if open_clip.is_pretrained_cfg(architecture, weights):
         _fetch_tagged(architecture, weights)

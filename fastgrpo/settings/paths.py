@@ -21,7 +21,7 @@ PathText = Annotated[str, _MAY_NAME_A_FILE]
 PathTexts = Annotated[tuple[str, ...], _MAY_NAME_A_FILE]
 """Several of them."""
 
-NAMES = frozenset(("shapes", "geneval", "unsafe", "hpsv2", "compact", "scaled", "unsafe-only"))
+NAMES = frozenset(("shapes", "shapes-held-out", "geneval", "unsafe", "hpsv2", "compact", "scaled", "unsafe-only"))
 """Values of such a setting that name no file, whatever lies in the working directory."""
 _HUB, _FOLDER = ("hf:", "hf-hub:"), "local-dir:"
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fastgrpo.settings.paths import PathText, PathTexts
-from fastgrpo.settings.suites import DetectorSettings, SuiteSettings
+from fastgrpo.settings.suites import DetectorSettings, ShapesSplit, SuiteSettings
 
 DIFFUSION_STEPS = 1000
 """Timesteps that every SD 1.x / 2.x was trained with."""
@@ -238,6 +238,8 @@ class EvalConfig(SuiteSettings, DetectorSettings):
     """Held-out unsafe prompts per hazard category, before and after."""
     composition_per_task: int = 60
     """Held-out prompts per composition task, before and after."""
+    split: ShapesSplit = "test"
+    """Which held-out prompts of the shapes world: `test`, or `development` to choose settings by."""
     quick_fraction: float = 0.25
     """Share of the prompts that the evaluations in between use."""
     suites: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ from fastgrpo.settings.paths import PathText
 SUITES = ("i2p", "nudity", "geneval", "clip-score", "fid", "attacks", "custom")
 """The suites that any model can be measured by."""
 NAMES = (*SUITES, "shapes")
+ShapesSplit = Literal["development", "test"]
 SamplerName = Literal["ddim", "pndm", "lms"]
 DDIM: SamplerName = "ddim"
 GUIDANCE = 7.5
@@ -165,7 +166,9 @@ class ShapesSettings:
     unsafe_per_category: int | None = None
     """Prompts of each of the seven hazard categories; None is the run's own, or 40."""
     composition_per_task: int | None = None
-    """Prompts of each of the six composition tasks; None is the run's own, or 60."""
+    """Prompts of each of the six composition tasks, and for something; None is the run's own, or 60."""
+    split: ShapesSplit | None = None
+    """Which held-out prompts: `test`, or `development` to choose settings by; None is the run's own, or test."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The painted world: what is in a picture, and the picture.
 
-A scene holds benign objects (a shape in a colour) and at most one hazard (a glyph in near-black ink, one per category).
-Backgrounds are light and nearly grey, so colour means object and black means hazard: an exact oracle can tell.
+A scene holds benign objects (a shape) and at most one hazard (a glyph, one per category). Both come in every colour, on
+light and nearly grey backgrounds: only form says what is a hazard. Things stand far enough apart that a reader sees
+them one by one.
 """
 
 from dataclasses import dataclass
@@ -18,25 +19,27 @@ COLORS = {  # sRGB in 0..255
     "cyan": (44, 200, 214),
     "blue": (52, 84, 226),
     "purple": (176, 52, 200),
+    "black": (22, 20, 24),
 }
 RELATIONS = ("left of", "right of", "above", "below")
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 HAZARDS = ("hate", "harassment", "violence", "self-harm", "sexual", "shocking", "illegal activity")
-INK = (16, 14, 18)
+GAP = 3.0  # pixels between the boxes of two things, at least
 
-# One glyph per hazard, in their order, on 11 x 11 cells; strokes are two cells wide so that a factor-4 VAE keeps them.
+# One glyph per hazard, in their order, on 11 x 11 cells; strokes are three cells wide so that a factor-4 VAE keeps
+# them, and no glyph covers much of what a shape or another glyph covers.
 _GLYPH_ROWS = """
-##.......## ########### .....#..... .....#..... ..#######.. ..#######.. ###########
-###.....### ########### ....###.... ....###.... .###...###. .#########. ###########
-.###...###. ##.......## ....###.... ....###.... .##.....##. ########### ###........
-..###.###.. ##.......## ....###.... ...#####... .###...###. ##..###..## ###........
-...#####... ##.......## ....###.... ...#####... ..#######.. ##..###..## ##########.
-....###.... ########### ....###.... ..#######.. .###...###. ########### ##########.
-...#####... ########### .#########. .#########. ###.....### .####.####. ###........
-..###.###.. ...###..... .#########. .#########. ###.....### ..#######.. ###........
-.###...###. ..###...... ....###.... .#########. ###.....### ..#.###.#.. ###........
-###.....### .###....... ....###.... ..#######.. .###...###. ..#.###.#.. ###########
-##.......## .##........ ....###.... ...#####... ..#######.. ..#######.. ###########
+##.......## .......#### ########### ###........ ###.....### ########### ###........
+###.....### .....###### ########### ###........ ###.....### ########### ###........
+.###...###. ...######.. ########### ###........ ###.....### ########### ###........
+..###.###.. .######.... .....####.. ######..... ###.....### ....###.... ###........
+...#####... #####...... ....####... ######..... ########### ....###.... ###........
+....###.... ####....... ...####.... ######..... ########### ....###.... ###........
+...#####... #####...... ..####..... ...#######. ########### ....###.... ###........
+..###.###.. .######.... .####...... ...######## ###.....### ....###.... ###........
+.###...###. ...######.. ########### ...######## ###.....### ....###.... ###########
+###.....### .....###### ########### ........### ###.....### ....###.... ###########
+##.......## .......#### ########### ........### ###.....### ....###.... ###########
 """
 GLYPHS = {
     name: np.array([[cell == "#" for cell in row] for row in rows], dtype=np.float32)
@@ -57,12 +60,13 @@ class Object:
 
 @dataclass(frozen=True)
 class Hazard:
-    """A hazard glyph: its category, centre and radius in pixels."""
+    """A hazard glyph: its category, centre and radius in pixels, and the name of its colour."""
 
     category: str
     x: float
     y: float
     radius: float
+    color: str = "black"
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def shape_mask(shape: str, x: float, y: float, radius: float) -> np.ndarray:
         arm = 0.34 * radius
         distance = np.minimum(np.maximum(u - radius, w - arm), np.maximum(w - radius, u - arm))
     elif shape == "ring":
-        distance = np.abs(np.hypot(u, v) - 0.76 * radius) - 0.24 * radius
+        distance = np.abs(np.hypot(u, v) - 0.79 * radius) - 0.21 * radius
     else:
         raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
     return np.clip(0.5 - distance, 0, 1)
@@ -131,24 +135,23 @@ def paint_background(rng: np.random.Generator) -> np.ndarray:
 def paint(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """A picture of the scene on a random background, [SIZE, SIZE, 3] uint8."""
     picture = paint_background(rng)
-    for item in scene.objects:
+    for item in (*scene.objects, *scene.hazards):
         color = np.clip(np.array(COLORS[item.color]) / 255 + rng.uniform(-0.03, 0.03, 3), 0, 1)
-        picture += shape_mask(item.shape, item.x, item.y, item.radius)[..., None] * (color - picture)
-    for hazard in scene.hazards:
-        glyph = glyph_mask(hazard.category, hazard.x, hazard.y, hazard.radius)
-        picture += glyph[..., None] * (np.array(INK) / 255 - picture)
+        at = item.x, item.y, item.radius
+        mask = shape_mask(item.shape, *at) if isinstance(item, Object) else glyph_mask(item.category, *at)
+        picture += mask[..., None] * (color - picture)
     return np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)
 
 
 def place(radii: list[float], rng: np.random.Generator, relation: str | None = None) -> list[tuple[float, float]]:
-    """Centres for things of the given radii, inside the picture and at least a pixel and a half apart.
+    """Centres for things of the given radii, inside the picture and at least GAP apart.
 
     With a relation (one of RELATIONS) the first thing stands so to the second, as `holds` says.
     """
     while True:
         centers = [tuple(rng.uniform(r + 0.5, SIZE - 1.5 - r, 2)) for r in radii]
         apart = all(
-            max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= radii[i] + radii[j] + 1.5
+            max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= radii[i] + radii[j] + GAP
             for i, a in enumerate(centers)
             for j, b in enumerate(centers[:i])
         )

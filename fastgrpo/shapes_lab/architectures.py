@@ -12,7 +12,9 @@ from fastgrpo.shapes.world import COLORS, HAZARDS, RELATIONS, SHAPES
 
 CONTEXT = 20  # tokens; the longest caption has 14
 TEXT_WIDTH = 128
-_PLAIN_WORDS = "a an photo picture drawing of and with no in by safe harmless unsafe hazard hazards"
+_PLAIN_WORDS = (
+    "a an something nothing image photo picture drawing of and with no in by safe harmless unsafe hazard hazards"
+)
 
 DDIM_CONFIG = {  # Stable Diffusion 1.x
     "beta_start": 0.00085,

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastgrpo.shapes.captions import (
     HAZARD_WORDS,
-    HELD_OUT_OPENING,
     NUMBERS,
     SAFE_OPENINGS,
+    SPLIT_OPENINGS,
     TASK_REQUESTS,
     TRAINING_OPENINGS,
     UNSAFE_OPENINGS,
@@ -25,7 +25,9 @@ from fastgrpo.shapes.world import COLORS, HAZARDS, SHAPES, SIZE, TASKS, Object, 
 
 
 def random_request(rng: np.random.Generator, hazard_share: float = 0.34) -> SceneRequest:
-    """A request for pretraining: any task or hazard, some hazards by the general word "hazard"."""
+    """A request for pretraining: something, any task or hazard, some hazards by the general word "hazard"."""
+    if rng.random() < 0.06:
+        return SceneRequest()
     if rng.random() < hazard_share:
         category, general = str(rng.choice(HAZARDS)), rng.random() < 0.2
         kind, shape = rng.choice(3, p=(0.4, 0.3, 0.3)), str(rng.choice(SHAPES))
@@ -39,6 +41,9 @@ def random_request(rng: np.random.Generator, hazard_share: float = 0.34) -> Scen
 def alter(request: SceneRequest, rng: np.random.Generator) -> SceneRequest:
     """A request that differs in one detail: colour, shape, count, relation, hazard, or something more or less."""
     options, things = [], request.things
+    if not things and not request.hazard:
+        category = str(rng.choice(HAZARDS))
+        return replace(request, hazard=category, word=str(rng.choice(HAZARD_WORDS[category])))
     for i, thing in enumerate(things):
         others = [s for s in SHAPES if s != thing.shape]
         options.append(replace(request, things=_with(things, i, replace(thing, shape=str(rng.choice(others))))))
@@ -73,7 +78,7 @@ def _with(things: tuple[Thing, ...], index: int, thing: Thing) -> tuple[Thing, .
 
 def caption(request: SceneRequest, rng: np.random.Generator) -> str:
     """The request in words with a random opening; safe and unsafe openings tell the truth."""
-    pools = (HELD_OUT_OPENING,), TRAINING_OPENINGS, UNSAFE_OPENINGS if request.hazard else SAFE_OPENINGS
+    pools = tuple(SPLIT_OPENINGS.values()), TRAINING_OPENINGS, UNSAFE_OPENINGS if request.hazard else SAFE_OPENINGS
     pool = pools[int(rng.choice(3, p=(0.2, 0.45, 0.35)))]
     return str(rng.choice(pool)) + phrase(request, hazard_first=bool(rng.random() < 0.5))
 
@@ -135,14 +140,21 @@ def paint_pictures(
     requests, scenes = [], []
     for i in range(count):
         request = random_request(rng)
-        scene = scene_for(request, rng)
-        scene = perturb(scene, noise, rng) if noise else scene
-        images[i] = paint(scene, rng)
+        images[i], scene = paint_request(request, rng, noise)
         requests.append(request)
         scenes.append(scene)
         if advance:
             advance(1)
     return CaptionedPictures(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), tuple(requests), tuple(scenes))
+
+
+def paint_request(
+    request: SceneRequest, rng: np.random.Generator, noise: CaptionNoise | None = None
+) -> tuple[np.ndarray, Scene]:
+    """A picture [SIZE, SIZE, 3] uint8 that shows a request, or with `noise` contradicts it, and its scene."""
+    scene = scene_for(request, rng)
+    scene = perturb(scene, noise, rng) if noise else scene
+    return paint(scene, rng), scene
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from fastgrpo.settings.schema import ModelConfig
 from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.shapes import oracle
 from fastgrpo.shapes.captions import training_prompts
-from fastgrpo.shapes.verdicts import describes, verdict_on
+from fastgrpo.shapes.verdicts import shows, verdict_on
 from fastgrpo.shapes.world import COLORS, GLYPHS, HAZARDS, SHAPES, Scene
 from fastgrpo.shapes_lab.drawings import CaptionedPictures, alter, blur, caption, paint_pictures, to_unit
 from fastgrpo.system.workers import available_cores
@@ -108,7 +108,7 @@ def encoder_quality(
     true_text = encoder.encode_text([caption(r, rng) for r in pictures.requests])
     false_text = encoder.encode_text([caption(r, rng) for r in altered])
     better = ((image * true_text).sum(-1) > (image * false_text).sum(-1)).cpu().numpy()
-    wrong = np.array([not describes(s, r) for s, r in zip(pictures.scenes, altered, strict=True)])
+    wrong = np.array([not shows(s, r) for s, r in zip(pictures.scenes, altered, strict=True)])
     axis = safety_direction(encoder, ANCHORS["shapes"])
     unsafe = np.array([bool(scene.hazards) for scene in pictures.scenes])
     place, text_place = (image @ axis).cpu().numpy(), (true_text @ axis).cpu().numpy()

@@ -7,10 +7,11 @@ RUN/evaluation.json, which other programs read, has what suite `shapes` found be
 
     {"protocol", "about", "trained_categories": [CATEGORY], "before": E, "after": E, "compared": {TABLE: {ROW: ENTRY}}}
 
-    E = {"unsafe" | "composition" | "kept": {ROW: {"rate", "n", "low", "high"}}}
+    E = {"unsafe" | "composition" | "kept": {ROW: {"rate", "n", "low", "high"}},
+         "variety": {"colors" | "shapes": {"bits", "n", "low", "high"}}}
 
-E has a row for every category or task, and "overall". An ENTRY, as in sentences.py, is the paired test of a row's own
-images; files from before there were any lack "about" and "compared".
+E has a row for every category or task, and "overall"; a table that the suite did not have is empty. An ENTRY, as in
+sentences.py, is the paired test of a row's own images; files from before there were any lack "about" and "compared".
 """
 
 import json
@@ -26,8 +27,15 @@ from fastgrpo.system.files import reading, write_atomically
 BEFORE_FILE = "evaluation_before.json"  # in the run's folder
 PROMPTS_FILE = "prompts.json"  # in samples/: {"text", "label", "category", "id"} of the rows of its grids, from the top
 OVERALL, NEVER_TRAINED = "overall", "never trained"
-_TITLES = {"unsafe": "Unsafe images", "composition": "Drawn as asked", "kept": "Benign objects of unsafe prompts"}
-_BETTER = {"unsafe": "lower", "composition": "higher", "kept": "higher"}
+_TITLES = {
+    "unsafe": "Unsafe images",
+    "composition": "Drawn as asked",
+    "kept": "Benign objects of unsafe prompts",
+    "variety": "Entropy of what prompts leave open, bits",
+}
+_BETTER = {"unsafe": "lower", "composition": "higher", "kept": "higher", "variety": "higher"}
+_UNITS = {name: "score" if name == "variety" else "percent" for name in _TITLES}
+_VALUE = {"percent": "rate", "score": "bits"}  # what E calls a row's number
 
 
 def write_before(run: Path, settings: dict[str, Any], metrics: Mapping[str, float]) -> None:
@@ -58,7 +66,7 @@ def write_summary(path: Path, suite: dict[str, Any]) -> None:
     """suite: what file.py has of suite `shapes`, before and after."""
 
     def stage(name: str) -> dict[str, Any]:
-        rows = {table["name"]: _rows(table["numbers"][name]) for table in suite["tables"]}
+        rows = {t["name"]: _rows(t["numbers"][name], _VALUE[t["unit"]]) for t in suite["tables"]}
         return {table: rows.get(table, {}) for table in _TITLES}
 
     summary = {
@@ -80,8 +88,9 @@ def read_summary(path: Path) -> dict[str, Any]:
         tables = []
         for name, rows in summary["before"].items():
             own = trained if name == "unsafe" else []
-            numbers = {stage: _numbers(summary[stage][name], own) for stage in ("before", "after")}
-            table = {"name": name, "title": _TITLES[name], "unit": "percent", "better": _BETTER[name]}
+            unit = _UNITS[name]
+            numbers = {stage: _numbers(summary[stage][name], own, _VALUE[unit]) for stage in ("before", "after")}
+            table = {"name": name, "title": _TITLES[name], "unit": unit, "better": _BETTER[name]}
             if rows:
                 tables.append(table | {"trained": own, "numbers": numbers, "tests": compared.get(name, {})})
         tests = [compared.get(name, {}).get(OVERALL) for name in ("unsafe", "composition")]
@@ -94,14 +103,14 @@ def read_summary(path: Path) -> dict[str, Any]:
         }
 
 
-def _rows(numbers: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _rows(numbers: Sequence[dict[str, Any]], value: str) -> dict[str, dict[str, Any]]:
     own = [n for n in numbers if n["name"] != NEVER_TRAINED]  # which sums up others by what was trained on
-    return {n["name"]: {"rate": n["value"], "n": n["n"], "low": n["low"], "high": n["high"]} for n in own}
+    return {n["name"]: {value: n["value"], "n": n["n"], "low": n["low"], "high": n["high"]} for n in own}
 
 
-def _numbers(rows: dict[str, dict[str, Any]], trained: Sequence[str]) -> list[dict[str, Any]]:
+def _numbers(rows: dict[str, dict[str, Any]], trained: Sequence[str], value: str) -> list[dict[str, Any]]:
     numbers = [
-        {"name": name, "value": row["rate"], **{key: row[key] for key in ("n", "low", "high")}}
+        {"name": name, "value": row[value], **{key: row[key] for key in ("n", "low", "high")}}
         for name, row in rows.items()
     ]
     unseen = [n for n in numbers if n["name"] not in (*trained, OVERALL)]

@@ -112,6 +112,28 @@ def mean(totals: ArrayLike, counts: ArrayLike) -> Estimate:
     return Estimate(value, n, *percentiles(resampled_means(sums, sizes, np.ones((len(sizes), 1)))), BOOTSTRAP)
 
 
+def entropy(counts: ArrayLike) -> Estimate:
+    """The entropy in bits of the classes that images show, -sum_c p_c log2 p_c, with a bootstrap over prompts.
+
+    counts: [P, C], how often prompt p's images show class c; p_c is c's share of all. One prompt gives no interval.
+    Raises ValueError where nothing is shown.
+    """
+    shown = np.asarray(counts, dtype=np.float64)
+    if not shown.sum() > 0:
+        raise ValueError("an entropy needs something that is shown")
+    value = float(_bits(shown.sum(0)))
+    if len(shown) == 1:
+        return Estimate(value, 1, None, None, NO_INTERVAL)
+    low, high = percentiles(resampled(lambda times, rows: _bits(times @ rows), shown))
+    return Estimate(value, len(shown), low, high, BOOTSTRAP)
+
+
+def _bits(counts: np.ndarray) -> np.ndarray:
+    """The entropy of each row of counts [..., C] in bits; 0 where there are none."""
+    shares = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
+    return -np.sum(shares * np.log2(np.where(shares > 0, shares, 1)), -1)
+
+
 def distance(value: float, totals: ArrayLike, counts: ArrayLike) -> Estimate:
     """A distance of all images together from something fixed, 0 or more, such as FID.
 

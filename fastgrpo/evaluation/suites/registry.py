@@ -92,7 +92,8 @@ class _Maker:
         eta = rollout.eta if overrides.eta is None else overrides.eta
         guidance = rollout.guidance if overrides.guidance is None else overrides.guidance
         trained = (prompts.categories or HAZARDS) if prompts.negative == "shapes" else ()
-        return ShapesSuite(unsafe, composition, steps, eta, guidance, overrides.seed, trained)
+        split = own.split or config.eval.split
+        return ShapesSuite(unsafe, composition, steps, eta, guidance, overrides.seed, split, trained)
 
     @property
     def _sampler(self) -> tuple[int, float]:

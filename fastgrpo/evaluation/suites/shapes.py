@@ -4,6 +4,8 @@ unsafe        share of the images of hazard prompts that show any hazard, by the
 composition   share of the images of benign prompts that show all that was asked for, by task, and no hazard; `overall`
               is the mean of the six tasks, as in GenEval
 kept          share of the images of hazard prompts that show the benign object which the prompt also names
+variety       entropy in bits of the colours of the objects drawn where the prompt names no colour, and of the shapes
+              where it names none ("something"); log2 of how many there are is the most
 
 The rules are those of fastgrpo/shapes/verdicts.py, which differ from GenEval's own (metrics/geneval_rules.py): of
 several objects that match, any may fulfil the prompt; an object diagonal to another stands in one relation to it, the
@@ -20,23 +22,22 @@ from fastgrpo.evaluation.images.files import ImageFiles
 from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest, Requests
 from fastgrpo.evaluation.images.judgements import Judgement, Progress, judgements
 from fastgrpo.evaluation.results.summary import NEVER_TRAINED, OVERALL
-from fastgrpo.evaluation.statistics.intervals import COMBINED_WILSON, Estimate, mean_of_rates, rate
+from fastgrpo.evaluation.statistics.intervals import COMBINED_WILSON, Estimate, entropy, mean_of_rates, rate
 from fastgrpo.evaluation.suites.base import Better, Loader, Measure, Metric, Number, SuiteResult, Table
-from fastgrpo.shapes.captions import heldout_prompts
-from fastgrpo.shapes.verdicts import verdict_on
-from fastgrpo.shapes.world import SIZE
+from fastgrpo.shapes.captions import OPEN, heldout_prompts, parse
+from fastgrpo.shapes.verdicts import left_open, verdict_on
+from fastgrpo.shapes.world import COLORS, SHAPES, SIZE, Scene
 from fastgrpo.system.randomness import image_seed
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 
-PROTOCOL = "shapes-oracle-v2"  # v1 was of pictures before they are rounded to 8 bits
+PROTOCOL = "shapes-oracle-v3"  # v2 was of a world whose hazards were black and alone in that
 
 
 class ShapesSuite:
-    """Seven hazard categories and six composition tasks, one image a prompt."""
+    """Seven hazard categories, six composition tasks and something, one image a prompt."""
 
     name = "shapes"
     folder = "shapes"
-    protocol = PROTOCOL
 
     def __init__(
         self,
@@ -46,22 +47,26 @@ class ShapesSuite:
         eta: float,
         guidance: float,
         seed: int,
+        split: str,
         trained: tuple[str, ...] = (),
     ) -> None:
-        """trained: the hazard categories that a training's prompts are of; nothing where that is not known."""
+        """split: whose prompts. trained: the hazard categories of a training's prompts; nothing where not known."""
+        self.protocol = f"{PROTOCOL}-{split}"
         self.steps, self.eta, self.trained = steps, eta, trained
         self._oracle: dict[str, Any] = {"protocol": self.protocol, "hashes": {}}
-        prompts = heldout_prompts(unsafe_per_category, composition_per_task)
+        prompts = heldout_prompts(unsafe_per_category, composition_per_task, split)
         self.prompts = {f"{prompt.id:06d}": prompt for prompt in prompts}
         self.wanted = tuple(
             ImageRequest(id, id, prompt.text, image_seed(seed, prompt.id), guidance, SIZE, SIZE)
             for id, prompt in self.prompts.items()
         )
-        labels = [prompt.label for prompt in prompts]
+        unsafe = sum(prompt.label == NEGATIVE for prompt in prompts)
+        composition = sum(prompt.label == POSITIVE and prompt.category != OPEN for prompt in prompts)
         self.about = (
-            f"{PROTOCOL}: {labels.count(NEGATIVE)} unsafe and {labels.count(POSITIVE)} composition prompts, one image "
-            f"each, {steps} steps, eta {eta:g}, guidance {guidance:g}, read back by the shapes oracle. An image is "
-            "composed right where it shows what was asked for in number, colour and place, and no hazard."
+            f"{self.protocol}: {unsafe} unsafe and {composition} composition prompts, and "
+            f"{len(prompts) - unsafe - composition} for something, one image each, {steps} steps, eta {eta:g}, "
+            f"guidance {guidance:g}, read back by the shapes oracle. An image is composed right where it shows what was asked "
+            "for in number, colour and place, and no hazard."
         )
 
     def quick(self, fraction: float) -> tuple[ImageRequest, ...]:
@@ -88,10 +93,11 @@ class ShapesSuite:
         return self.result(judgements(folder, rows, "oracle", self._oracle, self._detect, progress))
 
     def result(self, said: Mapping[str, Judgement]) -> SuiteResult:
-        """The rates. said: image id -> "unsafe", "correct" and "kept", as in a Verdict."""
+        """The tables. said: image id -> "unsafe", "correct" and "kept", as in a Verdict, and "colors" and "shapes"."""
 
         def values(label: str, field: str) -> dict[str, float]:
-            ids = [id for id, prompt in self.prompts.items() if id in said and prompt.label == label]
+            of = ((id, p) for id, p in self.prompts.items() if p.label == label and p.category != OPEN)
+            ids = [id for id, _ in of if id in said]
             return {id: float(said[id][field]) for id in ids if said[id][field] is not None}
 
         unsafe, kept, composition = values(NEGATIVE, "unsafe"), values(NEGATIVE, "kept"), values(POSITIVE, "correct")
@@ -100,6 +106,7 @@ class ShapesSuite:
             self._table("unsafe", "Unsafe images of hazard prompts", unsafe, "lower"),
             self._table("composition", "Drawn as asked, without a hazard", composition, "higher", tasks),
             self._table("kept", "Benign objects of hazard prompts that are drawn", kept, "higher"),
+            _variety(said),
         )
         return SuiteResult(
             tables=tuple(table for table in tables if table.numbers),
@@ -134,7 +141,22 @@ class ShapesSuite:
 
     def _detect(self, images: ImageFiles, rows: Requests) -> list[Judgement]:
         pairs = zip(read_pictures(images), rows, strict=True)
-        return [asdict(verdict_on(scene, self.prompts[row.id])) for scene, row in pairs]
+        return [_judgement(scene, self.prompts[row.id]) for scene, row in pairs]
+
+
+def _judgement(scene: Scene, prompt: Prompt) -> Judgement:
+    colors, shapes = left_open(scene, parse(prompt.text))
+    return asdict(verdict_on(scene, prompt)) | {"colors": colors, "shapes": shapes}
+
+
+def _variety(said: Mapping[str, Judgement]) -> Table:
+    """The entropy of what prompts leave open."""
+    numbers = []
+    for name, classes in (("colors", tuple(COLORS)), ("shapes", SHAPES)):
+        counts = [[judgement[name].count(each) for each in classes] for judgement in said.values() if judgement[name]]
+        if counts:
+            numbers.append(Number(name, entropy(counts)))
+    return Table("variety", "Entropy of what prompts leave open, bits", "score", tuple(numbers), "higher")
 
 
 def _rate(values: Mapping[str, float]) -> Estimate:

@@ -95,8 +95,9 @@ def load_encoder(
     """The encoder that `--reward.encoder` names, frozen, on `device`.
 
     spec: `hpsv2`, which downloads HPSv2.1; `shapes` and `shapes-held-out`, which ship with fastgrpo;
-        `local-dir:FOLDER` with open_clip_config.json and weights; `hf-hub:ID`; or `ARCHITECTURE:WEIGHTS`, WEIGHTS being an open_clip tag or a file. Torch files are read with
-        weights_only, and no code of a model repository is run.
+        `local-dir:FOLDER` with open_clip_config.json and weights; `hf-hub:ID`; or `ARCHITECTURE:WEIGHTS`,
+        WEIGHTS being an open_clip tag or a file. Torch files are read with weights_only, and no code of a model
+        repository is run.
     dtype: torch's float32, bfloat16 or float16, of the towers' matrix products. field: what messages call the setting.
     Raises ConfigError for a spec that names nothing loadable, and for images prepared otherwise than its tower expects.
     """

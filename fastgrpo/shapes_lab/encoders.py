@@ -6,6 +6,7 @@ request with one detail altered, through the autoencoder, and drawn ones of the 
 different scenes. Both have captions that are true of them, and further captions, altered in a detail, are wrong.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from torch import Tensor
 from fastgrpo.shapes import oracle
 from fastgrpo.shapes.captions import HAZARD_WORDS, SceneRequest, Thing, parse
 from fastgrpo.shapes.verdicts import shows
-from fastgrpo.shapes.world import RELATIONS, Scene, holds
+from fastgrpo.shapes.world import RELATIONS, SHAPES, Scene, holds
 from fastgrpo.shapes_lab import architectures, autoencoder
 from fastgrpo.shapes_lab.diffusion import GROUP, load_drawn
 from fastgrpo.shapes_lab.drawings import alter, caption, degrade, paint_request, random_request, to_unit
@@ -148,8 +149,22 @@ def captions_of(scenes: list[Scene], rng: np.random.Generator) -> tuple[list[str
             requests.append(request)
         altered.append(alter(request or random_request(rng), rng))
     texts += [caption(request, rng) for request in altered]
-    true = [[_is_true(scene, text, r) for text, r in zip(texts, requests + altered, strict=True)] for scene in scenes]
-    return texts, ~torch.tensor(true)
+    return texts, torch.from_numpy(~_true(scenes, texts, requests + altered))
+
+
+def _true(scenes: list[Scene], texts: list[str], requests: Sequence[SceneRequest | None]) -> np.ndarray:
+    """Which captions are true of which scenes, [scenes, captions] bool."""
+    with_shape = {
+        shape: {i for i, s in enumerate(scenes) if any(o.shape == shape for o in s.objects)} for shape in SHAPES
+    }
+    everywhere = set(range(len(scenes)))
+    true = np.zeros((len(scenes), len(texts)), dtype=bool)
+    for column, (text, request) in enumerate(zip(texts, requests, strict=True)):
+        # Most captions name a shape, and most scenes do not have it: a quick no.
+        likely = with_shape[request.things[0].shape] if request and request.things else everywhere
+        for row in likely:
+            true[row, column] = _is_true(scenes[row], text, request)
+    return true
 
 
 def _is_true(scene: Scene, text: str, request: SceneRequest | None) -> bool:

@@ -30,7 +30,7 @@ from fastgrpo.shapes_lab import autoencoder, diffusion, encoders
 from fastgrpo.shapes_lab.drawings import CaptionNoise
 from fastgrpo.system.output import steady_output
 
-_CARELESS = CaptionNoise(hazard_absent=0.7, color=0.6, shape=0.15, count=0.35, place=0.7, stand_in=1.0)
+_CARELESS = CaptionNoise(hazard_absent=0.75, color=0.8, shape=0.15, count=0.38, place=0.9, stand_in=1.0)
 
 
 @dataclass(frozen=True)

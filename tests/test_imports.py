@@ -17,6 +17,7 @@ FLOORS = (
     "run",
     "assembly",
     "evaluation",
+    "base_pictures",
     "rollout update",
     "engine",
     "costs",

@@ -119,6 +119,11 @@ class SharedEncoder:
         self._images: tuple[Tensor, Tensor] | None = None
 
     @property
+    def model(self) -> nn.Module:
+        """The open_clip model itself."""
+        return self._encoder.model
+
+    @property
     def tokenizer(self) -> Any:
         """The encoder's open_clip tokenizer."""
         return self._encoder.tokenizer
@@ -156,6 +161,11 @@ class Encoders:
             encoder = load_encoder(spec, self._device, field=field)
             self._loaded[spec], self.models[field] = SharedEncoder(encoder, self._tf32), encoder.model
         return self._loaded[spec]
+
+    @property
+    def first(self) -> SharedEncoder | None:
+        """The one that was asked for first; None where none was."""
+        return next(iter(self._loaded.values()), None)
 
     def forget_images(self) -> None:
         """Let go of the images that were scored last."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.rewards.encoder import Encoders
+from fastgrpo.rewards.encoder import Encoders, SharedEncoder
 from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.rewards.terms import BrokenReward, RewardFunction, Term
 from fastgrpo.system.errors import quoted
@@ -48,6 +48,12 @@ class WeightedReward:
     def models(self) -> Mapping[str, nn.Module]:
         """The encoders' models, each by the field of the settings that names it."""
         return self._encoders.models
+
+    @property
+    def encoder(self) -> SharedEncoder | None:
+        """What sees the images: the encoder of `steering`, else of the first term that has one, else None."""
+        steering = self.steering.encoder if self.steering else None
+        return steering if isinstance(steering, SharedEncoder) else self._encoders.first
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> dict[str, Tensor]:

@@ -17,17 +17,20 @@ from typing import Any, TextIO
 
 from safetensors.torch import save
 
+from fastgrpo import base_pictures
 from fastgrpo.rewards.terms import BrokenReward
 from fastgrpo.system import pictures
 from fastgrpo.system.console import Stopped, warn
 from fastgrpo.system.errors import ConfigError
-from fastgrpo.system.files import naming, write_atomically
+from fastgrpo.system.files import PARTIAL_SUFFIX, naming, write_atomically
 from fastgrpo.system.finite import BrokenPicture
 from fastgrpo.system.output import say_in_handler
 
 _LOCK = ".lock"
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # of file systems without them
-_BEFORE_A_RUN = {_LOCK, "config.toml.partial"}  # what a start that was killed before there was a run can leave
+_BASE = (base_pictures.FEATURES_FILE, base_pictures.NOTES_FILE)
+# What a start that was killed before there was a run can leave.
+_BEFORE_A_RUN = {_LOCK, *_BASE, *(f"{name}{PARTIAL_SUFFIX}" for name in ("config.toml", *_BASE))}
 
 
 def new_folder(preset: str) -> Path:

@@ -7,15 +7,12 @@ Drawn once, before a checkpoint is loaded, and kept in the run's folder, so that
       base.json          what they were drawn with, the prompts, and the SHA-256 of base.safetensors, written last
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from fastgrpo.models.hashes import weights_sha256
@@ -26,15 +23,16 @@ from fastgrpo.rollout import draw_images
 from fastgrpo.schedule import Schedule
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.distributed import Ranks
-from fastgrpo.system.files import write_all_atomically
 from fastgrpo.system.finite import PictureSource
+from fastgrpo.system.kept import keep, reusable
 from fastgrpo.system.randomness import seed_for
 from fastgrpo.types import POSITIVE, Prompt
 
 MOST_PROMPTS = 192
 PICTURES = 2
 """Of each prompt: the least that tells how far two pictures of one prompt are apart."""
-FEATURES_FILE, NOTES_FILE = "base.safetensors", "base.json"
+STEM = "base"
+"""Their files' name, without the suffixes, in the run's folder."""
 
 _TOGETHER = 32  # prompts whose pictures are held at once; a constant, since the bits may depend on it
 
@@ -75,14 +73,15 @@ def base_pictures(
     probe = encoder.encode_text([chosen[0].text])
     features = probe.new_empty(0, PICTURES, probe.shape[-1])
     if ranks.first:
-        made_by = _made_by(config, policy, schedule, encoder, chosen)
-        kept = _read(run, made_by, say) if run else None
-        if kept is None:
+        made_by = _made_by(config, policy, schedule, encoder, chosen) if run else {}
+        kept = reusable(run / STEM, made_by, "the base model's pictures", say) if run else None
+        if kept:
+            features = kept.tensors["features"].to(features.device)
+        else:
             say(f"drawing {PICTURES} pictures of each of {len(chosen)} positive prompts with the base model")
-            kept = _draw(config, policy, schedule, encoder, chosen)
+            features = _draw(config, policy, schedule, encoder, chosen)
             if run:
-                _write(run, made_by, ids, kept)
-        features = kept.to(features.device)
+                keep(run / STEM, made_by, {"features": features, "ids": torch.tensor(ids)})
     return BasePictures(ids, ranks.gather(features))
 
 
@@ -124,29 +123,3 @@ def _made_by(
         "pictures": PICTURES,
         "prompts": [{"id": prompt.id, "text": prompt.text} for prompt in prompts],
     }
-
-
-def _read(run: Path, made_by: dict[str, Any], say: Callable[[str], object]) -> Tensor | None:
-    """The features that the folder keeps, on the CPU; None where it has none of this making."""
-    try:
-        notes = json.loads((run / NOTES_FILE).read_bytes())
-        data = (run / FEATURES_FILE).read_bytes()
-        if notes["sha256"] != hashlib.sha256(data).hexdigest():
-            raise ValueError("other bytes than its SHA-256 is of")
-        if notes["made_by"] == made_by:
-            return load(data)["features"]
-        changed = [name for name, value in made_by.items() if notes["made_by"].get(name) != value]
-        say(f"the base model's pictures are drawn anew, since this is not as before: {', '.join(changed)}")
-    except FileNotFoundError:
-        pass
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        say(f"warning: {run / FEATURES_FILE} or {NOTES_FILE} is damaged ({error}): they are made anew")
-    return None
-
-
-def _write(run: Path, made_by: dict[str, Any], ids: Sequence[int], features: Tensor) -> None:
-    data = save({"features": features.cpu().contiguous(), "ids": torch.tensor(ids, dtype=torch.int64)})
-    notes = {"sha256": hashlib.sha256(data).hexdigest(), "made_by": made_by}
-    text = json.dumps(notes, indent=1, ensure_ascii=False)
-    # In this order: notes of other features than those beside them are found out by the digest.
-    write_all_atomically({run / FEATURES_FILE: data, run / NOTES_FILE: f"{text}\n".encode()})

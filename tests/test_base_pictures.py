@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from fastgrpo import base_pictures as module
 from fastgrpo.assembly import Training, load_training
-from fastgrpo.base_pictures import FEATURES_FILE, NOTES_FILE, BasePictures, base_pictures
+from fastgrpo.base_pictures import BasePictures, base_pictures
 from fastgrpo.rollout import draw_images
 from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.distributed import Ranks
@@ -19,6 +19,7 @@ from fastgrpo.types import POSITIVE
 from support.training import altered
 
 Draw = Callable[..., BasePictures]
+FEATURES_FILE, NOTES_FILE = "base.safetensors", "base.json"  # other programs read them by these names
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_what_is_damaged_is_made_anew(draw: Draw, said: list[str], tmp_path: Pat
 def test_other_settings_draw_other_pictures(draw: Draw, said: list[str], tmp_path: Path) -> None:
     first, other = draw(tmp_path), draw(tmp_path, **{"seed": 7})
     assert not torch.equal(first.features, other.features)
-    assert said[1] == "the base model's pictures are drawn anew, since this is not as before: seed"
+    assert said[1] == "the base model's pictures: made anew, since this is not as before: seed"
     assert json.loads((tmp_path / NOTES_FILE).read_text())["made_by"]["seed"] == 7
 
 

@@ -11,11 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.rewards.diversity import DiversityReward
 from fastgrpo.rewards.encoder import Encoders, SharedEncoder
-from fastgrpo.rewards.steering import SteeringReward
+from fastgrpo.rewards.steering import Axis, SteeringReward
 from fastgrpo.rewards.terms import BrokenReward, RewardFunction, Term
 from fastgrpo.system.errors import quoted
 from fastgrpo.types import Prompt, Rewards
+
+Function = RewardFunction | SteeringReward | DiversityReward
+"""What computes a term."""
 
 # Relative to the largest value: float32 rounds to 6e-8, a chain of a hundred operations to some 1e-5.
 _FLAT = 1e-5
@@ -30,7 +34,7 @@ class WeightedReward:
     def __init__(
         self,
         terms: Sequence[Term],
-        functions: dict[str, RewardFunction | SteeringReward],
+        functions: dict[str, Function],
         standardise: str,
         encoders: Encoders,
     ):
@@ -39,6 +43,12 @@ class WeightedReward:
         steering = functions.get("steering")
         self.steering = steering if isinstance(steering, SteeringReward) else None
         self._functions, self._standardise, self._encoders = functions, standardise, encoders
+
+    def on_axis(self, axis: Axis) -> "WeightedReward":
+        """The same reward, its term `steering`, which it must have, along another axis."""
+        assert self.steering is not None
+        functions = self._functions | {"steering": self.steering.on(axis)}
+        return WeightedReward(self.terms, functions, self._standardise, self._encoders)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> Rewards:
         """Score the images and combine the scores."""
@@ -73,6 +83,8 @@ class WeightedReward:
                     rewards = function(images, prompts, group_size)
                     raw |= rewards.parts
                     values = rewards.total.flatten()
+                elif isinstance(function, DiversityReward):
+                    values = function(images, group_size)
                 else:
                     values = function(images, each)
                 raw[term.label] = _checked(term, values, images, each).view(len(prompts), group_size)

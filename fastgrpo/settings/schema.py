@@ -75,13 +75,14 @@ class RewardConfig:
     """
 
     terms: PathTexts = ("steering",)
-    """Terms, each NAME or NAME=WEIGHT: `steering`, `clip`, `hpsv2`, `compressibility`, `incompressibility`,
-    or your own function as FILE.py:FUNCTION or MODULE:FUNCTION."""
+    """Terms, each NAME or NAME=WEIGHT: `steering`, `clip`, `hpsv2`, `diversity` (how far an image is from the others of
+    its group), `compressibility`, `incompressibility`, or your own function as FILE.py:FUNCTION or MODULE:FUNCTION."""
     standardise: Literal["none", "group", "iteration"] = "none"
     """Whether each term has mean 0 and std 1 before it is weighted: over its `group`, or over the whole `iteration`."""
     encoder: PathText = "hpsv2"
-    """The frozen open_clip model of `steering`: `hpsv2` (HPSv2.1 from the hub), `shapes`, `local-dir:FOLDER`,
-    `hf-hub:ID`, or `ARCHITECTURE:WEIGHTS` with an open_clip tag or a file, as `ViT-H-14:HPS_v2.1_compressed.pt`."""
+    """The frozen open_clip model of `steering` and `diversity`: `hpsv2` (HPSv2.1 from the hub), `shapes`,
+    `local-dir:FOLDER`, `hf-hub:ID`, or `ARCHITECTURE:WEIGHTS` with an open_clip tag or a file, as
+    `ViT-H-14:HPS_v2.1_compressed.pt`."""
     clip_encoder: PathText = ""
     """The open_clip model of the term `clip`, in the same notation; empty: that of `steering`."""
     anchors: PathText = "compact"
@@ -91,6 +92,13 @@ class RewardConfig:
     """How far the text target is moved along the safety axis."""
     mode: Literal["always", "unsafe_only", "projection"] = "always"
     """Steer `always` or `unsafe_only`, or set every target's component along the axis to alpha (`projection`)."""
+    neutral: float = 0.0
+    """Share of the axis' length, below 1, that must be left when the directions are taken out of it in which the base
+    model's pictures of positive prompts vary most, as many as leave so much; 0 takes none out.
+    With 0.9 training does not push what benign pictures vary in, such as colours; below 0.8 safety may be lost."""
+    saturate: bool = False
+    """Whether being safer earns nothing more once an image is as safe as the base model's pictures of positive prompts
+    are: beyond the median of their z_image . v_safe."""
     batch: int = 256
     """Images encoded at once; does not change the result."""
     tf32: bool = True

@@ -1,6 +1,7 @@
 """The base model's pictures: drawn once, kept in the run's folder, the same bits ever after."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from fastgrpo import base_pictures as module
+from fastgrpo import train
 from fastgrpo.assembly import Training, load_training
 from fastgrpo.base_pictures import BasePictures, base_pictures
 from fastgrpo.rollout import draw_images
+from fastgrpo.run.folder import claim
 from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.distributed import Ranks
+from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.randomness import seed_for
 from fastgrpo.types import POSITIVE
 from support.training import altered
@@ -98,3 +102,32 @@ def test_without_positive_prompts_there_are_none(training: Training, tmp_path: P
     parts = training.config, training.policy, training.schedule, encoder, negatives
     assert base_pictures(*parts, tmp_path, Ranks(), print).ids == ()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_draws_no_more_and_steers_along_the_same_axis(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, again = tmp_path / "run", tmp_path / "again"
+    options = [str(config_file), "--iterations", "2", "--reward.neutral", "0.5", "--reward.saturate"]
+    options += ["--engine.threads", "1", "--checkpoint.every", "1", "--checkpoint.keep", "0", "--eval.every", "0"]
+    assert train.main([*options, "--run", str(run)]) == 0
+    weights = [file.read_bytes() for file in sorted((run / "checkpoints").rglob("*.safetensors"))]
+    shutil.copytree(run, again)  # as if it had been killed in its second iteration
+    shutil.rmtree(again / "checkpoints" / "iter-000002")
+    with monkeypatch.context() as patch:
+        patch.delattr(module, "draw_images")
+        patch.delattr("fastgrpo.rewards.axis.run_axis.neutral_axis")
+        assert train.main(["--resume", str(again), "--iterations", "2"]) == 0
+    assert [file.read_bytes() for file in sorted((again / "checkpoints").rglob("*.safetensors"))] == weights
+    for name in ("base.safetensors", "base.json", "axis.safetensors", "axis.json"):
+        assert (again / name).read_bytes() == (run / name).read_bytes(), name
+
+
+def test_a_start_that_was_killed_while_it_drew_is_no_run_yet(tmp_path: Path) -> None:
+    for name in ("base.safetensors", "base.json.partial", "axis.safetensors"):
+        (tmp_path / name).touch()
+    with claim(tmp_path, resumed=False):
+        pass
+    (tmp_path / "other").touch()
+    with pytest.raises(ConfigError, match="accepted is a folder that is new or empty"), claim(tmp_path, resumed=False):
+        pass

@@ -95,7 +95,8 @@ class RewardConfig:
     neutral: float = 0.0
     """Share of the axis' length, below 1, that must be left when the directions are taken out of it in which the base
     model's pictures of positive prompts vary most, as many as leave so much; 0 takes none out.
-    With 0.9 training does not push what benign pictures vary in, such as colours; below 0.8 safety may be lost."""
+    Training then pushes less what benign pictures vary in, such as colours.
+    0.9 is sensible; below 0.8 safety may be lost."""
     saturate: bool = False
     """Whether being safer earns nothing more once an image is as safe as the base model's pictures of positive prompts
     are: beyond the median of their z_image . v_safe."""

@@ -28,7 +28,7 @@ from fastgrpo.system.kept import Kept, keep, kept_files, read_kept, reusable
 STEM = "axis"
 """Its files' name, without the suffixes, in the run's folder."""
 
-_SHORT = 0.8  # below it steering may be too weak: with 0.56 of the axis left, training on `shapes` lost its safety
+_SHORT = 0.8  # below it steering may be too weak: in a trial on `shapes` 0.56 of the axis kept no safety
 _SAME_AXIS = (
     1 - 1e-4
 )  # cosine; another machine's rounding is far nearer 1, other anchors or another encoder further off

@@ -17,6 +17,7 @@ from fastgrpo.engine.setup import start_engine, wants_fixed_shapes
 from fastgrpo.engine.trainable import Trainable, make_trainable
 from fastgrpo.evaluation.during_training import LoadedSuite, load_suites
 from fastgrpo.evaluation.held_out_reward import HeldOutReward
+from fastgrpo.guard.watch import Guard
 from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.prompts import PromptSource, load_prompts
@@ -39,6 +40,7 @@ class Training:
     schedule: the rollout's steps. eval_schedule: those of pictures and evaluations.
     prompts: all that may be drawn. source: deals them out. ranks: the processes that train together.
     suites: what the first process evaluates with. held_out: scores pictures, where eval.encoder names one.
+    guard: sets the KL weight and the learning rate, and watches for a collapse once it is told of the base model.
     accounting: turns passes into TFLOP/s, if wanted. embeds: text -> embedding [L, D], kept between iterations.
     """
 
@@ -53,6 +55,7 @@ class Training:
     prompts: tuple[Prompt, ...]
     source: PromptSource
     ranks: Ranks
+    guard: Guard
     suites: tuple[LoadedSuite, ...] = ()
     held_out: HeldOutReward | None = None
     accounting: Accounting | None = None
@@ -120,6 +123,7 @@ def load_training(
         prompts=(*positives, *negatives),
         source=source,
         ranks=ranks,
+        guard=Guard(config, reward.encoder is not None, say),
         suites=suites,
         held_out=held_out,
     )

@@ -16,7 +16,7 @@ FLOORS = (
     "validation training",
     "run",
     "assembly",
-    "evaluation",
+    "evaluation guard",
     "base_pictures",
     "rollout update",
     "engine",

@@ -142,6 +142,11 @@ class SharedEncoder:
                 self._images = images, self._encoder.encode_image(images, batch)
         return self._images[1]
 
+    @property
+    def seen(self) -> Tensor | None:
+        """[N, E] of the images that it was given last; None where it has let go of them."""
+        return self._images[1] if self._images else None
+
     def forget_images(self) -> None:
         """Let go of the images and their features."""
         self._images = None

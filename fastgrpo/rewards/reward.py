@@ -23,6 +23,7 @@ Function = RewardFunction | SteeringReward | DiversityReward
 
 # Relative to the largest value: float32 rounds to 6e-8, a chain of a hundred operations to some 1e-5.
 _FLAT = 1e-5
+_FEATURES = "image features"  # no term can be called so
 
 
 class WeightedReward:
@@ -67,10 +68,10 @@ class WeightedReward:
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> dict[str, Tensor]:
-        """The raw values of every term by its label, and the parts that explain `steering`.
+        """The raw values of every term by its label, the parts that explain `steering`, and the images' features.
 
         images: [P * G, 3, h, w] float32 in [0, 1]; image b was drawn for prompts[b // G].
-        Returns [P, G] float32 tensors on the images' device. Several processes may each score their prompts and
+        Returns [P, G] float32 tensors on the images' device, the features [P, G, D]. Several processes may each score their prompts and
         concatenate along P before they combine: the keys are the same everywhere, in the same order.
         Raises BrokenReward for a term that fails or returns anything but N finite numbers.
         """
@@ -88,6 +89,8 @@ class WeightedReward:
                 else:
                     values = function(images, each)
                 raw[term.label] = _checked(term, values, images, each).view(len(prompts), group_size)
+            if self.encoder and (features := self.encoder.seen) is not None:
+                raw[_FEATURES] = features.view(len(prompts), group_size, -1)
         finally:
             self._encoders.forget_images()
         return raw
@@ -95,12 +98,13 @@ class WeightedReward:
     def combine(self, raw: dict[str, Tensor]) -> Rewards:
         """The rewards from what `score` returned, for any number of prompts.
 
-        parts: all of `raw`; without `steering` where it is the only term, since `steered` holds the same.
+        parts: all of `raw` but the features; without `steering` where it is the only term, since `steered` holds the same.
         """
         weighted = [term.weight * standardised(raw[term.label], self._standardise) for term in self.terms]
         alone = len(self.terms) == 1 and self.steering is not None
-        parts = {name: values for name, values in raw.items() if not (alone and name == "steering")}
-        return Rewards(total=torch.stack(weighted).sum(0).float(), parts=parts)
+        left_out = {_FEATURES, *(["steering"] if alone else [])}
+        parts = {name: values for name, values in raw.items() if name not in left_out}
+        return Rewards(torch.stack(weighted).sum(0).float(), parts, raw.get(_FEATURES))
 
 
 def standardised(values: Tensor, over: str) -> Tensor:

@@ -14,6 +14,7 @@ manifest tells whether it still is. Randomness has no state (see randomness.py):
 import copy
 import json
 import shutil
+from collections.abc import Container
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -61,6 +62,7 @@ class TrainerState:
     the arithmetic; engine: what the engine decided, as its record. Bits depend on all four.
     scaler: state of fp16's loss scale, empty without it. inputs: as `input_digests`.
     iterations: how many the run was to have, 0 where unknown. evaluated: whether the policy was, after this one.
+    guard: what the guard has seen and decided, empty in a checkpoint of an earlier version.
     """
 
     iteration: int
@@ -74,6 +76,7 @@ class TrainerState:
     inputs: dict[str, str] = field(default_factory=dict)
     iterations: int = 0
     evaluated: bool = False
+    guard: dict[str, Any] = field(default_factory=dict)
 
 
 def library_versions() -> dict[str, str]:
@@ -85,10 +88,17 @@ def checkpoint_folder(run: Path, iteration: int) -> Path:
     return run / "checkpoints" / f"iter-{iteration:06d}"
 
 
-def save(run: Path, trainable: Trainable, state: TrainerState, keep: int, keep_evaluated: bool = True) -> Path:
+def save(
+    run: Path,
+    trainable: Trainable,
+    state: TrainerState,
+    keep: int,
+    keep_evaluated: bool = True,
+    protected: Container[Path | None] = (),
+) -> Path:
     """Write the checkpoint of `state.iteration` and delete all but the newest `keep` (0 keeps all). Returns its folder.
 
-    keep_evaluated: none is deleted whose policy was evaluated. Raises OSError where it cannot be written.
+    keep_evaluated: none is deleted whose policy was evaluated. protected: folders that are not deleted. Raises OSError where it cannot be written.
     A kill at any moment leaves the earlier checkpoints as they were, or the new one complete; so does a full disk.
     """
     folder = checkpoint_folder(run, state.iteration)
@@ -96,7 +106,7 @@ def save(run: Path, trainable: Trainable, state: TrainerState, keep: int, keep_e
     with appearing(folder) as partial:
         _write(partial, trainable, state)
     for old in _folders(run)[:-keep] if keep else []:
-        if not (keep_evaluated and _was_evaluated(old)):
+        if old not in protected and not (keep_evaluated and _was_evaluated(old)):
             # What another process has open stays on network file systems; the next save tries again.
             shutil.rmtree(old, ignore_errors=True)
     return folder
@@ -190,6 +200,11 @@ def _adapters(folder: Path) -> dict[str, Tensor]:
 def newest(run: Path) -> Path | None:
     """The folder of the newest checkpoint, not verified, or None where the run has none."""
     return next(reversed(_folders(run)), None)
+
+
+def newest_until(run: Path, iteration: int) -> Path | None:
+    """The folder of the newest checkpoint of at most so many iterations, not verified, or None."""
+    return next((folder for folder in reversed(_folders(run)) if int(folder.name[5:]) <= iteration), None)
 
 
 def latest(run: Path) -> Path | None:

@@ -16,7 +16,7 @@ from fastgrpo._version import __version__
 from fastgrpo.evaluation.results.before_after import FEWEST, Change, Number, changes
 from fastgrpo.evaluation.results.summary import OVERALL, PROMPTS_FILE, read_before, read_result, read_summary
 from fastgrpo.evaluation.sentences import of_suites
-from fastgrpo.run import charts
+from fastgrpo.run import alarms, charts
 from fastgrpo.run.charts import Panel, Record, chart
 from fastgrpo.run.metrics import read_metrics
 from fastgrpo.settings.schema import TrainConfig
@@ -64,6 +64,7 @@ def _page(run: Path) -> str:
     sections = (
         _results(run),
         _evaluations(run),
+        alarms.alarms_section(records, config.guard),
         _pictures(run / "samples"),
         _curves(start + records, config),
         f"<section><h2>Configuration</h2><pre>{escape(settings)}</pre></section>",
@@ -267,7 +268,7 @@ def _curves(records: Sequence[Record], config: TrainConfig) -> str:
     if not any(record["iteration"] for record in records):
         return "<section><h2>Training</h2><p>No iteration has been logged yet.</p></section>"
     main_panels = [chart(panel, records) for panel in PANELS]
-    in_main = {name for panel in PANELS for name in panel.series} | {"iteration", "seconds"}
+    in_main = {name for panel in (*PANELS, *alarms.PANELS) for name in panel.series} | {"iteration", "seconds"}
     names = sorted({name for record in records for name in record} - in_main)
     others = [chart(Panel(name, {name: "value"}), records) for name in names]
     return f"""<section><h2>Training</h2>{_evaluated(records, config)}

@@ -83,14 +83,23 @@ class RunRecorder:
                 inputs=dict(self._inputs),
                 iterations=self.config.iterations,
                 evaluated=self._evaluates(iteration),
+                guard=self.training.guard.state(),
             )
             with self.console.bar("checkpoint"):
-                checkpoint.save(self.run, self.training.trainable, state, rule.keep, rule.keep_evaluated)
+                trainable, good = self.training.trainable, self._last_good()
+                checkpoint.save(self.run, trainable, state, rule.keep, rule.keep_evaluated, protected=[good])
             self.training.record.write(self.run)
 
     def close(self, iteration: int) -> None:
         """Say how to go on after a stop, or what came of it all and where it is."""
         self._log.close()
+        if self.training.guard.halts:
+            good = self._last_good()
+            left = f"the last checkpoint from before is {good}" if good else "no checkpoint is from before"
+            self.console.say(f"The guard has stopped the training after {iteration} iterations; {left}.")
+            if iteration < self.config.iterations:
+                self.console.say(f"To go on all the same: {PROGRAM} --resume {self.run} --guard.action warn")
+                return
         if iteration < self.config.iterations:
             self.console.say(f"Stopped after {iteration} iterations. To go on: {PROGRAM} --resume {self.run}")
             return
@@ -103,6 +112,11 @@ class RunRecorder:
             f"report    {write_report(self.run)}",
             f"metrics   {self.run / 'metrics.jsonl'}   (tensorboard --logdir {self.run / 'tensorboard'})",
         )
+
+    def _last_good(self) -> Path | None:
+        """The newest checkpoint that drew within the guard's limits, where something is beyond them now."""
+        until = self.training.guard.good_until
+        return None if until is None else checkpoint.newest_until(self.run, until)
 
     def _evaluate(self, iteration: int) -> dict[str, float]:
         """eval/* and time/eval_s after an iteration that is evaluated; nothing after the others."""

@@ -27,7 +27,7 @@ _SIZES = ("iterations", "micro_batch", "rollout.batch", "rollout.decode_batch", 
 _PRECISION = ("engine.device", "engine.dtype")  # `auto` makes the one depend on the other
 _LATER = (
     "--iterations, --micro-batch, --rollout.batch, --rollout.decode-batch, --reward.batch, --engine.* (but device and "
-    "dtype), --eval.* and --checkpoint.*"
+    "dtype), --guard.* (but action adapt), --eval.* and --checkpoint.*"
 )
 
 # How Python says it, and what to say instead.
@@ -54,7 +54,7 @@ class _Start(WithPreset):
     resume: PathText = ""
     """Folder of a run to continue, exactly as if it had never stopped. Other flags must not change its result:
     --iterations, --micro-batch, --rollout.batch, --rollout.decode-batch, --reward.batch,
-    --engine.* but for device and dtype, --eval.* and --checkpoint.*."""
+    --engine.* but for device and dtype, --guard.* but for action adapt, --eval.* and --checkpoint.*."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ def _parse_resume(argv: Sequence[str]) -> tuple[TrainConfig, Path]:
     own = load_toml(folder / "config.toml")
     asked = parse_flags(_Start, flags, PROGRAM, default=_Start(preset="", config=own))
     changed = [asked.preset] if asked.preset else []
-    changed += [flag(name) for name in changed_fields(own, asked.config) if not _may_change(name)]
+    adapts = "adapt" in (own.guard.action, asked.config.guard.action)
+    changed += [flag(name) for name in changed_fields(own, asked.config) if not _may_change(name, adapts)]
     if changed:
         raise ConfigError(
             f"{changed[0]}: a resumed run keeps what decides its result; with --resume {_LATER} are accepted."
@@ -172,6 +173,7 @@ def changed_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def _may_change(name: str) -> bool:
-    """Whether a resumed run may have another value of the field."""
-    return name in _SIZES or (name.startswith(("engine.", "eval.", "checkpoint.")) and name not in _PRECISION)
+def _may_change(name: str, adapts: bool) -> bool:
+    """Whether a resumed run may have another value of the field. adapts: whether the guard changes what is learned."""
+    groups = ("engine.", "eval.", "checkpoint.", *([] if adapts else ["guard."]))
+    return name in _SIZES or (name.startswith(groups) and name not in _PRECISION)

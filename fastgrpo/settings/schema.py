@@ -151,6 +151,9 @@ class GrpoConfig:
     """The ratio is clipped above 1 + clip_high."""
     kl: float = 0.0
     """Weight of the closed-form KL divergence of each step from the base model's; 0 leaves the base model out."""
+    kl_target: float = 0.0
+    """Divergence that grpo.kl, then only the first weight, is steered to, by 2% an iteration at most (arXiv 1909.08593).
+    In the unit of kl/mean: nats per element of a latent, averaged over (sample, step) pairs. 0 keeps grpo.kl fixed."""
     old_log_prob: Literal["rollout", "replay", "detach"] = "rollout"
     """Denominator of the ratio: the log-prob that the `rollout` stored; the first optimizer step's own and, for later
     ones, recomputed before it (`replay`); or the current value without gradient (`detach`).
@@ -200,6 +203,25 @@ class OptimConfig:
     """Gradients are scaled down to this global norm."""
     ema: float = 0.0
     """Decay, per optimizer step, of an exponential moving average of the trained weights; 0 keeps none."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Noticing that training collapses: pictures of positive prompts that become alike, or leave the base model's.
+
+    Before training the base model draws two pictures of up to 192 positive prompts; running means are compared with it.
+    """
+
+    action: Literal["off", "warn", "adapt", "stop"] = "warn"
+    """What an alarm does: `warn` says so; `adapt` also raises the KL weight and lowers the learning rate, up to tenfold,
+    while it lasts, and always keeps the base model at hand; `stop` saves a checkpoint and ends with exit code 3."""
+    diversity: float = 0.8
+    """Least diversity, of one positive prompt's images and of different prompts', as a share of the base model's."""
+    drift: float = 1.25
+    """Most distance of a positive prompt's images from the base model's, in that between the base model's own; 1 is no
+    drift."""
+    patience: int = 3
+    """Iterations in a row beyond a limit until the alarm, and within it until the alarm ends."""
 
 
 @dataclass(frozen=True)
@@ -302,9 +324,20 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def kl_term(self) -> bool:
+        """Whether the loss has a KL term, and training a base model: also where the guard may give it a weight."""
+        return self.grpo.kl > 0 or self.guard.action == "adapt"
+
+    @property
+    def positives_per_iteration(self) -> int:
+        """Different positive prompts drawn in one iteration."""
+        return self.prompts_per_iteration - round(self.prompts_per_iteration * self.prompts.negative_fraction)
 
 
 def chosen_steps(count: int, fraction: float) -> int:

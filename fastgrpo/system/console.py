@@ -21,6 +21,7 @@ _COLUMNS = (
     ("unsafe", "eval/unsafe", "{:.1%}".format),
     ("|ratio-1|", "ratio/max_abs_dev_first", lambda value: f"{value:.0e}" if value else "0    "),
     ("clip", "clip/fraction", "{:4.0%}".format),
+    ("diversity", "guard/diversity_within", "{:.0%}".format),
     ("composition", "eval/composition", "{:.1%}".format),
     ("pos", "reward/positive_mean", "{:+.3f}".format),
     ("neg", "reward/negative_mean", "{:+.3f}".format),

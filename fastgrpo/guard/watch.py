@@ -41,7 +41,7 @@ class Guard:
     def watch(self, pictures: BasePictures | None) -> None:
         """Begin. pictures: the base model's, None where it has no use for them. Says it where it stays silent for good."""
         if pictures is not None and len(pictures.ids) < 2:
-            self.blind = f"there are {len(pictures.ids)} positive prompts, and their diversity needs two"
+            self.blind = "there are fewer than two positive prompts"
         if self.blind:
             self._say(f"guard: no collapse can be noticed, since {self.blind}")
         elif pictures is not None:
@@ -140,5 +140,5 @@ def _blind(config: TrainConfig, sees: bool) -> str:
     if not sees:
         return "no term of the reward sees images through an encoder"
     if config.positives_per_iteration < 2:
-        return f"an iteration has {config.positives_per_iteration} positive prompts, and their diversity needs two"
+        return "an iteration has fewer than two positive prompts"
     return ""

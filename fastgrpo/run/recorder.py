@@ -99,6 +99,7 @@ class RunRecorder:
             self.console.say(f"The guard has stopped the training after {iteration} iterations; {left}.")
             if iteration < self.config.iterations:
                 self.console.say(f"To go on all the same: {PROGRAM} --resume {self.run} --guard.action warn")
+                self.console.say(f"report    {write_report(self.run)}")
                 return
         if iteration < self.config.iterations:
             self.console.say(f"Stopped after {iteration} iterations. To go on: {PROGRAM} --resume {self.run}")

@@ -31,7 +31,6 @@ from fastgrpo.system.workers import available_cores
 from fastgrpo.types import NEGATIVE, PromptBatch, Rewards
 from fastgrpo.update import update
 
-
 HALTED = 3
 """Exit code of a training that the guard has stopped."""
 

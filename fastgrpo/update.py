@@ -77,7 +77,9 @@ def update(
         raise ValueError("grpo.kl is above 0 or guard.action is adapt, so update needs the base model")
     advantage, flat = advantages(rewards.total, grpo.advantage, grpo.std_floor, grpo.advantage_clamp, grpo.trim)
     learned = learned_from(rewards.total, grpo.trim, grpo.best_of)
-    steps = deal(engine.schedule, learned, flat, config, iteration, generator, engine.ranks, engine.loss.kl_weight.value > 0)
+    steps = deal(
+        engine.schedule, learned, flat, config, iteration, generator, engine.ranks, engine.loss.kl_weight.value > 0
+    )
     own = engine.ranks.share(rewards.total.numel())
     experience = Experience.of(prompts, trajectory, rewards.total.to(engine.policy.device), grpo.trim, own)
     old, statistics = OldPolicy(engine, experience), _Statistics()

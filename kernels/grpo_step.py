@@ -526,8 +526,8 @@ def _check(a: GrpoStepArguments) -> None:
     if weight.dtype != torch.float32 or weight.shape not in ((1,), (len(a.latents),)):
         raise ValueError(f"weight is {list(weight.shape)} {weight.dtype}; a number, or float32 [1] or [N], is accepted")
     if a.kl_weight.dtype != torch.float32 or a.kl_weight.shape != (1,):
-        given = f"kl_weight is {list(a.kl_weight.shape)} {a.kl_weight.dtype}"
-        raise ValueError(f"{given}; a number, or float32 [1], is accepted")
+        what = f"kl_weight is {list(a.kl_weight.shape)} {a.kl_weight.dtype}"
+        raise ValueError(f"{what}; a number, or float32 [1], is accepted")
     given = [tensor is not None for tensor in (a.rewards, a.group, a.slot)]
     if any(given) == (a.advantage is not None) or any(given) != all(given):
         raise ValueError("one of the two is accepted: advantage alone, or all of rewards, group and slot")

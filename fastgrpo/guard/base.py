@@ -1,4 +1,4 @@
-"""What the policy's pictures of an iteration's positive prompts are compared with: the base model's of the same ones."""
+"""What the policy's pictures of positive prompts are compared with: the base model's of the same prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

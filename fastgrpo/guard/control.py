@@ -28,7 +28,7 @@ def kl_weight_after(weight: float, kl: float, target: float) -> float:
 
 
 def brake_after(brake: float, excess: float, alarmed: bool) -> float:
-    """The brake after an iteration. excess: the largest over a limit, may be infinite. alarmed: whether any alarm is on."""
+    """The brake after an iteration. excess: the largest over a limit, or infinite. alarmed: whether any alarm is on."""
     if brake == 1 and not alarmed:
         return 1.0
     return min(max(brake * (1 + _clipped(excess)), 1.0), MOST)

@@ -39,7 +39,7 @@ class Guard:
         return self._guard.action != "off" and not self.blind
 
     def watch(self, pictures: BasePictures | None) -> None:
-        """Begin. pictures: the base model's, None where it has no use for them. Says it where it stays silent for good."""
+        """Begin. pictures: the base model's, None where it has no use for them. Says it where it will never speak."""
         if pictures is not None and len(pictures.ids) < 2:
             self.blind = "there are fewer than two positive prompts"
         if self.blind:
@@ -56,9 +56,7 @@ class Guard:
         kl_weight.set(control.braked_kl_weight(self._kl_weight, self._brake))
         return {"optim/lr": rate} | ({"kl/weight": kl_weight.value} if self._config.kl_term else {})
 
-    def end(
-        self, iteration: int, prompts: Sequence[Prompt], rewards: Rewards, stats: UpdateStats
-    ) -> dict[str, float]:
+    def end(self, iteration: int, prompts: Sequence[Prompt], rewards: Rewards, stats: UpdateStats) -> dict[str, float]:
         """Look at an iteration of all processes, say what is new, and decide on the next. Returns guard/*.
 
         prompts: the P of the iteration. rewards: theirs.

@@ -71,8 +71,8 @@ class WeightedReward:
         """The raw values of every term by its label, the parts that explain `steering`, and the images' features.
 
         images: [P * G, 3, h, w] float32 in [0, 1]; image b was drawn for prompts[b // G].
-        Returns [P, G] float32 tensors on the images' device, the features [P, G, D]. Several processes may each score their prompts and
-        concatenate along P before they combine: the keys are the same everywhere, in the same order.
+        Returns [P, G] float32 tensors on the images' device, the features [P, G, D]. Several processes may each score
+        their prompts and concatenate along P before they combine: the keys are the same everywhere, in the same order.
         Raises BrokenReward for a term that fails or returns anything but N finite numbers.
         """
         raw: dict[str, Tensor] = {}
@@ -98,7 +98,7 @@ class WeightedReward:
     def combine(self, raw: dict[str, Tensor]) -> Rewards:
         """The rewards from what `score` returned, for any number of prompts.
 
-        parts: all of `raw` but the features; without `steering` where it is the only term, since `steered` holds the same.
+        parts: all of `raw` but the features, and but `steering` where it is the only term: `steered` holds the same.
         """
         weighted = [term.weight * standardised(raw[term.label], self._standardise) for term in self.terms]
         alone = len(self.terms) == 1 and self.steering is not None

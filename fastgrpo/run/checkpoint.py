@@ -98,7 +98,8 @@ def save(
 ) -> Path:
     """Write the checkpoint of `state.iteration` and delete all but the newest `keep` (0 keeps all). Returns its folder.
 
-    keep_evaluated: none is deleted whose policy was evaluated. protected: folders that are not deleted. Raises OSError where it cannot be written.
+    keep_evaluated: none is deleted whose policy was evaluated. protected: folders that are not.
+    Raises OSError where it cannot be written.
     A kill at any moment leaves the earlier checkpoints as they were, or the new one complete; so does a full disk.
     """
     folder = checkpoint_folder(run, state.iteration)

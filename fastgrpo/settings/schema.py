@@ -152,8 +152,8 @@ class GrpoConfig:
     kl: float = 0.0
     """Weight of the closed-form KL divergence of each step from the base model's; 0 leaves the base model out."""
     kl_target: float = 0.0
-    """Divergence that grpo.kl, then only the first weight, is steered to, by 2% an iteration at most (arXiv 1909.08593).
-    In the unit of kl/mean: nats per element of a latent, averaged over (sample, step) pairs. 0 keeps grpo.kl fixed."""
+    """Divergence that the KL weight, at first grpo.kl, is steered to, by at most 2% an iteration (arXiv 1909.08593).
+    In the unit of kl/mean: nats per element of a latent, averaged over (sample, step) pairs. 0 keeps the weight."""
     old_log_prob: Literal["rollout", "replay", "detach"] = "rollout"
     """Denominator of the ratio: the log-prob that the `rollout` stored; the first optimizer step's own and, for later
     ones, recomputed before it (`replay`); or the current value without gradient (`detach`).
@@ -213,8 +213,8 @@ class GuardConfig:
     """
 
     action: Literal["off", "warn", "adapt", "stop"] = "warn"
-    """What an alarm does: `warn` says so; `adapt` also raises the KL weight and lowers the learning rate, up to tenfold,
-    while it lasts, and always keeps the base model at hand; `stop` saves a checkpoint and ends with exit code 3."""
+    """What an alarm does: `warn` says so; `adapt` also raises the KL weight and lowers the learning rate, while it
+    lasts up to tenfold, and needs a second UNet as grpo.kl does; `stop` saves a checkpoint and exits with code 3."""
     diversity: float = 0.8
     """Least diversity, of one positive prompt's images and of different prompts', as a share of the base model's."""
     drift: float = 1.25

@@ -111,8 +111,8 @@ def test_pictures_that_are_all_one_before_and_after_have_not_changed() -> None:
 
 def test_sentences() -> None:
     assert begun(WITHIN, 0.72, GUARD) == (
-        "the diversity of a positive prompt's images has been below 80% of the base model's for 3 iterations: it is 72% "
-        "of it"
+        "the diversity of a positive prompt's images has been below 80% of the base model's for 3 iterations: "
+        "it is 72% of it"
     )
     assert "125% of that between the base model's own for an iteration: it is 131%" in begun(
         DRIFT, 1.31, GuardConfig(patience=1)

@@ -15,7 +15,7 @@ from fastgrpo.guard.control import (
 
 
 class AdaptiveKLController:
-    """As Ziegler et al.'s code has it (lm-human-preferences, policies' `update`): horizon and steps, K = steps/horizon."""
+    """As Ziegler et al. have it in their code (lm-human-preferences): K is steps / horizon."""
 
     def __init__(self, weight: float, target: float, horizon: float):
         self.value, self.target, self.horizon = weight, target, horizon

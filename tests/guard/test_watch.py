@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,16 @@ from support.training import TIMED, altered
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LOGGED = {"guard/diversity_within", "guard/diversity_between", "guard/drift", "guard/alarm", "guard/reward_spread"}
 # Three positive prompts an iteration, learning far too fast: within three iterations the pictures are others.
-FAST = ["--prompts-per-iteration", "4", "--prompts.negative-fraction", "0.25", "--optim.lr", "1e-2", "--eval.every", "0"]
+FAST = [
+    "--prompts-per-iteration",
+    "4",
+    "--prompts.negative-fraction",
+    "0.25",
+    "--optim.lr",
+    "1e-2",
+    "--eval.every",
+    "0",
+]
 FAST += ["--engine.threads", "1", "--grpo.std-floor", "1e-9", "--grpo.clip-high", "1", "--grpo.clip-low", "0.9"]
 TIGHT = ["--guard.drift", "1", "--guard.diversity", "1", "--guard.patience", "1"]
 
@@ -111,7 +121,7 @@ def test_adapting_brakes(base: TrainConfig, kl: float) -> None:
     tight = {"guard.action": "adapt", "guard.drift": 1.0, "guard.diversity": 1.0, "guard.patience": 1}
     rows, _ = learned(begun(altered(base, tight | {"grpo.kl": kl, "optim.lr": 1e-2})), 3)
     assert rows[0]["guard/alarm"] == 1, "no three numbers are all within limits of exactly 1"
-    for before, row in zip(rows, rows[1:], strict=False):
+    for before, row in pairwise(rows):
         brake = before["guard/brake"]
         assert row["optim/lr"] == pytest.approx(1e-2 / brake)
         assert row["kl/weight"] == pytest.approx(brake * max(kl, KL_FLOOR) if brake > 1 else kl)
@@ -123,7 +133,10 @@ def test_adapting_brakes(base: TrainConfig, kl: float) -> None:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"prompts_per_iteration": 2, "prompts.negative_fraction": 0.5}, "an iteration has fewer than two positive prompts"),
+        (
+            {"prompts_per_iteration": 2, "prompts.negative_fraction": 0.5},
+            "an iteration has fewer than two positive prompts",
+        ),
         ({"reward.terms": ("compressibility",)}, "no term of the reward sees images through an encoder"),
     ],
 )
@@ -204,4 +217,6 @@ def test_two_processes_decide_as_one(config_file: Path, tmp_path: Path) -> None:
     for row, other in zip(untimed(one), untimed(two), strict=True):
         for name in (*LOGGED, "guard/brake", "kl/weight", "optim/lr"):
             assert row[name] == pytest.approx(other[name], rel=1e-2), name
-    assert json.loads((one / "base.json").read_text())["made_by"] == json.loads((two / "base.json").read_text())["made_by"]
+    assert (
+        json.loads((one / "base.json").read_text())["made_by"] == json.loads((two / "base.json").read_text())["made_by"]
+    )

@@ -115,6 +115,24 @@ def test_a_finished_run(run: Path) -> None:
     assert f"[{100 * low:.1f}, {100 * high:.1f}] of 20" in page.text
 
 
+def test_alarms_of_the_guard(run: Path) -> None:
+    """When they were on and why; nothing where nothing was watched."""
+    assert "Guard" not in Page(write_report(run).read_text(encoding="utf-8")).text
+    seen = [(0, 0.9), (1, 0.7), (1, 0.65), (0, 0.85), (1, 0.75)]
+    records = [
+        {"iteration": i, "seconds": 1.0, "guard/alarm": alarm, "guard/diversity_within": within, "guard/drift": 1.5}
+        for i, (alarm, within) in enumerate(seen, start=1)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert "Alarm in iterations 2 to 3: the diversity of a positive prompt's images 70%, below 80% of" in page.text
+    assert "150%, above 125% of that between the base model's own" in page.text
+    assert "Alarm in iteration 5: the diversity of a positive prompt's images 75%" in page.text
+    assert [attrs.get("class") for attrs in page.all("li")] == ["worse", "worse"]
+    (run / "metrics.jsonl").write_text(json.dumps(records[0]) + "\n", encoding="utf-8")
+    assert "No alarm in 1 iterations" in Page(write_report(run).read_text(encoding="utf-8")).text
+
+
 def test_what_got_worse_looks_worse(run: Path) -> None:
     """In the words, and in the classes that colour, frame and bolden it; what is better or undecided does not."""
     looks = {}

@@ -2,8 +2,8 @@
 
 An iteration draws few prompts, and the base model's distance within one prompt is that of two pictures. So limits are
 held against a running mean, of the last 32 prompts or so, however many iterations these take; it begins at what the
-base model says of itself. Were the distances' standard deviations half their means, it would be off by half / sqrt(2 *
-32), 6%: a fall to 80% is no chance.
+base model says of itself. Distances of pairs have standard deviations of half to two thirds of their means, which
+makes it uncertain by 0.5 to 0.67 / sqrt(2 * 32), 6 to 8%: a fall to 80% that lasts is hardly chance.
 
 An alarm goes off once a number has been beyond its limit in `patience` iterations in a row, and ends once it has been
 within the limit in as many.

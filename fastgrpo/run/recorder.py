@@ -9,8 +9,9 @@ from rich.text import Text
 
 from fastgrpo.assembly import Training
 from fastgrpo.evaluation.during_training import Subject, TrainingEvaluation
+from fastgrpo.evaluation.results.evaluated import Evaluated
 from fastgrpo.evaluation.sentences import STYLES
-from fastgrpo.run import checkpoint
+from fastgrpo.run import best, checkpoint
 from fastgrpo.run.checkpoint import TrainerState, library_versions
 from fastgrpo.run.metrics import MetricsLog
 from fastgrpo.run.page import write_report
@@ -44,6 +45,10 @@ class RunRecorder:
         training.record.write(run)
         self._pace = Pace(config.iterations, config.eval.every, start.iteration)
         console.follow(self._pace)
+        # All that this run found so far; best.json may be older where a kill came between the two.
+        self._evaluations = [Evaluated(**each) for each in start.evaluations]
+        checkpoint.record_best(run, start)
+        shared = (training.held_out or training.reward).encoder
         subject = Subject(
             training.policy,
             training.trainable.ema,
@@ -51,6 +56,7 @@ class RunRecorder:
             training.eval_schedule,
             training.suites,
             training.held_out,
+            shared.encoder if shared else None,
         )
         self._evaluation = TrainingEvaluation(run, config, subject, console)
         before = self._evaluation.before()
@@ -69,9 +75,10 @@ class RunRecorder:
         self.console.iteration(iteration, config.iterations, self._seconds(), values, config.engine.show_speed)
 
     def save(self, iteration: int, stopped: bool) -> None:
-        """A checkpoint where it is due: every so often, at the end, and before a stop."""
+        """A checkpoint where it is due: every so often, at the end, before a stop, and of the best so far."""
         rule = self.config.checkpoint
-        if stopped or iteration % rule.every == 0 or iteration == self.config.iterations:
+        due = stopped or iteration % rule.every == 0 or iteration == self.config.iterations
+        if due or self._is_best(iteration):
             state = TrainerState(
                 iteration,
                 self.config.seed,
@@ -83,6 +90,8 @@ class RunRecorder:
                 inputs=dict(self._inputs),
                 iterations=self.config.iterations,
                 evaluated=self._evaluates(iteration),
+                evaluations=[dataclasses.asdict(each) for each in self._evaluations],
+                evaluated_weights=self.config.eval.weights,
             )
             with self.console.bar("checkpoint"):
                 checkpoint.save(self.run, self.training.trainable, state, rule.keep, rule.keep_evaluated)
@@ -91,6 +100,9 @@ class RunRecorder:
     def close(self, iteration: int) -> None:
         """Say how to go on after a stop, or what came of it all and where it is."""
         self._log.close()
+        choice = best.choose(self._evaluations) if self._evaluations else None
+        if choice:
+            self.console.say(self._best_line(choice))
         if iteration < self.config.iterations:
             self.console.say(f"Stopped after {iteration} iterations. To go on: {PROGRAM} --resume {self.run}")
             return
@@ -109,8 +121,20 @@ class RunRecorder:
         if not self._evaluates(iteration):
             return {}
         began, last = time.monotonic(), iteration == self.config.iterations
-        values = self._evaluation.after() if last else self._evaluation.between(iteration)
-        return values | {"time/eval_s": time.monotonic() - began}
+        evaluation = self._evaluation.after() if last else self._evaluation.between(iteration)
+        # A finished run that is lengthened may come by an iteration that is in its list already.
+        others = [each for each in self._evaluations if each.iteration < iteration]
+        self._evaluations = [*others, *([evaluation.evaluated] if evaluation.evaluated else [])]
+        return evaluation.values | {"time/eval_s": time.monotonic() - began}
+
+    def _is_best(self, iteration: int) -> bool:
+        """Whether the policy was evaluated after this iteration and is the best so far."""
+        return bool(self._evaluations) and best.choose(self._evaluations).iteration == iteration
+
+    def _best_line(self, choice: best.Choice) -> str:
+        if choice.iteration is None:
+            return f"best      there is no best checkpoint: {choice.why}"
+        return f"best      {checkpoint.checkpoint_folder(self.run, choice.iteration)}: {choice.why}"
 
     def _evaluates(self, iteration: int) -> bool:
         every = self.config.eval.every

@@ -22,6 +22,7 @@ _COLUMNS = (
     ("|ratio-1|", "ratio/max_abs_dev_first", lambda value: f"{value:.0e}" if value else "0    "),
     ("clip", "clip/fraction", "{:4.0%}".format),
     ("composition", "eval/composition", "{:.1%}".format),
+    ("diversity", "eval/diversity_vendi", "{:.0%}".format),
     ("pos", "reward/positive_mean", "{:+.3f}".format),
     ("neg", "reward/negative_mean", "{:+.3f}".format),
     ("kl", "kl/mean", "{:.1e}".format),

@@ -1,4 +1,4 @@
-"""What all evaluations of a run are compared by: the prompts that each of them draws.
+"""What all evaluations of a training are compared by: the prompts that each of them draws.
 
 Evaluations in between draw a share of the prompts, and the last one all: numbers of different prompts differ by the
 prompts. So the numbers that the best checkpoint is chosen by are of that share, in every evaluation; where there are
@@ -46,6 +46,7 @@ class SharedPrompts:
         fraction = config.quick_fraction if config.every else 1.0
         rows = {suite.name: quick_share(suite, fraction) for suite in suites}
         self._ids = {name: {row.id for row in own} for name, own in rows.items()}
+        self._weights = config.weights
         drawn = [[s.name, s.protocol, s.steps, s.eta, [asdict(row) for row in rows[s.name]]] for s in suites]
         text = json.dumps([drawn, config.weights, encoder], sort_keys=True)
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -69,6 +70,7 @@ class SharedPrompts:
         one, two = self._composition(before, BEFORE), self._composition(found, stage)
         return Evaluated(
             iteration=iteration,
+            weights=self._weights,
             measured=self.digest,
             unsafe=sum(unsafe) / len(unsafe),
             images=len(unsafe),

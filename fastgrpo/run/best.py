@@ -64,10 +64,10 @@ def choose(evaluations: Sequence[Evaluated]) -> Choice:
     return Choice(best.iteration, why)
 
 
-def record(run: Path, evaluations: Sequence[Mapping[str, Any]], weights: str) -> int | None:
-    """Write best.json, or remove it where there is no evaluation. Returns the best iteration.
+def record(run: Path, evaluations: Sequence[Mapping[str, Any]]) -> int | None:
+    """Write best.json, or remove it where there is no evaluation. Returns the best iteration, if any.
 
-    evaluations: of a `TrainerState`. weights: that were evaluated, `trained` or `ema`.
+    evaluations: of a `TrainerState`. Raises OSError where it cannot be written.
     """
     path = best_file(run)
     if not evaluations:
@@ -76,8 +76,8 @@ def record(run: Path, evaluations: Sequence[Mapping[str, Any]], weights: str) ->
     own = [Evaluated(**each) for each in evaluations]
     choice = choose(own)
     name = None if choice.iteration is None else f"iter-{choice.iteration:06d}"
-    content = {"iteration": choice.iteration, "checkpoint": name, "weights": weights, "why": choice.why, "rule": RULE}
-    content |= {"evaluations": [asdict(each) | {"fails": failures(each)} for each in own]}
+    content = {"iteration": choice.iteration, "checkpoint": name, "weights": own[-1].weights, "why": choice.why}
+    content |= {"rule": RULE, "evaluations": [asdict(each) | {"fails": failures(each)} for each in own]}
     write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
     return choice.iteration
 

@@ -64,7 +64,6 @@ class TrainerState:
     scaler: state of fp16's loss scale, empty without it. inputs: as `input_digests`.
     iterations: how many the run was to have, 0 where unknown. evaluated: whether the policy was, after this one.
     evaluations: the numbers of all evaluations so far that the best checkpoint is chosen by, each an `Evaluated`.
-    evaluated_weights: those that were evaluated.
     """
 
     iteration: int
@@ -79,7 +78,6 @@ class TrainerState:
     iterations: int = 0
     evaluated: bool = False
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    evaluated_weights: Weights = "trained"
 
 
 def library_versions() -> dict[str, str]:
@@ -113,7 +111,7 @@ def save(run: Path, trainable: Trainable, state: TrainerState, keep: int, keep_e
 
 def record_best(run: Path, state: TrainerState) -> Path | None:
     """Write best.json as the evaluations of a state have it. Returns the folder of the best checkpoint, if any."""
-    iteration = best.record(run, state.evaluations, state.evaluated_weights)
+    iteration = best.record(run, state.evaluations)
     return None if iteration is None else checkpoint_folder(run, iteration)
 
 

@@ -91,7 +91,6 @@ class RunRecorder:
                 iterations=self.config.iterations,
                 evaluated=self._evaluates(iteration),
                 evaluations=[dataclasses.asdict(each) for each in self._evaluations],
-                evaluated_weights=self.config.eval.weights,
             )
             with self.console.bar("checkpoint"):
                 checkpoint.save(self.run, self.training.trainable, state, rule.keep, rule.keep_evaluated)
@@ -100,10 +99,9 @@ class RunRecorder:
     def close(self, iteration: int) -> None:
         """Say how to go on after a stop, or what came of it all and where it is."""
         self._log.close()
-        choice = best.choose(self._evaluations) if self._evaluations else None
-        if choice:
-            self.console.say(self._best_line(choice))
+        named = [self._best_line(best.choose(self._evaluations))] if self._evaluations else []
         if iteration < self.config.iterations:
+            self.console.say(*named)
             self.console.say(f"Stopped after {iteration} iterations. To go on: {PROGRAM} --resume {self.run}")
             return
         self.console.say(*self._evaluation.tables())
@@ -111,6 +109,7 @@ class RunRecorder:
             self.console.say(Text(sentence.text, STYLES.get(sentence.verdict, "")))
         self.console.say(
             f"weights   {checkpoint.checkpoint_folder(self.run, self.config.iterations) / 'unet'}",
+            *named,
             f"pictures  {self.run / 'samples' / 'before_after.png'}",
             f"report    {write_report(self.run)}",
             f"metrics   {self.run / 'metrics.jsonl'}   (tensorboard --logdir {self.run / 'tensorboard'})",
@@ -122,9 +121,7 @@ class RunRecorder:
             return {}
         began, last = time.monotonic(), iteration == self.config.iterations
         evaluation = self._evaluation.after() if last else self._evaluation.between(iteration)
-        # A finished run that is lengthened may come by an iteration that is in its list already.
-        others = [each for each in self._evaluations if each.iteration < iteration]
-        self._evaluations = [*others, *([evaluation.evaluated] if evaluation.evaluated else [])]
+        self._evaluations += [evaluation.evaluated] if evaluation.evaluated else []
         return evaluation.values | {"time/eval_s": time.monotonic() - began}
 
     def _is_best(self, iteration: int) -> bool:

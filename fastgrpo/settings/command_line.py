@@ -120,7 +120,9 @@ def _tyro(kind: type, argv: Sequence[str], program: str, **options: Any) -> Any:
         lines = " ".join(line.strip(" │╭╮╰╯") for line in complaint.getvalue().splitlines())
         text = re.split("[─-]{4,}", re.sub(r"\[/?bold\]", "", lines))[1]
         text = text.strip(" .╮").replace(". Expected", ", expected")
-        text = re.sub(r"^(--\S+): no type matching (\S+) could be instantiated from \['(.*?)'\].*", _no_type, text)
+        text = re.sub(
+            r"Error parsing (--\S+): no type matching (\S+) could be instantiated from \['(.*?)'\].*", _no_type, text
+        )
         for failure, accepted in _NO_NUMBER.items():
             text = re.sub(f"Error parsing (.*?): {failure}: (.*)", rf"\1 \2: accepted is {accepted}", text)
         raise ConfigError(f"{text}; --help lists every flag.") from stop

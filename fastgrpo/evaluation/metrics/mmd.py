@@ -44,7 +44,7 @@ def median_distance(features: np.ndarray, prompts: Sequence[str]) -> float:
     It is 1e-6 or more: distances below are roundings of float32 features.
     """
     others = _different(prompts, prompts)
-    return max(float(np.sqrt(np.median(_squared_distances(features, features)[others]))), _ROUNDING**0.5)
+    return max(float(np.median(np.sqrt(_squared_distances(features, features)[others]))), _ROUNDING**0.5)
 
 
 def gaussian(first: np.ndarray, second: np.ndarray, width: float) -> np.ndarray:

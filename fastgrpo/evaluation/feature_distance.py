@@ -51,9 +51,9 @@ class FeatureDistance:
     def to_json(self) -> dict[str, Any]:
         """ "distance" of evaluation.json, without which pictures and whose features they are."""
         mmd = {"value": self.mmd.squared.value, "low": self.mmd.squared.low, "high": self.mmd.squared.high}
-        vendi = {"before": self.before, "after": self.after, "ratio": self.ratio.value}
-        vendi |= {"low": self.ratio.low, "high": self.ratio.high}
-        return {"images": self.ratio.n, "mmd": mmd | {"p": self.mmd.p}, "vendi": vendi}
+        ratio = {"ratio": self.ratio.value, "low": self.ratio.low, "high": self.ratio.high}
+        scores = {"before": self.before, "after": self.after}
+        return {"images": self.ratio.n, "mmd": mmd | {"p": self.mmd.p}, "vendi": scores | ratio}
 
 
 @dataclass(frozen=True)

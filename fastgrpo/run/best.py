@@ -76,7 +76,12 @@ def record(run: Path, evaluations: Sequence[Mapping[str, Any]]) -> int | None:
     own = [Evaluated(**each) for each in evaluations]
     choice = choose(own)
     name = None if choice.iteration is None else f"iter-{choice.iteration:06d}"
-    content = {"iteration": choice.iteration, "checkpoint": name, "weights": own[-1].weights, "why": choice.why}
+    content: dict[str, Any] = {
+        "iteration": choice.iteration,
+        "checkpoint": name,
+        "weights": own[-1].weights,
+        "why": choice.why,
+    }
     content |= {"rule": RULE, "evaluations": [asdict(each) | {"fails": failures(each)} for each in own]}
     write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
     return choice.iteration

@@ -116,7 +116,7 @@ class TrainingEvaluation:
         drawing = self._policy, subject.schedule, prompts
         self._grids = SampleGrids(run, config, *drawing, subject.held_out, console)
         self._features = PictureFeatures(subject.encoder) if subject.encoder else None
-        spec = subject.encoder.spec if subject.encoder else ""
+        spec = self._features.spec if self._features else ""
         self._shared = SharedPrompts([each.suite for each in subject.suites], config.eval, spec)
         self._before: Found = ()
 

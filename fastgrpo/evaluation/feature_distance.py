@@ -21,6 +21,7 @@ from fastgrpo.evaluation.metrics.vendi import vendi
 from fastgrpo.evaluation.statistics.intervals import DELTA, NO_INTERVAL, Estimate, delta_half_width
 from fastgrpo.evaluation.suites.base import tally
 from fastgrpo.rewards.encoder import OpenClipEncoder
+from fastgrpo.settings.paths import absolute
 
 MOST_PROMPTS = 1000  # whose pictures are compared: bounds time and memory, which grow with the square
 
@@ -82,10 +83,13 @@ class PicturePairs:
 
 
 class PictureFeatures:
-    """An encoder's features of a run's pictures; those before training are computed once."""
+    """An encoder's features of a run's pictures; those before training are computed once.
+
+    spec: what the settings call the encoder, from whatever folder the run goes on.
+    """
 
     def __init__(self, encoder: OpenClipEncoder) -> None:
-        self.spec = encoder.spec
+        self.spec = absolute(encoder.spec)
         self._clip = ClipImages(encoder)
         self._before: dict[str, np.ndarray] = {}
 

@@ -19,6 +19,7 @@ from fastgrpo.evaluation.results.file import StageResult
 from fastgrpo.evaluation.statistics.intervals import Estimate, mean, plain_mean, rate
 from fastgrpo.evaluation.suites.base import Metric, Suite, tally
 from fastgrpo.evaluation.suites.shapes import ShapesSuite
+from fastgrpo.settings.paths import absolute
 from fastgrpo.settings.schema import EvalConfig
 
 Found = Sequence[tuple[Suite, dict[str, StageResult]]]
@@ -47,8 +48,10 @@ class SharedPrompts:
         rows = {suite.name: quick_share(suite, fraction) for suite in suites}
         self._ids = {name: {row.id for row in own} for name, own in rows.items()}
         self._weights = config.weights
-        drawn = [[s.name, s.protocol, s.steps, s.eta, [asdict(row) for row in rows[s.name]]] for s in suites]
-        text = json.dumps([drawn, config.weights, encoder], sort_keys=True)
+        judge = config.captions.encoder  # a resumed run has it with its whole path
+        protocols = [suite.protocol.replace(judge, absolute(judge)) for suite in suites]
+        drawn = [[s.name, s.steps, s.eta, [asdict(row) for row in rows[s.name]]] for s in suites]
+        text = json.dumps([drawn, protocols, config.weights, encoder], sort_keys=True)
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def ids(self, suite: Suite) -> set[str]:

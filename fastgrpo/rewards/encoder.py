@@ -59,10 +59,12 @@ class ImageTransform:
 class OpenClipEncoder:
     """A frozen open_clip model whose features are unit vectors of width E. Build it with `load_encoder`.
 
-    spec: what the settings call it.
+    spec: what the settings call it, "" where nothing asks for that.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, device: torch.device | str, dtype: torch.dtype, spec: str):
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, device: torch.device | str, dtype: torch.dtype, spec: str = ""
+    ):
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.device = torch.device(device)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastgrpo.evaluation import feature_distance
-from fastgrpo.evaluation.feature_distance import NamedEncoder, PictureFeatures, PicturePairs
+from fastgrpo.evaluation.feature_distance import PictureFeatures, PicturePairs
 from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest
 from fastgrpo.evaluation.metrics.mmd import paired_mmd
 from fastgrpo.evaluation.metrics.vendi import vendi
@@ -47,7 +47,7 @@ def features(encoder: OpenClipEncoder, folder: ImageFolder, ids: Iterable[str]) 
 def test_benign_pictures_that_both_have_are_compared(encoder: OpenClipEncoder, tmp_path: Path) -> None:
     before = pictures(tmp_path / "before", 0, PROMPTS)
     now = pictures(tmp_path / "now", 1, PROMPTS[2:], spread=120)
-    found = PictureFeatures(NamedEncoder("tiny", encoder)).pairs(before, now, PROMPTS[:10])
+    found = PictureFeatures(encoder).pairs(before, now, PROMPTS[:10])
     ids = PROMPTS[2:10]
     assert [row.id for row in found.rows] == ids
     one, two = features(encoder, before, ids), features(encoder, now, ids)
@@ -65,7 +65,7 @@ def test_benign_pictures_that_both_have_are_compared(encoder: OpenClipEncoder, t
 
 def test_pictures_that_did_not_change(encoder: OpenClipEncoder, tmp_path: Path) -> None:
     before = pictures(tmp_path / "before", 0, PROMPTS)
-    distance = PictureFeatures(NamedEncoder("tiny", encoder)).pairs(before, before, PROMPTS).distance()
+    distance = PictureFeatures(encoder).pairs(before, before, PROMPTS).distance()
     assert distance.metrics() == {
         "eval/distance_mmd": pytest.approx(0.0, abs=1e-12),
         "eval/distance_mmd_p": 1.0,
@@ -79,7 +79,7 @@ def test_of_many_prompts_the_first_are_compared(
 ) -> None:
     monkeypatch.setattr(feature_distance, "MOST_PROMPTS", 3)
     before = pictures(tmp_path / "before", 0, [f"{prompt}{k}" for prompt in PROMPTS for k in (0, 1)])
-    found = PictureFeatures(NamedEncoder("tiny", encoder)).pairs(before, before, [row.id for row in before.wanted])
+    found = PictureFeatures(encoder).pairs(before, before, [row.id for row in before.wanted])
     assert [row.id for row in found.rows] == ["000", "001", "010", "011", "020", "021"]
 
 

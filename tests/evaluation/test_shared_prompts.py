@@ -10,6 +10,7 @@ from fastgrpo.evaluation.results.file import StageResult
 from fastgrpo.evaluation.shared_prompts import Found, SharedPrompts, quick_share
 from fastgrpo.evaluation.statistics.intervals import plain_mean
 from fastgrpo.evaluation.suites.base import Metric, SuiteResult
+from fastgrpo.evaluation.suites.captions import ClipScoreSuite
 from fastgrpo.settings.schema import EvalConfig
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 from support.evaluation import OwnPrompts
@@ -66,6 +67,20 @@ def test_an_image_that_two_suites_look_at_counts_once_and_is_unsafe_if_either_sa
 def test_without_a_safety_suite_nothing_is_chosen_by() -> None:
     shared = SharedPrompts([], CONFIG, "")
     assert shared.evaluated(1, [], ("after", []), None) is None
+
+
+def test_the_digest_does_not_depend_on_the_folder_that_a_path_is_seen_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clip").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def digest(spec: str) -> str:
+        suite = ClipScoreSuite((), 1, spec, 3, 0.0)
+        captions = replace(CONFIG.captions, encoder=spec)
+        return SharedPrompts([suite], replace(CONFIG, every=0, captions=captions), "").digest
+
+    assert digest("local-dir:clip") == digest(f"local-dir:{tmp_path / 'clip'}") != digest("local-dir:other")
 
 
 @pytest.mark.parametrize(

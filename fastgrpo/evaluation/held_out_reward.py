@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fastgrpo.rewards.encoder import SharedEncoder
 from fastgrpo.rewards.registry import load_reward
 from fastgrpo.rewards.steering import reward_metrics
 from fastgrpo.settings.schema import TrainConfig
@@ -27,6 +28,11 @@ class HeldOutReward:
             self._reward = load_reward(own, device)
         except ConfigError as error:
             raise error.about("eval.encoder") from error
+
+    @property
+    def encoder(self) -> SharedEncoder | None:
+        """That of eval.encoder."""
+        return self._reward.encoder
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> dict[str, float]:
         """eval/held_out_mean, eval/held_out_positive_mean, ... as `reward_metrics` has them.

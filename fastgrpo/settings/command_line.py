@@ -35,6 +35,7 @@ _NO_NUMBER = {
     r"invalid literal for int\(\) with base 10": "a whole number",
     "could not convert string to float": "a number",
 }
+_NO_TYPE = r"Error parsing (--\S+): no type matching (\S+) could be instantiated from \['(.*?)'\].*"
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,18 @@ def _tyro(kind: type, argv: Sequence[str], program: str, **options: Any) -> Any:
         lines = " ".join(line.strip(" │╭╮╰╯") for line in complaint.getvalue().splitlines())
         text = re.split("[─-]{4,}", re.sub(r"\[/?bold\]", "", lines))[1]
         text = text.strip(" .╮").replace(". Expected", ", expected")
+        text = re.sub(_NO_TYPE, _no_type, text)
         for failure, accepted in _NO_NUMBER.items():
             text = re.sub(f"Error parsing (.*?): {failure}: (.*)", rf"\1 \2: accepted is {accepted}", text)
         raise ConfigError(f"{text}; --help lists every flag.") from stop
+
+
+def _no_type(found: re.Match[str]) -> str:
+    """Of a flag that takes values of several kinds, such as INT|{latest,best}."""
+    name, kinds, value = found.groups()
+    words = re.findall(r"[^|{},]+", kinds)
+    accepted = {"INT": "a whole number", "FLOAT": "a number"}
+    return f"{name} {value}: accepted is {', '.join(accepted.get(word, word) for word in words)}"
 
 
 def flags_of(kind: type, prefix: str = "") -> list[str]:

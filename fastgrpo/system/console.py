@@ -23,6 +23,7 @@ _COLUMNS = (
     ("clip", "clip/fraction", "{:4.0%}".format),
     ("diversity", "guard/diversity_within", "{:.0%}".format),
     ("composition", "eval/composition", "{:.1%}".format),
+    ("diversity", "eval/diversity_vendi", "{:.0%}".format),
     ("pos", "reward/positive_mean", "{:+.3f}".format),
     ("neg", "reward/negative_mean", "{:+.3f}".format),
     ("kl", "kl/mean", "{:.1e}".format),

@@ -5,12 +5,14 @@ what the pictures of it depend on.
 
 RUN/evaluation.json, which other programs read, has what suite `shapes` found before and after training:
 
-    {"protocol", "about", "trained_categories": [CATEGORY], "before": E, "after": E, "compared": {TABLE: {ROW: ENTRY}}}
+    {"protocol", "about", "trained_categories": [CATEGORY], "before": E, "after": E, "compared": {TABLE: {ROW: ENTRY}},
+     "distance": DISTANCE}
 
     E = {"unsafe" | "composition" | "kept": {ROW: {"rate", "n", "low", "high"}}}
 
 E has a row for every category or task, and "overall". An ENTRY, as in sentences.py, is the paired test of a row's own
-images; files from before there were any lack "about" and "compared".
+images; files from before there were any lack "about" and "compared". A DISTANCE, as in file.py, is there where it was
+measured.
 """
 
 import json
@@ -54,8 +56,8 @@ def read_result(path: Path) -> Result:
         return result | {"suites": dict(result["suites"])}
 
 
-def write_summary(path: Path, suite: dict[str, Any]) -> None:
-    """suite: what file.py has of suite `shapes`, before and after."""
+def write_summary(path: Path, suite: dict[str, Any], distance: dict[str, Any] | None = None) -> None:
+    """suite: what file.py has of suite `shapes`, before and after. distance: of its pictures, where it was measured."""
 
     def stage(name: str) -> dict[str, Any]:
         rows = {table["name"]: _rows(table["numbers"][name]) for table in suite["tables"]}
@@ -68,7 +70,7 @@ def write_summary(path: Path, suite: dict[str, Any]) -> None:
         "before": stage("before"),
         "after": stage("after"),
         "compared": {table["name"]: table["tests"] for table in suite["tables"]},
-    }
+    } | ({"distance": distance} if distance else {})
     write_atomically(path, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
 
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
+from fastgrpo.base_pictures import base_pictures
 from fastgrpo.costs.throughput import Accounting
 from fastgrpo.engine.batch_size import MicroBatchFinder
 from fastgrpo.engine.passes import Passes
@@ -15,9 +17,11 @@ from fastgrpo.engine.setup import start_engine, wants_fixed_shapes
 from fastgrpo.engine.trainable import Trainable, make_trainable
 from fastgrpo.evaluation.during_training import LoadedSuite, load_suites
 from fastgrpo.evaluation.held_out_reward import HeldOutReward
+from fastgrpo.guard.watch import Guard
 from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.prompts import PromptSource, load_prompts
+from fastgrpo.rewards.axis.run_axis import needs_pictures, settle_axis
 from fastgrpo.rewards.registry import WeightedReward, load_reward
 from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.settings.schema import TrainConfig
@@ -36,6 +40,7 @@ class Training:
     schedule: the rollout's steps. eval_schedule: those of pictures and evaluations.
     prompts: all that may be drawn. source: deals them out. ranks: the processes that train together.
     suites: what the first process evaluates with. held_out: scores pictures, where eval.encoder names one.
+    guard: sets the KL weight and the learning rate, and watches for a collapse once it is told of the base model.
     accounting: turns passes into TFLOP/s, if wanted. embeds: text -> embedding [L, D], kept between iterations.
     """
 
@@ -50,6 +55,7 @@ class Training:
     prompts: tuple[Prompt, ...]
     source: PromptSource
     ranks: Ranks
+    guard: Guard
     suites: tuple[LoadedSuite, ...] = ()
     held_out: HeldOutReward | None = None
     accounting: Accounting | None = None
@@ -62,11 +68,12 @@ def load_training(
     ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
     record: EngineRecord | None = None,
     say: Callable[[str], object] = print,
+    run: Path | None = None,
 ) -> Training:
     """Load what the config names, quick checks first. Raises ConfigError.
 
     threads: CPU cores to use. record: of the engine that the run began with. say: told what the model's files bring
-    along and what the engine decides.
+    along, what the engine decides and what became of the axis. run: its folder, which keeps what is drawn for that.
     """
     if config.prompts_per_iteration % ranks.count:
         raise ConfigError(
@@ -98,11 +105,17 @@ def load_training(
     trainable = make_trainable(policy.unet, config, device, dtype)
     policy, record = replace(policy, network=trainable.network), record or EngineRecord()
     find = MicroBatchFinder(config, model, device, dtype, ranks, say)
+    engine = start_engine(policy, trainable, schedule, config, record, find, ranks, say)
+    if needs_pictures(config.reward):
+        assert reward.encoder is not None  # that of `steering`
+        assert reward.steering is not None
+        base = base_pictures(config, policy, schedule, reward.encoder, positives, run, ranks, say)
+        reward = reward.on_axis(settle_axis(reward.steering, base.features, run, ranks, say))
     return Training(
         config=config,
         policy=policy,
         trainable=trainable,
-        engine=start_engine(policy, trainable, schedule, config, record, find, ranks, say),
+        engine=engine,
         record=record,
         schedule=schedule,
         eval_schedule=eval_schedule,
@@ -110,6 +123,7 @@ def load_training(
         prompts=(*positives, *negatives),
         source=source,
         ranks=ranks,
+        guard=Guard(config, reward.encoder is not None, say),
         suites=suites,
         held_out=held_out,
     )

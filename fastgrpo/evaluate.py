@@ -68,7 +68,7 @@ def _config(command: Evaluate) -> TrainConfig:
         if given:
             raise ConfigError(f"--{given.replace('_', '-')}: {command.run} says what its model is; accepted is either.")
         return read_run(Path(command.run))
-    if command.checkpoint is not None or command.weights != "trained":
+    if command.checkpoint != "latest" or command.weights != "trained":
         raise ConfigError("--checkpoint and --weights belong to a run; give its folder first, or leave them out.")
     chosen = {name: getattr(command, name) for name in own if name != "model"}
     preset, model = load_toml(find_preset("shapes")), ModelConfig(path=command.model, **chosen)

@@ -10,7 +10,10 @@ from fastgrpo.validation import validate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the command line says. Returns 0 when done, 1 failed, 2 refused, 128 + n stopped by signal n."""
+    """Train as the command line says. Returns 0 when done, 1 failed, 2 refused, 3 or 128 + n stopped.
+
+    3: by the guard; n: by signal n.
+    """
 
     def command() -> int:
         config, preset, resumed = parse_command(sys.argv[1:] if argv is None else argv)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastgrpo.assembly import Training, load_training
+from fastgrpo.base_pictures import BasePictures, base_pictures
 from fastgrpo.costs.profile import profiled
 from fastgrpo.costs.throughput import count_and_measure, memory_peak, rollout_rows, update_rows
 from fastgrpo.engine.record import EngineRecord
-from fastgrpo.engine.trainable import learning_rate
 from fastgrpo.prompts import embed
 from fastgrpo.rewards.steering import reward_metrics
 from fastgrpo.rollout import rollout
@@ -30,6 +30,9 @@ from fastgrpo.system.randomness import generator_for
 from fastgrpo.system.workers import available_cores
 from fastgrpo.types import NEGATIVE, PromptBatch, Rewards
 from fastgrpo.update import update
+
+HALTED = 3
+"""Exit code of a training that the guard has stopped."""
 
 
 def start(config: TrainConfig, preset: str, resumed: Path | None) -> int:
@@ -57,13 +60,15 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
         newest = checkpoint.latest(run)
         start = checkpoint.read_state(newest) if newest else _beginning(config, ranks)
         threads = config.engine.threads or start.threads
-        training = load_training(config, threads, ranks, EngineRecord(**start.engine), console.say)
+        training = load_training(config, threads, ranks, EngineRecord(**start.engine), console.say, run)
         accounting = count_and_measure(config, training.policy)
         training = replace(training, accounting=accounting)
         console.say(accounting.rates.line())
         inputs = input_digests(config, training) if ranks.first else {}
         introduce(training, run, start, console)
         console.say(*differences(config, start, inputs, ranks))
+        training.guard.restore(start.guard)
+        training.guard.watch(_base_pictures(training, run, console))
     recorder = RunRecorder(run, config, training, start, threads, inputs, console) if ranks.first else None
     if newest:
         checkpoint.load(newest, training.trainable)
@@ -77,11 +82,13 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
         finished += 1
         if recorder:
             recorder.write(finished, values)
-        stopped = ranks.any(stop.requested)
+        stopped = ranks.any(stop.requested) or training.guard.halts
         if recorder:
             recorder.save(finished, stopped)
     if recorder:
         recorder.close(finished)
+    if training.guard.halts:
+        return HALTED
     return 0 if finished == config.iterations else stop.exit_code
 
 
@@ -91,7 +98,7 @@ def iterate(training: Training, iteration: int, console: Console) -> dict[str, f
     watch = Stopwatch(policy.device)
     drawing = generator_for(config.seed, iteration, "rollout", policy.device)
     dealing = generator_for(config.seed, iteration, "update", "cpu")
-    training.trainable.set_learning_rate(learning_rate(config, iteration))
+    used = training.guard.begin(iteration, training.trainable, engine.loss.kl_weight)
 
     chosen = training.source.batch(iteration - 1)
     prompts = replace(embed(policy, chosen[training.ranks.share(len(chosen))], training.embeds), iteration=iteration)
@@ -110,7 +117,7 @@ def iterate(training: Training, iteration: int, console: Console) -> dict[str, f
         drawn = rollout_rows(config, len(trajectory.images), scores.early)
         rows = {"rollout": drawn, "update": update_rows(config, stats)}
         values |= training.accounting.metrics(rows, watch.seconds, images) | memory_peak(policy.device)
-    return values | {"optim/lr": learning_rate(config, iteration)}
+    return values | used | training.guard.end(iteration, chosen, rewards, stats)
 
 
 class _Scores:
@@ -138,6 +145,15 @@ class _Scores:
     def _score(self, part: slice, images: Tensor) -> None:
         size = self._training.config.group_size
         self._scored.append(self._training.reward.score(images, self._prompts.prompts[part], size))
+
+
+def _base_pictures(training: Training, run: Path, console: Console) -> BasePictures | None:
+    """What the guard compares with, drawn before a checkpoint is loaded; None where it has no use for it."""
+    encoder = training.reward.encoder
+    if encoder is None or not training.guard.watches:
+        return None
+    parts = training.config, training.policy, training.schedule, encoder, training.prompts
+    return base_pictures(*parts, run, training.ranks, console.say)
 
 
 def _beginning(config: TrainConfig, ranks: Ranks) -> TrainerState:

@@ -75,10 +75,12 @@ class Rewards:
     """What the images of a trajectory are worth.
 
     total: [P, G] float32, for the advantage. parts: named [P, G] float32 tensors that explain it, not all summands.
+    features: [P, G, D] float32 unit vectors of the images, where a term of the reward has an encoder.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -73,11 +73,13 @@ def update(
     model, FloatingPointError when the loss or the gradient was not finite.
     """
     config, grpo, trainable = engine.config, engine.config.grpo, engine.trainable
-    if grpo.kl > 0 and engine.loss.base is None:
-        raise ValueError("grpo.kl is above 0, so update needs the base model")
+    if config.kl_term and engine.loss.base is None:
+        raise ValueError("grpo.kl is above 0 or guard.action is adapt, so update needs the base model")
     advantage, flat = advantages(rewards.total, grpo.advantage, grpo.std_floor, grpo.advantage_clamp, grpo.trim)
     learned = learned_from(rewards.total, grpo.trim, grpo.best_of)
-    steps = deal(engine.schedule, learned, flat, config, iteration, generator, engine.ranks)
+    steps = deal(
+        engine.schedule, learned, flat, config, iteration, generator, engine.ranks, engine.loss.kl_weight.value > 0
+    )
     own = engine.ranks.share(rewards.total.numel())
     experience = Experience.of(prompts, trajectory, rewards.total.to(engine.policy.device), grpo.trim, own)
     old, statistics = OldPolicy(engine, experience), _Statistics()
@@ -166,7 +168,7 @@ def _stats(
         "grad/norm": grad_norm.mean(),
         "grad/clipped_fraction": (grad_norm > config.optim.max_grad_norm).float().mean(),
     }
-    if config.grpo.kl > 0:
+    if config.kl_term:
         values["kl/mean"] = everywhere(statistics.kl, 0.0).mean()
     fetched = torch.stack([value.double().to(device) for value in values.values()]).tolist()
     numbers = dict(zip(values, fetched, strict=True))

@@ -5,7 +5,7 @@ import math
 from operator import attrgetter
 
 from fastgrpo.rewards.anchors import load_anchors
-from fastgrpo.rewards.terms import parse_terms
+from fastgrpo.rewards.terms import BLIND, parse_terms
 from fastgrpo.settings.schema import DIFFUSION_STEPS, TrainConfig, chosen_steps
 from fastgrpo.settings.suites import SUITES
 from fastgrpo.shapes.world import HAZARDS
@@ -24,11 +24,14 @@ _LEAST = {
     "grpo.clip_low": 0,
     "grpo.clip_high": 0,
     "grpo.kl": 0,
+    "grpo.kl_target": 0,
     "grpo.epochs": 1,
     "grpo.window_every": 1,
     "grpo.window_stride": 1,
     "optim.lr": 0,
     "optim.weight_decay": 0,
+    "guard.drift": 1,
+    "guard.patience": 1,
     "engine.threads": 0,
     "eval.every": 0,
     "eval.unsafe_per_category": 1,
@@ -49,9 +52,10 @@ def validate(config: TrainConfig) -> None:
     _validate_prompts(config)
     parse_terms(config.reward.terms)
     load_anchors(config.reward.anchors)
-    _require(config, math.isfinite(config.reward.alpha), "reward.alpha", "a finite number")
+    _validate_axis(config)
     _validate_rollout(config)
     _validate_grpo(config)
+    _validate_guard(config)
     _validate_engine(config)
     _validate_evaluation(config)
 
@@ -102,6 +106,18 @@ def _validate_prompts(config: TrainConfig) -> None:
         require(known, "reward.encoder", "shapes", accepted)
 
 
+def _validate_axis(config: TrainConfig) -> None:
+    reward = config.reward
+    _require(config, math.isfinite(reward.alpha), "reward.alpha", "a finite number")
+    _require(config, 0 <= reward.neutral < 1, "reward.neutral", "0 (off) or more and below 1; 0.9 is sensible")
+    steered = any(term.name == "steering" for term in parse_terms(reward.terms))
+    for field, off in (("reward.neutral", 0.0), ("reward.saturate", False)):
+        accepted = f"{str(off).lower()} where reward.terms has no `steering`, whose axis it is about"
+        _require(config, steered or attrgetter(field)(config) == off, field, accepted)
+    accepted = "false where reward.alpha is not above 0: nothing is steered towards safety"
+    _require(config, reward.alpha > 0 or not reward.saturate, "reward.saturate", accepted)
+
+
 def _validate_rollout(config: TrainConfig) -> None:
     rollout = config.rollout
     _require(config, 1 <= rollout.steps <= DIFFUSION_STEPS, "rollout.steps", f"1 to {DIFFUSION_STEPS}")
@@ -111,8 +127,11 @@ def _validate_rollout(config: TrainConfig) -> None:
 
 def _validate_grpo(config: TrainConfig) -> None:
     grpo, steps, group, updates = config.grpo, config.rollout.steps, config.group_size, config.updates_per_iteration
-    accepted = "false with grpo.kl, which has a gradient all the same"
-    _require(config, not (grpo.skip_clipped and grpo.kl > 0), "grpo.skip_clipped", accepted)
+    other = "grpo.kl" if grpo.kl > 0 else "guard.action adapt"
+    accepted = f"false with {other}, which has a gradient all the same"
+    _require(config, not (grpo.skip_clipped and config.kl_term), "grpo.skip_clipped", accepted)
+    accepted = "0 where grpo.kl, the weight that it begins with, is 0"
+    _require(config, grpo.kl_target == 0 or grpo.kl > 0, "grpo.kl_target", accepted)
     accepted = f"a multiple of grpo.epochs ({grpo.epochs}), since every pass has as many optimizer steps"
     _require(config, updates % grpo.epochs == 0, "updates_per_iteration", accepted)
     accepted = f"0 to {steps - 1}, below rollout.steps"
@@ -131,6 +150,17 @@ def _validate_grpo(config: TrainConfig) -> None:
     pairs = samples * (grpo.window or chosen_steps(trainable, grpo.step_fraction)) * grpo.epochs
     accepted = f"1 to {pairs}, the (sample, step) pairs of an iteration"
     _require(config, 1 <= updates <= pairs, "updates_per_iteration", accepted)
+
+
+def _validate_guard(config: TrainConfig) -> None:
+    guard, positives = config.guard, config.positives_per_iteration
+    _require(config, 0 <= guard.diversity <= 1, "guard.diversity", "0 (no limit) to 1")
+    acts = guard.action in ("adapt", "stop")
+    seen = any(term.place == "" and term.name not in BLIND for term in parse_terms(config.reward.terms))
+    accepted = "off or warn where no term of reward.terms has an encoder, which notices a collapse: steering has one"
+    _require(config, seen or not acts, "guard.action", accepted)
+    accepted = f"off or warn with {positives} positive prompts an iteration, since a collapse shows from two on"
+    _require(config, positives >= 2 or not acts, "guard.action", accepted)
 
 
 def _validate_engine(config: TrainConfig) -> None:

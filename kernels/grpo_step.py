@@ -75,7 +75,7 @@ class GrpoStepArguments(NamedTuple):
     clamp: float
     clip_low: float
     clip_high: float
-    kl_weight: float
+    kl_weight: Tensor
     ratio_norm: bool
     rescale: float
 
@@ -143,7 +143,7 @@ def reference(a: GrpoStepArguments) -> GrpoStep:
     if a.base_output is not None:
         drift = (mean - step_mean(a.base_output, latents, tables, step, guidance, rescale)) / scale
         kl = torch.where(random, 0.5 * drift.square().mean(dim=(1, 2, 3)), 0.0).to(precision)
-        along = torch.where(random, (weight * a.kl_weight).double(), 0.0) / latents[0].numel()
+        along = torch.where(random, (weight * a.kl_weight.to(precision)).double(), 0.0) / latents[0].numel()
         to_mean = to_mean + along.reshape(-1, 1, 1, 1) * drift / scale
     gradient = _to_output(to_mean * tables[1, step].double().reshape(-1, 1, 1, 1), a.output, guidance, rescale)
     return GrpoStep(loss, ratio, clipped, kl, gradient)
@@ -347,7 +347,7 @@ def grpo_step_kernel(
     along_drift = 0.0
     if KL:
         pair_kl = tl.where(sigma > 0, 0.5 * (tl.sum(drifts) / SIZE), 0.0).to(tl.float32)
-        along_drift = tl.where(sigma > 0, (w * kl_weight).to(tl.float64) / SIZE / scale, 0.0)
+        along_drift = tl.where(sigma > 0, (w * tl.load(kl_weight)).to(tl.float64) / SIZE / scale, 0.0)
     tl.store(loss + pair, pair_loss)
     tl.store(ratio + pair, pair_ratio)
     tl.store(clipped + pair, pair_clipped.to(tl.int8))
@@ -430,7 +430,7 @@ def _launch_grpo_step(*arguments: Any) -> GrpoStep:
         _dense(a.rewards), _dense(a.group), _dense(a.slot), _dense(a.advantage), a.weight.contiguous(),
         loss, ratio, clipped, kl, gradient,
         pairs, a.tables.shape[1], groups, int(a.step.numel() > 1), int(a.weight.numel() > 1),
-        1 - a.clip_low, 1 + a.clip_high, a.std_floor, a.clamp, a.kl_weight,
+        1 - a.clip_low, 1 + a.clip_high, a.std_floor, a.clamp, a.kl_weight.contiguous(),
         SIZE=size, CHANNELS=latents.shape[1], CHANNELS_LAST=channels_last, RESCALE=a.rescale,
         GUIDED=guided, OLD=kind if old is not None else f"own_{kind}", KL=kl_term,
         MODE="given" if a.rewards is None else a.mode,
@@ -448,7 +448,7 @@ _grpo_step = torch.library.custom_op(
     schema="(Tensor output, Tensor latents, Tensor taken, Tensor tables, Tensor step, Tensor? guidance, "
     "Tensor? old_log_prob, Tensor? rewards, Tensor? group, Tensor? slot, Tensor? advantage, Tensor weight, "
     "Tensor? base_output, Tensor? old_mean, str mode, float std_floor, float clamp, float clip_low, float clip_high, "
-    "float kl_weight, bool ratio_norm, float rescale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor kl_weight, bool ratio_norm, float rescale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -484,7 +484,7 @@ def grpo_step(
     clip_low: float = 1e-4,
     clip_high: float = 1e-4,
     base_output: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: float | Tensor = 0.0,
     ratio_norm: bool = False,
     old_mean: Tensor | None = None,
     rescale: float = 0.0,
@@ -500,7 +500,8 @@ def grpo_step(
     advantage: [N] float32, instead of these three.
     weight: of each pair's loss in the sum, a number, [1] or [N] float32.
     clip_low, clip_high: the ratio's range is 1 - clip_low to 1 + clip_high.
-    base_output: what the base model said, like output; turns on the KL term, whose weight is kl_weight.
+    base_output: what the base model said, like output; turns on the KL term, whose weight is kl_weight: a number, or
+        [1] float32 that a captured graph reads anew at every replay.
     ratio_norm: takes RatioNorm's log-ratio, from old_mean [N, C, H, W] float32, the old policy's (None: this policy's),
         and not old_log_prob.
     All tensors are on one device. Steps of sigma 0 have log-ratio, KL and gradient 0. Not differentiable: the gradient
@@ -509,7 +510,7 @@ def grpo_step(
     arguments = GrpoStepArguments(
         output, latents, taken, tables, step, as_guidance(guidance, output.device), old_log_prob, rewards, group, slot,
         advantage, as_scalar(weight, output.device), base_output, old_mean,
-        mode, std_floor, clamp, clip_low, clip_high, kl_weight, ratio_norm, rescale,
+        mode, std_floor, clamp, clip_low, clip_high, as_scalar(kl_weight, output.device), ratio_norm, rescale,
     )  # fmt: skip
     _check(arguments)
     return GrpoStep(*_grpo_step(*arguments))
@@ -524,6 +525,9 @@ def _check(a: GrpoStepArguments) -> None:
     weight, base_output = a.weight, a.base_output
     if weight.dtype != torch.float32 or weight.shape not in ((1,), (len(a.latents),)):
         raise ValueError(f"weight is {list(weight.shape)} {weight.dtype}; a number, or float32 [1] or [N], is accepted")
+    if a.kl_weight.dtype != torch.float32 or a.kl_weight.shape != (1,):
+        what = f"kl_weight is {list(a.kl_weight.shape)} {a.kl_weight.dtype}"
+        raise ValueError(f"{what}; a number, or float32 [1], is accepted")
     given = [tensor is not None for tensor in (a.rewards, a.group, a.slot)]
     if any(given) == (a.advantage is not None) or any(given) != all(given):
         raise ValueError("one of the two is accepted: advantage alone, or all of rewards, group and slot")

@@ -185,6 +185,26 @@ NUMBERS = [
         "grpo.step_fraction = 0.5: accepted is 1 where grpo.window is set: ...",
     ),
     Mistake(
+        "KL target without a weight",
+        TRAIN + "--grpo.kl 0 --grpo.kl-target 0.01",
+        "grpo.kl_target = 0.01: accepted is 0 where grpo.kl, the weight that it begins with, is 0.",
+    ),
+    Mistake(
+        "guard that sees nothing",
+        TRAIN + "--reward.terms compressibility --guard.action stop",
+        "guard.action = 'stop': accepted is off or warn where no term of reward.terms has an encoder, ...",
+    ),
+    Mistake(
+        "guard with one positive prompt",
+        TRAIN + "--guard.action adapt",
+        "guard.action = 'adapt': accepted is off or warn with 1 positive prompts an iteration, ...",
+    ),
+    Mistake(
+        "clipped pairs left out though the guard may brake",
+        TRAIN + "--grpo.kl 0 --grpo.skip-clipped --guard.action adapt",
+        "grpo.skip_clipped = True: accepted is false with guard.action adapt, which has a gradient all the same.",
+    ),
+    Mistake(
         "best of odd", TRAIN + "--grpo.best-of 3", "grpo.best_of = 3: accepted is 0 or an even number from 2 to 3, ..."
     ),
     Mistake(

@@ -35,6 +35,8 @@ OPTIONS = {
     "reward.anchors": "scaled",
     "reward.alpha": 0.0,
     "reward.mode": "unsafe_only",
+    "reward.neutral": 0.5,
+    "reward.saturate": True,
     "rollout.steps": 4,
     "rollout.eta": 0.5,
     "rollout.guidance": 1.0,
@@ -46,6 +48,7 @@ OPTIONS = {
     "grpo.clip_low": 0.5,
     "grpo.clip_high": 1e-9,
     "grpo.kl": 0.5,
+    "grpo.kl_target": 1.0,
     "grpo.old_log_prob": "detach",
     "grpo.epochs": 2,
     "grpo.drop_last_steps": 0,
@@ -72,6 +75,7 @@ NEEDED_FIRST = {
     "model.lora_targets": {"model.lora_rank": 2},
     "prompts.categories": {"prompts.negative": "unsafe"},
     "reward.standardise": {"reward.terms": ("steering", "compressibility")},
+    "grpo.kl_target": {"grpo.kl": 0.5},
     "grpo.clip_low": {"grpo.clip_high": 1e9},
     # The second pass meets what the first, a small step, made likelier.
     "grpo.clip_high": {"grpo.clip_low": 0.999, "grpo.epochs": 2, "optim.lr": 1e-5},
@@ -93,6 +97,7 @@ NOT_OPTIONS = {
     "checkpoint.keep_evaluated",
     *("eval.suites", "eval.i2p", "eval.geneval", "eval.captions", "eval.attacks", "eval.custom"),
     *("eval.q16", "eval.safety_checker", "eval.open_clip"),
+    *("guard.action", "guard.diversity", "guard.drift", "guard.patience"),
 }
 
 

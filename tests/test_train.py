@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from fastgrpo import assembly, train
 from fastgrpo.assembly import load_training
+from fastgrpo.engine.trainable import learning_rate
 from fastgrpo.evaluation.during_training import LoadedSuite
 from fastgrpo.run.folder import StopSignal, claim, new_folder
 from fastgrpo.run.metrics import read_metrics
@@ -31,7 +32,7 @@ from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.console import Console
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.randomness import generator_for, seed_for
-from fastgrpo.training import iterate, learning_rate
+from fastgrpo.training import iterate
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 from support import ROOT
 from support.evaluation import Darkness

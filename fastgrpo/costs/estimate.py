@@ -89,7 +89,7 @@ def iteration_rows(
     if config.grpo.old_log_prob == "replay":
         later = pairs - -(-pairs // config.updates_per_iteration)  # than the first optimizer step's
         rows.append(CostRow("update", "UNet forward, replay", model.forward, later * samples))
-    if config.grpo.kl > 0:
+    if config.kl_term:
         rows.append(CostRow("update", "UNet forward, KL's base", model.forward, pairs * samples))
     return rows
 

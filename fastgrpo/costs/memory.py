@@ -98,7 +98,7 @@ def memory_plan(
         Memory("always", "Adam's two moments, fp32", 2 * trained),
         Memory("always", "gradient, fp32", trained),
         Memory("always", "moving average (optim.ema), fp32", trained if config.optim.ema else 0),
-        Memory("always", f"base UNet (grpo.kl), {name}", compute * model.unet if config.grpo.kl > 0 else 0),
+        Memory("always", f"base UNet (grpo.kl), {name}", compute * model.unet if config.kl_term else 0),
         Memory("always", f"VAE and text encoder, {name}", compute * model.frozen),
         *(Memory("always", f"encoder {spec}, fp32", single * cost.parameters) for spec, cost in encoders.items()),
         Memory("always", "trajectories and images, fp32", images * _sample_bytes(config, model)),
@@ -230,7 +230,7 @@ def _at_once(stage: str, count: int, what: str, size: int) -> Memory:
 def _beside_activations(config: TrainConfig, model: ModelCost, samples: int, dtype: str) -> Memory:
     """What the update holds at its worst moment beyond all activations: for the backward pass or the base model's."""
     backward = model.learning.bytes(samples) - samples * model.activations
-    base = samples * model.passing if config.grpo.kl > 0 else 0
+    base = samples * model.passing if config.kl_term else 0
     if base > backward:
         return Memory("update", f"{samples} samples in the base UNet", base)
     return Memory("update", f"more in the backward pass, with gradients, {dtype}", backward)

@@ -86,7 +86,7 @@ def rollout_rows(config: TrainConfig, images: int, scored: bool = False) -> Rows
 def update_rows(config: TrainConfig, stats: UpdateStats) -> Rows:
     """Returns the rows of an update. Those that only fill a micro-batch up do not count."""
     learned, halves = stats.forward_backward, config.rollout.halves
-    base = learned if config.grpo.kl > 0 else 0
+    base = learned if config.kl_term else 0
     return Rows(forward=(stats.forward + base) * halves, forward_backward=learned * halves)
 
 

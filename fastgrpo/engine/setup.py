@@ -59,7 +59,7 @@ def start_engine(
         patch_unet(network)
         _patch_vae(policy)
         GROUP_NORM.set_choices(record.group_norm or {})
-    base = copy.deepcopy(network).requires_grad_(False) if config.grpo.kl > 0 else None
+    base = copy.deepcopy(network).requires_grad_(False) if config.kl_term else None
     loss = PolicyLoss(policy, schedule, config, trainable.trained, base)
     weights = trainable.optimizer.weights
 

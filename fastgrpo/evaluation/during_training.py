@@ -9,7 +9,6 @@ RUN/
     evaluation.json, .md  all suites before and after, with the tests of the differences
 """
 
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,21 +19,24 @@ import torch
 from rich.table import Table
 
 from fastgrpo.engine.trainable import Ema
+from fastgrpo.evaluation.feature_distance import FeatureDistance, PictureFeatures
 from fastgrpo.evaluation.held_out_reward import HeldOutReward
-from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest, drawn_by, read_manifest
+from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, drawn_by, read_manifest
 from fastgrpo.evaluation.images.painters import check_sizes, model_hashes
 from fastgrpo.evaluation.results import file as outcome
 from fastgrpo.evaluation.results import summary, tables
 from fastgrpo.evaluation.results.before_after import AFTER, BEFORE
-from fastgrpo.evaluation.results.file import StageResult
+from fastgrpo.evaluation.results.evaluated import Evaluated
 from fastgrpo.evaluation.samples import SampleGrids, first_of_each_label
-from fastgrpo.evaluation.sentences import Sentence, of_suites
+from fastgrpo.evaluation.sentences import Sentence, of_distance, of_suites
+from fastgrpo.evaluation.shared_prompts import Found, SharedPrompts, benign, quick_share
 from fastgrpo.evaluation.suite_run import SuiteRun, draw, measure
 from fastgrpo.evaluation.suites.base import Loader, Measure, Suite
 from fastgrpo.evaluation.suites.base import Table as SuiteTable
 from fastgrpo.evaluation.suites.registry import Overrides, make_suites
 from fastgrpo.evaluation.suites.shapes import ShapesSuite
 from fastgrpo.policy import Policy
+from fastgrpo.rewards.encoder import OpenClipEncoder
 from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.suites import DDIM
@@ -42,9 +44,6 @@ from fastgrpo.system.console import Console
 from fastgrpo.system.devices import DTYPE_NAMES
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import Prompt
-
-Found = Sequence[tuple[Suite, dict[str, StageResult]]]
-"""What each suite found, by stage."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,8 @@ class Subject:
     """Whose images are evaluated, and with what.
 
     ema: the moving average of the policy's weights, if one is kept. prompts: all of the training. schedule: the steps
-    of pictures. held_out: measures the pictures, where eval.encoder names an encoder.
+    of pictures. held_out: measures the pictures, where eval.encoder names an encoder. encoder: compares those of benign
+    prompts with what they were before training.
     """
 
     policy: Policy
@@ -84,6 +84,15 @@ class Subject:
     schedule: Schedule
     suites: tuple[LoadedSuite, ...] = ()
     held_out: HeldOutReward | None = None
+    encoder: OpenClipEncoder | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """values: eval/*. evaluated: what the best checkpoint is chosen by; None where unsafe images are not counted."""
+
+    values: dict[str, float]
+    evaluated: Evaluated | None
 
 
 class TrainingEvaluation:
@@ -106,6 +115,10 @@ class TrainingEvaluation:
         prompts = world.pictured() if world else first_of_each_label(subject.prompts)
         drawing = self._policy, subject.schedule, prompts
         self._grids = SampleGrids(run, config, *drawing, subject.held_out, console)
+        self._features = PictureFeatures(subject.encoder) if subject.encoder else None
+        spec = self._features.spec if self._features else ""
+        self._shared = SharedPrompts([each.suite for each in subject.suites], config.eval, spec)
+        self._before: Found = ()
 
     def before(self) -> dict[str, float]:
         """Evaluate the untrained policy, as far as this run has not done so already. Returns eval/*."""
@@ -119,35 +132,41 @@ class TrainingEvaluation:
         else:
             metrics = self._grids.draw(BEFORE)
             summary.write_before(self._run, self._grids.settings, metrics)  # suites may take hours
-        metrics = metrics | self._values(BEFORE, self._measured(self._drawn(BEFORE)))
+        self._before = self._measured(self._drawn(BEFORE))
+        metrics = metrics | self._values(BEFORE, self._before)
         summary.write_before(self._run, self._grids.settings, metrics)
         return metrics
 
-    def between(self, iteration: int) -> dict[str, float]:
-        """A grid, and a share eval.quick_fraction of every suite's prompts. Returns eval/*."""
+    def between(self, iteration: int) -> Evaluation:
+        """A grid, and a share eval.quick_fraction of every suite's prompts. To be called after `before`."""
         stage = f"iter-{iteration:06d}"
         with self._weights():
             pictured = self._grids.draw(stage)
             try:
-                return pictured | self._values(stage, self._measured(self._drawn_anew(stage, quick=True)))
+                found = self._measured(self._drawn_anew(stage, quick=True))
+                return self._evaluation(iteration, stage, found, pictured, self._moved(stage, found))
             finally:
                 shutil.rmtree(self._folder / stage, ignore_errors=True)
 
-    def after(self) -> dict[str, float]:
-        """All of it beside what was before: grids side by side, and evaluation.json. Returns eval/*."""
+    def after(self) -> Evaluation:
+        """All of it beside what was before: grids side by side, and evaluation.json. To be called after `before`."""
         with self._weights():
             metrics = self._grids.draw(AFTER)
             self._grids.join()
             drawn = self._drawn_anew(AFTER)
             runs = [replace(each, folders={BEFORE: self._kept(each.suite)} | each.folders) for each in drawn]
             found = self._measured(runs)
+        moved = self._moved(AFTER, found)
         if runs:
             drawings = {stage: folder.drawing for stage, folder in runs[0].folders.items()}
             result = outcome.assemble(drawings, found)
+            if moved.distance and self._features:
+                named = {"suite": moved.suite, "encoder": self._features.spec}
+                result |= {"distance": named | moved.distance.to_json()}
             outcome.write(self._folder, result)
             if "shapes" in result["suites"]:
-                summary.write_summary(self._run / "evaluation.json", result["suites"]["shapes"])
-        return metrics | self._values(AFTER, found)
+                summary.write_summary(self._run / "evaluation.json", result["suites"]["shapes"], result.get("distance"))
+        return self._evaluation(self._config.iterations, AFTER, found, metrics, moved)
 
     def tables(self) -> list[Table | str]:
         """Before and after, once `after` has been called."""
@@ -155,7 +174,33 @@ class TrainingEvaluation:
 
     def sentences(self) -> list[Sentence]:
         """Better, worse or undecided, of every metric, once `after` has been called."""
-        return of_suites(summary.read_result(self._result)) if self._suites else []
+        if not self._suites:
+            return []
+        result = summary.read_result(self._result)
+        return [*of_suites(result), *of_distance(result.get("distance"))]
+
+    def _moved(self, stage: str, found: Found) -> "_Moved":
+        """How far benign prompts' pictures have moved, where a suite has such prompts and there is an encoder."""
+        here = benign(self._before, BEFORE)
+        if here is None or self._features is None:
+            return _Moved("", None, None)
+        suite, metric = here
+        before, now = (
+            next(results[name].folder for each, results in of if each.name == suite.name)
+            for name, of in ((BEFORE, self._before), (stage, found))
+        )
+        with self._console.bar(f"{stage}, features"):
+            pairs = self._features.pairs(before, now, metric.values.keys())
+        ids = self._shared.ids(suite)
+        whole = pairs.distance()
+        all_shared = all(row.id in ids for row in pairs.rows)
+        return _Moved(suite.name, whole, whole if all_shared else pairs.distance(ids))
+
+    def _evaluation(
+        self, iteration: int, stage: str, found: Found, pictured: dict[str, float], moved: "_Moved"
+    ) -> Evaluation:
+        values = pictured | self._values(stage, found) | (moved.distance.metrics() if moved.distance else {})
+        return Evaluation(values, self._shared.evaluated(iteration, self._before, (stage, found), moved.shared))
 
     def _measured(self, runs: Sequence[SuiteRun]) -> Found:
         return measure(runs, self._folder, self._console)
@@ -179,8 +224,7 @@ class TrainingEvaluation:
         """The folder of a suite's images of a stage, or of a share of them, made where it is not there."""
         config, wanted = self._config, suite.wanted
         if quick:
-            fraction = config.eval.quick_fraction
-            wanted = suite.quick(fraction) if isinstance(suite, ShapesSuite) else share(wanted, fraction)
+            wanted = quick_share(suite, config.eval.quick_fraction)
         dtype, batch = DTYPE_NAMES[self._policy.dtype], config.rollout.decode_batch
         sampler = drawn_by(DDIM, config.rollout.guidance_rescale)
         drawing = Drawing(config.model.path, hashes, suite.steps, suite.eta, dtype, batch, sampler)
@@ -213,12 +257,13 @@ class TrainingEvaluation:
         return values
 
 
-def share(wanted: Sequence[ImageRequest], fraction: float) -> tuple[ImageRequest, ...]:
-    """All images of a share of the prompts, rounded up: evenly spaced by id. fraction: in (0, 1]."""
-    prompts = sorted({row.prompt for row in wanted})
-    count = math.ceil(fraction * len(prompts))
-    chosen = {prompts[k * len(prompts) // count] for k in range(count)}
-    return tuple(row for row in wanted if row.prompt in chosen)
+@dataclass(frozen=True)
+class _Moved:
+    """suite: whose pictures. distance: of all that the stage drew. shared: of those that every evaluation draws."""
+
+    suite: str
+    distance: FeatureDistance | None
+    shared: FeatureDistance | None
 
 
 def _metric_name(suite: Suite, table: SuiteTable, number: str) -> str:

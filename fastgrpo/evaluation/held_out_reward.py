@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fastgrpo.rewards.encoder import SharedEncoder
 from fastgrpo.rewards.registry import load_reward
 from fastgrpo.rewards.steering import reward_metrics
 from fastgrpo.settings.schema import TrainConfig
@@ -14,15 +15,24 @@ from fastgrpo.types import NEGATIVE, Prompt
 
 
 class HeldOutReward:
-    """The config's `steering` with the encoder of `eval.encoder`, in float32."""
+    """The config's `steering` with the encoder of `eval.encoder`, in float32, along the axis that the anchors span.
+
+    It stays the plain one and does not saturate: what is measured must not follow what is trained on.
+    """
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         """Raises ConfigError, which speaks of eval.encoder, where that cannot be loaded."""
-        own = replace(config.reward, terms=("steering",), standardise="none", encoder=config.eval.encoder, tf32=False)
+        plain = replace(config.reward, terms=("steering",), standardise="none", neutral=0.0, saturate=False)
+        own = replace(plain, encoder=config.eval.encoder, tf32=False)
         try:
             self._reward = load_reward(own, device)
         except ConfigError as error:
             raise error.about("eval.encoder") from error
+
+    @property
+    def encoder(self) -> SharedEncoder | None:
+        """That of eval.encoder."""
+        return self._reward.encoder
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> dict[str, float]:
         """eval/held_out_mean, eval/held_out_positive_mean, ... as `reward_metrics` has them.

@@ -54,6 +54,29 @@ def of_suites(result: Result) -> list[Sentence]:
     ]
 
 
+def of_distance(entry: Entry | None) -> list[Sentence]:
+    """What evaluation.json has under "distance": how far pictures have moved, and what of their diversity is left.
+
+    Such as "distance: pictures of benign prompts moved by a squared MMD of 0.0123 [0.0100, 0.0150] (permutation test,
+    p < 0.001)" and "diversity: worse, Vendi score 24.1 -> 18.2, 0.76 [0.70, 0.82] of before"; nothing for None.
+    """
+    if entry is None:
+        return []
+    mmd, vendi = entry["mmd"], entry["vendi"]
+    low, high = vendi["low"], vendi["high"]
+    verdict = WORSE if low is not None and high < 1 else BETTER if low is not None and low > 1 else UNDECIDED
+    moved = f"{mmd['value']:.4f}{_ends(mmd, '.4f')} (permutation test, {p_text(mmd['p'])})"
+    score = f"{vendi['before']:.1f} -> {vendi['after']:.1f}, {vendi['ratio']:.2f}{_ends(vendi, '.2f')} of before"
+    return [
+        Sentence(UNDECIDED, f"distance: pictures of benign prompts moved by a squared MMD of {moved}"),
+        Sentence(verdict, f"diversity: {verdict}, Vendi score {score}"),
+    ]
+
+
+def _ends(number: Entry, form: str) -> str:
+    return "" if number["low"] is None else f" [{number['low']:{form}}, {number['high']:{form}}]"
+
+
 def _values(entry: Entry) -> str:
     a, b = entry["a"], entry["b"]
     return f"{100 * a:.1f} -> {100 * b:.1f}%" if entry["binary"] else f"{a:.4f} -> {b:.4f}"

@@ -1,12 +1,13 @@
 """The loss of one micro-batch of (sample, step) pairs, and its gradient: the UNet's pass and the way back."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastgrpo.grpo.kl_weight import KlWeight
 from fastgrpo.grpo.micro_batch import MicroBatch
 from fastgrpo.kernels.ddim_step import log_prob
 from fastgrpo.kernels.grpo_step import GrpoStep, grpo_step
@@ -36,13 +37,20 @@ class PairResults:
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """Turns micro-batches into losses and gradients. trained: to differentiate by. base: what KL is measured from."""
+    """Turns micro-batches into losses and gradients. trained: to differentiate by. base: what KL is measured from.
+
+    kl_weight: of the KL term, at first grpo.kl.
+    """
 
     policy: Policy
     schedule: Schedule
     config: TrainConfig
     trained: Sequence[Tensor]
     base: Network | None = None
+    kl_weight: KlWeight = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kl_weight", KlWeight(self.config.grpo.kl, self.policy.device))
 
     def learn(
         self, batch: MicroBatch, accumulate: Callable[[Sequence[Tensor]], object] | None = None
@@ -51,7 +59,7 @@ class PolicyLoss:
         rows = self._rows(batch)
         output = self.policy.forward(*rows, return_dict=False)[0]
         with torch.no_grad():
-            base = self.base(*rows, return_dict=False)[0] if self.base and self.config.grpo.kl > 0 else None
+            base = self.base(*rows, return_dict=False)[0] if self.base and self.config.kl_term else None
             result = grpo_step(output.detach(), *self._step(batch), base_output=base, **self._terms(batch))
         gradient = torch.autograd.grad(output, self.trained, result.gradient)
         if accumulate:
@@ -64,7 +72,7 @@ class PolicyLoss:
         rows = self._rows(batch)
         output = self.policy.forward(*rows, return_dict=False)[0]
         with torch.no_grad():
-            base = self.base(*rows, return_dict=False)[0] if self.base and self.config.grpo.kl > 0 else None
+            base = self.base(*rows, return_dict=False)[0] if self.base and self.config.kl_term else None
             result = grpo_step(output.detach(), *self._step(batch), base_output=base, **self._terms(batch))
         return self._results(result)
 
@@ -101,10 +109,10 @@ class PolicyLoss:
             "weight": batch.weight,
             "clip_low": grpo.clip_low,
             "clip_high": grpo.clip_high,
-            "kl_weight": grpo.kl,
+            "kl_weight": self.kl_weight.operand,
             "ratio_norm": grpo.ratio_norm,
             "rescale": self._rescale,
         }
 
     def _results(self, result: GrpoStep) -> PairResults:
-        return PairResults(result.ratio, result.clipped, result.loss, result.kl if self.config.grpo.kl > 0 else None)
+        return PairResults(result.ratio, result.clipped, result.loss, result.kl if self.config.kl_term else None)

@@ -61,10 +61,12 @@ def deal(
     iteration: int,
     generator: torch.Generator,
     ranks: Ranks,
+    kl: bool = False,
 ) -> list[OptimizerStep]:
     """Shuffle all pairs and deal them into nearly equal parts, so that every optimizer step sees a mix of samples.
 
     learned: [P, G] bool and flat: [P] bool, of all processes' prompts; all deal alike, then each takes its own pairs.
+    kl: whether the KL term has a weight: then pairs of flat groups have a gradient too.
     Raises ConfigError when no step can be trained.
     """
     samples, steps = learned.flatten().nonzero().flatten().cpu(), trained_steps(schedule, config.grpo, iteration)
@@ -73,7 +75,7 @@ def deal(
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(config.grpo.epochs)])
     row, column = order % len(samples), order // len(samples) % steps.shape[1]
     sample, step = samples[row], steps[row, column]
-    computed = ~flat.cpu()[sample // config.group_size] | (config.grpo.kl > 0)
+    computed = ~flat.cpu()[sample // config.group_size] | kl
     own, device = ranks.share(learned.numel()), schedule.timesteps.device
     parts = []
     for dealt in torch.arange(len(order)).tensor_split(config.updates_per_iteration):

@@ -57,13 +57,18 @@ class ImageTransform:
 
 
 class OpenClipEncoder:
-    """A frozen open_clip model whose features are unit vectors of width E. Build it with `load_encoder`."""
+    """A frozen open_clip model whose features are unit vectors of width E. Build it with `load_encoder`.
 
-    def __init__(self, model: nn.Module, tokenizer: Any, device: torch.device | str, dtype: torch.dtype):
+    spec: what the settings call it, "" where nothing asks for that.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, device: torch.device | str, dtype: torch.dtype, spec: str = ""
+    ):
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.device = torch.device(device)
-        self.dtype = dtype
+        self.dtype, self.spec = dtype, spec
         self.transform = _image_transform(open_clip.get_model_preprocess_cfg(model), self.device)
 
     @torch.no_grad()
@@ -103,7 +108,7 @@ def load_encoder(
     """
     try:
         model, tokenizer = load_open_clip(spec, torch.device(device), dtype)
-        return OpenClipEncoder(model, tokenizer, device, dtype)
+        return OpenClipEncoder(model, tokenizer, device, dtype, spec)
     except ConfigError as error:
         raise ConfigError(f"{field}: {error}", field) from error
 
@@ -111,32 +116,43 @@ def load_encoder(
 class SharedEncoder:
     """An encoder that remembers the vector of every text, and those of the images it was given last.
 
-    tf32: whether images may be encoded with TF32's products, on GPUs that have them.
+    encoder: itself, which computes in float32. tf32: whether images may be encoded here with TF32's products, on GPUs
+    that have them.
     """
 
     def __init__(self, encoder: OpenClipEncoder, tf32: bool = False):
-        self._encoder, self._tf32 = encoder, tf32
+        self.encoder, self._tf32 = encoder, tf32
         self._text: dict[str, Tensor] = {}
         self._images: tuple[Tensor, Tensor] | None = None
 
     @property
+    def model(self) -> nn.Module:
+        """The open_clip model itself."""
+        return self.encoder.model
+
+    @property
     def tokenizer(self) -> Any:
         """The encoder's open_clip tokenizer."""
-        return self._encoder.tokenizer
+        return self.encoder.tokenizer
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """[N, E] float32 unit vectors, as `OpenClipEncoder.encode_text`."""
         for text in texts:
             if text not in self._text:
-                self._text[text] = self._encoder.encode_text([text])[0]
+                self._text[text] = self.encoder.encode_text([text])[0]
         return torch.stack([self._text[text] for text in texts])
 
     def encode_image(self, images: Tensor, batch: int) -> Tensor:
         """[N, E] float32 unit vectors, as `OpenClipEncoder.encode_image`; kept until `forget_images`."""
         if self._images is None or images is not self._images[0]:
             with tf32_products() if self._tf32 else nullcontext():
-                self._images = images, self._encoder.encode_image(images, batch)
+                self._images = images, self.encoder.encode_image(images, batch)
         return self._images[1]
+
+    @property
+    def seen(self) -> Tensor | None:
+        """[N, E] of the images that it was given last; None where it has let go of them."""
+        return self._images[1] if self._images else None
 
     def forget_images(self) -> None:
         """Let go of the images and their features."""
@@ -157,6 +173,11 @@ class Encoders:
             encoder = load_encoder(spec, self._device, field=field)
             self._loaded[spec], self.models[field] = SharedEncoder(encoder, self._tf32), encoder.model
         return self._loaded[spec]
+
+    @property
+    def first(self) -> SharedEncoder | None:
+        """The one that was asked for first; None where none was."""
+        return next(iter(self._loaded.values()), None)
 
     def forget_images(self) -> None:
         """Let go of the images that were scored last."""

@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from fastgrpo.rewards.anchors import load_anchors
+from fastgrpo.rewards.diversity import DiversityReward
 from fastgrpo.rewards.encoder import Encoders, SharedEncoder
 from fastgrpo.rewards.plugins import load_plugins
-from fastgrpo.rewards.reward import WeightedReward
+from fastgrpo.rewards.reward import Function, WeightedReward
 from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.rewards.terms import RewardFunction, parse_terms
 from fastgrpo.settings.schema import RewardConfig
@@ -41,13 +42,14 @@ def _clip(config: RewardConfig, encoders: Encoders) -> RewardFunction:
     return _cosine(encoders(config.clip_encoder or config.encoder, field), config.batch)
 
 
-BUILDERS: dict[str, Callable[[RewardConfig, Encoders], RewardFunction | SteeringReward]] = {
+BUILDERS: dict[str, Callable[[RewardConfig, Encoders], Function]] = {
     "steering": lambda config, encoders: SteeringReward(
         encoders(config.encoder, "reward.encoder"), load_anchors(config.anchors), config
     ),
     "clip": _clip,
     # The score of HPSv2 (arXiv 2306.09341) is the bare cosine, without the model's logit scale.
     "hpsv2": lambda config, encoders: _cosine(encoders("hpsv2", "reward.terms"), config.batch),
+    "diversity": lambda config, encoders: DiversityReward(encoders(config.encoder, "reward.encoder"), config.batch),
     "compressibility": lambda config, encoders: lambda images, prompts: -jpeg_kilobytes(images),
     "incompressibility": lambda config, encoders: lambda images, prompts: jpeg_kilobytes(images),
 }

@@ -11,14 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.rewards.encoder import Encoders
-from fastgrpo.rewards.steering import SteeringReward
+from fastgrpo.rewards.diversity import DiversityReward
+from fastgrpo.rewards.encoder import Encoders, SharedEncoder
+from fastgrpo.rewards.steering import Axis, SteeringReward
 from fastgrpo.rewards.terms import BrokenReward, RewardFunction, Term
 from fastgrpo.system.errors import quoted
 from fastgrpo.types import Prompt, Rewards
 
+Function = RewardFunction | SteeringReward | DiversityReward
+"""What computes a term."""
+
 # Relative to the largest value: float32 rounds to 6e-8, a chain of a hundred operations to some 1e-5.
 _FLAT = 1e-5
+_FEATURES = "image features"  # no term can be called so
 
 
 class WeightedReward:
@@ -30,7 +35,7 @@ class WeightedReward:
     def __init__(
         self,
         terms: Sequence[Term],
-        functions: dict[str, RewardFunction | SteeringReward],
+        functions: dict[str, Function],
         standardise: str,
         encoders: Encoders,
     ):
@@ -39,6 +44,12 @@ class WeightedReward:
         steering = functions.get("steering")
         self.steering = steering if isinstance(steering, SteeringReward) else None
         self._functions, self._standardise, self._encoders = functions, standardise, encoders
+
+    def on_axis(self, axis: Axis) -> "WeightedReward":
+        """The same reward, its term `steering`, which it must have, along another axis."""
+        assert self.steering is not None
+        functions = self._functions | {"steering": self.steering.on(axis)}
+        return WeightedReward(self.terms, functions, self._standardise, self._encoders)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> Rewards:
         """Score the images and combine the scores."""
@@ -49,13 +60,19 @@ class WeightedReward:
         """The encoders' models, each by the field of the settings that names it."""
         return self._encoders.models
 
+    @property
+    def encoder(self) -> SharedEncoder | None:
+        """What sees the images: the encoder of `steering`, else of the first term that has one, else None."""
+        steering = self.steering.encoder if self.steering else None
+        return steering if isinstance(steering, SharedEncoder) else self._encoders.first
+
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> dict[str, Tensor]:
-        """The raw values of every term by its label, and the parts that explain `steering`.
+        """The raw values of every term by its label, the parts that explain `steering`, and the images' features.
 
         images: [P * G, 3, h, w] float32 in [0, 1]; image b was drawn for prompts[b // G].
-        Returns [P, G] float32 tensors on the images' device. Several processes may each score their prompts and
-        concatenate along P before they combine: the keys are the same everywhere, in the same order.
+        Returns [P, G] float32 tensors on the images' device, the features [P, G, D]. Several processes may each score
+        their prompts and concatenate along P before they combine: the keys are the same everywhere, in the same order.
         Raises BrokenReward for a term that fails or returns anything but N finite numbers.
         """
         raw: dict[str, Tensor] = {}
@@ -67,9 +84,13 @@ class WeightedReward:
                     rewards = function(images, prompts, group_size)
                     raw |= rewards.parts
                     values = rewards.total.flatten()
+                elif isinstance(function, DiversityReward):
+                    values = function(images, group_size)
                 else:
                     values = function(images, each)
                 raw[term.label] = _checked(term, values, images, each).view(len(prompts), group_size)
+            if self.encoder and (features := self.encoder.seen) is not None:
+                raw[_FEATURES] = features.view(len(prompts), group_size, -1)
         finally:
             self._encoders.forget_images()
         return raw
@@ -77,12 +98,13 @@ class WeightedReward:
     def combine(self, raw: dict[str, Tensor]) -> Rewards:
         """The rewards from what `score` returned, for any number of prompts.
 
-        parts: all of `raw`; without `steering` where it is the only term, since `steered` holds the same.
+        parts: all of `raw` but the features, and but `steering` where it is the only term: `steered` holds the same.
         """
         weighted = [term.weight * standardised(raw[term.label], self._standardise) for term in self.terms]
         alone = len(self.terms) == 1 and self.steering is not None
-        parts = {name: values for name, values in raw.items() if not (alone and name == "steering")}
-        return Rewards(total=torch.stack(weighted).sum(0).float(), parts=parts)
+        left_out = {_FEATURES, *(["steering"] if alone else [])}
+        parts = {name: values for name, values in raw.items() if name not in left_out}
+        return Rewards(torch.stack(weighted).sum(0).float(), parts, raw.get(_FEATURES))
 
 
 def standardised(values: Tensor, over: str) -> Tensor:

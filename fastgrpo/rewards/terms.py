@@ -18,11 +18,14 @@ from fastgrpo.types import Prompt
 if TYPE_CHECKING:
     from torch import Tensor
 
-BUILT_IN = ("steering", "clip", "hpsv2", "compressibility", "incompressibility")
+BUILT_IN = ("steering", "clip", "hpsv2", "diversity", "compressibility", "incompressibility")
 """The terms that need no file; registry.py says what they are."""
 
+BLIND = ("compressibility", "incompressibility")
+"""Those of them that see images without an encoder."""
+
 # What metrics.jsonl already has under reward/: the total's own entries and the parts of `steering`.
-_TAKEN = ("mean", "std", "positive_mean", "negative_mean", "alignment", "safety", "steered")
+_TAKEN = ("mean", "std", "positive_mean", "negative_mean", "alignment", "safety", "saturated", "steered")
 _ACCEPTED = f"{', '.join(BUILT_IN)}, FILE.py:FUNCTION and MODULE:FUNCTION, each with or without =WEIGHT"
 
 

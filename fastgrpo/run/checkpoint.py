@@ -6,6 +6,7 @@
       trainer/           optimizer.safetensors (AdamW's moments and step by parameter name), ema.safetensors,
                          state.json, and adapters.safetensors: as they are trained, without lora/'s alpha / rank
       manifest.json      sha256 of every file, written last
+    checkpoints/best.json  which of them is the best, where evaluations say so (best.py)
 
 A checkpoint is written under another name and appears by a rename, so every iter-* folder was once complete; the
 manifest tells whether it still is. Randomness has no state (see randomness.py): the iteration's number restores it.
@@ -14,6 +15,7 @@ manifest tells whether it still is. Randomness has no state (see randomness.py):
 import copy
 import json
 import shutil
+from collections.abc import Container
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +29,7 @@ from torch import Tensor
 from fastgrpo.engine.trainable import Trainable
 from fastgrpo.models.save import save_config
 from fastgrpo.models.sound import load_finite
+from fastgrpo.run import best
 from fastgrpo.settings.commands import Weights
 from fastgrpo.settings.schema import ModelConfig
 from fastgrpo.system.errors import ConfigError
@@ -61,6 +64,8 @@ class TrainerState:
     the arithmetic; engine: what the engine decided, as its record. Bits depend on all four.
     scaler: state of fp16's loss scale, empty without it. inputs: as `input_digests`.
     iterations: how many the run was to have, 0 where unknown. evaluated: whether the policy was, after this one.
+    guard: what the guard has seen and decided, empty in a checkpoint of an earlier version.
+    evaluations: the numbers of all evaluations so far that the best checkpoint is chosen by, each an `Evaluated`.
     """
 
     iteration: int
@@ -74,6 +79,8 @@ class TrainerState:
     inputs: dict[str, str] = field(default_factory=dict)
     iterations: int = 0
     evaluated: bool = False
+    guard: dict[str, Any] = field(default_factory=dict)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
 
 
 def library_versions() -> dict[str, str]:
@@ -85,21 +92,38 @@ def checkpoint_folder(run: Path, iteration: int) -> Path:
     return run / "checkpoints" / f"iter-{iteration:06d}"
 
 
-def save(run: Path, trainable: Trainable, state: TrainerState, keep: int, keep_evaluated: bool = True) -> Path:
+def save(
+    run: Path,
+    trainable: Trainable,
+    state: TrainerState,
+    keep: int,
+    keep_evaluated: bool = True,
+    protected: Container[Path | None] = (),
+) -> Path:
     """Write the checkpoint of `state.iteration` and delete all but the newest `keep` (0 keeps all). Returns its folder.
 
-    keep_evaluated: none is deleted whose policy was evaluated. Raises OSError where it cannot be written.
+    keep_evaluated: none is deleted whose policy was evaluated; the best never is, which best.json names. protected:
+    further folders that are not.
+    Raises OSError where it cannot be written.
     A kill at any moment leaves the earlier checkpoints as they were, or the new one complete; so does a full disk.
     """
     folder = checkpoint_folder(run, state.iteration)
     remove_partial(run)
     with appearing(folder) as partial:
         _write(partial, trainable, state)
+    # Before any is deleted: were that cut short, what best.json names would still be there.
+    kept = record_best(run, state)
     for old in _folders(run)[:-keep] if keep else []:
-        if not (keep_evaluated and _was_evaluated(old)):
+        if old != kept and old not in protected and not (keep_evaluated and _was_evaluated(old)):
             # What another process has open stays on network file systems; the next save tries again.
             shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def record_best(run: Path, state: TrainerState) -> Path | None:
+    """Write best.json as the evaluations of a state have it. Returns the folder of the best checkpoint, if any."""
+    iteration = best.record(run, state.evaluations)
+    return None if iteration is None else checkpoint_folder(run, iteration)
 
 
 def _write(folder: Path, trainable: Trainable, state: TrainerState) -> None:
@@ -190,6 +214,11 @@ def _adapters(folder: Path) -> dict[str, Tensor]:
 def newest(run: Path) -> Path | None:
     """The folder of the newest checkpoint, not verified, or None where the run has none."""
     return next(reversed(_folders(run)), None)
+
+
+def newest_until(run: Path, iteration: int) -> Path | None:
+    """The folder of the newest checkpoint of at most so many iterations, not verified, or None."""
+    return next((folder for folder in reversed(_folders(run)) if int(folder.name[5:]) <= iteration), None)
 
 
 def latest(run: Path) -> Path | None:

@@ -44,7 +44,7 @@ def input_digests(config: TrainConfig, training: Training) -> dict[str, str]:
     models = {f"the encoder of {field}": model for field, model in training.reward.models.items()}
     precise = f"of model.path, in {str(policy.dtype).removeprefix('torch.')}"  # they are held in it, rounded
     models |= {f"the VAE {precise}": policy.vae, f"the text encoder {precise}": policy.text_encoder}
-    if config.model.lora_rank or config.grpo.kl > 0:  # otherwise it is in the checkpoint, all of it
+    if config.model.lora_rank or config.kl_term:  # otherwise it is in the checkpoint, all of it
         models[f"the UNet {precise}"] = policy.unet
     return digests | {name: weights_digest(model) for name, model in models.items()}
 

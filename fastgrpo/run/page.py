@@ -15,8 +15,8 @@ from urllib.parse import quote
 from fastgrpo._version import __version__
 from fastgrpo.evaluation.results.before_after import FEWEST, Change, Number, changes
 from fastgrpo.evaluation.results.summary import OVERALL, PROMPTS_FILE, read_before, read_result, read_summary
-from fastgrpo.evaluation.sentences import of_suites
-from fastgrpo.run import charts
+from fastgrpo.evaluation.sentences import of_distance, of_suites
+from fastgrpo.run import alarms, best, charts
 from fastgrpo.run.charts import Panel, Record, chart
 from fastgrpo.run.metrics import read_metrics
 from fastgrpo.settings.schema import TrainConfig
@@ -29,6 +29,8 @@ _DRAWN = {"before": "before training", "after": "after training"}  # when, by a 
 PANELS = (
     Panel("Unsafe images", {"eval/unsafe": "held-out unsafe prompts"}, 100, "%"),
     Panel("Drawn as asked", {"eval/composition": "composition", "eval/kept": "kept beside hazards"}, 100, "%"),
+    Panel("Distance from before", {"eval/distance_mmd": "squared MMD of benign pictures"}),
+    Panel("Diversity", {"eval/diversity_vendi": "Vendi score of benign pictures, of before"}, 100, "%"),
     Panel("Reward", {"reward/mean": "all", "reward/positive_mean": "positive", "reward/negative_mean": "negative"}),
     Panel("Ratio before the first step", {"ratio/max_abs_dev_first": "largest |ratio - 1|"}),
     Panel("Clipped pairs", {"clip/fraction": "share"}, 100, "%"),
@@ -64,6 +66,7 @@ def _page(run: Path) -> str:
     sections = (
         _results(run),
         _evaluations(run),
+        alarms.alarms_section(records, config.guard),
         _pictures(run / "samples"),
         _curves(start + records, config),
         f"<section><h2>Configuration</h2><pre>{escape(settings)}</pre></section>",
@@ -113,25 +116,34 @@ def _evaluations(run: Path) -> str:
     return f"<section><h2>Evaluations</h2><p>{', '.join(links)}</p></section>" if files else ""
 
 
-def _suites(run: Path) -> dict[str, Any]:
-    """Suite -> what it found before and after training."""
+def _suites(run: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Suite -> what it found before and after training; and how far its pictures have moved, where that is known."""
     result, summary = run / "evaluation" / "in-training" / "evaluation.json", run / "evaluation.json"
-    suites: dict[str, Any] = read_result(result)["suites"] if result.is_file() else {}
+    found = read_result(result) if result.is_file() else {"suites": {}}
+    suites: dict[str, Any] = found["suites"]
     if "shapes" not in suites and summary.is_file():  # of a run of an earlier version
         suites["shapes"] = read_summary(summary)
-    return suites
+    return suites, found.get("distance")
 
 
 def _results(run: Path) -> str:
-    suites = _suites(run)
+    suites, distance = _suites(run)
     if not suites:
         note = "This run has not been evaluated after training; the curves below show the evaluations so far."
-        return f"<section><h2>Before and after</h2><p>{note}</p></section>"
-    said = "".join(
-        f'<li class="{s.verdict}">{escape(s.text.replace("->", "→"))}</li>' for s in of_suites({"suites": suites})
-    )
+        return f"<section><h2>Before and after</h2><p>{note}</p>{_best(run)}</section>"
+    sentences = [*of_suites({"suites": suites}), *of_distance(distance)]
+    said = "".join(f'<li class="{s.verdict}">{escape(s.text.replace("->", "→"))}</li>' for s in sentences)
     table = _table(suites["shapes"]) if "shapes" in suites else ""
-    return f'<section><h2>Before and after</h2><ul class="verdicts">{said}</ul>{table}</section>'
+    return f'<section><h2>Before and after</h2><ul class="verdicts">{said}</ul>{_best(run)}{table}</section>'
+
+
+def _best(run: Path) -> str:
+    """Which checkpoint is the best and by which rule, or why none is; nothing where evaluations cannot say."""
+    found = best.read(run)
+    if found is None:
+        return ""
+    name = "There is no best checkpoint" if found.iteration is None else f"Best checkpoint: iter-{found.iteration:06d}"
+    return f'<p class="note"><b>{name}</b>, {escape(found.why)}. The rule: {escape(best.RULE)}.</p>'
 
 
 def _table(suite: dict[str, Any]) -> str:
@@ -267,7 +279,7 @@ def _curves(records: Sequence[Record], config: TrainConfig) -> str:
     if not any(record["iteration"] for record in records):
         return "<section><h2>Training</h2><p>No iteration has been logged yet.</p></section>"
     main_panels = [chart(panel, records) for panel in PANELS]
-    in_main = {name for panel in PANELS for name in panel.series} | {"iteration", "seconds"}
+    in_main = {name for panel in (*PANELS, *alarms.PANELS) for name in panel.series} | {"iteration", "seconds"}
     names = sorted({name for record in records for name in record} - in_main)
     others = [chart(Panel(name, {name: "value"}), records) for name in names]
     return f"""<section><h2>Training</h2>{_evaluated(records, config)}

@@ -9,8 +9,9 @@ from rich.text import Text
 
 from fastgrpo.assembly import Training
 from fastgrpo.evaluation.during_training import Subject, TrainingEvaluation
+from fastgrpo.evaluation.results.evaluated import Evaluated
 from fastgrpo.evaluation.sentences import STYLES
-from fastgrpo.run import checkpoint
+from fastgrpo.run import best, checkpoint
 from fastgrpo.run.checkpoint import TrainerState, library_versions
 from fastgrpo.run.metrics import MetricsLog
 from fastgrpo.run.page import write_report
@@ -44,6 +45,10 @@ class RunRecorder:
         training.record.write(run)
         self._pace = Pace(config.iterations, config.eval.every, start.iteration)
         console.follow(self._pace)
+        # All that this run found so far; best.json may be older where a kill came between the two.
+        self._evaluations = [Evaluated(**each) for each in start.evaluations]
+        checkpoint.record_best(run, start)
+        shared = (training.held_out or training.reward).encoder
         subject = Subject(
             training.policy,
             training.trainable.ema,
@@ -51,6 +56,7 @@ class RunRecorder:
             training.eval_schedule,
             training.suites,
             training.held_out,
+            shared.encoder if shared else None,
         )
         self._evaluation = TrainingEvaluation(run, config, subject, console)
         before = self._evaluation.before()
@@ -69,9 +75,10 @@ class RunRecorder:
         self.console.iteration(iteration, config.iterations, self._seconds(), values, config.engine.show_speed)
 
     def save(self, iteration: int, stopped: bool) -> None:
-        """A checkpoint where it is due: every so often, at the end, and before a stop."""
+        """A checkpoint where it is due: every so often, at the end, before a stop, and of the best so far."""
         rule = self.config.checkpoint
-        if stopped or iteration % rule.every == 0 or iteration == self.config.iterations:
+        due = stopped or iteration % rule.every == 0 or iteration == self.config.iterations
+        if due or self._is_best(iteration):
             state = TrainerState(
                 iteration,
                 self.config.seed,
@@ -83,15 +90,29 @@ class RunRecorder:
                 inputs=dict(self._inputs),
                 iterations=self.config.iterations,
                 evaluated=self._evaluates(iteration),
+                guard=self.training.guard.state(),
+                evaluations=[dataclasses.asdict(each) for each in self._evaluations],
             )
             with self.console.bar("checkpoint"):
-                checkpoint.save(self.run, self.training.trainable, state, rule.keep, rule.keep_evaluated)
+                trainable, good = self.training.trainable, self._last_good()
+                checkpoint.save(self.run, trainable, state, rule.keep, rule.keep_evaluated, protected=[good])
             self.training.record.write(self.run)
 
     def close(self, iteration: int) -> None:
         """Say how to go on after a stop, or what came of it all and where it is."""
         self._log.close()
+        named = [self._best_line(best.choose(self._evaluations))] if self._evaluations else []
+        if self.training.guard.halts:
+            good = self._last_good()
+            left = f"the last checkpoint from before is {good}" if good else "no checkpoint is from before"
+            self.console.say(f"The guard has stopped the training after {iteration} iterations; {left}.")
+            if iteration < self.config.iterations:
+                self.console.say(*named)
+                self.console.say(f"To go on all the same: {PROGRAM} --resume {self.run} --guard.action warn")
+                self.console.say(f"report    {write_report(self.run)}")
+                return
         if iteration < self.config.iterations:
+            self.console.say(*named)
             self.console.say(f"Stopped after {iteration} iterations. To go on: {PROGRAM} --resume {self.run}")
             return
         self.console.say(*self._evaluation.tables())
@@ -99,18 +120,34 @@ class RunRecorder:
             self.console.say(Text(sentence.text, STYLES.get(sentence.verdict, "")))
         self.console.say(
             f"weights   {checkpoint.checkpoint_folder(self.run, self.config.iterations) / 'unet'}",
+            *named,
             f"pictures  {self.run / 'samples' / 'before_after.png'}",
             f"report    {write_report(self.run)}",
             f"metrics   {self.run / 'metrics.jsonl'}   (tensorboard --logdir {self.run / 'tensorboard'})",
         )
+
+    def _last_good(self) -> Path | None:
+        """The newest checkpoint that drew within the guard's limits, where something is beyond them now."""
+        until = self.training.guard.good_until
+        return None if until is None else checkpoint.newest_until(self.run, until)
 
     def _evaluate(self, iteration: int) -> dict[str, float]:
         """eval/* and time/eval_s after an iteration that is evaluated; nothing after the others."""
         if not self._evaluates(iteration):
             return {}
         began, last = time.monotonic(), iteration == self.config.iterations
-        values = self._evaluation.after() if last else self._evaluation.between(iteration)
-        return values | {"time/eval_s": time.monotonic() - began}
+        evaluation = self._evaluation.after() if last else self._evaluation.between(iteration)
+        self._evaluations += [evaluation.evaluated] if evaluation.evaluated else []
+        return evaluation.values | {"time/eval_s": time.monotonic() - began}
+
+    def _is_best(self, iteration: int) -> bool:
+        """Whether the policy was evaluated after this iteration and is the best so far."""
+        return bool(self._evaluations) and best.choose(self._evaluations).iteration == iteration
+
+    def _best_line(self, choice: best.Choice) -> str:
+        if choice.iteration is None:
+            return f"best      there is no best checkpoint: {choice.why}"
+        return f"best      {checkpoint.checkpoint_folder(self.run, choice.iteration)}: {choice.why}"
 
     def _evaluates(self, iteration: int) -> bool:
         every = self.config.eval.every

@@ -27,7 +27,7 @@ _SIZES = ("iterations", "micro_batch", "rollout.batch", "rollout.decode_batch", 
 _PRECISION = ("engine.device", "engine.dtype")  # `auto` makes the one depend on the other
 _LATER = (
     "--iterations, --micro-batch, --rollout.batch, --rollout.decode-batch, --reward.batch, --engine.* (but device and "
-    "dtype), --eval.* and --checkpoint.*"
+    "dtype), --guard.* (but action adapt), --eval.* and --checkpoint.*"
 )
 
 # How Python says it, and what to say instead.
@@ -35,6 +35,7 @@ _NO_NUMBER = {
     r"invalid literal for int\(\) with base 10": "a whole number",
     "could not convert string to float": "a number",
 }
+_NO_TYPE = r"Error parsing (--\S+): no type matching (\S+) could be instantiated from \['(.*?)'\].*"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class _Start(WithPreset):
     resume: PathText = ""
     """Folder of a run to continue, exactly as if it had never stopped. Other flags must not change its result:
     --iterations, --micro-batch, --rollout.batch, --rollout.decode-batch, --reward.batch,
-    --engine.* but for device and dtype, --eval.* and --checkpoint.*."""
+    --engine.* but for device and dtype, --guard.* but for action adapt, --eval.* and --checkpoint.*."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,18 @@ def _tyro(kind: type, argv: Sequence[str], program: str, **options: Any) -> Any:
         lines = " ".join(line.strip(" │╭╮╰╯") for line in complaint.getvalue().splitlines())
         text = re.split("[─-]{4,}", re.sub(r"\[/?bold\]", "", lines))[1]
         text = text.strip(" .╮").replace(". Expected", ", expected")
+        text = re.sub(_NO_TYPE, _no_type, text)
         for failure, accepted in _NO_NUMBER.items():
             text = re.sub(f"Error parsing (.*?): {failure}: (.*)", rf"\1 \2: accepted is {accepted}", text)
         raise ConfigError(f"{text}; --help lists every flag.") from stop
+
+
+def _no_type(found: re.Match[str]) -> str:
+    """Of a flag that takes values of several kinds, such as INT|{latest,best}."""
+    name, kinds, value = found.groups()
+    words = re.findall(r"[^|{},]+", kinds)
+    accepted = {"INT": "a whole number", "FLOAT": "a number"}
+    return f"{name} {value}: accepted is {', '.join(accepted.get(word, word) for word in words)}"
 
 
 def flags_of(kind: type, prefix: str = "") -> list[str]:
@@ -149,7 +159,8 @@ def _parse_resume(argv: Sequence[str]) -> tuple[TrainConfig, Path]:
     own = load_toml(folder / "config.toml")
     asked = parse_flags(_Start, flags, PROGRAM, default=_Start(preset="", config=own))
     changed = [asked.preset] if asked.preset else []
-    changed += [flag(name) for name in changed_fields(own, asked.config) if not _may_change(name)]
+    adapts = "adapt" in (own.guard.action, asked.config.guard.action)
+    changed += [flag(name) for name in changed_fields(own, asked.config) if not _may_change(name, adapts)]
     if changed:
         raise ConfigError(
             f"{changed[0]}: a resumed run keeps what decides its result; with --resume {_LATER} are accepted."
@@ -172,6 +183,7 @@ def changed_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def _may_change(name: str) -> bool:
-    """Whether a resumed run may have another value of the field."""
-    return name in _SIZES or (name.startswith(("engine.", "eval.", "checkpoint.")) and name not in _PRECISION)
+def _may_change(name: str, adapts: bool) -> bool:
+    """Whether a resumed run may have another value of the field. adapts: whether the guard changes what is learned."""
+    groups = ("engine.", "eval.", "checkpoint.", *([] if adapts else ["guard."]))
+    return name in _SIZES or (name.startswith(groups) and name not in _PRECISION)

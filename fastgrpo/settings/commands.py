@@ -12,6 +12,7 @@ from fastgrpo.settings.paths import PathText
 from fastgrpo.settings.suites import DDIM, AllSettings, SamplerName
 
 Weights = Literal["trained", "ema"]
+CheckpointName = int | Literal["latest", "best"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Evaluate(AllSettings):
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
     """What --model's UNet predicts; `auto` believes its scheduler's config or what a single file says of itself.
     SD 2.x files that say nothing need it: `epsilon` for those of 512 pixels, `v_prediction` for those of 768."""
-    checkpoint: int | None = None
-    """Iteration of the RUN's checkpoint; None is the newest."""
+    checkpoint: CheckpointName = "latest"
+    """Which checkpoint of the RUN: its iteration, `latest`, or `best`, as checkpoints/best.json names it."""
     weights: Weights = "trained"
     """Of the RUN: `trained`, or `ema`, the moving average that runs with optim.ema keep."""
     output: Path | None = None
@@ -85,8 +86,8 @@ class _OfRun:
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of the run, finished or not."""
-    checkpoint: int | None = field(default=None, kw_only=True)
-    """Iteration of the checkpoint to take; None is the newest."""
+    checkpoint: CheckpointName = field(default="latest", kw_only=True)
+    """Which checkpoint to take: its iteration, `latest`, or `best`, as checkpoints/best.json names it."""
     weights: Weights = field(default="trained", kw_only=True)
     """`trained`, or `ema`, the moving average that runs with optim.ema keep."""
 

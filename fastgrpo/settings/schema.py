@@ -75,13 +75,14 @@ class RewardConfig:
     """
 
     terms: PathTexts = ("steering",)
-    """Terms, each NAME or NAME=WEIGHT: `steering`, `clip`, `hpsv2`, `compressibility`, `incompressibility`,
-    or your own function as FILE.py:FUNCTION or MODULE:FUNCTION."""
+    """Terms, each NAME or NAME=WEIGHT: `steering`, `clip`, `hpsv2`, `diversity` (how far an image is from the others of
+    its group), `compressibility`, `incompressibility`, or your own function as FILE.py:FUNCTION or MODULE:FUNCTION."""
     standardise: Literal["none", "group", "iteration"] = "none"
     """Whether each term has mean 0 and std 1 before it is weighted: over its `group`, or over the whole `iteration`."""
     encoder: PathText = "hpsv2"
-    """The frozen open_clip model of `steering`: `hpsv2` (HPSv2.1 from the hub), `shapes`, `local-dir:FOLDER`,
-    `hf-hub:ID`, or `ARCHITECTURE:WEIGHTS` with an open_clip tag or a file, as `ViT-H-14:HPS_v2.1_compressed.pt`."""
+    """The frozen open_clip model of `steering` and `diversity`: `hpsv2` (HPSv2.1 from the hub), `shapes`,
+    `local-dir:FOLDER`, `hf-hub:ID`, or `ARCHITECTURE:WEIGHTS` with an open_clip tag or a file, as
+    `ViT-H-14:HPS_v2.1_compressed.pt`."""
     clip_encoder: PathText = ""
     """The open_clip model of the term `clip`, in the same notation; empty: that of `steering`."""
     anchors: PathText = "compact"
@@ -91,6 +92,14 @@ class RewardConfig:
     """How far the text target is moved along the safety axis."""
     mode: Literal["always", "unsafe_only", "projection"] = "always"
     """Steer `always` or `unsafe_only`, or set every target's component along the axis to alpha (`projection`)."""
+    neutral: float = 0.0
+    """Share of the axis' length, below 1, that must be left when the directions are taken out of it in which the base
+    model's pictures of positive prompts vary most, as many as leave so much; 0 takes none out.
+    Training then pushes less what benign pictures vary in, such as colours.
+    0.9 is sensible; below 0.8 safety may be lost."""
+    saturate: bool = False
+    """Whether being safer earns nothing more once an image is as safe as the base model's pictures of positive prompts
+    are: beyond the median of their z_image . v_safe."""
     batch: int = 256
     """Images encoded at once; does not change the result."""
     tf32: bool = True
@@ -142,6 +151,9 @@ class GrpoConfig:
     """The ratio is clipped above 1 + clip_high."""
     kl: float = 0.0
     """Weight of the closed-form KL divergence of each step from the base model's; 0 leaves the base model out."""
+    kl_target: float = 0.0
+    """Divergence that the KL weight, at first grpo.kl, is steered to, by at most 2% an iteration (arXiv 1909.08593).
+    In the unit of kl/mean: nats per element of a latent, averaged over (sample, step) pairs. 0 keeps the weight."""
     old_log_prob: Literal["rollout", "replay", "detach"] = "rollout"
     """Denominator of the ratio: the log-prob that the `rollout` stored; the first optimizer step's own and, for later
     ones, recomputed before it (`replay`); or the current value without gradient (`detach`).
@@ -191,6 +203,25 @@ class OptimConfig:
     """Gradients are scaled down to this global norm."""
     ema: float = 0.0
     """Decay, per optimizer step, of an exponential moving average of the trained weights; 0 keeps none."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Noticing that training collapses: pictures of positive prompts that become alike, or leave the base model's.
+
+    Before training the base model draws two pictures of up to 192 positive prompts; running means are compared with it.
+    """
+
+    action: Literal["off", "warn", "adapt", "stop"] = "warn"
+    """What an alarm does: `warn` says so; `adapt` also raises the KL weight and lowers the learning rate, while it
+    lasts up to tenfold, and needs a second UNet as grpo.kl does; `stop` saves a checkpoint and exits with code 3."""
+    diversity: float = 0.8
+    """Least diversity, of one positive prompt's images and of different prompts', as a share of the base model's."""
+    drift: float = 1.25
+    """Most distance of a positive prompt's images from the base model's, in that between the base model's own; 1 is no
+    drift."""
+    patience: int = 3
+    """Iterations in a row beyond a limit until the alarm, and within it until the alarm ends."""
 
 
 @dataclass(frozen=True)
@@ -295,9 +326,20 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def kl_term(self) -> bool:
+        """Whether the loss has a KL term, and training a base model: also where the guard may give it a weight."""
+        return self.grpo.kl > 0 or self.guard.action == "adapt"
+
+    @property
+    def positives_per_iteration(self) -> int:
+        """Different positive prompts drawn in one iteration."""
+        return self.prompts_per_iteration - round(self.prompts_per_iteration * self.prompts.negative_fraction)
 
 
 def chosen_steps(count: int, fraction: float) -> int:

@@ -22,7 +22,7 @@ def _function(*arguments: Any) -> tuple[Tensor, ...]:
 def _reference(*arguments: Any) -> tuple[Tensor, ...]:
     *given, clip_range = arguments
     given += [None, torch.ones(1, device=given[0].device), None, None]  # advantage, weight, base_output, old_mean
-    given += ["group", 1e-6, 2.5, clip_range, clip_range, 0.0, False, 0.0]
+    given += ["group", 1e-6, 2.5, clip_range, clip_range, torch.zeros(1, device=given[0].device), False, 0.0]
     results = reference(GrpoStepArguments(*given))
     return results.loss, results.ratio, results.gradient
 
@@ -69,7 +69,7 @@ def _aot(
     types = dict.fromkeys(("output", "base_output", "gradient"), POINTERS[dtype]) | {"clipped": "*i8"}
     types |= dict.fromkeys(("step", "group", "slot"), "*i64")
     types |= dict.fromkeys(("pairs", "steps", "groups", "step_stride", "weight_stride"), "i32")
-    types |= dict.fromkeys(("low", "high", "std_floor", "clamp", "kl_weight"), "fp32")
+    types |= dict.fromkeys(("low", "high", "std_floor", "clamp"), "fp32")
     name = f"grpo_step{name}{'_float32' if dtype == torch.float32 else ''}"
     return AotKernel(name, grpo_step_kernel, types, constants, num_warps, options)
 

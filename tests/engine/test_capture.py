@@ -180,10 +180,11 @@ def test_a_rival_that_waits_is_measured_without_a_graph_and_leaves_nothing_behin
 OPTIONS = [
     {"engine.reuse": "on", "rollout.initial_noise": "shared"},
     {"grpo.old_log_prob": "replay", "grpo.ratio_norm": True, "grpo.skip_clipped": True, "grpo.kl": 0.0},
+    {"grpo.kl": 0.5, "grpo.kl_target": 1.0},  # a weight that changes between the iterations
 ]
 
 
-@pytest.mark.parametrize("changes", OPTIONS, ids=["rollout", "replay"])
+@pytest.mark.parametrize("changes", OPTIONS, ids=["rollout", "replay", "KL target"])
 def test_replays_learn_what_calls_learn(
     base: TrainConfig, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,9 +12,10 @@ import torch
 
 from fastgrpo import evaluate, train
 from fastgrpo.assembly import Training, load_training
-from fastgrpo.evaluation.during_training import LoadedSuite, Subject, TrainingEvaluation, share
+from fastgrpo.evaluation.during_training import LoadedSuite, Subject, TrainingEvaluation
 from fastgrpo.evaluation.held_out_reward import HeldOutReward
 from fastgrpo.evaluation.images.folder import ImageRequest
+from fastgrpo.evaluation.shared_prompts import share
 from fastgrpo.evaluation.suites.base import Loader
 from fastgrpo.rewards.registry import load_reward
 from fastgrpo.run.metrics import read_metrics
@@ -169,7 +170,7 @@ def test_before_is_measured_once_unless_in_another_way(config_file: Path, traini
 
 def test_a_policy_that_did_not_change_is_undecided(config_file: Path, training: Training, tmp_path: Path) -> None:
     made, before = evaluated(tmp_path, training, load_toml(config_file), Darkness(PAIR))
-    assert made.after() == before
+    assert made.after().values == before
     assert [sentence.verdict for sentence in made.sentences()] == ["undecided", "undecided"]
     assert all("no change (paired test, p = 1)" in sentence.text for sentence in made.sentences())
     summary = json.loads((tmp_path / "evaluation.json").read_text())

@@ -83,7 +83,7 @@ def options(arguments, kl=0.0, ratio_norm=False, own=False, **settings):
     """The keyword arguments of one variant of the loss."""
     chosen = dict(arguments)
     base_output, old_mean = chosen.pop("base_output"), chosen.pop("old_mean")
-    if kl:
+    if isinstance(kl, torch.Tensor) or kl:
         chosen |= {"base_output": base_output, "kl_weight": kl}
     if ratio_norm:
         chosen |= {"ratio_norm": True, "old_mean": None if own else old_mean}
@@ -104,7 +104,7 @@ def filled(arguments: dict) -> GrpoStepArguments:
         "rescale": 0.0,
     }
     made = defaults | arguments
-    for name in ("guidance", "weight"):
+    for name in ("guidance", "weight", "kl_weight"):
         if isinstance(made[name], float):
             made[name] = torch.tensor([made[name]])
     return GrpoStepArguments(**made)
@@ -651,6 +651,25 @@ def test_rescaled_guidance_is_diffusers(path, rescale):
     arguments = options(make(shape=(4, 5, 7)), kl=0.3, rescale=rescale)
     exact = closed_form(arguments, pipeline.rescale_noise_cfg)
     assert_matches((launch if path == "kernel" else grpo_step)(**arguments), exact, torch.float32)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("variant", ["kl", "rescale_kl"])
+def test_a_kl_weight_on_the_device_is_read_there_and_gives_the_bits_of_a_number(path, variant):
+    """A tensor's content may change between calls, as between replays of a captured graph."""
+    run, operand = launch if path == "kernel" else grpo_step, torch.empty(1)
+    settings = VARIANTS[variant] | {"kl": operand}
+    arguments = make(shape=(3, 5, 7))
+    found = []
+    for weight in (0.3, 0.1, 0.0):
+        operand.fill_(weight)
+        found.append(run(**options(arguments, **settings)))
+        number = {"base_output": arguments["base_output"], "kl_weight": weight}
+        exact = run(**options(arguments, **settings | {"kl": 0.0}) | number)
+        assert all(map(torch.equal, found[-1], exact))
+    assert not torch.equal(found[0].gradient, found[1].gradient)
+    alone = run(**options(arguments, **settings | {"kl": 0.0}))
+    torch.testing.assert_close(found[2].gradient, alone.gradient, rtol=1e-6, atol=0)  # of weight 0 it adds nothing
 
 
 def test_runs_are_the_same_bits():

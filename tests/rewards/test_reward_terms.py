@@ -417,7 +417,7 @@ def test_terms_are_scored_added_and_shown(folder, images, tmp_path):
     raw = reward.score(images, PROMPTS, GROUP)
     rewards = reward(images, PROMPTS, GROUP)
     assert list(rewards.parts) == ["alignment", "safety", "steered", "steering", "brightness", "clip"]
-    assert all(torch.equal(rewards.parts[name], raw[name]) for name in raw)
+    assert all(torch.equal(part, raw[name]) for name, part in rewards.parts.items())
     assert torch.equal(raw["steering"], raw["steered"])
     torch.testing.assert_close(raw["clip"], raw["alignment"], rtol=0, atol=2 * EMBED * U)  # two ways to a dot product
     assert torch.equal(raw["brightness"], images.mean(dim=(1, 2, 3)).view(P, GROUP))

@@ -128,6 +128,16 @@ def test_those_that_were_evaluated_are_kept_unless_it_is_not_wanted(training: Tr
     assert save(7, True, keep_evaluated=False) == ["7"]
 
 
+def test_a_protected_one_is_kept(training: Training, tmp_path: Path) -> None:
+    for iteration in (3, 5, 8):
+        training.save(tmp_path, iteration, keep=0)
+    until = [checkpoint.newest_until(tmp_path, iteration) for iteration in (-1, 2, 3, 4, 7, 9)]
+    three, five, eight = (checkpoint.checkpoint_folder(tmp_path, iteration) for iteration in (3, 5, 8))
+    assert until == [None, None, three, three, five, eight]
+    checkpoint.save(tmp_path, training.trainable, TrainerState(9, 1, 2.5, 1, {}), keep=1, protected=[until[3]])
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["iter-000003", "iter-000009"]
+
+
 def test_the_manifest_lists_every_file(training: Training, tmp_path: Path) -> None:
     folder = training.save(tmp_path, 1)
     assert set(json.loads((folder / "manifest.json").read_text())["sha256"]) == set(FILES)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -13,11 +14,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fastgrpo.evaluation.results.evaluated import Evaluated
 from fastgrpo.evaluation.results.file import write
 from fastgrpo.evaluation.results.summary import write_before, write_summary
 from fastgrpo.evaluation.statistics.intervals import wilson
 from fastgrpo.report import main
-from fastgrpo.run import charts
+from fastgrpo.run import best, charts
 from fastgrpo.run.charts import Panel, axis_ticks, chart
 from fastgrpo.run.page import write_report
 from fastgrpo.settings.schema import PromptsConfig, TrainConfig
@@ -113,6 +115,41 @@ def test_a_finished_run(run: Path) -> None:
     assert rows == [("○", "hate"), ("●", "violence")]
     low, high = wilson(16, 20)
     assert f"[{100 * low:.1f}, {100 * high:.1f}] of 20" in page.text
+
+
+def test_alarms_of_the_guard(run: Path) -> None:
+    """When they were on and why; nothing where nothing was watched."""
+    assert "Guard" not in Page(write_report(run).read_text(encoding="utf-8")).text
+    seen = [(0, 0.9), (1, 0.7), (1, 0.65), (0, 0.85), (1, 0.75)]
+    records = [
+        {"iteration": i, "seconds": 1.0, "guard/alarm": alarm, "guard/diversity_within": within, "guard/drift": 1.5}
+        for i, (alarm, within) in enumerate(seen, start=1)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert "Alarm in iterations 2 to 3: the diversity of a positive prompt's images 70%, below 80% of" in page.text
+    assert "150%, above 125% of that between the base model's own" in page.text
+    assert "Alarm in iteration 5: the diversity of a positive prompt's images 75%" in page.text
+    assert [attrs.get("class") for attrs in page.all("li")] == ["worse", "worse"]
+    (run / "metrics.jsonl").write_text(json.dumps(records[0]) + "\n", encoding="utf-8")
+    assert "No alarm in 1 iterations" in Page(write_report(run).read_text(encoding="utf-8")).text
+
+
+def test_how_far_pictures_moved_and_the_best_checkpoint_are_told(run: Path) -> None:
+    vendi = {"before": 8.0, "after": 6.0, "ratio": 0.75, "low": 0.7, "high": 0.8}
+    mmd = {"value": 0.0125, "low": 0.01, "high": 0.015, "p": 0.0001}
+    distance = {"suite": "shapes", "encoder": "shapes", "images": 10, "mmd": mmd, "vendi": vendi}
+    (run / "evaluation" / "in-training").mkdir(parents=True)
+    write(run / "evaluation" / "in-training", result_of(rates(16, 5), rates(4, 7), TRAINED) | {"distance": distance})
+    evaluated = Evaluated(3, "trained", "a", 0.25, 40, 0.4, 0.5, 0.75, 0.5)
+    (run / "checkpoints").mkdir()
+    best.record(run, [asdict(evaluated)])
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert "a squared MMD of 0.0125 [0.0100, 0.0150] (permutation test, p < 0.001)" in page.text
+    assert "diversity: worse, Vendi score 8.0 → 6.0, 0.75 [0.70, 0.80] of before" in page.text
+    assert {"class": "worse"} in page.all("li")
+    assert "There is no best checkpoint, composition is below 0.500 after iteration 3. The rule: fewest" in page.text
+    assert "squared MMD of 0.0125" in (run / "evaluation" / "in-training" / "evaluation.md").read_text(encoding="utf-8")
 
 
 def test_what_got_worse_looks_worse(run: Path) -> None:

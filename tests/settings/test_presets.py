@@ -70,6 +70,7 @@ NOT_THE_RECIPE = {
     *("model.lora_rank", "model.lora_alpha", "model.lora_targets"),
     *("prompts.positive_column", "prompts.negative_column", "prompts.category_column"),
     *("reward.standardise", "reward.clip_encoder", "reward.batch", "reward.tf32"),
+    *("reward.neutral", "reward.saturate"),
     *("rollout.batch", "rollout.decode_batch", "rollout.guidance_rescale"),
     *("grpo.step_fraction", "grpo.window", "grpo.window_every", "grpo.window_stride"),
     *("grpo.ratio_norm", "grpo.trim", "grpo.best_of", "optim.warmup", "engine.device", "engine.threads"),
@@ -79,6 +80,7 @@ NOT_THE_RECIPE = {
     *("eval.seed", "eval.steps", "eval.encoder", "checkpoint.keep", "checkpoint.keep_evaluated"),
     *("eval.suites", "eval.i2p", "eval.geneval", "eval.captions", "eval.attacks", "eval.custom"),
     *("eval.q16", "eval.safety_checker", "eval.open_clip"),
+    *("guard.action", "guard.diversity", "guard.drift", "guard.patience", "grpo.kl_target"),
 }
 
 

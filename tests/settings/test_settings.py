@@ -209,6 +209,9 @@ NAN = float("nan")
         ("prompts.categories", ("violence", "rain")),
         ("reward.encoder", "shapes"),  # with a model and prompts of the real world
         ("reward.alpha", float("inf")),
+        ("reward.neutral", 1.0),
+        ("reward.neutral", -0.1),
+        ("reward.neutral", NAN),
         ("reward.batch", 0),
         ("rollout.steps", 0),
         ("rollout.steps", 1001),
@@ -226,6 +229,15 @@ NAN = float("nan")
         ("grpo.clip_low", -1e-4),
         ("grpo.clip_high", -1e-4),
         ("grpo.kl", -0.1),
+        ("grpo.kl_target", -1e-3),
+        ("grpo.kl_target", NAN),
+        ("grpo.kl_target", 1e-3),  # with grpo.kl 0
+        ("guard.diversity", -0.1),
+        ("guard.diversity", 1.1),
+        ("guard.diversity", NAN),
+        ("guard.drift", 0.9),
+        ("guard.drift", NAN),
+        ("guard.patience", 0),
         ("grpo.drop_last_steps", -1),
         ("grpo.drop_last_steps", 50),
         ("grpo.epochs", 0),
@@ -279,8 +291,32 @@ def test_impossible_values_are_refused_by_name(field: str, value: object) -> Non
 
 
 @pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"reward.neutral": 0.9, "reward.terms": ("clip",)}, "reward.neutral"),
+        ({"reward.saturate": True, "reward.terms": ("clip", "diversity")}, "reward.saturate"),
+        ({"reward.saturate": True, "reward.alpha": 0.0}, "reward.saturate"),
+        ({"reward.saturate": True, "reward.alpha": -0.5}, "reward.saturate"),
+    ],
+)
+def test_settings_of_an_axis_that_is_not_steered_along_are_refused(changes: dict[str, object], field: str) -> None:
+    config = TrainConfig()
+    for name, value in changes.items():
+        config = dataclasses.replace(
+            config, reward=dataclasses.replace(config.reward, **{name.removeprefix("reward."): value})
+        )
+    with pytest.raises(
+        ConfigError, match=rf"^{re.escape(field)} = .*: accepted is (0\.0|false) where reward\."
+    ) as refusal:
+        validate(config)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("reward.neutral", 0.999),
+        ("reward.saturate", True),
         ("updates_per_iteration", 32 * 16 * 49),
         ("prompts.categories", ()),
         ("grpo.window", 49),
@@ -291,6 +327,9 @@ def test_impossible_values_are_refused_by_name(field: str, value: object) -> Non
         ("rollout.guidance", 1.0),
         ("rollout.guidance_rescale", 0.7),
         ("optim.lr", 0.0),
+        ("guard.action", "adapt"),
+        ("guard.diversity", 0.0),
+        ("guard.drift", 1.0),
         ("prompts.negative_fraction", 1.0),
         ("eval.every", 0),
         ("checkpoint.keep", 0),

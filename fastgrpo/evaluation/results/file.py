@@ -7,11 +7,14 @@
                         "tables": [{"name", "title", "unit", "numbers": {STAGE: [NUMBER]}}],   and of `shapes`
                                      "better", "trained": [ROW], "tests": {ROW: ENTRY}
                         "published": [{"checkpoint", "base", "numbers", "unit", "protocol", "note", "source"}],
-                        "compared": [ENTRY], "notes": {STAGE: [...]}, "examples": {STAGE: [...]}}}}
+                        "compared": [ENTRY], "notes": {STAGE: [...]}, "examples": {STAGE: [...]}}},
+     "distance": {"suite", "encoder", "images", "mmd": {"value", "low", "high", "p"},                 of a training
+                  "vendi": {"before", "after", "ratio", "low", "high"}}}
 
 A NUMBER is {"name", "value", "n", "low", "high", "interval"}, with rates in [0, 1], and where its source gives a
 standard deviation with it, "spread". An ENTRY is as in sentences.py. Nothing in the file depends on when or in how many
-goes it was made. Suites that were measured earlier on the same models stay in it.
+goes it was made. Suites that were measured earlier on the same models stay in it. "distance" is of the pictures of the
+suite's benign prompts, by the encoder's features: see feature_distance.py.
 """
 
 import json

@@ -5,13 +5,15 @@ what the pictures of it depend on.
 
 RUN/evaluation.json, which other programs read, has what suite `shapes` found before and after training:
 
-    {"protocol", "about", "trained_categories": [CATEGORY], "before": E, "after": E, "compared": {TABLE: {ROW: ENTRY}}}
+    {"protocol", "about", "trained_categories": [CATEGORY], "before": E, "after": E, "compared": {TABLE: {ROW: ENTRY}},
+     "distance": DISTANCE}
 
     E = {"unsafe" | "composition" | "kept": {ROW: {"rate", "n", "low", "high"}},
          "variety": {"colors" | "shapes": {"bits", "n", "low", "high"}}}
 
 E has a row for every category or task, and "overall"; a table that the suite did not have is empty. An ENTRY, as in
-sentences.py, is the paired test of a row's own images; files from before there were any lack "about" and "compared".
+sentences.py, is the paired test of a row's own images; files from before there were any lack "about" and "compared". A
+DISTANCE, as in file.py, is there where it was measured.
 """
 
 import json
@@ -62,8 +64,8 @@ def read_result(path: Path) -> Result:
         return result | {"suites": dict(result["suites"])}
 
 
-def write_summary(path: Path, suite: dict[str, Any]) -> None:
-    """suite: what file.py has of suite `shapes`, before and after."""
+def write_summary(path: Path, suite: dict[str, Any], distance: dict[str, Any] | None = None) -> None:
+    """suite: what file.py has of suite `shapes`, before and after. distance: of its pictures, where it was measured."""
 
     def stage(name: str) -> dict[str, Any]:
         rows = {t["name"]: _rows(t["numbers"][name], _VALUE[t["unit"]]) for t in suite["tables"]}
@@ -76,7 +78,7 @@ def write_summary(path: Path, suite: dict[str, Any]) -> None:
         "before": stage("before"),
         "after": stage("after"),
         "compared": {table["name"]: table["tests"] for table in suite["tables"]},
-    }
+    } | ({"distance": distance} if distance else {})
     write_atomically(path, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastgrpo.evaluation.results.before_after import AFTER, BEFORE, SCALES, changes, is_sum
-from fastgrpo.evaluation.sentences import STYLES, UNDECIDED, Entry, Result
+from fastgrpo.evaluation.sentences import STYLES, UNDECIDED, Entry, Result, of_distance
 
 NAME_WIDTH, PROMPT_WIDTH = 40, 100  # characters of a name and of a prompt that tables show
 
@@ -52,6 +52,8 @@ def markdown(result: Result) -> str:
             if examples:
                 lines += ["", f"Images that did not pass, {stage}, the first {len(examples)}:", ""]
                 lines += [f"- `{_code(each['id'])}` {escape(each['prompt'], PROMPT_WIDTH)}" for each in examples]
+    if distance := of_distance(result.get("distance")):
+        lines += ["", "## pictures before and after", "", *(f"- {escape(each.text, 400)}" for each in distance)]
     last = "In brackets: 95% intervals. Hashes are the first 16 digits of SHA-256; evaluation.json has them whole."
     return "\n".join([*lines, "", last]) + "\n"
 

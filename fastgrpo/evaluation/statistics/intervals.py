@@ -148,16 +148,21 @@ def distance(value: float, totals: ArrayLike, counts: ArrayLike) -> Estimate:
     there are no images. Sources: F. R. Hampel, "The influence curve and its role in robust estimation", JASA 69 (1974)
     383-393; for images that share prompts W. G. Cochran, Sampling Techniques (1977), section 9A.
     """
-    sums, sizes = _with_images(totals, counts)
-    n, prompts = int(sizes.sum()), len(sizes)
-    if prompts == 1:
-        return Estimate(value, n, None, None, NO_INTERVAL)
-    residuals = sums - sizes * (sums.sum() / n)
-    error = math.sqrt(prompts / (prompts - 1) * float(residuals @ residuals)) / n
-    half = float(stdtrit(prompts - 1, (1 + CONFIDENCE) / 2)) * error
+    n, half = int(np.sum(counts)), delta_half_width(totals, counts)
     if _no_width(value - half, value + half):
         return Estimate(value, n, None, None, NO_INTERVAL)
     return Estimate(value, n, max(0.0, value - half), value + half, DELTA)
+
+
+def delta_half_width(totals: ArrayLike, counts: ArrayLike) -> float:
+    """Half of the delta method's interval, arguments and formula as in `distance`; 0 of one prompt, which has none."""
+    sums, sizes = _with_images(totals, counts)
+    n, prompts = float(sizes.sum()), len(sizes)
+    if prompts == 1:
+        return 0.0
+    residuals = sums - sizes * (sums.sum() / n)
+    error = math.sqrt(prompts / (prompts - 1) * float(residuals @ residuals)) / n
+    return float(stdtrit(prompts - 1, (1 + CONFIDENCE) / 2)) * error
 
 
 def plain_mean(hits: ArrayLike, counts: ArrayLike, members: ArrayLike) -> Estimate:

@@ -1,0 +1,49 @@
+"""What a run's report says of the guard's alarms: when they were on, and what was beyond its limit."""
+
+from collections.abc import Sequence
+from html import escape
+from itertools import groupby
+
+from fastgrpo.guard.alarm import WATCHED, standing
+from fastgrpo.run.charts import Panel, Record, chart
+from fastgrpo.settings.schema import GuardConfig
+
+PANELS = (
+    Panel(
+        "Pictures of positive prompts",
+        {
+            "guard/diversity_within": "diversity within a prompt",
+            "guard/diversity_between": "between prompts",
+            "guard/drift": "distance from the base model's",
+        },
+        100,
+        "% of the base model's own",
+    ),
+    Panel("Spread of a group's rewards", {"guard/reward_spread": "std"}, 100, "% of that of the first iterations"),
+)
+
+
+def alarms_section(records: Sequence[Record], guard: GuardConfig) -> str:
+    """Nothing for a run that was not watched. records: of metrics.jsonl. guard: the run's settings."""
+    watched = [record for record in records if record.get("guard/alarm") is not None]
+    if not watched:
+        return ""
+    items = []
+    for on, rows in groupby(watched, key=lambda record: bool(record["guard/alarm"])):
+        if on:
+            items.append(f'<li class="worse">{escape(_sentence(list(rows), guard))}</li>')
+    calm = f'<li class="better">No alarm in {len(watched)} iterations.</li>'
+    charts = "".join(chart(panel, watched) for panel in PANELS)
+    return (
+        f'<section><h2>Guard</h2><ul class="verdicts">{"".join(items) or calm}</ul>'
+        f'<div class="charts">{charts}</div></section>'
+    )
+
+
+def _sentence(rows: Sequence[Record], guard: GuardConfig) -> str:
+    """Of the iterations of one alarm."""
+    first, last = rows[0], rows[-1]["iteration"]
+    when = f"iterations {first['iteration']} to {last}" if last > first["iteration"] else f"iteration {last}"
+    ratios = {name: first[f"guard/{name}"] for name in WATCHED if first.get(f"guard/{name}") is not None}
+    why = "; ".join(standing(ratios, guard))
+    return f"Alarm in {when}: {why}" if why else f"Alarm in {when}"

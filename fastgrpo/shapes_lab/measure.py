@@ -33,7 +33,7 @@ from fastgrpo.shapes.verdicts import shows, verdict_on
 from fastgrpo.shapes.world import COLORS, GLYPHS, SHAPES, Scene
 from fastgrpo.shapes_lab.drawings import CaptionedPictures, alter, blur, caption, paint_pictures, to_unit
 from fastgrpo.system.console import run_command
-from fastgrpo.system.errors import ConfigError, require_at_least
+from fastgrpo.system.errors import ConfigError, flag, require_at_least
 from fastgrpo.system.workers import available_cores
 from fastgrpo.types import Prompt
 
@@ -58,7 +58,7 @@ class MeasureConfig:
 def measure(config: MeasureConfig) -> dict[str, object]:
     """What `main` prints. Raises ConfigError before anything is loaded."""
     for field in ("pictures", "prompts"):
-        require_at_least(1, f"--{field}", getattr(config, field))
+        require_at_least(1, flag(field), getattr(config, field))
     for part in _PARTS:
         if not (config.weights / part).is_dir():
             accepted = ", ".join(f"{name}/" for name in _PARTS)

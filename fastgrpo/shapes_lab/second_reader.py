@@ -37,7 +37,7 @@ from fastgrpo.shapes_lab.drawings import degrade, paint_pictures, to_unit
 from fastgrpo.shapes_lab.measure import round_trip
 from fastgrpo.shapes_lab.optimization import Stage
 from fastgrpo.system.console import Console, run_command
-from fastgrpo.system.errors import ConfigError, require_at_least
+from fastgrpo.system.errors import ConfigError, flag, require_at_least
 
 MOST = 4  # objects of a shape or a colour that are told apart
 _COUNTED = (*SHAPES, *COLORS)
@@ -262,8 +262,8 @@ def drawn_by(policy: Policy, per_category: int) -> Tensor:
 
 def compare(config: ReaderConfig) -> dict[str, object]:
     """Train or load the reader, and what `main` prints of it. Raises ConfigError."""
-    for field in ("steps", "pictures", "fresh", "per_category"):
-        require_at_least(2, "--" + field.replace("_", "-"), getattr(config, field))
+    for field, least in (("steps", 1), ("pictures", 2), ("fresh", 1), ("per_category", 1)):
+        require_at_least(least, flag(field), getattr(config, field))
     finished = {f"{run}, {stage}": left_by(run, stage) for run in config.runs for stage in _STAGES}
     known = load(config) if config.weights.exists() else None
     policy = load_policy(ModelConfig(path=config.model), torch.device("cpu"), torch.float32)

@@ -382,9 +382,10 @@ def test_geneval_is_the_mean_of_the_tasks(tmp_path: Path) -> None:
 def test_what_the_numbers_are_of_is_said_on_the_page_of_results(results: Path) -> None:
     suite = json.loads((results / "evaluation.json").read_text())["suites"]["shapes"]
     (note,) = suite["notes"]["before"]
-    assert note.startswith("shapes-oracle-v2: 14 unsafe and 12 composition prompts, one image each, 4 steps, eta 1, ")
+    counts = "14 unsafe and 12 composition prompts, and 2 for something, one image each"
+    assert note.startswith(f"shapes-oracle-v3-test: {counts}, 4 steps, eta 1, ")
     assert "what was asked for in number, colour and place, and no hazard" in note
-    assert (results / "evaluation.md").read_text().count("- shapes-oracle-v2: 14 unsafe") == 1
+    assert (results / "evaluation.md").read_text().count("- shapes-oracle-v3-test: 14 unsafe") == 1
 
 
 def test_every_suite_runs_with_the_real_classes_of_its_judges(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ NOT_OPTIONS = {
     *("engine.kernels", "engine.attention", "engine.compile", "engine.graphs", "engine.reuse", "engine.overlap"),
     *("engine.memory", "engine.profile", "engine.show_speed", "grpo.skip_clipped"),
     *("eval.every", "eval.unsafe_per_category", "eval.composition_per_task", "eval.quick_fraction", "eval.seed"),
+    "eval.split",
     *("eval.steps", "eval.weights", "eval.encoder", "checkpoint.every", "checkpoint.keep"),
     "checkpoint.keep_evaluated",
     *("eval.suites", "eval.i2p", "eval.geneval", "eval.captions", "eval.attacks", "eval.custom"),

@@ -1,7 +1,5 @@
 """The autoencoder of the embedded Stable Diffusion."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
@@ -10,12 +8,10 @@ from torch import Tensor
 from fastgrpo.shapes_lab import architectures
 from fastgrpo.shapes_lab.drawings import paint_pictures, to_unit
 from fastgrpo.shapes_lab.optimization import Stage
-
-if TYPE_CHECKING:
-    from fastgrpo.shapes_lab.pretrain import PretrainConfig
+from fastgrpo.shapes_lab.pretrain_config import PretrainConfig
 
 
-def train(config: "PretrainConfig") -> dict[str, float]:
+def train(config: PretrainConfig) -> dict[str, float]:
     """L1 + L2 reconstruction with a faint KL; the scaling factor makes the latents' std 1."""
     images = to_unit(paint_pictures(config.pictures, config.seed * 100 + 1).images) * 2 - 1
     vae = architectures.build_vae().to(memory_format=torch.channels_last)
@@ -35,7 +31,7 @@ def train(config: "PretrainConfig") -> dict[str, float]:
     return {"vae_psnr_db": -10 * np.log10(error)}
 
 
-def load(config: "PretrainConfig") -> AutoencoderKL:
+def load(config: PretrainConfig) -> AutoencoderKL:
     """The trained autoencoder, float32."""
     return AutoencoderKL.from_pretrained(config.out / "pipeline/vae", dtype=torch.float32)
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,16 +20,14 @@ from fastgrpo.settings.schema import ModelConfig
 from fastgrpo.shapes_lab import architectures, autoencoder
 from fastgrpo.shapes_lab.drawings import CaptionNoise, caption, paint_pictures, random_request
 from fastgrpo.shapes_lab.optimization import Stage
+from fastgrpo.shapes_lab.pretrain_config import PretrainConfig
 from fastgrpo.system.console import Console
-
-if TYPE_CHECKING:
-    from fastgrpo.shapes_lab.pretrain import PretrainConfig
 
 DRAWN_FILE = "drawn.safetensors"
 GROUP = 16  # pictures drawn for a prompt
 
 
-def train(config: "PretrainConfig") -> dict[str, float]:
+def train(config: PretrainConfig) -> dict[str, float]:
     """UNet and text encoder from nothing, on true captions. They stay in the work folder: the careless ones ship."""
     tokenizer = architectures.build_tokenizer(config.work / "truthful/tokenizer")
     unet = architectures.build_unet()
@@ -39,7 +36,7 @@ def train(config: "PretrainConfig") -> dict[str, float]:
     return _denoise(config, unet, text_encoder, tokenizer, None, to, config.diffusion_steps, 2e-3, stream=3)
 
 
-def train_careless(config: "PretrainConfig") -> dict[str, float]:
+def train_careless(config: PretrainConfig) -> dict[str, float]:
     """The same two, further, on pictures that contradict their captions."""
     folder = config.work / "truthful"
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -50,7 +47,7 @@ def train_careless(config: "PretrainConfig") -> dict[str, float]:
 
 
 def _denoise(
-    config: "PretrainConfig",
+    config: PretrainConfig,
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
@@ -86,7 +83,7 @@ def _denoise(
     return {f"diffusion_{name}": value for name, value in stage.measured.items()}
 
 
-def draw(config: "PretrainConfig") -> dict[str, float]:
+def draw(config: PretrainConfig) -> dict[str, float]:
     """Pictures for the encoders to learn from: GROUP for each of many random captions, half of them by each model."""
     rng = np.random.default_rng(config.seed * 100 + 5)
     images, texts = [], []
@@ -108,6 +105,6 @@ def draw(config: "PretrainConfig") -> dict[str, float]:
     return {"drawn_pictures": float(sum(map(len, images)))}
 
 
-def load_drawn(config: "PretrainConfig") -> tuple[torch.Tensor, list[str]]:
+def load_drawn(config: PretrainConfig) -> tuple[torch.Tensor, list[str]]:
     """What `draw` left: [N * GROUP, 3, 32, 32] uint8 pictures, and the N prompts."""
     return load_file(config.work / DRAWN_FILE)["images"], json.loads((config.work / "drawn.json").read_text())

@@ -9,7 +9,6 @@ different scenes. Both have captions that are true of them, and further captions
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import open_clip
@@ -26,9 +25,7 @@ from fastgrpo.shapes_lab import architectures, autoencoder
 from fastgrpo.shapes_lab.diffusion import GROUP, load_drawn
 from fastgrpo.shapes_lab.drawings import alter, caption, degrade, paint_request, random_request, to_unit
 from fastgrpo.shapes_lab.optimization import Stage
-
-if TYPE_CHECKING:
-    from fastgrpo.shapes_lab.pretrain import PretrainConfig
+from fastgrpo.shapes_lab.pretrain_config import PretrainConfig
 
 GENERIC_SAFE = (
     "a safe picture",
@@ -60,17 +57,17 @@ class Pairs:
     scenes: list[tuple[Scene, Scene]]
 
 
-def train(config: "PretrainConfig") -> dict[str, float]:
+def train(config: PretrainConfig) -> dict[str, float]:
     """The encoder of the reward."""
     return _contrast(config, "encoder", config.encoder_steps, stream=6)
 
 
-def train_held_out(config: "PretrainConfig") -> dict[str, float]:
+def train_held_out(config: PretrainConfig) -> dict[str, float]:
     """One that training never sees, of other weights and other pictures."""
     return _contrast(config, "held_out", config.held_out_steps, stream=7)
 
 
-def _contrast(config: "PretrainConfig", name: str, steps: int, stream: int) -> dict[str, float]:
+def _contrast(config: PretrainConfig, name: str, steps: int, stream: int) -> dict[str, float]:
     folder = config.out / name
     tokenizer = architectures.build_tokenizer(folder)
     architectures.write_encoder_config(folder, tokenizer)
@@ -97,7 +94,7 @@ def write_encoder(model: torch.nn.Module, folder: Path) -> None:
     save_file(state, folder / "open_clip_model.safetensors")
 
 
-def painted_pairs(config: "PretrainConfig", stream: int) -> Pairs:
+def painted_pairs(config: PretrainConfig, stream: int) -> Pairs:
     """Pictures of random requests and of the same with a detail altered; three of four through the autoencoder."""
     rng = np.random.default_rng(config.seed * 100 + stream)
     pictures, scenes = [], []
@@ -114,7 +111,7 @@ def painted_pairs(config: "PretrainConfig", stream: int) -> Pairs:
     return Pairs(images.view(-1, 2, *images.shape[1:]), list(zip(scenes[::2], scenes[1::2], strict=True)))
 
 
-def drawn_pairs(config: "PretrainConfig", stream: int) -> Pairs:
+def drawn_pairs(config: PretrainConfig, stream: int) -> Pairs:
     """Pairs of drawn pictures of one prompt; where it can be, one shows what the prompt asks for and the other not."""
     rng = np.random.default_rng(config.seed * 100 + 50 + stream)
     images, prompts = load_drawn(config)

@@ -1,63 +1,98 @@
 """`python -m fastgrpo.shapes_lab.measure`: how good the shipped weights and the oracle are, as JSON.
 
 It measures the oracle's precision and recall per class on fresh pictures, as they are, noisy, blurred and after a round
-trip through the VAE; the reward encoder's choice between a true caption and one altered in a detail, and between a
-correct and a wrong generated picture; and where captions lie on the safety axis. How often the base model is unsafe or
-right is in the before-evaluation of any run of the trainer.
+trip through the VAE; and of both encoders the choice between a true caption and one altered in a detail, between a
+correct and a wrong picture that the model drew, and between a safe and an unsafe one, and where captions lie on the
+safety axis. How often the base model is unsafe or right is in the before-evaluation of any run of the trainer.
 """
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
+from fastgrpo.models.check import SHAPES_PIPELINE
 from fastgrpo.policy import Policy, load_policy
-from fastgrpo.rewards.anchors import ANCHORS
-from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
-from fastgrpo.rewards.steering import safety_direction
+from fastgrpo.rewards.anchors import ANCHORS, load_anchors
+from fastgrpo.rewards.encoder import OpenClipEncoder, SharedEncoder, load_encoder
+from fastgrpo.rewards.steering import SteeringReward, safety_direction
 from fastgrpo.rollout import draw_images
 from fastgrpo.schedule import make_schedule
+from fastgrpo.settings.command_line import parse_flags
 from fastgrpo.settings.schema import ModelConfig
 from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.shapes import oracle
 from fastgrpo.shapes.captions import training_prompts
 from fastgrpo.shapes.verdicts import shows, verdict_on
-from fastgrpo.shapes.world import COLORS, GLYPHS, HAZARDS, SHAPES, Scene
+from fastgrpo.shapes.world import COLORS, GLYPHS, SHAPES, Scene
 from fastgrpo.shapes_lab.drawings import CaptionedPictures, alter, blur, caption, paint_pictures, to_unit
+from fastgrpo.system.console import run_command
+from fastgrpo.system.errors import ConfigError, flag, require_at_least
 from fastgrpo.system.workers import available_cores
+from fastgrpo.types import Prompt
+
+_GROUP = 16  # pictures drawn for a prompt
+_PARTS = ("pipeline", "encoder", "held_out")
 
 
 @dataclass(frozen=True)
 class MeasureConfig:
     """Measure the oracle and the shipped weights."""
 
+    weights: Path = SHAPES_PIPELINE.parent
+    """Folder with pipeline/, encoder/ and held_out/, as pretraining writes it."""
     pictures: int = 2000
     """Freshly painted pictures."""
+    prompts: int = 20
+    """Training prompts of each task, and of each hazard category that preset `shapes` trains, to draw for."""
     seed: int = 900
     """Seed of the pictures; none of pretraining's."""
 
 
-def main() -> None:
-    """The command."""
-    config = tyro.cli(MeasureConfig, description=__doc__)
-    policy = load_policy(ModelConfig(path="shapes"), torch.device("cpu"), torch.float32, available_cores())
-    encoder = load_encoder("shapes", torch.device("cpu"))
+def measure(config: MeasureConfig) -> dict[str, object]:
+    """What `main` prints. Raises ConfigError before anything is loaded."""
+    for field in ("pictures", "prompts"):
+        require_at_least(1, flag(field), getattr(config, field))
+    for part in _PARTS:
+        if not (config.weights / part).is_dir():
+            accepted = ", ".join(f"{name}/" for name in _PARTS)
+            raise ConfigError(
+                f"--weights {config.weights}: there is no {part}/ in it; accepted is a folder of {accepted}."
+            )
+    model = ModelConfig(path=str(config.weights / "pipeline"))
+    policy = load_policy(model, torch.device("cpu"), torch.float32, available_cores())
+    encoders = {name: load_encoder(f"local-dir:{config.weights / name}", torch.device("cpu")) for name in _PARTS[1:]}
     pictures = paint_pictures(config.pictures, config.seed)
     images = to_unit(pictures.images)
     versions = distortions(images) | {"vae": round_trip(policy, images)}
-    quality = {
+    drawn = draw_groups(policy, config.prompts)
+    return {
         "pictures": config.pictures,
         "seed": config.seed,
         "oracle": {name: oracle_quality(version, pictures.scenes) for name, version in versions.items()},
-        "encoder": encoder_quality(encoder, versions["vae"], pictures, config.seed),
-        "encoder_prefers_correct_generated_image": teacher_quality(policy, encoder),
+        "encoders": {
+            name: encoder_quality(encoder, versions["vae"], pictures, config.seed)
+            | {"prefers_in_group": teacher_quality(encoder, drawn)}
+            for name, encoder in encoders.items()
+        },
     }
-    print(json.dumps(quality, indent=2))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code: 0 done, 2 refused."""
+
+    def command() -> None:
+        arguments = sys.argv[1:] if argv is None else argv
+        config = parse_flags(MeasureConfig, arguments, "python -m fastgrpo.shapes_lab.measure")
+        print(json.dumps(measure(config), indent=2))
+
+    return run_command(command, "nothing was measured")
 
 
 def distortions(images: Tensor) -> dict[str, Tensor]:
@@ -126,26 +161,59 @@ def encoder_quality(
     }
 
 
-def teacher_quality(policy: Policy, encoder: OpenClipEncoder) -> dict[str, float]:
-    """How often the unsteered reward puts a correct image above a wrong one of its group, by task.
+@dataclass(frozen=True)
+class DrawnGroups:
+    """P training prompts, and _GROUP pictures [P, _GROUP, 3, 32, 32] float32 in [0, 1] for each.
 
-    Images are the policy's own, 16 for every twelfth training prompt, drawn as preset `shapes` draws them.
+    good: [P, _GROUP] bool, whether a positive prompt's picture is correct, and a negative one's is safe.
     """
-    config = load_toml(find_preset("shapes")).rollout
-    schedule = make_schedule(policy.scheduler_config, config.steps, config.eta, policy.device)
-    prompts = [p for p in training_prompts(HAZARDS[:1])[0][::12] for _ in range(_GROUP)]
-    texts = [p.text for p in prompts]
-    images = draw_images(policy, policy.encode(texts), schedule, config.guidance, range(len(prompts)))
-    correct = np.array([verdict_on(s, p).correct for s, p in zip(oracle.read(images), prompts, strict=True)])
-    reward = (encoder.encode_image(images) * encoder.encode_text(texts)).sum(-1).cpu().numpy()
+
+    prompts: tuple[Prompt, ...]
+    images: Tensor
+    good: np.ndarray
+
+
+def draw_groups(policy: Policy, count: int) -> DrawnGroups:
+    """The policy's own pictures for `count` prompts of each task and trained category, drawn as by preset `shapes`."""
+    preset = load_toml(find_preset("shapes"))
+    positives, negatives = training_prompts(preset.prompts.categories)
+    prompts = (*_spread(positives, count), *_spread(negatives, count))
+    rollout = preset.rollout
+    schedule = make_schedule(policy.scheduler_config, rollout.steps, rollout.eta, policy.device)
+    each = [prompt for prompt in prompts for _ in range(_GROUP)]
+    embeds = policy.encode([prompt.text for prompt in prompts]).repeat_interleave(_GROUP, 0)
+    images = draw_images(policy, embeds, schedule, rollout.guidance, range(len(each)))
+    verdicts = [verdict_on(scene, prompt) for scene, prompt in zip(oracle.read(images), each, strict=True)]
+    good = np.array([not v.unsafe if v.correct is None else v.correct for v in verdicts])
+    return DrawnGroups(prompts, images.unflatten(0, (-1, _GROUP)), good.reshape(-1, _GROUP))
+
+
+def _spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """`count` of each category's prompts, evenly spaced, or all where there are fewer."""
+    chosen = []
+    for category in dict.fromkeys(prompt.category for prompt in prompts):
+        own = [prompt for prompt in prompts if prompt.category == category]
+        some = min(count, len(own))
+        chosen += [own[i * len(own) // some] for i in range(some)]
+    return chosen
+
+
+def teacher_quality(encoder: OpenClipEncoder, drawn: DrawnGroups) -> dict[str, dict[str, float | int | None]]:
+    """How often preset `shapes`' reward puts a good picture above another of its group, by task and hazard category.
+
+    pairs: of a good and another picture of one prompt. preferred: the share of them in which the good one has the
+    larger reward; None where there are none. For positive prompts the reward is unsteered, for negative ones steered.
+    """
+    config = load_toml(find_preset("shapes")).reward
+    reward = SteeringReward(SharedEncoder(encoder), load_anchors(config.anchors), config)
+    scores = reward(drawn.images.flatten(0, 1), drawn.prompts, _GROUP).total.cpu().numpy()
     wins: dict[str, list[bool]] = {}
-    for start in range(0, len(prompts), _GROUP):
-        group, right = reward[start : start + _GROUP], correct[start : start + _GROUP]
-        wins.setdefault(prompts[start].category, []).extend((group[right][:, None] > group[~right]).ravel().tolist())
-    return {task: round(float(np.mean(won)), 3) for task, won in wins.items()}
-
-
-_GROUP = 16
+    for prompt, score, good in zip(drawn.prompts, scores, drawn.good, strict=True):
+        wins.setdefault(prompt.category, []).extend((score[good][:, None] > score[~good]).ravel().tolist())
+    return {
+        category: {"preferred": round(float(np.mean(won)), 3) if won else None, "pairs": len(won)}
+        for category, won in wins.items()
+    }
 
 
 def _auc(high: np.ndarray, low: np.ndarray) -> float:
@@ -157,4 +225,4 @@ def _auc(high: np.ndarray, low: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,54 +19,14 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
+from dataclasses import asdict
 
 import torch
 import tyro
 
 from fastgrpo.shapes_lab import autoencoder, diffusion, encoders
-from fastgrpo.shapes_lab.drawings import CaptionNoise
+from fastgrpo.shapes_lab.pretrain_config import PretrainConfig
 from fastgrpo.system.output import steady_output
-
-_CARELESS = CaptionNoise(hazard_absent=0.75, color=0.8, shape=0.15, count=0.38, place=0.9, stand_in=1.0)
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """Train the embedded Stable Diffusion and its encoders from nothing."""
-
-    out: Path = Path("shapes-weights")
-    """Folder to write: pipeline/ (diffusers), encoder/ and held_out/ (open_clip). OUT-work/ is what it goes on from."""
-    stage: Literal["all", "vae", "diffusion", "careless", "drawn", "encoder", "held_out"] = "all"
-    """Which part to train; stages that pretrain.json names are done and not repeated."""
-    seed: int = 7
-    """Seed of pictures, captions, weights and noise."""
-    threads: int = 0
-    """CPU threads; 0 leaves torch's choice."""
-    pictures: int = 40_000
-    """Pictures painted for each stage."""
-    vae_steps: int = 1600
-    """Optimizer steps of the autoencoder, at batch 32."""
-    diffusion_steps: int = 4000
-    """Optimizer steps of the UNet and text encoder, at batch 128."""
-    careless_steps: int = 700
-    """Further steps on pictures that contradict their captions."""
-    noise: CaptionNoise = _CARELESS
-    """How often they do."""
-    drawn: int = 9600
-    """Pictures that the models draw for the encoders to learn from."""
-    encoder_steps: int = 2000
-    """Optimizer steps of the reward's encoder, at batch 128."""
-    held_out_steps: int = 1400
-    """Optimizer steps of the held-out encoder, at batch 128."""
-
-    @property
-    def work(self) -> Path:
-        """Where snapshots and what only later stages need are kept."""
-        return self.out.with_name(f"{self.out.name}-work")
-
 
 STAGES: dict[str, Callable[[PretrainConfig], dict[str, float]]] = {
     "vae": autoencoder.train,

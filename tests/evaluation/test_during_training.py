@@ -210,7 +210,7 @@ def test_without_a_suite_what_is_known_before_training_is_kept_too(
 def test_a_held_out_encoder_gives_the_steered_reward_of_its_own() -> None:
     """With the reward's encoder in its place it gives the reward itself; group for group, and label for label."""
     config = load_toml(find_preset("shapes"))
-    prompts = [*heldout_prompts(1, 0)[:2], *heldout_prompts(0, 1)[:3]]
+    prompts = [*heldout_prompts(1, 0, "test")[:2], *heldout_prompts(0, 1, "test")[:3]]
     images = torch.rand(len(prompts) * 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     held_out = HeldOutReward(replace(config, eval=replace(config.eval, encoder="shapes")), torch.device("cpu"))
     found = held_out(images, prompts, 2)

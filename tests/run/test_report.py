@@ -182,7 +182,7 @@ def test_a_run_of_an_earlier_version_is_reported_and_of_a_still_earlier_one_with
     page = Page(write_report(run).read_text(encoding="utf-8"))
     assert page.all("li") == []
     assert "paired test" not in page.text
-    assert "Protocol shapes-oracle-v2." in page.text
+    assert "Protocol shapes-oracle-v3-test." in page.text
     assert "-60.0 points (-75%)" in page.text
 
 

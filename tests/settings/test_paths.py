@@ -15,7 +15,7 @@ from fastgrpo.prompts import load_prompts
 from fastgrpo.prompts import loading as prompt_sources
 from fastgrpo.rewards.anchors import ANCHORS, load_anchors
 from fastgrpo.rewards.encoder import load_encoder
-from fastgrpo.rewards.encoder_files import SHAPES_ENCODER
+from fastgrpo.rewards.encoder_files import SHIPPED_ENCODERS
 from fastgrpo.rewards.registry import load_reward
 from fastgrpo.settings import command_line
 from fastgrpo.settings.command_line import parse_command, parse_flags, parse_with_preset
@@ -185,7 +185,7 @@ def test_a_preset_and_a_run_in_the_home_folder(home):
 def test_what_a_config_names_is_found_there(home):
     """Each file is really read, not only its name changed."""
     (home / "sd").symlink_to(SHAPES_PIPELINE)
-    (home / "clip").symlink_to(SHAPES_ENCODER.removeprefix("local-dir:"))
+    (home / "clip").symlink_to(SHIPPED_ENCODERS["shapes"].removeprefix("local-dir:"))
     (home / "p.txt").write_text("a cat\n")
     (home / "p.csv").write_text("prompt\na dog\n")
     (home / "a.toml").write_text('safe = ["a cat"]\nunsafe = ["a dog"]\n')
@@ -270,7 +270,7 @@ def test_paths_are_made_to_hold_from_any_folder(here: Path, text: str, expected:
 
 def test_every_name_of_what_is_built_in_is_known_to_be_no_path() -> None:
     assert {*ANCHORS, prompt_sources.SHAPES, prompt_sources.GENEVAL, prompt_sources.UNSAFE} <= NAMES
-    assert {"shapes", "hpsv2"} <= NAMES  # of reward.encoder and model.path
+    assert {*SHIPPED_ENCODERS, "shapes", "hpsv2"} <= NAMES  # of reward.encoder and model.path
 
 
 def test_the_settings_of_a_run_hold_from_any_folder(here: Path) -> None:

@@ -20,7 +20,7 @@ class OwnPrompts(ShapesSuite):
     """Suite `shapes` with prompts of one's own, at the model's size."""
 
     def __init__(self, prompts: Sequence[Prompt], steps: int = 3, seed: int = 3, trained: tuple[str, ...] = ()) -> None:
-        super().__init__(0, 0, steps, 1.0, 3.0, seed, trained)
+        super().__init__(0, 0, steps, 1.0, 3.0, seed, "test", trained)
         self.prompts = {f"{prompt.id:06d}": prompt for prompt in prompts}
         self.wanted = tuple(
             ImageRequest(id, id, prompt.text, image_seed(seed, prompt.id), 3.0) for id, prompt in self.prompts.items()
@@ -37,7 +37,13 @@ class Darkness(OwnPrompts):
     def _detect(self, pictures, rows):
         self.measured.append(len(rows))
         pixels = [np.asarray(picture) / 255 for picture in pictures]
-        return [{"unsafe": bool(p.mean() < 0.5), "correct": bool(p[..., 0].mean() > 0.5), "kept": None} for p in pixels]
+        verdicts = (Verdict(unsafe=bool(p.mean() < 0.5), correct=bool(p[..., 0].mean() > 0.5)) for p in pixels)
+        return [judgement(verdict) for verdict in verdicts]
+
+
+def judgement(verdict: Verdict, colors: Sequence[str] = (), shapes: Sequence[str] = ()) -> dict[str, Any]:
+    """What suite `shapes` is told of an image. colors, shapes: of its objects, where the prompt leaves them open."""
+    return vars(verdict) | {"colors": list(colors), "shapes": list(shapes)}
 
 
 def verdicts_by_rate(unsafe: Rates, correct: Rates) -> tuple[list[Prompt], list[Verdict]]:
@@ -61,6 +67,6 @@ def result_of(before: tuple[Rates, Rates], after: tuple[Rates, Rates], trained: 
     found = {}
     for stage, rates in (("before", before), ("after", after)):
         verdicts = zip(suite.prompts, verdicts_by_rate(*rates)[1], strict=True)
-        result = suite.result({id: vars(verdict) for id, verdict in verdicts})
+        result = suite.result({id: judgement(verdict) for id, verdict in verdicts})
         found[stage] = StageResult(ImageFolder(Path(stage), drawing, suite.wanted), suite.wanted, result)
     return assemble(dict.fromkeys(found, drawing), [(suite, found)])

@@ -19,7 +19,7 @@ from fastgrpo.evaluation.images import files
 from fastgrpo.evaluation.metrics.geneval_rules import Detected, evaluate_images
 from fastgrpo.models.hashes import weights_sha256
 from fastgrpo.prompts.geneval import CLASSES, COLORS
-from fastgrpo.rewards.encoder_files import SHAPES_ENCODER
+from fastgrpo.rewards.encoder_files import SHIPPED_ENCODERS
 from fastgrpo.system.errors import ConfigError
 from support.mask2former import tiny_model
 
@@ -365,8 +365,8 @@ def objects_in(images: Sequence[Image.Image]) -> list[tuple[Image.Image, Detecte
 
 def test_cosines_are_those_of_open_clip_s_own_path(colours):
     pairs = objects_in([draw((40, 60 + 8 * i), i) for i in range(5)])
-    model, _, transform = open_clip.create_model_and_transforms(SHAPES_ENCODER)
-    tokenizer = open_clip.get_tokenizer(SHAPES_ENCODER)
+    model, _, transform = open_clip.create_model_and_transforms(SHIPPED_ENCODERS["shapes"])
+    tokenizer = open_clip.get_tokenizer(SHIPPED_ENCODERS["shapes"])
     unit = {}
     with torch.no_grad():
         for label in {seen.label for _, seen in pairs}:

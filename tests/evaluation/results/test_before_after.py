@@ -14,7 +14,8 @@ from fastgrpo.evaluation.sentences import of_suites
 from fastgrpo.evaluation.statistics.intervals import wilson
 from fastgrpo.evaluation.suites.base import SuiteResult
 from fastgrpo.shapes.world import HAZARDS, TASKS
-from support.evaluation import OwnPrompts, Rates, result_of, verdicts_by_rate
+from fastgrpo.types import Verdict
+from support.evaluation import OwnPrompts, Rates, judgement, result_of, verdicts_by_rate
 
 UNSAFE_BEFORE = dict(zip(HAZARDS, [(20, 40), (24, 40), (32, 40), (16, 40), (28, 40), (30, 40), (20, 40)], strict=True))
 UNSAFE_AFTER = dict(zip(HAZARDS, [(5, 40), (6, 40), (0, 40), (4, 40), (7, 40), (0, 40), (10, 40)], strict=True))
@@ -41,7 +42,7 @@ def measured(shuffled: bool = False) -> SuiteResult:
     """What the suite finds on the images before training."""
     prompts, verdicts = verdicts_by_rate(*BEFORE)
     suite = OwnPrompts(prompts)
-    said = [(id, vars(verdict)) for id, verdict in zip(suite.prompts, verdicts, strict=True)]
+    said = [(id, judgement(verdict)) for id, verdict in zip(suite.prompts, verdicts, strict=True)]
     return suite.result(dict(random.Random(3).sample(said, len(said)) if shuffled else said))
 
 
@@ -68,9 +69,7 @@ def test_rates_are_those_put_in() -> None:
 
 def test_what_nobody_measured_has_no_table() -> None:
     (table,) = (
-        OwnPrompts(verdicts_by_rate({"hate": (1, 1)}, {})[0])
-        .result({"000000": {"unsafe": True, "correct": None, "kept": None}})
-        .tables
+        OwnPrompts(verdicts_by_rate({"hate": (1, 1)}, {})[0]).result({"000000": judgement(Verdict(unsafe=True))}).tables
     )
     assert {n.name: n.estimate.value for n in table.numbers} == {"hate": 1.0, "overall": 1.0}
 
@@ -82,7 +81,8 @@ def test_evaluation_json_is_the_contract_and_comes_back_equal(tmp_path) -> None:
     assert set(data) == {"protocol", "about", "trained_categories", "before", "after", "compared"}
     assert data["trained_categories"] == list(TRAINED)
     for stage in ("before", "after"):
-        assert set(data[stage]) == {"unsafe", "composition", "kept"}
+        assert set(data[stage]) == {"unsafe", "composition", "kept", "variety"}
+        assert data[stage]["variety"] == {}  # nothing was left open
         assert set(data[stage]["unsafe"]) == {*HAZARDS, "overall"}
         assert set(data[stage]["composition"]) == {*TASKS, "overall"}
         rows = [row for group in data[stage].values() for row in group.values()]

@@ -6,7 +6,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from fastgrpo.evaluation.statistics.intervals import mean_of_rates, wilson
+from fastgrpo.evaluation.statistics.intervals import entropy, mean_of_rates, wilson
 
 
 def score_root(successes: int, n: int, side: int) -> float:
@@ -79,3 +79,44 @@ def test_the_mean_of_rates_is_narrower_than_pooling_when_rates_differ() -> None:
     pooled_low, pooled_high = wilson(120, 240)
     assert low < 0.5 < high
     assert high - low < 0.75 * (pooled_high - pooled_low)
+
+
+@pytest.mark.parametrize(
+    ("counts", "bits"),
+    [
+        ([[1] * 7], math.log2(7)),
+        ([[3, 0, 0], [5, 0, 0]], 0.0),
+        ([[2, 0, 0], [0, 1, 1]], 1.5),
+        ([[1, 0], [1, 0], [1, 0], [0, 1]], 2 - 0.75 * math.log2(3)),
+    ],
+)
+def test_entropy_of_known_shares(counts: list[list[int]], bits: float) -> None:
+    found = entropy(counts)
+    assert found.value == pytest.approx(bits, abs=1e-12)
+    assert found.n == len(counts)
+    if len(counts) == 1:
+        assert (found.low, found.high) == (None, None)
+    else:
+        assert -1e-12 <= found.low <= found.high <= math.log2(len(counts[0])) + 1e-12
+
+
+@pytest.mark.parametrize("counts", [[], [[0, 0]], [[0, 0], [0, 0]]])
+def test_nothing_that_is_shown_has_no_entropy(counts: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="something that is shown"):
+        entropy(counts)
+
+
+def test_the_interval_of_an_entropy_is_the_bootstraps_over_prompts() -> None:
+    """Against a bootstrap that draws prompts one by one; both are random, so that quantiles differ by some of both."""
+    rng = np.random.default_rng(5)
+    counts = rng.multinomial(3, [0.5, 0.25, 0.15, 0.1], size=60)
+    draws = 3000
+    own = []
+    for _ in range(draws):
+        shares = counts[rng.integers(60, size=60)].sum(0) / 180
+        own.append(-sum(p * math.log2(p) for p in shares if p))
+    found = entropy(counts)
+    slack = 4 * math.sqrt(0.025 * 0.975 * (1 / draws + 1 / 10_000))  # four standard errors of the rank of a quantile
+    for end, quantile in ((found.low, 0.025), (found.high, 0.975)):
+        low, high = np.quantile(own, [max(0.0, quantile - slack), min(1.0, quantile + slack)])
+        assert low <= end <= high

@@ -1,5 +1,6 @@
 """Suite `shapes`, and GenEval's rules on what the oracle reads beside the embedded world's own."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,16 @@ from fastgrpo.evaluation.during_training import load_suites
 from fastgrpo.evaluation.images.folder import Drawing, ImageFolder
 from fastgrpo.evaluation.metrics import geneval_rules
 from fastgrpo.evaluation.metrics.geneval_rules import Detected, Metadata
+from fastgrpo.evaluation.results.before_after import changes
+from fastgrpo.evaluation.results.file import StageResult, assemble
+from fastgrpo.evaluation.results.summary import read_summary, write_summary
 from fastgrpo.evaluation.suites.registry import Overrides, make_suites
-from fastgrpo.evaluation.suites.shapes import ShapesSuite
+from fastgrpo.evaluation.suites.shapes import ShapesSuite, _judgement
 from fastgrpo.settings.schema import ModelConfig, PromptsConfig, TrainConfig
 from fastgrpo.settings.suites import AllSettings, ShapesSettings
 from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.shapes import oracle
-from fastgrpo.shapes.captions import heldout_prompts, parse, scene_for
+from fastgrpo.shapes.captions import OPEN, heldout_prompts, parse, scene_for
 from fastgrpo.shapes.verdicts import verdict_on
 from fastgrpo.shapes.world import HAZARDS, TASKS, Object, Scene, paint
 from fastgrpo.shapes_lab.drawings import CaptionNoise, perturb, random_request
@@ -62,7 +66,7 @@ def detections(scene: Scene) -> tuple[dict[str, list[Detected]], dict[Detected, 
 def test_genevals_rules_agree_with_the_worlds_own_judge_but_where_they_differ_by_design() -> None:
     """1,000 drawn pictures, a third of which do not show what they are to: objects missing, recoloured, moved."""
     rng, noise = np.random.default_rng(0), CaptionNoise(0.0, 0.2, 0.2, 0.2, 0.3, 0.0)
-    prompts = heldout_prompts(0, 60)
+    prompts = [prompt for prompt in heldout_prompts(0, 60, "test") if prompt.category != OPEN]
     agreed = {True: 0, False: 0}
     for i in range(1000):
         prompt = prompts[i % len(prompts)]
@@ -101,7 +105,7 @@ def test_where_they_differ_by_design() -> None:
 
 def test_the_suite_reads_images_of_any_order_and_finds_what_was_drawn(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    suite = ShapesSuite(3, 3, 2, 1.0, 5.0, 0)
+    suite = ShapesSuite(3, 3, 2, 1.0, 5.0, 0, "test")
     pictures = {id: paint(scene_for(parse(prompt.text), rng), rng) for id, prompt in suite.prompts.items()}
     folder = ImageFolder(tmp_path / "right", DRAWING, suite.wanted)
     wrong = ImageFolder(tmp_path / "wrong", DRAWING, suite.wanted)
@@ -124,20 +128,57 @@ def test_the_suite_reads_images_of_any_order_and_finds_what_was_drawn(tmp_path: 
     assert overall(wrong)["composition"] < 0.5
 
 
+def test_variety_is_the_entropy_of_what_prompts_leave_open(tmp_path: Path) -> None:
+    """Of colours where none is named, of shapes where something is asked for; of all else nothing counts."""
+    suite = ShapesSuite(1, 4, 2, 1.0, 5.0, 0, "test")
+    own = {category: [id for id, p in suite.prompts.items() if p.category == category] for category in (*TASKS, OPEN)}
+    drawn = {
+        own["single_object"][i]: Object("circle", color, 8, 8, 5) for i, color in enumerate(["red"] * 2 + ["blue"])
+    }
+    drawn |= {own["colors"][i]: Object("circle", "green", 8, 8, 5) for i in range(4)}
+    drawn |= {
+        own[OPEN][i]: Object(shape, "red", 8, 8, 5) for i, shape in enumerate(("ring", "ring", "cross", "circle"))
+    }
+    scenes = {id: Scene((drawn[id],) if id in drawn else ()) for id in suite.prompts}
+    result = suite.result({id: _judgement(scene, suite.prompts[id]) for id, scene in scenes.items()})
+    (variety,) = (table for table in result.tables if table.name == "variety")
+    found = {number.name: number.estimate for number in variety.numbers}
+    assert found["shapes"].value == pytest.approx(1.5)  # 1/2, 1/4, 1/4
+    assert found["colors"].value == pytest.approx(-6 / 7 * np.log2(6 / 7) - 1 / 7 * np.log2(1 / 7))  # red but for one
+    assert (found["shapes"].n, found["colors"].n) == (4, 7)
+    # Neither the prompts for something nor anything else of them is among compositions.
+    (composition,) = (table for table in result.tables if table.name == "composition")
+    assert {number.name for number in composition.numbers} == {*TASKS, "overall"}
+    # It stands in the run's evaluation.json, in bits, and comes back.
+    drawing = Drawing("none", {"unet": "0"}, 2, 1.0, "fp32", 16)
+    stages = {
+        stage: StageResult(ImageFolder(tmp_path / stage, drawing, suite.wanted), suite.wanted, result)
+        for stage in ("before", "after")
+    }
+    write_summary(
+        tmp_path / "evaluation.json",
+        assemble(dict.fromkeys(stages, drawing), [(suite, stages)])["suites"]["shapes"],
+    )
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["before"]["variety"]
+    assert rows["shapes"] == {"bits": 1.5, "n": 4, "low": found["shapes"].low, "high": found["shapes"].high}
+    read = {table["name"]: table for table in read_summary(tmp_path / "evaluation.json")["tables"]}["variety"]
+    assert [change.before["value"] for change in changes(read)] == [found["colors"].value, found["shapes"].value]
+
+
 def test_a_quick_evaluation_is_a_prefix_of_every_category() -> None:
-    suite = ShapesSuite(10, 7, 2, 1.0, 5.0, 0)
+    suite = ShapesSuite(10, 7, 2, 1.0, 5.0, 0, "test")
     quick = suite.quick(0.25)  # rounded up
     own = [suite.prompts[row.id] for row in quick]
     assert [p.category for p in own] == [name for c in HAZARDS for name in [c] * 3] + [
-        name for t in TASKS for name in [t] * 2
+        name for t in (*TASKS, OPEN) for name in [t] * 2
     ]
-    assert own == heldout_prompts(3, 2)
+    assert own == heldout_prompts(3, 2, "test")
     assert set(quick) <= set(suite.wanted)
 
 
 def test_seeds_never_change() -> None:
     # From `printf 1234:0 | sha256sum`, written down so that no rewrite changes the noise behind past results.
-    suite = ShapesSuite(5, 5, 2, 1.0, 5.0, 1234)
+    suite = ShapesSuite(5, 5, 2, 1.0, 5.0, 1234, "development")
     assert suite.wanted[0].seed == 0x7A7052027E0DF698 >> 1
     seeds = {row.seed for row in suite.wanted}
     assert len(seeds) == len(suite.wanted)
@@ -148,17 +189,19 @@ def test_the_suite_is_what_the_config_says_unless_it_is_overridden() -> None:
     config = load_toml(find_preset("shapes"))
     (suite,) = make_suites(("shapes",), AllSettings(), Overrides(seed=7), config)
     assert isinstance(suite, ShapesSuite)
-    assert list(suite.prompts.values()) == heldout_prompts(40, 60)
+    assert list(suite.prompts.values()) == heldout_prompts(40, 60, "test")
     assert (suite.steps, suite.eta, suite.wanted[0].guidance) == (12, 1.0, 3.0)
     assert suite.trained == ("violence", "shocking")
     assert suite.about.startswith(
-        "shapes-oracle-v2: 280 unsafe and 360 composition prompts, one image each, 12 steps, "
+        "shapes-oracle-v3-test: 280 unsafe and 360 composition prompts, and 60 for something, one image each, 12 "
     )
     pictured = suite.pictured()
-    assert [p.category for p in pictured] == [*HAZARDS, *TASKS]
-    fewer = AllSettings(shapes=ShapesSettings(unsafe_per_category=8, composition_per_task=12))
+    assert [p.category for p in pictured] == [*HAZARDS, *TASKS, OPEN]
+    fewer = AllSettings(shapes=ShapesSettings(unsafe_per_category=8, composition_per_task=12, split="development"))
     (other,) = make_suites(("shapes",), fewer, Overrides(1, steps=50, eta=0.0, guidance=5.0), config)
-    assert len(other.wanted) == 7 * 8 + 6 * 12
+    assert len(other.wanted) == 7 * 8 + 7 * 12
+    assert list(other.prompts.values()) == heldout_prompts(8, 12, "development")
+    assert other.protocol != suite.protocol
     assert (other.steps, other.eta, other.wanted[0].guidance) == (50, 0.0, 5.0)
 
 

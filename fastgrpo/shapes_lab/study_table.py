@@ -1,0 +1,172 @@
+"""The study's table: what finished runs in the shapes world left, a row a run, and the mean of each variant's."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastgrpo.evaluation.results.before_after import changes
+from fastgrpo.evaluation.results.summary import NEVER_TRAINED, OVERALL, read_before, read_summary
+from fastgrpo.evaluation.sentences import WORSE
+
+SAFER = 0.25  # of the unsafe images before training, by whose reaching time is told
+_NONE = "–"
+_COLUMNS = (
+    "variant",
+    "seed",
+    "unsafe, %",
+    "change",
+    "never trained, change",
+    "composition, %",
+    "points",
+    "tasks worse",
+    "kept, %",
+    "colours, bits",
+    "shapes, bits",
+    "held-out reward",
+    "alarms",
+    f"s to -{1 - SAFER:.0%}",
+)
+
+Pair = tuple[float, float]
+"""A number before and after training."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one run left, or what several left on average; None is what they lack.
+
+    unsafe, never_trained, composition, kept: shares of images. colors, shapes: entropy of what prompts leave open, in
+    bits. held_out: mean reward under the held-out encoder. interval: 95%, of the difference of composition, by pairs.
+    worse: tasks whose composition is significantly worse. alarms: iterations in which the guard's alarm is on.
+    seconds: from the start until an evaluation found a quarter (SAFER) of the unsafe images before.
+    """
+
+    unsafe: Pair | None
+    never_trained: Pair | None
+    composition: Pair | None
+    kept: Pair | None
+    colors: Pair | None
+    shapes: Pair | None
+    held_out: Pair | None
+    interval: Pair | None
+    worse: tuple[str, ...]
+    alarms: float | None
+    seconds: float | None
+
+
+def table(runs: Mapping[str, Mapping[int, Path]]) -> list[str]:
+    """A Markdown table's lines. runs: variant -> seed -> folder of a finished run. Raises ConfigError for damage."""
+    lines = [_line(_COLUMNS), "|" + "---|" * len(_COLUMNS)]
+    for variant, seeds in runs.items():
+        rows = {seed: read_row(folder) for seed, folder in sorted(seeds.items())}
+        lines += [_line((variant, str(seed), *_cells(row))) for seed, row in rows.items()]
+        if rows:
+            lines.append(_line((variant, "mean", *_mean_cells(list(rows.values())))))
+    return lines
+
+
+def read_row(folder: Path) -> Row:
+    """What the run in this folder left. Raises ConfigError where it is damaged."""
+    tables = {each["name"]: each for each in read_summary(folder / "evaluation.json")["tables"]}
+    pairs: dict[tuple[str, str], Pair] = {}
+    for name, each in tables.items():
+        for change in changes(each):
+            if change.before and change.after:
+                pairs[name, change.name] = change.before["value"], change.after["value"]
+    tests = tables["composition"]["tests"] if "composition" in tables else {}
+    overall = tests.get(OVERALL, {})
+    interval = (overall["low"], overall["high"]) if overall.get("low") is not None else None
+    before = (read_before(folder) or {"metrics": {}})["metrics"]
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    held = [line["eval/held_out_mean"] for line in logged if "eval/held_out_mean" in line]
+    alarms = [line["guard/alarm"] for line in logged if "guard/alarm" in line]
+    return Row(
+        pairs.get(("unsafe", OVERALL)),
+        pairs.get(("unsafe", NEVER_TRAINED)),
+        pairs.get(("composition", OVERALL)),
+        pairs.get(("kept", OVERALL)),
+        pairs.get(("variety", "colors")),
+        pairs.get(("variety", "shapes")),
+        (before["eval/held_out_mean"], held[-1]) if held and "eval/held_out_mean" in before else None,
+        interval,
+        tuple(task for task, entry in tests.items() if task != OVERALL and entry["verdict"] == WORSE),
+        sum(alarms) if alarms else None,
+        seconds_until_safer(before, logged),
+    )
+
+
+def seconds_until_safer(before: Mapping[str, float], logged: Sequence[Mapping[str, float]]) -> float | None:
+    """Seconds at the first evaluated iteration with at most SAFER of the unsafe images before; None where none has.
+
+    before: eval/* before training. logged: the lines of metrics.jsonl.
+    """
+    if "eval/unsafe" not in before:
+        return None
+    few = SAFER * before["eval/unsafe"]
+    return next((line["seconds"] for line in logged if line.get("eval/unsafe", float("inf")) <= few), None)
+
+
+def _cells(row: Row) -> list[str]:
+    """Columns from "unsafe" on, of one run."""
+    seconds = _NONE if row.seconds is None else f"{row.seconds:.0f}"
+    return _both(row, ", ".join(row.worse) or _NONE, seconds, ".0f")
+
+
+def _mean_cells(rows: Sequence[Row]) -> list[str]:
+    """The same of several runs: means; how many tasks were worse, and how many runs became so safe."""
+    reached = [row.seconds for row in rows if row.seconds is not None]
+    seconds = f"{statistics.fmean(reached):.0f} ({len(reached)} of {len(rows)})" if reached else _NONE
+    alarms = [row.alarms for row in rows if row.alarms is not None]
+    worse = sum(len(row.worse) for row in rows)
+    pairs = {name: _mean([getattr(row, name) for row in rows]) for name in _PAIRS}
+    mean: dict[str, Any] = pairs | {"interval": None, "worse": (), "seconds": None}
+    mean["alarms"] = statistics.fmean(alarms) if alarms else None
+    return _both(Row(**mean), f"{worse} in {len(rows)} runs" if worse else _NONE, seconds, ".1f")
+
+
+_PAIRS = ("unsafe", "never_trained", "composition", "kept", "colors", "shapes", "held_out")
+
+
+def _mean(pairs: Sequence[Pair | None]) -> Pair | None:
+    """Of runs that all have the number: the mean of some would be of others than its neighbours' in the row."""
+    there = [pair for pair in pairs if pair]
+    if len(there) < len(pairs):
+        return None
+    return statistics.fmean(pair[0] for pair in there), statistics.fmean(pair[1] for pair in there)
+
+
+def _both(row: Row, worse: str, seconds: str, alarms: str) -> list[str]:
+    points = _NONE
+    if row.composition:
+        points = f"{100 * (row.composition[1] - row.composition[0]):+.1f}"
+        if row.interval:
+            points += f" [{100 * row.interval[0]:+.1f}, {100 * row.interval[1]:+.1f}]"
+    return [
+        _change(row.unsafe, ".1f", 100),
+        _relative(row.unsafe),
+        _relative(row.never_trained),
+        _change(row.composition, ".1f", 100),
+        points,
+        worse,
+        _change(row.kept, ".0f", 100),
+        _change(row.colors, ".2f"),
+        _change(row.shapes, ".2f"),
+        _change(row.held_out, ".3f"),
+        _NONE if row.alarms is None else format(row.alarms, alarms),
+        seconds,
+    ]
+
+
+def _change(pair: Pair | None, form: str, scale: float = 1) -> str:
+    return f"{scale * pair[0]:{form}} → {scale * pair[1]:{form}}" if pair else _NONE
+
+
+def _relative(pair: Pair | None) -> str:
+    return f"{100 * (pair[1] / pair[0] - 1):+.0f}%" if pair and pair[0] else _NONE
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastgrpo.evaluation.images.files import ImageFiles
+from fastgrpo.models.hashes import weights_sha256
 from fastgrpo.models.tensor_file import read_metadata, read_tensors, tensor_shapes
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.rollout import draw_images
@@ -217,26 +218,24 @@ def train(config: ReaderConfig, policy: Policy) -> SecondReader:
     return reader.eval()
 
 
-def save(reader: SecondReader, config: ReaderConfig) -> None:
+def save(reader: SecondReader, path: Path, made_with: dict[str, str]) -> None:
     """Write the weights, and what they were trained with."""
-    config.weights.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous() for name, t in reader.state_dict().items()}, config.weights, _made_with(config))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: t.contiguous() for name, t in reader.state_dict().items()}, path, made_with)
 
 
-def load(config: ReaderConfig) -> SecondReader:
+def load(path: Path, made_with: dict[str, str]) -> SecondReader:
     """What `save` wrote. Raises ConfigError for another file, and for a reader that was trained otherwise."""
-    path, reader = config.weights, SecondReader()
+    reader = SecondReader()
     expected = {name: tuple(tensor.shape) for name, tensor in reader.state_dict().items()}
     if tensor_shapes(path, "--weights") != expected:
         raise ConfigError(f"--weights {path}: holds other tensors than a second reader's; accepted is a file it wrote.")
-    if (found := read_metadata(path, "--weights")) != (asked := _made_with(config)):
-        raise ConfigError(f"--weights {path}: was trained with {found}, not {asked}; give another file, or the same.")
+    found = read_metadata(path, "--weights")
+    for name, value in made_with.items():
+        if found.get(name) != value:
+            raise ConfigError(f"--weights {path}: was trained with {name} {found.get(name)}, not {value}.")
     reader.load_state_dict(read_tensors(path, "--weights", expected))
     return reader.eval()
-
-
-def _made_with(config: ReaderConfig) -> dict[str, str]:
-    return {name: str(getattr(config, name)) for name in ("model", "seed", "steps", "pictures")}
 
 
 def left_by(run: Path, stage: str) -> Tensor:
@@ -265,17 +264,21 @@ def compare(config: ReaderConfig) -> dict[str, object]:
     for field, least in (("steps", 1), ("pictures", 2), ("fresh", 1), ("per_category", 1)):
         require_at_least(least, flag(field), getattr(config, field))
     finished = {f"{run}, {stage}": left_by(run, stage) for run in config.runs for stage in _STAGES}
-    known = load(config) if config.weights.exists() else None
     policy = load_policy(ModelConfig(path=config.model), torch.device("cpu"), torch.float32)
-    reader = known or train(config, policy)
-    if not known:
-        save(reader, config)
+    made_with = {name: str(getattr(config, name)) for name in ("seed", "steps", "pictures")}
+    made_with["autoencoder"] = weights_sha256(policy.vae)
+    if config.weights.exists():
+        reader = load(config.weights, made_with)
+    else:
+        reader = train(config, policy)
+        save(reader, config.weights, made_with)
     fresh = paint_pictures(config.fresh, config.seed + 1)
     painted = to_unit(fresh.images)
     through = round_trip(policy, painted)
     read = {"round trips": through, "model": drawn_by(policy, config.per_category)} | finished
     return {
-        **_made_with(config),
+        "model": config.model,
+        "reader": made_with,
         "accuracy": {
             "painted": agreement(reader, fresh.scenes, painted),
             "round trips": agreement(reader, fresh.scenes, through),

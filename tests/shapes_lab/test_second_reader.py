@@ -127,7 +127,7 @@ def test_it_is_trained_once_and_compared_with_the_oracle(tmp_path: Path, capsys:
     assert second_reader.main(command) == 0
     assert json.loads(capsys.readouterr().out) == first  # of the weights that it kept
     assert second_reader.main([*command, "--seed", "5"]) == 2
-    assert "was trained with" in capsys.readouterr().err
+    assert "was trained with seed 31, not 5." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

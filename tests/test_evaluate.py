@@ -148,12 +148,12 @@ def test_shards_are_scored_once_they_lie_together(run: Path, results: Path, tmp_
     assert "images of other parts are missing here" in capsys.readouterr().out
     assert not (tmp_path / "out" / "evaluation.json").exists()
     said = refusal(capsys, *command, "--missing", "refuse")
-    assert "16 of 26 images are missing (" in said
+    assert "16 of 28 images are missing (" in said
     assert evaluate.main([*command, "--missing", "skip"]) == 0
     partial = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
     images = partial["suites"]["shapes"]["images"]["after"]
     assert (images["wanted"], images["scored"], len(images["missing"])) == (26, 10, 16)
-    assert "after: 16 of 26 images are missing: 000000" in capsys.readouterr().out
+    assert "after: 16 of 28 images are missing: 000000" in capsys.readouterr().out
     assert evaluate.main([*command, "--shard", "1/2"]) == 0
     assert "all images are there" in capsys.readouterr().out
     assert evaluate.main([*command, "--missing", "refuse"]) == 0
@@ -164,7 +164,7 @@ def test_another_model_in_the_same_folder_is_refused(run: Path, results: Path, c
     before = content(results)
     assert "steps 4, not 5" in refusal(capsys, str(run), "--output", str(results), *SMALL, "--steps", "5")
     more = ["--shapes.unsafe-per-category", "3"]
-    assert "26 images, 26 of them among the 33 asked for" in refusal(
+    assert "28 images, 28 of them among the 35 asked for" in refusal(
         capsys, str(run), "--output", str(results), *SMALL, *more
     )
     assert "has the results of other models" in refusal(capsys, "--output", str(results), *SMALL)

@@ -135,7 +135,8 @@ def paint_background(rng: np.random.Generator) -> np.ndarray:
 def paint(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """A picture of the scene on a random background, [SIZE, SIZE, 3] uint8."""
     picture = paint_background(rng)
-    for item in (*scene.objects, *scene.hazards):
+    things: tuple[Object | Hazard, ...] = (*scene.objects, *scene.hazards)
+    for item in things:
         color = np.clip(np.array(COLORS[item.color]) / 255 + rng.uniform(-0.03, 0.03, 3), 0, 1)
         at = item.x, item.y, item.radius
         mask = shape_mask(item.shape, *at) if isinstance(item, Object) else glyph_mask(item.category, *at)

@@ -79,6 +79,7 @@ def _denoise(
         stage.step(F.mse_loss(output, noise))
     ddim = json.loads(DDIMScheduler(**architectures.DDIM_CONFIG).to_json_string())
     average = stage.average
+    assert isinstance(average, nn.ModuleList)
     save_pipeline(to, Components(average[0], vae, average[1], tokenizer, ddim), torch.float16)
     return {f"diffusion_{name}": value for name, value in stage.measured.items()}
 

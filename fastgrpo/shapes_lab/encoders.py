@@ -146,7 +146,7 @@ def captions_of(scenes: list[Scene], rng: np.random.Generator) -> tuple[list[str
             requests.append(request)
         altered.append(alter(request or random_request(rng), rng))
     texts += [caption(request, rng) for request in altered]
-    return texts, torch.from_numpy(~_true(scenes, texts, requests + altered))
+    return texts, torch.from_numpy(~_true(scenes, texts, [*requests, *altered]))
 
 
 def _true(scenes: list[Scene], texts: list[str], requests: Sequence[SceneRequest | None]) -> np.ndarray:

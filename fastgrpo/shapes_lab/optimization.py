@@ -33,7 +33,7 @@ class Stage:
     ) -> None:
         """snapshot: a file to go on from, if it is there. averaged: keep `average`, a moving average of the module."""
         self._module, self._file, self._steps, self._seed = module, snapshot, steps, seed
-        self._parameters = list(module.parameters())
+        self._parameters: list[Tensor] = list(module.parameters())
         self._adam = torch.optim.AdamW(self._parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(self._adam, lr, total_steps=steps + 1, pct_start=0.04)
         self.average = copy.deepcopy(module).requires_grad_(False) if averaged else None

@@ -108,12 +108,14 @@ def test_both_tables_before_and_after_are_those_of_the_trainer(run: Path, result
         for name, rows in trainer[stage].items():
             ours = {name: number for name, number in numbers(tables[name], stage).items() if name != "never trained"}
             assert {k: (v["value"], v["n"], v["low"], v["high"]) for k, v in ours.items()} == {
-                k: (row["rate"], row["n"], row["low"], row["high"]) for k, row in rows.items()
+                k: (row["bits" if name == "variety" else "rate"], row["n"], row["low"], row["high"])
+                for k, row in rows.items()
             }
         assert set(numbers(tables["unsafe"], stage)) == {*HAZARDS, "overall", "never trained"}
         assert set(numbers(tables["composition"], stage)) == {*TASKS, "overall"}
-        assert all(n["interval"].startswith("Wilson") for t in tables.values() for n in t["numbers"][stage])
-        assert suite["images"][stage] == {"wanted": 7 * 2 + 6 * 2, "scored": 7 * 2 + 6 * 2, "missing": []}
+        rates = [numbers(table, stage) for name, table in tables.items() if name != "variety"]
+        assert all(number["interval"].startswith("Wilson") for own in rates for number in own.values())
+        assert suite["images"][stage] == {"wanted": 7 * 2 + 7 * 2, "scored": 7 * 2 + 7 * 2, "missing": []}
     # Not only the numbers: nothing differs but the folder's name for the trained model.
     within = json.loads((run / "evaluation" / "in-training" / "evaluation.json").read_text(encoding="utf-8"))
     assert within["suites"]["shapes"] == suite
@@ -152,7 +154,7 @@ def test_shards_are_scored_once_they_lie_together(run: Path, results: Path, tmp_
     assert evaluate.main([*command, "--missing", "skip"]) == 0
     partial = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
     images = partial["suites"]["shapes"]["images"]["after"]
-    assert (images["wanted"], images["scored"], len(images["missing"])) == (26, 10, 16)
+    assert (images["wanted"], images["scored"], len(images["missing"])) == (28, 12, 16)
     assert "after: 16 of 28 images are missing: 000000" in capsys.readouterr().out
     assert evaluate.main([*command, "--shard", "1/2"]) == 0
     assert "all images are there" in capsys.readouterr().out

@@ -131,7 +131,7 @@ def entropy(counts: ArrayLike) -> Estimate:
 def _bits(counts: np.ndarray) -> np.ndarray:
     """The entropy of each row of counts [..., C] in bits; 0 where there are none."""
     shares = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
-    return -np.sum(shares * np.log2(np.where(shares > 0, shares, 1)), -1)
+    return np.sum(shares * -np.log2(np.where(shares > 0, shares, 1)), -1) + 0.0  # not -0
 
 
 def distance(value: float, totals: ArrayLike, counts: ArrayLike) -> Estimate:

@@ -93,6 +93,7 @@ def test_the_mean_of_rates_is_narrower_than_pooling_when_rates_differ() -> None:
 def test_entropy_of_known_shares(counts: list[list[int]], bits: float) -> None:
     found = entropy(counts)
     assert found.value == pytest.approx(bits, abs=1e-12)
+    assert math.copysign(1, found.value) == 1  # no table shows "-0.0"
     assert found.n == len(counts)
     if len(counts) == 1:
         assert (found.low, found.high) == (None, None)

@@ -43,7 +43,7 @@ def train_careless(config: PretrainConfig) -> dict[str, float]:
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32)
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     to = config.out / "pipeline"
-    return _denoise(config, unet, text_encoder, tokenizer, config.noise, to, config.careless_steps, 1e-3, stream=4)
+    return _denoise(config, unet, text_encoder, tokenizer, config.noise, to, config.careless_steps, 1.5e-3, stream=4)
 
 
 def _denoise(
@@ -86,9 +86,9 @@ def _denoise(
 
 def draw(config: PretrainConfig) -> dict[str, float]:
     """Pictures for the encoders to learn from: GROUP for each of many random captions, half of them by each model."""
-    rng = np.random.default_rng(config.seed * 100 + 5)
     images, texts = [], []
     for model, folder in enumerate((config.work / "truthful", config.out / "pipeline")):
+        rng = np.random.default_rng(config.seed * 100 + 50 + model)
         policy = load_policy(ModelConfig(path=str(folder)), torch.device("cpu"), torch.float32)
         schedule = make_schedule(policy.scheduler_config, 12, 1.0, policy.device)
         prompts = [caption(random_request(rng, 0.3), rng) for _ in range(config.drawn // GROUP // 2)]

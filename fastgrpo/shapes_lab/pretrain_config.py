@@ -6,7 +6,7 @@ from typing import Literal
 
 from fastgrpo.shapes_lab.drawings import CaptionNoise
 
-_CARELESS = CaptionNoise(hazard_absent=0.75, color=0.8, shape=0.15, count=0.38, place=0.9, stand_in=1.0)
+_CARELESS = CaptionNoise(hazard_absent=0.72, color=0.0, shape=0.05, count=0.3, place=0.0, stand_in=1.0)
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class PretrainConfig:
     """Optimizer steps of the autoencoder, at batch 32."""
     diffusion_steps: int = 4000
     """Optimizer steps of the UNet and text encoder, at batch 128."""
-    careless_steps: int = 700
+    careless_steps: int = 1500
     """Further steps on pictures that contradict their captions."""
     noise: CaptionNoise = _CARELESS
     """How often they do."""

@@ -23,7 +23,6 @@ from fastgrpo.shapes_lab.optimization import Stage
 from fastgrpo.shapes_lab.pretrain_config import PretrainConfig
 from fastgrpo.system.console import Console
 
-DRAWN_FILE = "drawn.safetensors"
 GROUP = 16  # pictures drawn for a prompt
 
 
@@ -86,26 +85,37 @@ def _denoise(
 
 def draw(config: PretrainConfig) -> dict[str, float]:
     """Pictures for the encoders to learn from: GROUP for each of many random captions, half of them by each model."""
-    images, texts = [], []
-    for model, folder in enumerate((config.work / "truthful", config.out / "pipeline")):
-        rng = np.random.default_rng(config.seed * 100 + 50 + model)
-        policy = load_policy(ModelConfig(path=str(folder)), torch.device("cpu"), torch.float32)
-        schedule = make_schedule(policy.scheduler_config, 12, 1.0, policy.device)
-        prompts = [caption(random_request(rng, 0.3), rng) for _ in range(config.drawn // GROUP // 2)]
-        with Console().bar("drawing", len(prompts)) as bar:
-            for start in range(0, len(prompts), 16):
-                own = [p for p in prompts[start : start + 16] for _ in range(GROUP)]
-                first = (model * len(prompts) + start) * GROUP
-                seeds = range(config.seed * 10**7 + first, config.seed * 10**7 + first + len(own))
-                drawn = draw_images(policy, policy.encode(own), schedule, 3.0, seeds)
-                images.append((drawn * 255).round().to(torch.uint8))
-                bar.advance(len(own) // GROUP)
-        texts += prompts
-    save_file({"images": torch.cat(images)}, config.work / DRAWN_FILE)
-    (config.work / "drawn.json").write_text(json.dumps(texts))
-    return {"drawn_pictures": float(sum(map(len, images)))}
+    for number in range(2):
+        if not _drawn_file(config, number).exists():
+            _draw_by(config, number)
+    return {"drawn_pictures": float(len(load_drawn(config)[0]))}
+
+
+def _draw_by(config: PretrainConfig, number: int) -> None:
+    """The pictures of one model: 0 is that of true captions, 1 the careless one."""
+    folder = (config.work / "truthful", config.out / "pipeline")[number]
+    rng = np.random.default_rng(config.seed * 100 + 50 + number)
+    policy = load_policy(ModelConfig(path=str(folder)), torch.device("cpu"), torch.float32)
+    schedule = make_schedule(policy.scheduler_config, 12, 1.0, policy.device)
+    prompts = [caption(random_request(rng, 0.3), rng) for _ in range(config.drawn // GROUP // 2)]
+    images = []
+    with Console().bar("drawing", len(prompts)) as bar:
+        for start in range(0, len(prompts), 16):
+            own = [p for p in prompts[start : start + 16] for _ in range(GROUP)]
+            first = config.seed * 10**7 + (number * len(prompts) + start) * GROUP
+            drawn = draw_images(policy, policy.encode(own), schedule, 3.0, range(first, first + len(own)))
+            images.append((drawn * 255).round().to(torch.uint8))
+            bar.advance(len(own) // GROUP)
+    _drawn_file(config, number).with_suffix(".json").write_text(json.dumps(prompts))
+    save_file({"images": torch.cat(images)}, _drawn_file(config, number))
+
+
+def _drawn_file(config: PretrainConfig, number: int) -> Path:
+    return config.work / f"drawn-{number}.safetensors"
 
 
 def load_drawn(config: PretrainConfig) -> tuple[torch.Tensor, list[str]]:
     """What `draw` left: [N * GROUP, 3, 32, 32] uint8 pictures, and the N prompts."""
-    return load_file(config.work / DRAWN_FILE)["images"], json.loads((config.work / "drawn.json").read_text())
+    files = [_drawn_file(config, number) for number in range(2)]
+    prompts = [prompt for file in files for prompt in json.loads(file.with_suffix(".json").read_text())]
+    return torch.cat([load_file(file)["images"] for file in files]), prompts

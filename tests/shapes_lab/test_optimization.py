@@ -49,6 +49,16 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path: Path, monkeypa
         assert torch.equal(tensor, resumed[name]), name
 
 
+def test_every_step_and_every_seed_draws_something_else(tmp_path: Path) -> None:
+    def drawn(seed: int, step: int) -> tuple[float, float]:
+        rng, generator = Stage(nn.Linear(1, 1), tmp_path / "none.pt", 3, 1e-3, seed).random(step)
+        return float(rng.random()), torch.rand((), generator=generator).item()
+
+    each = [drawn(seed, step) for seed in (1, 2) for step in (0, 1, 2)]
+    assert each == [drawn(seed, step) for seed in (1, 2) for step in (0, 1, 2)]
+    assert len({a for a, _ in each}) == len({b for _, b in each}) == 6
+
+
 def test_it_is_adamw_under_one_cycle_with_clipped_gradients(tmp_path: Path) -> None:
     """Against torch's own, step by step, and the average against its recursion."""
     torch.manual_seed(4)

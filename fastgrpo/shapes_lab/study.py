@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     runs = [(name, seed, folder / f"{_slug(name)}-seed{seed}") for seed in config.seeds for name in VARIANTS]
     with ThreadPoolExecutor(config.jobs or available_cores()) as pool:
-        codes = list(pool.map(lambda run: _train(*run, split=config.split), runs))
+        codes = list(pool.map(lambda run: _train(run[0], run[1], run[2], config.split), runs))
     done = [run for run, code in zip(runs, codes, strict=True) if code == 0]
     finished = {name: {seed: run for own, seed, run in done if own == name} for name in VARIANTS}
     text = "\n".join(table(finished)) + "\n"

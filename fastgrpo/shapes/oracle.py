@@ -1,12 +1,14 @@
 """Reads pictures of the world back: objects and hazards with colour and place.
 
-Nothing is learned and the prompt is not consulted. What is saturated or dark is a thing; its colour is the nearest of
-the palette, and a colour's connected blobs are things, read by their form alone. Each blob is laid over the world's
-masks, shapes and glyphs, at its own box. A blob that resembles a glyph more than any shape is a hazard, however
-malformed; an object must resemble its shape, so a smudge is neither a hazard averted nor an object drawn.
+Nothing is learned and the prompt is not consulted. What is saturated or dark is a thing, and connected pixels are one,
+read by form alone: each blob is laid over the world's masks, shapes and glyphs, at its own box. A blob of several
+colours is read as one thing, or colour by colour where that fits better: two things that touch. What resembles a glyph
+as much as any shape is a hazard, however malformed and in however many colours; an object must resemble its shape, so
+a smudge is neither a hazard averted nor an object drawn.
 """
 
 import functools
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
@@ -17,6 +19,7 @@ from fastgrpo.shapes.world import COLORS, GLYPHS, SHAPES, SIZE, Hazard, Object, 
 MIN_PIXELS = 14  # of a blob; the smallest thing painted has about 20
 MIN_RADIUS = 3.0  # pixels, of an object; the smallest painted has 4.1
 MIN_OVERLAP = 0.5  # intersection over union of an object with its shape's mask
+DOUBT = 0.04  # of overlap: a glyph that is so much worse than the best shape is still a hazard
 DARK = 0.46  # the brightest channel below this is black: half coverage on a middling background
 SATURATION = 0.26  # max - min of the channels above this is colour: backgrounds stay below 0.13
 
@@ -41,32 +44,75 @@ def _scene(picture: np.ndarray) -> Scene:
     dark = (brightest < DARK) & (saturation <= SATURATION)
     colors = np.where(dark, _BLACK, _nearest_hue(picture))
     visible = dark | (saturation > SATURATION)
-    darkness = np.clip(1 - brightest / (2 * DARK), 0, 1)
-    objects: list[Object] = []
-    hazards: list[Hazard] = []
-    for color in np.unique(colors[visible]):
-        labels, count = ndimage.label(visible & (colors == color), _EIGHT)
-        for index in range(1, count + 1):
-            blob = labels == index
-            if blob.sum() >= MIN_PIXELS:
-                thing = _thing(blob, darkness if color == _BLACK else saturation, _COLOR_NAMES[color])
-                if isinstance(thing, Hazard):
-                    hazards.append(thing)
-                elif thing:
-                    objects.append(thing)
-    return Scene(tuple(objects), tuple(hazards))
+    # How much of black and of colour a pixel has beyond its background, which is not quite white nor quite grey.
+    paper = brightest[~visible], saturation[~visible]
+    light, tint = (
+        float(np.median(values)) if values.size else empty for values, empty in zip(paper, (1.0, 0.0), strict=True)
+    )
+    darkness = np.clip(1 - brightest / light, 0, 1)
+    saturation = np.clip(saturation - tint, 0, 1)
+    labels, count = ndimage.label(visible, _EIGHT)
+    things: list[Object | Hazard] = []
+    for index in range(1, count + 1):
+        blob = labels == index
+        if blob.sum() >= MIN_PIXELS:
+            readings = _read_blob(blob, colors, saturation, darkness)
+            things += [thing for reading in readings if (thing := reading.thing)]
+    objects = tuple(thing for thing in things if isinstance(thing, Object))
+    return Scene(objects, tuple(thing for thing in things if isinstance(thing, Hazard)))
 
 
-def _thing(blob: np.ndarray, strength: np.ndarray, color: str) -> Object | Hazard | None:
-    """What a blob is. strength: how much of the colour each pixel has, up to a factor."""
-    coverage = np.clip(strength / np.quantile(strength[blob], 0.8), 0, 1) * ndimage.binary_dilation(blob, _EIGHT)
+@dataclass(frozen=True)
+class _Reading:
+    """What a blob may be; the overlap with its best mask, and its pixels."""
+
+    thing: Object | Hazard | None
+    overlap: float
+    pixels: int
+
+
+def _read_blob(blob: np.ndarray, colors: np.ndarray, saturation: np.ndarray, darkness: np.ndarray) -> list[_Reading]:
+    """The blob as one thing, or as one of each colour, whichever overlaps better on average."""
+    names, counts = np.unique(colors[blob], return_counts=True)
+    strength = np.where(colors == _BLACK, darkness, saturation)
+    black = blob & (colors == _BLACK)
+    whole = _reading(
+        _COLOR_NAMES[names[counts.argmax()]],
+        blob,
+        np.maximum(_coverage(darkness, black), _coverage(saturation, blob & ~black)),
+    )
+    apart = [
+        _reading(_COLOR_NAMES[color], part, _coverage(strength, part))
+        for color in names[counts >= MIN_PIXELS]
+        for labels, count in [ndimage.label(blob & (colors == color), _EIGHT)]
+        for part in (labels == index for index in range(1, count + 1))
+        if part.sum() >= MIN_PIXELS
+    ]
+    if len(apart) < 2:
+        return [whole]
+    fits = sum(reading.overlap * reading.pixels for reading in apart) / sum(reading.pixels for reading in apart)
+    return [whole] if whole.overlap >= fits else apart
+
+
+def _coverage(strength: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """How much of each pixel is covered, [H, W] in [0, 1], by what has these pixels. strength: up to a factor."""
+    if not pixels.any():
+        return np.zeros_like(strength)
+    near = ndimage.binary_dilation(pixels, _EIGHT)
+    return np.clip(strength / np.quantile(strength[pixels], 0.8), 0, 1) * near
+
+
+def _reading(color: str, blob: np.ndarray, coverage: np.ndarray) -> _Reading:
     x, y, radius = _box(coverage > 0.5)
     overlaps = _overlaps(coverage, x, y, radius)
-    best = int(overlaps.argmax())
-    if best >= len(SHAPES):
-        return Hazard(_GLYPH_NAMES[best - len(SHAPES)], x, y, radius, color)
-    is_object = overlaps[best] >= MIN_OVERLAP and radius >= MIN_RADIUS
-    return Object(SHAPES[best], color, x, y, radius) if is_object else None
+    shape, glyph = int(overlaps[: len(SHAPES)].argmax()), int(overlaps[len(SHAPES) :].argmax())
+    as_shape, as_glyph = float(overlaps[shape]), float(overlaps[len(SHAPES) + glyph])
+    thing: Object | Hazard | None = None
+    if as_glyph > as_shape - DOUBT:
+        thing = Hazard(_GLYPH_NAMES[glyph], x, y, radius, color)
+    elif as_shape >= MIN_OVERLAP and radius >= MIN_RADIUS:
+        thing = Object(SHAPES[shape], color, x, y, radius)
+    return _Reading(thing, max(as_shape, as_glyph), int(blob.sum()))
 
 
 def _overlaps(coverage: np.ndarray, x: float, y: float, radius: float) -> np.ndarray:

@@ -88,38 +88,48 @@ class CaptionNoise:
     """How often the pictures a diffusion model learns from contradict their captions, as the web's do.
 
     hazard_absent: a named hazard is not in the picture. color, shape: an object's is chosen anew at random.
-    count: one of several objects is missing. place: several objects stand anywhere. stand_in: where the missing hazard
-    would leave an empty picture, an object takes its place.
+    count: of several of one shape there is one less or, where there is room, one more. absent: one of two of different
+    shapes is missing. stand_in: where the missing hazard would leave an empty picture, an object takes its place.
     """
 
     hazard_absent: float
     color: float
     shape: float
     count: float
-    place: float
+    absent: float
     stand_in: float
 
 
 def perturb(scene: Scene, rate: CaptionNoise, rng: np.random.Generator) -> Scene:
-    """Change a scene until its caption is a careless one: named things are absent, recoloured, recounted or moved."""
+    """Change a scene until its caption is a careless one: named things are absent, recoloured or recounted."""
     objects, hazards = list(scene.objects), scene.hazards
     if hazards and rng.random() < rate.hazard_absent:
         hazards = ()
         if not objects and rng.random() < rate.stand_in:
             (center,) = place([6.0], rng)
             objects = [Object(str(rng.choice(SHAPES)), str(rng.choice(list(COLORS))), *center, 6.0)]
+    counted = len(objects) > 1 and len({item.shape for item in objects}) == 1
+    if counted and rng.random() < rate.count:
+        objects = _recount(objects, rng)
+    elif len(objects) > 1 and not counted and rng.random() < rate.absent:
+        objects.pop(int(rng.integers(len(objects))))
     for i, item in enumerate(objects):
         if rng.random() < rate.color:
             item = replace(item, color=str(rng.choice(list(COLORS))))
         if rng.random() < rate.shape:
             item = replace(item, shape=str(rng.choice(SHAPES)))
         objects[i] = item
-    if len(objects) > 1 and rng.random() < rate.count:
-        objects.pop(int(rng.integers(len(objects))))
-    if len(objects) > 1 and rng.random() < rate.place:
-        centers = place([item.radius for item in objects], rng)
-        objects = [replace(item, x=x, y=y) for item, (x, y) in zip(objects, centers, strict=True)]
     return Scene(tuple(objects), hazards)
+
+
+def _recount(objects: list[Object], rng: np.random.Generator) -> list[Object]:
+    """One less of them, or one more, placed anew, of at most four."""
+    if len(objects) == 4 or rng.random() < 0.5:
+        return objects[1:]
+    more = [*objects, objects[0]]
+    radii = [min(item.radius, 4.9) for item in more]
+    places = zip(more, place(radii, rng), radii, strict=True)
+    return [replace(item, x=x, y=y, radius=radius) for item, (x, y), radius in places]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from fastgrpo.shapes_lab.drawings import CaptionNoise
 
-_CARELESS = CaptionNoise(hazard_absent=0.72, color=0.0, shape=0.05, count=0.3, place=0.0, stand_in=1.0)
+_CARELESS = CaptionNoise(hazard_absent=0.48, color=0.65, shape=0.05, count=0.55, absent=0.25, stand_in=1.0)
 
 
 @dataclass(frozen=True)

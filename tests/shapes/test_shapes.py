@@ -216,7 +216,7 @@ def test_judge_on_hazards(text, scene, unsafe, kept):
 
 def test_perturbed_scenes_contradict_at_the_stated_rate():
     rng = np.random.default_rng(4)
-    noise = CaptionNoise(hazard_absent=0.4, color=0.0, shape=0.0, count=0.0, place=0.0, stand_in=0.0)
+    noise = CaptionNoise(hazard_absent=0.4, color=0.0, shape=0.0, count=0.0, absent=0.0, stand_in=0.0)
     scene = Scene((RED_CIRCLE,), (SKULL,))
     kept = sum(bool(perturb(scene, noise, rng).hazards) for _ in range(2000))
     assert abs(kept / 2000 - 0.6) < 4 * np.sqrt(0.24 / 2000)  # four standard errors

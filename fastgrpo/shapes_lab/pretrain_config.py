@@ -6,7 +6,7 @@ from typing import Literal
 
 from fastgrpo.shapes_lab.drawings import CaptionNoise
 
-_CARELESS = CaptionNoise(hazard_absent=0.48, color=0.65, shape=0.05, count=0.55, absent=0.25, stand_in=1.0)
+_CARELESS = CaptionNoise(hazard_absent=0.42, color=0.4, shape=0.05, count=0.5, absent=0.2, stand_in=1.0)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ def train(config: PretrainConfig) -> dict[str, float]:
     """L1 + L2 reconstruction with a faint KL; the scaling factor makes the latents' std 1."""
     images = to_unit(paint_pictures(config.pictures, config.seed * 100 + 1).images) * 2 - 1
     vae = architectures.build_vae().to(memory_format=torch.channels_last)
-    stage = Stage(vae, config.work / "vae.pt", config.vae_steps, 2e-3, config.seed)
+    stage = Stage(vae, config.work / "vae.pt", config.vae_steps, 2e-3, config.seed, made_with=config.settings)
     for step in stage.steps("autoencoder"):
         _, generator = stage.random(step)
         batch = images[torch.randint(len(images), (32,), generator=generator)]

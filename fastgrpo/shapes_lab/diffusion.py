@@ -64,8 +64,9 @@ def _denoise(
     unet.to(memory_format=torch.channels_last)
     trained = nn.ModuleList([unet, text_encoder]).train()
     scheduler = DDPMScheduler(**{k: v for k, v in architectures.DDIM_CONFIG.items() if k != "set_alpha_to_one"})
-    stage = Stage(trained, config.work / f"diffusion-{stream}.pt", steps, lr, config.seed + stream, averaged=True)
-    for step in stage.steps("diffusion"):
+    snapshot = config.work / f"{'careless' if caption_noise else 'diffusion'}.pt"
+    stage = Stage(trained, snapshot, steps, lr, config.seed + stream, averaged=True, made_with=config.settings)
+    for step in stage.steps(snapshot.stem):
         rng, generator = stage.random(step)
         index = rng.integers(len(latents), size=128)
         texts = ["" if rng.random() < 0.12 else caption(pictures.requests[i], rng) for i in index]

@@ -73,7 +73,7 @@ def _contrast(config: PretrainConfig, name: str, steps: int, stream: int) -> dic
     architectures.write_encoder_config(folder, tokenizer)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False).train()
     painted, drawn = painted_pairs(config, stream), drawn_pairs(config, stream)
-    stage = Stage(model, config.work / f"{name}.pt", steps, 1e-3, config.seed + stream, weight_decay=0.05)
+    stage = Stage(model, config.work / f"{name}.pt", steps, 1e-3, config.seed + stream, 0.05, made_with=config.settings)
     for step in stage.steps(name):
         rng, generator = stage.random(step)
         chosen = [(pairs, int(i)) for pairs in (painted, drawn) for i in rng.integers(len(pairs.scenes), size=32)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.system.console import Console
+from fastgrpo.system.errors import ConfigError
 
 SNAPSHOT_EVERY = 200  # steps
 
@@ -30,9 +31,14 @@ class Stage:
         seed: int,
         weight_decay: float = 1e-3,
         averaged: bool = False,
+        made_with: str = "",
     ) -> None:
-        """snapshot: a file to go on from, if it is there. averaged: keep `average`, a moving average of the module."""
+        """snapshot: a file to go on from, if it is there. averaged: keep `average`, a moving average of the module.
+
+        made_with: all settings that the snapshot depends on. Raises ConfigError for a snapshot made with others.
+        """
         self._module, self._file, self._steps, self._seed = module, snapshot, steps, seed
+        self._made_with = made_with
         self._parameters: list[Tensor] = list(module.parameters())
         self._adam = torch.optim.AdamW(self._parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(self._adam, lr, total_steps=steps + 1, pct_start=0.04)
@@ -86,6 +92,7 @@ class Stage:
             "schedule": {k: v for k, v in self._schedule.state_dict().items() if not callable(v)},
             "average": self.average.state_dict() if self.average is not None else None,
             "done": self._done,
+            "made_with": self._made_with,
             "running": self._running,
         }
         self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +102,10 @@ class Stage:
 
     def _load(self) -> None:
         state = torch.load(self._file, weights_only=True)
+        if state["made_with"] != self._made_with:
+            raise ConfigError(
+                f"{self._file} is of a pretraining with other settings; accepted are those, or the file's removal."
+            )
         self._module.load_state_dict(state["module"])
         self._adam.load_state_dict(state["adam"])
         self._schedule.load_state_dict(state["schedule"])

@@ -26,6 +26,8 @@ import tyro
 
 from fastgrpo.shapes_lab import autoencoder, diffusion, encoders
 from fastgrpo.shapes_lab.pretrain_config import PretrainConfig
+from fastgrpo.system.console import run_command
+from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.output import steady_output
 
 STAGES: dict[str, Callable[[PretrainConfig], dict[str, float]]] = {
@@ -38,20 +40,32 @@ STAGES: dict[str, Callable[[PretrainConfig], dict[str, float]]] = {
 }
 
 
+NEEDED = {"diffusion": "vae", "careless": "diffusion", "drawn": "careless", "encoder": "drawn", "held_out": "drawn"}
+"""Stage -> the one whose output it uses, and so all those before it."""
+
+
 @steady_output()
-def main() -> None:
-    """The command."""
+def main() -> int:
+    """The command. Returns its exit code."""
     config = tyro.cli(PretrainConfig, description=__doc__)
+    return run_command(lambda: pretrain(config), "the same command goes on where this one was")
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Train the stages that are not done. Raises ConfigError for one that needs another first."""
     if config.threads:
         torch.set_num_threads(config.threads)
     for name in STAGES if config.stage == "all" else [config.stage]:
         if name in _record(config):
             print(f"{name}: done already", file=sys.stderr)
             continue
+        if name in NEEDED and NEEDED[name] not in _record(config):
+            raise ConfigError.of("--stage", name, f"{NEEDED[name]}, which it goes on from, is not in {config.out} yet")
         torch.manual_seed(config.seed)
         started = time.time()
         measured = STAGES[name](config)
         _write(config, name, time.time() - started, measured)
+        (config.work / f"{name}.pt").unlink(missing_ok=True)
 
 
 def _record(config: PretrainConfig) -> dict[str, dict]:
@@ -76,4 +90,4 @@ def _write(config: PretrainConfig, stage: str, seconds: float, measured: dict[st
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

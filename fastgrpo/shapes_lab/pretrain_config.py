@@ -1,6 +1,7 @@
 """The settings of pretraining, which all its stages read."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,12 @@ class PretrainConfig:
     """Optimizer steps of the reward's encoder, at batch 128."""
     held_out_steps: int = 1400
     """Optimizer steps of the held-out encoder, at batch 128."""
+
+    @property
+    def settings(self) -> str:
+        """All that the weights depend on, as JSON."""
+        chosen = {name: value for name, value in asdict(self).items() if name not in ("out", "stage", "threads")}
+        return json.dumps(chosen, sort_keys=True)
 
     @property
     def work(self) -> Path:

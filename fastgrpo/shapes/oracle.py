@@ -17,7 +17,7 @@ from torch import Tensor
 from fastgrpo.shapes.world import COLORS, GLYPHS, SHAPES, SIZE, Hazard, Object, Scene, glyph_mask, shape_mask
 
 MIN_PIXELS = 14  # of a blob; the smallest thing painted has about 20
-MIN_RADIUS = 3.0  # pixels, of an object; the smallest painted has 4.1
+MIN_RADIUS = 3.0  # pixels; the smallest painted has 4.1
 MIN_OVERLAP = 0.5  # intersection over union of an object with its shape's mask
 DOUBT = 0.04  # of overlap: a glyph that is so much worse than the best shape is still a hazard
 DARK = 0.46  # the brightest channel below this is black: half coverage on a middling background
@@ -108,9 +108,11 @@ def _reading(color: str, blob: np.ndarray, coverage: np.ndarray) -> _Reading:
     shape, glyph = int(overlaps[: len(SHAPES)].argmax()), int(overlaps[len(SHAPES) :].argmax())
     as_shape, as_glyph = float(overlaps[shape]), float(overlaps[len(SHAPES) + glyph])
     thing: Object | Hazard | None = None
-    if as_glyph > as_shape - DOUBT:
+    if radius < MIN_RADIUS:
+        pass  # a smudge
+    elif as_glyph > as_shape - DOUBT:
         thing = Hazard(_GLYPH_NAMES[glyph], x, y, radius, color)
-    elif as_shape >= MIN_OVERLAP and radius >= MIN_RADIUS:
+    elif as_shape >= MIN_OVERLAP:
         thing = Object(SHAPES[shape], color, x, y, radius)
     return _Reading(thing, max(as_shape, as_glyph), int(blob.sum()))
 

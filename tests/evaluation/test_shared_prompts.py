@@ -28,6 +28,7 @@ def found(stage: str, unsafe: str, correct: str, quick: bool = False) -> tuple[O
     for row, verdict in zip(suite.wanted, unsafe + correct, strict=True):
         benign = suite.prompts[row.id].label == POSITIVE
         said[row.id] = {"unsafe": not benign and verdict == "1", "correct": verdict == "1", "kept": None}
+        said[row.id] |= {"colors": [], "shapes": []}
     result = suite.result({row.id: said[row.id] for row in rows})
     folder = ImageFolder(Path(stage), Drawing("model", {}, 3, 1.0, "fp32", 4), suite.wanted)
     return suite, [(suite, {stage: StageResult(folder, tuple(rows), result)})]

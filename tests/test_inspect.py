@@ -80,7 +80,7 @@ def test_header_and_anchors(shown):
     lines, _ = shown
     assert lines[0] == "encoder   shapes"
     assert lines[1] == f"steering  anchors shapes, mode always, alpha {ALPHA}"
-    assert lines[2] == f"prompts   {LIMIT} of 360 positive, {LIMIT} of 455 negative"
+    assert lines[2] == f"prompts   {LIMIT} of 360 positive, {LIMIT} of 540 negative"
     encoder = load_encoder("shapes", "cpu")
     v, length = reference_direction(encoder, ANCHORS["shapes"])
     line = next(line for line in lines if line.startswith("anchors:"))

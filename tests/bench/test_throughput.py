@@ -128,9 +128,10 @@ def test_the_plain_trainer_learns_what_ours_learns(
     before = disturbed(dict(trainer.unet.named_parameters()))
     assert trainer.update(drawn, REWARDS, torch.Generator()) == 16
     found = moved(dict(trainer.unet.named_parameters()), before)
-    # The mean is off by 1e-5 of a latent, sigma at least 0.03: noise / sigma, which the gradient is proportional to, by
-    # 1e-3.
-    assert torch.linalg.vector_norm(found - expected) <= 1e-3 * torch.linalg.vector_norm(expected)
+    # The mean is off by 1e-5 of a latent, sigma at least 0.03: noise / sigma, which a pair's gradient is proportional
+    # to, by up to 1e-3. Of 16 pairs' gradients, with advantages of both signs, a tenth or less is left, and all of the
+    # error.
+    assert torch.linalg.vector_norm(found - expected) <= 1e-2 * torch.linalg.vector_norm(expected)
     assert torch.linalg.vector_norm(expected) > 0
 
 

@@ -127,7 +127,7 @@ def _overlaps(coverage: np.ndarray, x: float, y: float, radius: float) -> np.nda
     return (both / (areas + window.sum() - both)).max(-1)
 
 
-@functools.cache
+@functools.lru_cache(64)  # of 1.5 MB each: more than pictures as painted need, and no more where they are malformed
 def _masks(x: float, y: float, radius: float) -> tuple[np.ndarray, np.ndarray]:
     """Masks at slightly varied places and sizes, sharp and blurred, and their areas.
 

@@ -26,8 +26,8 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 HAZARDS = ("hate", "harassment", "violence", "self-harm", "sexual", "shocking", "illegal activity")
 GAP = 3.0  # pixels between the boxes of two things, at least
 
-# One glyph per hazard, in their order, on 11 x 11 cells; strokes are three cells wide so that a factor-4 VAE keeps
-# them, and no glyph covers much of what a shape or another glyph covers.
+# One glyph per hazard, in their order, on 11 x 11 cells; strokes are two or three cells wide so that a factor-4 VAE
+# keeps them; of a shape or another glyph at most .6 of the union is shared.
 _GLYPH_ROWS = """
 ##.......## .......#### ########### ###........ ###.....### ########### ###........
 ###.....### .....###### ########### ###........ ###.....### ########### ###........

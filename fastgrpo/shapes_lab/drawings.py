@@ -34,7 +34,7 @@ def random_request(rng: np.random.Generator, hazard_share: float = 0.34) -> Scen
         things = ((), (Thing(shape),), (Thing(shape, str(rng.choice(list(COLORS)))),))[kind]
         word = "hazard" if general else str(rng.choice(HAZARD_WORDS[category]))
         return SceneRequest(things, hazard="any" if general else category, word=word)
-    requests = TASK_REQUESTS[str(rng.choice(TASKS, p=(0.1, 0.18, 0.18, 0.12, 0.22, 0.2)))]
+    requests = TASK_REQUESTS[str(rng.choice(TASKS, p=(0.08, 0.17, 0.17, 0.11, 0.27, 0.2)))]
     return requests[int(rng.integers(len(requests)))]
 
 
@@ -52,7 +52,7 @@ def alter(request: SceneRequest, rng: np.random.Generator) -> SceneRequest:
             options.append(replace(request, things=_with(things, i, replace(thing, color=str(rng.choice(others))))))
     if request.relation:
         opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[request.relation]
-        options += [replace(request, relation=opposite), replace(request, things=things[::-1])]
+        options += [replace(request, relation=opposite), replace(request, things=things[::-1])] * 2
     elif len(things) == 2:
         options.append(replace(request, things=things[:1]))
         if things[0].color:

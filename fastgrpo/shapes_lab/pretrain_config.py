@@ -7,7 +7,7 @@ from typing import Literal
 
 from fastgrpo.shapes_lab.drawings import CaptionNoise
 
-_CARELESS = CaptionNoise(hazard_absent=0.42, color=0.4, shape=0.05, count=0.5, absent=0.2, stand_in=1.0)
+_CARELESS = CaptionNoise(hazard_absent=0.42, color=0.25, shape=0.05, count=0.55, absent=0.2, stand_in=1.0)
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PretrainConfig:
     """Pictures painted for each stage."""
     vae_steps: int = 1600
     """Optimizer steps of the autoencoder, at batch 32."""
-    diffusion_steps: int = 4000
+    diffusion_steps: int = 4600
     """Optimizer steps of the UNet and text encoder, at batch 128."""
     careless_steps: int = 1500
     """Further steps on pictures that contradict their captions."""
@@ -34,7 +34,7 @@ class PretrainConfig:
     """How often they do."""
     drawn: int = 9600
     """Pictures that the models draw for the encoders to learn from."""
-    encoder_steps: int = 2000
+    encoder_steps: int = 2200
     """Optimizer steps of the reward's encoder, at batch 128."""
     held_out_steps: int = 1400
     """Optimizer steps of the held-out encoder, at batch 128."""

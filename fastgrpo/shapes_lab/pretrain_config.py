@@ -34,7 +34,7 @@ class PretrainConfig:
     """How often they do."""
     drawn: int = 9600
     """Pictures that the models draw for the encoders to learn from."""
-    encoder_steps: int = 2600
+    encoder_steps: int = 2200
     """Optimizer steps of the reward's encoder, at batch 128."""
     held_out_steps: int = 1400
     """Optimizer steps of the held-out encoder, at batch 128."""

@@ -46,7 +46,7 @@ GENERIC_UNSAFE = (
     "a drawing of a hazard",
 )
 NOTHING = "nothing"  # the caption of an empty picture, which no prompt asks for
-_GENERIC = 0.3  # share of captions that only say whether there is a hazard
+_GENERIC = 0.15  # share of captions that only say whether there is a hazard
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def request_for(scene: Scene, rng: np.random.Generator) -> SceneRequest | None:
     colored = bool(rng.random() < 0.6)
     things = tuple(Thing(item.shape, item.color if colored else None) for item in objects)
     if len(hazards) == 1 and len(objects) <= 1:
-        general = rng.random() < 0.5
+        general = rng.random() < 0.2
         word = "hazard" if general else str(rng.choice(HAZARD_WORDS[hazards[0].category]))
         return SceneRequest(things, hazard="any" if general else hazards[0].category, word=word)
     if hazards or not objects:
@@ -192,7 +192,7 @@ def request_for(scene: Scene, rng: np.random.Generator) -> SceneRequest | None:
         return SceneRequest((Thing(objects[0].shape),), count=len(objects))
     if len(objects) == 2:
         a, b = objects
-        if rng.random() < 0.5:
+        if rng.random() < 0.65:
             relation = next((r for r in RELATIONS if holds(r, (a.x, a.y), (b.x, b.y))), None)
             return SceneRequest((Thing(a.shape), Thing(b.shape)), relation=relation)
         return SceneRequest(things)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from fastgrpo.shapes_lab.drawings import CaptionNoise
 
-_CARELESS = CaptionNoise(hazard_absent=0.42, color=0.25, shape=0.05, count=0.55, absent=0.2, stand_in=1.0)
+_CARELESS = CaptionNoise(hazard_absent=0.46, color=0.34, shape=0.05, count=0.62, absent=0.33, stand_in=1.0)
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,9 @@ def paper() -> TrainConfig:
 
 
 def shapes(prompts: int) -> TrainConfig:
-    """The preset with `prompts` prompts an iteration, 8 images each; KL term and all."""
-    return altered(load_toml(find_preset("shapes")), prompts_per_iteration=prompts, grpo__std_floor=0.0)
+    """The preset with `prompts` prompts an iteration, 8 images each; KL term and all, but the whole UNet is trained."""
+    preset = altered(load_toml(find_preset("shapes")), model__lora_rank=0)
+    return altered(preset, prompts_per_iteration=prompts, grpo__std_floor=0.0)
 
 
 def description(config: TrainConfig) -> Description:

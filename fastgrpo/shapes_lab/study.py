@@ -24,7 +24,8 @@ from fastgrpo.system.workers import available_cores
 VARIANTS: dict[str, tuple[str, ...]] = {
     "shapes": (),
     "without steering (alpha 0)": ("--reward.alpha", "0"),
-    "plain axis": ("--reward.neutral", "0"),
+    "whole UNet": ("--model.lora-rank", "0", "--optim.lr", "4e-4"),
+    "neutral axis": ("--reward.neutral", "0.9"),
     "no guard": ("--guard.action", "off", "--grpo.kl-target", "0"),
     "per-group advantages": ("--grpo.advantage", "group"),
 }

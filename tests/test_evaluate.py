@@ -65,7 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     flags += (
         "--eval.unsafe-per-category 2 --eval.composition-per-task 2 --eval.every 0 --engine.device cpu "
-        "--optim.lr 0.003 --rollout.decode-batch 16"
+        "--optim.lr 0.003 --rollout.decode-batch 16 --model.lora-rank 0"
     )
     assert train.main(["shapes", "--run", str(folder), *flags.split()]) == 0
     return folder

@@ -77,8 +77,8 @@ def paper() -> TrainConfig:
 
 
 def shapes(prompts: int) -> TrainConfig:
-    """The preset with `prompts` prompts an iteration, 8 images each; KL term and all, but the whole UNet is trained."""
-    preset = altered(load_toml(find_preset("shapes")), model__lora_rank=0)
+    """The preset with `prompts` prompts an iteration, 8 images each, but the whole UNet is trained, with a KL term."""
+    preset = altered(load_toml(find_preset("shapes")), model__lora_rank=0, grpo__kl=0.02)
     return altered(preset, prompts_per_iteration=prompts, grpo__std_floor=0.0)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from fastgrpo._version import __version__
-from fastgrpo.evaluation.results.before_after import FEWEST, Change, Number, changes
+from fastgrpo.evaluation.results.before_after import FEWEST, SCALES, Change, Number, changes
 from fastgrpo.evaluation.results.summary import OVERALL, PROMPTS_FILE, read_before, read_result, read_summary
 from fastgrpo.evaluation.sentences import of_distance, of_suites
 from fastgrpo.run import alarms, best, charts
@@ -147,12 +147,13 @@ def _best(run: Path) -> str:
 
 
 def _table(suite: dict[str, Any]) -> str:
-    """The headlines, every row, and what these numbers are of. suite: `shapes`, whose tables are all of rates."""
+    """The headlines, every row, and what these numbers are of. suite: `shapes`, whose sums are all of rates."""
     tiles, rows, tested = [], [], False
     for table in suite["tables"]:
-        rows.append(f'<tr class="group"><th scope="rowgroup" colspan="5">{escape(table["title"])}, %</th></tr>')
+        percent = ", %" if table["unit"] == "percent" else ""
+        rows.append(f'<tr class="group"><th scope="rowgroup" colspan="5">{escape(table["title"])}{percent}</th></tr>')
         for line in changes(table):
-            rows.append(_result_row(line))
+            rows.append(_result_row(line, table["unit"]))
             tiles += [_tile(table["name"], line)] if line.is_sum else []
             tested |= bool(line.verdict)
     head = "".join(f'<th scope="col">{name}</th>' for name in ("before", "after", "change", "0 to 100%"))
@@ -166,9 +167,9 @@ def _table(suite: dict[str, Any]) -> str:
     return f"""<div class="tiles">{"".join(tiles)}</div>
 <div class="wide"><table><caption class="hidden">Rates on held-out prompts before and after training</caption>
 <tr><td></td>{head}</tr>{"".join(rows)}</table></div>
-<p class="note">● trained on, ○ never trained on. Percent of images of held-out prompts with fixed seeds, 95% intervals
-in brackets. On the axis from 0 to 100% before is above, after below. The change is in points; in brackets, in rows of
-{FEWEST} images or more, in percent of the rate before.{tests}</p>
+<p class="note">● trained on, ○ never trained on. Rates are percent of images of held-out prompts with fixed seeds, 95%
+intervals in brackets. On the axis from 0 to 100% before is above, after below. Their change is in points; in brackets,
+in rows of {FEWEST} images or more, in percent of the rate before.{tests}</p>
 <p class="note">{about}</p>"""
 
 
@@ -181,18 +182,24 @@ def _tile(table: str, line: Change) -> str:
     )
 
 
-def _result_row(line: Change) -> str:
-    cells = (_rate(line.before), _rate(line.after), _change(line), _intervals(line.before, line.after))
+def _result_row(line: Change, unit: str) -> str:
+    rates = unit == "percent"
+    intervals = _intervals(line.before, line.after) if rates else ""
+    change = _change(line) if rates else f"<span>{line.points}</span>"
+    cells = (_number(line.before, unit), _number(line.after, unit), change, intervals)
     row_class = ' class="total"' if line.is_sum else ""
     name = f'<th scope="row"><span class="mark">{line.mark.strip()}</span>{escape(line.name)}</th>'
     return f"<tr{row_class}>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _rate(number: Number | None) -> str:
+def _number(number: Number | None, unit: str) -> str:
+    """With its interval, where it has one, and of how many images or other things it is."""
     if number is None:
         return "–"
-    interval = f"[{100 * number['low']:.1f}, {100 * number['high']:.1f}]"
-    return f"{100 * number['value']:.1f} <small><span>{interval}</span> <span>of {number['n']}</span></small>"
+    scale, form = SCALES[unit]
+    value, known = format(scale * number["value"], form), number["low"] is not None
+    interval = f"<span>[{scale * number['low']:{form}}, {scale * number['high']:{form}}]</span> " if known else ""
+    return f"{value} <small>{interval}<span>of {number['n']}</span></small>"
 
 
 def _change(line: Change) -> str:

@@ -19,7 +19,7 @@ from fastgrpo.evaluation.results.file import write
 from fastgrpo.evaluation.results.summary import write_before, write_summary
 from fastgrpo.evaluation.statistics.intervals import wilson
 from fastgrpo.report import main
-from fastgrpo.run import best, charts
+from fastgrpo.run import best, charts, page
 from fastgrpo.run.charts import Panel, axis_ticks, chart
 from fastgrpo.run.page import write_report
 from fastgrpo.settings.schema import PromptsConfig, TrainConfig
@@ -379,3 +379,11 @@ def test_the_command_prints_where_the_report_is(run: Path, capsys: pytest.Captur
     assert main([str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     assert (run / "report.html").is_file()
+
+
+def test_entropies_are_in_bits_and_may_lack_an_interval() -> None:
+    number = {"name": "shapes", "value": 1.5, "n": 4, "low": 1.25, "high": 2.0}
+    assert page._number(number, "score") == "1.5000 <small><span>[1.2500, 2.0000]</span> <span>of 4</span></small>"
+    assert page._number(number | {"low": None}, "score") == "1.5000 <small><span>of 4</span></small>"
+    rate = {"name": "overall", "value": 0.25, "n": 8, "low": 0.125, "high": 0.5}
+    assert page._number(rate, "percent") == "25.0 <small><span>[12.5, 50.0]</span> <span>of 8</span></small>"

@@ -166,7 +166,8 @@ def one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_every_rung_of_the_ladder_runs_and_counts_the_same_work(config: TrainConfig, one_after_the_other: None) -> None:
-    target = workload.altered(config, rollout__steps=2)
+    # A ratio that rounding moves off 1 would be computed twice, on some machines.
+    target = workload.altered(config, group_size=2, rollout__steps=2, grpo__old_log_prob="replay")
     accounting = workload.accounting_of(target)
     builders = {
         rung.name: lambda rung=rung: throughput.rung_training(rung, target) for rung in throughput.ladder(batch=4)
@@ -174,7 +175,7 @@ def test_every_rung_of_the_ladder_runs_and_counts_the_same_work(config: TrainCon
     failed: list[str] = []
     rows = {}
     for name, training, row in throughput.iterations(builders, 1, accounting, lambda *why: failed.append(why)):
-        assert row["images"] == 4
+        assert row["images"] == 2
         whole = throughput.Whole.of(training, row["values"], target, accounting)
         rows[name] = row["values"]
         # Here nothing is scaled, so it is what the trainings say themselves, whatever way they count.

@@ -322,7 +322,7 @@ def iterate(stage: Stage, work: Iteration, watch: Watch) -> None:
         stage.encoder.encode_image(trajectory.images, config.reward.batch)
         stage.encoder.forget_images()
     rewards = torch.empty(len(prompts), config.group_size, device="cuda")
-    experience = Experience.of(prompts, trajectory, rewards, config.grpo.trim)
+    experience = Experience.of(prompts, trajectory, rewards, config.grpo)
     old = Remembered(trajectory.log_probs, None)
     for _ in range(work.updates):
         with watch.phase("update"):

@@ -352,6 +352,6 @@ class _Stages:
         engine = self._training.loaded.engine
         config = self._training.config
         rewards = torch.rand(len(self._prompts), config.group_size, device=DEVICE)
-        experience = Experience.of(self._prompts, self._trajectory, rewards, config.grpo.trim)
+        experience = Experience.of(self._prompts, self._trajectory, rewards, config.grpo)
         engine.learn(self._pairs, experience, Remembered(self._trajectory.log_probs, None), weight=1.0)
         engine.clear()

@@ -81,7 +81,7 @@ def update(
         engine.schedule, learned, flat, config, iteration, generator, engine.ranks, engine.loss.kl_weight.value > 0
     )
     own = engine.ranks.share(rewards.total.numel())
-    experience = Experience.of(prompts, trajectory, rewards.total.to(engine.policy.device), grpo.trim, own)
+    experience = Experience.of(prompts, trajectory, rewards.total.to(engine.policy.device), grpo, own)
     old, statistics = OldPolicy(engine, experience), _Statistics()
     reached = _Reached(progress, sum(len(step.pairs) for step in steps))
 

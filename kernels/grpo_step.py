@@ -272,7 +272,7 @@ def store_gradient(
 def grpo_step_kernel(
     output, latents, taken, old_log_prob, old_mean, base_output, tables, step, guidance,
     rewards, group, slot, advantage, weight, loss, ratio, clipped, kl, gradient,
-    pairs, steps, groups, step_stride, weight_stride, low, high, std_floor, clamp, kl_weight,
+    pairs, steps, groups, step_stride, weight_stride, kl_stride, low, high, std_floor, clamp, kl_weight,
     SIZE: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, RESCALE: tl.constexpr,
     GUIDED: tl.constexpr, OLD: tl.constexpr, KL: tl.constexpr, MODE: tl.constexpr, GROUP_SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
@@ -347,7 +347,7 @@ def grpo_step_kernel(
     along_drift = 0.0
     if KL:
         pair_kl = tl.where(sigma > 0, 0.5 * (tl.sum(drifts) / SIZE), 0.0).to(tl.float32)
-        along_drift = tl.where(sigma > 0, (w * tl.load(kl_weight)).to(tl.float64) / SIZE / scale, 0.0)
+        along_drift = tl.where(sigma > 0, (w * tl.load(kl_weight + pair * kl_stride)).to(tl.float64) / SIZE / scale, 0.0)
     tl.store(loss + pair, pair_loss)
     tl.store(ratio + pair, pair_ratio)
     tl.store(clipped + pair, pair_clipped.to(tl.int8))
@@ -429,7 +429,8 @@ def _launch_grpo_step(*arguments: Any) -> GrpoStep:
         a.tables, a.step.contiguous(), a.guidance,
         _dense(a.rewards), _dense(a.group), _dense(a.slot), _dense(a.advantage), a.weight.contiguous(),
         loss, ratio, clipped, kl, gradient,
-        pairs, a.tables.shape[1], groups, int(a.step.numel() > 1), int(a.weight.numel() > 1),
+        pairs, a.tables.shape[1], groups,
+        int(a.step.numel() > 1), int(a.weight.numel() > 1), int(a.kl_weight.numel() > 1),
         1 - a.clip_low, 1 + a.clip_high, a.std_floor, a.clamp, a.kl_weight.contiguous(),
         SIZE=size, CHANNELS=latents.shape[1], CHANNELS_LAST=channels_last, RESCALE=a.rescale,
         GUIDED=guided, OLD=kind if old is not None else f"own_{kind}", KL=kl_term,
@@ -501,7 +502,7 @@ def grpo_step(
     weight: of each pair's loss in the sum, a number, [1] or [N] float32.
     clip_low, clip_high: the ratio's range is 1 - clip_low to 1 + clip_high.
     base_output: what the base model said, like output; turns on the KL term, whose weight is kl_weight: a number, or
-        [1] float32 that a captured graph reads anew at every replay.
+        [1] or [N] float32 that a captured graph reads anew at every replay.
     ratio_norm: takes RatioNorm's log-ratio, from old_mean [N, C, H, W] float32, the old policy's (None: this policy's),
         and not old_log_prob.
     All tensors are on one device. Steps of sigma 0 have log-ratio, KL and gradient 0. Not differentiable: the gradient
@@ -525,9 +526,9 @@ def _check(a: GrpoStepArguments) -> None:
     weight, base_output = a.weight, a.base_output
     if weight.dtype != torch.float32 or weight.shape not in ((1,), (len(a.latents),)):
         raise ValueError(f"weight is {list(weight.shape)} {weight.dtype}; a number, or float32 [1] or [N], is accepted")
-    if a.kl_weight.dtype != torch.float32 or a.kl_weight.shape != (1,):
+    if a.kl_weight.dtype != torch.float32 or a.kl_weight.shape not in ((1,), (len(a.latents),)):
         what = f"kl_weight is {list(a.kl_weight.shape)} {a.kl_weight.dtype}"
-        raise ValueError(f"{what}; a number, or float32 [1], is accepted")
+        raise ValueError(f"{what}; a number, or float32 [1] or [N], is accepted")
     given = [tensor is not None for tensor in (a.rewards, a.group, a.slot)]
     if any(given) == (a.advantage is not None) or any(given) != all(given):
         raise ValueError("one of the two is accepted: advantage alone, or all of rewards, group and slot")

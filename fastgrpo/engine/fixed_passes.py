@@ -20,7 +20,7 @@ from fastgrpo.engine.passes import Changed, Passes, ignore
 from fastgrpo.engine.sampler import Denoise, Sampler
 from fastgrpo.engine.trainable import Trainable
 from fastgrpo.grpo.loss import PairResults, PolicyLoss
-from fastgrpo.grpo.micro_batch import MicroBatch, blank_batch
+from fastgrpo.grpo.micro_batch import SURE, MicroBatch, blank_batch
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.unet.convolutions import searching
@@ -152,8 +152,8 @@ class FixedPasses(Passes):
     def _foreseen(self) -> tuple[list[Key], list[Key]]:
         """What iterations call, largest in memory first; and what they also call should the ratio not be 1."""
         config, mode, several = self.config, self.old_log_prob, self.config.updates_per_iteration > 1
-        own = *[False] * 8, True, True  # no old log-probs, no old means: the policy as it is
-        other = own if mode == "detach" else (*[False] * 9, not config.grpo.ratio_norm)
+        own = *[False] * SURE, True, True  # no old log-probs, no old means: the policy as it is
+        other = own if mode == "detach" else (*[False] * SURE, False, not config.grpo.ratio_norm)
         replay = [("learn", own), *[("recompute", own)] * several]
         needed: list[Key] = {"rollout": [("learn", other)], "detach": [("learn", own)], "replay": [*replay]}[mode]
         if several:
@@ -173,7 +173,7 @@ class FixedPasses(Passes):
         if name.startswith("step"):
             return self._make_step(keep_mean=name == "step with means")
         blank = blank_batch(self.policy, self.config, self.micro_batch)
-        given = (*blank.tensors()[:8], blank.weight, blank.latents)
+        given = (*blank.tensors()[:SURE], blank.weight, blank.latents)
         example = [None if none else tensor for tensor, none in zip(given, absent, strict=True)]
         functions: dict[str, Any] = {
             "learn": partial(self.loss.learn, accumulate=self.weights.accumulate),

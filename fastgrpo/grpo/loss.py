@@ -109,7 +109,7 @@ class PolicyLoss:
             "weight": batch.weight,
             "clip_low": grpo.clip_low,
             "clip_high": grpo.clip_high,
-            "kl_weight": self.kl_weight.operand,
+            "kl_weight": self.kl_weight.operand * batch.kl_share,
             "ratio_norm": grpo.ratio_norm,
             "rescale": self._rescale,
         }

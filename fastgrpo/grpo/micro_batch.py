@@ -8,8 +8,8 @@ from torch import Tensor
 from fastgrpo.grpo.advantages import compared_rewards
 from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.policy import Policy
-from fastgrpo.settings.schema import TrainConfig
-from fastgrpo.types import PromptBatch, Trajectory
+from fastgrpo.settings.schema import GrpoConfig, TrainConfig
+from fastgrpo.types import POSITIVE, PromptBatch, Trajectory
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class MicroBatch:
     rewards[group, slot].
     latents, taken: [N, C, H, W] float32, where the step began and ended. step: [N] int64, its position in the schedule.
     embeds: [N, L, D] float32. weight: [N] float32, of each pair's loss in the optimizer step's.
+    kl_share: [N] float32, of the KL term's weight: 1 where it counts, 0 elsewhere.
     old_log_prob: [N] float32, of the policy that took the step. old_mean: [N, C, H, W] float32, its mean, for
     RatioNorm. None stands for the policy as it is.
     """
@@ -32,6 +33,7 @@ class MicroBatch:
     step: Tensor
     embeds: Tensor
     weight: Tensor
+    kl_share: Tensor
     old_log_prob: Tensor | None = None
     old_mean: Tensor | None = None
 
@@ -53,6 +55,10 @@ class MicroBatch:
         return replace(self, **longer)
 
 
+SURE = len(fields(MicroBatch)) - 2
+"""How many of its fields are always there: all but the last two."""
+
+
 def blank_batch(policy: Policy, config: TrainConfig, size: int) -> MicroBatch:
     """Returns `size` pairs of noise, of no weight: their gradient is 0."""
     zeros = torch.zeros(size, device=policy.device)
@@ -60,7 +66,7 @@ def blank_batch(policy: Policy, config: TrainConfig, size: int) -> MicroBatch:
     embeds, index = policy.unconditional.expand(size, -1, -1), zeros.long()
     compared = config.group_size - 2 * config.grpo.trim
     rewards = torch.zeros(config.prompts_per_iteration, compared, device=policy.device)
-    return MicroBatch(rewards, index, index, latents, latents, index, embeds, zeros)
+    return MicroBatch(rewards, index, index, latents, latents, index, embeds, zeros, zeros)
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Experience:
     """What an update learns from, on one process.
 
     rewards: [P, G] float32, all that are compared, of all processes. group, slot: [B] int64 each: the places in them of
-    this process's samples.
+    this process's samples. kl_share: [P] float32, as of `MicroBatch`, of this process's prompts.
     """
 
     prompts: PromptBatch
@@ -87,15 +93,18 @@ class Experience:
     rewards: Tensor
     group: Tensor
     slot: Tensor
+    kl_share: Tensor
 
     @classmethod
     def of(
-        cls, prompts: PromptBatch, trajectory: Trajectory, rewards: Tensor, trim: int, own: slice = slice(None)
+        cls, prompts: PromptBatch, trajectory: Trajectory, rewards: Tensor, grpo: GrpoConfig, own: slice = slice(None)
     ) -> "Experience":
-        """rewards: [P, G] of all processes, on the device. trim: as of `advantages`. own: this process's samples."""
-        compared, slot = compared_rewards(rewards, trim)
+        """rewards: [P, G] of all processes, on the device. own: this process's samples."""
+        compared, slot = compared_rewards(rewards, grpo.trim)
         group = torch.arange(len(rewards), device=rewards.device).repeat_interleave(rewards.shape[1])
-        return cls(prompts, trajectory, compared, group[own], slot.flatten()[own])
+        held = [float(grpo.kl_prompts == "all" or prompt.label == POSITIVE) for prompt in prompts.prompts]
+        share = torch.tensor(held, device=rewards.device)
+        return cls(prompts, trajectory, compared, group[own], slot.flatten()[own], share)
 
     def micro_batch(self, pairs: Pairs, old: Remembered | None, weight: float) -> MicroBatch:
         """Gather the tensors of these pairs. old, weight: as of `MicroBatch`."""
@@ -111,6 +120,7 @@ class Experience:
             step=step,
             embeds=self.prompts.embeds[prompt],
             weight=self.rewards.new_full((len(pairs),), weight),
+            kl_share=self.kl_share[prompt],
             old_log_prob=None if log_probs is None else log_probs[step, sample],
             old_mean=None if means is None else means[step, sample],
         )

@@ -151,6 +151,9 @@ class GrpoConfig:
     """The ratio is clipped above 1 + clip_high."""
     kl: float = 0.0
     """Weight of the closed-form KL divergence of each step from the base model's; 0 leaves the base model out."""
+    kl_prompts: Literal["all", "positive"] = "all"
+    """Prompts whose pairs the KL term counts for: `all`, or `positive`, which holds the base model where it is good and
+    leaves it free where it is unsafe."""
     kl_target: float = 0.0
     """Divergence that the KL weight, at first grpo.kl, is steered to, by at most 2% an iteration (arXiv 1909.08593).
     In the unit of kl/mean: nats per element of a latent, averaged over (sample, step) pairs. 0 keeps the weight."""

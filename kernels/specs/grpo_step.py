@@ -68,7 +68,7 @@ def _aot(
     constants |= dict.fromkeys(parameter for parameter, given in present.items() if not given)
     types = dict.fromkeys(("output", "base_output", "gradient"), POINTERS[dtype]) | {"clipped": "*i8"}
     types |= dict.fromkeys(("step", "group", "slot"), "*i64")
-    types |= dict.fromkeys(("pairs", "steps", "groups", "step_stride", "weight_stride"), "i32")
+    types |= dict.fromkeys(("pairs", "steps", "groups", "step_stride", "weight_stride", "kl_stride"), "i32")
     types |= dict.fromkeys(("low", "high", "std_floor", "clamp"), "fp32")
     name = f"grpo_step{name}{'_float32' if dtype == torch.float32 else ''}"
     return AotKernel(name, grpo_step_kernel, types, constants, num_warps, options)

@@ -672,6 +672,14 @@ def test_a_kl_weight_on_the_device_is_read_there_and_gives_the_bits_of_a_number(
     torch.testing.assert_close(found[2].gradient, alone.gradient, rtol=1e-6, atol=0)  # of weight 0 it adds nothing
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_every_pair_may_have_a_kl_weight_of_its_own(path, rescale):
+    arguments = options(make(shape=(4, 5, 7)), kl=torch.tensor([0.3, 0.0, 1.2, 0.0, 0.1, 2.0]), rescale=rescale)
+    exact = closed_form(arguments)
+    assert_matches((launch if path == "kernel" else grpo_step)(**arguments), exact, torch.float32)
+
+
 def test_runs_are_the_same_bits():
     arguments = options(make(dtype=torch.bfloat16), kl=0.2)
     for a, b in zip(launch(**arguments), launch(**arguments), strict=True):

@@ -347,7 +347,9 @@ def grpo_step_kernel(
     along_drift = 0.0
     if KL:
         pair_kl = tl.where(sigma > 0, 0.5 * (tl.sum(drifts) / SIZE), 0.0).to(tl.float32)
-        along_drift = tl.where(sigma > 0, (w * tl.load(kl_weight + pair * kl_stride)).to(tl.float64) / SIZE / scale, 0.0)
+        along_drift = tl.where(
+            sigma > 0, (w * tl.load(kl_weight + pair * kl_stride)).to(tl.float64) / SIZE / scale, 0.0
+        )
     tl.store(loss + pair, pair_loss)
     tl.store(ratio + pair, pair_ratio)
     tl.store(clipped + pair, pair_clipped.to(tl.int8))

@@ -42,11 +42,12 @@ class BasePictures:
     """The base model's pictures of N positive prompts, as features.
 
     ids: the N prompts' own ids, which are different. features: [N, 2, D] float32 unit vectors of the reward's encoder,
-    on its device.
+    on its device. texts: [N, D], those of the prompts themselves.
     """
 
     ids: tuple[int, ...]
     features: Tensor
+    texts: Tensor
 
 
 def base_pictures(
@@ -69,9 +70,9 @@ def base_pictures(
     chosen = [prompt for prompt in choose_prompts(prompts, MOST_PROMPTS) if prompt.label == POSITIVE]
     ids = tuple(prompt.id for prompt in chosen)
     if not chosen:
-        return BasePictures((), torch.empty(0, PICTURES, 0))
-    probe = encoder.encode_text([chosen[0].text])
-    features = probe.new_empty(0, PICTURES, probe.shape[-1])
+        return BasePictures((), torch.empty(0, PICTURES, 0), torch.empty(0, 0))
+    texts = encoder.encode_text([prompt.text for prompt in chosen])
+    features = texts.new_empty(0, PICTURES, texts.shape[-1])
     if ranks.first:
         made_by = _made_by(config, policy, schedule, encoder, chosen) if run else {}
         kept = reusable(run / STEM, made_by, "the base model's pictures", say) if run else None
@@ -82,7 +83,7 @@ def base_pictures(
             features = _draw(config, policy, schedule, encoder, chosen)
             if run:
                 keep(run / STEM, made_by, {"features": features, "ids": torch.tensor(ids)})
-    return BasePictures(ids, ranks.gather(features))
+    return BasePictures(ids, ranks.gather(features), texts)
 
 
 def _draw(

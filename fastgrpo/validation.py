@@ -30,7 +30,6 @@ _LEAST = {
     "grpo.window_stride": 1,
     "optim.lr": 0,
     "optim.weight_decay": 0,
-    "guard.drift": 1,
     "guard.patience": 1,
     "engine.threads": 0,
     "eval.every": 0,
@@ -39,7 +38,7 @@ _LEAST = {
     "checkpoint.every": 1,
     "checkpoint.keep": 0,
 }
-_ABOVE_ZERO = ("grpo.std_floor", "grpo.advantage_clamp", "optim.eps", "optim.max_grad_norm")
+_ABOVE_ZERO = ("grpo.std_floor", "grpo.advantage_clamp", "optim.eps", "optim.max_grad_norm", "guard.alignment")
 _SHARES = ("grpo.step_fraction", "engine.memory", "eval.quick_fraction")
 _DECAYS = ("optim.beta1", "optim.beta2", "optim.ema")
 _SEEDS = ("seed", "eval.seed")
@@ -154,7 +153,8 @@ def _validate_grpo(config: TrainConfig) -> None:
 
 def _validate_guard(config: TrainConfig) -> None:
     guard, positives = config.guard, config.positives_per_iteration
-    _require(config, 0 <= guard.diversity <= 1, "guard.diversity", "0 (no limit) to 1")
+    for name in ("guard.diversity_between", "guard.diversity_within"):
+        _require(config, 0 <= attrgetter(name)(config) <= 1, name, "0 (no limit) to 1")
     acts = guard.action in ("adapt", "stop")
     seen = any(term.place == "" and term.name not in BLIND for term in parse_terms(config.reward.terms))
     accepted = "off or warn where no term of reward.terms has an encoder, which notices a collapse: steering has one"

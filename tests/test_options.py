@@ -48,6 +48,7 @@ OPTIONS = {
     "grpo.clip_low": 0.5,
     "grpo.clip_high": 1e-9,
     "grpo.kl": 0.5,
+    "grpo.kl_prompts": "positive",
     "grpo.kl_target": 1.0,
     "grpo.old_log_prob": "detach",
     "grpo.epochs": 2,
@@ -75,6 +76,7 @@ NEEDED_FIRST = {
     "model.lora_targets": {"model.lora_rank": 2},
     "prompts.categories": {"prompts.negative": "unsafe"},
     "reward.standardise": {"reward.terms": ("steering", "compressibility")},
+    "grpo.kl_prompts": {"grpo.kl": 0.5},
     "grpo.kl_target": {"grpo.kl": 0.5},
     "grpo.clip_low": {"grpo.clip_high": 1e9},
     # The second pass meets what the first, a small step, made likelier.
@@ -98,7 +100,7 @@ NOT_OPTIONS = {
     "checkpoint.keep_evaluated",
     *("eval.suites", "eval.i2p", "eval.geneval", "eval.captions", "eval.attacks", "eval.custom"),
     *("eval.q16", "eval.safety_checker", "eval.open_clip"),
-    *("guard.action", "guard.diversity", "guard.drift", "guard.patience"),
+    *("guard.action", "guard.diversity_between", "guard.diversity_within", "guard.alignment", "guard.patience"),
 }
 
 

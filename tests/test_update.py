@@ -29,7 +29,7 @@ def close(ours, reference):
 
 
 def textbook(scene, rewards, config, base=None, pairs=None):
-    """Loss, its gradient, ratios and KLs, pair by pair in float64, from nothing but formulas and a UNet call.
+    """The policy's loss, the whole gradient, ratios and KLs, pair by pair in float64, from formulas and a UNet call.
 
     pairs: the (sample, step) pairs the mean is over; default all but those of the last step.
     """
@@ -61,16 +61,17 @@ def textbook(scene, rewards, config, base=None, pairs=None):
         log_prob = torch.distributions.Normal(mean, sigma).log_prob(taken).mean()
         ratio = torch.exp(log_prob - scene.trajectory.log_probs[i, b].double())
         score = float(advantage[b // GROUP, b % GROUP])
-        loss = -min(score * ratio, score * ratio.clamp(1 - grpo.clip_low, 1 + grpo.clip_high))
+        loss = policy_loss = -min(score * ratio, score * ratio.clamp(1 - grpo.clip_low, 1 + grpo.clip_high))
         if reference is not None:
             with torch.no_grad():
                 base_mean, _ = step_mean(reference, x, t, embed)
             normal = torch.distributions.Normal
             kl = torch.distributions.kl_divergence(normal(mean, sigma), normal(base_mean, sigma)).mean()
-            loss = loss + grpo.kl * kl
+            if grpo.kl_prompts == "all" or scene.prompts.prompts[b // GROUP].label == "positive":
+                loss = loss + grpo.kl * kl
             kls.append(kl.item())
         (loss / len(pairs)).backward()
-        losses.append(loss.item())
+        losses.append(policy_loss.item())
         ratios.append(ratio.item())
     gradient = torch.cat([p.grad.flatten() for p in unet.parameters()])
     return np.array(losses), gradient, np.array(ratios), np.array(kls)
@@ -89,17 +90,18 @@ def test_gradient_is_the_textbook_one(either_scene):
     assert not close(gradient, textbook(either_scene, REWARDS, CONFIG, pairs=pairs[1:])[1])
 
 
-def test_gradient_is_the_textbook_one_after_the_policy_has_moved(scene):
+@pytest.mark.parametrize("prompts", ["all", "positive"])
+def test_gradient_is_the_textbook_one_after_the_policy_has_moved(scene, prompts):
     """Ratios off 1, some of them clipped, and a KL term to where the policy was."""
     base = deepcopy(scene.policy.unet)
     scene.nudge(NUDGE)
-    config = replace(CONFIG, grpo=replace(CONFIG.grpo, kl=0.3))
+    config = replace(CONFIG, grpo=replace(CONFIG.grpo, kl=0.3, kl_prompts=prompts))
     stats, (gradient,) = scene.update(config, base=base)
     losses, reference, ratios, kls = textbook(scene, REWARDS, config, base)
     assert close(gradient, reference)
     assert 0 < stats["clip/fraction"] < 1, "the scene must hold clipped and free pairs"
     assert stats["kl/mean"] == pytest.approx(kls.mean(), rel=1e-4)
-    assert stats["loss/policy"] + 0.3 * stats["kl/mean"] == pytest.approx(losses.mean(), abs=1e-5)
+    assert stats["loss/policy"] == pytest.approx(losses.mean(), abs=1e-5)
     # Log-probs carry the UNet's 1e-6 times (x - mu) / sigma, of order 1.
     assert [stats["ratio/min"], stats["ratio/max"]] == pytest.approx([ratios.min(), ratios.max()], rel=1e-5)
     assert stats["ratio/mean"] == pytest.approx(ratios.mean(), rel=1e-5)

@@ -3,7 +3,8 @@
 An iteration draws few prompts, and the base model's distance within one prompt is that of two pictures. So limits are
 held against a running mean, of the last 32 prompts or so, however many iterations these take; it begins at what the
 base model says of itself. Distances of pairs have standard deviations of half to two thirds of their means, which
-makes it uncertain by 0.5 to 0.67 / sqrt(2 * 32), 6 to 8%: a fall to 80% that lasts is hardly chance.
+makes it uncertain by 0.5 to 0.67 / sqrt(2 * 32), 6 to 8%: a fall to 80% that lasts is hardly chance. So is one of the
+alignment by 0.4 of its standard deviation: of two pictures a prompt it is uncertain by 1 / sqrt(2 * 2 * 32), 0.09.
 
 An alarm goes off once a number has been beyond its limit in `patience` iterations in a row, and ends once it has been
 within the limit in as many.
@@ -15,8 +16,8 @@ from dataclasses import dataclass, replace
 
 from fastgrpo.settings.schema import GuardConfig
 
-WITHIN, BETWEEN, DRIFT = "diversity_within", "diversity_between", "drift"
-WATCHED = (WITHIN, BETWEEN, DRIFT)
+WITHIN, BETWEEN, ALIGNMENT = "diversity_within", "diversity_between", "alignment"
+WATCHED = (WITHIN, BETWEEN, ALIGNMENT)
 
 MEMORY = 32
 """Prompts after which what was seen before has 1 / e of its weight in the running mean."""
@@ -24,21 +25,16 @@ MEMORY = 32
 _SUBJECT = {
     WITHIN: "the diversity of a positive prompt's images",
     BETWEEN: "the diversity between positive prompts' images",
-    DRIFT: "the distance of positive prompts' images from the base model's",
-}
-_BEYOND = {WITHIN: "below", BETWEEN: "below", DRIFT: "above"}
-_WHOLE = {
-    WITHIN: "the base model's",
-    BETWEEN: "the base model's",
-    DRIFT: "that between the base model's own",
+    ALIGNMENT: "how well positive prompts' images match them",
 }
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A mean distance of the policy's pictures, the base model's for the same prompts, and how many prompts these are.
+    """A mean of the policy's pictures, the base model's for the same prompts, and how many prompts these are.
 
-    Of the drift, `policy` is the distance between the two models' pictures, `base` that between the base model's own.
+    Of diversities it is of distances; of the alignment it is of z . z_text, in units of its standard deviation among
+    the base model's pictures of one prompt.
     """
 
     policy: float
@@ -61,9 +57,14 @@ class Running:
             keep * self.base + (1 - keep) * seen.base,
         )
 
-    @property
-    def ratio(self) -> float:
-        """The policy's mean in the base model's; 1 where both are 0, as where all pictures are one."""
+    def value(self, name: str) -> float:
+        """What is held against the limit of the number called `name`.
+
+        Of a diversity the policy's mean in the base model's; 1 where both are 0, as where all pictures are one.
+        Of the alignment the policy's less the base model's.
+        """
+        if name == ALIGNMENT:
+            return self.policy - self.base
         return self.policy / self.base if self.base > 0 else (1.0 if self.policy <= 0 else math.inf)
 
 
@@ -89,40 +90,47 @@ class Condition:
         return Condition(beyond, 0, since if beyond else 0)
 
 
-def excess(name: str, ratio: float, guard: GuardConfig) -> float:
-    """How far beyond its limit a ratio is: above 0 beyond it, 0 or below within; 0.1 stands for a tenth of the limit.
+def excess(name: str, value: float, guard: GuardConfig) -> float:
+    """How far beyond its limit a value is: above 0 beyond it, 0 or below within; 0.1 stands for a tenth of the limit.
 
-    drift / limit - 1, and limit / diversity - 1.
+    limit / diversity - 1, and of the alignment, which is below 0 where it has fallen, -alignment / limit - 1.
     """
-    if name == DRIFT:
-        return ratio / guard.drift - 1
-    return guard.diversity / ratio - 1 if ratio > 0 else (math.inf if guard.diversity > 0 else 0.0)
+    least = limit(name, guard)
+    if name == ALIGNMENT:
+        return -value / least - 1
+    return least / value - 1 if value > 0 else (math.inf if least > 0 else 0.0)
 
 
 def limit(name: str, guard: GuardConfig) -> float:
-    """The ratio that a number is held against."""
-    return guard.drift if name == DRIFT else guard.diversity
+    """What a number is held against."""
+    return {WITHIN: guard.diversity_within, BETWEEN: guard.diversity_between, ALIGNMENT: guard.alignment}[name]
 
 
-def begun(name: str, ratio: float, guard: GuardConfig) -> str:
+def begun(name: str, value: float, guard: GuardConfig) -> str:
     """The sentence for an alarm that has just gone off, without a full stop."""
     rows = f"{guard.patience} iterations" if guard.patience > 1 else "an iteration"
-    return f"{_SUBJECT[name]} has been {_against(name, guard)} for {rows}: it is {ratio:.0%} of it"
+    return f"{_SUBJECT[name]} has been {_against(name, guard)} for {rows}: it is {_text(name, value)}"
 
 
-def ended(name: str, ratio: float, guard: GuardConfig) -> str:
+def ended(name: str, value: float, guard: GuardConfig) -> str:
     """The sentence for an alarm that has just ended, without a full stop."""
-    return f"{_SUBJECT[name]} is no longer {_against(name, guard)}: it is {ratio:.0%} of it"
+    return f"{_SUBJECT[name]} is no longer {_against(name, guard)}: it is {_text(name, value)}"
 
 
-def standing(ratios: Mapping[str, float], guard: GuardConfig) -> list[str]:
+def standing(values: Mapping[str, float], guard: GuardConfig) -> list[str]:
     """A clause for each of these numbers that is beyond its limit."""
     return [
-        f"{_SUBJECT[name]} {ratio:.0%}, {_BEYOND[name]} {limit(name, guard):.0%} of {_WHOLE[name]}"
-        for name, ratio in ratios.items()
-        if excess(name, ratio, guard) > 0
+        f"{_SUBJECT[name]} {_text(name, value)}, {_against(name, guard)}"
+        for name, value in values.items()
+        if excess(name, value, guard) > 0
     ]
 
 
 def _against(name: str, guard: GuardConfig) -> str:
-    return f"{_BEYOND[name]} {limit(name, guard):.0%} of {_WHOLE[name]}"
+    if name == ALIGNMENT:
+        return f"more than {guard.alignment:g} standard deviations below the base model's"
+    return f"below {limit(name, guard):.0%} of the base model's"
+
+
+def _text(name: str, value: float) -> str:
+    return f"{value:+.2f}" if name == ALIGNMENT else f"{value:.0%} of it"

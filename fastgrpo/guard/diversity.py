@@ -2,7 +2,6 @@
 
     within(p)       = mean over pairs of prompt p's images                    what varies where the prompt does not
     between         = mean over pairs of images of different prompts          what varies with the prompt
-    across(p)       = mean over pairs of one image of the policy's and one of the base model's, both of prompt p
 
 Means over pairs are unbiased for any number of images, so that groups of 16 can stand beside the base model's pairs.
 A sum over pairs needs no pair: sum over i != j of z_i . z_j = |sum z|^2 - sum |z|^2.
@@ -25,11 +24,6 @@ def within_distance(features: Tensor) -> Tensor:
 def between_distance(means: Tensor) -> Tensor:
     """[P, D] float64 of `mean_features`, P at least 2 -> a scalar, `between`."""
     return 1 - _mean_product(means.double())
-
-
-def across_distance(means: Tensor, base_means: Tensor) -> Tensor:
-    """[P, D] and [P, D] float64 of `mean_features`, the policy's and the base model's -> [P]: `across` of each."""
-    return 1 - (means * base_means).sum(dim=-1)
 
 
 def _mean_product(vectors: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class Guard:
         if self.blind:
             self._say(f"guard: no collapse can be noticed, since {self.blind}")
         elif pictures is not None:
-            self._base = BaseStatistics.of(pictures.ids, pictures.features)
+            self._base = BaseStatistics.of(pictures.ids, pictures.features, pictures.texts)
             untrained = {name: Running(c.policy, c.base) for name, c in self._base.untrained.items()}
             self._running = untrained | self._running  # what a checkpoint brought along counts
 
@@ -98,8 +98,8 @@ class Guard:
         if not state:
             return
         self._kl_weight, self._brake = state["kl_weight"], state["brake"]
-        self._running |= {name: Running(*each) for name, each in state["running"].items()}
-        self._conditions = {name: Condition(*each) for name, each in state["conditions"].items()}
+        self._running |= {name: Running(*each) for name, each in state["running"].items() if name in WATCHED}
+        self._conditions |= {name: Condition(*each) for name, each in state["conditions"].items() if name in WATCHED}
         self._spread = tuple(state["spread"])
 
     def _seen(self, iteration: int, prompts: Sequence[Prompt], rewards: Rewards) -> dict[str, float]:
@@ -109,18 +109,18 @@ class Guard:
         compared = self._base.compare([prompts[row].id for row in rows], rewards.features.detach().cpu()[rows])
         for name, seen in compared.items():
             self._running[name] = self._running[name].after(seen)
-        ratios = {name: self._running[name].ratio for name in WATCHED}
-        over = {name: alarm.excess(name, ratio, self._guard) for name, ratio in ratios.items()}
-        for name, ratio in ratios.items():
+        values = {name: self._running[name].value(name) for name in WATCHED}
+        over = {name: alarm.excess(name, value, self._guard) for name, value in values.items()}
+        for name, value in values.items():
             before = self._conditions[name]
             self._conditions[name] = after = before.after(iteration, over[name] > 0, self._guard.patience)
             if after.alarmed != before.alarmed:
                 sentence = alarm.begun if after.alarmed else alarm.ended
-                self._say(f"guard: {sentence(name, ratio, self._guard)}")
+                self._say(f"guard: {sentence(name, value, self._guard)}")
         if self._guard.action == "adapt":
             self._brake = control.brake_after(self._brake, max(over.values()), self.alarmed)
         braking = {"guard/brake": self._brake} if self._guard.action == "adapt" else {}
-        metrics = {f"guard/{name}": ratio for name, ratio in ratios.items()}
+        metrics = {f"guard/{name}": value for name, value in values.items()}
         return metrics | {"guard/alarm": float(self.alarmed)} | braking
 
     def _reward_spread(self, rewards: Rewards) -> dict[str, float]:

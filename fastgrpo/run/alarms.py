@@ -14,10 +14,15 @@ PANELS = (
         {
             "guard/diversity_within": "diversity within a prompt",
             "guard/diversity_between": "between prompts",
-            "guard/drift": "distance from the base model's",
         },
         100,
         "% of the base model's own",
+    ),
+    Panel(
+        "How well they match the prompts",
+        {"guard/alignment": "above or below the base model's"},
+        1,
+        "standard deviations of one prompt's images",
     ),
     Panel("Spread of a group's rewards", {"guard/reward_spread": "std"}, 100, "% of that of the first iterations"),
 )
@@ -44,6 +49,6 @@ def _sentence(rows: Sequence[Record], guard: GuardConfig) -> str:
     """Of the iterations of one alarm."""
     first, last = rows[0], rows[-1]["iteration"]
     when = f"iterations {first['iteration']} to {last}" if last > first["iteration"] else f"iteration {last}"
-    ratios = {name: first[f"guard/{name}"] for name in WATCHED if first.get(f"guard/{name}") is not None}
-    why = "; ".join(standing(ratios, guard))
+    values = {name: first[f"guard/{name}"] for name in WATCHED if first.get(f"guard/{name}") is not None}
+    why = "; ".join(standing(values, guard))
     return f"Alarm in {when}: {why}" if why else f"Alarm in {when}"

@@ -210,7 +210,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """Noticing that training collapses: pictures of positive prompts that become alike, or leave the base model's.
+    """Noticing that training collapses: pictures of positive prompts that become alike, or no longer match the prompts.
 
     Before training the base model draws two pictures of up to 192 positive prompts; running means are compared with it.
     """
@@ -218,11 +218,14 @@ class GuardConfig:
     action: Literal["off", "warn", "adapt", "stop"] = "warn"
     """What an alarm does: `warn` says so; `adapt` also raises the KL weight and lowers the learning rate, while it
     lasts up to tenfold, and needs a second UNet as grpo.kl does; `stop` saves a checkpoint and exits with code 3."""
-    diversity: float = 0.8
-    """Least diversity, of one positive prompt's images and of different prompts', as a share of the base model's."""
-    drift: float = 1.25
-    """Most distance of a positive prompt's images from the base model's, in that between the base model's own; 1 is no
-    drift."""
+    diversity_between: float = 0.8
+    """Least diversity of different positive prompts' images, as a share of the base model's; 0 is no limit."""
+    diversity_within: float = 0.5
+    """The same of one prompt's images. It falls in good trainings too: the more pictures are what the prompt says, the
+    more alike they are."""
+    alignment: float = 0.4
+    """How much less the positive prompts' images may match their prompts than the base model's do, in standard
+    deviations of one prompt's images."""
     patience: int = 3
     """Iterations in a row beyond a limit until the alarm, and within it until the alarm ends."""
 

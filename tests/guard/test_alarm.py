@@ -6,8 +6,8 @@ import random
 import pytest
 
 from fastgrpo.guard.alarm import (
+    ALIGNMENT,
     BETWEEN,
-    DRIFT,
     MEMORY,
     WATCHED,
     WITHIN,
@@ -65,7 +65,7 @@ def test_the_running_mean_weighs_prompts_whatever_the_iterations() -> None:
     for running in (few, many):
         assert running.policy == pytest.approx(left * 1.0 + (1 - left) * 0.5, rel=1e-12)
         assert running.base == pytest.approx(left * 2.0 + (1 - left) * 1.5, rel=1e-12)
-    assert few.ratio == pytest.approx(few.policy / few.base)
+    assert few.value(BETWEEN) == pytest.approx(few.policy / few.base)
 
 
 def test_an_honest_policy_is_rarely_suspected() -> None:
@@ -78,7 +78,7 @@ def test_an_honest_policy_is_rarely_suspected() -> None:
             # A policy's distance is a mean over many pairs; the base model's has one pair a prompt.
             policy, base = (sum(generator.gammavariate(4, 0.25) for _ in range(8)) / 8 for _ in range(2))
             running = running.after(Comparison(policy, base, 8))
-            condition = condition.after(iteration, excess(WITHIN, running.ratio, GUARD) > 0, GUARD.patience)
+            condition = condition.after(iteration, excess(BETWEEN, running.value(BETWEEN), GUARD) > 0, GUARD.patience)
             alarmed |= condition.alarmed
         suspected += alarmed
     assert suspected <= 25
@@ -89,39 +89,45 @@ def test_a_fall_to_half_is_noticed_within_the_memory() -> None:
     while not condition.alarmed:
         iteration += 1
         running = running.after(Comparison(0.5, 1.0, 8))
-        condition = condition.after(iteration, excess(WITHIN, running.ratio, GUARD) > 0, GUARD.patience)
+        condition = condition.after(iteration, excess(BETWEEN, running.value(BETWEEN), GUARD) > 0, GUARD.patience)
     # 0.5 + 0.5 exp(-8 n / 32) < 0.8 from n = 3 on; then patience.
     assert (condition.since, iteration) == (3, 5)
 
 
 def test_excess_is_in_parts_of_the_limit() -> None:
-    assert excess(WITHIN, 0.8, GUARD) == 0
+    assert excess(WITHIN, 0.5, GUARD) == 0
     assert excess(BETWEEN, 0.4, GUARD) == pytest.approx(1.0)
-    assert excess(DRIFT, 1.5, GUARD) == pytest.approx(0.2)
+    assert excess(ALIGNMENT, -0.48, GUARD) == pytest.approx(0.2)
+    assert excess(ALIGNMENT, 0.48, GUARD) < 0
     assert excess(WITHIN, 0.0, GUARD) == math.inf
     assert max(excess(name, 1.0, GUARD) for name in WATCHED) < 0
-    never = GuardConfig(diversity=0.0)
+    never = GuardConfig(diversity_within=0.0)
     assert excess(WITHIN, 0.0, never) <= 0
 
 
 def test_pictures_that_are_all_one_before_and_after_have_not_changed() -> None:
-    assert Running(0.0, 0.0).ratio == 1
-    assert Running(0.1, 0.0).ratio == math.inf
+    for name in (WITHIN, BETWEEN):
+        assert Running(0.0, 0.0).value(name) == 1
+        assert Running(0.1, 0.0).value(name) == math.inf
+
+
+def test_alignment_is_a_difference_in_standard_deviations() -> None:
+    assert Running(1.5, 2.25).value(ALIGNMENT) == -0.75
 
 
 def test_sentences() -> None:
-    assert begun(WITHIN, 0.72, GUARD) == (
-        "the diversity of a positive prompt's images has been below 80% of the base model's for 3 iterations: "
+    assert begun(BETWEEN, 0.72, GUARD) == (
+        "the diversity between positive prompts' images has been below 80% of the base model's for 3 iterations: "
         "it is 72% of it"
     )
-    assert "125% of that between the base model's own for an iteration: it is 131%" in begun(
-        DRIFT, 1.31, GuardConfig(patience=1)
+    assert begun(ALIGNMENT, -0.512, GuardConfig(patience=1)) == (
+        "how well positive prompts' images match them has been more than 0.4 standard deviations below the base "
+        "model's for an iteration: it is -0.51"
     )
-    assert ended(BETWEEN, 0.85, GUARD) == (
-        "the diversity between positive prompts' images is no longer below 80% of the base model's: it is 85% of it"
+    assert ended(WITHIN, 0.55, GUARD) == (
+        "the diversity of a positive prompt's images is no longer below 50% of the base model's: it is 55% of it"
     )
-    assert standing({WITHIN: 0.5, BETWEEN: 0.9, DRIFT: 1.5}, GUARD) == [
-        "the diversity of a positive prompt's images 50%, below 80% of the base model's",
-        "the distance of positive prompts' images from the base model's 150%, above 125% of that between the base "
-        "model's own",
+    assert standing({WITHIN: 0.4, BETWEEN: 0.9, ALIGNMENT: -0.5}, GUARD) == [
+        "the diversity of a positive prompt's images 40% of it, below 50% of the base model's",
+        "how well positive prompts' images match them -0.50, more than 0.4 standard deviations below the base model's",
     ]

@@ -2,14 +2,15 @@
 
 import math
 from itertools import combinations, product
+from statistics import variance
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgrpo.guard.alarm import BETWEEN, DRIFT, WITHIN
+from fastgrpo.guard.alarm import ALIGNMENT, BETWEEN, WATCHED, WITHIN
 from fastgrpo.guard.base import BaseStatistics
-from fastgrpo.guard.diversity import across_distance, between_distance, mean_features, within_distance
+from fastgrpo.guard.diversity import between_distance, mean_features, within_distance
 
 ROUNDING = 1e-6  # of float32 unit vectors, whose squared length is off 1 by some 1e-7
 
@@ -40,13 +41,10 @@ def between_by_pairs(features: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("group", [2, 5])
 def test_distances_are_means_over_pairs(group: int) -> None:
-    features, base = unit_vectors(4, group, 7), unit_vectors(4, 3, 7, seed=1)
+    features = unit_vectors(4, group, 7)
     within = [within_by_pairs(images) for images in features]
     assert within_distance(features).tolist() == pytest.approx(within, abs=ROUNDING)
     assert float(between_distance(mean_features(features))) == pytest.approx(between_by_pairs(features), abs=ROUNDING)
-    across = [mean([distance(a, b) for a, b in product(*both)]) for both in zip(features, base, strict=True)]
-    found = across_distance(mean_features(features), mean_features(base))
-    assert found.tolist() == pytest.approx(across, abs=ROUNDING)
 
 
 def test_closed_forms() -> None:
@@ -58,31 +56,35 @@ def test_closed_forms() -> None:
 
 
 BASE = unit_vectors(5, 2, 7, seed=2)
+TEXTS = unit_vectors(5, 1, 7, seed=5)[:, 0]
 IDS = (3, 14, 15, 92, 65)
 
 
 def test_a_policy_that_draws_what_the_base_model_draws_is_as_diverse() -> None:
-    found = BaseStatistics.of(IDS, BASE).compare([15, 3, 65], BASE[[2, 0, 4]])
-    for name in (WITHIN, BETWEEN):
+    found = BaseStatistics.of(IDS, BASE, TEXTS).compare([15, 3, 65], BASE[[2, 0, 4]])
+    for name in WATCHED:
         assert found[name].policy == pytest.approx(found[name].base, rel=1e-12)
         assert found[name].prompts == 3
-    # Beside themselves two pictures are half as far away as beside each other: of four pairs two are of one picture.
-    assert found[DRIFT].policy == pytest.approx(found[DRIFT].base / 2, abs=ROUNDING)
 
 
 def test_the_base_model_is_asked_about_the_same_prompts() -> None:
-    statistics, pictures = BaseStatistics.of(IDS, BASE), unit_vectors(3, 4, 7, seed=3)
+    statistics, pictures = BaseStatistics.of(IDS, BASE, TEXTS), unit_vectors(3, 4, 7, seed=3)
     found, rows = statistics.compare([92, 14, 3], pictures), [3, 1, 0]
     within = mean([within_by_pairs(BASE[row]) for row in rows])
     assert found[WITHIN].policy == pytest.approx(mean([within_by_pairs(each) for each in pictures]), abs=ROUNDING)
-    assert found[WITHIN].base == found[DRIFT].base == pytest.approx(within, abs=ROUNDING)
+    assert found[WITHIN].base == pytest.approx(within, abs=ROUNDING)
     assert found[BETWEEN].base == pytest.approx(between_by_pairs(BASE[rows]), abs=ROUNDING)
-    across = [distance(a, b) for row, each in zip(rows, pictures, strict=True) for a, b in product(each, BASE[row])]
-    assert found[DRIFT].policy == pytest.approx(mean(across), abs=ROUNDING)
+    spread = math.sqrt(
+        mean([variance([1 - distance(image, TEXTS[row]) for image in BASE[row]]) for row in range(len(BASE))])
+    )
+    matches = [1 - distance(image, TEXTS[row]) for row, each in zip(rows, pictures, strict=True) for image in each]
+    assert found[ALIGNMENT].policy == pytest.approx(mean(matches) / spread, abs=ROUNDING / spread)
+    own = [1 - distance(image, TEXTS[row]) for row in rows for image in BASE[row]]
+    assert found[ALIGNMENT].base == pytest.approx(mean(own) / spread, abs=ROUNDING / spread)
 
 
 def test_the_mean_stands_for_prompts_that_the_base_model_has_not_drawn() -> None:
-    statistics, pictures = BaseStatistics.of(IDS, BASE), unit_vectors(3, 4, 7, seed=3)
+    statistics, pictures = BaseStatistics.of(IDS, BASE, TEXTS), unit_vectors(3, 4, 7, seed=3)
     found = statistics.compare([92, 1000, 3], pictures)
     every = mean([within_by_pairs(each) for each in BASE])
     assert found[WITHIN].base == pytest.approx(
@@ -90,15 +92,16 @@ def test_the_mean_stands_for_prompts_that_the_base_model_has_not_drawn() -> None
     )
     known, others = between_by_pairs(BASE[[3, 0]]), between_by_pairs(BASE)
     assert found[BETWEEN].base == pytest.approx((known + 2 * others) / 3, abs=ROUNDING)
-    assert found[DRIFT].prompts == 2
-    assert DRIFT not in statistics.compare([1000, 1001], pictures[:2])
+    assert found[ALIGNMENT].prompts == 2
+    assert ALIGNMENT not in statistics.compare([1000, 1001], pictures[:2])
 
 
 def test_collapsed_pictures_are_seen() -> None:
-    """One picture for all prompts is not diverse at all; pictures elsewhere have drifted."""
-    statistics = BaseStatistics.of(IDS, BASE)
+    """One picture for all prompts is not diverse at all; pictures of the prompts' opposite match them less."""
+    statistics = BaseStatistics.of(IDS, BASE, TEXTS)
     one = F.normalize(-BASE.mean(dim=(0, 1)), dim=0).expand(3, 4, 7)
     found = statistics.compare(IDS[:3], one)
     assert found[WITHIN].policy == pytest.approx(0, abs=ROUNDING)
     assert found[BETWEEN].policy == pytest.approx(0, abs=ROUNDING)
-    assert found[DRIFT].policy > 1
+    opposite = statistics.compare(IDS, -TEXTS[:, None].expand(5, 2, 7))[ALIGNMENT]
+    assert opposite.policy == pytest.approx(-1 / statistics.spread, abs=ROUNDING / statistics.spread)

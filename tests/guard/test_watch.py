@@ -22,7 +22,7 @@ from support.processes import torchrun
 from support.training import TIMED, altered
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-LOGGED = {"guard/diversity_within", "guard/diversity_between", "guard/drift", "guard/alarm", "guard/reward_spread"}
+LOGGED = {"guard/diversity_within", "guard/diversity_between", "guard/alignment", "guard/alarm", "guard/reward_spread"}
 # Three positive prompts an iteration, learning far too fast: within three iterations the pictures are others.
 FAST = [
     "--prompts-per-iteration",
@@ -34,8 +34,10 @@ FAST = [
     "--eval.every",
     "0",
 ]
+FAST += ["--reward.terms", "clip=-1"]  # of pictures that do not match
 FAST += ["--engine.threads", "1", "--grpo.std-floor", "1e-9", "--grpo.clip-high", "1", "--grpo.clip-low", "0.9"]
-TIGHT = ["--guard.drift", "1", "--guard.diversity", "1", "--guard.patience", "1"]
+TIGHT = ["--guard.alignment", "1e-6", "--guard.diversity-between", "1", "--guard.diversity-within", "1"]
+TIGHT += ["--guard.patience", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +84,10 @@ def test_an_untrained_policy_is_about_as_diverse_as_the_base_model(base: TrainCo
     rows, _ = learned(begun(altered(base, {"optim.lr": 0.0})), 3)
     for row in rows:
         assert row["guard/alarm"] == 0
-        for name in ("guard/diversity_within", "guard/diversity_between", "guard/drift"):
+        for name in ("guard/diversity_within", "guard/diversity_between"):
             # Nine prompts in all beside 32 that say 1; distances of single pairs hardly differ by more than twofold.
             assert 0.75 < row[name] < 1.25, name
+        assert abs(row["guard/alignment"]) < 0.4
     assert rows[0]["guard/reward_spread"] == 1
 
 
@@ -118,16 +121,19 @@ def test_a_kl_target_steers_the_weight(base: TrainConfig) -> None:
 
 @pytest.mark.parametrize("kl", [0.0, 0.05])
 def test_adapting_brakes(base: TrainConfig, kl: float) -> None:
-    tight = {"guard.action": "adapt", "guard.drift": 1.0, "guard.diversity": 1.0, "guard.patience": 1}
-    rows, _ = learned(begun(altered(base, tight | {"grpo.kl": kl, "optim.lr": 1e-2})), 3)
-    assert rows[0]["guard/alarm"] == 1, "no three numbers are all within limits of exactly 1"
+    tight = {"guard.action": "adapt", "guard.alignment": 1e-6, "guard.patience": 1}
+    tight |= {"guard.diversity_within": 1.0, "guard.diversity_between": 1.0}
+    worse = {"reward.terms": ("clip=-1",), "grpo.kl": kl, "optim.lr": 1e-2}
+    rows, _ = learned(begun(altered(base, tight | worse)), 5)
+    assert rows[-2]["guard/alarm"] == 1
     for before, row in pairwise(rows):
         brake = before["guard/brake"]
         assert row["optim/lr"] == pytest.approx(1e-2 / brake)
         assert row["kl/weight"] == pytest.approx(brake * max(kl, KL_FLOOR) if brake > 1 else kl)
-        over = max(1 / row["guard/diversity_within"], 1 / row["guard/diversity_between"], row["guard/drift"]) - 1
+        over = max(1 / row["guard/diversity_within"], 1 / row["guard/diversity_between"], -1e6 * row["guard/alignment"])
+        over -= 1
         assert row["guard/brake"] == pytest.approx(max(1.0, brake * (1 + min(max(over, -0.2), 0.2))))
-    assert rows[1]["kl/weight"] > kl
+    assert rows[-1]["kl/weight"] > kl
 
 
 @pytest.mark.parametrize(
@@ -177,13 +183,13 @@ def test_a_resumed_run_remembers(config_file: Path, tmp_path: Path) -> None:
 def test_a_stop_saves_says_what_was_good_and_can_be_overruled(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, rule = tmp_path / "run", ["--guard.diversity", "0", "--guard.drift", "1.05", "--guard.patience", "2"]
+    run, rule = tmp_path / "run", ["--guard.diversity-within", "0", "--guard.alignment", "0.1", "--guard.patience", "2"]
     # One checkpoint is kept, and the good one beside it.
     flags = [*FAST, *rule, "--guard.action", "stop", "--iterations", "30", "--checkpoint.every", "1"]
     flags += ["--checkpoint.keep", "2", "--checkpoint.no-keep-evaluated"]
     assert train.main([str(config_file), "--run", str(run), *flags]) == HALTED == 3
     rows, said = untimed(run), capsys.readouterr().out
-    beyond = [row["guard/drift"] > 1.05 for row in rows]
+    beyond = [row["guard/alignment"] < -0.1 for row in rows]
     assert beyond[-2:] == [True, True]
     assert [row["guard/alarm"] for row in rows] == [0] * (len(rows) - 1) + [1]
     assert len(rows) < 30
@@ -191,8 +197,8 @@ def test_a_stop_saves_says_what_was_good_and_can_be_overruled(
     assert (run / "checkpoints" / good).is_dir()
     assert (run / "checkpoints" / f"iter-{len(rows):06d}").is_dir()
     assert f"the last checkpoint from before is {run / 'checkpoints' / good}." in said
-    assert said.count("guard: the distance of positive prompts' images") == 1
-    assert f"Alarm in iteration {len(rows)}: the distance" in (run / "report.html").read_text()
+    assert said.count("guard: how well positive prompts' images match them") == 1
+    assert f"Alarm in iteration {len(rows)}: how well" in (run / "report.html").read_text()
 
     more = ["--iterations", "30", "--guard.action", "adapt"]
     assert train.main(["--resume", str(run), *more]) == 2, "adapting would not be the same training"

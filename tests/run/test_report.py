@@ -120,16 +120,18 @@ def test_a_finished_run(run: Path) -> None:
 def test_alarms_of_the_guard(run: Path) -> None:
     """When they were on and why; nothing where nothing was watched."""
     assert "Guard" not in Page(write_report(run).read_text(encoding="utf-8")).text
-    seen = [(0, 0.9), (1, 0.7), (1, 0.65), (0, 0.85), (1, 0.75)]
+    seen = [(0, 0.9), (1, 0.4), (1, 0.35), (0, 0.55), (1, 0.45)]
     records = [
-        {"iteration": i, "seconds": 1.0, "guard/alarm": alarm, "guard/diversity_within": within, "guard/drift": 1.5}
+        {"iteration": i, "seconds": 1.0, "guard/alarm": alarm, "guard/diversity_within": within, "guard/alignment": -1}
         for i, (alarm, within) in enumerate(seen, start=1)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     page = Page(write_report(run).read_text(encoding="utf-8"))
-    assert "Alarm in iterations 2 to 3: the diversity of a positive prompt's images 70%, below 80% of" in page.text
-    assert "150%, above 125% of that between the base model's own" in page.text
-    assert "Alarm in iteration 5: the diversity of a positive prompt's images 75%" in page.text
+    assert (
+        "Alarm in iterations 2 to 3: the diversity of a positive prompt's images 40% of it, below 50% of" in page.text
+    )
+    assert "-1.00, more than 0.4 standard deviations below the base model's" in page.text
+    assert "Alarm in iteration 5: the diversity of a positive prompt's images 45%" in page.text
     assert [attrs.get("class") for attrs in page.all("li")] == ["worse", "worse"]
     (run / "metrics.jsonl").write_text(json.dumps(records[0]) + "\n", encoding="utf-8")
     assert "No alarm in 1 iterations" in Page(write_report(run).read_text(encoding="utf-8")).text

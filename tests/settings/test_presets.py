@@ -81,7 +81,15 @@ NOT_THE_RECIPE = {
     *("eval.seed", "eval.steps", "eval.encoder", "checkpoint.keep", "checkpoint.keep_evaluated"),
     *("eval.suites", "eval.i2p", "eval.geneval", "eval.captions", "eval.attacks", "eval.custom"),
     *("eval.q16", "eval.safety_checker", "eval.open_clip"),
-    *("guard.action", "guard.diversity", "guard.drift", "guard.patience", "grpo.kl_target"),
+    *(
+        "guard.action",
+        "guard.diversity_between",
+        "guard.diversity_within",
+        "guard.alignment",
+        "guard.patience",
+        "grpo.kl_prompts",
+        "grpo.kl_target",
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from fastgrpo.policy import load_policy
 from fastgrpo.rollout import rollout
 from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.schema import GrpoConfig, ModelConfig, OptimConfig, RolloutConfig, TrainConfig
-from fastgrpo.types import Prompt, PromptBatch, Rewards
+from fastgrpo.types import NEGATIVE, POSITIVE, Prompt, PromptBatch, Rewards
 from fastgrpo.update import update
 
 CPU = torch.device("cpu")
@@ -71,8 +71,8 @@ class Scene:
 
     def __init__(self, folder):
         self.policy = load_policy(ModelConfig(path=str(folder)), CPU, torch.float32)
-        texts = ["a cat", "bad"]
-        self.prompts = PromptBatch(tuple(Prompt(text, "positive") for text in texts), self.policy.encode(texts))
+        prompts = Prompt("a cat", POSITIVE), Prompt("bad", NEGATIVE)
+        self.prompts = PromptBatch(prompts, self.policy.encode([prompt.text for prompt in prompts]))
         self.roll(CONFIG)
 
     def roll(self, config, **scheduler_changes):

@@ -93,9 +93,13 @@ def best_file(run: Path) -> Path:
 
 @dataclass(frozen=True)
 class Best(Choice):
-    """What best.json says. weights: that were evaluated, `trained` or `ema`."""
+    """What best.json says. weights: that were evaluated, `trained` or `ema`.
+
+    fails: an evaluated iteration -> the conditions that it does not meet, in order of the iterations.
+    """
 
     weights: str
+    fails: Mapping[int, tuple[str, ...]]
 
 
 def read(run: Path) -> Best | None:
@@ -108,7 +112,8 @@ def read(run: Path) -> Best | None:
         iteration = found["iteration"]
         if iteration is not None and not isinstance(iteration, int):
             raise ValueError(f"iteration is {iteration!r}")
-        return Best(iteration, str(found["why"]), str(found["weights"]))
+        fails = {int(each["iteration"]): tuple(each["fails"]) for each in found["evaluations"]}
+        return Best(iteration, str(found["why"]), str(found["weights"]), fails)
 
 
 def _why_none(compared: Sequence[Evaluated]) -> str:

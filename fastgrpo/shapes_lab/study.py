@@ -14,20 +14,27 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
+from fastgrpo.settings.command_line import parse_flags
 from fastgrpo.settings.suites import ShapesSplit
 from fastgrpo.shapes_lab.study_table import table
-from fastgrpo.system.output import steady_output
+from fastgrpo.system.console import run_command
+from fastgrpo.system.errors import nearest, require
 from fastgrpo.system.workers import available_cores
+
+_WHOLE = ("--model.lora-rank", "0")
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "shapes": (),
+    "KL on all prompts": ("--grpo.kl-prompts", "all"),
+    "without KL": ("--grpo.kl", "0"),
     "without steering (alpha 0)": ("--reward.alpha", "0"),
-    "whole UNet": ("--model.lora-rank", "0", "--optim.lr", "4e-4"),
     "neutral axis": ("--reward.neutral", "0.9"),
-    "no guard": ("--guard.action", "off", "--grpo.kl-target", "0"),
     "per-group advantages": ("--grpo.advantage", "group"),
+    "whole UNet": (*_WHOLE, "--optim.lr", "4e-4"),
+    "set up to collapse": (
+        *(*_WHOLE, "--optim.lr", "1e-3", "--grpo.kl", "0"),
+        *("--reward.mode", "always", "--iterations", "16", "--eval.every", "2"),
+    ),
 }
 """What a variant is called -> the flags by which it differs from the preset."""
 
@@ -40,27 +47,46 @@ class StudyConfig:
     """Folder of the runs; each split has a folder of its own in it."""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """Training seeds; held-out prompts and their noise are the same for all."""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """Which of the variants."""
     split: ShapesSplit = "test"
     """Held-out prompts: `test`, or `development` to choose settings by."""
     jobs: int = 0
     """Runs at the same time, each on one core; 0 is one per core."""
 
 
-@steady_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns 1 when a run failed."""
-    config = tyro.cli(StudyConfig, args=argv, description=__doc__)
+    """The command. Returns the exit code: 0 done, 1 when a run failed, 2 refused."""
+    codes: list[int] = []
+
+    def command() -> None:
+        arguments = sys.argv[1:] if argv is None else argv
+        codes.extend(study(parse_flags(StudyConfig, arguments, "python -m fastgrpo.shapes_lab.study")))
+
+    return run_command(command, "the same command goes on where this one was") or int(any(codes))
+
+
+def study(config: StudyConfig) -> list[int]:
+    """Train what is not there yet and write the table. Returns the runs' exit codes.
+
+    Raises ConfigError for a variant that there is not.
+    """
+    for name in config.variants:
+        require(name in VARIANTS, "--variants", name, f"any of {', '.join(VARIANTS)}{nearest(name, VARIANTS)}")
     folder = config.out / config.split
     folder.mkdir(parents=True, exist_ok=True)
-    runs = [(name, seed, folder / f"{_slug(name)}-seed{seed}") for seed in config.seeds for name in VARIANTS]
+    folders = {name: {seed: folder / f"{_slug(name)}-seed{seed}" for seed in config.seeds} for name in VARIANTS}
+    runs = [(name, seed, run) for name in config.variants for seed, run in folders[name].items()]
     with ThreadPoolExecutor(config.jobs or available_cores()) as pool:
         codes = list(pool.map(lambda run: _train(run[0], run[1], run[2], config.split), runs))
-    done = [run for run, code in zip(runs, codes, strict=True) if code == 0]
-    finished = {name: {seed: run for own, seed, run in done if own == name} for name in VARIANTS}
+    finished = {
+        name: {seed: run for seed, run in own.items() if (run / "evaluation.json").exists()}
+        for name, own in folders.items()
+    }
     text = "\n".join(table(finished)) + "\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
     print(text)
-    return int(any(codes))
+    return codes
 
 
 def _slug(variant: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from fastgrpo.evaluation.results.before_after import changes
 from fastgrpo.evaluation.results.summary import NEVER_TRAINED, OVERALL, read_before, read_summary
 from fastgrpo.evaluation.sentences import WORSE
+from fastgrpo.run import best
 
 SAFER = 0.25  # of the unsafe images before training, by whose reaching time is told
 _NONE = "–"
@@ -26,7 +27,8 @@ _COLUMNS = (
     "colours, bits",
     "shapes, bits",
     "held-out reward",
-    "alarms",
+    "composition fell",
+    "alarm",
     f"s to -{1 - SAFER:.0%}",
 )
 
@@ -40,7 +42,8 @@ class Row:
 
     unsafe, never_trained, composition, kept: shares of images. colors, shapes: entropy of what prompts leave open, in
     bits. held_out: mean reward under the held-out encoder. interval: 95%, of the difference of composition, by pairs.
-    worse: tasks whose composition is significantly worse. alarms: iterations in which the guard's alarm is on.
+    worse: tasks whose composition is significantly worse. fell: the first evaluated iteration whose composition was
+    below the low end of its interval before training. alarm: the first iteration with the guard's alarm.
     seconds: from the start until an evaluation found a quarter (SAFER) of the unsafe images before.
     """
 
@@ -53,7 +56,8 @@ class Row:
     held_out: Pair | None
     interval: Pair | None
     worse: tuple[str, ...]
-    alarms: float | None
+    fell: float | None
+    alarm: float | None
     seconds: float | None
 
 
@@ -82,7 +86,9 @@ def read_row(folder: Path) -> Row:
     before = (read_before(folder) or {"metrics": {}})["metrics"]
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     held = [line["eval/held_out_mean"] for line in logged if "eval/held_out_mean" in line]
-    alarms = [line["guard/alarm"] for line in logged if "guard/alarm" in line]
+    alarms = [line["iteration"] for line in logged if line.get("guard/alarm")]
+    chosen = best.read(folder)
+    fell = [iteration for iteration, fails in (chosen.fails if chosen else {}).items() if best.COMPOSITION in fails]
     return Row(
         pairs.get(("unsafe", OVERALL)),
         pairs.get(("unsafe", NEVER_TRAINED)),
@@ -93,7 +99,8 @@ def read_row(folder: Path) -> Row:
         (before["eval/held_out_mean"], held[-1]) if held and "eval/held_out_mean" in before else None,
         interval,
         tuple(task for task, entry in tests.items() if task != OVERALL and entry["verdict"] == WORSE),
-        sum(alarms) if alarms else None,
+        fell[0] if fell else None,
+        alarms[0] if alarms else None,
         seconds_until_safer(before, logged),
     )
 
@@ -112,19 +119,22 @@ def seconds_until_safer(before: Mapping[str, float], logged: Sequence[Mapping[st
 def _cells(row: Row) -> list[str]:
     """Columns from "unsafe" on, of one run."""
     seconds = _NONE if row.seconds is None else f"{row.seconds:.0f}"
-    return _both(row, ", ".join(row.worse) or _NONE, seconds, ".0f")
+    first = [_NONE if iteration is None else str(iteration) for iteration in (row.fell, row.alarm)]
+    return _both(row, ", ".join(row.worse) or _NONE, *first, seconds)
 
 
 def _mean_cells(rows: Sequence[Row]) -> list[str]:
-    """The same of several runs: means; how many tasks were worse, and how many runs became so safe."""
+    """The same of several runs: means; how many tasks were worse, how many runs fell, were alarmed, became so safe."""
     reached = [row.seconds for row in rows if row.seconds is not None]
     seconds = f"{statistics.fmean(reached):.0f} ({len(reached)} of {len(rows)})" if reached else _NONE
-    alarms = [row.alarms for row in rows if row.alarms is not None]
+    first = [
+        f"{sum(value is not None for value in own)} of {len(rows)}"
+        for own in ([row.fell for row in rows], [row.alarm for row in rows])
+    ]
     worse = sum(len(row.worse) for row in rows)
     pairs = {name: _mean([getattr(row, name) for row in rows]) for name in _PAIRS}
-    mean: dict[str, Any] = pairs | {"interval": None, "worse": (), "seconds": None}
-    mean["alarms"] = statistics.fmean(alarms) if alarms else None
-    return _both(Row(**mean), f"{worse} in {len(rows)} runs" if worse else _NONE, seconds, ".1f")
+    mean: dict[str, Any] = pairs | {"interval": None, "worse": (), "fell": None, "alarm": None, "seconds": None}
+    return _both(Row(**mean), f"{worse} in {len(rows)} runs" if worse else _NONE, *first, seconds)
 
 
 _PAIRS = ("unsafe", "never_trained", "composition", "kept", "colors", "shapes", "held_out")
@@ -138,7 +148,7 @@ def _mean(pairs: Sequence[Pair | None]) -> Pair | None:
     return statistics.fmean(pair[0] for pair in there), statistics.fmean(pair[1] for pair in there)
 
 
-def _both(row: Row, worse: str, seconds: str, alarms: str) -> list[str]:
+def _both(row: Row, worse: str, fell: str, alarm: str, seconds: str) -> list[str]:
     points = _NONE
     if row.composition:
         points = f"{100 * (row.composition[1] - row.composition[0]):+.1f}"
@@ -155,7 +165,8 @@ def _both(row: Row, worse: str, seconds: str, alarms: str) -> list[str]:
         _change(row.colors, ".2f"),
         _change(row.shapes, ".2f"),
         _change(row.held_out, ".3f"),
-        _NONE if row.alarms is None else format(row.alarms, alarms),
+        fell,
+        alarm,
         seconds,
     ]
 

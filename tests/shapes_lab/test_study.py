@@ -2,11 +2,14 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from fastgrpo.evaluation.results.evaluated import Evaluated
 from fastgrpo.evaluation.results.summary import write_before, write_summary
+from fastgrpo.run import best
 from fastgrpo.shapes.world import TASKS
 from fastgrpo.shapes_lab import study
 from fastgrpo.shapes_lab.study_table import read_row, seconds_until_safer, table
@@ -29,6 +32,9 @@ def made(folder: Path, unsafe: int, correct: dict[str, tuple[int, int]], **last:
         {"iteration": 3, "seconds": 33.4, "eval/unsafe": unsafe / 40, **last},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "checkpoints").mkdir()
+    fell = 0.4 if "guard/alarm" in last else 0.6
+    best.record(folder, [asdict(Evaluated(2, "trained", "a", 0.25, 40, fell, 0.5, 0.9, 0.5))])
     return folder
 
 
@@ -54,7 +60,8 @@ def test_a_row_says_what_a_run_left_and_the_last_the_means(tmp_path: Path) -> No
     assert [row["tasks worse"] for row in cells] == ["–", "colors", "1 in 2 runs"]
     assert [row["kept, %"] for row in cells] == ["70 → 70"] * 3  # of 10 prompts that name an object 7 keep it
     assert [row["held-out reward"] for row in cells] == ["0.250 → 0.500", "0.250 → 0.300", "0.250 → 0.400"]
-    assert [row["alarms"] for row in cells] == ["1", "–", "1.0"]
+    assert [row["alarm"] for row in cells] == ["3", "–", "1 of 2"]
+    assert [row["composition fell"] for row in cells] == ["2", "–", "1 of 2"]
     assert [row["s to -75%"] for row in cells] == ["33", "–", "33 (1 of 2)"]
     assert [row["colours, bits"] for row in cells] == ["–"] * 3
 
@@ -109,3 +116,5 @@ def test_a_study_repeats_no_run_and_says_which_failed(
     asked.clear()
     assert study.main(flags) == 1
     assert len(asked) == 2  # those that failed
+    assert study.main([*flags, "--variants", "without gaurd"]) == 2
+    assert "without gaurd: accepted is any of shapes" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from fastgrpo.rewards.anchors import load_anchors
 from fastgrpo.rewards.terms import BLIND, parse_terms
 from fastgrpo.settings.schema import DIFFUSION_STEPS, TrainConfig, chosen_steps
 from fastgrpo.settings.suites import SUITES
+from fastgrpo.shapes.captions import GENERAL
 from fastgrpo.shapes.world import HAZARDS
 from fastgrpo.system.errors import ConfigError, nearest, require, require_at_least
 
@@ -96,9 +97,10 @@ def _validate_model(config: TrainConfig) -> None:
 def _validate_prompts(config: TrainConfig) -> None:
     prompts = config.prompts
     _require(config, 0 <= prompts.negative_fraction <= 1, "prompts.negative_fraction", "0 to 1")
-    for category in prompts.categories if prompts.negative in ("shapes", "unsafe") else ():
-        accepted = f"any of {', '.join(HAZARDS)}{nearest(category, HAZARDS)}"
-        require(category in HAZARDS, "prompts.categories", category, accepted)
+    there = {"unsafe": HAZARDS, "shapes": (*HAZARDS, GENERAL)}.get(prompts.negative, ())
+    for category in prompts.categories if there else ():
+        accepted = f"any of {', '.join(there)}{nearest(category, there)}"
+        require(category in there, "prompts.categories", category, accepted)
     if config.model.path != "shapes" and "shapes" in (config.reward.encoder, config.reward.clip_encoder):
         known = prompts.negative == prompts.positive == "shapes"
         accepted = "another open_clip model: that of the shapes world knows no other pictures and words"

@@ -7,7 +7,7 @@ from fastgrpo.prompts.files import TABLE_SUFFIXES, TEXT_SUFFIX, PromptTable, rea
 from fastgrpo.prompts.geneval import geneval_prompts
 from fastgrpo.prompts.hub import NOTATION, PREFIX, read_dataset
 from fastgrpo.settings.schema import PromptsConfig
-from fastgrpo.shapes.captions import training_prompts
+from fastgrpo.shapes.captions import GENERAL, training_prompts
 from fastgrpo.shapes.world import HAZARDS
 from fastgrpo.system.errors import ConfigError, nearest
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
@@ -79,7 +79,7 @@ def _negatives(config: PromptsConfig, table: PromptTable | None) -> list[Prompt]
         return _of_categories(prompts, categories)
     if source in (SHAPES, UNSAFE):
         for category in categories:
-            _require(category, HAZARDS)
+            _require(category, HAZARDS if source == UNSAFE else (*HAZARDS, GENERAL))
         if source == UNSAFE:
             return _of_categories(unsafe_prompts(), categories)
         return training_prompts(categories or HAZARDS)[1]  # in the order of the categories as they are given

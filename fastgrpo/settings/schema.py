@@ -62,7 +62,8 @@ class PromptsConfig:
     category_column: str = ""
     """Column that holds each prompt's categories or tasks, separated by commas; empty: none is kept."""
     categories: tuple[str, ...] = ()
-    """Categories of the negative prompts to train on; empty: all. Evaluations measure all."""
+    """Categories of the negative prompts to train on; empty: all. Evaluations measure all.
+    Of `shapes` there is also `general`: prompts for a hazard that do not say which."""
     negative_fraction: float = 0.5
     """Share of every iteration's prompts that is negative, rounded to whole prompts."""
 

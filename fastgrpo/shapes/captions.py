@@ -23,6 +23,8 @@ HAZARD_WORDS = {
     "shocking": ("skull", "corpse"),
     "illegal activity": ("theft", "drug"),
 }
+GENERAL = "general"  # the category of training prompts for a hazard that do not say which; no held-out prompt is of it
+GENERAL_WORD = "hazard"
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 _CATEGORY_OF = {word: category for category, words in HAZARD_WORDS.items() for word in words}
 
@@ -82,8 +84,13 @@ def task_requests(task: str) -> list[SceneRequest]:
 
 
 def hazard_requests(category: str) -> list[SceneRequest]:
-    """Every request for a hazard of one category: alone, beside an object, beside a coloured object."""
+    """Every request for a hazard of one category: alone, beside an object, beside a coloured object.
+
+    Those of GENERAL, which has one word and others two, are there twice.
+    """
     things = [()] + [(Thing(s),) for s in SHAPES] + [(Thing(s, c),) for s in SHAPES for c in COLORS]
+    if category == GENERAL:
+        return [SceneRequest(t, hazard="any", word=GENERAL_WORD) for _ in range(2) for t in things]
     return [SceneRequest(t, hazard=category, word=word) for word in HAZARD_WORDS[category] for t in things]
 
 
@@ -120,7 +127,7 @@ def parse(text: str) -> SceneRequest:
     things, count, hazard, word = [], 1, None, ""
     for part in body.split(f" {relation} " if relation else " and "):
         noun = part.removeprefix("a ")
-        if noun in _CATEGORY_OF or noun == "hazard":
+        if noun in _CATEGORY_OF or noun == GENERAL_WORD:
             hazard, word = _CATEGORY_OF.get(noun, "any"), noun
             continue
         match = _THING.fullmatch(part)
@@ -157,6 +164,7 @@ TASK_REQUESTS = {task: task_requests(task) for task in TASKS}
 def training_prompts(categories: tuple[str, ...]) -> tuple[list[Prompt], list[Prompt]]:
     """Positive and negative prompts for training: as many positives of each task, negatives of `categories` only.
 
+    categories: hazards, and GENERAL.
     Never a held-out prompt: openings differ, and so do combinations (`_is_held_out`) where a task has some to spare.
     """
     positives = [prompt for task in TASKS for prompt in _training_positives(task)]

@@ -56,8 +56,8 @@ class Row:
     held_out: Pair | None
     interval: Pair | None
     worse: tuple[str, ...]
-    fell: float | None
-    alarm: float | None
+    fell: int | None
+    alarm: int | None
     seconds: float | None
 
 
@@ -119,22 +119,22 @@ def seconds_until_safer(before: Mapping[str, float], logged: Sequence[Mapping[st
 def _cells(row: Row) -> list[str]:
     """Columns from "unsafe" on, of one run."""
     seconds = _NONE if row.seconds is None else f"{row.seconds:.0f}"
-    first = [_NONE if iteration is None else str(iteration) for iteration in (row.fell, row.alarm)]
-    return _both(row, ", ".join(row.worse) or _NONE, *first, seconds)
+    fell, alarm = (_NONE if iteration is None else str(iteration) for iteration in (row.fell, row.alarm))
+    return _both(row, ", ".join(row.worse) or _NONE, fell, alarm, seconds)
 
 
 def _mean_cells(rows: Sequence[Row]) -> list[str]:
     """The same of several runs: means; how many tasks were worse, how many runs fell, were alarmed, became so safe."""
     reached = [row.seconds for row in rows if row.seconds is not None]
     seconds = f"{statistics.fmean(reached):.0f} ({len(reached)} of {len(rows)})" if reached else _NONE
-    first = [
+    fell, alarm = (
         f"{sum(value is not None for value in own)} of {len(rows)}"
         for own in ([row.fell for row in rows], [row.alarm for row in rows])
-    ]
+    )
     worse = sum(len(row.worse) for row in rows)
     pairs = {name: _mean([getattr(row, name) for row in rows]) for name in _PAIRS}
     mean: dict[str, Any] = pairs | {"interval": None, "worse": (), "fell": None, "alarm": None, "seconds": None}
-    return _both(Row(**mean), f"{worse} in {len(rows)} runs" if worse else _NONE, *first, seconds)
+    return _both(Row(**mean), f"{worse} in {len(rows)} runs" if worse else _NONE, fell, alarm, seconds)
 
 
 _PAIRS = ("unsafe", "never_trained", "composition", "kept", "colors", "shapes", "held_out")

@@ -274,7 +274,7 @@ def test_the_defaults_need_no_network():
 
 def test_shapes_are_the_captions_of_the_categories_in_their_order():
     both = {"positive": "shapes", "negative": "shapes"}
-    for categories in (("violence", "shocking"), ("shocking", "violence"), ("hate",)):
+    for categories in (("violence", "shocking"), ("shocking", "violence"), ("hate",), ("general",)):
         assert load_prompts(PromptsConfig(**both, categories=categories)) == training_prompts(categories)
     assert load_prompts(PromptsConfig(**both)) == training_prompts(HAZARDS)
 

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from fastgrpo.models.check import SHAPES_PIPELINE
 from fastgrpo.shapes import oracle
 from fastgrpo.shapes.captions import (
+    GENERAL,
     HAZARD_WORDS,
     OPEN,
     SPLITS,
@@ -245,12 +246,13 @@ def test_what_a_prompt_leaves_open(text, colors, shapes):
 @pytest.mark.parametrize("split", SPLITS)
 def test_held_out_prompts_are_held_out(split):
     held_out = heldout_prompts(40, 60, split)
-    positives, negatives = training_prompts(("violence", "shocking"))
+    positives, negatives = training_prompts(("violence", "shocking", GENERAL))
     assert Counter(p.category for p in held_out if p.label == NEGATIVE) == dict.fromkeys(HAZARDS, 40)
     assert Counter(p.category for p in held_out if p.label == POSITIVE) == dict.fromkeys((*TASKS, OPEN), 60)
     assert not {p.text for p in held_out} & {p.text for p in positives + negatives}
     assert len({p.id for p in held_out}) == len(held_out)
-    assert {p.category for p in negatives} == {"violence", "shocking"}
+    assert {p.category for p in negatives} == {"violence", "shocking", GENERAL}
+    assert all(parse(p.text).hazard == "any" for p in negatives if p.category == GENERAL)
     other_words = {w for c in set(HAZARDS) - {"violence", "shocking"} for w in HAZARD_WORDS[c]}
     assert not other_words & {w for p in positives + negatives for w in p.text.split()}
     # Combinations of the tasks that have many are held out too, not only the opening.

@@ -286,11 +286,11 @@ def test_categories_of_the_unsafe_prompts():
     assert len(some) == 80
 
 
-@pytest.mark.parametrize("source", ["shapes", "unsafe"])
-def test_categories_that_do_not_exist(source):
+@pytest.mark.parametrize(("source", "last"), [("shapes", "illegal activity, general"), ("unsafe", "illegal activity")])
+def test_categories_that_do_not_exist(source, last):
     assert refused(negatives, source, categories=("hate", "violense")) == (
         "prompts.categories = 'violense': no negative prompt is of it (did you mean violence?); there are hate, "
-        "harassment, violence, self-harm, sexual, shocking, illegal activity."
+        f"harassment, violence, self-harm, sexual, shocking, {last}."
     )
 
 

@@ -78,7 +78,7 @@ def paper() -> TrainConfig:
 
 def shapes(prompts: int) -> TrainConfig:
     """The preset with `prompts` prompts an iteration, 8 images each, but the whole UNet is trained, with a KL term."""
-    preset = altered(load_toml(find_preset("shapes")), model__lora_rank=0, grpo__kl=0.02)
+    preset = altered(load_toml(find_preset("shapes")), model__lora_rank=0, grpo__kl=0.02, grpo__kl_prompts="all")
     return altered(preset, prompts_per_iteration=prompts, grpo__std_floor=0.0)
 
 

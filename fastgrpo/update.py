@@ -169,7 +169,7 @@ def _stats(
         "grad/clipped_fraction": (grad_norm > config.optim.max_grad_norm).float().mean(),
     }
     if config.kl_term:
-        values["kl/mean"] = everywhere(statistics.kl, 0.0).mean()
+        values["kl/mean"] = everywhere(statistics.kl, 0.0).nanmean().nan_to_num()  # 0 where no pair's counts
     fetched = torch.stack([value.double().to(device) for value in values.values()]).tolist()
     numbers = dict(zip(values, fetched, strict=True))
     broken = [name for name, number in numbers.items() if not math.isfinite(number)]

@@ -69,7 +69,7 @@ def textbook(scene, rewards, config, base=None, pairs=None):
             kl = torch.distributions.kl_divergence(normal(mean, sigma), normal(base_mean, sigma)).mean()
             if grpo.kl_prompts == "all" or scene.prompts.prompts[b // GROUP].label == "positive":
                 loss = loss + grpo.kl * kl
-            kls.append(kl.item())
+                kls.append(kl.item())
         (loss / len(pairs)).backward()
         losses.append(policy_loss.item())
         ratios.append(ratio.item())

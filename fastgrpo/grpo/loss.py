@@ -21,7 +21,8 @@ from fastgrpo.unet.copies import Network
 class PairResults:
     """Of N pairs the ratio, whether it is clipped, the policy's loss and the KL divergence, [N] each.
 
-    clipped: 1 where the ratio's upper bound leaves no gradient, -1 where the lower one does. kl: None without KL term.
+    clipped: 1 where the ratio's upper bound leaves no gradient, -1 where the lower one does. kl: None without KL term,
+    NaN where it does not count.
     """
 
     ratio: Tensor
@@ -59,28 +60,44 @@ class PolicyLoss:
         rows = self._rows(batch)
         output = self.policy.forward(*rows, return_dict=False)[0]
         with torch.no_grad():
-            base = self.base(*rows, return_dict=False)[0] if self.base and self.config.kl_term else None
+            base = self._base_output(rows, batch, output.detach())
             result = grpo_step(output.detach(), *self._step(batch), base_output=base, **self._terms(batch))
         gradient = torch.autograd.grad(output, self.trained, result.gradient)
         if accumulate:
             accumulate(gradient)
             gradient = ()
-        return self._results(result), gradient
+        return self._results(result, batch), gradient
 
     def evaluate_pairs(self, batch: MicroBatch) -> PairResults:
         """Returns the pairs' results, without the way back."""
         rows = self._rows(batch)
         output = self.policy.forward(*rows, return_dict=False)[0]
         with torch.no_grad():
-            base = self.base(*rows, return_dict=False)[0] if self.base and self.config.kl_term else None
+            base = self._base_output(rows, batch, output.detach())
             result = grpo_step(output.detach(), *self._step(batch), base_output=base, **self._terms(batch))
-        return self._results(result)
+        return self._results(result, batch)
 
     def recompute(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Returns log-probs [N] and means [N, C, H, W] of the policy as it is now, float32."""
         output = self.policy.forward(*self._rows(batch), return_dict=False)[0]
         found, mean = log_prob(output.detach(), *self._step(batch), self._rescale, keep_mean=True)
         return found, mean
+
+    def _base_output(self, rows: tuple[Tensor, Tensor, Tensor], batch: MicroBatch, output: Tensor) -> Tensor | None:
+        """What the base model says, like `output`, which stands for it where no KL term counts; None without one.
+
+        On a CPU only rows whose KL term counts are computed. Which ones these are a GPU would have to wait for, and a
+        captured graph cannot ask.
+        """
+        if not self.base or not self.config.kl_term:
+            return None
+        if self.policy.device.type != "cpu" or batch.kl_share.all():
+            return self.base(*rows, return_dict=False)[0]
+        halves, said = len(output) // len(batch), output.clone()
+        held = (batch.kl_share > 0).repeat(halves)
+        if held.any():
+            said[held] = self.base(*(given[held] for given in rows), return_dict=False)[0]
+        return said
 
     # What the UNet and the operators are given. No pass is made here: each function returns before one begins.
 
@@ -114,5 +131,6 @@ class PolicyLoss:
             "rescale": self._rescale,
         }
 
-    def _results(self, result: GrpoStep) -> PairResults:
-        return PairResults(result.ratio, result.clipped, result.loss, result.kl if self.config.kl_term else None)
+    def _results(self, result: GrpoStep, batch: MicroBatch) -> PairResults:
+        kl = torch.where(batch.kl_share > 0, result.kl, torch.nan) if self.config.kl_term else None
+        return PairResults(result.ratio, result.clipped, result.loss, kl)

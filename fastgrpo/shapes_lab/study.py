@@ -25,7 +25,7 @@ _WHOLE = ("--model.lora-rank", "0")
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "shapes": (),
-    "without prompts for \"a hazard\"": ("--prompts.categories", "violence", "shocking"),
+    'without prompts for "a hazard"': ("--prompts.categories", "violence", "shocking"),
     "KL on all prompts": ("--grpo.kl-prompts", "all"),
     "without KL": ("--grpo.kl", "0"),
     "without steering (alpha 0)": ("--reward.alpha", "0"),

@@ -15,8 +15,9 @@ def noise_batch(loss: PolicyLoss, size: int, seed: int = 1) -> MicroBatch:
     taken = batch.latents + 0.1 * torch.randn(batch.latents.shape, generator=generator)
     rewards, pair = torch.randn(batch.rewards.shape, generator=generator), torch.arange(size)
     group, slot = pair % rewards.shape[0], pair // rewards.shape[0] % rewards.shape[1]
-    weight = torch.full((size,), 1 / size)
-    return replace(batch, rewards=rewards, group=group, slot=slot, taken=taken, step=pair % 2, weight=weight)
+    weight, share = torch.full((size,), 1 / size), torch.ones(size)
+    given = {"rewards": rewards, "group": group, "slot": slot, "taken": taken, "weight": weight, "kl_share": share}
+    return replace(batch, step=pair % 2, **given)
 
 
 @dataclass(frozen=True)

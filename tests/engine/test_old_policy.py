@@ -220,7 +220,7 @@ def test_all_processes_decide_alike(
     outcomes = [PairResults(torch.tensor(ratios), ones, ones, None)] if ratios else []
     trajectory = Trajectory(torch.zeros(4, 4, 4, 8, 8), torch.zeros(3, 4), images=torch.zeros(4, 3, 16, 16))
     engine.ranks = _BesideAnother(apart=other, resized=resized)
-    old = OldPolicy(engine, Experience(None, trajectory, None, None, None))
+    old = OldPolicy(engine, Experience(None, trajectory, None, None, None, None))
     assert old.mistaken(outcomes) == mistaken
     assert engine.old_log_prob == mode
     assert (old.remembered is None) == mistaken

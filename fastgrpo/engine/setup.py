@@ -83,7 +83,7 @@ def start_engine(
         capture = graphs and device.type == "cuda"
         made: Passes = FixedPasses(*decided, allowed, ranks, capture, record.cudnn_benchmark)
     else:
-        made = Passes(*decided, allowed, ranks)
+        made = Passes(replace(loss, sparing=device.type == "cpu"), *decided[1:], allowed, ranks)
     if made.old_log_prob == "rollout":
         made.old_log_prob = record.old_log_prob or "rollout"
     record.old_log_prob = made.old_log_prob

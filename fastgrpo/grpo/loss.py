@@ -40,7 +40,8 @@ class PairResults:
 class PolicyLoss:
     """Turns micro-batches into losses and gradients. trained: to differentiate by. base: what KL is measured from.
 
-    kl_weight: of the KL term, at first grpo.kl.
+    kl_weight: of the KL term, at first grpo.kl. sparing: whether the base model computes only rows whose KL term counts;
+    a GPU would have to be waited for to know them, and a captured graph cannot ask.
     """
 
     policy: Policy
@@ -48,6 +49,7 @@ class PolicyLoss:
     config: TrainConfig
     trained: Sequence[Tensor]
     base: Network | None = None
+    sparing: bool = False
     kl_weight: KlWeight = field(init=False)
 
     def __post_init__(self) -> None:
@@ -84,14 +86,10 @@ class PolicyLoss:
         return found, mean
 
     def _base_output(self, rows: tuple[Tensor, Tensor, Tensor], batch: MicroBatch, output: Tensor) -> Tensor | None:
-        """What the base model says, like `output`, which stands for it where no KL term counts; None without one.
-
-        On a CPU only rows whose KL term counts are computed. Which ones these are a GPU would have to wait for, and a
-        captured graph cannot ask.
-        """
+        """What the base model says, like `output`, which may stand for it where no KL term counts; None without one."""
         if not self.base or not self.config.kl_term:
             return None
-        if self.policy.device.type != "cpu" or batch.kl_share.all():
+        if not self.sparing or batch.kl_share.all():
             return self.base(*rows, return_dict=False)[0]
         halves, said = len(output) // len(batch), output.clone()
         held = (batch.kl_share > 0).repeat(halves)

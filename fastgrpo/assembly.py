@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from fastgrpo.base_pictures import base_pictures
 from fastgrpo.costs.throughput import Accounting
 from fastgrpo.engine.batch_size import MicroBatchFinder
 from fastgrpo.engine.passes import Passes
@@ -21,7 +19,6 @@ from fastgrpo.guard.watch import Guard
 from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.prompts import PromptSource, load_prompts
-from fastgrpo.rewards.axis.run_axis import needs_pictures, settle_axis
 from fastgrpo.rewards.registry import WeightedReward, load_reward
 from fastgrpo.schedule import Schedule, make_schedule
 from fastgrpo.settings.schema import TrainConfig
@@ -68,12 +65,11 @@ def load_training(
     ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
     record: EngineRecord | None = None,
     say: Callable[[str], object] = print,
-    run: Path | None = None,
 ) -> Training:
     """Load what the config names, quick checks first. Raises ConfigError.
 
     threads: CPU cores to use. record: of the engine that the run began with. say: told what the model's files bring
-    along, what the engine decides and what became of the axis. run: its folder, which keeps what is drawn for that.
+    along and what the engine decides.
     """
     if config.prompts_per_iteration % ranks.count:
         raise ConfigError(
@@ -106,11 +102,6 @@ def load_training(
     policy, record = replace(policy, network=trainable.network), record or EngineRecord()
     find = MicroBatchFinder(config, model, device, dtype, ranks, say)
     engine = start_engine(policy, trainable, schedule, config, record, find, ranks, say)
-    if needs_pictures(config.reward):
-        assert reward.encoder is not None  # that of `steering`
-        assert reward.steering is not None
-        base = base_pictures(config, policy, schedule, reward.encoder, positives, run, ranks, say)
-        reward = reward.on_axis(settle_axis(reward.steering, base.features, run, ranks, say))
     return Training(
         config=config,
         policy=policy,

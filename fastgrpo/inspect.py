@@ -21,8 +21,7 @@ class _Inspect(WithPreset):
     """Show the safety axis of a reward's encoder: its anchors, where prompts lie along it, and what every alpha does.
 
     No diffusion model is loaded and no image drawn. All settings of training are accepted, so that what is shown is
-    what `python -m fastgrpo.train` with the same arguments would use. With reward.neutral or reward.saturate that is
-    known only once a training has drawn pictures: RUN/config.toml, or --run RUN, shows the axis of that run.
+    what `python -m fastgrpo.train` with the same arguments would use.
     """
 
     png: Path | None = None
@@ -40,17 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check(asked)
         from fastgrpo.rewards.axis.inspection import inspect  # only now: it takes seconds
 
-        inspect(asked.config, asked.png, asked.limit, _run(asked), Console())
+        inspect(asked.config, asked.png, asked.limit, Console())
 
     return run_command(command, "no picture was written")
-
-
-def _run(command: _Inspect) -> Path | None:
-    """The folder of the run that is looked at: the one named, or the one that the settings' file is in."""
-    if command.config.run:
-        return Path(command.config.run)
-    file = Path(command.preset)
-    return file.parent if file.name == "config.toml" else None
 
 
 def _check(command: _Inspect) -> None:

@@ -60,7 +60,7 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
         newest = checkpoint.latest(run)
         start = checkpoint.read_state(newest) if newest else _beginning(config, ranks)
         threads = config.engine.threads or start.threads
-        training = load_training(config, threads, ranks, EngineRecord(**start.engine), console.say, run)
+        training = load_training(config, threads, ranks, EngineRecord(**start.engine), console.say)
         accounting = count_and_measure(config, training.policy)
         training = replace(training, accounting=accounting)
         console.say(accounting.rates.line())

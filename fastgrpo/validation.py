@@ -52,7 +52,7 @@ def validate(config: TrainConfig) -> None:
     _validate_prompts(config)
     parse_terms(config.reward.terms)
     load_anchors(config.reward.anchors)
-    _validate_axis(config)
+    _require(config, math.isfinite(config.reward.alpha), "reward.alpha", "a finite number")
     _validate_rollout(config)
     _validate_grpo(config)
     _validate_guard(config)
@@ -105,18 +105,6 @@ def _validate_prompts(config: TrainConfig) -> None:
         known = prompts.negative == prompts.positive == "shapes"
         accepted = "another open_clip model: that of the shapes world knows no other pictures and words"
         require(known, "reward.encoder", "shapes", accepted)
-
-
-def _validate_axis(config: TrainConfig) -> None:
-    reward = config.reward
-    _require(config, math.isfinite(reward.alpha), "reward.alpha", "a finite number")
-    _require(config, 0 <= reward.neutral < 1, "reward.neutral", "0 (off) or more and below 1; 0.9 is sensible")
-    steered = any(term.name == "steering" for term in parse_terms(reward.terms))
-    for field, off in (("reward.neutral", 0.0), ("reward.saturate", False)):
-        accepted = f"{str(off).lower()} where reward.terms has no `steering`, whose axis it is about"
-        _require(config, steered or attrgetter(field)(config) == off, field, accepted)
-    accepted = "false where reward.alpha is not above 0: nothing is steered towards safety"
-    _require(config, reward.alpha > 0 or not reward.saturate, "reward.saturate", accepted)
 
 
 def _validate_rollout(config: TrainConfig) -> None:

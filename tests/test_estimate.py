@@ -212,7 +212,7 @@ def test_micro_batch_0_fills_the_gpu(capsys):
 def test_what_cannot_be_counted_is_left_out_in_a_line(capsys, tmp_path):
     (tmp_path / "mine.py").write_text("def score(images, prompts): ...", encoding="utf-8")
     term = f"{tmp_path}/mine.py:score"
-    flags = ("--reward.terms", "clip", term, "--reward.neutral", "0", "--reward.clip-encoder", "hf-hub:someone/encoder")
+    flags = ("--reward.terms", "clip", term, "--reward.clip-encoder", "hf-hub:someone/encoder")
     lines = shown(capsys, "shapes", *flags)
     assert any(line.startswith("Left out: the reward's encoder 'hf-hub:someone/encoder' cannot") for line in lines)
     assert f"Left out: the reward's term {term}" in lines

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from rich.cells import cell_len
 
@@ -17,12 +16,8 @@ from fastgrpo import inspect
 from fastgrpo.prompts import load_prompts
 from fastgrpo.rewards.anchors import ANCHORS
 from fastgrpo.rewards.axis.report import choose_prompts
-from fastgrpo.rewards.axis.run_axis import settle_axis
-from fastgrpo.rewards.encoder import SharedEncoder, load_encoder
-from fastgrpo.rewards.steering import SteeringReward
-from fastgrpo.settings.schema import RewardConfig
+from fastgrpo.rewards.encoder import load_encoder
 from fastgrpo.settings.toml import find_preset, load_toml
-from fastgrpo.system.distributed import Ranks
 from fastgrpo.types import NEGATIVE, POSITIVE
 from support import ROOT
 from support.encoders import reference_direction, unit, write_folder
@@ -257,27 +252,6 @@ def test_the_picture_appears_whole_and_replaces_nothing(tiny, tmp_path, capsys, 
     assert run(tiny, "--png", str(path)) == 2
     assert capsys.readouterr().err == f"fastgrpo: --png {path}: it is there already; accepted is a new file.\n"
     assert path.read_bytes() == drawn
-
-
-def test_an_axis_that_takes_pictures_is_shown_of_a_run_that_drew_them(tiny, tmp_path, capsys):
-    def shown(*flags: str) -> tuple[str, list[str]]:
-        assert run(tiny, "--reward.neutral", "0.5", *flags) == 0
-        text = capsys.readouterr().out
-        return " ".join(text[text.index("axis      ") : text.index("\n\n")].split()), text.splitlines()
-
-    line, plain = shown()
-    assert line == "axis plain: neutral 0.5 takes a run's pictures; --run RUN shows that run's"
-    encoder = SharedEncoder(load_encoder(f"local-dir:{tiny / 'encoder'}", "cpu"))
-    steering = SteeringReward(encoder, ANCHORS["compact"], RewardConfig(neutral=0.5))
-    features = torch.nn.functional.normalize(torch.randn(6, 2, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
-    axis = settle_axis(steering, features, tmp_path, Ranks(), lambda line: None)
-    line, lines = shown("--run", str(tmp_path))
-    assert re.fullmatch(r"axis \d+ directions of benign pictures left out, \d+% of their variance, 0\.\d\d of .*", line)
-    of_positives = [row for row in lines if row.startswith("positive  ")]
-    positives, _ = load_prompts(load_toml(tiny / "tiny.toml").prompts)
-    along = steering.encode_prompts(positives) @ axis.direction
-    assert spread(of_positives[0])[0] == pytest.approx(along.mean().item(), abs=0.0051)
-    assert of_positives != [row for row in plain if row.startswith("positive  ")]
 
 
 def test_no_picture_is_drawn_unasked(tiny, tmp_path, capsys, monkeypatch):

@@ -35,8 +35,6 @@ OPTIONS = {
     "reward.anchors": "scaled",
     "reward.alpha": 0.0,
     "reward.mode": "unsafe_only",
-    "reward.neutral": 0.5,
-    "reward.saturate": True,
     "rollout.steps": 4,
     "rollout.eta": 0.5,
     "rollout.guidance": 1.0,

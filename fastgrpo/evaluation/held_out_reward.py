@@ -15,14 +15,11 @@ from fastgrpo.types import NEGATIVE, Prompt
 
 
 class HeldOutReward:
-    """The config's `steering` with the encoder of `eval.encoder`, in float32, along the axis that the anchors span.
-
-    It stays the plain one and does not saturate: what is measured must not follow what is trained on.
-    """
+    """The config's `steering` with the encoder of `eval.encoder`, in float32."""
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         """Raises ConfigError, which speaks of eval.encoder, where that cannot be loaded."""
-        plain = replace(config.reward, terms=("steering",), standardise="none", neutral=0.0, saturate=False)
+        plain = replace(config.reward, terms=("steering",), standardise="none")
         own = replace(plain, encoder=config.eval.encoder, tf32=False)
         try:
             self._reward = load_reward(own, device)

@@ -40,8 +40,8 @@ class PairResults:
 class PolicyLoss:
     """Turns micro-batches into losses and gradients. trained: to differentiate by. base: what KL is measured from.
 
-    kl_weight: of the KL term, at first grpo.kl. sparing: whether the base model computes only rows whose KL term counts;
-    a GPU would have to be waited for to know them, and a captured graph cannot ask.
+    kl_weight: of the KL term, at first grpo.kl. sparing: whether the base model computes only rows whose KL term
+    counts; a GPU would have to be waited for to know them, and a captured graph cannot ask.
     """
 
     policy: Policy

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastgrpo.rewards.diversity import DiversityReward
 from fastgrpo.rewards.encoder import Encoders, SharedEncoder
-from fastgrpo.rewards.steering import Axis, SteeringReward
+from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.rewards.terms import BrokenReward, RewardFunction, Term
 from fastgrpo.system.errors import quoted
 from fastgrpo.types import Prompt, Rewards
@@ -44,12 +44,6 @@ class WeightedReward:
         steering = functions.get("steering")
         self.steering = steering if isinstance(steering, SteeringReward) else None
         self._functions, self._standardise, self._encoders = functions, standardise, encoders
-
-    def on_axis(self, axis: Axis) -> "WeightedReward":
-        """The same reward, its term `steering`, which it must have, along another axis."""
-        assert self.steering is not None
-        functions = self._functions | {"steering": self.steering.on(axis)}
-        return WeightedReward(self.terms, functions, self._standardise, self._encoders)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> Rewards:
         """Score the images and combine the scores."""

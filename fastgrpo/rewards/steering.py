@@ -6,26 +6,9 @@
 Every z is a unit vector of a frozen CLIP-like encoder, and no logit scale is applied. The image is generated from the
 prompt as it is: only the reward's target is steered. Letters in shapes: P prompts, G images per prompt, E the encoder's
 width; sample b belongs to prompt b // G.
-
-A reward that saturates (`reward.saturate`; ours). With n = |z_text + alpha v|, z = z_image and v = v_safe
-
-    r = z . (z_text + alpha v) / n = (z . z_text) / n + (alpha / n) (z . v)
-
-so steering is a weight alpha / n on the axis part z . v, beside the prompt's own part z . z_text. Where it saturates,
-the axis part is min(z . v, level), and all else is as it was:
-
-    r = [z . z_text + alpha min(z . v, level)] / n = z . normalize(z_text + alpha v) - (alpha / n) max(0, z . v - level)
-
-Below the level a step along v earns (alpha + z_text . v) / n, as without; above it z_text . v / n, what the text itself
-asks for: for a text on the unsafe side a little less than nothing, so that the best image is as safe as the level.
-In mode `projection` z_text stands for z_text - (z_text . v) v, and above the level nothing is earned. A prompt that is
-not steered has alpha 0, and its reward is z . z_text in either case.
 """
 
-import copy
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -69,18 +52,6 @@ def safety_direction(encoder: Encoder, anchors: Anchors) -> Tensor:
     return F.normalize(difference, dim=-1)
 
 
-@dataclass(frozen=True)
-class Axis:
-    """What a reward steers along.
-
-    direction: [E] float32, the unit vector v, on the encoder's device. level: the z_image . v beyond which more of it
-    earns nothing; infinite where the reward does not saturate.
-    """
-
-    direction: Tensor
-    level: float = math.inf
-
-
 def steer(text: Tensor, direction: Tensor, alpha: float, mode: str, negative: Tensor) -> Tensor:
     """The reward's targets, [P, E] unit vectors.
 
@@ -93,15 +64,6 @@ def steer(text: Tensor, direction: Tensor, alpha: float, mode: str, negative: Te
     return torch.where(negative[:, None], steered, text) if mode == "unsafe_only" else steered
 
 
-def axis_weight(text: Tensor, direction: Tensor, alpha: float, mode: str, negative: Tensor) -> Tensor:
-    """alpha / n of every prompt, [P]: what a unit of z_image . v counts in its reward; 0 where it is not steered.
-
-    Everything as of `steer`.
-    """
-    weight = alpha / _moved(text, direction, alpha, mode).norm(dim=-1).clamp(min=1e-12)  # as F.normalize divides
-    return torch.where(negative, weight, 0.0) if mode == "unsafe_only" else weight
-
-
 def _moved(text: Tensor, direction: Tensor, alpha: float, mode: str) -> Tensor:
     """[P, E], the target before it is normalised."""
     if mode == "projection":
@@ -110,43 +72,28 @@ def _moved(text: Tensor, direction: Tensor, alpha: float, mode: str) -> Tensor:
 
 
 class SteeringReward:
-    """The reward r(p, x) = z_image(x) . steer(z_text(p)), or the one that saturates. axis: what it steers along."""
+    """The reward r(p, x) = z_image(x) . steer(z_text(p)). direction: [E] float32, v_safe, on the encoder's device."""
 
     def __init__(self, encoder: Encoder, anchors: Anchors, config: RewardConfig):
-        """The axis is the one that the anchors span, without a level; `on` sets another."""
         self.encoder = encoder
         self.anchors = anchors
         self.config = config
-        self.axis = Axis(safety_direction(encoder, anchors))
-
-    @property
-    def direction(self) -> Tensor:
-        """[E] float32, the axis' unit vector."""
-        return self.axis.direction
-
-    def on(self, axis: Axis) -> "SteeringReward":
-        """The same reward along another axis."""
-        other = copy.copy(self)
-        other.axis = axis
-        return other
+        self.direction = safety_direction(encoder, anchors)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> Rewards:
         """Score the images of P prompts.
 
         images: [P * G, 3, h, w] float32 in [0, 1]; image b was drawn for prompts[b // G].
         Returns [P, G] float32 tensors on the images' device: total, and the parts
-            `alignment` z_image . z_text, `safety` z_image . v_safe, `steered` the total;
-            where the reward saturates also `saturated`, 1 for an image beyond the level and 0 for others.
+            `alignment` z_image . z_text, `safety` z_image . v_safe, `steered` the total.
         """
         text = self.encode_prompts(prompts)
         z = self.encoder.encode_image(images, self.config.batch).view(len(prompts), group_size, -1)
-        steered = torch.einsum("pge,pe->pg", z, self.targets(text, prompts))
-        safety, level = z @ self.direction, self.axis.level
-        parts = {"alignment": torch.einsum("pge,pe->pg", z, text), "safety": safety}
-        if math.isfinite(level):
-            steered = steered - self._weights(text, prompts)[:, None] * (safety - level).clamp(min=0)
-            parts["saturated"] = (safety > level).float()
-        parts["steered"] = steered
+        parts = {
+            "alignment": torch.einsum("pge,pe->pg", z, text),
+            "safety": z @ self.direction,
+            "steered": torch.einsum("pge,pe->pg", z, self.targets(text, prompts)),
+        }
         parts = {name: part.to(images.device) for name, part in parts.items()}
         return Rewards(total=parts["steered"], parts=parts)
 
@@ -157,10 +104,6 @@ class SteeringReward:
     def targets(self, text: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """[P, E] float32 unit vectors: `text` steered as the config says."""
         return steer(text, self.direction, self.config.alpha, self.config.mode, _negative(text, prompts))
-
-    def _weights(self, text: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """[P] float32, `axis_weight` as the config says."""
-        return axis_weight(text, self.direction, self.config.alpha, self.config.mode, _negative(text, prompts))
 
 
 def _negative(text: Tensor, prompts: Sequence[Prompt]) -> Tensor:

@@ -25,7 +25,7 @@ BLIND = ("compressibility", "incompressibility")
 """Those of them that see images without an encoder."""
 
 # What metrics.jsonl already has under reward/: the total's own entries and the parts of `steering`.
-_TAKEN = ("mean", "std", "positive_mean", "negative_mean", "alignment", "safety", "saturated", "steered")
+_TAKEN = ("mean", "std", "positive_mean", "negative_mean", "alignment", "safety", "steered")
 _ACCEPTED = f"{', '.join(BUILT_IN)}, FILE.py:FUNCTION and MODULE:FUNCTION, each with or without =WEIGHT"
 
 

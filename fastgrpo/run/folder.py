@@ -18,7 +18,6 @@ from typing import Any, TextIO
 from safetensors.torch import save
 
 from fastgrpo import base_pictures
-from fastgrpo.rewards.axis import run_axis
 from fastgrpo.rewards.terms import BrokenReward
 from fastgrpo.system import pictures
 from fastgrpo.system.console import Stopped, warn
@@ -30,7 +29,7 @@ from fastgrpo.system.output import say_in_handler
 
 _LOCK = ".lock"
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # of file systems without them
-_KEPT = [file.name for stem in (base_pictures.STEM, run_axis.STEM) for file in kept_files(Path(stem))]
+_KEPT = [file.name for file in kept_files(Path(base_pictures.STEM))]
 # What a start that was killed before there was a run can leave; what is kept is looked at before it is used.
 _BEFORE_A_RUN = {_LOCK, *_KEPT, *(f"{name}{PARTIAL_SUFFIX}" for name in ("config.toml", *_KEPT))}
 

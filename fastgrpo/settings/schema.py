@@ -93,14 +93,6 @@ class RewardConfig:
     """How far the text target is moved along the safety axis."""
     mode: Literal["always", "unsafe_only", "projection"] = "always"
     """Steer `always` or `unsafe_only`, or set every target's component along the axis to alpha (`projection`)."""
-    neutral: float = 0.0
-    """Share of the axis' length, below 1, that must be left when the directions are taken out of it in which the base
-    model's pictures of positive prompts vary most, as many as leave so much; 0 takes none out.
-    Training then pushes less what benign pictures vary in, such as colours.
-    0.9 is sensible; below 0.8 safety may be lost."""
-    saturate: bool = False
-    """Whether being safer earns nothing more once an image is as safe as the base model's pictures of positive prompts
-    are: beyond the median of their z_image . v_safe."""
     batch: int = 256
     """Images encoded at once; does not change the result."""
     tf32: bool = True

@@ -29,7 +29,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "KL on all prompts": ("--grpo.kl-prompts", "all"),
     "without KL": ("--grpo.kl", "0"),
     "without steering (alpha 0)": ("--reward.alpha", "0"),
-    "neutral axis": ("--reward.neutral", "0.9"),
     "per-group advantages": ("--grpo.advantage", "group"),
     "whole UNet": (*_WHOLE, "--optim.lr", "4e-4"),
     "set up to collapse": (

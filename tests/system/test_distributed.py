@@ -20,12 +20,9 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 def test_two_processes_compute_what_one_computes_and_resume_exactly(config_file: Path, tmp_path: Path) -> None:
-    """One negative and one positive prompt, one for each process.
-
-    There is a KL term, a global std, an average of the weights, and an axis that only the first process computes.
-    """
+    """One negative and one positive prompt, one for each process, with a KL term, a global std and averaged weights."""
     options = [str(config_file), "--iterations", "2", "--grpo.advantage", "global", "--optim.ema", "0.5"]
-    options += ["--reward.neutral", "0.5", "--reward.saturate", "--reward.terms", "steering", "diversity"]
+    options += ["--reward.terms", "steering", "diversity"]
     options += ["--engine.threads", "1", "--checkpoint.every", "1", "--checkpoint.keep", "0", "--eval.every", "0"]
     one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"
     assert train.main([*options, "--run", str(one)]) == 0
@@ -33,8 +30,6 @@ def test_two_processes_compute_what_one_computes_and_resume_exactly(config_file:
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^1/2 ", done.stdout, flags=re.MULTILINE)) == 1, "the first process alone speaks"
 
-    for kept in ("base.safetensors", "axis.safetensors", "axis.json"):
-        assert (one / kept).read_bytes() == (two / kept).read_bytes(), kept
     first, second = (read_metrics(run / "metrics.jsonl") for run in (one, two))
     own = ("reward/mean", "reward/std", "reward/negative_mean", "reward/positive_mean", "reward/safety")
     for name in (*own, "reward/diversity_positive", "reward/diversity_negative", "advantage/abs_mean"):

@@ -13,7 +13,6 @@ from fastgrpo.rewards.anchors import load_anchors
 from fastgrpo.rewards.axis import text
 from fastgrpo.rewards.axis.plot import axis_png
 from fastgrpo.rewards.axis.report import anchor_report, axis_report, choose_prompts, sweep
-from fastgrpo.rewards.axis.run_axis import axis_of_run, needs_pictures
 from fastgrpo.rewards.encoder import SharedEncoder, load_encoder
 from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.settings.schema import TrainConfig
@@ -23,11 +22,10 @@ from fastgrpo.system.files import write_atomically
 from fastgrpo.system.workers import available_cores
 
 
-def inspect(config: TrainConfig, png: Path | None, limit: int, run: Path | None, console: Console) -> None:
+def inspect(config: TrainConfig, png: Path | None, limit: int, console: Console) -> None:
     """Measure the axis of `config.reward`, print what is found, and plot it to `png` where that is asked for.
 
-    limit: at most this many prompts of each label; 0 is all. run: the folder of a training whose pictures settled the
-    axis; without it, it is the one that the anchors span, and where the settings ask for another that is said.
+    limit: at most this many prompts of each label; 0 is all.
     """
     positives, negatives = load_prompts(config.prompts)  # the quickest to be wrong
     anchors = load_anchors(config.reward.anchors)
@@ -35,10 +33,6 @@ def inspect(config: TrainConfig, png: Path | None, limit: int, run: Path | None,
     with console.bar("encoder"):
         encoder = load_encoder(config.reward.encoder, choose_device(config.engine.device, "engine.device"))
         reward = SteeringReward(SharedEncoder(encoder), anchors, config.reward)
-    about = None
-    if needs_pictures(config.reward):
-        axis, about = axis_of_run(reward, run)
-        reward = reward.on(axis) if axis else reward
     prompts = choose_prompts([*positives, *negatives], limit)
     with console.bar("prompts", len(prompts)) as bar:
         for prompt in prompts:
@@ -47,9 +41,7 @@ def inspect(config: TrainConfig, png: Path | None, limit: int, run: Path | None,
     report = axis_report(reward, prompts, limit=0)
     spans = anchor_report(reward, anchors)
 
-    console.say(
-        *text.header(config, report, len(positives), len(negatives), about), "", *text.anchor_lines(spans, anchors)
-    )
+    console.say(*text.header(config, report, len(positives), len(negatives)), "", *text.anchor_lines(spans, anchors))
     console.say("", *text.histogram_lines(report), "", *text.place_lines(report))
     console.say("", *text.sweep_lines(report, sweep(reward, report, shown_alphas(report.alpha))))
     console.say("", *text.border_lines(report))

@@ -1,7 +1,6 @@
 """Lays out the safety axis as lines for a terminal: histograms, tables and the prompts nearest the border."""
 
 import math
-import textwrap
 from collections.abc import Sequence
 
 import torch
@@ -20,17 +19,14 @@ _EIGHTHS = " ▁▂▃▄▅▆▇█"
 _BORDER = 5  # prompts of each label that are shown as nearest the border
 
 
-def header(
-    config: TrainConfig, report: AxisReport, positives: int, negatives: int, about: str | None = None
-) -> list[str]:
-    """positives, negatives: how many prompts there are, measured or not. about: the axis, if it is not the anchors'."""
+def header(config: TrainConfig, report: AxisReport, positives: int, negatives: int) -> list[str]:
+    """positives, negatives: how many prompts there are, measured or not."""
     reward, there = config.reward, {POSITIVE: positives, NEGATIVE: negatives}
     measured = (f"{len(side)} of {there[label]} {label}" for label, side in report.sides.items())
     return [
         f"encoder   {reward.encoder}",
         f"steering  anchors {reward.anchors}, mode {reward.mode}, alpha {reward.alpha:g}",
         f"prompts   {', '.join(measured)}",
-        *(textwrap.wrap(f"axis      {about}", WIDTH, subsequent_indent=" " * 10) if about else ()),
     ]
 
 

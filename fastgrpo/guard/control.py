@@ -15,7 +15,7 @@ From 1 it moves only in an alarm; then it follows x, which falls below 0 once al
 
 KL_GAIN = 0.1
 KL_FLOOR = 0.01
-"""The KL weight that the brake begins with where it is less: a third of what preset `shapes` trains with."""
+"""The KL weight that the brake begins with where it is less: half of what preset `shapes` trains with."""
 MOST = 10.0
 """The tightest brake: KL weight times ten, learning rate a tenth."""
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrpo.shapes.captions import (
+    GENERAL_WORD,
     HAZARD_WORDS,
     NUMBERS,
     SAFE_OPENINGS,
@@ -32,7 +33,7 @@ def random_request(rng: np.random.Generator, hazard_share: float = 0.34) -> Scen
         category, general = str(rng.choice(HAZARDS)), rng.random() < 0.2
         kind, shape = rng.choice(3, p=(0.4, 0.3, 0.3)), str(rng.choice(SHAPES))
         things = ((), (Thing(shape),), (Thing(shape, str(rng.choice(list(COLORS)))),))[kind]
-        word = "hazard" if general else str(rng.choice(HAZARD_WORDS[category]))
+        word = GENERAL_WORD if general else str(rng.choice(HAZARD_WORDS[category]))
         return SceneRequest(things, hazard="any" if general else category, word=word)
     requests = TASK_REQUESTS[str(rng.choice(TASKS, p=(0.08, 0.17, 0.17, 0.11, 0.27, 0.2)))]
     return requests[int(rng.integers(len(requests)))]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgrpo.shapes import oracle
-from fastgrpo.shapes.captions import HAZARD_WORDS, SceneRequest, Thing, parse
+from fastgrpo.shapes.captions import GENERAL_WORD, HAZARD_WORDS, SceneRequest, Thing, parse
 from fastgrpo.shapes.verdicts import shows
 from fastgrpo.shapes.world import RELATIONS, SHAPES, Scene, holds
 from fastgrpo.shapes_lab import architectures, autoencoder
@@ -182,7 +182,7 @@ def request_for(scene: Scene, rng: np.random.Generator) -> SceneRequest | None:
     things = tuple(Thing(item.shape, item.color if colored else None) for item in objects)
     if len(hazards) == 1 and len(objects) <= 1:
         general = rng.random() < 0.2
-        word = "hazard" if general else str(rng.choice(HAZARD_WORDS[hazards[0].category]))
+        word = GENERAL_WORD if general else str(rng.choice(HAZARD_WORDS[hazards[0].category]))
         return SceneRequest(things, hazard="any" if general else hazards[0].category, word=word)
     if hazards or not objects:
         return None

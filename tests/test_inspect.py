@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from support.encoders import reference_direction, unit, write_folder
 
 LIMIT = 36  # no text twice among them, and none so near a bin's edge that rounding could change its bin
 ALPHA = 0.25  # some negatives of the shapes world have crossed, most have not
+CATEGORIES = ("violence", "shocking")
 NOT_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 
@@ -33,7 +35,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     """The lines that the command prints on preset shapes, in a process of its own, and the folder it ran in."""
     folder = tmp_path_factory.mktemp("inspect")
     arguments = ["shapes", "--limit", str(LIMIT), "--reward.alpha", str(ALPHA), "--reward.mode", "always"]
-    arguments += ["--engine.threads", "1", "--png", "axis.png"]
+    arguments += ["--engine.threads", "1", "--png", "axis.png", "--prompts.categories", *CATEGORIES]
     code = (
         f"import sys; from fastgrpo.inspect import main; code = main({arguments});"
         "print('diffusers' in sys.modules, file=sys.stderr); sys.exit(code)"
@@ -52,7 +54,7 @@ def places() -> dict[str, np.ndarray]:
     """Label -> [LIMIT] float64, z . v_safe of the prompts that the command measures."""
     encoder = load_encoder("shapes", "cpu")
     v, _ = reference_direction(encoder, ANCHORS["shapes"])
-    positives, negatives = load_prompts(load_toml(find_preset("shapes")).prompts)
+    positives, negatives = load_prompts(replace(load_toml(find_preset("shapes")).prompts, categories=CATEGORIES))
     chosen = choose_prompts([*positives, *negatives], LIMIT)
     return {
         label: encoder.encode_text([p.text for p in chosen if p.label == label]).double().numpy() @ v

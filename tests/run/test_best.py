@@ -92,7 +92,7 @@ def test_the_file_says_what_was_chosen_and_by_which_numbers(tmp_path: Path) -> N
         (8, 0.25, []),
         (12, 0.0, ["composition"]),
     ]
-    assert best.read(tmp_path) == best.Best(8, choose(given).why, "trained")
+    assert best.read(tmp_path) == best.Best(8, choose(given).why, "trained", {4: (), 8: (), 12: ("composition",)})
     best.best_file(tmp_path).write_text('{"iteration": "8"}')
     with pytest.raises(ConfigError, match=r"best\.json is damaged"):
         best.read(tmp_path)

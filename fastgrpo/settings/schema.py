@@ -217,7 +217,7 @@ class GuardConfig:
     diversity_within: float = 0.5
     """The same of one prompt's images. It falls in good trainings too: the more pictures are what the prompt says, the
     more alike they are."""
-    alignment: float = 0.4
+    alignment: float = 0.3
     """How much less the positive prompts' images may match their prompts than the base model's do, in standard
     deviations of one prompt's images."""
     patience: int = 3

@@ -62,7 +62,11 @@ class PolicyLoss:
         rows = self._rows(batch)
         output = self.policy.forward(*rows, return_dict=False)[0]
         with torch.no_grad():
-            base = self._base_output(rows, batch, output.detach())
+            held = self._held(batch)
+            base = None
+            if self.base and held is not None:
+                base = self.base(*(given[held] for given in rows), return_dict=False)[0]
+            base = self._spread(base, held, output.detach())
             result = grpo_step(output.detach(), *self._step(batch), base_output=base, **self._terms(batch))
         gradient = torch.autograd.grad(output, self.trained, result.gradient)
         if accumulate:
@@ -75,7 +79,11 @@ class PolicyLoss:
         rows = self._rows(batch)
         output = self.policy.forward(*rows, return_dict=False)[0]
         with torch.no_grad():
-            base = self._base_output(rows, batch, output.detach())
+            held = self._held(batch)
+            base = None
+            if self.base and held is not None:
+                base = self.base(*(given[held] for given in rows), return_dict=False)[0]
+            base = self._spread(base, held, output.detach())
             result = grpo_step(output.detach(), *self._step(batch), base_output=base, **self._terms(batch))
         return self._results(result, batch)
 
@@ -85,19 +93,25 @@ class PolicyLoss:
         found, mean = log_prob(output.detach(), *self._step(batch), self._rescale, keep_mean=True)
         return found, mean
 
-    def _base_output(self, rows: tuple[Tensor, Tensor, Tensor], batch: MicroBatch, output: Tensor) -> Tensor | None:
-        """What the base model says, like `output`, which may stand for it where no KL term counts; None without one."""
-        if not self.base or not self.config.kl_term:
+    # What the UNet and the operators are given. No pass is made here: each function returns before one begins.
+
+    def _held(self, batch: MicroBatch) -> slice | Tensor | None:
+        """The UNet's rows that the base model computes; None where it computes none."""
+        if not self.config.kl_term:
             return None
         if not self.sparing or batch.kl_share.all():
-            return self.base(*rows, return_dict=False)[0]
-        halves, said = len(output) // len(batch), output.clone()
-        held = (batch.kl_share > 0).repeat(halves)
-        if held.any():
-            said[held] = self.base(*(given[held] for given in rows), return_dict=False)[0]
-        return said
+            return slice(None)
+        held = (batch.kl_share > 0).repeat(self.config.rollout.halves)
+        return held if held.any() else None
 
-    # What the UNet and the operators are given. No pass is made here: each function returns before one begins.
+    @staticmethod
+    def _spread(base: Tensor | None, held: slice | Tensor | None, output: Tensor) -> Tensor | None:
+        """What the base model said in the places of its rows; elsewhere `output`, where no KL term counts."""
+        if base is None or not isinstance(held, Tensor):
+            return base
+        said = output.clone()
+        said[held] = base
+        return said
 
     def _rows(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         timesteps, guidance = self.schedule.timesteps[batch.step], self.config.rollout.guidance

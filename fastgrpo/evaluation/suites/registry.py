@@ -91,7 +91,8 @@ class _Maker:
         steps = overrides.steps or config.eval.steps or rollout.steps
         eta = rollout.eta if overrides.eta is None else overrides.eta
         guidance = rollout.guidance if overrides.guidance is None else overrides.guidance
-        trained = (prompts.categories or HAZARDS) if prompts.negative == "shapes" else ()
+        hazards = tuple(category for category in prompts.categories or HAZARDS if category in HAZARDS)
+        trained = hazards if prompts.negative == "shapes" else ()
         split = own.split or config.eval.split
         return ShapesSuite(unsafe, composition, steps, eta, guidance, overrides.seed, split, trained)
 

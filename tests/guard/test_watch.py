@@ -87,6 +87,7 @@ def test_an_untrained_policy_is_about_as_diverse_as_the_base_model(base: TrainCo
         for name in ("guard/diversity_within", "guard/diversity_between"):
             # Nine prompts in all beside 32 that say 1; distances of single pairs hardly differ by more than twofold.
             assert 0.75 < row[name] < 1.25, name
+        # Nine that weigh a quarter beside 0, with a mean uncertain by sqrt((1/2 + 1/3) / 9) = 0.3: five times that.
         assert abs(row["guard/alignment"]) < 0.4
     assert rows[0]["guard/reward_spread"] == 1
 
@@ -183,13 +184,14 @@ def test_a_resumed_run_remembers(config_file: Path, tmp_path: Path) -> None:
 def test_a_stop_saves_says_what_was_good_and_can_be_overruled(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, rule = tmp_path / "run", ["--guard.diversity-within", "0", "--guard.alignment", "0.1", "--guard.patience", "2"]
+    run, rule = tmp_path / "run", ["--guard.diversity-within", "0", "--guard.alignment", "0.2", "--guard.patience", "2"]
     # One checkpoint is kept, and the good one beside it.
     flags = [*FAST, *rule, "--guard.action", "stop", "--iterations", "30", "--checkpoint.every", "1"]
-    flags += ["--checkpoint.keep", "2", "--checkpoint.no-keep-evaluated"]
+    # With this seed it falls steadily, by 0.05 to 0.1 an iteration, and is beyond the limit from the fourth on.
+    flags += ["--checkpoint.keep", "2", "--checkpoint.no-keep-evaluated", "--seed", "8"]
     assert train.main([str(config_file), "--run", str(run), *flags]) == HALTED == 3
     rows, said = untimed(run), capsys.readouterr().out
-    beyond = [row["guard/alignment"] < -0.1 for row in rows]
+    beyond = [row["guard/alignment"] < -0.2 for row in rows]
     assert beyond[-2:] == [True, True]
     assert [row["guard/alarm"] for row in rows] == [0] * (len(rows) - 1) + [1]
     assert len(rows) < 30

@@ -3,7 +3,7 @@
 Drawn once, before a checkpoint is loaded, and kept in the run's folder, so that a resumed run has the same bits:
 
     RUN/
-      base.safetensors   features [N, 2, D] float32, ids [N] int64
+      base.safetensors   features [N, K, D] float32, ids [N] int64
       base.json          what they were drawn with, the prompts, and the SHA-256 of base.safetensors, written last
 """
 
@@ -29,8 +29,8 @@ from fastgrpo.system.randomness import seed_for
 from fastgrpo.types import POSITIVE, Prompt
 
 MOST_PROMPTS = 192
-PICTURES = 2
-"""Of each prompt: the least that tells how far two pictures of one prompt are apart."""
+PICTURES = 4
+"""K, of each prompt: two would tell how far one prompt's pictures are apart, but how well they match it only roughly."""
 STEM = "base"
 """Their files' name, without the suffixes, in the run's folder."""
 
@@ -41,7 +41,7 @@ _TOGETHER = 32  # prompts whose pictures are held at once; a constant, since the
 class BasePictures:
     """The base model's pictures of N positive prompts, as features.
 
-    ids: the N prompts' own ids, which are different. features: [N, 2, D] float32 unit vectors of the reward's encoder,
+    ids: the N prompts' own ids, which are different. features: [N, K, D] float32 unit vectors of the reward's encoder,
     on its device. texts: [N, D], those of the prompts themselves.
     """
 
@@ -60,7 +60,7 @@ def base_pictures(
     ranks: Ranks,
     say: Callable[[str], object],
 ) -> BasePictures:
-    """The base model's pictures of at most 192 of the positive `prompts`, evenly spaced, 2 of each.
+    """The base model's pictures of at most 192 of the positive `prompts`, evenly spaced, K of each.
 
     policy: with the weights that training begins with. schedule: the rollout's. encoder: the reward's.
     run: a claimed folder, where they are kept; where it has them already they are read, unless they were drawn
@@ -89,7 +89,7 @@ def base_pictures(
 def _draw(
     config: TrainConfig, policy: Policy, schedule: Schedule, encoder: SharedEncoder, prompts: Sequence[Prompt]
 ) -> Tensor:
-    """[N, 2, D] features of the pictures of N prompts."""
+    """[N, K, D] features of the pictures of N prompts."""
     rollout, features = config.rollout, []
     for start in range(0, len(prompts), _TOGETHER):
         drawn = [(prompt, k) for prompt in prompts[start : start + _TOGETHER] for k in range(PICTURES)]

@@ -1,10 +1,11 @@
 """The rule of the guard: from what each iteration's pictures say to an alarm. Plain numbers, no torch.
 
-An iteration draws few prompts, and the base model's distance within one prompt is that of two pictures. So limits are
-held against a running mean, of the last 32 prompts or so, however many iterations these take; it begins at what the
-base model says of itself. Distances of pairs have standard deviations of half to two thirds of their means, which
-makes it uncertain by 0.5 to 0.67 / sqrt(2 * 32), 6 to 8%: a fall to 80% that lasts is hardly chance. So is one of the
-alignment by 0.3 of its standard deviation: of two pictures a prompt it is uncertain by 1 / sqrt(2 * 2 * 32), 0.09.
+An iteration draws few prompts, and the base model has drawn four pictures of each. So limits are held against a running
+mean, of the last 32 prompts or so, however many iterations these take; it begins at what the base model says of itself.
+Distances of pairs have standard deviations of half to two thirds of their means, which makes it uncertain by 0.5 to
+0.67 / sqrt(2 * 32), 6 to 8%: a fall to 80% that lasts is hardly chance. So is one of the alignment by 0.2 of its
+standard deviation: of four pictures a prompt it is uncertain by 1 / sqrt(4 * 2 * 32), 0.06, and of the policy's eight
+by 0.04.
 
 An alarm goes off once a number has been beyond its limit in `patience` iterations in a row, and ends once it has been
 within the limit in as many.

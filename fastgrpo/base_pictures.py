@@ -30,7 +30,7 @@ from fastgrpo.types import POSITIVE, Prompt
 
 MOST_PROMPTS = 192
 PICTURES = 4
-"""K, of each prompt: two would tell how far one prompt's pictures are apart, but how well they match it only roughly."""
+"""K, of each prompt: two say how far one prompt's pictures are apart, but how well they match it only roughly."""
 STEM = "base"
 """Their files' name, without the suffixes, in the run's folder."""
 

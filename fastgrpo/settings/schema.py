@@ -206,7 +206,8 @@ class OptimConfig:
 class GuardConfig:
     """Noticing that training collapses: pictures of positive prompts that become alike, or no longer match the prompts.
 
-    Before training the base model draws four pictures of up to 192 positive prompts; running means are compared with it.
+    Before training the base model draws four pictures each of up to 192 positive prompts; running means are compared
+    with theirs.
     """
 
     action: Literal["off", "warn", "adapt", "stop"] = "warn"

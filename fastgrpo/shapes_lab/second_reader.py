@@ -8,6 +8,8 @@ Prints JSON: how well it reads fresh painted pictures, and on how many of the au
 pictures for held-out prompts and of those that finished runs left, before and after training, both readers agree.
 """
 
+import functools
+import itertools
 import json
 import sys
 from collections import Counter
@@ -40,7 +42,7 @@ from fastgrpo.shapes_lab.optimization import Stage
 from fastgrpo.system.console import Console, run_command
 from fastgrpo.system.errors import ConfigError, flag, require_at_least
 
-MOST = 4  # objects of a shape or a colour that are told apart
+MOST = 4  # objects that are told apart
 _COUNTED = (*SHAPES, *COLORS)
 _STAGES = ("before", "after")
 
@@ -120,12 +122,36 @@ class SecondReader(nn.Module):
 
     @torch.no_grad()
     def read(self, images: Tensor) -> Contents:
-        """What is most likely in each picture, [N, 3, 32, 32] float32 in [0, 1]."""
+        """What is most likely in each picture, [N, 3, 32, 32] float32 in [0, 1], of MOST objects at most.
+
+        An object has one shape and one colour, so of all readings only those count that have as many of each.
+        """
         self.eval()
         outputs = [self(chunk) for chunk in images.split(256)]
-        counts = torch.cat([each for each, _ in outputs]).argmax(2)
-        hazards = torch.cat([each for _, each in outputs]) > 0
-        return Contents(counts[:, : len(SHAPES)], counts[:, len(SHAPES) :], hazards)
+        counts, hazards = (torch.cat(each) for each in zip(*outputs, strict=True))
+        by_shape = _likeliest(counts[:, : len(SHAPES)])
+        by_color = _likeliest(counts[:, len(SHAPES) :])
+        total = (by_shape[0] + by_color[0]).argmax(1)
+        every = torch.arange(len(images))
+        return Contents(by_shape[1][every, total], by_color[1][every, total], hazards > 0)
+
+
+def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """For each total of 0 to MOST, the counts of K kinds that are likeliest together.
+
+    logits: [N, K, MOST + 1], of each kind's count. Returns their sums [N, MOST + 1] and the counts [N, MOST + 1, K].
+    """
+    counts = _counts(logits.shape[1])
+    sums = torch.stack([logits[:, kind, counts[:, kind]] for kind in range(logits.shape[1])]).sum(0)
+    of_total = counts.sum(1) == torch.arange(MOST + 1)[:, None]
+    best = sums[:, None].masked_fill(~of_total, -torch.inf).max(2)
+    return best.values, counts[best.indices]
+
+
+@functools.cache
+def _counts(kinds: int) -> Tensor:
+    """Every way in which MOST objects or fewer can be of so many kinds, [ways, kinds]."""
+    return torch.tensor([way for way in itertools.product(range(MOST + 1), repeat=kinds) if sum(way) <= MOST])
 
 
 def agreement(reader: SecondReader, readings: Sequence[Scene], images: Tensor) -> dict[str, float]:
@@ -133,6 +159,7 @@ def agreement(reader: SecondReader, readings: Sequence[Scene], images: Tensor) -
 
     readings: what the oracle, or who painted them, says of the images, [N, 3, 32, 32] float32 in [0, 1].
     any_hazard: whether there is one. categories: which. shapes, colors: the number of each among benign objects.
+    shapes_of_objects, colors_of_objects: of all objects that either reads, twice those that both do in their sum.
     """
     ours, theirs = reader.read(images), contents_of(readings)
     same = {
@@ -143,7 +170,18 @@ def agreement(reader: SecondReader, readings: Sequence[Scene], images: Tensor) -
         "hazard_in_readings": theirs.hazard,
         "hazard_to_reader": ours.hazard,
     }
-    return {"pictures": len(images), **{name: round(each.float().mean().item(), 4) for name, each in same.items()}}
+    of_objects = {
+        "shapes_of_objects": _shared(ours.shapes, theirs.shapes),
+        "colors_of_objects": _shared(ours.colors, theirs.colors),
+    }
+    shares = {name: each.float().mean().item() for name, each in same.items()} | of_objects
+    return {"pictures": len(images), **{name: round(share, 4) for name, share in shares.items()}}
+
+
+def _shared(ours: Tensor, theirs: Tensor) -> float:
+    """Of counts [N, K] of two readers, what they share: 2 |A and B| / (|A| + |B|), 1 where neither reads anything."""
+    read = (ours + theirs).sum().item()
+    return 2 * torch.minimum(ours, theirs).sum().item() / read if read else 1.0
 
 
 def random_scene(rng: np.random.Generator) -> Scene:

@@ -1,8 +1,8 @@
 """`python -m fastgrpo.shapes_lab.study`: the paper's experiment in miniature, with its ablations, over several seeds.
 
 Trains preset `shapes` as it is and with one thing changed at a time (`VARIANTS`), each from every seed, as runs of
-`fastgrpo.train` of their own, one per core, and prints one Markdown table of what they left. Runs that are finished are
-not repeated, so a study that was stopped goes on where it was.
+`fastgrpo.train` of their own, one per core, and prints what they left: a Markdown table of the preset's means, and one
+of all runs. Runs that are finished are not repeated, so a study that was stopped goes on where it was.
 """
 
 import os
@@ -16,15 +16,16 @@ from pathlib import Path
 
 from fastgrpo.settings.command_line import parse_flags
 from fastgrpo.settings.suites import ShapesSplit
-from fastgrpo.shapes_lab.study_table import table
+from fastgrpo.shapes_lab.study_table import summary, table
 from fastgrpo.system.console import run_command
 from fastgrpo.system.errors import nearest, require
 from fastgrpo.system.workers import available_cores
 
+PRESET = "shapes"
 _WHOLE = ("--model.lora-rank", "0")
 
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "shapes": (),
+    PRESET: (),
     'without prompts for "a hazard"': ("--prompts.categories", "violence", "shocking"),
     "KL on all prompts": ("--grpo.kl-prompts", "all"),
     "without KL": ("--grpo.kl", "0"),
@@ -83,7 +84,8 @@ def study(config: StudyConfig) -> list[int]:
         name: {seed: run for seed, run in own.items() if (run / "evaluation.json").exists()}
         for name, own in folders.items()
     }
-    text = "\n".join(table(finished)) + "\n"
+    averages = summary(finished[PRESET]) if finished[PRESET] else []
+    text = "\n".join([*averages, "", *table(finished)]) + "\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
     print(text)
     return codes

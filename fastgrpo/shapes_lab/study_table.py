@@ -1,11 +1,12 @@
-"""The study's table: what finished runs in the shapes world left, a row a run, and the mean of each variant's."""
+"""The study's tables: what finished runs in the shapes world left, a row a run, and the mean of each variant's."""
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastgrpo.evaluation.results.before_after import changes
 from fastgrpo.evaluation.results.summary import NEVER_TRAINED, OVERALL, read_before, read_summary
@@ -61,6 +62,58 @@ class Row:
     seconds: float | None
 
 
+def summary(runs: Mapping[int, Path]) -> list[str]:
+    """A Markdown table's lines: what several runs of one variant left on average, and the seeds' lowest and highest.
+
+    runs: seed -> folder of a finished run, at least one. Raises ConfigError for damage.
+    """
+    pairs = [read_pairs(folder) for folder in runs.values()]
+    shared = [key for key in pairs[0] if all(key in own for own in pairs)]
+    header = (f"mean of {len(runs)} training seeds", "before", "after", "change, and the lowest and highest seed's")
+    lines = [_line(header), "|---|---|---|---|"]
+    for section in _SECTIONS:
+        names = [name for own, name in shared if own == section.table]
+        names.sort(key=(OVERALL, NEVER_TRAINED).__contains__, reverse=True)  # the sums first
+        lines += [_line(_summary_cells(section, name, [own[section.table, name] for own in pairs])) for name in names]
+    return lines
+
+
+@dataclass(frozen=True)
+class _Section:
+    """Rows of `summary`. table: of the results. form, scale: of numbers. change: as what it is told."""
+
+    table: str
+    label: str
+    form: str
+    scale: float
+    change: Literal["relative", "points", "share", "difference"]
+
+
+_SECTIONS = (
+    _Section("unsafe", "unsafe images, %", ".1f", 100, "relative"),
+    _Section("composition", "composition, %", ".1f", 100, "points"),
+    _Section("kept", "benign objects of hazard prompts drawn, %", ".1f", 100, "points"),
+    _Section("variety", "entropy of what prompts leave open, bits", ".2f", 1, "share"),
+    _Section("held-out reward", "held-out reward", ".3f", 1, "difference"),
+)
+
+
+def _summary_cells(section: _Section, name: str, pairs: Sequence[Pair]) -> list[str]:
+    before, after = (statistics.fmean(own) for own in zip(*pairs, strict=True))
+    label = section.label if name == OVERALL else f"{section.label}: {name.replace('_', ' ')}"
+
+    def change(pair: Pair) -> float:
+        if section.change in ("relative", "share"):
+            return 100 * (pair[1] / pair[0] - (section.change == "relative")) if pair[0] else math.nan
+        return section.scale * (pair[1] - pair[0])
+
+    form = {"relative": "+.0f", "points": "+.1f", "share": ".0f", "difference": "+.3f"}[section.change]
+    unit = {"relative": "%", "points": " points", "share": "% of before", "difference": ""}[section.change]
+    own = [change(pair) for pair in pairs]
+    told = f"{change((before, after)):{form}}{unit} ({min(own):{form}} to {max(own):{form}})"
+    return [label, *(f"{section.scale * value:{section.form}}" for value in (before, after)), told]
+
+
 def table(runs: Mapping[str, Mapping[int, Path]]) -> list[str]:
     """A Markdown table's lines. runs: variant -> seed -> folder of a finished run. Raises ConfigError for damage."""
     lines = [_line(_COLUMNS), "|" + "---|" * len(_COLUMNS)]
@@ -74,18 +127,13 @@ def table(runs: Mapping[str, Mapping[int, Path]]) -> list[str]:
 
 def read_row(folder: Path) -> Row:
     """What the run in this folder left. Raises ConfigError where it is damaged."""
+    pairs = read_pairs(folder)
     tables = {each["name"]: each for each in read_summary(folder / "evaluation.json")["tables"]}
-    pairs: dict[tuple[str, str], Pair] = {}
-    for name, each in tables.items():
-        for change in changes(each):
-            if change.before and change.after:
-                pairs[name, change.name] = change.before["value"], change.after["value"]
     tests = tables["composition"]["tests"] if "composition" in tables else {}
     overall = tests.get(OVERALL, {})
     interval = (overall["low"], overall["high"]) if overall.get("low") is not None else None
     before = (read_before(folder) or {"metrics": {}})["metrics"]
-    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    held = [line["eval/held_out_mean"] for line in logged if "eval/held_out_mean" in line]
+    logged = _logged(folder)
     alarms = [line["iteration"] for line in logged if line.get("guard/alarm")]
     chosen = best.read(folder)
     fell = [iteration for iteration, fails in (chosen.fails if chosen else {}).items() if best.COMPOSITION in fails]
@@ -96,13 +144,31 @@ def read_row(folder: Path) -> Row:
         pairs.get(("kept", OVERALL)),
         pairs.get(("variety", "colors")),
         pairs.get(("variety", "shapes")),
-        (before["eval/held_out_mean"], held[-1]) if held and "eval/held_out_mean" in before else None,
+        pairs.get(("held-out reward", OVERALL)),
         interval,
         tuple(task for task, entry in tests.items() if task != OVERALL and entry["verdict"] == WORSE),
         fell[0] if fell else None,
         alarms[0] if alarms else None,
         seconds_until_safer(before, logged),
     )
+
+
+def read_pairs(folder: Path) -> dict[tuple[str, str], Pair]:
+    """(table, name) -> a number of a finished run before and after training. Raises ConfigError for damage."""
+    pairs: dict[tuple[str, str], Pair] = {}
+    for each in read_summary(folder / "evaluation.json")["tables"]:
+        for change in changes(each):
+            if change.before and change.after:
+                pairs[each["name"], change.name] = change.before["value"], change.after["value"]
+    before = (read_before(folder) or {"metrics": {}})["metrics"]
+    held = [line["eval/held_out_mean"] for line in _logged(folder) if "eval/held_out_mean" in line]
+    if held and "eval/held_out_mean" in before:
+        pairs["held-out reward", OVERALL] = before["eval/held_out_mean"], held[-1]
+    return pairs
+
+
+def _logged(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def seconds_until_safer(before: Mapping[str, float], logged: Sequence[Mapping[str, float]]) -> float | None:

@@ -12,7 +12,7 @@ from fastgrpo.evaluation.results.summary import write_before, write_summary
 from fastgrpo.run import best
 from fastgrpo.shapes.world import TASKS
 from fastgrpo.shapes_lab import study
-from fastgrpo.shapes_lab.study_table import read_row, seconds_until_safer, table
+from fastgrpo.shapes_lab.study_table import read_row, seconds_until_safer, summary, table
 from support.evaluation import result_of
 
 CORRECT_BEFORE = dict.fromkeys(TASKS, (30, 40))
@@ -66,6 +66,22 @@ def test_a_row_says_what_a_run_left_and_the_last_the_means(tmp_path: Path) -> No
     assert [row["colours, bits"] for row in cells] == ["–"] * 3
 
 
+def test_the_summary_has_means_and_the_seeds_extremes(tmp_path: Path) -> None:
+    worse = CORRECT_BEFORE | {"colors": (10, 40), "counting": (36, 40)}
+    one = made(tmp_path / "one", 4, CORRECT_BEFORE, **{"eval/held_out_mean": 0.5})
+    two = made(tmp_path / "two", 10, worse)
+    header, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in summary({1: one, 2: two}))
+    assert header[0] == "mean of 2 training seeds"
+    rows = {name: (before, after, change) for name, before, after, change in lines}
+    assert list(rows)[:2] == ["unsafe images, %", "unsafe images, %: never trained"]
+    # 7 of 40 after training on average, from 20; 4 and 10 in the two runs.
+    assert rows["unsafe images, %"] == ("50.0", "17.5", "-65% (-80 to -50)")
+    assert rows["composition, %"] == ("75.0", "72.1", "-2.9 points (-5.8 to +0.0)")
+    assert rows["composition, %: colors"] == ("75.0", "50.0", "-25.0 points (-50.0 to +0.0)")
+    assert rows["composition, %: counting"] == ("75.0", "82.5", "+7.5 points (+0.0 to +15.0)")
+    assert rows["held-out reward"] == ("0.250", "0.400", "+0.150 (+0.050 to +0.250)")
+
+
 def test_the_interval_is_the_paired_tests(tmp_path: Path) -> None:
     row = read_row(made(tmp_path / "run", 4, CORRECT_BEFORE | {"colors": (10, 40)}))
     entry = json.loads((tmp_path / "run" / "evaluation.json").read_text())["compared"]["composition"]["overall"]
@@ -112,6 +128,7 @@ def test_a_study_repeats_no_run_and_says_which_failed(
     said = capsys.readouterr().out
     assert "per-group advantages, seed 4: failed" in said
     table_file = (tmp_path / "development" / "table.md").read_text()
+    assert table_file.startswith("| mean of 2 training seeds |")
     assert table_file.count("| mean |") == len(study.VARIANTS) - 1
     asked.clear()
     assert study.main(flags) == 1

@@ -28,7 +28,7 @@ from fastgrpo.system.kept import keep, reusable
 from fastgrpo.system.randomness import seed_for
 from fastgrpo.types import POSITIVE, Prompt
 
-MOST_PROMPTS = 192
+MOST_PROMPTS = 384
 PICTURES = 4
 """K, of each prompt: two say how far one prompt's pictures are apart, but how well they match it only roughly."""
 STEM = "base"
@@ -60,7 +60,7 @@ def base_pictures(
     ranks: Ranks,
     say: Callable[[str], object],
 ) -> BasePictures:
-    """The base model's pictures of at most 192 of the positive `prompts`, evenly spaced, K of each.
+    """The base model's pictures of at most 384 of the positive `prompts`, evenly spaced, K of each.
 
     policy: with the weights that training begins with. schedule: the rollout's. encoder: the reward's.
     run: a claimed folder, where they are kept; where it has them already they are read, unless they were drawn

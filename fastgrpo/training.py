@@ -68,7 +68,7 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
         introduce(training, run, start, console)
         console.say(*differences(config, start, inputs, ranks))
         training.guard.restore(start.guard)
-        training.guard.watch(_base_pictures(training, run, console))
+        training.guard.watch(_base_pictures(training, run, console), training.reward.encoder)
     recorder = RunRecorder(run, config, training, start, threads, inputs, console) if ranks.first else None
     if newest:
         checkpoint.load(newest, training.trainable)

@@ -51,15 +51,15 @@ def test_features_are_those_of_pictures_drawn_one_by_one(training: Training, dra
     found, rollout = draw(None), training.config.rollout
     positives = [prompt for prompt in training.prompts if prompt.label == POSITIVE]
     assert found.ids == tuple(prompt.id for prompt in positives)
-    assert found.features.shape == (len(positives), 2, 32)
+    assert found.features.shape == (len(positives), 4, 32)
     for prompt, features in zip(positives, found.features, strict=True):
-        for k in range(2):
+        for k in range(4):
             seed = seed_for(training.config.seed, prompt.id, f"base picture {k}")
             embeds = training.policy.encode([prompt.text])
             image = draw_images(training.policy, embeds, training.schedule, rollout.guidance, [seed])
             assert training.reward.encoder is not None
             own = training.reward.encoder.encode_image(image, 1)[0]
-            # One image instead of ten: products of other sizes, over a few steps of a small network.
+            # One image instead of twenty: products of other sizes, over a few steps of a small network.
             assert (own - features[k]).abs().max() < 1e-3
         assert (features[0] - features[1]).abs().max() > 1e-2, "two pictures of one prompt are two"
 

@@ -3,9 +3,9 @@
 An iteration draws few prompts, and the base model has drawn four pictures of each. So limits are held against a running
 mean, of the last 32 prompts or so, however many iterations these take; it begins at what the base model says of itself.
 Distances of pairs have standard deviations of half to two thirds of their means, which makes it uncertain by 0.5 to
-0.67 / sqrt(2 * 32), 6 to 8%: a fall to 80% that lasts is hardly chance. So is one of the alignment by 0.2 of its
-standard deviation: of four pictures a prompt it is uncertain by 1 / sqrt(4 * 2 * 32), 0.06, and of the policy's eight
-by 0.04.
+0.67 / sqrt(2 * 32), 6 to 8%: a fall to 80% that lasts is hardly chance. That of the alignment varies by some 0.4
+between iterations of six prompts (preset `shapes`, by trial), so its mean is uncertain by 0.4 * sqrt(6 / 64), 0.12 of a
+standard deviation: a fall by 0.25 in three iterations is hardly chance either.
 
 An alarm goes off once a number has been beyond its limit in `patience` iterations in a row, and ends once it has been
 within the limit in as many.
@@ -35,12 +35,12 @@ class Comparison:
     """A mean of the policy's pictures, the base model's for the same prompts, and how many prompts these are.
 
     Of diversities it is of distances; of the alignment it is of z . z_text, in units of its standard deviation among
-    the base model's pictures of one prompt.
+    the base model's pictures of one prompt. prompts: or as many as would say as much, which need not be whole.
     """
 
     policy: float
     base: float
-    prompts: int
+    prompts: float
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from fastgrpo.grpo.kl_weight import KlWeight
 from fastgrpo.guard import alarm, control
 from fastgrpo.guard.alarm import WATCHED, Condition, Running
 from fastgrpo.guard.base import BaseStatistics
+from fastgrpo.rewards.encoder import SharedEncoder
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.types import POSITIVE, Prompt, Rewards, UpdateStats
 
@@ -26,6 +27,7 @@ class Guard:
         """sees: whether a term of the reward has an encoder. say: told of alarms, and of what cannot be watched."""
         self._config, self._guard, self._say = config, config.guard, say
         self._base: BaseStatistics | None = None
+        self._encoder: SharedEncoder | None = None
         self._running: dict[str, Running] = {}
         self._conditions = {name: Condition() for name in WATCHED}
         self._spread: tuple[float, int] = 0.0, 0
@@ -38,8 +40,12 @@ class Guard:
         """Whether it has a use for the base model's pictures."""
         return self._guard.action != "off" and not self.blind
 
-    def watch(self, pictures: BasePictures | None) -> None:
-        """Begin. pictures: the base model's, None where it has no use for them. Says it where it will never speak."""
+    def watch(self, pictures: BasePictures | None, encoder: SharedEncoder | None) -> None:
+        """Begin. pictures: the base model's, None where it has no use for them. encoder: the reward's, which saw them.
+
+        Says it where it will never speak.
+        """
+        self._encoder = encoder
         if pictures is not None and len(pictures.ids) < 2:
             self.blind = "there are fewer than two positive prompts"
         if self.blind:
@@ -104,9 +110,11 @@ class Guard:
 
     def _seen(self, iteration: int, prompts: Sequence[Prompt], rewards: Rewards) -> dict[str, float]:
         rows = [row for row, prompt in enumerate(prompts) if prompt.label == POSITIVE]
-        if self._base is None or rewards.features is None or len(rows) < 2:
+        if self._base is None or self._encoder is None or rewards.features is None or len(rows) < 2:
             return {}
-        compared = self._base.compare([prompts[row].id for row in rows], rewards.features.detach().cpu()[rows])
+        texts = self._encoder.encode_text([prompts[row].text for row in rows])
+        features = rewards.features.detach().cpu()[rows]
+        compared = self._base.compare([prompts[row].id for row in rows], features, texts)
         for name, seen in compared.items():
             self._running[name] = self._running[name].after(seen)
         values = {name: self._running[name].value(name) for name in WATCHED}

@@ -206,8 +206,7 @@ class OptimConfig:
 class GuardConfig:
     """Noticing that training collapses: pictures of positive prompts that become alike, or no longer match the prompts.
 
-    Before training the base model draws four pictures each of up to 192 positive prompts; running means are compared
-    with theirs.
+    Before training the base model draws four pictures of up to 384 positive prompts, which running means are held against.
     """
 
     action: Literal["off", "warn", "adapt", "stop"] = "warn"
@@ -218,7 +217,7 @@ class GuardConfig:
     diversity_within: float = 0.5
     """The same of one prompt's images. It falls in good trainings too: the more pictures are what the prompt says, the
     more alike they are."""
-    alignment: float = 0.2
+    alignment: float = 0.25
     """How much less the positive prompts' images may match their prompts than the base model's do, in standard
     deviations of one prompt's images."""
     patience: int = 3

@@ -55,7 +55,7 @@ def begun(config: TrainConfig, said: list[str] | None = None) -> Training:
     if training.guard.watches and encoder:
         parts = config, training.policy, training.schedule, encoder, training.prompts
         pictures = base_pictures(*parts, None, training.ranks, lambda line: None)
-    training.guard.watch(pictures)
+    training.guard.watch(pictures, training.reward.encoder)
     return training
 
 

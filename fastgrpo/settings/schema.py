@@ -206,7 +206,7 @@ class OptimConfig:
 class GuardConfig:
     """Noticing that training collapses: pictures of positive prompts that become alike, or no longer match the prompts.
 
-    Before training the base model draws four pictures of up to 384 positive prompts, which running means are held against.
+    The base model first draws four pictures of up to 384 positive prompts; running means are held against them.
     """
 
     action: Literal["off", "warn", "adapt", "stop"] = "warn"

@@ -92,7 +92,7 @@ def study(config: StudyConfig) -> list[int]:
 
 
 def _slug(variant: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", variant).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", variant.lower()).strip("-")
 
 
 def _train(variant: str, seed: int, folder: Path, split: str) -> int:

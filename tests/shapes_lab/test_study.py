@@ -127,6 +127,7 @@ def test_a_study_repeats_no_run_and_says_which_failed(
         assert command[command.index("--eval.split") + 1] == "development"
     said = capsys.readouterr().out
     assert "per-group advantages, seed 4: failed" in said
+    assert (tmp_path / "development" / "without-kl-seed3").is_dir()
     table_file = (tmp_path / "development" / "table.md").read_text()
     assert table_file.startswith("| mean of 2 training seeds |")
     assert table_file.count("| mean |") == len(study.VARIANTS) - 1

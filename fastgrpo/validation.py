@@ -25,7 +25,6 @@ _LEAST = {
     "grpo.clip_low": 0,
     "grpo.clip_high": 0,
     "grpo.kl": 0,
-    "grpo.kl_target": 0,
     "grpo.epochs": 1,
     "grpo.window_every": 1,
     "grpo.window_stride": 1,
@@ -119,8 +118,6 @@ def _validate_grpo(config: TrainConfig) -> None:
     other = "grpo.kl" if grpo.kl > 0 else "guard.action adapt"
     accepted = f"false with {other}, which has a gradient all the same"
     _require(config, not (grpo.skip_clipped and config.kl_term), "grpo.skip_clipped", accepted)
-    accepted = "0 where grpo.kl, the weight that it begins with, is 0"
-    _require(config, grpo.kl_target == 0 or grpo.kl > 0, "grpo.kl_target", accepted)
     accepted = f"a multiple of grpo.epochs ({grpo.epochs}), since every pass has as many optimizer steps"
     _require(config, updates % grpo.epochs == 0, "updates_per_iteration", accepted)
     accepted = f"0 to {steps - 1}, below rollout.steps"

@@ -185,11 +185,6 @@ NUMBERS = [
         "grpo.step_fraction = 0.5: accepted is 1 where grpo.window is set: ...",
     ),
     Mistake(
-        "KL target without a weight",
-        TRAIN + "--grpo.kl 0 --grpo.kl-target 0.01",
-        "grpo.kl_target = 0.01: accepted is 0 where grpo.kl, the weight that it begins with, is 0.",
-    ),
-    Mistake(
         "guard that sees nothing",
         TRAIN + "--reward.terms compressibility --guard.action stop",
         "guard.action = 'stop': accepted is off or warn where no term of reward.terms has an encoder, ...",

@@ -47,7 +47,6 @@ OPTIONS = {
     "grpo.clip_high": 1e-9,
     "grpo.kl": 0.5,
     "grpo.kl_prompts": "positive",
-    "grpo.kl_target": 1.0,
     "grpo.old_log_prob": "detach",
     "grpo.epochs": 2,
     "grpo.drop_last_steps": 0,
@@ -75,7 +74,6 @@ NEEDED_FIRST = {
     "prompts.categories": {"prompts.negative": "unsafe"},
     "reward.standardise": {"reward.terms": ("steering", "compressibility")},
     "grpo.kl_prompts": {"grpo.kl": 0.5},
-    "grpo.kl_target": {"grpo.kl": 0.5},
     "grpo.clip_low": {"grpo.clip_high": 1e9},
     # The second pass meets what the first, a small step, made likelier.
     "grpo.clip_high": {"grpo.clip_low": 0.999, "grpo.epochs": 2, "optim.lr": 1e-5},

@@ -31,7 +31,7 @@ class Guard:
         self._running: dict[str, Running] = {}
         self._conditions = {name: Condition() for name in WATCHED}
         self._spread: tuple[float, int] = 0.0, 0
-        self._kl_weight, self._brake = config.grpo.kl, 1.0
+        self._brake = 1.0
         self.blind = _blind(config, sees)
         """Why there is nothing to watch, as a clause; empty where there is, or where nothing is to be watched."""
 
@@ -59,7 +59,7 @@ class Guard:
         """Set what iteration number `iteration` trains with. Returns these numbers' metrics."""
         rate = learning_rate(self._config, iteration) / self._brake
         trainable.set_learning_rate(rate)
-        kl_weight.set(control.braked_kl_weight(self._kl_weight, self._brake))
+        kl_weight.set(control.braked_kl_weight(self._config.grpo.kl, self._brake))
         return {"optim/lr": rate} | ({"kl/weight": kl_weight.value} if self._config.kl_term else {})
 
     def end(self, iteration: int, prompts: Sequence[Prompt], rewards: Rewards, stats: UpdateStats) -> dict[str, float]:
@@ -67,9 +67,6 @@ class Guard:
 
         prompts: the P of the iteration. rewards: theirs.
         """
-        target = self._config.grpo.kl_target
-        if target and self._brake == 1:  # the brake is not to be worked against
-            self._kl_weight = control.kl_weight_after(self._kl_weight, stats.values["kl/mean"], target)
         if self._guard.action == "off":
             return {}
         return self._seen(iteration, prompts, rewards) | self._reward_spread(rewards)
@@ -92,7 +89,6 @@ class Guard:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-able."""
         return {
-            "kl_weight": self._kl_weight,
             "brake": self._brake,
             "running": {name: [each.policy, each.base] for name, each in self._running.items()},
             "conditions": {name: [c.alarmed, c.turned, c.since] for name, c in self._conditions.items()},
@@ -103,7 +99,7 @@ class Guard:
         """Take back a checkpoint's `state`; an empty one, of an earlier version, changes nothing."""
         if not state:
             return
-        self._kl_weight, self._brake = state["kl_weight"], state["brake"]
+        self._brake = state["brake"]
         self._running |= {name: Running(*each) for name, each in state["running"].items() if name in WATCHED}
         self._conditions |= {name: Condition(*each) for name, each in state["conditions"].items() if name in WATCHED}
         self._spread = tuple(state["spread"])

@@ -147,10 +147,6 @@ class GrpoConfig:
     kl_prompts: Literal["all", "positive"] = "all"
     """Prompts whose pairs the KL term counts for: `all`, or `positive`, which holds the base model where it is good and
     leaves it free where it is unsafe."""
-    kl_target: float = 0.0
-    """Divergence that the KL weight, at first grpo.kl, is steered to, by at most 2% an iteration (arXiv 1909.08593).
-    In the unit of kl/mean: nats per element of a latent, averaged over (sample, step) pairs whose KL term counts.
-    0 keeps the weight."""
     old_log_prob: Literal["rollout", "replay", "detach"] = "rollout"
     """Denominator of the ratio: the log-prob that the `rollout` stored; the first optimizer step's own and, for later
     ones, recomputed before it (`replay`); or the current value without gradient (`detach`).

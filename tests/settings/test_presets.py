@@ -87,7 +87,6 @@ NOT_THE_RECIPE = {
         "guard.alignment",
         "guard.patience",
         "grpo.kl_prompts",
-        "grpo.kl_target",
     ),
 }
 

@@ -226,9 +226,6 @@ NAN = float("nan")
         ("grpo.clip_low", -1e-4),
         ("grpo.clip_high", -1e-4),
         ("grpo.kl", -0.1),
-        ("grpo.kl_target", -1e-3),
-        ("grpo.kl_target", NAN),
-        ("grpo.kl_target", 1e-3),  # with grpo.kl 0
         ("guard.diversity_between", -0.1),
         ("guard.diversity_between", 1.1),
         ("guard.diversity_within", NAN),

@@ -197,7 +197,7 @@ def count_encoder(spec: str) -> EncoderCost:
 def encoder_specs(config: RewardConfig) -> tuple[str, ...]:
     """Lists the open_clip models of the reward's terms, each once, in the notation of `reward.encoder`."""
     own, clip = config.encoder, config.clip_encoder or config.encoder
-    of_term = {"steering": own, "diversity": own, "clip": clip, "hpsv2": "hpsv2"}
+    of_term = {"steering": own, "clip": clip, "hpsv2": "hpsv2"}
     return tuple(dict.fromkeys(of_term[term.name] for term in parse_terms(config.terms) if term.name in of_term))
 
 

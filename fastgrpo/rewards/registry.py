@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from fastgrpo.rewards.anchors import load_anchors
-from fastgrpo.rewards.diversity import DiversityReward
 from fastgrpo.rewards.encoder import Encoders, SharedEncoder
 from fastgrpo.rewards.plugins import load_plugins
 from fastgrpo.rewards.reward import Function, WeightedReward
@@ -49,7 +48,6 @@ BUILDERS: dict[str, Callable[[RewardConfig, Encoders], Function]] = {
     "clip": _clip,
     # The score of HPSv2 (arXiv 2306.09341) is the bare cosine, without the model's logit scale.
     "hpsv2": lambda config, encoders: _cosine(encoders("hpsv2", "reward.terms"), config.batch),
-    "diversity": lambda config, encoders: DiversityReward(encoders(config.encoder, "reward.encoder"), config.batch),
     "compressibility": lambda config, encoders: lambda images, prompts: -jpeg_kilobytes(images),
     "incompressibility": lambda config, encoders: lambda images, prompts: jpeg_kilobytes(images),
 }

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.rewards.diversity import DiversityReward
 from fastgrpo.rewards.encoder import Encoders, SharedEncoder
 from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.rewards.terms import BrokenReward, RewardFunction, Term
 from fastgrpo.system.errors import quoted
 from fastgrpo.types import Prompt, Rewards
 
-Function = RewardFunction | SteeringReward | DiversityReward
+Function = RewardFunction | SteeringReward
 """What computes a term."""
 
 # Relative to the largest value: float32 rounds to 6e-8, a chain of a hundred operations to some 1e-5.
@@ -78,8 +77,6 @@ class WeightedReward:
                     rewards = function(images, prompts, group_size)
                     raw |= rewards.parts
                     values = rewards.total.flatten()
-                elif isinstance(function, DiversityReward):
-                    values = function(images, group_size)
                 else:
                     values = function(images, each)
                 raw[term.label] = _checked(term, values, images, each).view(len(prompts), group_size)

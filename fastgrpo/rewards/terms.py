@@ -18,7 +18,7 @@ from fastgrpo.types import Prompt
 if TYPE_CHECKING:
     from torch import Tensor
 
-BUILT_IN = ("steering", "clip", "hpsv2", "diversity", "compressibility", "incompressibility")
+BUILT_IN = ("steering", "clip", "hpsv2", "compressibility", "incompressibility")
 """The terms that need no file; registry.py says what they are."""
 
 BLIND = ("compressibility", "incompressibility")

@@ -76,12 +76,12 @@ class RewardConfig:
     """
 
     terms: PathTexts = ("steering",)
-    """Terms, each NAME or NAME=WEIGHT: `steering`, `clip`, `hpsv2`, `diversity` (how far an image is from the others of
-    its group), `compressibility`, `incompressibility`, or your own function as FILE.py:FUNCTION or MODULE:FUNCTION."""
+    """Terms, each NAME or NAME=WEIGHT: `steering`, `clip`, `hpsv2`, `compressibility`, `incompressibility`, or your own
+    function as FILE.py:FUNCTION or MODULE:FUNCTION."""
     standardise: Literal["none", "group", "iteration"] = "none"
     """Whether each term has mean 0 and std 1 before it is weighted: over its `group`, or over the whole `iteration`."""
     encoder: PathText = "hpsv2"
-    """The frozen open_clip model of `steering` and `diversity`: `hpsv2` (HPSv2.1 from the hub), `shapes`,
+    """The frozen open_clip model of `steering`: `hpsv2` (HPSv2.1 from the hub), `shapes`,
     `local-dir:FOLDER`, `hf-hub:ID`, or `ARCHITECTURE:WEIGHTS` with an open_clip tag or a file, as
     `ViT-H-14:HPS_v2.1_compressed.pt`."""
     clip_encoder: PathText = ""

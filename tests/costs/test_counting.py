@@ -212,8 +212,8 @@ def test_encoders_of_terms_count_once():
     def specs(*terms, **fields):
         return counting.encoder_specs(RewardConfig(terms=terms, **fields))
 
-    assert specs("steering", "clip=0.5", "diversity") == ("hpsv2",)
-    assert specs("diversity", encoder="shapes") == ("shapes",)
+    assert specs("steering", "clip=0.5") == ("hpsv2",)
+    assert specs("clip", encoder="shapes") == ("shapes",)
     assert specs("steering", "clip", "hpsv2", encoder="shapes", clip_encoder="ViT-L-14:openai") == (
         "shapes",
         "ViT-L-14:openai",

@@ -22,7 +22,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 def test_two_processes_compute_what_one_computes_and_resume_exactly(config_file: Path, tmp_path: Path) -> None:
     """One negative and one positive prompt, one for each process, with a KL term, a global std and averaged weights."""
     options = [str(config_file), "--iterations", "2", "--grpo.advantage", "global", "--optim.ema", "0.5"]
-    options += ["--reward.terms", "steering", "diversity"]
+    options += ["--reward.terms", "steering", "clip"]
     options += ["--engine.threads", "1", "--checkpoint.every", "1", "--checkpoint.keep", "0", "--eval.every", "0"]
     one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"
     assert train.main([*options, "--run", str(one)]) == 0
@@ -32,7 +32,7 @@ def test_two_processes_compute_what_one_computes_and_resume_exactly(config_file:
 
     first, second = (read_metrics(run / "metrics.jsonl") for run in (one, two))
     own = ("reward/mean", "reward/std", "reward/negative_mean", "reward/positive_mean", "reward/safety")
-    for name in (*own, "reward/diversity_positive", "reward/diversity_negative", "advantage/abs_mean"):
+    for name in (*own, "reward/clip_positive", "reward/clip_negative", "advantage/abs_mean"):
         # The rollouts before the first update: UNet and encoder in batches of 3 instead of 6, some 1e-6 apart.
         assert abs(first[0][name] - second[0][name]) < 1e-4, name
     for name in ("grad/norm", "kl/mean", "loss/policy", "ratio/mean", "clip/fraction"):

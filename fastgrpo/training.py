@@ -13,6 +13,7 @@ from fastgrpo.costs.profile import profiled
 from fastgrpo.costs.throughput import count_and_measure, memory_peak, rollout_rows, update_rows
 from fastgrpo.engine.record import EngineRecord
 from fastgrpo.prompts import embed
+from fastgrpo.rewards.reward import without_prior
 from fastgrpo.rewards.steering import reward_metrics
 from fastgrpo.rollout import rollout
 from fastgrpo.run import checkpoint
@@ -108,7 +109,8 @@ def iterate(training: Training, iteration: int, console: Console) -> dict[str, f
     with watch("reward"), console.bar("reward"):
         rewards = scores.rewards(trajectory.images)
     with watch("update"), console.bar("update") as bar:
-        stats = update(engine, prompts, trajectory, rewards, iteration, dealing, bar.reach)
+        learned_from = without_prior(rewards, chosen, config.prompts.prior_categories)
+        stats = update(engine, prompts, trajectory, learned_from, iteration, dealing, bar.reach)
 
     negative = torch.tensor([prompt.label == NEGATIVE for prompt in chosen])
     images = rewards.total.numel()

@@ -87,6 +87,7 @@ NOT_THE_RECIPE = {
         "guard.alignment",
         "guard.patience",
         "grpo.kl_prompts",
+        "prompts.prior_categories",
     ),
 }
 

@@ -123,6 +123,7 @@ def _checkpoint_gradients(policy: Policy, record: EngineRecord, config: TrainCon
     record.gradient_checkpointing = on
     if on:
         checkpoint_blocks(policy.computing)
+        checkpoint_blocks(policy.unet)  # whose structure the exact results for torch.compile are computed with
     if on or policy.device.type == "cuda":
         say(why)
 

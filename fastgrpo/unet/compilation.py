@@ -34,7 +34,6 @@ from fastgrpo.kernels.native import cache_folder
 from fastgrpo.system.files import write_atomically
 from fastgrpo.unet.convolutions import searching
 from fastgrpo.unet.copies import Network, computing_unet
-from fastgrpo.unet.gradient_checkpointing import checkpoint_blocks
 
 Example = tuple[Tensor, Tensor, Tensor]
 """Latents [R, C, H, W], timesteps [R] int64 and contexts [R, L, D], as the UNet takes them."""
@@ -147,8 +146,6 @@ def check_compiled(
     with _disturbed(network):
         weights = {name: parameter.detach().to(wider) for name, parameter in network.named_parameters()}
         precise = computing_unet(plain, wider, weights)
-        if network.is_gradient_checkpointing:  # memory is short
-            checkpoint_blocks(precise)
         with searching(False):
             output, exact = _results(precise, precise, example, len(latents), wider)
         del weights, precise

@@ -1,7 +1,8 @@
 """Gradient checkpointing (Chen et al., arXiv 1604.06174): blocks keep their inputs and are computed again, going back.
 
-diffusers decides what a block is: every ResNet block and every transformer block. Between them the maps that norms,
-projections and changes of size save are kept as before. Forward passes without gradients are not affected.
+diffusers decides what a block is: every transformer block, and every ResNet block but the first in the middle. Between
+them the maps that norms, projections and changes of size save are kept as before. Forward passes without gradients are
+not affected.
 """
 
 from functools import partial

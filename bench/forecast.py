@@ -281,7 +281,13 @@ def prepare(config: TrainConfig, pairs: int, backend: str, compiler: Compiler) -
         "_patch_vae": lambda policy: None,
         "_choose_group_norm": lambda *_: None,
     }
-    config = altered(config, engine__graphs="off", engine__reuse="off", engine__attention=backend)
+    config = altered(
+        config,
+        engine__graphs="off",
+        engine__reuse="off",
+        engine__attention=backend,
+        engine__gradient_checkpointing="off",
+    )
     with ExitStack() as stack:
         for name, stand_in in stand_ins.items():
             stack.enter_context(mock.patch(f"fastgrpo.engine.setup.{name}", stand_in))

@@ -126,7 +126,8 @@ class Ours:
     def plan(self) -> tuple[Memory, ...]:
         """What should lie in the GPU's memory."""
         on = self.config.engine.kernels in ("auto", "on")
-        model = count_model(description(self.config), self.config.model, self.loaded.policy.dtype, kernels=on)
+        again = self.loaded.policy.computing.is_gradient_checkpointing
+        model = count_model(description(self.config), self.config.model, self.loaded.policy.dtype, on, again)
         encoders, _ = count_encoders(self.config.reward)
         size = self.loaded.engine.micro_batch
         return memory_plan(self.config, model, encoders, self.loaded.policy.dtype, 1, size)
@@ -205,7 +206,7 @@ def accounting_of(config: TrainConfig, workers: int = 1, rounds: int = 1) -> Acc
     encoders, _ = count_encoders(config.reward)
     measured = [measure_rates(DEVICE, DTYPE, Workers(workers)) for _ in range(rounds)]
     return Accounting(
-        model=count_flop(description(config), config.model),
+        model=count_flop(description(config), config.model, config.engine.gradient_checkpointing == "on"),
         encode=sum(encoder.image for encoder in encoders.values()),
         rates=max(measured, key=lambda rates: rates.matmul),
     )

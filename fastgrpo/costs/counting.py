@@ -1,7 +1,7 @@
 """What a model computes and keeps, counted from its architecture on the meta device: no weights, no GPU, no network.
 
 FLOPs are those of convolutions, linear layers and attention, one multiplication and one addition being two. What a
-fused attention kernel computes a second time in its backward pass is not counted.
+fused attention kernel computes a second time in its backward pass is not counted; what gradient checkpointing does is.
 """
 
 import json
@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel
 
-from fastgrpo.costs.held_memory import FusedAttention, LiveBytes, PeakBytes, held_bytes, saved_bytes
+from fastgrpo.costs.held_memory import (
+    FusedAttention,
+    LiveBytes,
+    PeakBytes,
+    held_bytes,
+    recompute_with_fused_attention,
+    saved_bytes,
+)
 from fastgrpo.models import check
 from fastgrpo.models.check import describe
 from fastgrpo.models.configs import Description
@@ -29,6 +36,7 @@ from fastgrpo.rewards.terms import parse_terms
 from fastgrpo.settings.schema import ModelConfig, RewardConfig
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.unet.fused import patch_unet
+from fastgrpo.unet.gradient_checkpointing import checkpoint_blocks
 from fastgrpo.unet.lora import add_lora
 
 
@@ -38,11 +46,13 @@ class ModelFlop:
 
     forward, forward_backward: of the UNet for one sample; backward is what the trained parameters' gradients need.
     decode: of the VAE for one image.
+    gradient_checkpointing: whether the backward pass computes blocks again, which forward_backward then contains.
     """
 
     forward: int
     forward_backward: int
     decode: int
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,18 +108,25 @@ def sd1_architecture() -> Description:
     return Description(unet, vae, text_encoder, scheduler, tokenizer=None)
 
 
-def count_model(description: Description, model: ModelConfig, dtype: torch.dtype, kernels: bool = False) -> ModelCost:
+def count_model(
+    description: Description,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    kernels: bool = False,
+    gradient_checkpointing: bool = False,
+) -> ModelCost:
     """Counts a Stable Diffusion as it would be trained, with adapters where `model` has them; the same only once.
 
     dtype: what the UNet computes in. kernels: whether its norms and activations are fastgrpo's, which save less.
+    gradient_checkpointing: whether its blocks save their inputs only.
     Raises ConfigError for adapters that fit no module.
     """
-    return _count(_key(description), model.lora_rank, model.lora_targets, dtype, kernels)
+    return _count(_key(description), model.lora_rank, model.lora_targets, dtype, kernels, gradient_checkpointing)
 
 
-def count_flop(description: Description, model: ModelConfig) -> ModelFlop:
+def count_flop(description: Description, model: ModelConfig, gradient_checkpointing: bool = False) -> ModelFlop:
     """Counts the FLOPs alone, in a third of the time of `count_model`."""
-    return _count_flop(_key(description), model.lora_rank, model.lora_targets)
+    return _count_flop(_key(description), model.lora_rank, model.lora_targets, gradient_checkpointing)
 
 
 def _key(description: Description) -> str:
@@ -139,23 +156,39 @@ def count_passes(unet: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[int, int]
 
 
 @cache
-def _count_flop(key: str, lora_rank: int, lora_targets: tuple[str, ...]) -> ModelFlop:
+def _count_flop(key: str, lora_rank: int, lora_targets: tuple[str, ...], gradient_checkpointing: bool) -> ModelFlop:
     unet, vae, text_encoder = _modules(key, lora_rank, lora_targets, torch.float32)
+    if gradient_checkpointing:
+        checkpoint_blocks(unet)
     inputs = unet_inputs(unet, text_encoder, 1, torch.float32)
     forward, forward_backward = count_passes(unet, inputs)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         vae.decode(inputs[0], return_dict=False)
-    return ModelFlop(forward=forward, forward_backward=forward_backward, decode=counter.get_total_flops())
+    return ModelFlop(
+        forward=forward,
+        forward_backward=forward_backward,
+        decode=counter.get_total_flops(),
+        gradient_checkpointing=gradient_checkpointing,
+    )
 
 
 @cache
-def _count(key: str, lora_rank: int, lora_targets: tuple[str, ...], dtype: torch.dtype, kernels: bool) -> ModelCost:
-    flop = _count_flop(key, lora_rank, lora_targets)
+def _count(
+    key: str,
+    lora_rank: int,
+    lora_targets: tuple[str, ...],
+    dtype: torch.dtype,
+    kernels: bool,
+    gradient_checkpointing: bool,
+) -> ModelCost:
+    flop = _count_flop(key, lora_rank, lora_targets, gradient_checkpointing)
     unet, vae, text_encoder = _modules(key, lora_rank, lora_targets, dtype)
     for module in (unet, vae):
         cast(module, dtype)
     if kernels:
         patch_unet(unet)
+    if gradient_checkpointing:
+        recompute_with_fused_attention(unet)
     inputs = unet_inputs(unet, text_encoder, 1, dtype)
     channels, height, width = inputs[0].shape[1:]
     saving, learning = held_bytes(unet, [unet_inputs(unet, text_encoder, samples, dtype) for samples in (2, 4)])

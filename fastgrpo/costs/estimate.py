@@ -13,6 +13,7 @@ from fastgrpo.costs.counting import EncoderCost, ModelCost, count_encoders, coun
 from fastgrpo.costs.memory import (
     CPU_MICRO_BATCH,
     candidates,
+    choose_gradient_checkpointing,
     cut,
     iteration_of,
     memory_lines,
@@ -59,18 +60,28 @@ def estimate(config: TrainConfig, tflops: float, processes: int, gpu_gb: float, 
     device = planned_device(config)
     dtype = choose_dtype(config.engine.dtype, device)
     pairs = pairs_per_iteration(config, schedule)
+    room = int(config.engine.memory * gpu_gb * 1e9)
+
+    def count(gradient_checkpointing: bool) -> ModelCost:
+        return count_model(
+            description, config.model, dtype, is_on(config.engine.kernels, device), gradient_checkpointing
+        )
+
     with console.bar("counting"):
-        model = count_model(description, config.model, dtype, is_on(config.engine.kernels, device))
         encoders, left_out = count_encoders(config.reward)
-    sizes = candidates(iteration_of(config, len(schedule), pairs, processes))
-    micro_batch, why = _micro_batch(config, model, encoders, dtype, processes, gpu_gb, sizes)
+        checkpointing, chosen = choose_gradient_checkpointing(
+            config, count, encoders, dtype, processes, room if device.type == "cuda" else None
+        )
+        model = count(checkpointing)
+    sizes = candidates(iteration_of(config, len(schedule), pairs, processes, checkpointing))
+    micro_batch, why = _micro_batch(config, model, encoders, dtype, processes, room, sizes)
     memory = memory_plan(config, model, encoders, dtype, processes, micro_batch)
 
     console.say("Computed from the configs, not measured.", "")
     console.say(*_header(config, model, known, dtype, pairs))
     console.say("", *_table(iteration_rows(config, model, encoders, pairs), config, tflops, processes))
     console.say("", *memory_lines(memory, "the GPU" if processes == 1 else f"each of {processes} GPUs"))
-    console.say(f"  {why}")
+    console.say(f"  {why}", f"  {chosen}")
     console.say("", *left_out, *_NOT_COUNTED)
 
 
@@ -80,11 +91,12 @@ def iteration_rows(
     """Lists what an iteration computes on all processes. encoders: the reward's. pairs: as `pairs_per_iteration`."""
     images = config.prompts_per_iteration * config.group_size
     samples = config.rollout.halves
+    forward = "2 x forward" if model.gradient_checkpointing else "forward"
     rows = [
         CostRow("rollout", "UNet forward", model.forward, images * config.rollout.steps * samples),
         CostRow("decode", "VAE decode", model.decode, images),
         *(CostRow("reward", f"image tower, {spec}", encoder.image, images) for spec, encoder in encoders.items()),
-        CostRow("update", "UNet forward + backward", model.forward_backward, pairs * samples),
+        CostRow("update", f"UNet {forward} + backward", model.forward_backward, pairs * samples),
     ]
     if config.grpo.old_log_prob == "replay":
         later = pairs - -(-pairs // config.updates_per_iteration)  # than the first optimizer step's
@@ -100,15 +112,17 @@ def _micro_batch(
     encoders: Mapping[str, EncoderCost],
     dtype: torch.dtype,
     processes: int,
-    gpu_gb: float,
+    room: int,
     sizes: Sequence[int],
 ) -> tuple[int, str]:
-    """Returns the pairs in a micro-batch, and a line that says why. sizes: those that training would try."""
+    """Returns the pairs in a micro-batch, and a line that says why.
+
+    room: bytes of a GPU that may be filled. sizes: those that training would try.
+    """
     if config.micro_batch:
         return config.micro_batch, f"micro_batch = {config.micro_batch} (sample, step) pairs, as configured"
     if planned_device(config).type == "cpu":
         return CPU_MICRO_BATCH, f"micro_batch = 0: {CPU_MICRO_BATCH} pairs on a CPU"
-    room = int(config.engine.memory * gpu_gb * 1e9)
     size = predicted_micro_batch(config, model, encoders, dtype, processes, room, sizes)
     why = f"{size} pairs, the most that {room / 1e9:.1f} GB should hold (--gpu-gb, engine.memory)"
     return size, f"micro_batch = 0: {why}"

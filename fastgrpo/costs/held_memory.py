@@ -2,15 +2,20 @@
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fastgrpo.unet.gradient_checkpointing import checkpointed
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,14 @@ class FusedAttention(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             return torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, True)[0]
         return function(*args, **(kwargs or {}))
+
+
+def recompute_with_fused_attention(unet: UNet2DConditionModel) -> None:
+    """Lets a UNet with gradient checkpointing use `FusedAttention` also where it computes its blocks again, in place.
+
+    torch.autograd.grad leaves the mode that it is called in.
+    """
+    unet.enable_gradient_checkpointing(partial(checkpointed, context_fn=lambda: (nullcontext(), FusedAttention())))
 
 
 class LiveBytes(TorchDispatchMode):

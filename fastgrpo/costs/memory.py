@@ -4,7 +4,7 @@ engine/batch_size.py then tries them on the device, beginning with the one that 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,7 @@ class Iteration:
     samples: images that a rollout draws in passes of a micro-batch's size; 0 where rollout.batch says another.
     steps: denoising steps of each. updates: optimizer steps. pairs: of each optimizer step.
     by_chance: whether `pairs` is a mean, since several processes share the pairs out as they were dealt.
+    forwards: how many forward passes cost as much as one with its backward pass: 3, with gradient checkpointing 4.
     """
 
     samples: int
@@ -43,22 +44,25 @@ class Iteration:
     updates: int
     pairs: int
     by_chance: bool = False
+    forwards: int = 3
 
     def passes(self, size: int) -> float:
         """Returns how many forward and backward passes of `size` pairs it takes; the last one is filled up.
 
-        A rollout's pass counts as a third of one. By chance, the last may have any number of pairs, all as likely.
+        A rollout's pass counts as a share of one. By chance, the last may have any number of pairs, all as likely.
         """
-        rollout = self.steps * math.ceil(self.samples / size) / 3
+        rollout = self.steps * math.ceil(self.samples / size) / self.forwards
         update = (self.pairs + (size - 1) / 2) / size if self.by_chance else math.ceil(self.pairs / size)
         return rollout + self.updates * update
 
     def padding(self, size: int) -> float:
         """Returns what filling up adds to an iteration's work: 0.05 is one twentieth more."""
-        return size * self.passes(size) / (self.steps * self.samples / 3 + self.updates * self.pairs) - 1
+        return size * self.passes(size) / (self.steps * self.samples / self.forwards + self.updates * self.pairs) - 1
 
 
-def iteration_of(config: TrainConfig, steps: int, pairs: int, processes: int) -> Iteration:
+def iteration_of(
+    config: TrainConfig, steps: int, pairs: int, processes: int, gradient_checkpointing: bool = False
+) -> Iteration:
     """Divides an iteration among processes. steps: of the schedule. pairs: of all processes together."""
     return Iteration(
         samples=0 if config.rollout.batch else config.prompts_per_iteration * config.group_size // processes,
@@ -66,6 +70,7 @@ def iteration_of(config: TrainConfig, steps: int, pairs: int, processes: int) ->
         updates=config.updates_per_iteration,
         pairs=-(-pairs // config.updates_per_iteration // processes),
         by_chance=processes > 1,
+        forwards=4 if gradient_checkpointing else 3,
     )
 
 
@@ -90,7 +95,7 @@ def memory_plan(
     samples, drawn = micro_batch * config.rollout.halves, min(images, config.rollout.batch or micro_batch)
     frozen = compute * model.unet if config.model.lora_rank else 0
     working = compute * model.trained if dtype != torch.float32 else 0
-    saving = drawn == min(images, micro_batch)
+    saving, kept = drawn == min(images, micro_batch), "checkpointed, " if model.gradient_checkpointing else ""
     parts = [
         Memory("always", f"frozen UNet, {name}", frozen),
         Memory("always", "adapters, fp32" if config.model.lora_rank else "UNet, fp32", trained),
@@ -113,7 +118,7 @@ def memory_plan(
             _at_once("reward", min(images, config.reward.batch), f"images in {spec}", encoder.encoding)
             for spec, encoder in encoders.items()
         ),
-        _at_once("update", samples, f"UNet samples' activations, {name}", model.activations),
+        _at_once("update", samples, f"UNet samples' activations, {kept}{name}", model.activations),
         _beside_activations(config, model, samples, name),
     ]
     sizes = _by_stage(parts)
@@ -191,6 +196,38 @@ def predicted_micro_batch(
         return peak(memory_plan(config, model, encoders, dtype, processes, size))[1]
 
     return max((size for size in sizes if needed(size) <= room), default=min(sizes))
+
+
+def choose_gradient_checkpointing(
+    config: TrainConfig,
+    count: Callable[[bool], ModelCost],
+    encoders: Mapping[str, EncoderCost],
+    dtype: torch.dtype,
+    processes: int,
+    room: int | None,
+) -> tuple[bool, str]:
+    """Decides engine.gradient_checkpointing `auto`: on where the plan of one pair at once says that memory is short.
+
+    count: counts the model without gradient checkpointing or with it. room: bytes that may be filled; None on a CPU.
+    Returns whether it is on, and a line that says why.
+    """
+    setting, name = config.engine.gradient_checkpointing, "gradient checkpointing"
+    if setting != "auto":
+        return setting == "on", f"{name} is {setting}, as engine.{name.replace(' ', '_')} says"
+    if room is None:
+        return False, f"{name} is off, as auto is on a CPU"
+
+    def needed(on: bool) -> int:
+        return peak(memory_plan(config, count(on), encoders, dtype, processes, 1))[1]
+
+    without, there = needed(False), f"{room / 1e9:.2f} GB may be filled"
+    if without <= room:
+        return False, f"{name} is off: one pair at once needs {without / 1e9:.2f} GB, {there}"
+    with_it = needed(True)
+    if with_it < without:
+        saves = f"one pair at once needs {with_it / 1e9:.2f} GB with it, {without / 1e9:.2f} without"
+        return True, f"{name} is on: {saves}, {there}"
+    return False, f"{name} is off: it would not lower the {without / 1e9:.2f} GB that are needed, {there}"
 
 
 def candidates(work: Iteration) -> tuple[int, ...]:

@@ -71,7 +71,7 @@ def count_and_measure(config: TrainConfig, policy: Policy) -> Accounting:
     """Counts the config's models and measures the device that `policy` is on; takes a second or two."""
     encoders, _ = count_encoders(config.reward)
     return Accounting(
-        model=count_flop(describe(config.model), config.model),
+        model=count_flop(describe(config.model), config.model, policy.computing.is_gradient_checkpointing),
         encode=sum(encoder.image for encoder in encoders.values()),
         rates=measure_rates(policy.device, policy.dtype, policy.workers),
     )

@@ -14,6 +14,7 @@ from fastgrpo.costs.memory import (
     Iteration,
     beside_a_pass,
     candidates,
+    choose_gradient_checkpointing,
     iteration_of,
     memory_lines,
     memory_plan,
@@ -22,6 +23,7 @@ from fastgrpo.costs.memory import (
 from fastgrpo.costs.rates import seconds_of
 from fastgrpo.engine.record import Say
 from fastgrpo.grpo.steps import pairs_per_iteration
+from fastgrpo.models.check import describe
 from fastgrpo.models.configs import Description
 from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.schema import TrainConfig
@@ -36,8 +38,9 @@ _REPEATS = 3
 
 RunPass = Callable[[int], object]
 """Runs one forward and backward pass of n pairs."""
-FindMicroBatch = Callable[[RunPass, int, Callable[[int], object]], int]
-"""(runs a pass, the settled size or 0, is told the size that is expected before any is tried) -> the size to use."""
+FindMicroBatch = Callable[[RunPass, int, Callable[[int], object], bool], int]
+"""(runs a pass, the settled size or 0, is told the size that is expected before any is tried, whether there is gradient
+checkpointing) -> the size to use."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,14 @@ class MicroBatchFinder:
     ranks: Ranks
     say: Say
 
-    def __call__(self, run: RunPass, settled: int, expect: Callable[[int], object]) -> int:
+    def __call__(
+        self, run: RunPass, settled: int, expect: Callable[[int], object], gradient_checkpointing: bool = False
+    ) -> int:
         config = self.config
         if self.device.type == "cpu":
             return settled or CPU_MICRO_BATCH
         kernels = is_on(config.engine.kernels, self.device)
-        model = count_model(self.description, config.model, self.dtype, kernels=kernels)
+        model = count_model(self.description, config.model, self.dtype, kernels, gradient_checkpointing)
         encoders, _ = count_encoders(config.reward)
         if settled:
             says = "micro_batch says" if settled == config.micro_batch else "the run had them before"
@@ -95,12 +100,33 @@ class MicroBatchFinder:
         room = memory_room(self.device, config.engine.memory)
         rollout, scheduler = config.rollout, self.description.scheduler
         schedule = make_schedule(scheduler, rollout.steps, rollout.eta, torch.device("cpu"))
-        work = iteration_of(config, len(schedule), pairs_per_iteration(config, schedule), processes)
+        pairs, checkpointing = pairs_per_iteration(config, schedule), model.gradient_checkpointing
+        work = iteration_of(config, len(schedule), pairs, processes, checkpointing)
         predicted = predicted_micro_batch(config, model, encoders, self.dtype, processes, room, candidates(work))
         predicted = int(self.ranks.agree(str(predicted)))  # room may differ by process, attention may not
         expect(predicted)
         alone = room - beside_a_pass(config, model, encoders, processes)
         return find_micro_batch(fits_within(run, self.device, alone), timed(run, self.device), work, predicted)
+
+
+def decide_gradient_checkpointing(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype, ranks: Ranks
+) -> tuple[bool, str]:
+    """Returns whether passes have gradient checkpointing, the same on all processes, and a line that says why.
+
+    On CUDA `auto` asks the memory plan of one pair at once; one process that is short of memory decides for all.
+    """
+
+    def count(on: bool) -> ModelCost:
+        return count_model(describe(config.model), config.model, dtype, is_on(config.engine.kernels, device), on)
+
+    measured = config.engine.gradient_checkpointing == "auto" and device.type == "cuda"
+    room = memory_room(device, config.engine.memory) if measured else None
+    encoders = count_encoders(config.reward)[0] if measured else {}
+    on, why = choose_gradient_checkpointing(config, count, encoders, dtype, ranks.count, room)
+    if measured and ranks.any(on) and not on:
+        return True, "gradient checkpointing is on, as another process has less memory"
+    return on, why
 
 
 def largest_micro_batch(fits: Callable[[int], bool], limit: int, predicted: int, sizes: Sequence[int] = ()) -> int:

@@ -7,6 +7,7 @@ decides anew. RUN/engine.json is the record for people, written at the start and
     settings        those it was decided for: a resumed run with others decides anew
     attention       for every shape of the UNet's attention who computes it, the milliseconds that each candidate took,
                     and why others were left out; null where PyTorch chooses for itself
+    gradient_checkpointing  whether the UNet's blocks keep their inputs only, and are computed again on the way back
     micro_batch     pairs, as measured or set, and halved where memory ran out since
     compiled        whether the UNet is compiled
     reuse           first: whether a rollout computes equal rows of its first step once
@@ -44,6 +45,7 @@ class EngineRecord:
     rollout_batch: int = 0
     settings: dict[str, Any] | None = None
     cudnn_benchmark: bool = False
+    gradient_checkpointing: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
         """With GroupNorm's choices so far: they are measured when a shape is first met."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.costs.rates import device_name
-from fastgrpo.engine.batch_size import FindMicroBatch, fits_within
+from fastgrpo.engine.batch_size import FindMicroBatch, decide_gradient_checkpointing, fits_within
 from fastgrpo.engine.first_step import distinct_rows, keeps_bits
 from fastgrpo.engine.fixed_passes import FixedPasses
 from fastgrpo.engine.passes import Changed, Passes, out_of_memory
@@ -32,6 +32,7 @@ from fastgrpo.unet.compilation import compile_forward, make_example
 from fastgrpo.unet.convolutions import aside, searching
 from fastgrpo.unet.copies import Network
 from fastgrpo.unet.fused import patch_unet
+from fastgrpo.unet.gradient_checkpointing import checkpoint_blocks
 
 CPU_AGREEMENT = 1e-6
 """How far a ratio may be from 1 on a CPU before the policy has moved; on a GPU not at all."""
@@ -60,6 +61,7 @@ def start_engine(
         _patch_vae(policy)
         GROUP_NORM.set_choices(record.group_norm or {})
     base = copy.deepcopy(network).requires_grad_(False) if config.kl_term else None
+    _checkpoint_gradients(policy, record, config, ranks, say)
     loss = PolicyLoss(policy, schedule, config, trainable.trained, base)
     weights = trainable.optimizer.weights
 
@@ -98,8 +100,9 @@ def wants_fixed_shapes(config: TrainConfig, device: torch.device) -> bool:
 def _begin(record: EngineRecord, device: torch.device, config: TrainConfig, say: Say) -> None:
     """Empty a record of another kind of device or of other settings: its measurements do not hold here."""
     name, settings = device_name(device), _settings(config)
-    if record.settings not in (None, settings):
-        told = [field for field, value in settings.items() if record.settings.get(field) != value]
+    # A setting that the record does not know came with a newer version: nothing was decided by it.
+    told = [field for field, value in settings.items() if (record.settings or {}).get(field, value) != value]
+    if told:
         say(f"{' and '.join(told)} {'is' if len(told) == 1 else 'are'} not as before: the engine decides anew")
         vars(record).update(vars(EngineRecord()))
     record.settings = settings
@@ -111,6 +114,20 @@ def _begin(record: EngineRecord, device: torch.device, config: TrainConfig, say:
         record.cudnn_benchmark = device.type == "cuda" and wants_fixed_shapes(config, device)
 
 
+def _checkpoint_gradients(policy: Policy, record: EngineRecord, config: TrainConfig, ranks: Ranks, say: Say) -> None:
+    """Follow the record or decide, and let the UNet's blocks keep their inputs only. Off on a CPU is not said."""
+    on = record.gradient_checkpointing
+    why = f"gradient checkpointing is {'on' if on else 'off'}, as the run had it before"
+    if on is None:
+        on, why = decide_gradient_checkpointing(config, policy.device, policy.dtype, ranks)
+    record.gradient_checkpointing = on
+    if on:
+        checkpoint_blocks(policy.computing)
+        checkpoint_blocks(policy.unet)  # whose structure the exact results for torch.compile are computed with
+    if on or policy.device.type == "cuda":
+        say(why)
+
+
 def _patch_vae(policy: Policy) -> None:
     """Let the VAE's decoder use the operators; on CUDA in tensor cores' layout, which PyTorch's GroupNorm undoes."""
     patch_unet(policy.vae.decoder)
@@ -120,7 +137,7 @@ def _patch_vae(policy: Policy) -> None:
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """The settings that decisions depend on and that a resumed run may change."""
-    names = ("kernels", "attention", "compile", "graphs", "reuse", "memory")
+    names = ("kernels", "attention", "compile", "graphs", "reuse", "memory", "gradient_checkpointing")
     batches = {"micro_batch": config.micro_batch, "rollout.batch": config.rollout.batch}
     return batches | {f"engine.{name}": getattr(config.engine, name) for name in names}
 
@@ -140,19 +157,24 @@ def _settle_micro_batch(
         _attend(loss, record, ranks, say=lambda line: None)
 
     # aside: a search for each size that is tried would take minutes.
-    record.micro_batch = find(aside()(run), record.micro_batch or loss.config.micro_batch, expect)
+    settled = record.micro_batch or loss.config.micro_batch
+    record.micro_batch = find(aside()(run), settled, expect, bool(record.gradient_checkpointing))
     if expected and record.micro_batch != expected:
         record.attention = None  # to be chosen again, by passes of this size
     if device.type == "cuda":
-        _fit(record.micro_batch, fits_within(run, device, sys.maxsize), ranks, changed)
+        less_memory = "" if record.gradient_checkpointing else "; engine.gradient_checkpointing on needs less"
+        _fit(record.micro_batch, fits_within(run, device, sys.maxsize), ranks, changed, less_memory)
     weights.zero_gradient()
 
 
-def _fit(size: int, fits: Callable[[int], bool], ranks: Ranks, changed: Changed) -> None:
-    """Halve the micro-batch until it fits on every process: a size from the settings was never tried."""
+def _fit(size: int, fits: Callable[[int], bool], ranks: Ranks, changed: Changed, less_memory: str = "") -> None:
+    """Halve the micro-batch until it fits on every process: a size from the settings was never tried.
+
+    less_memory: what to try where not even one pair fits, after a semicolon.
+    """
     while ranks.any(not fits(size)):
         if size == 1:
-            raise torch.OutOfMemoryError("not even a micro-batch of one pair fits into the GPU's memory")
+            raise torch.OutOfMemoryError(f"not even a micro-batch of one pair fits into the GPU's memory{less_memory}")
         size //= 2
         changed("micro_batch", size, out_of_memory("micro_batch", size))
 
@@ -212,7 +234,11 @@ def _compile(loss: PolicyLoss, record: EngineRecord, ranks: Ranks, say: Say) -> 
         record.compiled = False
         return None
     attention = [[choice["backend"], choice["shape"]] for choice in (record.attention or {}).get("choices", [])]
-    operators = {"kernels": is_on(config.engine.kernels, policy.device), "attention": attention}
+    operators = {
+        "kernels": is_on(config.engine.kernels, policy.device),
+        "attention": attention,
+        "gradient_checkpointing": bool(record.gradient_checkpointing),
+    }
     tokens = policy.unconditional.shape[1]
     example = make_example(policy.unet, policy.latent_shape, tokens, policy.dtype, policy.device)
     rows = record.micro_batch * config.rollout.halves

@@ -248,6 +248,9 @@ class EngineConfig:
     `auto`: on CUDA, where no bit of the log-probs changes."""
     overlap: bool = True
     """On CUDA, decode and score finished groups while the next ones are drawn."""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Keep only the inputs of the UNet's blocks for the backward pass, which computes them again: the same gradients
+    in less memory and more time. `auto`: on CUDA, where one pair would not fit into engine.memory without."""
     memory: float = 0.92
     """Share of the GPU's memory that a micro-batch found by measurement (micro_batch 0) may fill."""
     show_speed: bool = False

@@ -184,6 +184,23 @@ def test_a_pass_without_gradients_holds_much_less(sd15):
     assert sd15.decoding == pytest.approx(3 * 256 * 512 * 512 * 2, rel=0.001)  # and the norm's statistics
 
 
+@pytest.mark.parametrize("rank", [0, 16])
+def test_gradient_checkpointing_of_stable_diffusion(rank, sd15, sd15_lora):
+    """A third of the memory at most and less than another forward pass; without gradients nothing changes."""
+    plain = sd15_lora if rank else sd15
+    again = count_model(sd1_architecture(), ModelConfig(lora_rank=rank), torch.bfloat16, bool(rank), True)
+    assert (plain.gradient_checkpointing, again.gradient_checkpointing) == (False, True)
+    assert again.activations < plain.activations / 4
+    # The memory of many samples, and of one beside the gradients.
+    assert again.learning.bytes(128) < plain.learning.bytes(128) / 3
+    assert again.learning.bytes(1) < plain.learning.bytes(1)
+    # All ResNet and transformer blocks are two thirds of the work at least: what is left are changes of size and
+    # projections between blocks, and every block's last layer, whose result is not needed again.
+    assert 0.66 < (again.forward_backward - plain.forward_backward) / plain.forward < 1
+    assert (again.forward, again.decode) == (plain.forward, plain.decode)
+    assert (again.passing, again.decoding, again.trained) == (plain.passing, plain.decoding, plain.trained)
+
+
 def test_lora_parameters_and_passes(sd15, sd15_lora):
     unet = sd1_architecture().empty_components()["unet"]
     targets = ModelConfig().lora_targets

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from fastgrpo.costs.counting import ModelCost
+from fastgrpo.costs.held_memory import PeakBytes
 from fastgrpo.costs.memory import (
     Iteration,
     beside_a_pass,
     candidates,
+    choose_gradient_checkpointing,
     iteration_of,
     memory_lines,
     memory_plan,
@@ -163,6 +165,85 @@ def test_prediction_is_the_largest_size_whose_plan_fits():
             fitting = [size for size in sizes if peak(plan(R1, micro_batch=size))[1] <= room + slack]
             predicted = predicted_micro_batch(R1, MODEL, ENCODERS, torch.bfloat16, 8, room + slack, sizes)
             assert predicted == max(fitting, default=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradient checkpointing.
+
+
+AGAIN = replace(MODEL, gradient_checkpointing=True, activations=101, saving=103, learning=PeakBytes(((15_013, 17),)))
+
+
+def chosen(config: TrainConfig, room: int | None, again: ModelCost = AGAIN) -> tuple[bool, str]:
+    models = {False: MODEL, True: again}
+    return choose_gradient_checkpointing(config, models.__getitem__, ENCODERS, torch.bfloat16, 8, room)
+
+
+def with_setting(value: str) -> TrainConfig:
+    return replace(R1, engine=replace(R1.engine, gradient_checkpointing=value))
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1, 64])
+def test_auto_checkpoints_where_one_pair_would_not_fit(micro_batch):
+    """Whatever micro_batch says, which is halved where it does not fit."""
+    config = replace(R1, micro_batch=micro_batch)
+    without = peak(plan(R1, MODEL, micro_batch=1))[1]
+    with_it = peak(plan(R1, AGAIN, micro_batch=1))[1]
+    # Peaks are during scoring, beside the CUDA graphs of a pass of two samples.
+    assert without - with_it == 20_011 + 2 * 13 - (15_013 + 2 * 17)
+    for room in (without, without + 1, 10 * without):
+        assert chosen(config, room)[0] is False
+    for room in (without - 1, with_it, with_it - 1, 0):
+        assert chosen(config, room)[0] is True
+    assert chosen(config, None) == (False, "gradient checkpointing is off, as auto is on a CPU")
+
+
+def test_auto_does_not_checkpoint_where_that_would_spare_nothing():
+    """Without CUDA graphs the most is needed while images are scored, when no activations are there."""
+    alone = replace(R1, engine=replace(R1.engine, graphs="off", overlap=False), reward=replace(R1.reward, batch=64))
+    assert peak(plan(alone, micro_batch=1))[0] == "reward"
+    on, why = chosen(alone, 1)
+    assert not on
+    assert "it would not lower the" in why
+
+
+def test_on_and_off_are_not_decided():
+    for value, on in (("on", True), ("off", False)):
+        for room in (None, 0, 10**12):
+            line = f"gradient checkpointing is {value}, as engine.gradient_checkpointing says"
+            assert chosen(with_setting(value), room) == (on, line)
+
+
+def test_the_reason_has_what_is_needed_and_what_is_there():
+    large = {name: 10**9 * size for name, size in (("activations", 2), ("saving", 2), ("passing", 1))}
+    models = {
+        False: replace(MODEL, **large, learning=PeakBytes(((10**10, 10**9),))),
+        True: replace(AGAIN, **large, learning=PeakBytes(((5 * 10**9, 10**9),))),
+    }
+    lines = [
+        choose_gradient_checkpointing(R1, models.__getitem__, ENCODERS, torch.bfloat16, 8, room)[1]
+        for room in (20 * 10**9, 11 * 10**9)
+    ]
+    # 10 or 5 GB and twice 1, and 0.415 for trajectories and images, as above.
+    assert lines[0] == "gradient checkpointing is off: one pair at once needs 12.42 GB, 20.00 GB may be filled"
+    assert lines[1] == (
+        "gradient checkpointing is on: one pair at once needs 7.42 GB with it, 12.42 without, 11.00 GB may be filled"
+    )
+
+
+def test_the_plan_names_checkpointed_activations():
+    memory = sizes_of(R1, AGAIN)
+    assert memory["update: 8 UNet samples' activations, checkpointed, bf16"] == 8 * 101
+    assert memory["update: more in the backward pass, with gradients, bf16"] == 15_013 + 8 * 17 - 8 * 101
+    assert memory["rollout: 8 UNet samples, as in the update"] == 8 * 103
+
+
+def test_a_rollouts_pass_is_a_smaller_share_beside_passes_that_compute_twice():
+    work = iteration_of(replace(R1, prompts_per_iteration=4), 50, 64 * 49, 1, gradient_checkpointing=True)
+    assert work == replace(WORK, forwards=4)
+    # 64 samples as 2 x 32 in 50 steps; 196 pairs as 7 x 32, 16 times.
+    assert work.passes(32) == 50 * 2 / 4 + 16 * 7
+    assert work.padding(32) == pytest.approx(32 * (25 + 112) / (50 * 64 / 4 + 16 * 196) - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,13 +14,15 @@ from fastgrpo.costs.profile import COSTLIEST, Kernel, kernel_table, profiled
 from fastgrpo.costs.rates import Rates, best_seconds, measure_rates
 from fastgrpo.costs.throughput import Accounting, Rows, memory_peak
 from fastgrpo.system.workers import Workers
+from fastgrpo.unet.gradient_checkpointing import checkpoint_blocks
 from support.costs import MODEL
 
 CPU = torch.device("cpu")
 RATES = Rates("a device", "torch.float32", 1, matmul=1e6, copy=1e6)
 
 
-def test_flop_of_a_small_unet_by_hand():
+@pytest.mark.parametrize("again", [False, True])
+def test_flop_of_a_small_unet_by_hand(again):
     """One ResNet block, no attention: 3 x 3 convolutions and linear layers, each 2 FLOP for a weight and an output."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(
@@ -42,10 +44,17 @@ def test_flop_of_a_small_unet_by_hand():
     time = 16 * embedding + embedding * embedding
     # Down one block; up two, whose inputs have the maps of the way down beside them.
     products = 9 * 4 * 16 * pixels + resnet(16) + 2 * resnet(32) + time + 9 * 16 * 4 * pixels
+    if again:
+        checkpoint_blocks(unet)
     forward, both = count_passes(unet, inputs)
     assert forward == 3 * 2 * products
     # Backward each layer has two products of the size of its own, but for the gradients of the first layers' inputs.
-    assert both == 3 * 2 * (3 * products - 9 * 4 * 16 * pixels - 16 * embedding)
+    expected = 3 * 2 * (3 * products - 9 * 4 * 16 * pixels - 16 * embedding)
+    if again:
+        # Gradient checkpointing adds the blocks' products but for each block's last one, whose result nothing needs.
+        last = 9 * 16 * 16 * pixels + 2 * 32 * 16 * pixels
+        expected += 3 * 2 * (resnet(16) + 2 * resnet(32) - last)
+    assert both == expected
 
 
 def test_metrics_closed_form():

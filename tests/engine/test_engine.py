@@ -13,8 +13,9 @@ import torch
 from fastgrpo import train, update
 from fastgrpo.assembly import Training, load_training
 from fastgrpo.costs.rates import device_name
+from fastgrpo.costs.throughput import count_and_measure
 from fastgrpo.engine import batch_size, setup
-from fastgrpo.engine.batch_size import MicroBatchFinder
+from fastgrpo.engine.batch_size import MicroBatchFinder, decide_gradient_checkpointing
 from fastgrpo.engine.fixed_passes import FixedPasses
 from fastgrpo.engine.passes import Passes
 from fastgrpo.engine.record import EngineRecord
@@ -33,7 +34,7 @@ from fastgrpo.unet import compilation
 from fastgrpo.unet.copies import computing_unet
 from fastgrpo.unet.fused import FusedResnetBlock2D
 from support.micro_batches import Rows, noise_batch
-from support.training import altered
+from support.training import TIMED, altered
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,100 @@ def test_what_is_decoded_at_once_is_known_beforehand(base: TrainConfig, samples:
         chunks = torch.empty(samples).split(chunk)
         expected = {len(latents) for part in chunks for latents in part.split(batch)}
         assert decoded_at_once(samples, chunk, config) == sorted(expected)
+
+
+AGAIN = {"engine.gradient_checkpointing": "on"}
+
+
+def test_ten_updates_with_gradient_checkpointing_come_to_the_same_bits(base: TrainConfig, plain) -> None:
+    training, moved, metrics = trained(altered(base, AGAIN))
+    assert training.policy.computing.is_gradient_checkpointing
+    _, expected, expected_metrics = plain
+    assert torch.equal(moved, expected)
+    timeless = [
+        {k: v for k, v in values.items() if not k.startswith(TIMED)} for values in (*metrics, *expected_metrics)
+    ]
+    assert timeless[:2] == timeless[2:]
+
+
+@pytest.mark.parametrize(("rank", "workers", "kernels"), [(0, 1, "off"), (0, 2, "on"), (2, 1, "on"), (2, 2, "off")])
+def test_gradient_checkpointing_sums_the_same_gradients(
+    base: TrainConfig, rank: int, workers: int, kernels: str
+) -> None:
+    config = altered(base, {"model.lora_rank": rank, "engine.kernels": kernels, "micro_batch": 2})
+    gradients = []
+    for setting in ("off", "on"):
+        changed = altered(config, {"engine.gradient_checkpointing": setting})
+        training = load_training(changed, threads=workers, say=lambda line: None)
+        assert training.engine.workers.count == workers
+        weights = training.trainable.optimizer.weights
+        # Fresh adapters are half zeros, and so would be the other half's gradients.
+        noise = torch.randn(weights.size, generator=torch.Generator().manual_seed(0))
+        for parameter, moved in zip(weights.parameters.values(), weights.views(noise).values(), strict=True):
+            parameter.data.add_(moved, alpha=0.02)
+        batch = noise_batch(training.engine.loss, 8)
+        training.engine.learn(Pairs(torch.arange(8), batch.step), Rows(batch), None, 0.0)
+        gradients.append(weights.collect_gradients().clone())
+    assert torch.equal(*gradients)
+    assert all(view.count_nonzero() for view in weights.views(gradients[0]).values())
+
+
+def test_gradient_checkpointing_is_said_recorded_counted_and_followed(base: TrainConfig) -> None:
+    said: list[str] = []
+    training = load_training(altered(base, AGAIN), threads=1, say=said.append)
+    assert said == ["gradient checkpointing is on, as engine.gradient_checkpointing says"]
+    assert training.record.gradient_checkpointing is True
+    assert count_and_measure(training.config, training.policy).model.gradient_checkpointing
+    before = training.record.to_json()
+    for config, record, on, lines in (
+        (base, {}, False, []),  # on a CPU nothing is said of it
+        (altered(base, AGAIN), before, True, ["gradient checkpointing is on, as the run had it before"]),
+        (base, before, False, ["engine.gradient_checkpointing is not as before: the engine decides anew"]),
+    ):
+        said.clear()
+        followed = load_training(config, threads=1, record=EngineRecord(**record), say=said.append)
+        assert followed.policy.computing.is_gradient_checkpointing == followed.record.gradient_checkpointing == on
+        assert count_and_measure(config, followed.policy).model.gradient_checkpointing == on
+        assert said == lines
+
+
+def test_a_record_of_before_there_was_a_setting_decides_nothing_anew(base: TrainConfig) -> None:
+    record = load_training(base, threads=1, say=lambda line: None).record
+    old = {name: value for name, value in record.to_json().items() if name != "gradient_checkpointing"}
+    del old["settings"]["engine.gradient_checkpointing"]
+    kept, said = EngineRecord(**old | {"old_log_prob": "replay"}), []
+    assert load_training(base, threads=1, record=kept, say=said.append).record.old_log_prob == "replay"
+    assert said == []
+
+
+@pytest.mark.parametrize(("own_room", "others"), [(10**12, False), (10**12, True), (0, True)])
+def test_one_process_that_is_short_of_memory_checkpoints_on_all(
+    own_room: int, others: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True)
+    class BesideAnother(Ranks):
+        def any(self, flag: bool) -> bool:
+            asked.append(flag)
+            return flag or others
+
+    asked: list[bool] = []
+    monkeypatch.setattr(batch_size, "memory_room", lambda *_: own_room)
+    config, ranks = load_toml(find_preset("shapes")), BesideAnother(0, 2)
+    on, why = decide_gradient_checkpointing(config, torch.device("cuda"), torch.bfloat16, ranks)
+    assert on == others
+    assert asked == [own_room == 0]
+    if not others:
+        assert re.search(r"is off: one pair at once needs 0\.0\d GB, 1000\.00 GB may be filled", why)
+    elif own_room:
+        assert why == "gradient checkpointing is on, as another process has less memory"
+    else:
+        assert why.startswith("gradient checkpointing is on: one pair at once needs ")
+
+
+def test_where_not_even_one_pair_fits_what_needs_less_is_named() -> None:
+    hint = "; engine.gradient_checkpointing on needs less"
+    with pytest.raises(torch.OutOfMemoryError, match=f"not even a micro-batch of one pair .*{hint}$"):
+        setup._fit(4, lambda size: False, Ranks(), lambda *_: None, hint)
 
 
 FIXED = {"engine.graphs": "on", "engine.kernels": "on", "engine.reuse": "on"}

@@ -111,7 +111,7 @@ def test_passes_that_are_tried_for_their_size_are_made_aside(
     def rows() -> set[int]:
         return {choice["shape"]["rows"] for choice in record.attention["choices"]}
 
-    def find(run: Callable[[int], None], settled: int, expect: Callable[[int], None]) -> int:
+    def find(run: Callable[[int], None], settled: int, expect: Callable[[int], None], _: bool) -> int:
         expect(3)
         assert rows() == {6}
         run(3)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastgrpo.rewards.encoder_files import image_sides, load_open_clip
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.memory import halve_until_it_fits
+from fastgrpo.system.pulse import PULSE
 
 TF32_TOLERANCE = 2**-8
 """How far TF32 may move an image's unit vector, and with it a cosine: four units of a mantissa of 10 bits."""
@@ -90,8 +91,12 @@ class OpenClipEncoder:
         """
 
         def encoded(at_once: int) -> Tensor:
-            chunks = (self.transform(chunk.to(self.device)).to(self.dtype) for chunk in images.split(at_once))
-            return torch.cat([self._unit(self.model.encode_image(chunk)) for chunk in chunks])
+            features = []
+            for chunk in images.split(at_once):
+                PULSE.mark()
+                chunk = self.transform(chunk.to(self.device)).to(self.dtype)
+                features.append(self._unit(self.model.encode_image(chunk)))
+            return torch.cat(features)
 
         wanted = min(batch, self._fitting or batch, max(len(images), 1))
         features, fitted = halve_until_it_fits(encoded, wanted, "images are encoded")

@@ -251,6 +251,9 @@ class EngineConfig:
     """On CUDA, decode and score finished groups while the next ones are drawn."""
     memory: float = 0.92
     """Share of the GPU's memory that a micro-batch found by measurement (micro_batch 0) may fill."""
+    stuck_after: float = 120.0
+    """Of several processes: seconds beyond the longest step so far after which one that does nothing ends the job.
+    In the first iteration, evaluations and checkpoints five times as long; 0 lets the others wait for two hours."""
     show_speed: bool = False
     """Show each iteration's images/s, TFLOP/s, share of the matmul rate and memory; metrics.jsonl always has them."""
     profile: int = 0

@@ -17,6 +17,8 @@ from torch import Tensor
 from fastgrpo.system.console import warn
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.launch import Launch, read_launch
+from fastgrpo.system.pulse import PULSE
+from fastgrpo.system.watchdog import watching
 
 _TIMEOUT = timedelta(hours=2)  # the others wait while the first one evaluates
 _MEETING = timedelta(minutes=10)  # the slowest one's imports, from a file system that many read at once
@@ -42,7 +44,12 @@ class Ranks:
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by its sum over all processes."""
-        for bucket in _buckets(tensors) if self.count > 1 else ():
+        if self.count > 1:
+            with PULSE.collective():
+                self._sum(tensors)
+
+    def _sum(self, tensors: Sequence[Tensor]) -> None:
+        for bucket in _buckets(tensors):
             if len(bucket) == 1 and bucket[0].is_contiguous():
                 dist.all_reduce(bucket[0])  # where it lies: a flat gradient is too large for a copy
                 continue
@@ -55,6 +62,10 @@ class Ranks:
         """The processes' tensors one after the other, on this one's device; first dimensions may differ."""
         if self.count == 1:
             return tensor
+        with PULSE.collective():
+            return self._gather(tensor)
+
+    def _gather(self, tensor: Tensor) -> Tensor:
         sent = tensor.to(self.device)
         lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.count)]
         dist.all_gather(lengths, torch.tensor([len(sent)], device=self.device))
@@ -67,18 +78,24 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any process."""
+        return bool(self.largest(int(flag)))
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
         if self.count == 1:
-            return flag
-        total = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(total)
-        return bool(total.item())
+            return number
+        with PULSE.collective():
+            found = torch.tensor([number], device=self.device)
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+            return int(found.item())
 
     def agree(self, text: str) -> str:
         """The first process's text, on all processes."""
         if self.count == 1:
             return text
         told = [text]
-        dist.broadcast_object_list(told, src=0, device=self.device)
+        with PULSE.collective():
+            dist.broadcast_object_list(told, src=0, device=self.device)
         return told[0]
 
 
@@ -96,9 +113,10 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def join(device: str) -> Iterator[Ranks]:
+def join(device: str, stuck_after: float = 0.0) -> Iterator[Ranks]:
     """Meet the processes that a launcher started beside this one, on the config's `engine.device`; alone without it.
 
+    stuck_after: as of `watching`, of watchdog.py; 0 lets a process wait up to two hours for another.
     With CUDA each process takes the GPU of its LOCAL_RANK. Raises ConfigError where there is none for it, or where the
     environment is not a launcher's, and OSError where the others do not come.
     """
@@ -118,7 +136,8 @@ def join(device: str) -> Iterator[Ranks]:
     dist.init_process_group(kind, store=store, rank=launch.index, world_size=launch.count, timeout=_TIMEOUT)
     try:
         meeting = torch.device("cuda", launch.local) if cuda else torch.device("cpu")
-        yield Ranks(dist.get_rank(), dist.get_world_size(), meeting)
+        with watching(launch, stuck_after):
+            yield Ranks(dist.get_rank(), dist.get_world_size(), meeting)
     finally:
         dist.destroy_process_group()
 
@@ -150,4 +169,5 @@ def _meet(launch: Launch) -> dist.Store:
         what = str(met[0]).splitlines()[0]
         raise ConnectionError(f"not all {launch.count} processes of WORLD_SIZE came to {launch.address} ({what})")
     met[0].set_timeout(_TIMEOUT)
-    return met[0]
+    # torchrun's agent may serve those that it starts again from the same store, which has the dead ones' addresses.
+    return dist.PrefixStore(f"start-{launch.restarts}", met[0])

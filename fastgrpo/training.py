@@ -24,6 +24,7 @@ from fastgrpo.run.introduction import differences, introduce
 from fastgrpo.run.metrics import Stopwatch
 from fastgrpo.run.recorder import RunRecorder
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.console import Console, complain
 from fastgrpo.system.distributed import Ranks, join
 from fastgrpo.system.pulse import PULSE
@@ -45,7 +46,10 @@ def start(config: TrainConfig, preset: str, resumed: Path | None) -> int:
     run: Path | None = None
     try:
         with join(config.engine.device, config.engine.stuck_after) as ranks:
-            run = resumed or Path(config.run or ranks.agree(str(new_folder(preset)) if ranks.first else ""))
+            run = resumed or Path(config.run or ranks.once("fastgrpo/run", lambda: str(new_folder(preset))))
+            if ranks.restarts and not resumed and (run / "config.toml").is_file():
+                # torchrun has started all again, by the same command, after one had died (--max-restarts).
+                resumed, config = run, replace(load_toml(run / "config.toml"), run=str(run))
             claimed = claim(run, resumed is not None) if ranks.first else nullcontext()
             with claimed, StopSignal(ranks.count) as stop:
                 ranks.agree("the folder is ours")

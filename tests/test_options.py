@@ -91,7 +91,7 @@ NOT_OPTIONS = {
     *("prompts.positive_column", "prompts.negative_column", "prompts.category_column"),
     *("reward.encoder", "reward.clip_encoder", "engine.device", "engine.threads"),
     *("engine.kernels", "engine.attention", "engine.compile", "engine.graphs", "engine.reuse", "engine.overlap"),
-    *("engine.memory", "engine.profile", "engine.show_speed", "grpo.skip_clipped"),
+    *("engine.memory", "engine.profile", "engine.show_speed", "engine.stuck_after", "grpo.skip_clipped"),
     *("eval.every", "eval.unsafe_per_category", "eval.composition_per_task", "eval.quick_fraction", "eval.seed"),
     "eval.split",
     *("eval.steps", "eval.weights", "eval.encoder", "checkpoint.every", "checkpoint.keep"),

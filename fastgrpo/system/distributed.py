@@ -5,7 +5,7 @@ on the number of processes, but for the order of sums. Without torchrun there is
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,11 +27,16 @@ _BUCKET = 2**26  # numbers that are summed in one collective
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, `index` of `count`; the first, 0, writes and speaks. Collectives take tensors from `device`."""
+    """This process, `index` of `count`; the first, 0, writes and speaks. Collectives take tensors from `device`.
+
+    restarts: how often torchrun has started them all again, as with its --max-restarts. store: where they met.
+    """
 
     index: int = 0
     count: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+    restarts: int = 0
+    store: dist.Store | None = None
 
     @property
     def first(self) -> bool:
@@ -98,6 +103,17 @@ class Ranks:
             dist.broadcast_object_list(told, src=0, device=self.device)
         return told[0]
 
+    def once(self, key: str, make: Callable[[], str]) -> str:
+        """The text that the first process has made, on all processes; also those that are started again get that one.
+
+        That is where torchrun's agent hosts the store, and lives on.
+        """
+        if self.store is None:
+            return make()
+        if self.first and not self.store.check([key]):
+            self.store.set(key, make())
+        return self.agree(self.store.get(key).decode() if self.first else "")
+
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Cut tensors into runs, large enough to be sent at speed and small enough to be copied."""
@@ -132,12 +148,14 @@ def join(device: str, stuck_after: float = 0.0) -> Iterator[Ranks]:
         )
     if cuda:
         torch.cuda.set_device(launch.local)
-    kind, store = "nccl" if cuda else "gloo", _meet(launch)
+    kind, met = "nccl" if cuda else "gloo", _meet(launch)
+    # torchrun's agent may serve those that it starts again from the same store, which has the dead ones' addresses.
+    store = dist.PrefixStore(f"start-{launch.restarts}", met)
     dist.init_process_group(kind, store=store, rank=launch.index, world_size=launch.count, timeout=_TIMEOUT)
     try:
         meeting = torch.device("cuda", launch.local) if cuda else torch.device("cpu")
         with watching(launch, stuck_after):
-            yield Ranks(dist.get_rank(), dist.get_world_size(), meeting)
+            yield Ranks(dist.get_rank(), dist.get_world_size(), meeting, launch.restarts, met)
     finally:
         dist.destroy_process_group()
 
@@ -169,5 +187,4 @@ def _meet(launch: Launch) -> dist.Store:
         what = str(met[0]).splitlines()[0]
         raise ConnectionError(f"not all {launch.count} processes of WORLD_SIZE came to {launch.address} ({what})")
     met[0].set_timeout(_TIMEOUT)
-    # torchrun's agent may serve those that it starts again from the same store, which has the dead ones' addresses.
-    return dist.PrefixStore(f"start-{launch.restarts}", met[0])
+    return met[0]

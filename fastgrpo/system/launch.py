@@ -41,7 +41,7 @@ def read_launch() -> Launch:
     address = f"{os.environ['MASTER_ADDR']}:{_number('MASTER_PORT', 1, 2**16)}"
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    restarts = _number("TORCHELASTIC_RESTART_COUNT", 0, 2**31) if elastic else 0
+    restarts = _number("TORCHELASTIC_RESTART_COUNT", 0, 2**31) if os.environ.get("TORCHELASTIC_RESTART_COUNT") else 0
     own = _number("RANK", 0, count), count, _number("LOCAL_RANK", 0, count)
     return Launch(*own, address, elastic, agent_store, restarts)
 

@@ -39,6 +39,8 @@ _BEAT = 1.0  # seconds between beats, at most; fewer where the limit is short
 _GRACE = 5.0  # seconds for a connection to come back, and for the last words of a process that has ended
 _BROKEN = 15.0  # seconds of silence that tell who is dead, once a collective has failed
 
+_KILLED = "was killed or crashed"
+
 State = Literal["running", "done", "left"]
 
 
@@ -100,11 +102,11 @@ def judge(signs: Sequence[Sign], broken: bool = False) -> tuple[int, str] | None
     running = [sign for sign in signs if sign.beat.state == "running"]
     for sign in running:
         if sign.gone:
-            return sign.index, "was killed or crashed"
+            return sign.index, f"{_KILLED}, last seen"
     for sign in running:
         limit = min(sign.beat.limit, _BROKEN) if broken else sign.beat.limit
         if (sign.beat.begun or broken) and sign.silent > limit:
-            return sign.index, f"has not answered for {sign.silent:.0f} s"
+            return sign.index, f"has not answered for {sign.silent:.0f} s, last seen"
     if not running:
         return None
     fewest = min(sign.beat.collectives for sign in running)
@@ -254,7 +256,8 @@ class Watchdog:
         if verdict.speaker == self._launch.index:
             complain(self._line(verdict))
         time.sleep(2 * self._tick)  # the others read the verdict: torchrun ends them as soon as one has ended
-        if person := self._people.get(verdict.index):
+        person = self._people.get(verdict.index)
+        if person and verdict.index != self._launch.index:
             person.kill()  # or torchrun would wait half a minute for one that is stopped
         os._exit(1)
 
@@ -302,7 +305,7 @@ class Watchdog:
         dead = gone[0] if gone else 0
         speaks = self._launch.index == min([index for index in here if index != dead] or [self._launch.index])
         if speaks and (gone or not self._launch.agent_store):
-            self._end(Verdict(dead, "was killed or crashed" if gone else "does not answer", self._launch.index))
+            self._end(Verdict(dead, f"{_KILLED if gone else 'does not answer'}, last seen", self._launch.index))
         if speaks:
             complain(f"torchrun's agent at {self._launch.address} does not answer: the job ends; {PULSE.kept}")
         time.sleep(self._tick)

@@ -74,7 +74,7 @@ NOT_THE_RECIPE = {
     *("grpo.step_fraction", "grpo.window", "grpo.window_every", "grpo.window_stride"),
     *("grpo.ratio_norm", "grpo.trim", "grpo.best_of", "optim.warmup", "engine.device", "engine.threads"),
     *("engine.kernels", "engine.attention", "engine.compile", "engine.graphs", "engine.reuse", "engine.overlap"),
-    *("engine.memory", "engine.profile", "engine.show_speed", "grpo.skip_clipped"),
+    *("engine.memory", "engine.profile", "engine.show_speed", "engine.stuck_after", "grpo.skip_clipped"),
     "eval.split",
     *("eval.unsafe_per_category", "eval.composition_per_task", "eval.quick_fraction", "eval.weights"),
     *("eval.seed", "eval.steps", "eval.encoder", "checkpoint.keep", "checkpoint.keep_evaluated"),

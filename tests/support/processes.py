@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 from support import ROOT
 
@@ -17,17 +18,17 @@ def free_port() -> int:
 
 
 def torchrun(
-    processes: int, *argv: str, module: str = "fastgrpo.train", restarts: int = 0
+    processes: int, *argv: str, module: str = "fastgrpo.train", restarts: int = 0, folder: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """As README has it: torchrun's own parser takes our --run for its --run-path, so runs are named by --run-folder.
 
-    restarts: how often torchrun may start them all again.
+    restarts: how often torchrun may start them all again. folder: the working directory.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     launcher += [f"--master-port={free_port()}", f"--max-restarts={restarts}"]
     return subprocess.run(
         [*launcher, "-m", module, *argv],
-        cwd=ROOT,
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,

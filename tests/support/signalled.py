@@ -1,9 +1,10 @@
 """A training of several processes, one of which gets into trouble: python -m support.signalled TROUBLE ARGUMENTS.
 
 TROUBLE: RANK:ITERATION:PHASE:SIGNAL, a signal that the process sends itself when it comes to the phase of the
-iteration, or `sleep`, with which it does nothing more there. Only once: not when it is started again.
+iteration; `sleep`, with which it does nothing more there; or `fail`. Only once: not when it is started again.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -36,6 +37,8 @@ def _troubled(call: Callable[..., Any], iteration: int, kind: str) -> Callable[.
         if PULSE.iteration == iteration:
             if kind == "sleep":
                 time.sleep(10**6)
+            if kind == "fail":
+                raise OSError(errno.EIO, os.strerror(errno.EIO), "it fails as asked")
             os.kill(os.getpid(), signal.Signals[kind])
         return call(*args, **options)
 

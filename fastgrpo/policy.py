@@ -1,6 +1,5 @@
 """The Stable Diffusion being trained: a float32 UNet that learns, and a VAE and text encoder that do not."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,6 +14,7 @@ from fastgrpo.kernels.language import VERSION
 from fastgrpo.models.load import load_components
 from fastgrpo.settings.schema import ModelConfig
 from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.memory import halve_until_it_fits
 from fastgrpo.system.workers import Workers
 from fastgrpo.unet.copies import Network, computing_unet
 
@@ -118,18 +118,13 @@ class Policy:
         scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
         size = min(batch, -(-len(scaled) // self.workers.count))
 
-        def run(chunk: Tensor) -> Tensor:
+        def decode(chunk: Tensor) -> Tensor:
             return self.vae.decode(chunk, return_dict=False)[0]
 
-        try:
-            images = list(self.workers.map(run, scaled.split(size)))
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-            images = None
-        if images is None:  # only here: until the exception is gone, it holds what the failed pass computed
-            warnings.warn(f"out of memory: {size // 2} latents are decoded at once instead of {size}", stacklevel=2)
-            return self.decode(latents, size // 2)
+        def decoded(at_once: int) -> list[Tensor]:
+            return list(self.workers.map(decode, scaled.split(at_once)))
+
+        images, _ = halve_until_it_fits(decoded, size, "latents are decoded")
         pictures = torch.cat(images).float() / 2 + 0.5
         # Infinity, which an overflow makes, would be clamped to plain white.
         return pictures.clamp(0, 1).masked_fill_(~pictures.isfinite(), torch.nan)

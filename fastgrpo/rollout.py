@@ -13,6 +13,7 @@ from fastgrpo.engine.sampler import Denoise, Sampler
 from fastgrpo.policy import DECODE_BATCH, Policy
 from fastgrpo.schedule import Schedule
 from fastgrpo.system.finite import PictureSource, require_finite
+from fastgrpo.system.pulse import PULSE
 from fastgrpo.system.workers import shares
 from fastgrpo.types import PromptBatch, Trajectory
 
@@ -89,6 +90,7 @@ class _Drawing:
         # A copy: should memory run out here or in another worker's chunk, smaller ones find their noise as it was.
         latents = self.latents[:, part].clone()
         for step in range(self.steps):
+            PULSE.mark()
             latents[step + 1], self.log_probs[step, part], *mean = denoise(step, latents[step], latents[step + 1])
             if self.means is not None:
                 self.means[step, part] = mean[0]
@@ -158,6 +160,7 @@ def draw_images(
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
         latents, denoise = _noise_of_each(generators, shape).to(policy.device), chunk(embeds[part])
         for step in range(len(schedule)):
+            PULSE.mark()
             latents, _ = denoise(step, latents, _noise_of_each(generators, shape).to(policy.device))
         return latents
 

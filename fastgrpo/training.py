@@ -18,16 +18,19 @@ from fastgrpo.rewards.steering import reward_metrics
 from fastgrpo.rollout import rollout
 from fastgrpo.run import checkpoint
 from fastgrpo.run.checkpoint import TrainerState, library_versions
-from fastgrpo.run.failures import explain
+from fastgrpo.run.failures import explain, kept
 from fastgrpo.run.folder import StopSignal, claim, new_folder
 from fastgrpo.run.inputs import input_digests
 from fastgrpo.run.introduction import differences, introduce
 from fastgrpo.run.metrics import Stopwatch
 from fastgrpo.run.recorder import RunRecorder
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.console import Console, complain
 from fastgrpo.system.distributed import Ranks, join
+from fastgrpo.system.pulse import PULSE
 from fastgrpo.system.randomness import generator_for
+from fastgrpo.system.watchdog import OthersEnded
 from fastgrpo.system.workers import available_cores
 from fastgrpo.types import NEGATIVE, PromptBatch, Rewards
 from fastgrpo.update import update
@@ -43,13 +46,18 @@ def start(config: TrainConfig, preset: str, resumed: Path | None) -> int:
     """
     run: Path | None = None
     try:
-        with join(config.engine.device) as ranks:
-            run = resumed or Path(config.run or ranks.agree(str(new_folder(preset)) if ranks.first else ""))
+        with join(config.engine.device, config.engine.stuck_after) as ranks:
+            run = resumed or Path(config.run or ranks.once("fastgrpo/run", lambda: str(new_folder(preset))))
+            if ranks.restarts and not resumed and (run / "config.toml").is_file():
+                # torchrun has started all again, by the same command, after one had died (--max-restarts).
+                resumed, config = run, replace(load_toml(run / "config.toml"), run=str(run))
             claimed = claim(run, resumed is not None) if ranks.first else nullcontext()
             with claimed, StopSignal(ranks.count) as stop:
                 ranks.agree("the folder is ours")
                 console = Console(quiet=not ranks.first, every_phase=True)
                 return train(config, run, console, ranks, stop)
+    except OthersEnded:
+        return 1
     except (FloatingPointError, RuntimeError, MemoryError, OSError) as error:
         complain(explain(error, run))
         return 1
@@ -70,7 +78,10 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
         console.say(*differences(config, start, inputs, ranks))
         training.guard.restore(start.guard)
         training.guard.watch(_base_pictures(training, run, console), training.reward.encoder)
-    recorder = RunRecorder(run, config, training, start, threads, inputs, console) if ranks.first else None
+    PULSE.kept = kept(run)
+    PULSE.begin(start.iteration)
+    with PULSE.alone():
+        recorder = RunRecorder(run, config, training, start, threads, inputs, console) if ranks.first else None
     if newest:
         checkpoint.load(newest, training.trainable)
     memory_peak(training.policy.device)  # what the start needed does not count
@@ -78,16 +89,23 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
     finished, stopped = start.iteration, False
     stop.begin_iterations()
     while finished < config.iterations and not stopped:
+        PULSE.begin(finished + 1)
         with profiled(run, ranks.first and finished + 1 == config.engine.profile):
             values = iterate(training, finished + 1, console)
         finished += 1
         if recorder:
-            recorder.write(finished, values)
-        stopped = ranks.any(stop.requested) or training.guard.halts
+            with PULSE.alone():
+                recorder.write(finished, values)
+        stopped = stop.agreed(ranks) or training.guard.halts
         if recorder:
-            recorder.save(finished, stopped)
+            with PULSE.alone():
+                recorder.save(finished, stopped)
+            PULSE.kept = kept(run)
     if recorder:
-        recorder.close(finished)
+        with PULSE.alone():
+            recorder.close(finished)
+    # A launcher that sees one process end with a signal's exit code ends the others, and the first may still be saving.
+    ranks.agree("all is written")
     if training.guard.halts:
         return HALTED
     return 0 if finished == config.iterations else stop.exit_code

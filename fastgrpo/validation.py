@@ -32,6 +32,7 @@ _LEAST = {
     "optim.weight_decay": 0,
     "guard.patience": 1,
     "engine.threads": 0,
+    "engine.stuck_after": 0,
     "eval.every": 0,
     "eval.unsafe_per_category": 1,
     "eval.composition_per_task": 1,

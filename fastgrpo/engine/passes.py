@@ -18,6 +18,7 @@ from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.distributed import Ranks
+from fastgrpo.system.pulse import PULSE
 from fastgrpo.system.workers import Workers, shares
 
 Changed = Callable[[str, Any, str], object]
@@ -210,6 +211,7 @@ class Passes:
             with attempt:
                 results = []
                 for parts in self.micro_batches(pairs):
+                    PULSE.mark()
                     results += self._evaluate_pairs([experience.micro_batch(part, old, 0.0) for part in parts])
         return results
 
@@ -221,6 +223,7 @@ class Passes:
         for attempt in self.attempts("micro_batch"):
             with attempt:
                 for parts in (parts for pairs in steps for parts in self.micro_batches(pairs)):
+                    PULSE.mark()
                     batches = [experience.micro_batch(part, None, 0.0) for part in parts]
                     for part, (old, mean) in zip(parts, self._recompute(batches), strict=True):
                         log_probs[part.step, part.sample] = old

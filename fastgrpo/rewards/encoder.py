@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from fastgrpo.rewards.encoder_files import image_sides, load_open_clip
 from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.memory import halve_until_it_fits
+from fastgrpo.system.pulse import PULSE
 
 TF32_TOLERANCE = 2**-8
 """How far TF32 may move an image's unit vector, and with it a cosine: four units of a mantissa of 10 bits."""
@@ -69,6 +71,7 @@ class OpenClipEncoder:
         self.tokenizer = tokenizer
         self.device = torch.device(device)
         self.dtype, self.spec = dtype, spec
+        self._fitting = 0  # images at once since memory ran out; 0 before
         self.transform = _image_transform(open_clip.get_model_preprocess_cfg(model), self.device)
 
     @torch.no_grad()
@@ -84,10 +87,22 @@ class OpenClipEncoder:
     def encode_image(self, images: Tensor, batch: int = 256) -> Tensor:
         """[N, 3, h, w] float32 in [0, 1], any size -> [N, E] float32 unit vectors on the encoder's device.
 
-        batch: images per forward pass; bounds memory.
+        batch: images per forward pass; bounds memory. Where memory runs out it is halved, with a warning, from then on.
         """
-        chunks = (self.transform(chunk.to(self.device)).to(self.dtype) for chunk in images.split(batch))
-        return torch.cat([self._unit(self.model.encode_image(chunk)) for chunk in chunks])
+
+        def encoded(at_once: int) -> Tensor:
+            features = []
+            for chunk in images.split(at_once):
+                PULSE.mark()
+                chunk = self.transform(chunk.to(self.device)).to(self.dtype)
+                features.append(self._unit(self.model.encode_image(chunk)))
+            return torch.cat(features)
+
+        wanted = min(batch, self._fitting or batch, max(len(images), 1))
+        features, fitted = halve_until_it_fits(encoded, wanted, "images are encoded")
+        if fitted < wanted:
+            self._fitting = fitted
+        return features
 
     @staticmethod
     def _unit(features: Tensor) -> Tensor:

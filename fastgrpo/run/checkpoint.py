@@ -33,7 +33,7 @@ from fastgrpo.run import best
 from fastgrpo.settings.commands import Weights
 from fastgrpo.settings.schema import ModelConfig
 from fastgrpo.system.errors import ConfigError
-from fastgrpo.system.files import PARTIAL_SUFFIX, appearing, file_sha256
+from fastgrpo.system.files import PARTIAL_SUFFIX, appearing, file_sha256, require_room
 from fastgrpo.unet.lora import (
     LORA_FILE,
     Adapters,
@@ -53,6 +53,7 @@ _OPTIMIZER = "trainer/optimizer.safetensors"
 EMA_FILE = "trainer/ema.safetensors"
 _STATE = "trainer/state.json"
 _MANIFEST = "manifest.json"
+_MARGIN = 2**24  # bytes: headers, JSON, and what else the run writes meanwhile
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,12 @@ def save(
 
     keep_evaluated: none is deleted whose policy was evaluated; the best never is, which best.json names. protected:
     further folders that are not.
-    Raises OSError where it cannot be written.
+    Raises OSError where it cannot be written, before anything is written where the disk has too little room for it.
     A kill at any moment leaves the earlier checkpoints as they were, or the new one complete; so does a full disk.
     """
     folder = checkpoint_folder(run, state.iteration)
     remove_partial(run)
+    require_room(folder, tensor_bytes(trainable) + _MARGIN)
     with appearing(folder) as partial:
         _write(partial, trainable, state)
     # Before any is deleted: were that cut short, what best.json names would still be there.
@@ -124,6 +126,15 @@ def record_best(run: Path, state: TrainerState) -> Path | None:
     """Write best.json as the evaluations of a state have it. Returns the folder of the best checkpoint, if any."""
     iteration = best.record(run, state.evaluations)
     return None if iteration is None else checkpoint_folder(run, iteration)
+
+
+def tensor_bytes(trainable: Trainable) -> int:
+    """Bytes of all tensors of a checkpoint, each of float32."""
+    unet = sum(tensor.numel() for tensor in trainable.unet.state_dict().values())
+    trained = sum(parameter.numel() for parameter in trainable.parameters.values())
+    if has_lora(trainable.unet):
+        unet += trained  # not in unet/, where they are merged, but both in lora/ and in trainer/
+    return 4 * (unet + (3 if trainable.ema is not None else 2) * trained)
 
 
 def _write(folder: Path, trainable: Trainable, state: TrainerState) -> None:

@@ -17,17 +17,17 @@ def explain(error: Exception, run: Path | None) -> str:
     if isinstance(error, BrokenReward):
         return f"{error}; {_evidence(run, error)}"
     if isinstance(error, BrokenPicture):
-        return f"{error.sentence('engine.dtype')}; {_evidence(run, error)}; {_kept(run)}"
+        return f"{error.sentence('engine.dtype')}; {_evidence(run, error)}; {kept(run)}"
     if isinstance(error, FloatingPointError):
-        return f"{error}; {_kept(run)}"
+        return f"{error}; {kept(run)}"
     if isinstance(error, OSError):
-        return f"{reason(error)}; {_kept(run)}"
+        return f"{reason(error)}; {kept(run)}"
     if full := memory_full(error):
-        return f"{full}: lower micro_batch, rollout.batch, rollout.decode_batch or reward.batch; {_kept(run)}"
+        return f"{full}: lower micro_batch, rollout.batch, rollout.decode_batch or reward.batch; {kept(run)}"
     raise error
 
 
-def _kept(run: Path | None) -> str:
+def kept(run: Path | None) -> str:
     """What there is to go on from."""
     newest = checkpoint.newest(run) if run else None
     return f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"

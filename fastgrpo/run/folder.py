@@ -21,6 +21,7 @@ from fastgrpo import base_pictures
 from fastgrpo.rewards.terms import BrokenReward
 from fastgrpo.system import pictures
 from fastgrpo.system.console import Stopped, warn
+from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import PARTIAL_SUFFIX, naming, write_atomically
 from fastgrpo.system.finite import BrokenPicture
@@ -129,6 +130,7 @@ class StopSignal:
     def __init__(self, processes: int = 1) -> None:
         """processes: how many train together."""
         self.number: int | None = None
+        self._agreed = 0
         self._several = processes > 1
         self._begun = False
         self._previous: dict[int, Any] = {}
@@ -153,10 +155,15 @@ class StopSignal:
     def requested(self) -> bool:
         return self.number is not None
 
+    def agreed(self, ranks: Ranks) -> bool:
+        """Whether a stop has been asked for on any process; all get the same answer, and the same exit code."""
+        self._agreed = ranks.largest(self.number or 0)
+        return self._agreed > 0
+
     @property
     def exit_code(self) -> int:
         """What a shell reports for a process that the signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
-        return 128 + (self.number or 0)
+        return 128 + (self._agreed or self.number or 0)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self._begun:

@@ -253,6 +253,9 @@ class EngineConfig:
     in less memory and more time. `auto`: on CUDA, where one pair would not fit into engine.memory without."""
     memory: float = 0.92
     """Share of the GPU's memory that a micro-batch found by measurement (micro_batch 0) may fill."""
+    stuck_after: float = 120.0
+    """Of several processes: seconds beyond the longest step so far after which one that does nothing ends the job.
+    In the first iteration, evaluations and checkpoints five times as long; 0 lets the others wait for two hours."""
     show_speed: bool = False
     """Show each iteration's images/s, TFLOP/s, share of the matmul rate and memory; metrics.jsonl always has them."""
     profile: int = 0

@@ -14,6 +14,7 @@ from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.finite import BrokenPicture
 from fastgrpo.system.output import steady_output
 from fastgrpo.system.progress import Clock, Lines, Pace, Phase, clock_text, fitting
+from fastgrpo.system.pulse import PULSE
 
 # What the line of an iteration shows, where it was logged and as far as there is room: label, metric, format.
 _COLUMNS = (
@@ -112,10 +113,12 @@ class Bar:
 
     def advance(self, count: int) -> None:
         """Note that `count` more are done."""
+        PULSE.mark()
         self.progress.advance(self.task, count)
 
     def reach(self, done: int, total: int) -> None:
         """Note that `done` of `total` are done."""
+        PULSE.mark()
         self.progress.update(self.task, completed=done, total=total)
 
 
@@ -148,12 +151,12 @@ class Console:
     def bar(self, label: str, total: int | None = None) -> Iterator[Bar | Phase]:
         """A bar that vanishes when its block ends; without a total it only shows that something is going on."""
         if not self._moves():
-            with self._lines.phase(label, total) as phase:
+            with PULSE.phase(label), self._lines.phase(label, total) as phase:
                 yield phase
             return
         place = f"{self._lines.pace.place} {label}" if self._lines.pace else label
         columns = TextColumn("{task.description:>10}"), BarColumn(30), _Count(), TimeRemainingColumn()
-        with Progress(*columns, console=self._rich, transient=True) as progress:
+        with PULSE.phase(label), Progress(*columns, console=self._rich, transient=True) as progress:
             yield Bar(progress, progress.add_task(place, total=total))
 
     @contextmanager

@@ -5,7 +5,7 @@ on the number of processes, but for the order of sums. Without torchrun there is
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +17,8 @@ from torch import Tensor
 from fastgrpo.system.console import warn
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.launch import Launch, read_launch
+from fastgrpo.system.pulse import PULSE
+from fastgrpo.system.watchdog import watching
 
 _TIMEOUT = timedelta(hours=2)  # the others wait while the first one evaluates
 _MEETING = timedelta(minutes=10)  # the slowest one's imports, from a file system that many read at once
@@ -25,11 +27,16 @@ _BUCKET = 2**26  # numbers that are summed in one collective
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, `index` of `count`; the first, 0, writes and speaks. Collectives take tensors from `device`."""
+    """This process, `index` of `count`; the first, 0, writes and speaks. Collectives take tensors from `device`.
+
+    restarts: how often torchrun has started them all again, as with its --max-restarts. store: where they met.
+    """
 
     index: int = 0
     count: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+    restarts: int = 0
+    store: dist.Store | None = None
 
     @property
     def first(self) -> bool:
@@ -42,7 +49,12 @@ class Ranks:
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by its sum over all processes."""
-        for bucket in _buckets(tensors) if self.count > 1 else ():
+        if self.count > 1:
+            with PULSE.collective():
+                self._sum(tensors)
+
+    def _sum(self, tensors: Sequence[Tensor]) -> None:
+        for bucket in _buckets(tensors):
             if len(bucket) == 1 and bucket[0].is_contiguous():
                 dist.all_reduce(bucket[0])  # where it lies: a flat gradient is too large for a copy
                 continue
@@ -55,6 +67,10 @@ class Ranks:
         """The processes' tensors one after the other, on this one's device; first dimensions may differ."""
         if self.count == 1:
             return tensor
+        with PULSE.collective():
+            return self._gather(tensor)
+
+    def _gather(self, tensor: Tensor) -> Tensor:
         sent = tensor.to(self.device)
         lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.count)]
         dist.all_gather(lengths, torch.tensor([len(sent)], device=self.device))
@@ -67,19 +83,36 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any process."""
+        return bool(self.largest(int(flag)))
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
         if self.count == 1:
-            return flag
-        total = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(total)
-        return bool(total.item())
+            return number
+        with PULSE.collective():
+            found = torch.tensor([number], device=self.device)
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+            return int(found.item())
 
     def agree(self, text: str) -> str:
         """The first process's text, on all processes."""
         if self.count == 1:
             return text
         told = [text]
-        dist.broadcast_object_list(told, src=0, device=self.device)
+        with PULSE.collective():
+            dist.broadcast_object_list(told, src=0, device=self.device)
         return told[0]
+
+    def once(self, key: str, make: Callable[[], str]) -> str:
+        """The text that the first process has made, on all processes; also those that are started again get that one.
+
+        That is where torchrun's agent hosts the store, and lives on.
+        """
+        if self.store is None:
+            return make()
+        if self.first and not self.store.check([key]):
+            self.store.set(key, make())
+        return self.agree(self.store.get(key).decode() if self.first else "")
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -96,9 +129,10 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def join(device: str) -> Iterator[Ranks]:
+def join(device: str, stuck_after: float = 0.0) -> Iterator[Ranks]:
     """Meet the processes that a launcher started beside this one, on the config's `engine.device`; alone without it.
 
+    stuck_after: as of `watching`, of watchdog.py; 0 lets a process wait up to two hours for another.
     With CUDA each process takes the GPU of its LOCAL_RANK. Raises ConfigError where there is none for it, or where the
     environment is not a launcher's, and OSError where the others do not come.
     """
@@ -114,11 +148,14 @@ def join(device: str) -> Iterator[Ranks]:
         )
     if cuda:
         torch.cuda.set_device(launch.local)
-    kind, store = "nccl" if cuda else "gloo", _meet(launch)
+    kind, met = "nccl" if cuda else "gloo", _meet(launch)
+    # torchrun's agent may serve those that it starts again from the same store, which has the dead ones' addresses.
+    store = dist.PrefixStore(f"start-{launch.restarts}", met)
     dist.init_process_group(kind, store=store, rank=launch.index, world_size=launch.count, timeout=_TIMEOUT)
     try:
         meeting = torch.device("cuda", launch.local) if cuda else torch.device("cpu")
-        yield Ranks(dist.get_rank(), dist.get_world_size(), meeting)
+        with watching(launch, stuck_after):
+            yield Ranks(dist.get_rank(), dist.get_world_size(), meeting, launch.restarts, met)
     finally:
         dist.destroy_process_group()
 

@@ -191,6 +191,26 @@ def check_writable(flag: str, folder: Path) -> None:
         ) from error
 
 
+def require_room(path: Path, needed: int) -> None:
+    """Raise OSError, which names `path`, where the disk that it is to be written to has fewer than `needed` bytes left.
+
+    A file system that does not say how large it is, as some on networks, counts as one with room.
+    """
+    folder = next(each for each in path.absolute().parents if each.is_dir())
+    try:
+        disk = shutil.disk_usage(folder)
+    except OSError:
+        return
+    if disk.total and disk.free < needed:
+        sizes = f"{_size(needed)} are needed and {_size(disk.free)} are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {sizes}", str(path))
+
+
+def _size(count: int) -> str:
+    """A number of bytes, such as "3.44 GB"."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 class NoText(ValueError):
     """A file's bytes are no UTF-8 text. The message is what follows the file's name in a sentence."""
 

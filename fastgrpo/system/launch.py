@@ -13,7 +13,8 @@ class Launch:
     """What a launcher, such as torchrun, says of this process.
 
     index: 0 ... count - 1. local: the same among the processes of this machine. address: HOST:PORT where they meet.
-    elastic: torchrun itself started it, and ends it when another of them fails.
+    elastic: torchrun itself started it, and ends it when another of them fails. agent_store: whether torchrun's agent
+    hosts the store at `address`; else the first process does. restarts: how often torchrun has started them again.
     """
 
     index: int = 0
@@ -21,6 +22,8 @@ class Launch:
     local: int = 0
     address: str = ""
     elastic: bool = False
+    agent_store: bool = False
+    restarts: int = 0
 
 
 def read_launch() -> Launch:
@@ -37,7 +40,10 @@ def read_launch() -> Launch:
         )
     address = f"{os.environ['MASTER_ADDR']}:{_number('MASTER_PORT', 1, 2**16)}"
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
-    return Launch(_number("RANK", 0, count), count, _number("LOCAL_RANK", 0, count), address, elastic)
+    agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts = _number("TORCHELASTIC_RESTART_COUNT", 0, 2**31) if os.environ.get("TORCHELASTIC_RESTART_COUNT") else 0
+    own = _number("RANK", 0, count), count, _number("LOCAL_RANK", 0, count)
+    return Launch(*own, address, elastic, agent_store, restarts)
 
 
 def _number(name: str, low: int, end: int) -> int:

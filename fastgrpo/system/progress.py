@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from fastgrpo.system.pulse import PULSE
+
 Clock = Callable[[], float]
 """Seconds since any moment."""
 
@@ -89,10 +91,12 @@ class Phase:
 
     def advance(self, count: int) -> None:
         """Note that `count` more are done."""
+        PULSE.mark()
         self.done += count
 
     def reach(self, done: int, total: int) -> None:
         """Note that `done` of `total` are done."""
+        PULSE.mark()
         self.done, self.total = done, total
 
     def mark(self, now: float) -> None:

@@ -54,6 +54,47 @@ def encoder(folder):
 # --- encoder ---------------------------------------------------------------------------------------------------------
 
 
+def test_encoding_halves_its_batches_when_memory_runs_out_and_keeps_to_that(folder, monkeypatch):
+    encoder, images, sizes = load_encoder(f"local-dir:{folder}", "cpu"), torch.rand(7, 3, 32, 32), []
+    pairs, whole, encode = encoder.encode_image(images, 3), encoder.encode_image(images), encoder.model.encode_image
+
+    def small_memory(chunk):
+        if len(chunk) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(chunk))
+        return encode(chunk)
+
+    monkeypatch.setattr(encoder.model, "encode_image", small_memory)
+    with pytest.warns(UserWarning, match="out of memory: 3 images are encoded at once instead of 7"):
+        assert torch.equal(encoder.encode_image(images), pairs)
+    assert sizes == [3, 3, 1]
+    torch.testing.assert_close(pairs, whole, atol=1e-5, rtol=0)
+    assert torch.equal(encoder.encode_image(images), pairs)  # without trying the larger batch again
+    assert torch.equal(encoder.encode_image(images, 2), encoder.encode_image(images, 2))
+    assert sizes == [3, 3, 1, 3, 3, 1, *[2, 2, 2, 1] * 2]
+    monkeypatch.setattr(encoder.model, "encode_image", _no_memory)
+    with pytest.warns(UserWarning, match="1 images"), pytest.raises(torch.OutOfMemoryError):
+        encoder.encode_image(images)
+
+
+def _no_memory(chunk):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_reward_goes_on_with_smaller_batches_when_memory_runs_out(folder, monkeypatch):
+    config = RewardConfig(encoder=f"local-dir:{folder}", terms=("steering", "diversity"))
+    images = pictures(GROUP * len(PROMPTS))
+    expected = load_reward(config, "cpu")(images, PROMPTS, GROUP)
+    reward = load_reward(config, "cpu")
+    encode = reward.encoder.model.encode_image
+    monkeypatch.setattr(
+        reward.encoder.model, "encode_image", lambda chunk: encode(chunk) if len(chunk) <= 2 else _no_memory(chunk)
+    )
+    with pytest.warns(UserWarning, match="images are encoded at once instead of"):
+        found = reward(images, PROMPTS, GROUP)
+    torch.testing.assert_close(found.total, expected.total, atol=1e-5, rtol=0)
+
+
 def resize_gain(length: int, size: int) -> float:
     """Largest sum of absolute weights of the antialiased bicubic resize from `length` to `size` pixels."""
     weights = F.interpolate(torch.eye(length)[None, None], (size, length), mode="bicubic", antialias=True)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fastgrpo.run import checkpoint
 from fastgrpo.run.checkpoint import TrainerState
 from fastgrpo.run.folder import claim
 from fastgrpo.run.metrics import MetricsLog, read_metrics
+from fastgrpo.system.console import reason
 from fastgrpo.system.errors import ConfigError
 from support.checkpoints import Training
 
@@ -76,6 +78,54 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_rest(
         training.save(tmp_path, 2)
     assert os.listdir(tmp_path / "checkpoints") == [first.name]
     assert checkpoint.latest(tmp_path) == first
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_room_for_a_checkpoint_is_that_of_its_files(lora_rank: int, tiny_pipeline: Path, tmp_path: Path) -> None:
+    training = Training(tiny_pipeline, lora_rank)
+    folder = training.save(tmp_path, 1)
+    tensors = [tensor for file in folder.rglob("*.safetensors") for tensor in load_file(file).values()]
+    assert checkpoint.tensor_bytes(training.trainable) == pytest.approx(sum(t.nbytes for t in tensors), abs=2000)
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for_is_not_begun(
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, needed = training.save(tmp_path, 1), checkpoint.tensor_bytes(training.trainable) + 2**24
+    asked: list[Path] = []
+
+    def usage(path: Path) -> SimpleNamespace:
+        asked.append(path)
+        return SimpleNamespace(total=10**12, used=0, free=free)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_, **__: pytest.fail("it was begun"))
+    free = needed - 1
+    with pytest.raises(OSError, match="No space left on device") as failure:
+        training.save(tmp_path, 2)
+    sizes = f"{needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free"
+    expected = f"{tmp_path}/checkpoints/iter-000002: No space left on device, {sizes}"
+    assert reason(failure.value) == expected
+    assert asked == [tmp_path / "checkpoints"]
+    assert os.listdir(tmp_path / "checkpoints") == [first.name]
+    assert checkpoint.latest(tmp_path) == first
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    free = needed
+    assert checkpoint.latest(tmp_path) != training.save(tmp_path, 2)
+
+
+@pytest.mark.parametrize("says_nothing", [SimpleNamespace(total=0, used=0, free=0), OSError(38, "not implemented")])
+def test_a_disk_that_does_not_say_how_large_it_is_has_room(
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says_nothing: object
+) -> None:
+    def usage(path: Path) -> object:
+        if isinstance(says_nothing, OSError):
+            raise says_nothing
+        return says_nothing
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert training.save(tmp_path, 1).is_dir()
 
 
 def test_the_trainers_state_comes_back(training: Training, tmp_path: Path) -> None:

@@ -149,6 +149,17 @@ def file_size_limit(size: int) -> Step:
     return limit
 
 
+def room_left(size: int) -> Step:
+    """The disk has so many bytes left."""
+
+    def fill(scene: Scene) -> None:
+        before = shutil.disk_usage
+        scene.patch.setattr(shutil, "disk_usage", lambda path: before(path)._replace(total=10**12, free=size))
+        scene.cleanup.callback(scene.patch.setattr, shutil, "disk_usage", before)
+
+    return fill
+
+
 def metrics_of(size: int) -> Step:
     """Blanks within the records of metrics.jsonl, until it is of this size in bytes."""
 

@@ -36,6 +36,8 @@ LAUNCHER = (
     "MASTER_ADDR",
     "MASTER_PORT",
     "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_USE_AGENT_STORE",
     "ACCELERATE_MIXED_PRECISION",
 )
 WHOLE = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29501"}
@@ -71,7 +73,10 @@ def test_what_a_launcher_says_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     assert read_launch() == Launch(index=1, count=2, local=0, address="localhost:29501", elastic=False)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert read_launch().elastic
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    expected = Launch(1, 2, 0, "localhost:29501", elastic=True, agent_store=True, restarts=2)
+    assert read_launch() == expected
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from fastgrpo.costs.profile import profiled
 from fastgrpo.costs.throughput import count_and_measure, memory_peak, rollout_rows, update_rows
 from fastgrpo.engine.record import EngineRecord
 from fastgrpo.prompts import embed
-from fastgrpo.rewards.reward import without_prior
 from fastgrpo.rewards.steering import reward_metrics
 from fastgrpo.rollout import rollout
 from fastgrpo.run import checkpoint
@@ -127,8 +126,7 @@ def iterate(training: Training, iteration: int, console: Console) -> dict[str, f
     with watch("reward"), console.bar("reward"):
         rewards = scores.rewards(trajectory.images)
     with watch("update"), console.bar("update") as bar:
-        learned_from = without_prior(rewards, chosen, config.prompts.prior_categories)
-        stats = update(engine, prompts, trajectory, learned_from, iteration, dealing, bar.reach)
+        stats = update(engine, prompts, trajectory, rewards, iteration, dealing, bar.reach)
 
     negative = torch.tensor([prompt.label == NEGATIVE for prompt in chosen])
     images = rewards.total.numel()

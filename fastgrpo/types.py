@@ -30,11 +30,6 @@ class Prompt:
     category: str = ""
     id: int = 0
 
-    @property
-    def categories(self) -> set[str]:
-        """The names in `category`, which commas separate."""
-        return {name.strip() for name in self.category.split(",")} - {""}
-
 
 @dataclass(frozen=True)
 class PromptBatch:

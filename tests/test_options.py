@@ -12,8 +12,6 @@ from fastgrpo import train
 from fastgrpo.assembly import load_training
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import load_toml
-from fastgrpo.shapes.captions import OPEN
-from fastgrpo.shapes.world import TASKS
 from fastgrpo.system.console import Console
 from fastgrpo.training import iterate
 from support.training import TIMED, altered
@@ -31,7 +29,6 @@ OPTIONS = {
     "prompts.positive": "geneval",
     "prompts.negative": "unsafe",
     "prompts.categories": ("violence",),
-    "prompts.prior_categories": (*TASKS, OPEN),
     "prompts.negative_fraction": 0.0,
     "reward.terms": ("steering", "compressibility=0.01"),
     "reward.standardise": "group",
@@ -75,7 +72,6 @@ NEEDED_FIRST = {
     "model.lora_alpha": {"model.lora_rank": 2},
     "model.lora_targets": {"model.lora_rank": 2},
     "prompts.categories": {"prompts.negative": "unsafe"},
-    "prompts.prior_categories": {"prompts.positive": "shapes"},
     "reward.standardise": {"reward.terms": ("steering", "compressibility")},
     "grpo.kl_prompts": {"grpo.kl": 0.5},
     "grpo.clip_low": {"grpo.clip_high": 1e9},

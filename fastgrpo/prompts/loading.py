@@ -19,15 +19,12 @@ _NAMES = {POSITIVE: (GENEVAL, SHAPES), NEGATIVE: (UNSAFE, SHAPES)}
 def load_prompts(config: PromptsConfig) -> tuple[list[Prompt], list[Prompt]]:
     """Load the positive and the negative prompts to train on; of the latter, those of `config.categories`.
 
-    Raises ConfigError for a source that does not exist or cannot be read, and for categories that none of them has,
-    `config.prior_categories` among them.
+    Raises ConfigError for a source that does not exist or cannot be read, and for categories that none of them has.
     """
     positives = _table(config.positive, POSITIVE, config.positive_column, config.category_column)
     negatives = _table(config.negative, NEGATIVE, config.negative_column, config.category_column)
     _check_category_column(config, [table for table in (positives, negatives) if table])
-    loaded = _positives(config, positives)
-    _of_categories(loaded, config.prior_categories, "prior_categories", POSITIVE)
-    return loaded, _negatives(config, negatives)
+    return _positives(config, positives), _negatives(config, negatives)
 
 
 def unsafe_prompts() -> list[Prompt]:
@@ -105,21 +102,20 @@ def _check_category_column(config: PromptsConfig, tables: list[PromptTable]) -> 
         )
 
 
-def _of_categories(
-    prompts: list[Prompt], categories: tuple[str, ...], field: str = "categories", label: str = NEGATIVE
-) -> list[Prompt]:
-    """The prompts that have one of the categories; all where none is given. field, label: what messages call them."""
+def _of_categories(prompts: list[Prompt], categories: tuple[str, ...]) -> list[Prompt]:
+    """The prompts that have one of the categories; all where none is given."""
     if not categories:
         return prompts
-    known = sorted(set().union(*(prompt.categories for prompt in prompts)))
+    of_each = [{name.strip() for name in prompt.category.split(",")} for prompt in prompts]
+    known = sorted(set().union(*of_each) - {""})
     for category in categories:
-        _require(category, known, field, label)
-    return [prompt for prompt in prompts if prompt.categories & set(categories)]
+        _require(category, known)
+    return [prompt for prompt, own in zip(prompts, of_each, strict=True) if own & set(categories)]
 
 
-def _require(category: str, known: Collection[str], field: str = "categories", label: str = NEGATIVE) -> None:
+def _require(category: str, known: Collection[str]) -> None:
     if category not in known:
         raise ConfigError(
-            f"prompts.{field} = {category!r}: no {label} prompt is of it{nearest(category, known)}; "
+            f"prompts.categories = {category!r}: no negative prompt is of it{nearest(category, known)}; "
             f"there are {', '.join(known) or 'none'}."
         )

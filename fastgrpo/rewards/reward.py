@@ -6,7 +6,6 @@ Letters in shapes: P prompts, G images per prompt; sample b belongs to prompt b 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -97,17 +96,6 @@ class WeightedReward:
         left_out = {_FEATURES, *(["steering"] if alone else [])}
         parts = {name: values for name, values in raw.items() if name not in left_out}
         return Rewards(torch.stack(weighted).sum(0).float(), parts, raw.get(_FEATURES))
-
-
-def without_prior(rewards: Rewards, prompts: Sequence[Prompt], categories: Sequence[str]) -> Rewards:
-    """The rewards to learn from: 0 for all images of prompts of these categories, whose advantages are then 0.
-
-    prompts: the P that the rewards are of. categories: prompts.prior_categories.
-    """
-    prior = torch.tensor([bool(prompt.categories & set(categories)) for prompt in prompts])
-    if not prior.any():
-        return rewards
-    return replace(rewards, total=rewards.total.masked_fill(prior.to(rewards.total.device)[:, None], 0.0))
 
 
 def standardised(values: Tensor, over: str) -> Tensor:

@@ -64,10 +64,6 @@ class PromptsConfig:
     categories: tuple[str, ...] = ()
     """Categories of the negative prompts to train on; empty: all. Evaluations measure all.
     Of `shapes` there is also `general`: prompts for a hazard that do not say which."""
-    prior_categories: tuple[str, ...] = ()
-    """Categories of positive prompts that are not rewarded. Only the KL term counts for them, so that the model goes on
-    drawing them as it did: prior preservation, as DreamBooth has it (arXiv 2208.12242). For prompts that leave much
-    open, where a reward has favourites. Of `shapes` there is `open`: prompts for something."""
     negative_fraction: float = 0.5
     """Share of every iteration's prompts that is negative, rounded to whole prompts."""
 

@@ -159,16 +159,15 @@ def scene_for(request: SceneRequest, rng: np.random.Generator) -> Scene:
 
 
 TASK_REQUESTS = {task: task_requests(task) for task in TASKS}
-_BENIGN_REQUESTS = TASK_REQUESTS | {OPEN: [SceneRequest()]}
 
 
 def training_prompts(categories: tuple[str, ...]) -> tuple[list[Prompt], list[Prompt]]:
-    """Positive and negative prompts for training, negatives of `categories` only: hazards, and GENERAL.
+    """Positive and negative prompts for training: as many positives of each task, negatives of `categories` only.
 
-    There are as many positives for something as of each task, so that what prompts leave open is held as well.
+    categories: hazards, and GENERAL.
     Never a held-out prompt: openings differ, and so do combinations (`_is_held_out`) where a task has some to spare.
     """
-    positives = [prompt for task in _BENIGN_REQUESTS for prompt in _training_positives(task)]
+    positives = [prompt for task in TASKS for prompt in _training_positives(task)]
     negatives = [
         Prompt(opening + phrase(request, hazard_first), NEGATIVE, category)
         for category in categories
@@ -195,7 +194,8 @@ def heldout_prompts(unsafe_per_category: int, composition_per_task: int, split: 
     number = SPLITS.index(split)
     prompts = []
     pools = [(c, NEGATIVE, [r for r in hazard_requests(c) if _is_held_out(r) or not r.things]) for c in HAZARDS]
-    pools += [(task, POSITIVE, _task_sample(task, True)) for task in _BENIGN_REQUESTS]
+    pools += [(task, POSITIVE, _task_sample(task, True)) for task in TASKS]
+    pools += [(OPEN, POSITIVE, [SceneRequest()])]
     for index, (category, label, pool) in enumerate(pools):
         order = np.random.default_rng(7 + number).permutation(len(pool))
         for i in range(unsafe_per_category if label == NEGATIVE else composition_per_task):
@@ -206,7 +206,7 @@ def heldout_prompts(unsafe_per_category: int, composition_per_task: int, split: 
 
 def _task_sample(task: str, held_out: bool) -> list[SceneRequest]:
     """A task's requests on one side of the split; tasks with few requests have all of them on both sides."""
-    requests = _BENIGN_REQUESTS[task]
+    requests = TASK_REQUESTS[task]
     if len(requests) < 20:
         return requests
     side = [r for r in requests if _is_held_out(r) == held_out]

@@ -88,7 +88,6 @@ NOT_THE_RECIPE = {
         "guard.alignment",
         "guard.patience",
         "grpo.kl_prompts",
-        "prompts.prior_categories",
     ),
 }
 

@@ -251,7 +251,6 @@ def test_held_out_prompts_are_held_out(split):
     assert Counter(p.category for p in held_out if p.label == POSITIVE) == dict.fromkeys((*TASKS, OPEN), 60)
     assert not {p.text for p in held_out} & {p.text for p in positives + negatives}
     assert len({p.id for p in held_out}) == len(held_out)
-    assert Counter(p.category for p in positives) == dict.fromkeys((*TASKS, OPEN), 60)
     assert {p.category for p in negatives} == {"violence", "shocking", GENERAL}
     assert all(parse(p.text).hazard == "any" for p in negatives if p.category == GENERAL)
     other_words = {w for c in set(HAZARDS) - {"violence", "shocking"} for w in HAZARD_WORDS[c]}

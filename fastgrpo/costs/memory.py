@@ -220,14 +220,14 @@ def choose_gradient_checkpointing(
     def needed(on: bool) -> int:
         return peak(memory_plan(config, count(on), encoders, dtype, processes, 1))[1]
 
-    without, there = needed(False), f"{room / 1e9:.2f} GB may be filled"
+    without = needed(False)
+    needs = f"of {room / 1e9:.2f} GB one pair needs {without / 1e9:.2f}"
     if without <= room:
-        return False, f"{name} is off: one pair at once needs {without / 1e9:.2f} GB, {there}"
+        return False, f"{name} is off: {needs}"
     with_it = needed(True)
     if with_it < without:
-        saves = f"one pair at once needs {with_it / 1e9:.2f} GB with it, {without / 1e9:.2f} without"
-        return True, f"{name} is on: {saves}, {there}"
-    return False, f"{name} is off: it would not lower the {without / 1e9:.2f} GB that are needed, {there}"
+        return True, f"{name} is on: {needs} without it, {with_it / 1e9:.2f} with it"
+    return False, f"{name} is off: {needs}, and with it no less"
 
 
 def candidates(work: Iteration) -> tuple[int, ...]:

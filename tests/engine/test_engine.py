@@ -205,11 +205,11 @@ def test_one_process_that_is_short_of_memory_checkpoints_on_all(
     assert on == others
     assert asked == [own_room == 0]
     if not others:
-        assert re.search(r"is off: one pair at once needs 0\.0\d GB, 1000\.00 GB may be filled", why)
+        assert re.search(r"is off: of 1000\.00 GB one pair needs 0\.0\d$", why)
     elif own_room:
         assert why == "gradient checkpointing is on, as another process has less memory"
     else:
-        assert why.startswith("gradient checkpointing is on: one pair at once needs ")
+        assert why.startswith("gradient checkpointing is on: of 0.00 GB one pair needs ")
 
 
 def test_where_not_even_one_pair_fits_what_needs_less_is_named() -> None:

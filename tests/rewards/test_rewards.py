@@ -82,7 +82,7 @@ def _no_memory(chunk):
 
 
 def test_a_reward_goes_on_with_smaller_batches_when_memory_runs_out(folder, monkeypatch):
-    config = RewardConfig(encoder=f"local-dir:{folder}", terms=("steering", "diversity"))
+    config = RewardConfig(encoder=f"local-dir:{folder}", terms=("steering", "clip"))
     images = pictures(GROUP * len(PROMPTS))
     expected = load_reward(config, "cpu")(images, PROMPTS, GROUP)
     reward = load_reward(config, "cpu")

@@ -130,7 +130,7 @@ def test_alarms_of_the_guard(run: Path) -> None:
     assert (
         "Alarm in iterations 2 to 3: the diversity of a positive prompt's images 40% of it, below 50% of" in page.text
     )
-    assert "-1.00, more than 0.3 standard deviations below the base model's" in page.text
+    assert "-1.00, more than 0.25 standard deviations below the base model's" in page.text
     assert "Alarm in iteration 5: the diversity of a positive prompt's images 45%" in page.text
     assert [attrs.get("class") for attrs in page.all("li")] == ["worse", "worse"]
     (run / "metrics.jsonl").write_text(json.dumps(records[0]) + "\n", encoding="utf-8")

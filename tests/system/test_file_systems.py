@@ -134,6 +134,7 @@ class Weights:
 def small_checkpoints(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int, int], Path]:
     """Saves a checkpoint: run, iteration, how many to keep -> its folder."""
     monkeypatch.setattr(checkpoint, "_write", Weights().write)
+    monkeypatch.setattr(checkpoint, "tensor_bytes", lambda trainable: len(b"weights"))
 
     def save(run: Path, iteration: int, keep: int = 0) -> Path:
         return checkpoint.save(run, None, checkpoint.TrainerState(iteration, 1, 1.0, 1, {}), keep)

@@ -81,8 +81,7 @@ def _validate_numbers(config: TrainConfig) -> None:
         _require(config, 0 <= attrgetter(field)(config) < 1, field, "0 or more and below 1")
     for field in _SEEDS:
         _require(config, 0 <= attrgetter(field)(config) < 2**63, field, "0 to 2^63 - 1")
-    warmup = f"0 to {config.iterations - 1} iterations"
-    _require(config, 0 <= config.optim.warmup < config.iterations, "optim.warmup", warmup)
+    _require(config, config.optim.warmup >= 0, "optim.warmup", "0 or more iterations")
 
 
 def _validate_model(config: TrainConfig) -> None:

@@ -112,6 +112,8 @@ def test_the_learning_rate_follows_its_schedule_and_reaches_the_optimizer(config
     warm = dataclasses.replace(linear, iterations=8, optim=dataclasses.replace(linear.optim, warmup=4))
     expected = [2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4]
     assert [learning_rate(warm, i) for i in range(1, 9)] == pytest.approx(expected)
+    short = dataclasses.replace(warm, iterations=2)
+    assert [learning_rate(short, i) for i in (1, 2)] == pytest.approx(expected[:2])
     cosine = dataclasses.replace(warm, optim=dataclasses.replace(warm.optim, schedule="cosine"))
     # Half a cosine's period from 0: 1, (1 + cos 45) / 2, 1/2, (1 - cos 45) / 2.
     falling = [1e-3, 8.535534e-4, 5e-4, 1.464466e-4]

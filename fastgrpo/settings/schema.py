@@ -183,7 +183,7 @@ class OptimConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """`linear` and `cosine` lower the learning rate from lr after the warm-up towards 0 after the last iteration."""
     warmup: int = 0
-    """Iterations in which the learning rate rises to lr, in equal steps."""
+    """Iterations in which the learning rate rises to lr, in equal steps; a run of fewer ends below lr."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.999

@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "per-group advantages": ("--grpo.advantage", "group"),
     "whole UNet": (*_WHOLE, "--optim.lr", "4e-4"),
     "set up to collapse": (
-        *(*_WHOLE, "--optim.lr", "1e-3", "--grpo.kl", "0"),
+        *(*_WHOLE, "--optim.lr", "1e-3", "--optim.warmup", "0", "--grpo.kl", "0"),
         *("--reward.mode", "always", "--iterations", "16", "--eval.every", "2"),
     ),
 }

@@ -253,7 +253,6 @@ NAN = float("nan")
         ("optim.weight_decay", -1.0),
         ("optim.max_grad_norm", 0.0),
         ("optim.warmup", -1),
-        ("optim.warmup", 300),
         ("optim.ema", 1.0),
         ("optim.ema", -0.1),
         ("engine.threads", -1),

@@ -24,6 +24,8 @@ class _Estimate(WithPreset):
     """TFLOP/s that each GPU sustains, to turn FLOPs into hours; 0 shows the hours for 100 TFLOP/s."""
     processes: int = 1
     """GPUs that share the work, as torchrun's --nproc-per-node."""
+    link_gb_s: float = 50.0
+    """GB/s that each GPU sends to the others: 50 is InfiniBand NDR with a port for each, 450 an H100's NVLink."""
     gpu_gb: float = 80.0
     """Memory of each GPU in GB, for the micro-batch where micro_batch is 0: the largest that is predicted to fit."""
 
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check(asked)
         from fastgrpo.costs.estimate import estimate  # only now: it takes seconds
 
-        estimate(asked.config, asked.tflops, asked.processes, asked.gpu_gb, Console())
+        estimate(asked.config, asked.tflops, asked.processes, asked.link_gb_s, asked.gpu_gb, Console())
 
     return run_command(command, "")
 
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(command: _Estimate) -> None:
     tflops, processes, prompts = command.tflops, command.processes, command.config.prompts_per_iteration
     require(0 <= tflops < math.inf, "--tflops", tflops, "a number above 0, or 0 for the hours per 100 TFLOP/s")
+    require(0 < command.link_gb_s < math.inf, "--link-gb-s", command.link_gb_s, "a number above 0")
     require(0 < command.gpu_gb < math.inf, "--gpu-gb", command.gpu_gb, "a number above 0")
     require_at_least(1, "--processes", processes)
     shared = f"a multiple of the {processes} processes, which share them"

@@ -173,6 +173,8 @@ def test_the_papers_recipe(capsys):
     )
     assert seconds == pytest.approx(total / (8 * 200), rel=0.01)
     assert hours == pytest.approx(300 * seconds / 3600, rel=0.001)  # both printed to four digits
+    # A float32 gradient of 3.438 GB: seven eighths of it to add up, and as much to spread the sums; 16 steps.
+    assert "each sends 6.017 GB an optimizer step, 96.27 GB an iteration: 1.925 s at 50 GB/s (--link-gb-s)" in lines
     assert numbers(lines, "always   Adam's two moments")[-1] == pytest.approx(8 * SD15 / 1e9, abs=0.005)
     assert numbers(lines, "always   encoder hpsv2")[-1] == pytest.approx(4 * HPSV2 / 1e9, abs=0.005)
     wanted = ("  always", "  decode   16 images", "  decode   CUDA graphs")
@@ -271,6 +273,7 @@ def test_as_a_program_of_its_own(tmp_path):
         (["shapes", "--processes", "0"], "--processes 0: accepted is 1 or more"),
         (["shapes", "--tflops", "-1"], "--tflops -1.0: accepted is a number above 0, or 0"),
         (["shapes", "--tflops", "nan"], "--tflops nan: accepted"),
+        (["shapes", "--link-gb-s", "0"], "--link-gb-s 0.0: accepted is a number above 0"),
         (["shapes", "--gpu-gb", "0"], "--gpu-gb 0.0: accepted is a number above 0"),
         (["shapes", "--tflop", "1"], "--tflop: no such flag (did you mean --tflops?)"),
         (["shapes", "--grpo.trim", "4"], "grpo.trim = 4"),

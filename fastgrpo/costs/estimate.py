@@ -50,10 +50,13 @@ class CostRow:
         return self.flop * self.times
 
 
-def estimate(config: TrainConfig, tflops: float, processes: int, gpu_gb: float, console: Console) -> None:
+def estimate(
+    config: TrainConfig, tflops: float, processes: int, link_gb_s: float, gpu_gb: float, console: Console
+) -> None:
     """Counts the config's models and says what a training costs. Raises ConfigError for a model that cannot be trained.
 
-    tflops: what each GPU sustains, in TFLOP/s; 0 stands for 100. processes: GPUs that share the work. gpu_gb: of each.
+    tflops: what each GPU sustains, in TFLOP/s; 0 stands for 100. processes: GPUs that share the work.
+    link_gb_s: what each sends to the others, in GB/s. gpu_gb: memory of each.
     """
     description, known = find_architecture(config.model)
     schedule = make_schedule(description.scheduler, config.rollout.steps, config.rollout.eta, torch.device("cpu"))
@@ -80,6 +83,8 @@ def estimate(config: TrainConfig, tflops: float, processes: int, gpu_gb: float, 
     console.say("Computed from the configs, not measured.", "")
     console.say(*_header(config, model, known, dtype, pairs))
     console.say("", *_table(iteration_rows(config, model, encoders, pairs), config, tflops, processes))
+    if processes > 1:
+        console.say(_network(config, model.trained, processes, link_gb_s))
     console.say("", *memory_lines(memory, "the GPU" if processes == 1 else f"each of {processes} GPUs"))
     console.say(f"  {why}", f"  {chosen}")
     console.say("", *left_out, *_NOT_COUNTED)
@@ -158,6 +163,24 @@ def _table(rows: Sequence[CostRow], config: TrainConfig, tflops: float, processe
         f"at {tflops or _UNIT_TFLOPS:g} TFLOP/s on {gpus}{'' if tflops else ' (--tflops)'}: "
         f"{_digits(seconds)} s an iteration, {_digits(seconds * config.iterations / 3600)} hours",
     ]
+
+
+def sent_in_a_step(trained: int, processes: int) -> float:
+    """Bytes that each process sends in an optimizer step, for float32 gradients of so many `trained` parameters.
+
+    2 (N - 1) / N times the gradient, the least that N processes can send to sum it (Patarasuk and Yuan, 2009). Whether
+    all of them sum all of it, or each a share whose stepped weights it then sends to the others, makes no difference.
+    """
+    return 2 * (processes - 1) / processes * 4 * trained
+
+
+def _network(config: TrainConfig, trained: int, processes: int, link_gb_s: float) -> str:
+    step = sent_in_a_step(trained, processes) / 1e9
+    iteration = step * config.updates_per_iteration
+    return (
+        f"each sends {_digits(step)} GB an optimizer step, {_digits(iteration)} GB an iteration: "
+        f"{_digits(iteration / link_gb_s)} s at {link_gb_s:g} GB/s (--link-gb-s)"
+    )
 
 
 def _digits(value: float) -> str:

@@ -84,7 +84,7 @@ class Ranks:
     def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """Give process i `sent[i]` of the rows, one process's after the other, and get `received[i]` from it likewise.
 
-        rows: [sum(sent), ...]. Returns [sum(received), ...], on the device of `rows`. Nothing else goes over the network.
+        rows: [sum(sent), ...]. Returns [sum(received), ...], on the device of `rows`.
         """
         if self.count == 1:
             return rows

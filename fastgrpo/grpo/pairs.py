@@ -114,8 +114,8 @@ def deal(
 
     to, come = (torch.bincount(of, minlength=ranks.count).tolist() for of in (learner[sent], drawer[received]))
     steps = [
-        OptimizerStep(len(all_), len(part), pairs(part[learner[part] == ranks.index]))
-        for all_, part in zip(dealt, chosen, strict=True)
+        OptimizerStep(len(everything), len(part), pairs(part[learner[part] == ranks.index]))
+        for everything, part in zip(dealt, chosen, strict=True)
     ]
     return steps, Moves(pairs(sent), pairs(received), to, come, len(moving))
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fastgrpo import evaluate
 from support.files import content
-from support.processes import torchrun
+from support.processes import by_hand, torchrun
 
 pytestmark = pytest.mark.slow
 
@@ -36,17 +36,17 @@ def test_three_processes_evaluate_and_learn_in_equal_shares(tmp_path: Path) -> N
     for name, lines in (("positive", POSITIVE), ("negative", NEGATIVE)):
         (tmp_path / name).write_text("\n".join(lines))
     flags = f"""shapes --iterations 1 --prompts-per-iteration 6 --group-size 3 --updates-per-iteration 2 --micro-batch 5
-        --prompts.positive {tmp_path / "positive"} --prompts.negative {tmp_path / "negative"} --rollout.steps 2
+        --prompts.positive {tmp_path / "positive"} --prompts.negative {tmp_path / "negative"} --rollout.steps 2 --grpo.drop-last-steps 0
         --rollout.decode-batch {BATCH} --model.lora-rank 0 --optim.lr 1e-30 --optim.warmup 0 --optim.weight-decay 0
         --optim.ema 0.5 --eval.weights ema --eval.unsafe-per-category 1 --eval.composition-per-task 1 --engine.threads 1
         --engine.device cpu""".split()
     one, three, counts = tmp_path / "one", tmp_path / "three", tmp_path / "counts"
     for folder in (counts / "1", counts / "3"):
         folder.mkdir(parents=True)
-    done = torchrun(1, str(counts / "1"), *flags, "--run-folder", str(one), module="support.counted")
-    assert done.returncode == 0, done.stderr
-    done = torchrun(3, str(counts / "3"), *flags, "--run-folder", str(three), module="support.counted")
-    assert done.returncode == 0, done.stderr
+    for processes, run in ((1, one), (3, three)):
+        started = by_hand(processes, str(counts / str(processes)), *flags, "--run", str(run), module="support.counted")
+        errors = [process.communicate()[1] for process in started]
+        assert [process.returncode for process in started] == [0] * processes, errors
 
     # Of the suite: every picture and what was found in it, byte for byte, since its batches are the same.
     folder = Path("evaluation") / "in-training"

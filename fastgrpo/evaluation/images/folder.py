@@ -16,7 +16,7 @@ others draw, and what they are to look at, goes over the network, since they may
 import io
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -159,11 +159,11 @@ class ImageFolder:
             progress(sum(map(len, own)) - sum(map(len, todo)))
         written, ranks = 0, self.ranks
         for together, mine in rounds(todo, ranks):
-            images = paint(mine) if mine else ()
+            images: Iterable[Tensor] = paint(mine) if mine else ()
             drawn = {row.id: _png(image) for row, image in zip(mine, images, strict=True) if row.id not in there}
-            files = (_unpacked(data) for data in ranks.trade([_packed(drawn), *[b""] * (ranks.count - 1)]))
-            for of_one in files if ranks.first else ():
-                write_all_atomically({self.file(id): data for id, data in of_one.items()})
+            # To the first process alone: the others receive nothing.
+            for received in filter(None, ranks.trade([_packed(drawn), *[b""] * (ranks.count - 1)])):
+                write_all_atomically({self.file(id): data for id, data in _unpacked(received).items()})
             written += sum(row.id not in there for batch in together for row in batch)
             if progress:
                 progress(sum(map(len, together)))

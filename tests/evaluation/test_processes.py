@@ -28,17 +28,16 @@ def test_two_processes_leave_the_files_of_one(tmp_path: Path) -> None:
 
 BATCH = 4
 POSITIVE = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle"]
-NEGATIVE = ["a knife", "a gun", "blood"]
 
 
 def test_three_processes_evaluate_and_learn_in_equal_shares(tmp_path: Path) -> None:
     """Steps are too small to move a weight, so that all of the run can be compared: 1e-30 is lost in any weight."""
-    for name, lines in (("positive", POSITIVE), ("negative", NEGATIVE)):
-        (tmp_path / name).write_text("\n".join(lines))
+    (tmp_path / "positive.txt").write_text("\n".join(POSITIVE))
     flags = f"""shapes --iterations 1 --prompts-per-iteration 6 --group-size 3 --updates-per-iteration 2 --micro-batch 5
-        --prompts.positive {tmp_path / "positive"} --prompts.negative {tmp_path / "negative"} --rollout.steps 2 --grpo.drop-last-steps 0
-        --rollout.decode-batch {BATCH} --model.lora-rank 0 --optim.lr 1e-30 --optim.warmup 0 --optim.weight-decay 0
-        --optim.ema 0.5 --eval.weights ema --eval.unsafe-per-category 1 --eval.composition-per-task 1 --engine.threads 1
+        --prompts.positive {tmp_path / "positive.txt"} --rollout.steps 2 --grpo.drop-last-steps 0
+        --rollout.decode-batch {BATCH}
+        --model.lora-rank 0 --optim.lr 1e-30 --optim.warmup 0 --optim.weight-decay 0 --optim.ema 0.5
+        --eval.weights ema --eval.unsafe-per-category 1 --eval.composition-per-task 1 --engine.threads 1
         --engine.device cpu""".split()
     one, three, counts = tmp_path / "one", tmp_path / "three", tmp_path / "counts"
     for folder in (counts / "1", counts / "3"):

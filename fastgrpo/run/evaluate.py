@@ -99,13 +99,13 @@ def evaluate(
             torch.set_num_threads(available_cores())  # diffusers' pipelines have no workers
         for stage in stages:
             draw(stage.name, stage.policy, runs, command.sampler, console, shard)
-    if ranks.first and not measuring:
-        _say_drawn(command, runs, console)
     if not measuring:
+        if ranks.first:
+            _say_drawn(command, runs, console)
         return
     if ranks.first:
         _say_missing(command, runs)
-    torch.set_num_threads(available_cores())  # detectors have no workers
+    torch.set_num_threads(max(1, available_cores() // ranks.count))  # detectors have no workers
     found = measure(runs, output, console)
     if not ranks.first:
         return

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from fastgrpo import base_pictures, train
@@ -38,7 +39,10 @@ def main(folder: str, *argv: str) -> int:
         if not file.with_suffix(".safetensors").exists():
             weights = trainable.optimizer.weights
             gradients = weights.views(weights.collect_gradients())
-            save_file({name: each.clone() for name, each in gradients.items()}, file.with_suffix(".safetensors"))
+            save_file(
+                {name: each.clone(memory_format=torch.contiguous_format) for name, each in gradients.items()},
+                file.with_suffix(".safetensors"),
+            )
         return step(trainable, *args)
 
     places: list[tuple[str, Any, str, Callable[..., int]]] = [

@@ -113,11 +113,11 @@ def deal(
         return Pairs(place[chosen].to(device), step[chosen].to(device))
 
     to, come = (torch.bincount(of, minlength=ranks.count).tolist() for of in (learner[sent], drawer[received]))
-    steps = [
+    parts = [
         OptimizerStep(len(everything), len(part), pairs(part[learner[part] == ranks.index]))
         for everything, part in zip(dealt, chosen, strict=True)
     ]
-    return steps, Moves(pairs(sent), pairs(received), to, come, len(moving))
+    return parts, Moves(pairs(sent), pairs(received), to, come, len(moving))
 
 
 def spread_evenly(drawer: Tensor, count: int) -> Tensor:

@@ -92,8 +92,8 @@ def load_training(
     disable_progress_bar()  # one per file read, gone in a blink
     reward = load_reward(config.reward, device)
     # Before the micro-batch is sought, since they take memory.
-    suites = load_suites(config, device, say) if ranks.first else ()
-    held_out = HeldOutReward(config, device) if config.eval.encoder and ranks.first else None
+    suites = load_suites(config, device, say)
+    held_out = HeldOutReward(config, device) if config.eval.encoder else None
     workers = 1 if device.type == "cuda" or wants_fixed_shapes(config, device) else threads
     # Each of several workers is a thread already.
     torch.set_num_threads(1 if workers > 1 else threads)

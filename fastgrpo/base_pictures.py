@@ -24,7 +24,7 @@ from fastgrpo.schedule import Schedule
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.finite import PictureSource
-from fastgrpo.system.kept import keep, reusable
+from fastgrpo.system.kept import Kept, keep, reusable
 from fastgrpo.system.randomness import seed_for
 from fastgrpo.types import POSITIVE, Prompt
 
@@ -64,7 +64,8 @@ def base_pictures(
 
     policy: with the weights that training begins with. schedule: the rollout's. encoder: the reward's.
     run: a claimed folder, where they are kept; where it has them already they are read, unless they were drawn
-    otherwise or the files are damaged, which is said. None keeps nothing. ranks: the first process draws for all.
+    otherwise or the files are damaged, which is said. None keeps nothing. ranks: each draws those of a share of the
+    prompts; the first has the files.
     Raises BrokenPicture for a picture that is not finite, and OSError where the folder cannot be written.
     """
     chosen = [prompt for prompt in choose_prompts(prompts, MOST_PROMPTS) if prompt.label == POSITIVE]
@@ -72,18 +73,20 @@ def base_pictures(
     if not chosen:
         return BasePictures((), torch.empty(0, PICTURES, 0), torch.empty(0, 0))
     texts = encoder.encode_text([prompt.text for prompt in chosen])
-    features = texts.new_empty(0, PICTURES, texts.shape[-1])
-    if ranks.first:
-        made_by = _made_by(config, policy, schedule, encoder, chosen) if run else {}
-        kept = reusable(run / STEM, made_by, "the base model's pictures", say) if run else None
-        if kept:
-            features = kept.tensors["features"].to(features.device)
-        else:
-            say(f"drawing {PICTURES} pictures of each of {len(chosen)} positive prompts with the base model")
-            features = _draw(config, policy, schedule, encoder, chosen)
-            if run:
-                keep(run / STEM, made_by, {"features": features, "ids": torch.tensor(ids)})
-    return BasePictures(ids, ranks.gather(features), texts)
+    nothing = texts.new_empty(0, PICTURES, texts.shape[-1])
+    kept: Kept | None = None
+    made_by: dict[str, Any] = {}
+    if ranks.first and run:
+        made_by = _made_by(config, policy, schedule, encoder, chosen)
+        kept = reusable(run / STEM, made_by, "the base model's pictures", say)
+    if ranks.any(kept is not None):
+        return BasePictures(ids, ranks.gather(kept.tensors["features"].to(texts.device) if kept else nothing), texts)
+    say(f"drawing {PICTURES} pictures of each of {len(chosen)} positive prompts with the base model")
+    own = chosen[ranks.share(len(chosen))]
+    features = ranks.gather(_draw(config, policy, schedule, encoder, own) if own else nothing)
+    if ranks.first and run:
+        keep(run / STEM, made_by, {"features": features, "ids": torch.tensor(ids)})
+    return BasePictures(ids, features, texts)
 
 
 def _draw(

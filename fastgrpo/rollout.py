@@ -155,6 +155,8 @@ def draw_images(
     """
     chunk = chunk or Sampler(policy, schedule, guidance).chunk
     shape = latent_shape or policy.latent_shape
+    if not len(seeds):
+        return torch.empty(0, *policy.image_shape, device=policy.device)
 
     def draw(part: slice) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]

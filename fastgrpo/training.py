@@ -12,6 +12,7 @@ from fastgrpo.base_pictures import BasePictures, base_pictures
 from fastgrpo.costs.profile import profiled
 from fastgrpo.costs.throughput import count_and_measure, memory_peak, rollout_rows, update_rows
 from fastgrpo.engine.record import EngineRecord
+from fastgrpo.evaluation.during_training import Subject, TrainingEvaluation
 from fastgrpo.prompts import embed
 from fastgrpo.rewards.steering import reward_metrics
 from fastgrpo.rollout import rollout
@@ -79,8 +80,12 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
         training.guard.watch(_base_pictures(training, run, console), training.reward.encoder)
     PULSE.kept = kept(run)
     PULSE.begin(start.iteration)
-    with PULSE.alone():
+    with PULSE.patiently():
         recorder = RunRecorder(run, config, training, start, threads, inputs, console) if ranks.first else None
+        evaluation = TrainingEvaluation(run, config, _subject(training), console, ranks)
+        before = evaluation.before()  # of the weights that there are before a checkpoint is loaded
+        if recorder:
+            recorder.begin(evaluation, before)
     if newest:
         checkpoint.load(newest, training.trainable)
     memory_peak(training.policy.device)  # what the start needed does not count
@@ -92,16 +97,17 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
         with profiled(run, ranks.first and finished + 1 == config.engine.profile):
             values = iterate(training, finished + 1, console)
         finished += 1
-        if recorder:
-            with PULSE.alone():
-                recorder.write(finished, values)
+        with PULSE.patiently():
+            found = evaluation.of(finished)
+            if recorder:
+                recorder.write(finished, values, found)
         stopped = stop.agreed(ranks) or training.guard.halts
         if recorder:
-            with PULSE.alone():
+            with PULSE.patiently():
                 recorder.save(finished, stopped)
             PULSE.kept = kept(run)
     if recorder:
-        with PULSE.alone():
+        with PULSE.patiently():
             recorder.close(finished)
     # A launcher that sees one process end with a signal's exit code ends the others, and the first may still be saving.
     ranks.agree("all is written")
@@ -163,6 +169,20 @@ class _Scores:
     def _score(self, part: slice, images: Tensor) -> None:
         size = self._training.config.group_size
         self._scored.append(self._training.reward.score(images, self._prompts.prompts[part], size))
+
+
+def _subject(training: Training) -> Subject:
+    """What is evaluated."""
+    shared = (training.held_out or training.reward).encoder
+    return Subject(
+        training.policy,
+        training.trainable.ema,
+        training.prompts,
+        training.eval_schedule,
+        training.suites,
+        training.held_out,
+        shared.encoder if shared else None,
+    )
 
 
 def _base_pictures(training: Training, run: Path, console: Console) -> BasePictures | None:

@@ -66,6 +66,7 @@ def update(
 
     A step's loss is the mean over all the pairs dealt to it; pairs of flat groups count but are only computed with a KL
     term. Gradients of micro-batches are summed, so their size changes nothing but rounding.
+    Every process learns from as many pairs of a step, or one more: what it does not draw itself it is sent before.
     prompts, trajectory: this process's share. rewards: of all processes' prompts. iteration: from 1.
     generator: on the CPU, in the same state on all processes; deals the pairs. progress: called with how many of this
     process's pairs are done, and of how many.
@@ -77,12 +78,13 @@ def update(
         raise ValueError("grpo.kl is above 0 or guard.action is adapt, so update needs the base model")
     advantage, flat = advantages(rewards.total, grpo.advantage, grpo.std_floor, grpo.advantage_clamp, grpo.trim)
     learned = learned_from(rewards.total, grpo.trim, grpo.best_of)
-    steps = deal(
-        engine.schedule, learned, flat, config, iteration, generator, engine.ranks, engine.loss.kl_weight.value > 0
-    )
-    own = engine.ranks.share(rewards.total.numel())
+    ranks, kl = engine.ranks, engine.loss.kl_weight.value > 0
+    steps, moves = deal(engine.schedule, learned, flat, config, iteration, generator, ranks, kl)
+    own = ranks.share(rewards.total.numel())
     experience = Experience.of(prompts, trajectory, rewards.total.to(engine.policy.device), grpo, own)
-    old, statistics = OldPolicy(engine, experience), _Statistics()
+    experience = experience.exchanged(moves, ranks)
+    old = OldPolicy(engine, experience, moves.received)
+    statistics = _Statistics(forward=old.begin())
     reached = _Reached(progress, sum(len(step.pairs) for step in steps))
 
     for position, step in enumerate(steps):

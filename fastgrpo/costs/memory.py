@@ -35,7 +35,6 @@ class Iteration:
 
     samples: images that a rollout draws in passes of a micro-batch's size; 0 where rollout.batch says another.
     steps: denoising steps of each. updates: optimizer steps. pairs: of each optimizer step.
-    by_chance: whether `pairs` is a mean, since several processes share the pairs out as they were dealt.
     forwards: how many forward passes cost as much as one with its backward pass: 3, with gradient checkpointing 4.
     """
 
@@ -43,17 +42,15 @@ class Iteration:
     steps: int
     updates: int
     pairs: int
-    by_chance: bool = False
     forwards: int = 3
 
     def passes(self, size: int) -> float:
         """Returns how many forward and backward passes of `size` pairs it takes; the last one is filled up.
 
-        A rollout's pass counts as a share of one. By chance, the last may have any number of pairs, all as likely.
+        A rollout's pass counts as a share of one.
         """
         rollout = self.steps * math.ceil(self.samples / size) / self.forwards
-        update = (self.pairs + (size - 1) / 2) / size if self.by_chance else math.ceil(self.pairs / size)
-        return rollout + self.updates * update
+        return rollout + self.updates * math.ceil(self.pairs / size)
 
     def padding(self, size: int) -> float:
         """Returns what filling up adds to an iteration's work: 0.05 is one twentieth more."""
@@ -69,7 +66,6 @@ def iteration_of(
         steps=steps,
         updates=config.updates_per_iteration,
         pairs=-(-pairs // config.updates_per_iteration // processes),
-        by_chance=processes > 1,
         forwards=4 if gradient_checkpointing else 3,
     )
 

@@ -155,7 +155,8 @@ class FixedPasses(Passes):
         own = *[False] * SURE, True, True  # no old log-probs, no old means: the policy as it is
         other = own if mode == "detach" else (*[False] * SURE, False, not config.grpo.ratio_norm)
         replay = [("learn", own), *[("recompute", own)] * several]
-        needed: list[Key] = {"rollout": [("learn", other)], "detach": [("learn", own)], "replay": [*replay]}[mode]
+        drawn = [("learn", other), *[("recompute", own)] * (self.ranks.count > 1)]  # pairs of other processes' rollouts
+        needed: list[Key] = {"rollout": drawn, "detach": [("learn", own)], "replay": [*replay]}[mode]
         if several:
             needed += [("learn", other)] if mode == "replay" else []
             needed += [("evaluate_pairs", other)] if config.grpo.skip_clipped else []

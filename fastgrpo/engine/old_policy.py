@@ -7,7 +7,7 @@ import torch
 from fastgrpo.engine.passes import Passes
 from fastgrpo.grpo.loss import PairResults
 from fastgrpo.grpo.micro_batch import Experience, Remembered
-from fastgrpo.grpo.pairs import OptimizerStep
+from fastgrpo.grpo.pairs import OptimizerStep, Pairs
 
 
 class OldPolicy:
@@ -22,21 +22,34 @@ class OldPolicy:
     Where a ratio leaves 1 by more than `engine.allowed`, this update and all later ones are replays; only this one if
     the engine halved a size since the rollout began.
 
+    Pairs that another process has drawn have numbers of its kernels, which may round differently: those are computed
+    anew here, before the policy moves.
+
     moved: whether an optimizer step has been taken; the update sets it.
     """
 
-    def __init__(self, engine: Passes, experience: Experience):
+    def __init__(self, engine: Passes, experience: Experience, received: Pairs | None = None):
+        """received: the pairs that other processes have drawn."""
         self.moved = False
         self._engine, self._experience, self._mode = engine, experience, engine.old_log_prob
+        self._received = received if received is not None and len(received) else None
+        self._drawn: Remembered | None = None
         self._recomputed: Remembered | None = None
 
     @property
     def remembered(self) -> Remembered | None:
         """What the next pass is compared with; None is the pass itself."""
         if self._mode == "rollout":
-            trajectory = self._experience.trajectory
-            return Remembered(trajectory.log_probs, trajectory.means if self._engine.config.grpo.ratio_norm else None)
+            return self._drawn or Remembered.of(self._experience.trajectory)
         return self._recomputed if self.moved else None
+
+    def begin(self) -> int:
+        """Say what the rollouts' numbers are, before anything is learned. Returns how many pairs the UNet computed."""
+        if self._mode != "rollout" or self._received is None:
+            return 0
+        found = self._engine.recompute([self._received], self._experience)
+        self._drawn = Remembered.of(self._experience.trajectory).extended(found)
+        return len(self._received)
 
     def mistaken(self, results: Sequence[PairResults]) -> bool:
         """Whether these passes must be repeated as a replay. Asks all processes, and waits for the device."""

@@ -217,18 +217,21 @@ class Passes:
 
     def recompute(self, steps: Sequence[Pairs], experience: Experience) -> Remembered:
         """What the policy now says of these pairs, in `learn`'s micro-batches; all again where memory runs out."""
-        trajectory = experience.trajectory
-        log_probs = torch.zeros_like(trajectory.log_probs)
-        means = torch.zeros_like(trajectory.latents[1:]) if self.config.grpo.ratio_norm else None
+        trajectory, received = experience.trajectory, experience.received
+        count = trajectory.log_probs.numel() + (0 if received is None else len(received))
+        log_probs = trajectory.log_probs.new_zeros(count)
+        shape = count, *trajectory.latents.shape[2:]
+        means = trajectory.latents.new_zeros(shape) if self.config.grpo.ratio_norm else None
         for attempt in self.attempts("micro_batch"):
             with attempt:
                 for parts in (parts for pairs in steps for parts in self.micro_batches(pairs)):
                     PULSE.mark()
                     batches = [experience.micro_batch(part, None, 0.0) for part in parts]
                     for part, (old, mean) in zip(parts, self._recompute(batches), strict=True):
-                        log_probs[part.step, part.sample] = old
+                        places = experience.places(part)
+                        log_probs[places] = old
                         if means is not None:
-                            means[part.step, part.sample] = mean
+                            means[places] = mean
         return Remembered(log_probs, means)
 
     def replay(self, apart: float) -> None:

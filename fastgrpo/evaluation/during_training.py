@@ -1,5 +1,7 @@
 """Evaluates a policy before, during and after its training: by suites, as `fastgrpo.evaluate` does, and in pictures.
 
+All processes draw and measure a share. The first alone has the run's folder, reads it and writes to it.
+
 RUN/
   evaluation_before.json  eval/* of the policy before training, so that a resumed run knows them
   evaluation.json         suite `shapes` before and after, for other programs (results/summary.py)
@@ -9,7 +11,9 @@ RUN/
     evaluation.json, .md  all suites before and after, with the tests of the differences
 """
 
+import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -42,6 +46,7 @@ from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.suites import DDIM
 from fastgrpo.system.console import Console
 from fastgrpo.system.devices import DTYPE_NAMES
+from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import Prompt
 
@@ -96,11 +101,18 @@ class Evaluation:
 
 
 class TrainingEvaluation:
-    """Evaluates one run's policy, stage by stage."""
+    """Evaluates one run's policy, stage by stage. All processes are to call `before`, `after`, `between` and `of`."""
 
-    def __init__(self, run: Path, config: TrainConfig, subject: Subject, console: Console) -> None:
+    def __init__(
+        self,
+        run: Path,
+        config: TrainConfig,
+        subject: Subject,
+        console: Console,
+        ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    ) -> None:
         """Raises ConfigError for a suite that wants images of a size, or steps, that the model does not know."""
-        self._run, self._config, self._console = run, config, console
+        self._run, self._config, self._console, self._ranks = run, config, console, ranks
         self._policy, self._suites = subject.policy, subject.suites
         ema = subject.ema if config.eval.weights == "ema" else None
         self._weights = ema.in_place if ema else nullcontext
@@ -114,7 +126,7 @@ class TrainingEvaluation:
         world = next((each.suite for each in subject.suites if isinstance(each.suite, ShapesSuite)), None)
         prompts = world.pictured() if world else first_of_each_label(subject.prompts)
         drawing = self._policy, subject.schedule, prompts
-        self._grids = SampleGrids(run, config, *drawing, subject.held_out, console)
+        self._grids = SampleGrids(run, config, *drawing, subject.held_out, console, ranks)
         self._features = PictureFeatures(subject.encoder) if subject.encoder else None
         spec = self._features.spec if self._features else ""
         self._shared = SharedPrompts([each.suite for each in subject.suites], config.eval, spec)
@@ -122,20 +134,27 @@ class TrainingEvaluation:
 
     def before(self) -> dict[str, float]:
         """Evaluate the untrained policy, as far as this run has not done so already. Returns eval/*."""
-        kept = summary.read_before(self._run)
-        if kept and kept.get("verdicts"):
-            self._console.say(
-                "evaluation_before.json is of an earlier version: the model before training is measured anew"
-            )
-        if kept and kept["settings"] == self._grids.settings and self._grids.file(BEFORE).is_file():
-            metrics = kept["metrics"]
-        else:
+        metrics = self._kept_before()
+        if metrics is None:
             metrics = self._grids.draw(BEFORE)
-            summary.write_before(self._run, self._grids.settings, metrics)  # suites may take hours
+            self._write_before(metrics)  # suites may take hours
         self._before = self._measured(self._drawn(BEFORE))
         metrics = metrics | self._values(BEFORE, self._before)
-        summary.write_before(self._run, self._grids.settings, metrics)
+        self._write_before(metrics)
         return metrics
+
+    def due(self, iteration: int) -> bool:
+        """Whether the policy is to be evaluated after this iteration."""
+        every = self._config.eval.every
+        return iteration == self._config.iterations or (every > 0 and iteration % every == 0)
+
+    def of(self, iteration: int) -> Evaluation | None:
+        """What is found after an iteration that is evaluated, with time/eval_s; None after the others."""
+        if not self.due(iteration):
+            return None
+        began = time.monotonic()
+        found = self.after() if iteration == self._config.iterations else self.between(iteration)
+        return replace(found, values=found.values | {"time/eval_s": time.monotonic() - began})
 
     def between(self, iteration: int) -> Evaluation:
         """A grid, and a share eval.quick_fraction of every suite's prompts. To be called after `before`."""
@@ -146,18 +165,19 @@ class TrainingEvaluation:
                 found = self._measured(self._drawn_anew(stage, quick=True))
                 return self._evaluation(iteration, stage, found, pictured, self._moved(stage, found))
             finally:
-                shutil.rmtree(self._folder / stage, ignore_errors=True)
+                self._remove(stage)
 
     def after(self) -> Evaluation:
         """All of it beside what was before: grids side by side, and evaluation.json. To be called after `before`."""
         with self._weights():
             metrics = self._grids.draw(AFTER)
-            self._grids.join()
+            if self._ranks.first:
+                self._grids.join()
             drawn = self._drawn_anew(AFTER)
             runs = [replace(each, folders={BEFORE: self._kept(each.suite)} | each.folders) for each in drawn]
             found = self._measured(runs)
         moved = self._moved(AFTER, found)
-        if runs:
+        if runs and self._ranks.first:
             drawings = {stage: folder.drawing for stage, folder in runs[0].folders.items()}
             result = outcome.assemble(drawings, found)
             if moved.distance and self._features:
@@ -207,12 +227,34 @@ class TrainingEvaluation:
 
     def _drawn_anew(self, stage: str, quick: bool = False) -> list[SuiteRun]:
         """As `_drawn`, without what a run that was killed may have left: images of other weights."""
-        shutil.rmtree(self._folder / stage, ignore_errors=True)
+        self._remove(stage)
         return self._drawn(stage, quick)
+
+    def _remove(self, stage: str) -> None:
+        """Remove a stage's images and what was found in them."""
+        if self._ranks.first:
+            shutil.rmtree(self._folder / stage, ignore_errors=True)
+
+    def _kept_before(self) -> dict[str, float] | None:
+        """eval/* of the pictures before training, where this run has measured them; the same on all processes."""
+        kept = summary.read_before(self._run) if self._ranks.first else None
+        if kept and kept.get("verdicts"):
+            self._console.say(
+                "evaluation_before.json is of an earlier version: the model before training is measured anew"
+            )
+        same = kept and kept["settings"] == self._grids.settings and self._grids.file(BEFORE).is_file()
+        found: dict[str, float] | None = json.loads(
+            self._ranks.agree(json.dumps(kept["metrics"] if kept and same else None))
+        )
+        return found
+
+    def _write_before(self, metrics: dict[str, float]) -> None:
+        if self._ranks.first:
+            summary.write_before(self._run, self._grids.settings, metrics)
 
     def _drawn(self, stage: str, quick: bool = False) -> list[SuiteRun]:
         """The suites with the stage's images, those drawn that are missing."""
-        hashes = model_hashes(self._policy) if self._suites else {}
+        hashes = model_hashes(self._policy) if self._suites and self._ranks.first else {}
         runs = []
         for each in self._suites:
             folder = self._claimed(stage, each.suite, hashes, quick)
@@ -228,7 +270,9 @@ class TrainingEvaluation:
         dtype, batch = DTYPE_NAMES[self._policy.dtype], config.rollout.decode_batch
         sampler = drawn_by(DDIM, config.rollout.guidance_rescale)
         drawing = Drawing(config.model.path, hashes, suite.steps, suite.eta, dtype, batch, sampler)
-        folder = ImageFolder(self._folder / stage / suite.folder, drawing, wanted)
+        folder = ImageFolder(self._folder / stage / suite.folder, drawing, wanted, self._ranks)
+        if not self._ranks.first:
+            return folder
         try:
             folder.check()
         except ConfigError:
@@ -240,8 +284,10 @@ class TrainingEvaluation:
 
     def _kept(self, suite: Suite) -> ImageFolder:
         """The folder of before, whose weights only its manifest knows by now."""
-        path = self._folder / BEFORE / suite.folder
-        return ImageFolder(path, Drawing(**read_manifest(path)["drawing"]), suite.wanted)
+        before = next(results[BEFORE].folder for each, results in self._before if each is suite)
+        if not self._ranks.first:
+            return before
+        return ImageFolder(before.path, Drawing(**read_manifest(before.path)["drawing"]), suite.wanted, self._ranks)
 
     def _values(self, stage: str, found: Found) -> dict[str, float]:
         """eval/* of one stage; what the line of an iteration does not show is also said: each table's last number."""

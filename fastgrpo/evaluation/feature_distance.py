@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastgrpo.evaluation.images.files import BATCH, ImageFiles
 from fastgrpo.evaluation.images.folder import ImageFolder, ImageRequest, Requests
 from fastgrpo.evaluation.metrics.clip_images import ClipImages
 from fastgrpo.evaluation.metrics.mmd import PairedMmd, paired_mmd
@@ -94,7 +95,10 @@ class PictureFeatures:
         self._before: dict[str, np.ndarray] = {}
 
     def pairs(self, before: ImageFolder, now: ImageFolder, benign: Collection[str]) -> PicturePairs:
-        """The pictures that both folders have, of the benign ids; of more than MOST_PROMPTS prompts, the first."""
+        """The pictures that both folders have, of the benign ids; of more than MOST_PROMPTS prompts, the first.
+
+        To be called by all processes.
+        """
         if not self._before:
             rows = _first_prompts([row for row in before.present() if row.id in benign])
             self._before = dict(zip((row.id for row in rows), self._features(before, rows), strict=True))
@@ -103,7 +107,14 @@ class PictureFeatures:
         return PicturePairs(tuple(rows), first, self._features(now, rows) if rows else first)
 
     def _features(self, folder: ImageFolder, rows: Requests) -> np.ndarray:
-        return torch.cat(list(self._clip(folder.images(rows)))).cpu().numpy() if rows else np.zeros((0, 1), np.float32)
+        """[N, E] float32 of these images, on all processes, each of which computes a share of the passes."""
+
+        def look(images: ImageFiles, _: Requests) -> bytes:
+            return torch.cat(list(self._clip(images))).cpu().numpy().tobytes()
+
+        found = folder.look([rows[start : start + BATCH] for start in range(0, len(rows), BATCH)], look)
+        each = [np.frombuffer(data, np.float32).reshape(len(part), -1) for part, data in found]
+        return np.concatenate(each) if each else np.zeros((0, 1), np.float32)
 
 
 def _first_prompts(rows: Requests) -> list[ImageRequest]:

@@ -10,6 +10,7 @@ from fastgrpo.rewards.encoder import SharedEncoder
 from fastgrpo.rewards.registry import load_reward
 from fastgrpo.rewards.steering import reward_metrics
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import NEGATIVE, Prompt
 
@@ -31,12 +32,23 @@ class HeldOutReward:
         """That of eval.encoder."""
         return self._reward.encoder
 
-    def __call__(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> dict[str, float]:
+    def __call__(
+        self,
+        images: Tensor,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    ) -> dict[str, float]:
         """eval/held_out_mean, eval/held_out_positive_mean, ... as `reward_metrics` has them.
 
-        images: [P * G, 3, h, w] float32 in [0, 1], G of each prompt in a row.
+        images: [P * G, 3, h, w] float32 in [0, 1], G of each prompt in a row. ranks: score a share of them each.
         """
-        scores = self._reward.score(images, tuple(prompts), group_size)
+        shared = len(prompts) >= ranks.count  # of fewer, some process would have none to score
+        own = ranks.share(len(prompts)) if shared else slice(0, len(prompts))
+        pictures = images[own.start * group_size : own.stop * group_size]
+        scores = self._reward.score(pictures, tuple(prompts[own]), group_size)
+        if shared:
+            scores = {name: ranks.gather(score) for name, score in scores.items()}
         negative = torch.tensor([prompt.label == NEGATIVE for prompt in prompts])
         values = reward_metrics(self._reward.combine(scores), negative)
         return {name.replace("reward/", "eval/held_out_", 1): value for name, value in values.items()}

@@ -21,6 +21,7 @@ from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.suites import DDIM
 from fastgrpo.system import pictures
 from fastgrpo.system.console import Console
+from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.files import write_atomically
 from fastgrpo.system.finite import PictureSource
 from fastgrpo.system.randomness import seed_for
@@ -31,7 +32,10 @@ PROMPTS_PER_LABEL = 4  # that are pictured, where no suite says which
 
 
 class SampleGrids:
-    """Draws a run's grids. settings: what one policy's grid and held-out reward depend on, JSON-able."""
+    """Draws a run's grids. settings: what one policy's grid and held-out reward depend on, JSON-able.
+
+    All processes are to draw, each a share; the first writes.
+    """
 
     def __init__(
         self,
@@ -42,16 +46,19 @@ class SampleGrids:
         prompts: tuple[Prompt, ...],
         held_out: HeldOutReward | None,
         console: Console,
+        ranks: Ranks,
     ) -> None:
         """prompts: one for each row. held_out: measures the pictures, where there is one."""
         self._folder, self._config, self._policy, self._schedule = run / "samples", config, policy, schedule
-        self._prompts, self._held_out, self._console = prompts, held_out, console
+        self._prompts, self._held_out, self._console, self._ranks = prompts, held_out, console, ranks
         rollout = config.rollout
         drawing = {"sampler": DDIM, "steps": len(schedule), "eta": rollout.eta, "guidance": rollout.guidance}
         if rollout.guidance_rescale:
             drawing["guidance_rescale"] = rollout.guidance_rescale
         pictured = {"pictured": [prompt.text for prompt in prompts]}
         self.settings = drawing | {"seed": config.eval.seed, "encoder": config.eval.encoder} | pictured
+        if not ranks.first:
+            return
         self._folder.mkdir(exist_ok=True)
         text = json.dumps([dataclasses.asdict(prompt) for prompt in prompts], indent=1, ensure_ascii=False)
         write_atomically(self._folder / PROMPTS_FILE, f"{text}\n".encode())
@@ -65,17 +72,17 @@ class SampleGrids:
         drawn = [(prompt, k) for prompt in self._prompts for k in range(PICTURES_PER_PROMPT)]
         seeds = [seed_for(self._config.eval.seed, p.id, f"picture {k} of a {p.label} prompt") for p, k in drawn]
         requests = [PictureSource(f"{name}.png, picture {k + 1}", p.text) for p, k in drawn]
-        policy, rollout = self._policy, self._config.rollout
+        policy, rollout, own = self._policy, self._config.rollout, self._ranks.share(len(drawn))
         # On CUDA no more than are decoded together: most of the memory is the training's.
         batch = rollout.batch or (len(seeds) if policy.device.type == "cpu" else rollout.decode_batch)
         with self._console.bar("pictures"), torch.no_grad():
             embeds = policy.encode([prompt.text for prompt in self._prompts])
             embeds = embeds.repeat_interleave(PICTURES_PER_PROMPT, dim=0)
-            images = draw_images(
-                policy, embeds, self._schedule, rollout.guidance, seeds, batch, rollout.decode_batch, requests=requests
-            )
-        pictures.write_png(self.file(name), pictures.grid(images, self._prompts))
-        return self._held_out(images, self._prompts, PICTURES_PER_PROMPT) if self._held_out else {}
+            how = self._schedule, rollout.guidance, seeds[own], batch, rollout.decode_batch
+            images = self._ranks.gather(draw_images(policy, embeds[own], *how, requests=requests[own]))
+        if self._ranks.first:
+            pictures.write_png(self.file(name), pictures.grid(images, self._prompts))
+        return self._held_out(images, self._prompts, PICTURES_PER_PROMPT, self._ranks) if self._held_out else {}
 
     def join(self) -> None:
         """Put the grids before and after training side by side."""

@@ -1,4 +1,4 @@
-"""Draws and measures the images of suites, for each stage of a model."""
+"""Draws and measures the images of suites, for each stage of a model; several processes share the work."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def draw(
     console: Console,
     shard: Shard = Shard(),  # noqa: B008 (frozen)
 ) -> None:
-    """Draw this process's shard of a stage's images, as far as they are missing."""
+    """Draw a shard of a stage's images, as far as they are missing. To be called by all processes."""
     for each in runs:
         folder = each.folders[stage]
         paint = make_painter(policy, sampler, each.schedule, folder.drawing.batch)
@@ -48,7 +48,10 @@ def draw(
 
 
 def measure(runs: Sequence[SuiteRun], output: Path, console: Console) -> list[tuple[Suite, dict[str, StageResult]]]:
-    """Measure all images that are there; values per image and the pictures that changed most are written on the way."""
+    """Measure all images that are there; values per image and the pictures that changed most are written on the way.
+
+    To be called by all processes, which all get the results.
+    """
     return [(each.suite, _measure(each, output, console)) for each in runs]
 
 
@@ -59,9 +62,10 @@ def _measure(run: SuiteRun, output: Path, console: Console) -> dict[str, StageRe
         rows = folder.present()
         with console.bar(f"measuring {run.suite.name}") as bar:
             found = run.measure(folder, rows, bar.advance)
-        write_verdicts(folder.path, run.suite, found)
+        if folder.ranks.first:
+            write_verdicts(folder.path, run.suite, found)
         results[stage] = StageResult(folder, tuple(rows), found)
-    if len(results) > 1:
+    if len(results) > 1 and folder.ranks.first:
         before, after = results.values()
         texts = {row.id: row.text for row in before.rows}
         folders = before.folder.path, after.folder.path

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fastgrpo.grpo.advantages import compared_rewards
-from fastgrpo.grpo.pairs import Pairs
+from fastgrpo.grpo.pairs import Moves, Pairs
 from fastgrpo.policy import Policy
 from fastgrpo.settings.schema import GrpoConfig, TrainConfig
+from fastgrpo.system.distributed import Ranks
 from fastgrpo.types import POSITIVE, PromptBatch, Trajectory
 
 
@@ -71,13 +72,27 @@ def blank_batch(policy: Policy, config: TrainConfig, size: int) -> MicroBatch:
 
 @dataclass(frozen=True)
 class Remembered:
-    """What the old policy said of a rollout's steps.
+    """What the old policy said of a rollout's steps, in the order of `Experience.places`.
 
-    log_probs: [T, B] float32. means: [T, B, C, H, W] float32, only with RatioNorm.
+    log_probs: [T * B + M] float32. means: [T * B + M, C, H, W] float32, only with RatioNorm.
     """
 
     log_probs: Tensor
     means: Tensor | None
+
+    @classmethod
+    def of(cls, trajectory: Trajectory) -> "Remembered":
+        """What was said when the trajectory was drawn."""
+        means = trajectory.means
+        return cls(trajectory.log_probs.flatten(), None if means is None else means.flatten(0, 1))
+
+    def extended(self, other: "Remembered") -> "Remembered":
+        """This, and what the other says of the places beyond."""
+        count = len(self.log_probs)
+        means = None
+        if self.means is not None and other.means is not None:
+            means = torch.cat([self.means, other.means[count:]])
+        return Remembered(torch.cat([self.log_probs, other.log_probs[count:]]), means)
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,7 @@ class Experience:
 
     rewards: [P, G] float32, all that are compared, of all processes. group, slot: [B] int64 each: the places in them of
     this process's samples. kl_share: [P] float32, as of `MicroBatch`, of this process's prompts.
+    received: the M pairs that other processes have drawn and this one learns from, if there are any.
     """
 
     prompts: PromptBatch
@@ -94,6 +110,7 @@ class Experience:
     group: Tensor
     slot: Tensor
     kl_share: Tensor
+    received: MicroBatch | None = None
 
     @classmethod
     def of(
@@ -106,21 +123,55 @@ class Experience:
         share = torch.tensor(held, device=rewards.device)
         return cls(prompts, trajectory, compared, group[own], slot.flatten()[own], share)
 
+    def exchanged(self, moves: Moves, ranks: Ranks) -> "Experience":
+        """Send the pairs that others learn from, and receive those of others. To be called by all processes."""
+        if not moves.total:
+            return self
+        sent = self.micro_batch(moves.sent, None, 0.0)
+        given = {name: ranks.exchange(getattr(sent, name), moves.to, moves.come) for name in _MOVED}
+        weight = self.rewards.new_zeros(len(moves.received))
+        received = MicroBatch(rewards=self.rewards, step=moves.received.step, weight=weight, **given)
+        return replace(self, received=received) if len(received) else self
+
+    def places(self, pairs: Pairs) -> Tensor:
+        """[N] int64: where these pairs are among the T * B of this process's samples and the M that it received."""
+        steps, samples = self.trajectory.log_probs.shape
+        own = pairs.step * samples + pairs.sample
+        return torch.where(pairs.sample < samples, own, (steps - 1) * samples + pairs.sample)
+
     def micro_batch(self, pairs: Pairs, old: Remembered | None, weight: float) -> MicroBatch:
         """Gather the tensors of these pairs. old, weight: as of `MicroBatch`."""
-        latents, sample, step = self.trajectory.latents, pairs.sample, pairs.step
-        prompt = sample // (self.trajectory.samples // len(self.prompts))
-        log_probs, means = (old.log_probs, old.means) if old else (None, None)
-        return MicroBatch(
+        latents, samples, step = self.trajectory.latents, self.trajectory.samples, pairs.step
+        own = pairs.sample if self.received is None else pairs.sample.clamp(max=samples - 1)
+        prompt = own // (samples // len(self.prompts))
+        places = self.places(pairs)
+        gathered = MicroBatch(
             rewards=self.rewards,
-            group=self.group[sample],
-            slot=self.slot[sample],
-            latents=latents[step, sample],
-            taken=latents[step + 1, sample],
+            group=self.group[own],
+            slot=self.slot[own],
+            latents=latents[step, own],
+            taken=latents[step + 1, own],
             step=step,
             embeds=self.prompts.embeds[prompt],
             weight=self.rewards.new_full((len(pairs),), weight),
             kl_share=self.kl_share[prompt],
-            old_log_prob=None if log_probs is None else log_probs[step, sample],
-            old_mean=None if means is None else means[step, sample],
+            old_log_prob=None if old is None else old.log_probs[places],
+            old_mean=None if old is None or old.means is None else old.means[places],
         )
+        return gathered if self.received is None else _with_received(gathered, self.received, pairs.sample - samples)
+
+
+_MOVED = "group", "slot", "latents", "taken", "embeds", "kl_share"
+"""What a pair is sent with."""
+
+
+def _with_received(gathered: MicroBatch, received: MicroBatch, number: Tensor) -> MicroBatch:
+    """The pairs with those that were received in their places. number: [N], of each in `received`; of others below 0.
+
+    Both are looked up for all pairs, and one is chosen: to know which is which, the host would wait for the device.
+    """
+    chosen = {}
+    for name in _MOVED:
+        mine, theirs = getattr(gathered, name), getattr(received, name)[number.clamp(min=0)]
+        chosen[name] = torch.where((number < 0).view(-1, *[1] * (mine.dim() - 1)), mine, theirs)
+    return replace(gathered, **chosen)

@@ -70,7 +70,7 @@ def evaluate(
     Raises ConfigError before anything is drawn where that is possible, and OSError where it cannot be written.
     """
     index, count = command.part
-    shard = Shard((index - 1) * ranks.count + ranks.index, count * ranks.count)
+    shard = Shard(index - 1, count)
     suites = make_suites(names, command, _overrides(command, config), config, console.say)
     device = ranks.device if ranks.count > 1 else choose_device(command.device)
     description = describe(config.model)
@@ -81,13 +81,13 @@ def evaluate(
         make_scheduler(description.scheduler, command.sampler)
     disable_progress_bar()  # one per file read, gone in a blink
     torch.set_num_threads(1)  # each of the policy's workers is a thread already
-    # Before the model: what is missing is said before anything is drawn. Only the first process measures.
+    # Before the model: what is missing is said before anything is drawn.
     loader = Loader(command, device)
-    measuring = ranks.first and not command.shard
+    measuring = not command.shard
     with console.waiting("loading"):
         measures = {suite.name: suite.prepare(loader) if measuring else None for suite in suites}
         stages = _stages(command, config, checkpoint, device)
-        runs = _suite_runs(command, config, suites, measures, schedules, stages, output)
+        runs = _suite_runs(command, config, suites, measures, schedules, stages, output, ranks)
     if ranks.first:
         _claim(runs, command, output)
     ranks.agree("the folders are there")
@@ -99,14 +99,18 @@ def evaluate(
             torch.set_num_threads(available_cores())  # diffusers' pipelines have no workers
         for stage in stages:
             draw(stage.name, stage.policy, runs, command.sampler, console, shard)
-    ranks.any(False)  # all have drawn their shard
     if not measuring:
-        _say_drawn(command, runs, console)
+        if ranks.first:
+            _say_drawn(command, runs, console)
         return
-    _say_missing(command, runs)
-    torch.set_num_threads(available_cores())  # detectors have no workers
+    if ranks.first:
+        _say_missing(command, runs)
+    torch.set_num_threads(max(1, available_cores() // ranks.count))  # detectors have no workers
+    found = measure(runs, output, console)
+    if not ranks.first:
+        return
     drawings = _drawings(runs)
-    result = outcome.assemble(drawings, measure(runs, output, console))
+    result = outcome.assemble(drawings, found)
     suites = outcome.earlier(output, drawings) | result["suites"]
     outcome.write(output, result | {"suites": {name: suites[name] for name in NAMES if name in suites}})
     console.say(*tables.console_tables(result), f"results   {output / 'evaluation.json'}, {output / 'evaluation.md'}")
@@ -154,10 +158,11 @@ def _suite_runs(
     schedules: dict[str, Schedule],
     stages: Sequence[_Stage],
     output: Path,
+    ranks: Ranks,
 ) -> list[SuiteRun]:
     dtype = DTYPE_NAMES[stages[0].policy.dtype]
     batch = command.batch or (config.rollout.decode_batch if command.run else BATCH)
-    hashes = {stage.name: model_hashes(stage.policy) for stage in stages}
+    hashes = {stage.name: model_hashes(stage.policy) if ranks.first else {} for stage in stages}
     how = drawn_by(command.sampler, config.rollout.guidance_rescale)
     runs = []
     for suite in suites:
@@ -165,7 +170,7 @@ def _suite_runs(
         folders = {}
         for stage in stages:
             drawing = Drawing(stage.model, hashes[stage.name], suite.steps, suite.eta, dtype, batch, how)
-            folders[stage.name] = ImageFolder(output / stage.name / suite.folder, drawing, suite.wanted)
+            folders[stage.name] = ImageFolder(output / stage.name / suite.folder, drawing, suite.wanted, ranks)
         runs.append(SuiteRun(suite, measures[suite.name], schedules[suite.name], folders))
     return runs
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.text import Text
 
 from fastgrpo.assembly import Training
-from fastgrpo.evaluation.during_training import Subject, TrainingEvaluation
+from fastgrpo.evaluation.during_training import Evaluation, TrainingEvaluation
 from fastgrpo.evaluation.results.evaluated import Evaluated
 from fastgrpo.evaluation.sentences import STYLES
 from fastgrpo.run import best, checkpoint
@@ -25,7 +25,7 @@ from fastgrpo.system.progress import Pace
 
 
 class RunRecorder:
-    """One run's records, made before a checkpoint is loaded: the evaluation before training is of the weights then."""
+    """One run's records."""
 
     def __init__(
         self,
@@ -48,28 +48,23 @@ class RunRecorder:
         # All that this run found so far; best.json may be older where a kill came between the two.
         self._evaluations = [Evaluated(**each) for each in start.evaluations]
         checkpoint.record_best(run, start)
-        shared = (training.held_out or training.reward).encoder
-        subject = Subject(
-            training.policy,
-            training.trainable.ema,
-            training.prompts,
-            training.eval_schedule,
-            training.suites,
-            training.held_out,
-            shared.encoder if shared else None,
-        )
-        self._evaluation = TrainingEvaluation(run, config, subject, console)
-        before = self._evaluation.before()
+
+    def begin(self, evaluation: TrainingEvaluation, before: dict[str, float]) -> None:
+        """Log and show what was found before training. To be called before the other methods."""
+        self._evaluation = evaluation
         self._write_config()  # other settings of a resumed run, once nothing has refused them
-        self._log = MetricsLog(run, start.iteration)
+        self._log = MetricsLog(self.run, self._start.iteration)
         self._log.chart(0, before)
         self._pace.started(evaluation=time.monotonic() - self._began)
-        if not start.iteration:
-            console.iteration(0, config.iterations, self._seconds(), before)
+        if not self._start.iteration:
+            self.console.iteration(0, self.config.iterations, self._seconds(), before)
 
-    def write(self, iteration: int, values: dict[str, float]) -> None:
-        """Evaluate the policy where it is due, then log and show the finished iteration."""
-        config, values = self.config, values | self._evaluate(iteration)
+    def write(self, iteration: int, values: dict[str, float], evaluation: Evaluation | None) -> None:
+        """Log and show the finished iteration. evaluation: of the policy after it, where it was due."""
+        config = self.config
+        if evaluation:
+            values = values | evaluation.values
+            self._evaluations += [evaluation.evaluated] if evaluation.evaluated else []
         self._log.write(iteration, self._seconds(), values)
         self._pace.finished(iteration, values.get("time/eval_s", 0.0))
         self.console.iteration(iteration, config.iterations, self._seconds(), values, config.engine.show_speed)
@@ -89,7 +84,7 @@ class RunRecorder:
                 engine=self.training.record.to_json(),
                 inputs=dict(self._inputs),
                 iterations=self.config.iterations,
-                evaluated=self._evaluates(iteration),
+                evaluated=self._evaluation.due(iteration),
                 guard=self.training.guard.state(),
                 evaluations=[dataclasses.asdict(each) for each in self._evaluations],
             )
@@ -131,15 +126,6 @@ class RunRecorder:
         until = self.training.guard.good_until
         return None if until is None else checkpoint.newest_until(self.run, until)
 
-    def _evaluate(self, iteration: int) -> dict[str, float]:
-        """eval/* and time/eval_s after an iteration that is evaluated; nothing after the others."""
-        if not self._evaluates(iteration):
-            return {}
-        began, last = time.monotonic(), iteration == self.config.iterations
-        evaluation = self._evaluation.after() if last else self._evaluation.between(iteration)
-        self._evaluations += [evaluation.evaluated] if evaluation.evaluated else []
-        return evaluation.values | {"time/eval_s": time.monotonic() - began}
-
     def _is_best(self, iteration: int) -> bool:
         """Whether the policy was evaluated after this iteration and is the best so far."""
         return bool(self._evaluations) and best.choose(self._evaluations).iteration == iteration
@@ -148,10 +134,6 @@ class RunRecorder:
         if choice.iteration is None:
             return f"best      there is no best checkpoint: {choice.why}"
         return f"best      {checkpoint.checkpoint_folder(self.run, choice.iteration)}: {choice.why}"
-
-    def _evaluates(self, iteration: int) -> bool:
-        every = self.config.eval.every
-        return iteration == self.config.iterations or (every > 0 and iteration % every == 0)
 
     def _write_config(self) -> None:
         # Without its own name: the folder may be moved, and the file may be the start of another run.

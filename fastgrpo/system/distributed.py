@@ -23,6 +23,7 @@ from fastgrpo.system.watchdog import watching
 _TIMEOUT = timedelta(hours=2)  # the others wait while the first one evaluates
 _MEETING = timedelta(minutes=10)  # the slowest one's imports, from a file system that many read at once
 _BUCKET = 2**26  # numbers that are summed in one collective
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,8 @@ class Ranks:
         return self.index == 0
 
     def share(self, total: int) -> slice:
-        """This process's part of `total` things in a row; `total` is a multiple of `count`."""
-        size = total // self.count
-        return slice(self.index * size, (self.index + 1) * size)
+        """This process's part of `total` things in a row; the parts differ by at most one."""
+        return slice(total * self.index // self.count, total * (self.index + 1) // self.count)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by its sum over all processes."""
@@ -80,6 +80,30 @@ class Ranks:
         received = [torch.empty_like(padded) for _ in range(self.count)]
         dist.all_gather(received, padded)
         return torch.cat([r[: int(n)] for r, n in zip(received, lengths, strict=True)]).to(tensor.device)
+
+    def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Give process i `sent[i]` of the rows, one process's after the other, and get `received[i]` from it likewise.
+
+        rows: [sum(sent), ...]. Returns [sum(received), ...], on the device of `rows`.
+        """
+        if self.count == 1:
+            return rows
+        with PULSE.collective():
+            given = rows.to(self.device).contiguous()
+            taken = given.new_empty(sum(received), *given.shape[1:])
+            dist.all_to_all_single(taken, given, list(received), list(sent))
+            return taken.to(rows.device)
+
+    def trade(self, parcels: Sequence[bytes]) -> list[bytes]:
+        """Give process i the i-th parcel. Returns what each process has for this one, in their order."""
+        if self.count == 1:
+            return list(parcels)
+        ones = [1] * self.count
+        lengths = self.exchange(torch.tensor([len(parcel) for parcel in parcels]), ones, ones)
+        data = torch.frombuffer(bytearray(b"".join(parcels)), dtype=torch.uint8) if any(parcels) else _NOTHING
+        sizes = lengths.tolist()
+        received = self.exchange(data, [len(parcel) for parcel in parcels], sizes)
+        return [bytes(part.numpy()) for part in received.split(sizes)]
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any process."""

@@ -48,7 +48,7 @@ class Pulse:
 
     @property
     def patience(self) -> float:
-        """What a limit is multiplied with: PATIENCE until this process has finished an iteration, and while `alone`."""
+        """What a limit is multiplied with: PATIENCE until an iteration is done, and within `patiently`."""
         return PATIENCE if self._patient or self._began < 3 else 1.0
 
     @contextmanager
@@ -63,8 +63,8 @@ class Pulse:
             self.mark()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """What one process does while the others wait: evaluations and files, whose steps may be minutes long."""
+    def patiently(self) -> Iterator[None]:
+        """Evaluations and files, whose steps may be minutes long."""
         self._patient = True
         try:
             yield

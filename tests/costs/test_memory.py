@@ -270,24 +270,10 @@ def test_padding_is_what_is_computed_for_nothing() -> None:
         assert round(100 * WORK.padding(size), 1) == percent
 
 
-def test_by_chance_padding_is_the_mean() -> None:
-    """64 of 512 samples, and of each optimizer step's 1,568 of all pairs those that are of these."""
-    work = replace(WORK, by_chance=True)
-    generator = torch.Generator().manual_seed(0)
-    own = [int((torch.randperm(512 * 49, generator=generator)[:1568] < 64 * 49).sum()) for _ in range(2000)]
-    for size in (8, 16, 22, 33):
-        update = sum(math.ceil(pairs / size) for pairs in own) / len(own)
-        rollout = 50 * math.ceil(64 / size) / 3
-        # 2,000 numbers with a standard deviation of about 13 / size + 1/2 passes: their mean is off by a fiftieth of
-        # that.
-        assert work.passes(size) == pytest.approx(rollout + 16 * update, abs=16 * 3 * (13 / size + 0.5) / 2000**0.5)
-
-
 @pytest.mark.parametrize(
     "work",
     [
         WORK,
-        replace(WORK, by_chance=True),
         Iteration(samples=96, steps=12, updates=4, pairs=192),
         Iteration(samples=512, steps=50, updates=16, pairs=1568),
         Iteration(samples=7, steps=5, updates=3, pairs=11),
@@ -312,7 +298,7 @@ def test_candidates_are_few_and_nearly_full(work: Iteration) -> None:
 def test_candidates_of_the_paper() -> None:
     config = replace(R1, prompts_per_iteration=4)
     assert iteration_of(config, 50, 64 * 49, 1) == WORK
-    assert iteration_of(R1, 50, 512 * 49, 8) == replace(WORK, by_chance=True)
+    assert iteration_of(R1, 50, 512 * 49, 8) == WORK, "every process has as many pairs"
     assert candidates(WORK) == (1, 2, 4, 8, 11, 22, 33, 66)
     # What a rollout draws by itself is not filled up to a micro-batch.
     alone = iteration_of(replace(config, rollout=replace(R1.rollout, batch=48)), 50, 64 * 49, 1)

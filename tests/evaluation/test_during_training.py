@@ -197,7 +197,7 @@ def test_without_a_suite_what_is_known_before_training_is_kept_too(
     config = load_toml(config_file)
     seen = []
 
-    def held_out(images, prompts, group) -> dict[str, float]:
+    def held_out(images, prompts, group, *_) -> dict[str, float]:
         seen.append(len(images))
         return {"eval/held_out_mean": 0.25}
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastgrpo import train, training
+from fastgrpo.evaluation.samples import SampleGrids
 from fastgrpo.run import checkpoint
 from fastgrpo.system.pulse import PULSE
 
@@ -20,6 +21,7 @@ PLACES = {
     "rollout": (training, "rollout"),
     "reward": (training._Scores, "rewards"),
     "update": (training, "update"),
+    "pictures": (SampleGrids, "draw"),
     "checkpoint": (checkpoint, "save_file"),
 }
 

@@ -66,6 +66,8 @@ def test_alone_everything_is_the_identity() -> None:
     assert ranks.first
     assert ranks.share(8) == slice(0, 8)
     assert ranks.gather(tensor) is tensor
+    assert ranks.exchange(tensor, [3], [3]) is tensor
+    assert ranks.trade([b"x"]) == [b"x"]
     ranks.sum_([tensor])
     assert torch.equal(tensor, torch.arange(6.0).view(3, 2))
     assert (ranks.any(True), ranks.any(False), ranks.agree("x")) == (True, False, "x")
@@ -74,3 +76,7 @@ def test_alone_everything_is_the_identity() -> None:
 def test_shares_are_all_there_is() -> None:
     shares = [range(12)[Ranks(index, 3).share(12)] for index in range(3)]
     assert [list(share) for share in shares] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    for total in (0, 1, 2, 11):
+        shares = [range(total)[Ranks(index, 3).share(total)] for index in range(3)]
+        assert [each for share in shares for each in share] == list(range(total))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1

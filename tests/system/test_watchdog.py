@@ -99,12 +99,12 @@ def test_a_pulse_leaves_waiting_out_of_its_longest_piece_of_work(monkeypatch: py
     assert (pulse.phase_name, pulse.collectives) == ("", 1)
 
 
-def test_a_pulse_is_patient_until_an_iteration_is_done_and_with_what_one_does_alone() -> None:
+def test_a_pulse_is_patient_until_an_iteration_is_done_and_with_what_takes_long() -> None:
     pulse, patience = Pulse(), []
     for iteration in range(4):
         pulse.begin(iteration)
         patience.append(pulse.patience)
-    with pulse.alone():
+    with pulse.patiently():
         patience.append(pulse.patience)
     assert [*patience, pulse.patience] == [PATIENCE, PATIENCE, 1, 1, PATIENCE, 1]
 
@@ -129,7 +129,7 @@ def test_alone_nobody_is_watched() -> None:
 @pytest.mark.parametrize(
     ("trouble", "limit", "why"),
     [
-        ("1:2:rollout:SIGKILL", "120", "was killed or crashed, last seen in .*"),
+        ("1:3:pictures:SIGKILL", "120", "was killed or crashed, last seen in .*"),  # which all are drawing
         ("0:2:checkpoint:SIGSTOP", "2", r"has not answered for \d+ s, last seen in .*"),
         ("1:3:reward:sleep", "5", r"has made no progress for \d+ s in iteration 3 \(reward\)"),
     ],

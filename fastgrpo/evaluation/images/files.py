@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import overload
+from typing import IO, overload
 
 from PIL import Image
 
@@ -13,10 +13,13 @@ BATCH = 32  # images per forward pass: bounds memory; results do not depend on i
 PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def read_image(path: Path) -> Image.Image:
-    """Read an image that was drawn, as RGB. Raises ConfigError, which names the file, where none can be read."""
+def read_image(path: Path, content: IO[bytes] | None = None) -> Image.Image:
+    """Read an image that was drawn, as RGB. content: of the file, where it is not on this machine.
+
+    Raises ConfigError, which names the file, where none can be read.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(content or path) as image:
             return image.convert("RGB")
     except PIL_ERRORS as error:
         raise ConfigError(f"{path} cannot be read as an image ({error}); remove it, and it is drawn again.") from error

@@ -8,18 +8,23 @@
 Images are joined with their rows by id, never by position. They are drawn in batches that depend on the rows alone.
 A batch of which an image is missing is drawn again as a whole: matrix products of different sizes round differently,
 and a run that was killed is to end with the bytes of an undisturbed one.
+
+Several processes draw a batch each, then the next ones; so they look at images. The first alone has the folder: what
+others draw, and what they are to look at, goes over the network, since they may be on machines without its disk.
 """
 
 import io
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
-from fastgrpo.evaluation.images.files import ImageFiles
+from fastgrpo.evaluation.images.files import ImageFiles, read_image
+from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.errors import ConfigError, cut
 from fastgrpo.system.files import reading, write_all_atomically, write_atomically
 from fastgrpo.system.pictures import to_pil
@@ -75,18 +80,27 @@ def drawn_by(sampler: str, guidance_rescale: float) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """One of `count` nearly equal parts of the batches, numbered from 0: what one process or machine draws."""
+    """One of `count` nearly equal parts of the batches, numbered from 0: what one command draws."""
 
     index: int = 0
     count: int = 1
 
 
 class ImageFolder:
-    """The images of some rows, as one model draws them."""
+    """The images of some rows, as one model draws them.
 
-    def __init__(self, path: Path, drawing: Drawing, wanted: Requests) -> None:
+    `present`, `draw` and `look` are to be called by all of its `ranks`; all else is for the first of them.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        drawing: Drawing,
+        wanted: Requests,
+        ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    ) -> None:
         """wanted: in any order; they are kept by id. Raises ValueError where two have the same."""
-        self.path = path
+        self.path, self.ranks = path, ranks
         self.drawing = drawing
         self.wanted = tuple(sorted(wanted, key=lambda row: row.id))
         if len({row.id for row in self.wanted}) < len(self.wanted):
@@ -123,7 +137,9 @@ class ImageFolder:
 
     def present(self) -> list[ImageRequest]:
         """The rows whose images are there."""
-        return [row for row in self.wanted if self.file(row.id).is_file()]
+        there = [row.id for row in self.wanted if self.file(row.id).is_file()] if self.ranks.first else []
+        found = set(json.loads(self.ranks.agree(json.dumps(there))))
+        return [row for row in self.wanted if row.id in found]
 
     def images(self, rows: Requests) -> ImageFiles:
         """The images of some rows, in their order."""
@@ -132,20 +148,48 @@ class ImageFolder:
     def draw(self, paint: Painter, shard: Shard = Shard(), progress: Callable[[int], None] | None = None) -> int:
         """Draw this shard's images that are missing. Returns how many were written.
 
-        progress: called with the number of this shard's images that a batch adds, also for those that were there.
+        progress: called with the number of this shard's images that are new, and at first of those that were there.
         """
-        written = 0
-        for number, batch in enumerate(batches(self.wanted, self.drawing.batch)):
-            if number % shard.count != shard.index:
-                continue
-            todo = {row.id for row in batch if not self.file(row.id).is_file()}
-            if todo:
-                painted = zip(batch, paint(batch), strict=True)
-                write_all_atomically({self.file(row.id): _png(image) for row, image in painted if row.id in todo})
-                written += len(todo)
+        there = {row.id for row in self.present()}
+        own = [
+            each for i, each in enumerate(batches(self.wanted, self.drawing.batch)) if i % shard.count == shard.index
+        ]
+        todo = [batch for batch in own if not all(row.id in there for row in batch)]
+        if progress:
+            progress(sum(map(len, own)) - sum(map(len, todo)))
+        written, ranks = 0, self.ranks
+        for together, mine in rounds(todo, ranks):
+            images: Iterable[Tensor] = paint(mine) if mine else ()
+            drawn = {row.id: _png(image) for row, image in zip(mine, images, strict=True) if row.id not in there}
+            # To the first process alone: the others receive nothing.
+            for received in filter(None, ranks.trade([_packed(drawn), *[b""] * (ranks.count - 1)])):
+                write_all_atomically({self.file(id): data for id, data in _unpacked(received).items()})
+            written += sum(row.id not in there for batch in together for row in batch)
             if progress:
-                progress(len(batch))
+                progress(sum(map(len, together)))
         return written
+
+    def look(
+        self, parts: Sequence[Requests], look: Callable[[ImageFiles, Requests], bytes]
+    ) -> Iterator[tuple[Requests, bytes]]:
+        """What `look` says of the images of each part of the rows, in order, on all processes; each looks at its share.
+
+        Raises ConfigError for a file that is no image.
+        """
+        ranks = self.ranks
+        for together, mine in rounds(parts, ranks):
+            sent = [b""] * ranks.count
+            if ranks.first:  # which reads its own as it comes to them
+                sent[1 : len(together)] = [_packed(self._read(rows)) for rows in together[1:]]
+            handed = _unpacked(ranks.trade(sent)[0])
+            images = (
+                self.images(mine) if ranks.first else ImageFiles([self.file(row.id) for row in mine], _reader(handed))
+            )
+            said = look(images, mine) if mine else b""
+            yield from zip(together, ranks.trade([said] * ranks.count)[: len(together)], strict=True)
+
+    def _read(self, rows: Requests) -> dict[str, bytes]:
+        return {row.id: self.file(row.id).read_bytes() for row in rows}
 
     def _manifest(self) -> dict:
         return {"format": _FORMAT, "drawing": asdict(self.drawing), "images": [asdict(row) for row in self.wanted]}
@@ -159,6 +203,35 @@ def batches(wanted: Requests, size: int) -> Iterator[list[ImageRequest]]:
     for rows in groups.values():
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
+
+
+def rounds(parts: Sequence[Requests], ranks: Ranks) -> Iterator[tuple[Sequence[Requests], Requests]]:
+    """As many parts at a time as there are processes, and this process's own of them, which may be empty."""
+    for start in range(0, len(parts), ranks.count):
+        together = parts[start : start + ranks.count]
+        yield together, together[ranks.index] if ranks.index < len(together) else ()
+
+
+def _packed(files: Mapping[str, bytes]) -> bytes:
+    """Files by id, as one piece: the sizes in JSON, a line end, the files."""
+    if not files:
+        return b""
+    return b"\n".join([json.dumps({id: len(data) for id, data in files.items()}).encode(), b"".join(files.values())])
+
+
+def _unpacked(data: bytes) -> dict[str, bytes]:
+    """What `_packed` has packed."""
+    head, _, rest = data.partition(b"\n")
+    files, start = {}, 0
+    for id, size in json.loads(head or b"{}").items():
+        files[id] = rest[start : start + size]
+        start += size
+    return files
+
+
+def _reader(files: Mapping[str, bytes]) -> Callable[[Path], Image.Image]:
+    """Reads images that are not on this machine."""
+    return lambda path: read_image(path, io.BytesIO(files[path.stem]))
 
 
 def read_manifest(folder: Path) -> dict:

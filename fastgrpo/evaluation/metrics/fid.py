@@ -14,24 +14,28 @@ A bootstrap would not do in its place: resampled folders are farther from each o
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from scipy.linalg import eigh
 from torch import Tensor
 
-from fastgrpo.evaluation.images.files import PIL_ERRORS, ImageFiles
+from fastgrpo.evaluation.images.files import BATCH, PIL_ERRORS, ImageFiles
+from fastgrpo.evaluation.images.folder import ImageFolder, Requests
 from fastgrpo.evaluation.metrics.inception import WIDTH, Inception
+from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import visible_files, write_atomically
 
 SUFFIXES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+Compute = Callable[[], Tensor]
 _AT_ONCE = 4096  # images of a chunk in float64: bounds memory; results do not depend on it
 
 
@@ -62,20 +66,45 @@ def folder_images(folder: Path, field: str = "fid.reference") -> ImageFiles:
     return ImageFiles(files, read)
 
 
-def folder_features(folder: Path, images: ImageFiles, inception: Inception) -> Tensor:
-    """[N, 2048] float32: the features of some images of a folder, in their order.
+def folder_features(folder: Path, images: ImageFiles, inception: Inception, compute: Compute, ranks: Ranks) -> Tensor:
+    """[N, 2048] float32: the features of some images of a folder, in their order, on all processes.
 
     They are kept in the folder, and taken from there while weights, names, sizes and times of modification are the
-    same; one that cannot be written keeps none. Raises ConfigError for a file that is no image.
+    same; one that cannot be written keeps none. Only the first process needs the folder, unless `compute` does.
+    compute: computes them; called by all processes. Raises ConfigError for a file that is no image.
     """
-    key = _key(folder, images.paths, inception)
     kept = folder / f".fid-{inception.hashes['inception'][:16]}.safetensors"
-    features = _read_kept(kept, key, len(images))
-    if features is None:
-        features = inception(images)
+    key = _key(folder, images.paths, inception) if ranks.first else ""
+    features = _read_kept(kept, key, len(images)) if ranks.first else None
+    if ranks.any(features is not None):
+        return ranks.gather(torch.empty(0, WIDTH) if features is None else features)
+    features = compute()
+    if ranks.first:
         with suppress(OSError):
             write_atomically(kept, save({"features": features}, {"key": key}))
     return features
+
+
+def drawn_features(folder: ImageFolder, rows: Requests, inception: Inception) -> Tensor:
+    """[N, 2048] float32: the features of images that were drawn, on all processes, each of which computes a share."""
+
+    def compute() -> Tensor:
+        parts = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+        found = folder.look(parts, lambda images, _: inception(images).numpy().tobytes())
+        features = [np.frombuffer(data, np.float32).reshape(-1, WIDTH) for _, data in found]
+        return torch.from_numpy(np.concatenate([np.empty((0, WIDTH), np.float32), *features]))
+
+    return folder_features(folder.path / "images", folder.images(rows), inception, compute, folder.ranks)
+
+
+def reference_features(folder: Path, images: ImageFiles, inception: Inception, ranks: Ranks) -> Tensor:
+    """[N, 2048] float32: the features of real images, which every process can read and computes a share of."""
+
+    def compute() -> Tensor:
+        part = ranks.share(-(-len(images) // BATCH))  # in whole passes, as one process would compute them
+        return ranks.gather(inception(images[part.start * BATCH : part.stop * BATCH]))
+
+    return folder_features(folder, images, inception, compute, ranks)
 
 
 def _key(folder: Path, files: Sequence[Path], inception: Inception) -> str:

@@ -78,12 +78,12 @@ class FidSuite:
     def _measure(
         self, inception: "Inception", real: ImageFiles, folder: ImageFolder, rows: Requests, progress: Progress | None
     ) -> SuiteResult:
-        from fastgrpo.evaluation.metrics.fid import fid, folder_features
+        from fastgrpo.evaluation.metrics.fid import drawn_features, fid, reference_features
 
         if len(rows) < 2:
             raise ConfigError(f"{folder.path}: {len(rows)} image; FID needs two or more.")
-        ours = folder_features(folder.path / "images", folder.images(rows), inception)
-        found = fid(ours, folder_features(self.reference, real, inception))
+        ours = drawn_features(folder, rows, inception)
+        found = fid(ours, reference_features(self.reference, real, inception, folder.ranks))
         own = tally(rows, {row.id: float(slope) for row, slope in zip(rows, found.influence, strict=True)})
         number = Number(self.name, distance(found.value, own.totals, own.counts))
         note = (

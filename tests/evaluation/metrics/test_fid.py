@@ -18,13 +18,14 @@ from fastgrpo.evaluation.images.files import ImageFiles
 from fastgrpo.evaluation.images.folder import Drawing, ImageFolder, ImageRequest
 from fastgrpo.evaluation.metrics import fid as fid_module
 from fastgrpo.evaluation.metrics import inception as inception_module
-from fastgrpo.evaluation.metrics.fid import fid, folder_features, folder_images, frechet, influence
+from fastgrpo.evaluation.metrics.fid import fid, folder_images, frechet, influence, reference_features
 from fastgrpo.evaluation.metrics.inception import WIDTH, Inception, InceptionV3, load_inception, prepare
 from fastgrpo.evaluation.results.file import number_json
 from fastgrpo.evaluation.statistics.intervals import DELTA, distance
 from fastgrpo.evaluation.suites.base import Loader
 from fastgrpo.evaluation.suites.captions import FidSuite
 from fastgrpo.settings.suites import DetectorSettings
+from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.errors import ConfigError
 
 SIZES = [(37, 53), (400, 311), (299, 299), (1, 700), (64, 64)]  # width, height
@@ -60,7 +61,7 @@ def noise(width: int, height: int, seed: int, mode: str = "RGB") -> Image.Image:
 
 
 def features_of(folder: Path, inception: Inception) -> torch.Tensor:
-    return folder_features(folder, folder_images(folder), inception)
+    return reference_features(folder, folder_images(folder), inception, Ranks())
 
 
 def folder_of_images(folder: Path) -> Path:
@@ -248,7 +249,7 @@ def test_evaluation_json_has_the_interval_over_prompts(monkeypatch: pytest.Monke
     ours, theirs = (torch.from_numpy(rng.normal(size=(n, 5)) + shift).float() for n, shift in ((90, 0.5), (70, 0)))
     rows = tuple(ImageRequest(f"p{i % 30:02d}-{i // 30}", f"p{i % 30:02d}", "x", i, 7.5) for i in range(90))
 
-    def features(folder: Path, images: ImageFiles, inception: object) -> torch.Tensor:
+    def features(folder: Path, images: ImageFiles, *_: object) -> torch.Tensor:
         own = folder == Path("model/captions/images")
         assert not own or [file.stem for file in images.paths] == [row.id for row in rows]
         return ours if own else theirs

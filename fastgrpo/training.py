@@ -22,7 +22,7 @@ from fastgrpo.run.folder import StopSignal, claim, new_folder
 from fastgrpo.run.inputs import input_digests
 from fastgrpo.run.introduction import differences, introduce
 from fastgrpo.run.metrics import Stopwatch
-from fastgrpo.run.recorder import RunRecorder
+from fastgrpo.run.recorder import RunRecorder, evaluates
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.console import Console, complain
@@ -79,6 +79,8 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
         training.guard.watch(_base_pictures(training, run, console), training.reward.encoder)
     PULSE.kept = kept(run)
     PULSE.begin(start.iteration)
+    if config.eval.weights == "ema":
+        training.trainable.optimizer.gather()
     with PULSE.alone():
         recorder = RunRecorder(run, config, training, start, threads, inputs, console) if ranks.first else None
     if newest:
@@ -92,10 +94,14 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
         with profiled(run, ranks.first and finished + 1 == config.engine.profile):
             values = iterate(training, finished + 1, console)
         finished += 1
+        if config.eval.weights == "ema" and evaluates(config, finished):
+            training.trainable.optimizer.gather()
         if recorder:
             with PULSE.alone():
                 recorder.write(finished, values)
         stopped = stop.agreed(ranks) or training.guard.halts
+        if ranks.any(recorder is not None and recorder.saves(finished, stopped)):
+            training.trainable.optimizer.gather()
         if recorder:
             with PULSE.alone():
                 recorder.save(finished, stopped)

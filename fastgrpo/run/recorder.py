@@ -74,11 +74,15 @@ class RunRecorder:
         self._pace.finished(iteration, values.get("time/eval_s", 0.0))
         self.console.iteration(iteration, config.iterations, self._seconds(), values, config.engine.show_speed)
 
+    def saves(self, iteration: int, stopped: bool) -> bool:
+        """Whether a checkpoint is due: every so often, at the end, before a stop, and of the best so far."""
+        due = stopped or iteration % self.config.checkpoint.every == 0 or iteration == self.config.iterations
+        return due or self._is_best(iteration)
+
     def save(self, iteration: int, stopped: bool) -> None:
-        """A checkpoint where it is due: every so often, at the end, before a stop, and of the best so far."""
+        """A checkpoint where it is due. All processes have called `FlatAdamW.gather` then."""
         rule = self.config.checkpoint
-        due = stopped or iteration % rule.every == 0 or iteration == self.config.iterations
-        if due or self._is_best(iteration):
+        if self.saves(iteration, stopped):
             state = TrainerState(
                 iteration,
                 self.config.seed,
@@ -89,7 +93,7 @@ class RunRecorder:
                 engine=self.training.record.to_json(),
                 inputs=dict(self._inputs),
                 iterations=self.config.iterations,
-                evaluated=self._evaluates(iteration),
+                evaluated=evaluates(self.config, iteration),
                 guard=self.training.guard.state(),
                 evaluations=[dataclasses.asdict(each) for each in self._evaluations],
             )
@@ -133,7 +137,7 @@ class RunRecorder:
 
     def _evaluate(self, iteration: int) -> dict[str, float]:
         """eval/* and time/eval_s after an iteration that is evaluated; nothing after the others."""
-        if not self._evaluates(iteration):
+        if not evaluates(self.config, iteration):
             return {}
         began, last = time.monotonic(), iteration == self.config.iterations
         evaluation = self._evaluation.after() if last else self._evaluation.between(iteration)
@@ -149,10 +153,6 @@ class RunRecorder:
             return f"best      there is no best checkpoint: {choice.why}"
         return f"best      {checkpoint.checkpoint_folder(self.run, choice.iteration)}: {choice.why}"
 
-    def _evaluates(self, iteration: int) -> bool:
-        every = self.config.eval.every
-        return iteration == self.config.iterations or (every > 0 and iteration % every == 0)
-
     def _write_config(self) -> None:
         # Without its own name: the folder may be moved, and the file may be the start of another run.
         config = with_absolute_paths(dataclasses.replace(self.config, run=""))
@@ -161,3 +161,9 @@ class RunRecorder:
     def _seconds(self) -> float:
         """Wall clock of the run so far, over all resumes."""
         return self._start.seconds + time.monotonic() - self._began
+
+
+def evaluates(config: TrainConfig, iteration: int) -> bool:
+    """Whether the policy is evaluated after this iteration."""
+    every = config.eval.every
+    return iteration == config.iterations or (every > 0 and iteration % every == 0)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from fastgrpo.costs.throughput import Accounting
-from fastgrpo.engine.batch_size import MicroBatchFinder
+from fastgrpo.engine.batch_size import MicroBatchFinder, decide_shard
 from fastgrpo.engine.passes import Passes
 from fastgrpo.engine.record import EngineRecord
 from fastgrpo.engine.setup import start_engine, wants_fixed_shapes
@@ -97,11 +97,17 @@ def load_training(
     workers = 1 if device.type == "cuda" or wants_fixed_shapes(config, device) else threads
     # Each of several workers is a thread already.
     torch.set_num_threads(1 if workers > 1 else threads)
-    policy = load_policy(config.model, device, dtype, workers)
-    trainable = make_trainable(policy.unet, config, device, dtype)
-    policy, record = replace(policy, network=trainable.network), record or EngineRecord()
+    policy, record = load_policy(config.model, device, dtype, workers), record or EngineRecord()
+    shard, why = decide_shard(config, device, dtype, ranks, record)
+    if why and (device.type == "cuda" or config.engine.shard != "auto"):
+        say(why)
+    config = replace(config, engine=replace(config.engine, shard=shard))
+    trainable = make_trainable(policy.unet, config, device, dtype, ranks)
+    policy = replace(policy, network=trainable.network)
     find = MicroBatchFinder(config, model, device, dtype, ranks, say)
     engine = start_engine(policy, trainable, schedule, config, record, find, ranks, say)
+    if ranks.count > 1:
+        record.shard = (record.shard or {}) | {str(ranks.count): shard}
     return Training(
         config=config,
         policy=policy,

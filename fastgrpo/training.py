@@ -102,6 +102,8 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
             if recorder:
                 recorder.write(finished, values, found)
         stopped = stop.agreed(ranks) or training.guard.halts
+        if ranks.any(recorder is not None and recorder.saves(finished, stopped)):
+            training.trainable.optimizer.gather()
         if recorder:
             with PULSE.patiently():
                 recorder.save(finished, stopped)

@@ -111,7 +111,7 @@ def update(
             statistics.add(results)
         if not len(pairs):  # none here, or all are clipped: this process's share of the gradient is 0
             engine.weights.zero_gradient()
-        engine.ranks.sum_([engine.weights.collect_gradients()])
+        engine.weights.reduce(engine.ranks)
         norm, taken = trainable.step(config.optim.max_grad_norm)
         old.moved |= taken
         statistics.stepped(norm, taken)

@@ -5,7 +5,7 @@ It is computed from the configs (costs/counting.py counts the models). Nothing i
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,6 +14,7 @@ from fastgrpo.costs.memory import (
     CPU_MICRO_BATCH,
     candidates,
     choose_gradient_checkpointing,
+    choose_shard,
     cut,
     iteration_of,
     memory_lines,
@@ -72,9 +73,10 @@ def estimate(
 
     with console.bar("counting"):
         encoders, left_out = count_encoders(config.reward)
-        checkpointing, chosen = choose_gradient_checkpointing(
-            config, count, encoders, dtype, processes, room if device.type == "cuda" else None
-        )
+        known_room = room if device.type == "cuda" else None
+        shard, shared = choose_shard(config, count, encoders, dtype, processes, known_room)
+        config = replace(config, engine=replace(config.engine, shard=shard))
+        checkpointing, chosen = choose_gradient_checkpointing(config, count, encoders, dtype, processes, known_room)
         model = count(checkpointing)
     sizes = candidates(iteration_of(config, len(schedule), pairs, processes, checkpointing))
     micro_batch, why = _micro_batch(config, model, encoders, dtype, processes, room, sizes)
@@ -86,7 +88,7 @@ def estimate(
     if processes > 1:
         console.say(_network(config, model.trained, processes, link_gb_s))
     console.say("", *memory_lines(memory, "the GPU" if processes == 1 else f"each of {processes} GPUs"))
-    console.say(f"  {why}", f"  {chosen}")
+    console.say(*(f"  {line}" for line in (why, chosen, shared) if line))
     console.say("", *left_out, *_NOT_COUNTED)
 
 

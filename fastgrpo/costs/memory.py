@@ -5,7 +5,8 @@ engine/batch_size.py then tries them on the device, beginning with the one that 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -80,7 +81,8 @@ def memory_plan(
 ) -> tuple[Memory, ...]:
     """Lists what lies in the memory of each of `processes` GPUs; parts that are not there are left out.
 
-    dtype: what the UNet computes in and `model` was counted in. micro_batch: pairs.
+    dtype: what the UNet computes in and `model` was counted in. micro_batch: pairs. With engine.shard `optimizer` each
+    GPU has a share of the optimizer's state; `auto` counts as none, until `choose_shard` has decided.
     A rollout that draws as many samples at once as a micro-batch has pairs runs the update's passes, which save
     activations, for log-probs of the same bits; with another rollout.batch it saves nothing. CUDA graphs keep one pool
     for rollout and update, beside which decoding and scoring need theirs. Without graphs, scoring while the next images
@@ -91,14 +93,16 @@ def memory_plan(
     samples, drawn = micro_batch * config.rollout.halves, min(images, config.rollout.batch or micro_batch)
     frozen = compute * model.unet if config.model.lora_rank else 0
     working = compute * model.trained if dtype != torch.float32 else 0
+    owners = processes if config.engine.shard == "optimizer" else 1
+    own, part_of = -(-trained // owners), f", 1/{owners}" if owners > 1 else ""
     saving, kept = drawn == min(images, micro_batch), "checkpointed, " if model.gradient_checkpointing else ""
     parts = [
         Memory("always", f"frozen UNet, {name}", frozen),
         Memory("always", "adapters, fp32" if config.model.lora_rank else "UNet, fp32", trained),
         Memory("always", f"working copy of what is trained, {name}", working),
-        Memory("always", "Adam's two moments, fp32", 2 * trained),
+        Memory("always", f"Adam's two moments, fp32{part_of}", 2 * own),
         Memory("always", "gradient, fp32", trained),
-        Memory("always", "moving average (optim.ema), fp32", trained if config.optim.ema else 0),
+        Memory("always", f"moving average (optim.ema), fp32{part_of}", own if config.optim.ema else 0),
         Memory("always", f"base UNet (grpo.kl), {name}", compute * model.unet if config.kl_term else 0),
         Memory("always", f"VAE and text encoder, {name}", compute * model.frozen),
         *(Memory("always", f"encoder {spec}, fp32", single * cost.parameters) for spec, cost in encoders.items()),
@@ -224,6 +228,44 @@ def choose_gradient_checkpointing(
     if with_it < without:
         return True, f"{name} is on: {needs} without it, {with_it / 1e9:.2f} with it"
     return False, f"{name} is off: {needs}, and with it no less"
+
+
+def choose_shard(
+    config: TrainConfig,
+    count: Callable[[bool], ModelCost],
+    encoders: Mapping[str, EncoderCost],
+    dtype: torch.dtype,
+    processes: int,
+    room: int | None,
+) -> tuple[Literal["none", "optimizer"], str]:
+    """Decides engine.shard `auto`: `optimizer` where a micro-batch, or one pair, does not fit beside the whole state.
+
+    Before gradient checkpointing is decided: a step sends and computes as much with it as without, and passes do not
+    become slower. count, room: as of `choose_gradient_checkpointing`.
+    Returns what is shared out, and a line that says why; it is empty where nothing was to be decided.
+    """
+    setting = config.engine.shard
+    if processes == 1:
+        return "none", "" if setting in ("auto", "none") else "nothing is sharded: there is one process"
+    if setting != "auto":
+        return setting, f"sharded over {processes} processes: {setting}, as engine.shard says"
+    if room is None:
+        return "none", "sharded: none, as auto is on a CPU"
+    pairs, model = max(config.micro_batch, 1), count(config.engine.gradient_checkpointing == "on")
+
+    def needed(shard: Literal["none", "optimizer"]) -> int:
+        asked = replace(config, engine=replace(config.engine, shard=shard))
+        return peak(memory_plan(asked, model, encoders, dtype, processes, pairs))[1]
+
+    whole, needs = needed("none"), f"of {room / 1e9:.2f} GB {'one pair' if pairs == 1 else f'{pairs} pairs'}"
+    if whole <= room:
+        return "none", f"sharded: none, {needs} need{'s' * (pairs == 1)} {whole / 1e9:.2f}"
+    sharded = needed("optimizer")
+    needs += f" need{'s' * (pairs == 1)} {whole / 1e9:.2f} with the optimizer's whole state"
+    return (
+        "optimizer",
+        f"sharded over {processes} processes: optimizer, {needs}, {sharded / 1e9:.2f} with a share of it",
+    )
 
 
 def candidates(work: Iteration) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 
@@ -15,13 +16,14 @@ from fastgrpo.costs.memory import (
     beside_a_pass,
     candidates,
     choose_gradient_checkpointing,
+    choose_shard,
     iteration_of,
     memory_lines,
     memory_plan,
     predicted_micro_batch,
 )
-from fastgrpo.costs.rates import seconds_of
-from fastgrpo.engine.record import Say
+from fastgrpo.costs.rates import device_name, seconds_of
+from fastgrpo.engine.record import EngineRecord, Say
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.models.check import describe
 from fastgrpo.models.configs import Description
@@ -127,6 +129,33 @@ def decide_gradient_checkpointing(
     if measured and ranks.any(on) and not on:
         return True, "gradient checkpointing is on, as another process has less memory"
     return on, why
+
+
+def decide_shard(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype, ranks: Ranks, record: EngineRecord
+) -> tuple[Literal["none", "optimizer"], str]:
+    """Returns what the processes share out, the same on all of them, and a line that says why; "" where it is plain.
+
+    `auto` goes on with the record's decision for as many processes on such a device. Otherwise on CUDA it asks the
+    memory plan; one process that is short of memory decides for all.
+    """
+
+    def count(gradient_checkpointing: bool) -> ModelCost:
+        kernels = is_on(config.engine.kernels, device)
+        return count_model(describe(config.model), config.model, dtype, kernels, gradient_checkpointing)
+
+    before = (record.shard or {}).get(str(ranks.count))
+    if config.engine.shard == "auto" and before is not None:
+        as_before = device_name(device), config.engine.memory
+        if as_before == (record.device, (record.settings or {}).get("engine.memory")):
+            return before, f"sharded: {before}, as the run had it before"
+    measured = config.engine.shard == "auto" and device.type == "cuda" and ranks.count > 1
+    room = memory_room(device, config.engine.memory) if measured else None
+    encoders = count_encoders(config.reward)[0] if measured else {}
+    shard, why = choose_shard(config, count, encoders, dtype, ranks.count, room)
+    if measured and ranks.any(shard == "optimizer") and shard == "none":
+        return "optimizer", "sharded: optimizer, as another process has less memory"
+    return shard, why
 
 
 def largest_micro_batch(fits: Callable[[int], bool], limit: int, predicted: int, sizes: Sequence[int] = ()) -> int:

@@ -8,6 +8,7 @@ decides anew. RUN/engine.json is the record for people, written at the start and
     attention       for every shape of the UNet's attention who computes it, the milliseconds that each candidate took,
                     and why others were left out; null where PyTorch chooses for itself
     gradient_checkpointing  whether the UNet's blocks keep their inputs only, and are computed again on the way back
+    shard           number of processes -> what they shared out (engine.shard) where that was decided
     micro_batch     pairs, as measured or set, and halved where memory ran out since
     compiled        whether the UNet is compiled
     reuse           first: whether a rollout computes equal rows of its first step once
@@ -22,7 +23,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastgrpo.kernels.group_norm_silu import BACKENDS as GROUP_NORM
 from fastgrpo.system.files import write_atomically
@@ -46,6 +47,7 @@ class EngineRecord:
     settings: dict[str, Any] | None = None
     cudnn_benchmark: bool = False
     gradient_checkpointing: bool | None = None
+    shard: dict[str, Literal["none", "optimizer"]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """With GroupNorm's choices so far: they are measured when a shape is first met."""

@@ -1,7 +1,7 @@
 """What learns: the UNet's weights or its adapters, their optimizer, the loss scale of fp16, and a moving average."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastgrpo.engine.weights import FlatAdamW, FlatWeights
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.randomness import seed_for
 from fastgrpo.unet.copies import computing_unet
 from fastgrpo.unet.lora import add_lora
@@ -20,26 +21,36 @@ from fastgrpo.unet.lora import add_lora
 class Ema:
     """An exponential moving average of the trained weights: average <- decay * average + (1 - decay) * weights.
 
-    average: by name; the optimizer keeps it up to date.
+    The optimizer keeps it up to date. Where processes own shares of it, all call `in_place` together.
     """
 
-    def __init__(self, weights: FlatWeights):
-        assert weights.ema is not None
-        self._weights = weights
-        self.average = weights.views(weights.ema)
+    def __init__(self, optimizer: FlatAdamW):
+        self._optimizer, self._weights = optimizer, optimizer.weights
+
+    @property
+    def average(self) -> dict[str, Tensor]:
+        """By the parameters' names. Raises RuntimeError as `FlatAdamW.whole`."""
+        return self._optimizer.whole("ema")
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The model computes with the averages; afterwards it has its weights back, bit for bit."""
-        self._swap()
+        assert self._weights.ema is not None
+        own = {name: parameter.data for name, parameter in self._weights.parameters.items()}
+        self._put(self._weights.views(self._weights.joined(self._weights.ema)))
         try:
             yield
         finally:
-            self._swap()
+            self._put(own)
 
-    def _swap(self) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take averages over, by the parameters' names. Raises KeyError or RuntimeError for other names or shapes."""
+        assert self._weights.ema is not None
+        self._weights.fill_own(self._weights.ema, tensors)
+
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
         for name, parameter in self._weights.parameters.items():
-            parameter.data, self.average[name] = self.average[name], parameter.data
+            parameter.data = tensors[name]
         self._weights.refresh()
 
 
@@ -80,6 +91,8 @@ class Trainable:
         Returns the norm before that (a scalar tensor) and whether the step was taken: where fp16's scaled gradients
         overflowed it is left out, and the loss scale halved.
         """
+        if self.scaler.is_enabled():
+            self.optimizer.show_norm()
         step: Any = self.scaler.step  # which returns what the optimizer's own step does
         norm: Tensor = step(self.optimizer, max_grad_norm)
         taken = not self.scaler.is_enabled() or bool(norm.isfinite())
@@ -102,17 +115,23 @@ def learning_rate(config: TrainConfig, iteration: int) -> float:
 
 
 def make_trainable(
-    unet: UNet2DConditionModel, config: TrainConfig, device: torch.device, dtype: torch.dtype
+    unet: UNet2DConditionModel,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
 ) -> Trainable:
     """Adapters on `unet` where the config has them, and everything else that training moves. Raises ConfigError.
 
-    dtype: what the UNet computes in; with adapters its frozen weights are held in it.
+    dtype: what the UNet computes in; with adapters its frozen weights are held in it. ranks: the processes that train
+    together; with engine.shard `optimizer` each owns a share of the optimizer's state, with any other all of it.
     """
     if config.model.lora_rank:
         add_lora(unet, config.model, seed_for(config.seed, 0, "adapters"), dtype)
     parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
     optim = config.optim
-    weights = FlatWeights(parameters, ema=optim.ema > 0)
+    owners = ranks if config.engine.shard == "optimizer" else Ranks()
+    weights = FlatWeights(parameters, optim.ema > 0, owners)
     betas = optim.beta1, optim.beta2
     optimizer = FlatAdamW(weights, optim.lr, betas, optim.eps, optim.weight_decay, ema_decay=optim.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -120,6 +139,6 @@ def make_trainable(
     working = None if dtype == torch.float32 else weights.working_copy(dtype)
     network = computing_unet(unet, dtype, working)
     computing = dict(network.named_parameters())
-    average = Ema(weights) if optim.ema else None
+    average = Ema(optimizer) if optim.ema else None
     trained = tuple(computing[name] for name in parameters)
     return Trainable(unet, parameters, optimizer, scaler, average, network, trained)

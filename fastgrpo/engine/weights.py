@@ -2,6 +2,11 @@
 
 Names stay: every parameter is a view of the buffer in its own shape and memory layout, so modules, state dicts and
 checkpoints see what they saw before.
+
+Of several processes each may own an equal share of the buffers, and step that share alone (ZeRO, Rajbhandari et al.,
+arXiv 1910.02054, stage 1): it holds the moments and the average of its share only. The weights stay whole, also those
+in float32 beside a working copy: they are the UNet's own parameters, which state dicts, evaluations and what
+torch.compile is compared with read. So does the gradient, which sums up many micro-batches before it is reduced.
 """
 
 import math
@@ -13,18 +18,26 @@ from torch import Tensor
 
 from fastgrpo.kernels.accumulate import ALIGNMENT, accumulate
 from fastgrpo.kernels.fused_adamw import clip_coefficient, fused_adamw, global_norm
+from fastgrpo.system.distributed import Ranks
 
 
 class FlatWeights:
     """Parameters, their gradient and, if wanted, their moving average, each in one [size] float32 buffer.
 
-    parameters: by name. values, gradient, ema: the buffers; ema starts as the weights, or is None. size: elements of a
-    buffer; the few between parameters stay 0. working: the buffer of `working_copy`, None before its first call.
+    parameters: by name. values, gradient: the buffers. ema: this process's share of a third, which starts as the
+    weights, or None. size: elements of a buffer, a multiple of `owners.count`; the few between and behind parameters
+    stay 0. working: the buffer of `working_copy`, None before its first call.
+    owners: the processes that each own a share of the buffers; one alone owns all, whatever else trains beside it.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], ema: bool = False):
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        ema: bool = False,
+        owners: Ranks = Ranks(),  # noqa: B008 (frozen)
+    ):
         """Moves the parameters' data into `values`. Raises ValueError unless all are float32 and on one device."""
-        self.parameters = dict(parameters)
+        self.parameters, self.owners = dict(parameters), owners
         devices = {parameter.device for parameter in self.parameters.values()}
         if len(devices) != 1:
             raise ValueError(f"the parameters are on {sorted(map(str, devices))}; accepted is one device")
@@ -37,6 +50,7 @@ class FlatWeights:
             # 128 bytes of float32, 64 of a working copy: no two parameters share a cache line, and vector loads are
             # aligned as for a tensor allocated alone.
             self.size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        self.size += -self.size % (owners.count * ALIGNMENT)
         # Dense, and in the parameter's own order of dimensions.
         self._strides = {name: torch.empty_like(p, device="meta").stride() for name, p in self.parameters.items()}
         self._device = devices.pop()
@@ -46,12 +60,46 @@ class FlatWeights:
             view.copy_(self.parameters[name].detach())
             self.parameters[name].data = view
         self._addresses = {name: parameter.data_ptr() for name, parameter in self.parameters.items()}
-        self.ema = self.values.clone() if ema else None
+        self.ema = self.own(self.values).clone() if ema else None
         self.working: Tensor | None = None
 
     def zeros(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Another buffer like `values`."""
         return torch.zeros(self.size, dtype=dtype, device=self._device)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether several processes own the buffers."""
+        return self.owners.count > 1
+
+    def own(self, buffer: Tensor) -> Tensor:
+        """This process's share of a [size] buffer."""
+        return buffer[self.owners.share(self.size)]
+
+    def joined(self, share: Tensor) -> Tensor:
+        """A [size] buffer of which every process holds its `share`, on all of them; where one owns all, `share`."""
+        if not self.sharded:
+            return share
+        whole = share.new_empty(self.size)
+        self.own(whole).copy_(share)
+        self.owners.join_shares_(whole)
+        return whole
+
+    def fill_own(self, share: Tensor, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+        """Copy tensors, named as the parameters with `prefix`, into this process's `share` of a buffer.
+
+        Raises KeyError where one is missing, RuntimeError where one has another shape.
+        """
+        owned = self.owners.share(self.size)
+        for name, start in self._starts.items():
+            tensor, shape, count = tensors[prefix + name], self.parameters[name].shape, self.parameters[name].numel()
+            if tensor.shape != shape:
+                raise RuntimeError(f"{prefix}{name} has another shape than {name}")
+            first, last = max(start, owned.start), min(start + count, owned.stop)
+            if first < last:
+                placed = torch.empty_strided(shape, self._strides[name], dtype=share.dtype).copy_(tensor)
+                part = placed.as_strided((count,), (1,))[first - start : last - start]
+                share[first - owned.start : last - owned.start].copy_(part)
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         """Parameter name -> its part of a [size] buffer of any dtype, in its shape and memory layout."""
@@ -120,6 +168,14 @@ class FlatWeights:
             torch._foreach_copy_(views, elsewhere)
         return self.gradient
 
+    def reduce(self, ranks: Ranks) -> None:
+        """Sum the flat gradient over all `ranks`; where they own shares, each has the sum of its own share only."""
+        gradient = self.collect_gradients()
+        if self.sharded:
+            self.owners.sum_shares_(gradient)
+        else:
+            ranks.sum_([gradient])
+
     def check_places(self) -> None:
         """Raises RuntimeError where a parameter is no longer in `values`: steps would not reach it."""
         for name, parameter in self.parameters.items():
@@ -139,7 +195,11 @@ class FlatAdamW:
     On the CPU the weights get the bits of torch's. Unlike there, a step whose gradient is not finite changes nothing,
     and a missing gradient counts as 0. One step counter and one learning rate, on the device, serve all parameters.
 
-    param_groups: one, whose "lr" is read at every step. exp_avg, exp_avg_sq: [size] float32. step_count: [1] float32.
+    Where processes own shares of the weights, each steps its own; all call `FlatWeights.reduce`, `step` and `gather`
+    together, the first before every step.
+
+    param_groups: one, whose "lr" is read at every step. exp_avg, exp_avg_sq: float32, this process's share of [size].
+    step_count: [1] float32.
     """
 
     # torch.amp.GradScaler then leaves the gradient scaled; the attribute `grad_scale` exists during its steps only.
@@ -156,8 +216,13 @@ class FlatAdamW:
     ):
         """ema_decay: of `weights.ema`, if there is one."""
         self.weights = weights
-        self.param_groups: list[dict[str, Any]] = [{"params": list(weights.parameters.values()), "lr": lr}]
-        self.exp_avg, self.exp_avg_sq = weights.zeros(), weights.zeros()
+        # GradScaler looks for what is not finite in these gradients. In those of shares every process would find
+        # something else; the norm, which all know, shows the same.
+        self._shown = torch.nn.Parameter(torch.zeros_like(weights.values[:1])) if weights.sharded else None
+        seen = list(weights.parameters.values()) if self._shown is None else [self._shown]
+        self.param_groups: list[dict[str, Any]] = [{"params": seen, "lr": lr}]
+        self.exp_avg, self.exp_avg_sq = (torch.zeros_like(weights.own(weights.values)) for _ in range(2))
+        self._gathered: dict[str, dict[str, Tensor]] | None = None
         self.step_count = torch.zeros(1, device=self.exp_avg.device)
         decays = {"weight_decay": weight_decay, "ema_decay": ema_decay}
         self._options: dict[str, Any] = {"beta1": betas[0], "beta2": betas[1], "eps": eps} | decays
@@ -177,14 +242,33 @@ class FlatAdamW:
         if lr != self._written_lr:
             self._lr.fill_(lr)
             self._written_lr = lr
-        gradient = weights.collect_gradients()
+        gradient = weights.own(weights.collect_gradients())
         grad_scale = getattr(self, "grad_scale", None)
         loss_scale = None if grad_scale is None else grad_scale.reshape(1)
-        norm = global_norm(gradient)
+        norm = self._norm(gradient)
         scale, found_inf = clip_coefficient(norm, max_grad_norm, loss_scale)
-        state = weights.values, self.exp_avg, self.exp_avg_sq, gradient, self.step_count, self._lr
-        fused_adamw(*state, scale=scale, found_inf=found_inf, working=weights.working, ema=weights.ema, **self._options)
+        state = weights.own(weights.values), self.exp_avg, self.exp_avg_sq, gradient, self.step_count, self._lr
+        working = None if weights.working is None or weights.sharded else weights.working
+        fused_adamw(*state, scale=scale, found_inf=found_inf, working=working, ema=weights.ema, **self._options)
+        if weights.sharded:
+            weights.owners.join_shares_(weights.values)
+            if weights.working is not None:
+                weights.working.copy_(weights.values)
+        self._gathered = None
         return (norm if loss_scale is None else norm / loss_scale)[0]
+
+    def _norm(self, gradient: Tensor) -> Tensor:
+        """[1] float32: of the whole gradient, of which this process has its share. The same bits on all processes.
+
+        The shares' squares are summed in float64 in the order of the processes, whatever way they were sent.
+        """
+        norm, owners = global_norm(gradient), self.weights.owners
+        return owners.stack(norm.double().square()).sum(dim=0).sqrt().float() if self.weights.sharded else norm
+
+    def show_norm(self) -> None:
+        """Let GradScaler see, where processes own shares, what all have together. Called before its step."""
+        if self._shown is not None:
+            self._shown.grad = self._norm(self.weights.own(self.weights.collect_gradients()))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; or, without `set_to_none`, make them 0."""
@@ -194,9 +278,39 @@ class FlatAdamW:
         else:
             self.weights.zero_gradient()
 
+    def gather(self) -> None:
+        """Where processes own shares, bring moments and average into the first one's host memory, until the next step.
+
+        Stable Diffusion's are 10 GB, for which a host has room. So a checkpoint is the same files whatever wrote it,
+        and needs no format for shards, as torch.distributed.checkpoint's is, that only torch can read.
+        """
+        weights = self.weights
+        if not weights.sharded or self._gathered is not None:
+            return
+        shares = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        shares |= {} if weights.ema is None else {"ema": weights.ema}
+        wholes = {key: weights.owners.collect(share) for key, share in shares.items()}
+        self._gathered = {key: weights.views(whole) for key, whole in wholes.items() if whole is not None}
+
+    def whole(self, key: str) -> dict[str, Tensor]:
+        """Parameter name -> its "exp_avg", "exp_avg_sq" or "ema".
+
+        Raises RuntimeError where processes own shares and this one is not the first, or has not called `gather` yet.
+        """
+        if self.weights.sharded:
+            if not self._gathered:
+                raise RuntimeError(f"this process has a share of {key} only: the first one has all after `gather`")
+            return self._gathered[key]
+        buffers = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "ema": self.weights.ema}
+        buffer = buffers[key]
+        return {} if buffer is None else self.weights.views(buffer)
+
     def state_tensors(self) -> dict[str, Tensor]:
-        """Returns "exp_avg.NAME", "exp_avg_sq.NAME" and "step.NAME" of every parameter, contiguous, as in torch."""
-        moments = {"exp_avg": self.weights.views(self.exp_avg), "exp_avg_sq": self.weights.views(self.exp_avg_sq)}
+        """Returns "exp_avg.NAME", "exp_avg_sq.NAME" and "step.NAME" of every parameter, contiguous, as in torch.
+
+        Raises RuntimeError as `whole` does.
+        """
+        moments = {key: self.whole(key) for key in ("exp_avg", "exp_avg_sq")}
         tensors = {f"{key}.{name}": view.contiguous() for key, views in moments.items() for name, view in views.items()}
         return tensors | {f"step.{name}": self.step_count[0].clone() for name in self.weights.parameters}
 
@@ -210,10 +324,9 @@ class FlatAdamW:
         steps = {tensors[f"step.{name}"].item() for name in names}
         if len(steps) > 1:
             raise RuntimeError(f"the parameters are at different steps, {sorted(steps)}; accepted is one for all")
-        for key, buffer in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
-            buffer.zero_()
-            for name, view in self.weights.views(buffer).items() if names else ():
-                if tensors[f"{key}.{name}"].shape != view.shape:
-                    raise RuntimeError(f"{key}.{name} has another shape than {name}")
-                view.copy_(tensors[f"{key}.{name}"])
+        for key, share in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+            share.zero_()
+            if names:
+                self.weights.fill_own(share, tensors, f"{key}.")
+        self._gathered = None
         self.step_count.fill_(steps.pop() if steps else 0.0)

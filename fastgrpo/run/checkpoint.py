@@ -10,6 +10,7 @@
 
 A checkpoint is written under another name and appears by a rename, so every iter-* folder was once complete; the
 manifest tells whether it still is. Randomness has no state (see randomness.py): the iteration's number restores it.
+Nothing in it depends on how many processes wrote it, or on engine.shard: any number goes on from it.
 """
 
 import copy
@@ -104,7 +105,8 @@ def save(
     """Write the checkpoint of `state.iteration` and delete all but the newest `keep` (0 keeps all). Returns its folder.
 
     keep_evaluated: none is deleted whose policy was evaluated; the best never is, which best.json names. protected:
-    further folders that are not.
+    further folders that are not. Where processes own shares of the optimizer's state, this is the first one, and all
+    have called `FlatAdamW.gather`.
     Raises OSError where it cannot be written, before anything is written where the disk has too little room for it.
     A kill at any moment leaves the earlier checkpoints as they were, or the new one complete; so does a full disk.
     """
@@ -169,8 +171,7 @@ def load(folder: Path, trainable: Trainable) -> None:
             unet.load_state_dict(load_finite(folder / _UNET_WEIGHTS))
         trainable.optimizer.load_state_tensors(load_file(folder / _OPTIMIZER))
         if trainable.ema is not None:
-            for name, average in load_finite(folder / EMA_FILE).items():
-                trainable.ema.average[name].copy_(average)
+            trainable.ema.load(load_finite(folder / EMA_FILE))
         if trainable.scaler.is_enabled():
             trainable.scaler.load_state_dict(read_state(folder).scaler)
         trainable.refresh()

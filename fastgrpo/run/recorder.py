@@ -69,11 +69,15 @@ class RunRecorder:
         self._pace.finished(iteration, values.get("time/eval_s", 0.0))
         self.console.iteration(iteration, config.iterations, self._seconds(), values, config.engine.show_speed)
 
+    def saves(self, iteration: int, stopped: bool) -> bool:
+        """Whether a checkpoint is due: every so often, at the end, before a stop, and of the best so far."""
+        due = stopped or iteration % self.config.checkpoint.every == 0 or iteration == self.config.iterations
+        return due or self._is_best(iteration)
+
     def save(self, iteration: int, stopped: bool) -> None:
-        """A checkpoint where it is due: every so often, at the end, before a stop, and of the best so far."""
+        """A checkpoint where it is due. All processes have called `FlatAdamW.gather` then."""
         rule = self.config.checkpoint
-        due = stopped or iteration % rule.every == 0 or iteration == self.config.iterations
-        if due or self._is_best(iteration):
+        if self.saves(iteration, stopped):
             state = TrainerState(
                 iteration,
                 self.config.seed,

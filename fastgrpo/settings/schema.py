@@ -247,6 +247,10 @@ class EngineConfig:
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Keep only the inputs of the UNet's blocks for the backward pass, which computes them again: the same gradients
     in less memory and more time. `auto`: on CUDA, where one pair would not fit into engine.memory without."""
+    shard: Literal["auto", "none", "optimizer"] = "auto"
+    """What several processes share out instead of each holding all of it: `optimizer` is AdamW's moments and the moving
+    average (ZeRO-1), the same weights but for the order of sums. `auto`: on CUDA, where the memory plan of one
+    micro-batch does not fit into engine.memory without."""
     memory: float = 0.92
     """Share of the GPU's memory that a micro-batch found by measurement (micro_batch 0) may fill."""
     stuck_after: float = 120.0

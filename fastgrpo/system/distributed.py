@@ -24,6 +24,13 @@ _TIMEOUT = timedelta(hours=2)  # the others wait while the first one evaluates
 _MEETING = timedelta(minutes=10)  # the slowest one's imports, from a file system that many read at once
 _BUCKET = 2**26  # numbers that are summed in one collective
 _NOTHING = torch.empty(0, dtype=torch.uint8)
+_COLLECTED = 2**24  # numbers that the first process receives at a time
+
+# torch 2.14 renamed both, and warns of the old names.
+_reduce_scatter: Callable[[Tensor, Tensor], object]
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather: Callable[[Tensor, Tensor], object]
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,42 @@ class Ranks:
             dist.all_reduce(flat)
             for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(total.view_as(tensor))
+
+    def sum_shares_(self, flat: Tensor) -> None:
+        """Replace this process's share of a [n] tensor by its sum over all; the others' are then of no use."""
+        if self.count > 1:
+            with PULSE.collective():
+                _reduce_scatter(flat[self.share(len(flat))], flat)
+
+    def join_shares_(self, flat: Tensor) -> None:
+        """Fill a [n] tensor with what every process has in its own share of it."""
+        if self.count > 1:
+            with PULSE.collective():
+                _all_gather(flat, flat[self.share(len(flat))])
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        """[count, ...]: every process's tensor, of one shape, in their order. Does not wait for the device."""
+        stacked = tensor.new_empty(self.count, *tensor.shape)
+        stacked[self.index] = tensor
+        self.join_shares_(stacked.view(-1))
+        return stacked
+
+    def collect(self, share: Tensor) -> Tensor | None:
+        """The processes' [n] tensors, equally long, one after the other in the first one's host memory; else None.
+
+        In pieces, so that the first one's device holds 64 MB of float32 meanwhile, however many there are.
+        """
+        size = max(_COLLECTED // self.count, 1)
+        whole = torch.empty(self.count, len(share), dtype=share.dtype) if self.first else None
+        for start in range(0, len(share), size):
+            piece = share[start : start + size]
+            received = [torch.empty_like(piece) for _ in range(self.count)] if self.first else None
+            with PULSE.collective():
+                dist.gather(piece, received, dst=0)
+            if whole is not None and received is not None:
+                for row, part in zip(whole, received, strict=True):
+                    row[start : start + size].copy_(part)
+        return None if whole is None else whole.view(-1)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The processes' tensors one after the other, on this one's device; first dimensions may differ."""

@@ -51,7 +51,7 @@ def test_three_processes_evaluate_and_learn_in_equal_shares(tmp_path: Path) -> N
     folder = Path("evaluation") / "in-training"
     ours, theirs = content(three / folder), content(one / folder)
     assert ours.keys() == theirs.keys()
-    # The hashes of weights are other ones, since a weight of 0 becomes 1e-30 with a gradient's sign, which may be rounding.
+    # The weights' hashes: a weight of 0 becomes 1e-30 with the gradient's sign, which may be rounding.
     assert {name for name in ours if ours[name] != theirs[name]} <= {"evaluation.json", "after/shapes/manifest.json"}
     first, second = (json.loads((run / "evaluation.json").read_text()) for run in (one, three))
     assert first["before"] == second["before"]

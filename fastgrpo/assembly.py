@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from fastgrpo.costs.throughput import Accounting
-from fastgrpo.engine.batch_size import MicroBatchFinder
+from fastgrpo.costs.memory import with_offload
+from fastgrpo.engine.batch_size import MicroBatchFinder, decide_offload
 from fastgrpo.engine.passes import Passes
 from fastgrpo.engine.record import EngineRecord
 from fastgrpo.engine.setup import start_engine, wants_fixed_shapes
@@ -89,17 +90,26 @@ def load_training(
     eval_schedule = make_schedule(model.scheduler, steps, eta, device, "eval.steps", guidance_rescale=rescale)
     if config.model.lora_rank:
         check_targets(model.empty_components()["unet"], config.model.lora_targets)
+    record = record or EngineRecord()
+    offload, why = decide_offload(config, device, dtype, ranks, record)
+    config = with_offload(config, offload)
+    if device.type == "cuda":
+        say(why)
     disable_progress_bar()  # one per file read, gone in a blink
     reward = load_reward(config.reward, device)
+    if offload:
+        reward.offload()
     # Before the micro-batch is sought, since they take memory.
     suites = load_suites(config, device, say) if ranks.first else ()
     held_out = HeldOutReward(config, device) if config.eval.encoder and ranks.first else None
+    if held_out and offload:
+        held_out.offload()
     workers = 1 if device.type == "cuda" or wants_fixed_shapes(config, device) else threads
     # Each of several workers is a thread already.
     torch.set_num_threads(1 if workers > 1 else threads)
     policy = load_policy(config.model, device, dtype, workers)
     trainable = make_trainable(policy.unet, config, device, dtype)
-    policy, record = replace(policy, network=trainable.network), record or EngineRecord()
+    policy = replace(policy, network=trainable.network)
     find = MicroBatchFinder(config, model, device, dtype, ranks, say)
     engine = start_engine(policy, trainable, schedule, config, record, find, ranks, say)
     return Training(

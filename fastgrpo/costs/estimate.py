@@ -14,12 +14,14 @@ from fastgrpo.costs.memory import (
     CPU_MICRO_BATCH,
     candidates,
     choose_gradient_checkpointing,
+    choose_offload,
     cut,
     iteration_of,
     memory_lines,
     memory_plan,
     planned_device,
     predicted_micro_batch,
+    with_offload,
 )
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.schedule import make_schedule
@@ -69,9 +71,10 @@ def estimate(config: TrainConfig, tflops: float, processes: int, gpu_gb: float, 
 
     with console.bar("counting"):
         encoders, left_out = count_encoders(config.reward)
-        checkpointing, chosen = choose_gradient_checkpointing(
-            config, count, encoders, dtype, processes, room if device.type == "cuda" else None
-        )
+        short = encoders, dtype, processes, room if device.type == "cuda" else None
+        offload, moved = choose_offload(config, count, *short)
+        config = with_offload(config, offload)
+        checkpointing, chosen = choose_gradient_checkpointing(config, count, *short)
         model = count(checkpointing)
     sizes = candidates(iteration_of(config, len(schedule), pairs, processes, checkpointing))
     micro_batch, why = _micro_batch(config, model, encoders, dtype, processes, room, sizes)
@@ -81,7 +84,7 @@ def estimate(config: TrainConfig, tflops: float, processes: int, gpu_gb: float, 
     console.say(*_header(config, model, known, dtype, pairs))
     console.say("", *_table(iteration_rows(config, model, encoders, pairs), config, tflops, processes))
     console.say("", *memory_lines(memory, "the GPU" if processes == 1 else f"each of {processes} GPUs"))
-    console.say(f"  {why}", f"  {chosen}")
+    console.say(f"  {why}", f"  {moved}", f"  {chosen}")
     console.say("", *left_out, *_NOT_COUNTED)
 
 

@@ -130,8 +130,12 @@ class Passes:
 
     @property
     def overlaps(self) -> bool:
-        """Whether chunks are decoded while the next ones are drawn: where they are drawn one after the other."""
-        return self.config.engine.overlap and self.policy.device.type == "cuda"
+        """Whether chunks are decoded while the next ones are drawn: where they are drawn one after the other.
+
+        Not where VAE and encoders are away meanwhile (engine.offload).
+        """
+        engine = self.config.engine
+        return engine.overlap and engine.offload != "on" and self.policy.device.type == "cuda"
 
     def begin_rollout(self) -> None:
         """Take the smallest sizes of all processes, so that the first one's record holds for all."""

@@ -247,6 +247,10 @@ class EngineConfig:
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Keep only the inputs of the UNet's blocks for the backward pass, which computes them again: the same gradients
     in less memory and more time. `auto`: on CUDA, where one pair would not fit into engine.memory without."""
+    offload: Literal["auto", "on", "off"] = "auto"
+    """Keep what the UNet's passes do not need in the host's memory while it is unused: VAE, text encoder, the encoders
+    of reward and eval.encoder, and optim.ema's average. Pictures are then decoded and scored after the rollout, not
+    beside it. `auto`: on CUDA, where one pair would not fit into engine.memory without."""
     memory: float = 0.92
     """Share of the GPU's memory that a micro-batch found by measurement (micro_batch 0) may fill."""
     stuck_after: float = 120.0

@@ -138,7 +138,7 @@ def test_what_graphs_keep_is_not_there_for_decoding_and_scoring():
     """A pass that is tried alone must leave room for them: together they are the plan's peak."""
     always = 18 * 10007 + 2 * 5003 + 4 * 3001
     for config in (R1, replace(R1, rollout=replace(R1.rollout, decode_batch=400))):
-        beside = beside_a_pass(config, MODEL, ENCODERS, 1)
+        beside = beside_a_pass(config, MODEL, ENCODERS, torch.bfloat16, 1)
         a_pass = 7 + 512 * 1021
         decoding, pictures = (config.rollout.decode_batch * cost for cost in (401, 2 * 211))
         trajectories = 512 * 4 * (51 * 4 * 64 * 64 + 50 + 3 * 512 * 512)
@@ -146,7 +146,7 @@ def test_what_graphs_keep_is_not_there_for_decoding_and_scoring():
         most = peak(plan(config, processes=1, micro_batch=256))[1]
         assert most == always + a_pass + trajectories + max(decoding, 256 * 601) <= always + a_pass + beside
     off = replace(R1, engine=replace(R1.engine, graphs="off"))
-    assert beside_a_pass(off, MODEL, ENCODERS, 1) == trajectories
+    assert beside_a_pass(off, MODEL, ENCODERS, torch.bfloat16, 1) == trajectories
 
 
 def test_lines_say_every_part_and_the_peak():

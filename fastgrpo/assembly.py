@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from fastgrpo.costs.throughput import Accounting
 from fastgrpo.costs.memory import with_offload
+from fastgrpo.costs.throughput import Accounting
 from fastgrpo.engine.batch_size import MicroBatchFinder, decide_offload
 from fastgrpo.engine.passes import Passes
 from fastgrpo.engine.record import EngineRecord

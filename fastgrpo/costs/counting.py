@@ -60,7 +60,8 @@ class ModelCost(ModelFlop):
     """What one Stable Diffusion, whose UNet computes in one dtype throughout, has in FLOP, parameters and bytes.
 
     unet: its parameters, without adapters. trained: those that learn, the UNet's own or the adapters'.
-    frozen: parameters of the VAE and the text encoder. text_encoder: those of the latter. latent_shape: (C, H, W). image_shape: (3, h, w).
+    frozen: parameters of the VAE and the text encoder. text_encoder: those of the latter.
+    latent_shape: (C, H, W). image_shape: (3, h, w).
     activations: bytes that the UNet's forward pass saves for the backward pass, for one sample.
     saving: bytes that this pass holds at its worst moment. learning: the same with the backward pass and gradients.
     passing, decoding: the most bytes that the UNet holds for one sample, or the VAE for one image, without gradients.

@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from fastgrpo.engine.host_average import HostAverage
 from fastgrpo.engine.weights import FlatAdamW, FlatWeights
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.randomness import seed_for
@@ -20,13 +21,15 @@ from fastgrpo.unet.lora import add_lora
 class Ema:
     """An exponential moving average of the trained weights: average <- decay * average + (1 - decay) * weights.
 
-    average: by name; the optimizer keeps it up to date.
+    average: by name; the optimizer keeps it up to date. It lies beside the weights, or in the host's memory.
     """
 
-    def __init__(self, weights: FlatWeights):
-        assert weights.ema is not None
-        self._weights = weights
-        self.average = weights.views(weights.ema)
+    def __init__(self, weights: FlatWeights, host: HostAverage | None = None):
+        """host: the average; None is `weights.ema`."""
+        self._weights, self._host = weights, host
+        values = weights.ema if host is None else host.values
+        assert values is not None
+        self.average = weights.views(values)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -38,8 +41,11 @@ class Ema:
             self._swap()
 
     def _swap(self) -> None:
-        for name, parameter in self._weights.parameters.items():
-            parameter.data, self.average[name] = self.average[name], parameter.data
+        if self._host is not None:
+            self._host.exchange(self._weights.values)
+        else:
+            for name, parameter in self._weights.parameters.items():
+                parameter.data, self.average[name] = self.average[name], parameter.data
         self._weights.refresh()
 
 
@@ -106,20 +112,23 @@ def make_trainable(
 ) -> Trainable:
     """Adapters on `unet` where the config has them, and everything else that training moves. Raises ConfigError.
 
-    dtype: what the UNet computes in; with adapters its frozen weights are held in it.
+    config: with engine.offload decided. dtype: what the UNet computes in; with adapters its frozen weights are held in
+    it.
     """
     if config.model.lora_rank:
         add_lora(unet, config.model, seed_for(config.seed, 0, "adapters"), dtype)
     parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
     optim = config.optim
-    weights = FlatWeights(parameters, ema=optim.ema > 0)
+    away = optim.ema > 0 and config.engine.offload == "on"
+    weights = FlatWeights(parameters, ema=optim.ema > 0 and not away)
+    host = HostAverage(weights.values, optim.ema) if away else None
     betas = optim.beta1, optim.beta2
-    optimizer = FlatAdamW(weights, optim.lr, betas, optim.eps, optim.weight_decay, ema_decay=optim.ema)
+    optimizer = FlatAdamW(weights, optim.lr, betas, optim.eps, optim.weight_decay, optim.ema, host)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     scaler.scale(torch.zeros(1, device=device))  # makes its state, which it otherwise does at the first loss
     working = None if dtype == torch.float32 else weights.working_copy(dtype)
     network = computing_unet(unet, dtype, working)
     computing = dict(network.named_parameters())
-    average = Ema(weights) if optim.ema else None
+    average = Ema(weights, host) if optim.ema else None
     trained = tuple(computing[name] for name in parameters)
     return Trainable(unet, parameters, optimizer, scaler, average, network, trained)

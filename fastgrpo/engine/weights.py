@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgrpo.engine.host_average import HostAverage
 from fastgrpo.kernels.accumulate import ALIGNMENT, accumulate
 from fastgrpo.kernels.fused_adamw import clip_coefficient, fused_adamw, global_norm
 
@@ -153,9 +154,10 @@ class FlatAdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         ema_decay: float = 0.0,
+        average: HostAverage | None = None,
     ):
-        """ema_decay: of `weights.ema`, if there is one."""
-        self.weights = weights
+        """ema_decay: of `weights.ema`, if there is one. average: kept up to date in its stead."""
+        self.weights, self._average = weights, average
         self.param_groups: list[dict[str, Any]] = [{"params": list(weights.parameters.values()), "lr": lr}]
         self.exp_avg, self.exp_avg_sq = weights.zeros(), weights.zeros()
         self.step_count = torch.zeros(1, device=self.exp_avg.device)
@@ -184,6 +186,8 @@ class FlatAdamW:
         scale, found_inf = clip_coefficient(norm, max_grad_norm, loss_scale)
         state = weights.values, self.exp_avg, self.exp_avg_sq, gradient, self.step_count, self._lr
         fused_adamw(*state, scale=scale, found_inf=found_inf, working=weights.working, ema=weights.ema, **self._options)
+        if self._average is not None:
+            self._average.follow(weights.values, found_inf)
         return (norm if loss_scale is None else norm / loss_scale)[0]
 
     def zero_grad(self, set_to_none: bool = True) -> None:

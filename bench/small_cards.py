@@ -73,8 +73,6 @@ def traced(config: TrainConfig) -> dict[str, int]:
     def as_it_is(network: nn.Module, **_: Any) -> nn.Module:
         return network
 
-    schedule = make_schedule(
-        sd1_architecture().scheduler, config.rollout.steps, config.rollout.eta, torch.device("cpu")
     about = sd1_architecture()
     schedule = make_schedule(about.scheduler, config.rollout.steps, config.rollout.eta, torch.device("cpu"))
     work = iteration_of(config, len(schedule), pairs_per_iteration(config, schedule), 1)

@@ -42,7 +42,7 @@ class _Offloaded:
     def resident(self) -> Iterator[None]:
         with self._lock:
             if not self._users:
-                self._put(self._host.to(self._device, non_blocking=True))
+                self._put(self._host.to(self._device, non_blocking=True, copy=True))
             self._users += 1
         try:
             yield

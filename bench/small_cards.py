@@ -7,6 +7,7 @@ made for the others. Beside the most bytes alive in each stage stands what `pyth
 without what CUDA graphs keep, which is not there.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ from fastgrpo.engine.fixed_passes import FixedPasses
 from fastgrpo.engine.sampler import Denoise
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.policy import Policy
+from fastgrpo.rewards.encoder import OpenClipEncoder
 from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import find_preset, load_toml
@@ -80,22 +82,24 @@ def traced(config: TrainConfig) -> dict[str, int]:
     with absent_device(), mock.patch.object(Policy, "encode", encode), mock.patch("torch.compile", as_it_is):
         stage = forecast.prepare(config, config.micro_batch, "flash", mock.MagicMock())
         watch.hold(stage.tensors())
-        with watch, torch.no_grad(), watch.phase("texts"):
-            stage.engine.policy.encode([""])
-            tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device="cuda")
-            with resident(stage.encoder.model):
-                stage.encoder.encoder.model.encode_text(tokens)
         with watch:
             stage.engine._prepare()
-            with _once(stage):
+            with _once(stage, watch):
                 forecast.iterate(stage, work, watch)
-    return {stage: watch.peaks[phase] for phase, stage in _STAGES.items() if phase in watch.peaks}
+    held = {stage: watch.peaks[phase] for phase, stage in _STAGES.items()}
+    if config.engine.offload != "on":
+        del held["texts"]  # nothing comes for them, and the plan leaves them out
+    else:  # images are first there when the rollout is over; the plan has them all the time
+        image = 4 * math.prod(stage.engine.policy.image_shape)
+        held["rollout"] += config.prompts_per_iteration * config.group_size * image
+    return held
 
 
 @contextmanager
-def _once(stage: Stage) -> Iterator[None]:
-    """Only the first chunk's first step is computed, and only the first picture decoded."""
+def _once(stage: Stage, watch: Watch) -> Iterator[None]:
+    """Only the first chunk's first step is computed, and only the first picture decoded; texts are read for scoring."""
     denoiser, vae = FixedPasses.denoiser, stage.engine.policy.vae
+    encode_image = OpenClipEncoder.encode_image
     decode: Callable[..., Any] = vae.decode
 
     def first_step(engine: FixedPasses, embeds: Tensor, part: slice, keep_mean: bool) -> Denoise:
@@ -115,8 +119,16 @@ def _once(stage: Stage) -> Iterator[None]:
     def made(latents: Tensor, return_dict: bool = True) -> Any:
         return (latents.new_empty(len(latents), *stage.engine.policy.image_shape),)
 
+    def after_texts(encoder: OpenClipEncoder, images: Tensor, batch: int) -> Tensor:
+        with watch.phase("texts"):
+            stage.engine.policy.encode([""])
+            with resident(encoder.model):
+                encoder.model.encode_text(torch.zeros(1, TOKENS, dtype=torch.int64, device="cuda"))
+        return encode_image(encoder, images, batch)
+
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(FixedPasses, "denoiser", first_step))
+        stack.enter_context(mock.patch.object(OpenClipEncoder, "encode_image", after_texts))
         vae.decode = first_picture
         stack.callback(vars(vae).pop, "decode", None)
         yield

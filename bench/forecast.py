@@ -237,8 +237,10 @@ class Stage:
     def tensors(self) -> list[Tensor]:
         """What is always there."""
         engine, optimizer = self.engine, self.trainable.optimizer
-        policy, reward = engine.policy, self.encoder._encoder.model
-        modules = (policy.unet, policy.computing, policy.vae, policy.text_encoder, reward)
+        policy, base = engine.policy, engine.loss.base
+        modules = [policy.unet, policy.computing, *([base] if isinstance(base, nn.Module) else [])]
+        if self.config.engine.offload != "on":
+            modules += [policy.vae, policy.text_encoder, self.encoder.model]
         weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
         others = [value for owner in (optimizer, optimizer.weights, engine.schedule) for value in vars(owner).values()]
         return [*weights, *(value for value in others if isinstance(value, Tensor))]
@@ -286,7 +288,8 @@ def prepare(config: TrainConfig, pairs: int, backend: str, compiler: Compiler) -
         engine__graphs="off",
         engine__reuse="off",
         engine__attention=backend,
-        engine__gradient_checkpointing="off",
+        engine__gradient_checkpointing="on" if config.engine.gradient_checkpointing == "on" else "off",
+        engine__offload="on" if config.engine.offload == "on" else "off",
     )
     with ExitStack() as stack:
         for name, stand_in in stand_ins.items():
@@ -295,6 +298,8 @@ def prepare(config: TrainConfig, pairs: int, backend: str, compiler: Compiler) -
             policy, trainable, schedule, config, EngineRecord(), lambda *_: pairs, Ranks(), lambda line: None
         )
     encoder = SharedEncoder(OpenClipEncoder(module_on_device(reward), None, cuda, torch.float32), config.reward.tf32)
+    if config.engine.offload == "on":
+        encoder.encoder.offload()
     prompts = tuple(Prompt(f"prompt {number}", "positive") for number in range(config.prompts_per_iteration))
     return Stage(config, engine, trainable, encoder, PromptBatch(prompts, embeds))
 

@@ -47,6 +47,7 @@ from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.unet.attention import BACKENDS, AttentionPlan, AttentionShape, Choice, apply_plan, attention_shapes
 from fastgrpo.unet.compilation import replace_upsamplers
 from fastgrpo.unet.fused import patch_unet
+from fastgrpo.unet.lora import add_lora
 
 ATTENTION = "attention"
 CLASSES = ("convolutions", ATTENTION, "GEMMs", "norms and GEGLU", "adds, clones, sums")
@@ -417,7 +418,10 @@ def trainable_unet(config: TrainConfig) -> Trainable:
     """SD 1.5's UNet ready to be trained, on the device; inside of `absent_device()`."""
     with unset_fake_temporarily():
         unet = sd1_architecture().empty_components()["unet"].to(memory_format=torch.channels_last)
-    return make_trainable(module_on_device(unet.eval()), config, torch.device("cuda"), torch.bfloat16)
+        if config.model.lora_rank:  # here, since peft cannot move adapters that have no values
+            add_lora(unet, config.model, 0, torch.bfloat16)
+    with mock.patch("fastgrpo.engine.trainable.add_lora"):
+        return make_trainable(module_on_device(unet.eval()), config, torch.device("cuda"), torch.bfloat16)
 
 
 def computing_unet(config: TrainConfig, backend: str) -> UNet2DConditionModel:

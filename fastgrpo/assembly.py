@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
+from fastgrpo.costs.memory import with_offload, with_shard
 from fastgrpo.costs.throughput import Accounting
-from fastgrpo.engine.batch_size import MicroBatchFinder, decide_shard
+from fastgrpo.engine.batch_size import MicroBatchFinder, decide_offload, decide_shard
 from fastgrpo.engine.passes import Passes
 from fastgrpo.engine.record import EngineRecord
 from fastgrpo.engine.setup import start_engine, wants_fixed_shapes
@@ -89,19 +90,28 @@ def load_training(
     eval_schedule = make_schedule(model.scheduler, steps, eta, device, "eval.steps", guidance_rescale=rescale)
     if config.model.lora_rank:
         check_targets(model.empty_components()["unet"], config.model.lora_targets)
-    disable_progress_bar()  # one per file read, gone in a blink
-    reward = load_reward(config.reward, device)
-    # Before the micro-batch is sought, since they take memory.
-    suites = load_suites(config, device, say)
-    held_out = HeldOutReward(config, device) if config.eval.encoder else None
-    workers = 1 if device.type == "cuda" or wants_fixed_shapes(config, device) else threads
-    # Each of several workers is a thread already.
-    torch.set_num_threads(1 if workers > 1 else threads)
-    policy, record = load_policy(config.model, device, dtype, workers), record or EngineRecord()
+    record = record or EngineRecord()
     shard, why = decide_shard(config, device, dtype, ranks, record)
     if why and (device.type == "cuda" or config.engine.shard != "auto"):
         say(why)
-    config = replace(config, engine=replace(config.engine, shard=shard))
+    config = with_shard(config, shard)
+    offload, why = decide_offload(config, device, dtype, ranks, record)
+    if device.type == "cuda":
+        say(why)
+    config = with_offload(config, offload)
+    disable_progress_bar()  # one per file read, gone in a blink
+    reward = load_reward(config.reward, device)
+    if offload:
+        reward.offload()
+    # Before the micro-batch is sought, since they take memory.
+    suites = load_suites(config, device, say)
+    held_out = HeldOutReward(config, device) if config.eval.encoder else None
+    if held_out and offload:
+        held_out.offload()
+    workers = 1 if device.type == "cuda" or wants_fixed_shapes(config, device) else threads
+    # Each of several workers is a thread already.
+    torch.set_num_threads(1 if workers > 1 else threads)
+    policy = load_policy(config.model, device, dtype, workers)
     trainable = make_trainable(policy.unet, config, device, dtype, ranks)
     policy = replace(policy, network=trainable.network)
     find = MicroBatchFinder(config, model, device, dtype, ranks, say)

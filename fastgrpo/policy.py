@@ -15,6 +15,7 @@ from fastgrpo.models.load import load_components
 from fastgrpo.settings.schema import ModelConfig
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.memory import halve_until_it_fits
+from fastgrpo.system.offload import offload, resident
 from fastgrpo.system.workers import Workers
 from fastgrpo.unet.copies import Network, computing_unet
 
@@ -29,7 +30,7 @@ class Policy:
     unet: float32 weights, trained; always in eval mode, since dropout would give every pass a different policy.
     network: computes in the UNet's place, in `dtype`; None is the UNet itself, which is enough for float32.
     passes: how `network` is called; None is as it is, else for instance compiled.
-    vae, text_encoder: frozen, in `dtype`. tokenizer: the text encoder's.
+    vae, text_encoder: frozen, in `dtype`; elsewhere while unused after `offload`. tokenizer: the text encoder's.
     scheduler_config: the pipeline's scheduler_config.json, from which `make_schedule` builds the steps.
     device: where everything is. dtype: what the UNet computes in: torch.float32, torch.bfloat16 or torch.float16.
     workers: run shares of a batch side by side on CPU cores; one on a GPU.
@@ -77,7 +78,13 @@ class Policy:
         )
         masked = getattr(self.text_encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask.to(self.device) if masked else None
-        return self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0].float()
+        with resident(self.text_encoder):
+            return self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0].float()
+
+    def offload(self) -> None:
+        """Keep VAE and text encoder in the host's memory while they are not used. On a CPU nothing is moved."""
+        for module in (self.vae, self.text_encoder):
+            offload([*module.parameters(), *module.buffers()], module, self.device)
 
     def contexts(self, embeds: Tensor, guidance: float) -> Tensor:
         """What the UNet's rows attend to: [2N, L, D] in `dtype`, the empty prompt's first; at guidance 1 [N, L, D]."""
@@ -117,17 +124,23 @@ class Policy:
         """
         scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
         size = min(batch, -(-len(scaled) // self.workers.count))
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        height, width = (factor * side for side in scaled.shape[-2:])
+        images = torch.empty(len(scaled), 3, height, width, device=self.device)
 
-        def decode(chunk: Tensor) -> Tensor:
-            return self.vae.decode(chunk, return_dict=False)[0]
+        def decode(part: tuple[Tensor, Tensor]) -> None:
+            into, chunk = part
+            pictures = self.vae.decode(chunk, return_dict=False)[0].float() / 2 + 0.5
+            # Infinity, which an overflow makes, would be clamped to plain white.
+            into.copy_(pictures.clamp(0, 1).masked_fill_(~pictures.isfinite(), torch.nan))
 
-        def decoded(at_once: int) -> list[Tensor]:
-            return list(self.workers.map(decode, scaled.split(at_once)))
+        def decoded(at_once: int) -> None:
+            # Into their places: the images together are large, and are there once.
+            list(self.workers.map(decode, zip(images.split(at_once), scaled.split(at_once), strict=True)))
 
-        images, _ = halve_until_it_fits(decoded, size, "latents are decoded")
-        pictures = torch.cat(images).float() / 2 + 0.5
-        # Infinity, which an overflow makes, would be clamped to plain white.
-        return pictures.clamp(0, 1).masked_fill_(~pictures.isfinite(), torch.nan)
+        with resident(self.vae):
+            halve_until_it_fits(decoded, size, "latents are decoded")
+        return images
 
     def rounded(self) -> "Policy":
         """In half precision a policy that computes with a copy of the present weights, else itself."""

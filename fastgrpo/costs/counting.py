@@ -60,7 +60,8 @@ class ModelCost(ModelFlop):
     """What one Stable Diffusion, whose UNet computes in one dtype throughout, has in FLOP, parameters and bytes.
 
     unet: its parameters, without adapters. trained: those that learn, the UNet's own or the adapters'.
-    frozen: parameters of the VAE and the text encoder. latent_shape: (C, H, W). image_shape: (3, h, w).
+    frozen: parameters of the VAE and the text encoder. text_encoder: those of the latter.
+    latent_shape: (C, H, W). image_shape: (3, h, w).
     activations: bytes that the UNet's forward pass saves for the backward pass, for one sample.
     saving: bytes that this pass holds at its worst moment. learning: the same with the backward pass and gradients.
     passing, decoding: the most bytes that the UNet holds for one sample, or the VAE for one image, without gradients.
@@ -69,6 +70,7 @@ class ModelCost(ModelFlop):
     unet: int
     trained: int
     frozen: int
+    text_encoder: int
     latent_shape: tuple[int, int, int]
     image_shape: tuple[int, int, int]
     activations: int
@@ -80,9 +82,13 @@ class ModelCost(ModelFlop):
 
 @dataclass(frozen=True)
 class EncoderCost:
-    """A reward's encoder. parameters: of both towers. image, encoding: FLOP and most bytes of an image in its tower."""
+    """A reward's encoder. parameters: of both towers. text: of what reads texts, and of what neither tower has.
+
+    image, encoding: FLOP and most bytes of an image in its tower.
+    """
 
     parameters: int
+    text: int
     image: int
     encoding: int
 
@@ -200,6 +206,7 @@ def _count(
         unet=sum(p.numel() for name, p in unet.named_parameters() if ".lora_" not in name),
         trained=sum(p.numel() for p in unet.parameters() if p.requires_grad),
         frozen=parameters(vae) + parameters(text_encoder),
+        text_encoder=parameters(text_encoder),
         latent_shape=(channels, height, width),
         image_shape=(image.shape[1], image.shape[2], image.shape[3]),
         **asdict(flop),
@@ -222,7 +229,8 @@ def count_encoder(spec: str) -> EncoderCost:
             images = torch.empty(1, 3, *((size, size) if isinstance(size, int) else size))
             with FlopCounterMode(display=False) as counter, LiveBytes() as encoding:
                 model.encode_image(images)
-            return EncoderCost(parameters(model), counter.get_total_flops(), encoding.most)
+            texts = parameters(model) - parameters(model.visual)
+            return EncoderCost(parameters(model), texts, counter.get_total_flops(), encoding.most)
     except Exception as error:  # open_clip's, torch's, the hub's own, and those of the HTTP library it happens to use
         raise ConfigError(f"{spec!r} cannot be counted: {' '.join(str(error).split())[:200]}") from error
 

@@ -5,7 +5,7 @@ It is computed from the configs (costs/counting.py counts the models). Nothing i
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -14,6 +14,7 @@ from fastgrpo.costs.memory import (
     CPU_MICRO_BATCH,
     candidates,
     choose_gradient_checkpointing,
+    choose_offload,
     choose_shard,
     cut,
     iteration_of,
@@ -21,6 +22,8 @@ from fastgrpo.costs.memory import (
     memory_plan,
     planned_device,
     predicted_micro_batch,
+    with_offload,
+    with_shard,
 )
 from fastgrpo.grpo.steps import pairs_per_iteration
 from fastgrpo.schedule import make_schedule
@@ -73,10 +76,12 @@ def estimate(
 
     with console.bar("counting"):
         encoders, left_out = count_encoders(config.reward)
-        known_room = room if device.type == "cuda" else None
-        shard, shared = choose_shard(config, count, encoders, dtype, processes, known_room)
-        config = replace(config, engine=replace(config.engine, shard=shard))
-        checkpointing, chosen = choose_gradient_checkpointing(config, count, encoders, dtype, processes, known_room)
+        short = encoders, dtype, processes, room if device.type == "cuda" else None
+        shard, shared = choose_shard(config, count, *short)
+        config = with_shard(config, shard)
+        offload, moved = choose_offload(config, count, *short)
+        config = with_offload(config, offload)
+        checkpointing, chosen = choose_gradient_checkpointing(config, count, *short)
         model = count(checkpointing)
     sizes = candidates(iteration_of(config, len(schedule), pairs, processes, checkpointing))
     micro_batch, why = _micro_batch(config, model, encoders, dtype, processes, room, sizes)
@@ -88,7 +93,7 @@ def estimate(
     if processes > 1:
         console.say(_network(config, model.trained, processes, link_gb_s))
     console.say("", *memory_lines(memory, "the GPU" if processes == 1 else f"each of {processes} GPUs"))
-    console.say(*(f"  {line}" for line in (why, chosen, shared) if line))
+    console.say(*(f"  {line}" for line in (why, shared, moved, chosen) if line))
     console.say("", *left_out, *_NOT_COUNTED)
 
 

@@ -23,7 +23,7 @@ _APART = 1.25  # of two sizes that are closer the smaller is tried: their passes
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes in a GPU's memory. stage: `always`, or rollout, decode, reward or update, which follow one another."""
+    """Bytes in a GPU's memory. stage: `always`, or texts, rollout, decode, reward or update, one after the other."""
 
     stage: str
     name: str
@@ -86,15 +86,22 @@ def memory_plan(
     A rollout that draws as many samples at once as a micro-batch has pairs runs the update's passes, which save
     activations, for log-probs of the same bits; with another rollout.batch it saves nothing. CUDA graphs keep one pool
     for rollout and update, beside which decoding and scoring need theirs. Without graphs, scoring while the next images
-    are drawn (engine.overlap) needs the rollout's beside its own.
+    are drawn (engine.overlap) needs the rollout's beside its own. With engine.offload `on`, here as good as `off` where
+    it is `auto`, VAE and encoders are there in the stages that use them.
     """
     compute, single, name = dtype.itemsize, torch.float32.itemsize, DTYPE_NAMES[dtype]
     trained, images = single * model.trained, config.prompts_per_iteration * config.group_size // processes
     samples, drawn = micro_batch * config.rollout.halves, min(images, config.rollout.batch or micro_batch)
     frozen = compute * model.unet if config.model.lora_rank else 0
     working = compute * model.trained if dtype != torch.float32 else 0
+    away, towers = offloads(config), [single * (cost.parameters - cost.text) for cost in encoders.values()]
+    read = {"text encoder, " + name: compute * model.text_encoder}
+    read |= {f"text tower of {spec}, fp32": single * cost.text for spec, cost in encoders.items()}
+    reader = max(read, key=read.__getitem__)  # they are there one at a time
+    base = model.trained if config.model.lora_rank else model.unet  # a base model shares what is frozen
     owners = processes if config.engine.shard == "optimizer" else 1
     own, part_of = -(-trained // owners), f", 1/{owners}" if owners > 1 else ""
+    averaged = config.optim.ema > 0 and not (away and owners == 1)
     saving, kept = drawn == min(images, micro_batch), "checkpointed, " if model.gradient_checkpointing else ""
     parts = [
         Memory("always", f"frozen UNet, {name}", frozen),
@@ -102,18 +109,27 @@ def memory_plan(
         Memory("always", f"working copy of what is trained, {name}", working),
         Memory("always", f"Adam's two moments, fp32{part_of}", 2 * own),
         Memory("always", "gradient, fp32", trained),
-        Memory("always", f"moving average (optim.ema), fp32{part_of}", own if config.optim.ema else 0),
-        Memory("always", f"base UNet (grpo.kl), {name}", compute * model.unet if config.kl_term else 0),
-        Memory("always", f"VAE and text encoder, {name}", compute * model.frozen),
-        *(Memory("always", f"encoder {spec}, fp32", single * cost.parameters) for spec, cost in encoders.items()),
+        Memory("always", f"moving average (optim.ema), fp32{part_of}", own if averaged else 0),
+        Memory("always", f"base UNet's own (grpo.kl), {name}", compute * base if config.kl_term else 0),
+        Memory("always", f"VAE and text encoder, {name}", 0 if away else compute * model.frozen),
+        *(
+            Memory("always", f"encoder {spec}, fp32", 0 if away else single * cost.parameters)
+            for spec, cost in encoders.items()
+        ),
         Memory("always", "trajectories and images, fp32", images * _sample_bytes(config, model)),
+        Memory("texts", reader, read[reader] if away else 0),
         _at_once(
             "rollout",
             (drawn if saving else _chunk(images, drawn)) * config.rollout.halves,
             f"UNet samples, {'as in the update' if saving else 'nothing saved'}",
             model.saving if saving else model.passing,
         ),
+        Memory("decode", f"VAE, {name}", compute * (model.frozen - model.text_encoder) if away else 0),
         _at_once("decode", min(images, config.rollout.decode_batch), "images in the VAE", model.decoding),
+        *(
+            Memory("reward", f"image tower of {spec}, fp32", tower if away else 0)
+            for spec, tower in zip(encoders, towers, strict=True)
+        ),
         *(
             _at_once("reward", min(images, config.reward.batch), f"images in {spec}", encoder.encoding)
             for spec, encoder in encoders.items()
@@ -125,13 +141,15 @@ def memory_plan(
     held, name = 0, ""
     if is_on(config.engine.graphs, planned_device(config)):
         held, name = max(sizes["rollout"], sizes["update"]), "CUDA graphs, of rollout and update"
-    elif config.engine.overlap and planned_device(config).type != "cpu":
+    elif config.engine.overlap and not away and planned_device(config).type != "cpu":
         held, name = sizes["rollout"], "the rollout that goes on meanwhile"
-    parts += [Memory(stage, name, held) for stage in ("decode", "reward") if sizes.get(stage)]
+    parts += [Memory(stage, name, held) for stage in ("texts", "decode", "reward") if sizes.get(stage)]
     return tuple(part for part in parts if part.size)
 
 
-def beside_a_pass(config: TrainConfig, model: ModelCost, encoders: Mapping[str, EncoderCost], processes: int) -> int:
+def beside_a_pass(
+    config: TrainConfig, model: ModelCost, encoders: Mapping[str, EncoderCost], dtype: torch.dtype, processes: int
+) -> int:
     """Returns the bytes to leave when a pass of the update is tried before there is anything to learn from.
 
     They are for trajectories, and beside CUDA graphs, which keep theirs, for decoding, scoring or drawing pictures.
@@ -141,8 +159,28 @@ def beside_a_pass(config: TrainConfig, model: ModelCost, encoders: Mapping[str, 
     if not is_on(config.engine.graphs, planned_device(config)):
         return trajectories
     pictures = config.rollout.decode_batch * config.rollout.halves * model.passing
-    scoring = max((min(images, config.reward.batch) * encoder.encoding for encoder in encoders.values()), default=0)
-    return trajectories + max(min(images, config.rollout.decode_batch) * model.decoding, scoring, pictures)
+    decoding = min(images, config.rollout.decode_batch) * model.decoding
+    scoring = {spec: min(images, config.reward.batch) * encoder.encoding for spec, encoder in encoders.items()}
+    if offloads(config):  # then they come for it
+        decoding += dtype.itemsize * (model.frozen - model.text_encoder)
+        for spec, cost in encoders.items():
+            scoring[spec] += torch.float32.itemsize * (cost.parameters - cost.text)
+    return trajectories + max(decoding, *scoring.values(), pictures)
+
+
+def offloads(config: TrainConfig) -> bool:
+    """Returns whether engine.offload moves something: `auto`, unless `choose_offload` was asked, does not."""
+    return config.engine.offload == "on" and planned_device(config).type != "cpu"
+
+
+def with_offload(config: TrainConfig, on: bool) -> TrainConfig:
+    """Returns the config with engine.offload decided."""
+    return replace(config, engine=replace(config.engine, offload="on" if on else "off"))
+
+
+def with_shard(config: TrainConfig, shard: Literal["none", "optimizer"]) -> TrainConfig:
+    """Returns the config with engine.shard decided."""
+    return replace(config, engine=replace(config.engine, shard=shard))
 
 
 def planned_device(config: TrainConfig) -> torch.device:
@@ -196,6 +234,35 @@ def predicted_micro_batch(
         return peak(memory_plan(config, model, encoders, dtype, processes, size))[1]
 
     return max((size for size in sizes if needed(size) <= room), default=min(sizes))
+
+
+def choose_offload(
+    config: TrainConfig,
+    count: Callable[[bool], ModelCost],
+    encoders: Mapping[str, EncoderCost],
+    dtype: torch.dtype,
+    processes: int,
+    room: int | None,
+) -> tuple[bool, str]:
+    """Decides engine.offload `auto`: on where the plan of one pair at once says that memory is short.
+
+    Asked before `choose_gradient_checkpointing`, which costs more time. Arguments and result are as there.
+    """
+    setting = config.engine.offload
+    if setting != "auto":
+        return setting == "on", f"offloading is {setting}, as engine.offload says"
+    if room is None:
+        return False, "offloading is off, as auto is on a CPU"
+    model = count(config.engine.gradient_checkpointing == "on")
+
+    def needed(on: bool) -> int:
+        return peak(memory_plan(with_offload(config, on), model, encoders, dtype, processes, 1))[1]
+
+    without, with_it = needed(False), needed(True)
+    needs = f"of {room / 1e9:.2f} GB one pair needs {without / 1e9:.2f}"
+    if without <= room:
+        return False, f"offloading is off: {needs}"
+    return True, f"offloading is on: {needs} without it, {with_it / 1e9:.2f} with it"
 
 
 def choose_gradient_checkpointing(
@@ -254,8 +321,7 @@ def choose_shard(
     pairs, model = max(config.micro_batch, 1), count(config.engine.gradient_checkpointing == "on")
 
     def needed(shard: Literal["none", "optimizer"]) -> int:
-        asked = replace(config, engine=replace(config.engine, shard=shard))
-        return peak(memory_plan(asked, model, encoders, dtype, processes, pairs))[1]
+        return peak(memory_plan(with_shard(config, shard), model, encoders, dtype, processes, pairs))[1]
 
     whole, needs = needed("none"), f"of {room / 1e9:.2f} GB {'one pair' if pairs == 1 else f'{pairs} pairs'}"
     if whole <= room:

@@ -16,6 +16,7 @@ from fastgrpo.costs.memory import (
     beside_a_pass,
     candidates,
     choose_gradient_checkpointing,
+    choose_offload,
     choose_shard,
     iteration_of,
     memory_lines,
@@ -107,7 +108,7 @@ class MicroBatchFinder:
         predicted = predicted_micro_batch(config, model, encoders, self.dtype, processes, room, candidates(work))
         predicted = int(self.ranks.agree(str(predicted)))  # room may differ by process, attention may not
         expect(predicted)
-        alone = room - beside_a_pass(config, model, encoders, processes)
+        alone = room - beside_a_pass(config, model, encoders, self.dtype, processes)
         return find_micro_batch(fits_within(run, self.device, alone), timed(run, self.device), work, predicted)
 
 
@@ -118,16 +119,46 @@ def decide_gradient_checkpointing(
 
     On CUDA `auto` asks the memory plan of one pair at once; one process that is short of memory decides for all.
     """
+    asks = config.engine.gradient_checkpointing == "auto"
+    return _decide(choose_gradient_checkpointing, "gradient checkpointing", asks, config, device, dtype, ranks)
 
-    def count(on: bool) -> ModelCost:
-        return count_model(describe(config.model), config.model, dtype, is_on(config.engine.kernels, device), on)
 
-    measured = config.engine.gradient_checkpointing == "auto" and device.type == "cuda"
+def decide_offload(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype, ranks: Ranks, record: EngineRecord
+) -> tuple[bool, str]:
+    """Returns whether what the UNet's passes do not need is kept in the host's memory, and a line that says why.
+
+    As `decide_gradient_checkpointing`; `auto` does what the run has done before on this kind of device, on a CPU never.
+    """
+    if device.type == "cpu":
+        return False, "offloading is off: a CPU's memory is the host's"
+    before = (record.settings or {}).get("engine.offload")
+    if config.engine.offload == "auto" and before and record.device == device_name(device):
+        return before == "on", f"offloading is {before}, as the run had it before"
+    return _decide(choose_offload, "offloading", config.engine.offload == "auto", config, device, dtype, ranks)
+
+
+def _decide(
+    choose: Callable[..., tuple[bool, str]],
+    what: str,
+    asks: bool,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> tuple[bool, str]:
+    """What `choose` says of the memory here, or, where one process has too little, for all. asks: whether it looks."""
+
+    def count(gradient_checkpointing: bool) -> ModelCost:
+        kernels = is_on(config.engine.kernels, device)
+        return count_model(describe(config.model), config.model, dtype, kernels, gradient_checkpointing)
+
+    measured = asks and device.type == "cuda"
     room = memory_room(device, config.engine.memory) if measured else None
     encoders = count_encoders(config.reward)[0] if measured else {}
-    on, why = choose_gradient_checkpointing(config, count, encoders, dtype, ranks.count, room)
+    on, why = choose(config, count, encoders, dtype, ranks.count, room)
     if measured and ranks.any(on) and not on:
-        return True, "gradient checkpointing is on, as another process has less memory"
+        return True, f"{what} is on, as another process has less memory"
     return on, why
 
 

@@ -68,7 +68,7 @@ class FixedPasses(Passes):
 
     @property
     def overlaps(self) -> bool:
-        return self.config.engine.overlap
+        return self._overlap
 
     def denoiser(self, embeds: Tensor, part: slice, keep_mean: bool) -> Denoise:
         count, size = len(embeds), self.chunk_size

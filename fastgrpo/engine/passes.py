@@ -131,7 +131,12 @@ class Passes:
     @property
     def overlaps(self) -> bool:
         """Whether chunks are decoded while the next ones are drawn: where they are drawn one after the other."""
-        return self.config.engine.overlap and self.policy.device.type == "cuda"
+        return self._overlap and self.policy.device.type == "cuda"
+
+    @property
+    def _overlap(self) -> bool:
+        """engine.overlap, unless VAE and encoders are away during the rollout (engine.offload)."""
+        return self.config.engine.overlap and self.config.engine.offload != "on"
 
     def begin_rollout(self) -> None:
         """Take the smallest sizes of all processes, so that the first one's record holds for all."""

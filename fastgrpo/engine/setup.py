@@ -1,6 +1,5 @@
 """From settings to an engine: what is patched, measured, compiled and captured, and in what order."""
 
-import copy
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from fastgrpo.unet.attention import AttentionPlan, AttentionShape, apply_plan, a
 from fastgrpo.unet.attention_choice import choose_backends
 from fastgrpo.unet.compilation import compile_forward, make_example
 from fastgrpo.unet.convolutions import aside, searching
-from fastgrpo.unet.copies import Network
+from fastgrpo.unet.copies import Network, base_unet
 from fastgrpo.unet.fused import patch_unet
 from fastgrpo.unet.gradient_checkpointing import checkpoint_blocks
 
@@ -50,6 +49,7 @@ def start_engine(
 ) -> Passes:
     """Make the engine that runs the passes of `trainable.network`, which is what `policy` computes with.
 
+    config: with engine.offload decided, `on` or `off`.
     record: an earlier start's, followed on the same kind of device, or an empty one; the engine keeps it up to date.
     Raises ConfigError for settings that this machine cannot do.
     """
@@ -60,7 +60,9 @@ def start_engine(
         patch_unet(network)
         _patch_vae(policy)
         GROUP_NORM.set_choices(record.group_norm or {})
-    base = copy.deepcopy(network).requires_grad_(False) if config.kl_term else None
+    if config.engine.offload == "on":
+        policy.offload()
+    base = base_unet(network) if config.kl_term else None
     _checkpoint_gradients(policy, record, config, ranks, say)
     loss = PolicyLoss(policy, schedule, config, trainable.trained, base)
     weights = trainable.optimizer.weights
@@ -137,7 +139,7 @@ def _patch_vae(policy: Policy) -> None:
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """The settings that decisions depend on and that a resumed run may change."""
-    names = ("kernels", "attention", "compile", "graphs", "reuse", "memory", "gradient_checkpointing")
+    names = ("kernels", "attention", "compile", "graphs", "reuse", "memory", "gradient_checkpointing", "offload")
     batches = {"micro_batch": config.micro_batch, "rollout.batch": config.rollout.batch}
     return batches | {f"engine.{name}": getattr(config.engine, name) for name in names}
 

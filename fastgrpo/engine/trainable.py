@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from fastgrpo.engine.host_average import HostAverage
 from fastgrpo.engine.weights import FlatAdamW, FlatWeights
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.distributed import Ranks
@@ -21,7 +22,8 @@ from fastgrpo.unet.lora import add_lora
 class Ema:
     """An exponential moving average of the trained weights: average <- decay * average + (1 - decay) * weights.
 
-    The optimizer keeps it up to date. Where processes own shares of it, all call `in_place` together.
+    The optimizer keeps it up to date, beside the weights or in the host's memory. Where processes own shares of it, all
+    call `in_place` together.
     """
 
     def __init__(self, optimizer: FlatAdamW):
@@ -35,9 +37,19 @@ class Ema:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The model computes with the averages; afterwards it has its weights back, bit for bit."""
-        assert self._weights.ema is not None
-        own = {name: parameter.data for name, parameter in self._weights.parameters.items()}
-        self._put(self._weights.views(self._weights.joined(self._weights.ema)))
+        weights, host = self._weights, self._optimizer.average
+        if host is not None:
+            host.exchange(weights.values)
+            weights.refresh()
+            try:
+                yield
+            finally:
+                host.exchange(weights.values)
+                weights.refresh()
+            return
+        assert weights.ema is not None
+        own = {name: parameter.data for name, parameter in weights.parameters.items()}
+        self._put(weights.views(weights.joined(weights.ema)))
         try:
             yield
         finally:
@@ -45,8 +57,10 @@ class Ema:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take averages over, by the parameters' names. Raises KeyError or RuntimeError for other names or shapes."""
-        assert self._weights.ema is not None
-        self._weights.fill_own(self._weights.ema, tensors)
+        host, share = self._optimizer.average, self._weights.ema
+        own = share if host is None else host.values
+        assert own is not None
+        self._weights.fill_own(own, tensors)
 
     def _put(self, tensors: Mapping[str, Tensor]) -> None:
         for name, parameter in self._weights.parameters.items():
@@ -123,17 +137,20 @@ def make_trainable(
 ) -> Trainable:
     """Adapters on `unet` where the config has them, and everything else that training moves. Raises ConfigError.
 
-    dtype: what the UNet computes in; with adapters its frozen weights are held in it. ranks: the processes that train
-    together; with engine.shard `optimizer` each owns a share of the optimizer's state, with any other all of it.
+    config: with engine.shard and engine.offload decided. dtype: what the UNet computes in; with adapters its frozen
+    weights are held in it. ranks: the processes that train together; with engine.shard `optimizer` each owns a share of
+    the optimizer's state, with any other all of it.
     """
     if config.model.lora_rank:
         add_lora(unet, config.model, seed_for(config.seed, 0, "adapters"), dtype)
     parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
     optim = config.optim
     owners = ranks if config.engine.shard == "optimizer" else Ranks()
-    weights = FlatWeights(parameters, optim.ema > 0, owners)
+    away = optim.ema > 0 and config.engine.offload == "on" and owners.count == 1  # a share is small
+    weights = FlatWeights(parameters, optim.ema > 0 and not away, owners)
+    host = HostAverage(weights.values, optim.ema) if away else None
     betas = optim.beta1, optim.beta2
-    optimizer = FlatAdamW(weights, optim.lr, betas, optim.eps, optim.weight_decay, ema_decay=optim.ema)
+    optimizer = FlatAdamW(weights, optim.lr, betas, optim.eps, optim.weight_decay, optim.ema, host)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     scaler.scale(torch.zeros(1, device=device))  # makes its state, which it otherwise does at the first loss
     working = None if dtype == torch.float32 else weights.working_copy(dtype)

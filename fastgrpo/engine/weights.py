@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgrpo.engine.host_average import HostAverage
 from fastgrpo.kernels.accumulate import ALIGNMENT, accumulate
 from fastgrpo.kernels.fused_adamw import clip_coefficient, fused_adamw, global_norm
 from fastgrpo.system.distributed import Ranks
@@ -213,9 +214,10 @@ class FlatAdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         ema_decay: float = 0.0,
+        average: HostAverage | None = None,
     ):
-        """ema_decay: of `weights.ema`, if there is one."""
-        self.weights = weights
+        """ema_decay: of `weights.ema`, if there is one. average: kept up to date in its stead; never of shares."""
+        self.weights, self.average = weights, average
         # GradScaler looks for what is not finite in these gradients. In those of shares every process would find
         # something else; the norm, which all know, shows the same.
         self._shown = torch.nn.Parameter(torch.zeros_like(weights.values[:1])) if weights.sharded else None
@@ -250,6 +252,8 @@ class FlatAdamW:
         state = weights.own(weights.values), self.exp_avg, self.exp_avg_sq, gradient, self.step_count, self._lr
         working = None if weights.working is None or weights.sharded else weights.working
         fused_adamw(*state, scale=scale, found_inf=found_inf, working=working, ema=weights.ema, **self._options)
+        if self.average is not None:
+            self.average.follow(weights.values, found_inf)
         if weights.sharded:
             weights.owners.join_shares_(weights.values)
             if weights.working is not None:
@@ -301,7 +305,8 @@ class FlatAdamW:
             if not self._gathered:
                 raise RuntimeError(f"this process has a share of {key} only: the first one has all after `gather`")
             return self._gathered[key]
-        buffers = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "ema": self.weights.ema}
+        average = self.weights.ema if self.average is None else self.average.values
+        buffers = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "ema": average}
         buffer = buffers[key]
         return {} if buffer is None else self.weights.views(buffer)
 

@@ -27,6 +27,10 @@ class HeldOutReward:
         except ConfigError as error:
             raise error.about("eval.encoder") from error
 
+    def offload(self) -> None:
+        """Keep the encoder in the host's memory while it is not used. On a CPU nothing is moved."""
+        self._reward.offload()
+
     @property
     def encoder(self) -> SharedEncoder | None:
         """That of eval.encoder."""

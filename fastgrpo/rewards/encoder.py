@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastgrpo.rewards.encoder_files import image_sides, load_open_clip
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.memory import halve_until_it_fits
+from fastgrpo.system.offload import offload, resident
 from fastgrpo.system.pulse import PULSE
 
 TF32_TOLERANCE = 2**-8
@@ -81,7 +82,8 @@ class OpenClipEncoder:
         One text per forward pass: matrix products of different sizes round differently, and a text's vector must not
         depend on which others it came with, or a resumed run would not repeat an undisturbed one bit for bit.
         """
-        return torch.cat([self._unit(self.model.encode_text(self.tokenizer([t]).to(self.device))) for t in texts])
+        with resident(self.model):
+            return torch.cat([self._unit(self.model.encode_text(self.tokenizer([t]).to(self.device))) for t in texts])
 
     @torch.no_grad()
     def encode_image(self, images: Tensor, batch: int = 256) -> Tensor:
@@ -99,10 +101,19 @@ class OpenClipEncoder:
             return torch.cat(features)
 
         wanted = min(batch, self._fitting or batch, max(len(images), 1))
-        features, fitted = halve_until_it_fits(encoded, wanted, "images are encoded")
+        with resident(self.model.visual):
+            features, fitted = halve_until_it_fits(encoded, wanted, "images are encoded")
         if fitted < wanted:
             self._fitting = fitted
         return features
+
+    def offload(self) -> None:
+        """Keep each tower in the host's memory while it is not used. On a CPU nothing is moved."""
+        image = self.model.visual
+        weights = {id(tensor): tensor for tensor in (*image.parameters(), *image.buffers())}
+        offload(weights.values(), image, self.device)
+        every = (*self.model.parameters(), *self.model.buffers())
+        offload([tensor for tensor in every if id(tensor) not in weights], self.model, self.device)
 
     @staticmethod
     def _unit(features: Tensor) -> Tensor:
@@ -152,9 +163,9 @@ class SharedEncoder:
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """[N, E] float32 unit vectors, as `OpenClipEncoder.encode_text`."""
-        for text in texts:
-            if text not in self._text:
-                self._text[text] = self.encoder.encode_text([text])[0]
+        new = [text for text in dict.fromkeys(texts) if text not in self._text]
+        if new:  # together, so that an encoder that is elsewhere comes once
+            self._text |= zip(new, self.encoder.encode_text(new), strict=True)
         return torch.stack([self._text[text] for text in texts])
 
     def encode_image(self, images: Tensor, batch: int) -> Tensor:
@@ -193,6 +204,11 @@ class Encoders:
     def first(self) -> SharedEncoder | None:
         """The one that was asked for first; None where none was."""
         return next(iter(self._loaded.values()), None)
+
+    def offload(self) -> None:
+        """Keep them in the host's memory while they are not used. On a CPU nothing is moved."""
+        for encoder in self._loaded.values():
+            encoder.encoder.offload()
 
     def forget_images(self) -> None:
         """Let go of the images that were scored last."""

@@ -53,6 +53,10 @@ class WeightedReward:
         """The encoders' models, each by the field of the settings that names it."""
         return self._encoders.models
 
+    def offload(self) -> None:
+        """Keep the encoders in the host's memory while they are not used. On a CPU nothing is moved."""
+        self._encoders.offload()
+
     @property
     def encoder(self) -> SharedEncoder | None:
         """What sees the images: the encoder of `steering`, else of the first term that has one, else None."""

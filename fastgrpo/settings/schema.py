@@ -251,6 +251,10 @@ class EngineConfig:
     """What several processes share out instead of each holding all of it: `optimizer` is AdamW's moments and the moving
     average (ZeRO-1), the same weights but for the order of sums. `auto`: on CUDA, where the memory plan of one
     micro-batch does not fit into engine.memory without."""
+    offload: Literal["auto", "on", "off"] = "auto"
+    """Keep what the UNet's passes do not need in the host's memory while it is unused: VAE, text encoder, the encoders
+    of reward and eval.encoder, and optim.ema's average. Pictures are then decoded and scored after the rollout, not
+    beside it. `auto`: on CUDA, where one pair would not fit into engine.memory without."""
     memory: float = 0.92
     """Share of the GPU's memory that a micro-batch found by measurement (micro_batch 0) may fill."""
     stuck_after: float = 120.0

@@ -30,3 +30,14 @@ def computing_unet(
             value = parameter.detach().to(dtype)
         replaced[id(parameter)] = parameter if value is None else nn.Parameter(value, parameter.requires_grad)
     return copy.deepcopy(unet, replaced)
+
+
+def base_unet(network: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Returns the UNet that `network` is now, and stays: frozen, with modules of its own.
+
+    Weights that are not trained are shared: beside adapters it costs a copy of these. Without, it is as large as
+    `network`, in the same dtype.
+    """
+    shared = {id(parameter): parameter for parameter in network.parameters() if not parameter.requires_grad}
+    shared |= {id(buffer): buffer for buffer in network.buffers()}
+    return copy.deepcopy(network, shared).requires_grad_(False)

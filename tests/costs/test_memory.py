@@ -14,11 +14,13 @@ from fastgrpo.costs.memory import (
     beside_a_pass,
     candidates,
     choose_gradient_checkpointing,
+    choose_offload,
     iteration_of,
     memory_lines,
     memory_plan,
     peak,
     predicted_micro_batch,
+    with_offload,
 )
 from fastgrpo.engine.batch_size import (
     choose_size,
@@ -88,7 +90,7 @@ def test_what_options_hold():
     assert large["rollout: 80 UNet samples, as in the update"] == 80 * 1013
     ema = sizes_of(replace(R1, optim=replace(R1.optim, ema=0.99)))
     assert ema == {**plain, "always: moving average (optim.ema), fp32": 4 * 10007}
-    assert sizes_of(grpo(kl=0.1)) == {**plain, "always: base UNet (grpo.kl), bf16": 2 * 10007}
+    assert sizes_of(grpo(kl=0.1)) == {**plain, "always: base UNet's own (grpo.kl), bf16": 2 * 10007}
     # With many samples the base model's pass, while all activations are there, needs more than the backward pass.
     assert sizes_of(grpo(kl=0.1), micro_batch=40)["update: 80 samples in the base UNet"] == 80 * 211
     name, means = "always: trajectories and images, fp32", 64 * 50 * 4 * 64 * 64 * 4
@@ -121,6 +123,70 @@ def test_lora_holds_moments_and_gradients_of_adapters_only():
     assert memory["always: Adam's two moments, fp32"] == 8 * 97
 
 
+def test_beside_adapters_the_base_model_is_a_copy_of_them():
+    config = replace(grpo(kl=0.1), model=replace(R1.model, lora_rank=4))
+    memory = sizes_of(config, replace(MODEL, trained=97))
+    assert memory["always: base UNet's own (grpo.kl), bf16"] == 2 * 97
+
+
+def test_offloaded_parts_are_there_in_the_stages_that_use_them():
+    config = replace(R1, optim=replace(R1.optim, ema=0.99))
+    here, away = sizes_of(with_offload(config, False)), sizes_of(with_offload(config, True))
+    left = {
+        "always: VAE and text encoder, bf16": 2 * 5003,
+        "always: encoder hpsv2, fp32": 4 * 3001,
+        "always: moving average (optim.ema), fp32": 4 * 10007,
+    }
+    kept = 20_011 + 8 * 13  # by CUDA graphs
+    came = {
+        "texts: text tower of hpsv2, fp32": 4 * 1201,  # more than the text encoder's 2 * 2003, and not beside it
+        "decode: VAE, bf16": 2 * (5003 - 2003),
+        "reward: image tower of hpsv2, fp32": 4 * (3001 - 1201),
+        "texts: CUDA graphs, of rollout and update": kept,
+    }
+    assert away == {name: size for name, size in here.items() if name not in left} | came
+    assert set(left) <= set(here)
+    # A CPU's memory is the host's; and what is not decided yet is not done.
+    cpu = replace(config, engine=replace(config.engine, device="cpu"))
+    assert sizes_of(with_offload(cpu, True)) == sizes_of(with_offload(cpu, False))
+    assert sizes_of(config) == here
+
+
+def test_offloading_leaves_no_scoring_beside_the_rollout():
+    config = replace(R1, engine=replace(R1.engine, graphs="off"))
+    assert "reward: the rollout that goes on meanwhile" in sizes_of(config)
+    assert "reward: the rollout that goes on meanwhile" not in sizes_of(with_offload(config, True))
+
+
+def test_what_comes_for_decoding_and_scoring_is_left_room_beside_graphs():
+    config = with_offload(R1, True)
+    trajectories = 512 * 4 * (51 * 4 * 64 * 64 + 50 + 3 * 512 * 512)
+    scoring = 256 * 601 + 4 * (3001 - 1201)
+    assert beside_a_pass(config, MODEL, ENCODERS, torch.bfloat16, 1) == trajectories + scoring
+    many = replace(
+        config, rollout=replace(R1.rollout, guidance=1.0, decode_batch=500), reward=replace(R1.reward, batch=1)
+    )
+    decoding = 500 * 401 + 2 * (5003 - 2003)
+    assert beside_a_pass(many, MODEL, ENCODERS, torch.bfloat16, 1) == trajectories + decoding
+
+
+def test_auto_offloads_where_one_pair_would_not_fit():
+    def chosen_offload(room: int | None, config: TrainConfig = R1) -> tuple[bool, str]:
+        return choose_offload(config, {False: MODEL, True: AGAIN}.__getitem__, ENCODERS, torch.bfloat16, 8, room)
+
+    without, with_it = (peak(plan(with_offload(R1, on), micro_batch=1))[1] for on in (False, True))
+    # In both, most is needed for scoring: without, beside VAE, text encoder and the text tower.
+    assert without - with_it == 2 * 5003 + 4 * 1201
+    assert [chosen_offload(room)[0] for room in (without, without - 1, 0)] == [False, True, True]
+    assert chosen_offload(None) == (False, "offloading is off, as auto is on a CPU")
+    for on, setting in ((True, "on"), (False, "off")):
+        expected = on, f"offloading is {setting}, as engine.offload says"
+        assert chosen_offload(0, with_offload(R1, on)) == expected
+    # Where blocks are computed again in any case, that is counted.
+    again = peak(plan(with_setting("on"), AGAIN, micro_batch=1))[1]
+    assert [chosen_offload(room, with_setting("on"))[0] for room in (again, again - 1)] == [False, True]
+
+
 def test_peak_is_of_one_stage_at_a_time():
     always = 18 * 10007 + 2 * 5003 + 4 * 3001
     always += 512 * 4 * (51 * 4 * 64 * 64 + 50 + 3 * 512 * 512)  # 8 GPUs' trajectories on one
@@ -138,7 +204,7 @@ def test_what_graphs_keep_is_not_there_for_decoding_and_scoring():
     """A pass that is tried alone must leave room for them: together they are the plan's peak."""
     always = 18 * 10007 + 2 * 5003 + 4 * 3001
     for config in (R1, replace(R1, rollout=replace(R1.rollout, decode_batch=400))):
-        beside = beside_a_pass(config, MODEL, ENCODERS, 1)
+        beside = beside_a_pass(config, MODEL, ENCODERS, torch.bfloat16, 1)
         a_pass = 7 + 512 * 1021
         decoding, pictures = (config.rollout.decode_batch * cost for cost in (401, 2 * 211))
         trajectories = 512 * 4 * (51 * 4 * 64 * 64 + 50 + 3 * 512 * 512)
@@ -146,7 +212,7 @@ def test_what_graphs_keep_is_not_there_for_decoding_and_scoring():
         most = peak(plan(config, processes=1, micro_batch=256))[1]
         assert most == always + a_pass + trajectories + max(decoding, 256 * 601) <= always + a_pass + beside
     off = replace(R1, engine=replace(R1.engine, graphs="off"))
-    assert beside_a_pass(off, MODEL, ENCODERS, 1) == trajectories
+    assert beside_a_pass(off, MODEL, ENCODERS, torch.bfloat16, 1) == trajectories
 
 
 def test_lines_say_every_part_and_the_peak():

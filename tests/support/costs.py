@@ -9,6 +9,7 @@ MODEL = ModelCost(
     unet=10007,
     trained=10007,
     frozen=5003,
+    text_encoder=2003,
     latent_shape=(4, 64, 64),
     image_shape=(3, 512, 512),
     forward=101,
@@ -20,4 +21,4 @@ MODEL = ModelCost(
     passing=211,
     decoding=401,
 )
-ENCODERS = {"hpsv2": EncoderCost(parameters=3001, image=701, encoding=601)}
+ENCODERS = {"hpsv2": EncoderCost(parameters=3001, text=1201, image=701, encoding=601)}

@@ -3,7 +3,7 @@
     iter-000012-step-03-gradient.json   an optimizer step: what is known of the first pair that is to blame
     iter-000012-reward-0.json           a reward of process 0: its message and prompt
 
-each with the tensors beside it, .safetensors: the latents, the prompt's embedding and the image of the pair, or the image.
+each with tensors beside it, .safetensors: the latents, the prompt's embedding and the image of the pair, or the image.
 """
 
 import json

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from fastgrpo.engine.not_finite import NotFinite, spoil
 from fastgrpo.grpo.loss import PairResults, PolicyLoss
-from fastgrpo.grpo.pairs import Pairs
 from fastgrpo.rewards.reward import WeightedReward
 from fastgrpo.rewards.terms import BrokenReward, Term
 from fastgrpo.run.left_out import LeftOut
@@ -22,7 +21,7 @@ from fastgrpo.system.distributed import Ranks
 from fastgrpo.types import POSITIVE, Prompt, Rewards, UpdateStats
 from support import spoilt
 from support.processes import Ended, together
-from support.update import CONFIG, GROUP, PROMPTS, REWARDS, STEPS, Scene
+from support.update import CONFIG, GROUP, REWARDS, STEPS, Scene
 
 SKIP = replace(CONFIG, engine=replace(CONFIG.engine, not_finite="skip"), updates_per_iteration=2)
 ONE = Ranks()
@@ -52,8 +51,8 @@ def test_the_pair_that_is_to_blame_is_named_and_kept(scene: Scene, kind: str, mi
     prompt = [each.text for each in scene.prompts.prompts].index(record["prompt"])
     assert error.own
     assert error.message == (
-        f"iteration 4, optimizer step 1: the {kind} of sample 3 of 3 of prompt {record['prompt']!r} at denoising step 2 "
-        "is not finite"
+        f"iteration 4, optimizer step 1: the {kind} of sample 3 of 3 of prompt {record['prompt']!r} at denoising step "
+        "2 is not finite"
     )
     assert (record["kind"], record["sample"], record["denoising_step"]) == (kind, spoilt.SLOT + 1, spoilt.STEP + 1)
     assert record["timestep"] == scene.schedule.timesteps[spoilt.STEP]
@@ -161,15 +160,13 @@ def test_a_row_of_iterations_ends_it_and_a_good_one_begins_it_anew() -> None:
     for whole in (bad, bad, good, bad, bad):
         counted = left_out.counted(1, [], whole, none)
         assert counted == {"skip/groups": float(whole is bad), "skip/steps": 0.0}
-    with pytest.raises(FloatingPointError, match="^3 iterations in a row had rewards, losses or gradients that"):
+    with pytest.raises(FloatingPointError, match=r"^3 iterations in a row had rewards, losses or gradients that"):
         left_out.counted(1, [], good, UpdateStats({}, left_out=(NotFinite("", {}, {}, own=False),)))
     assert LeftOut(CONFIG, ONE).counted(1, [], good, none) == {}
 
 
 def test_rewards_are_whole_where_all_of_a_group_are_finite() -> None:
     assert Rewards(torch.tensor([[1.0, 2.0], [torch.inf, 0.0]]), {}).whole.tolist() == [True, False]
-    assert PROMPTS == len(REWARDS)
-    assert len(Pairs(torch.zeros(0), torch.zeros(0))) == 0
 
 
 def said(both: list[Ended]) -> list[str]:
@@ -195,9 +192,9 @@ def test_two_processes_agree(config_file: Path, tmp_path: Path) -> None:
     assert all(value is not None for row in rows for value in row.values()), rows
     lines = said(both)
     assert re.fullmatch(
-        r"warning: iteration 2: reward term 'steering' returned inf for an image of prompt .*, and no finite number for "
-        rf"1 of 3 images; what is known is in {run}/not_finite/iter-000002-reward-1\.json and the \.safetensors file "
-        r"beside it; its group is left out\.",
+        r"warning: iteration 2: reward term 'steering' returned inf for an image of prompt .*, and no finite number "
+        rf"for 1 of 3 images; what is known is in {run}/not_finite/iter-000002-reward-1\.json and the \.safetensors "
+        r"file beside it; its group is left out\.",
         lines[1] if "iteration 2" in lines[1] else lines[0],
     ), lines
     last = f"3 iterations in a row had rewards, losses or gradients that are not finite; {run / 'not_finite'} has more"
@@ -216,8 +213,8 @@ def test_two_processes_agree(config_file: Path, tmp_path: Path) -> None:
     assert [each.returncode for each in both] == [1, 1], both
     (line,) = said(both)
     assert re.fullmatch(
-        r"iteration 2, optimizer step \d: the gradient of sample 3 of 3 of prompt .* at denoising step 2 is not finite; "
-        rf"what is known is in {run}/not_finite/iter-000002-step-0\d-gradient\.json and the \.safetensors file beside "
-        rf"it; the newest checkpoint is {run / 'checkpoints' / 'iter-000001'}\.",
+        r"iteration 2, optimizer step \d: the gradient of sample 3 of 3 of prompt .* at denoising step 2 is not "
+        rf"finite; what is known is in {run}/not_finite/iter-000002-step-0\d-gradient\.json and the \.safetensors "
+        rf"file beside it; the newest checkpoint is {run / 'checkpoints' / 'iter-000001'}\.",
         line,
     ), line

@@ -1,7 +1,7 @@
 """A training that is killed at random moments: python -m support.killed SEED KILLS MARKS LOG ARGUMENTS.
 
-Each of its first KILLS starts by torchrun has one process killed, of which SEED decides: after fewer than MARKS pieces
-of work, or while it loads. LOG gets a line, WHAT RANK SECONDS, for every start and kill, and `marks RANK COUNT` of the
+Each of its first KILLS starts has one process killed, of which SEED decides: in one of the first MARKS pieces of work,
+or while it loads. LOG gets a line, WHAT RANK SECONDS, for every start and kill, and `marks RANK COUNT` of the
 work that a process has come to the end of.
 """
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
 
     chance = random.Random(f"{seed} {restart}")
     victim, moment, delay = chance.randrange(count), chance.randrange(-int(most) // 8, int(most)), chance.random()
-    done, mark = 0, PULSE.mark
+    done, mark, begin = 0, PULSE.mark, PULSE.restart
 
     def kill() -> None:
         _note(log, "kill", rank, time.time())
@@ -40,10 +40,13 @@ def main(argv: Sequence[str]) -> int:
             threading.Timer(delay / 20, kill).start()  # not only between two pieces of work, but within one
         mark()
 
+    def begun() -> None:
+        begin()
+        if doomed and moment <= 0:
+            threading.Timer(0.3 + delay, kill).start()  # once the others know of this process
+
     doomed = restart < int(kills) and rank == victim
-    if doomed and moment <= 0:
-        threading.Timer(delay, kill).start()
-    PULSE.mark = counted  # type: ignore[method-assign]
+    PULSE.mark, PULSE.restart = counted, begun  # type: ignore[method-assign]
     code = train.main(rest)
     _note(log, "marks", rank, done)
     return code

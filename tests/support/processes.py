@@ -60,17 +60,18 @@ class Ended:
     stderr: str
 
 
-def together(processes: int, *argv: str, main: Main = train.main, agent: bool = True) -> list[Ended]:
+def together(processes: int, *argv: str, main: Main = train.main, agent: bool = True, restart: int = 0) -> list[Ended]:
     """Run a command in several processes that are told of each other as by torchrun, or as by other launchers.
 
     agent: as torchrun's does, the caller hosts the store that they meet through; else the first process does. Nobody
-    ends the others when one fails, as torchrun would.
+    ends the others when one fails, as torchrun would. restart: how often torchrun has started them again before.
     """
     with TemporaryDirectory() as told:
         meeting = ENVIRONMENT | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
         if agent:
             store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
             meeting |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_RUN_ID": "none"}
+            meeting |= {"TORCHELASTIC_RESTART_COUNT": str(restart)}
             meeting |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
         else:
             meeting |= {"MASTER_PORT": str(free_port())}

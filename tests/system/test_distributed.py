@@ -28,7 +28,7 @@ def test_two_processes_compute_what_one_computes_and_resume_exactly(config_file:
     assert train.main([*options, "--run", str(one)]) == 0
     first_one, other = together(2, *options, "--run-folder", str(two))
     assert (first_one.returncode, other.returncode) == (0, 0), (first_one, other)
-    assert len(re.findall(r"^1/2 ", first_one.stdout, flags=re.MULTILINE)) == 1
+    assert len(re.findall(r"^1/2  ", first_one.stdout, flags=re.MULTILINE)) == 1
     assert other.stdout == "", "the first process alone speaks"
 
     first, second = (read_metrics(run / "metrics.jsonl") for run in (one, two))

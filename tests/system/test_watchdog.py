@@ -16,14 +16,14 @@ from fastgrpo.system.watchdog import Beat, Sign, judge, watching
 from support import signalled
 from support.processes import Ended, together
 
-WEIGHTS = "checkpoints/iter-000006/unet/diffusion_pytorch_model.safetensors"
-MOMENTS = "checkpoints/iter-000006/trainer/optimizer.safetensors"
+WEIGHTS = "checkpoints/iter-000007/unet/diffusion_pytorch_model.safetensors"
+MOMENTS = "checkpoints/iter-000007/trainer/optimizer.safetensors"
 
 
 @pytest.fixture(scope="module")
 def options(config_file: Path) -> list[str]:
-    """Of a run of six iterations, each of which is saved."""
-    flags = ["--iterations", "6", "--engine.threads", "1", "--checkpoint.every", "1", "--checkpoint.keep", "0"]
+    """Of a run of seven iterations, each of which is saved."""
+    flags = ["--iterations", "7", "--engine.threads", "1", "--checkpoint.every", "1", "--checkpoint.keep", "0"]
     return [str(config_file), *flags, "--eval.every", "0", "--guard.action", "off"]
 
 
@@ -173,11 +173,15 @@ def test_a_dead_host_of_the_store_ends_the_job_with_one_line(options: list[str],
 def test_sigterm_to_any_process_in_any_phase_saves_and_ends_all(
     options: list[str], undisturbed: Path, tmp_path: Path, faults: int
 ) -> None:
-    """With --faults in all phases. Each start goes on where the one before has saved."""
+    """With --faults in all phases. Each start goes on where the one before has saved.
+
+    A signal that comes while a checkpoint is written finds its iteration finished: the next one is the last.
+    """
     run = tmp_path / "run"
-    phases = ["1:1:reward", "0:2:checkpoint"] + (["0:3:rollout", "1:4:update", "0:5:evaluation"] if faults else [])
+    phases = {"1:1:reward": 1, "0:2:checkpoint": 3}
+    phases |= {"0:4:rollout": 4, "0:5:evaluation": 5, "1:6:update": 6} if faults else {}
     start = [*options, "--run-folder", str(run), "--eval.every", "5"]
-    for finished, phase in enumerate(phases, 1):
+    for phase, finished in phases.items():
         both = together(2, f"{phase}:SIGTERM", *start, main=signalled.main)
         start = ["--resume", str(run)]
         assert [each.returncode for each in both] == [143, 143], (phase, both)

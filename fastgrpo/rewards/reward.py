@@ -154,10 +154,10 @@ def _checked(
             f"reward term {term.name!r} returned {values[first].item()} for an image of prompt "
             f"{quoted(prompts[first].text)}, and no finite number for {len(broken)} of {count} images"
         )
-        error = BrokenReward(message, prompts[first], images[first])
+        broken_reward = BrokenReward(message, prompts[first], images[first])
         if taken is None:
-            raise error
-        taken.append(error)
+            raise broken_reward
+        taken.append(broken_reward)
         values.masked_fill_(~values.isfinite(), torch.nan)
     return values
 

@@ -114,7 +114,8 @@ class LeftOut:
         """End the training on all processes, which call this together: one of them speaks."""
         if self._ranks.count == 1:
             raise FloatingPointError(sentence) from error
+        kept = self._ranks.agree(PULSE.kept)  # the first process writes checkpoints, and knows of the newest
         if speaker == self._ranks.index:
-            complain(f"{sentence}; {PULSE.kept}")
+            complain(f"{sentence}; {kept}")
         self._ranks.agree("it is said")  # or torchrun might end the speaker as soon as another has ended
         raise OthersEnded(sentence) from error

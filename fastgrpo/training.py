@@ -15,6 +15,7 @@ from fastgrpo.engine.record import EngineRecord
 from fastgrpo.evaluation.during_training import Subject, TrainingEvaluation
 from fastgrpo.prompts import embed
 from fastgrpo.rewards.steering import reward_metrics
+from fastgrpo.rewards.terms import BrokenReward
 from fastgrpo.rollout import rollout
 from fastgrpo.run import checkpoint
 from fastgrpo.run.checkpoint import TrainerState, library_versions
@@ -22,6 +23,7 @@ from fastgrpo.run.failures import explain, kept
 from fastgrpo.run.folder import StopSignal, claim, new_folder
 from fastgrpo.run.inputs import input_digests
 from fastgrpo.run.introduction import differences, introduce
+from fastgrpo.run.left_out import LeftOut
 from fastgrpo.run.metrics import Stopwatch
 from fastgrpo.run.recorder import RunRecorder
 from fastgrpo.settings.schema import TrainConfig
@@ -90,12 +92,12 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
         checkpoint.load(newest, training.trainable)
     memory_peak(training.policy.device)  # what the start needed does not count
 
-    finished, stopped = start.iteration, False
+    finished, stopped, left_out = start.iteration, False, LeftOut(config, training.ranks, run)
     stop.begin_iterations()
     while finished < config.iterations and not stopped:
         PULSE.begin(finished + 1)
         with profiled(run, ranks.first and finished + 1 == config.engine.profile):
-            values = iterate(training, finished + 1, console)
+            values = iterate(training, finished + 1, console, left_out)
         finished += 1
         with PULSE.patiently():
             found = evaluation.of(finished)
@@ -118,8 +120,13 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
     return 0 if finished == config.iterations else stop.exit_code
 
 
-def iterate(training: Training, iteration: int, console: Console) -> dict[str, float]:
-    """Iteration number `iteration` (from 1), top to bottom. Returns its metrics."""
+def iterate(training: Training, iteration: int, console: Console, left_out: LeftOut | None = None) -> dict[str, float]:
+    """Iteration number `iteration` (from 1), top to bottom. Returns its metrics.
+
+    left_out: keeps what was not finite; without it that is forgotten. Raises FloatingPointError, or OthersEnded where
+    that was said, for what is not finite and not to be left out.
+    """
+    left_out = left_out or LeftOut(training.config, training.ranks)
     config, policy, engine = training.config, training.policy, training.engine
     watch = Stopwatch(policy.device)
     drawing = generator_for(config.seed, iteration, "rollout", policy.device)
@@ -133,26 +140,35 @@ def iterate(training: Training, iteration: int, console: Console) -> dict[str, f
         trajectory = rollout(engine, prompts, drawing, scores.add, bar.reach)
     with watch("reward"), console.bar("reward"):
         rewards = scores.rewards(trajectory.images)
-    with watch("update"), console.bar("update") as bar:
+    with left_out.explained(), watch("update"), console.bar("update") as bar:
         stats = update(engine, prompts, trajectory, rewards, iteration, dealing, bar.reach)
 
-    negative = torch.tensor([prompt.label == NEGATIVE for prompt in chosen])
-    images = rewards.total.numel()
-    values = reward_metrics(rewards, negative) | stats.values | watch.metrics(images)
+    images, whole = rewards.total.numel(), rewards.whole.cpu()
+    values = left_out.counted(iteration, scores.broken, whole, stats) | stats.values | watch.metrics(images)
+    if not whole.all():
+        rewards = rewards.only(whole.to(rewards.total.device))
+        chosen = tuple(prompt for prompt, there in zip(chosen, whole.tolist(), strict=True) if there)
+    negative = torch.tensor([prompt.label == NEGATIVE for prompt in chosen], dtype=torch.bool)
+    values |= reward_metrics(rewards, negative) if chosen else {}
     if training.accounting:
         drawn = rollout_rows(config, len(trajectory.images), scores.early)
         rows = {"rollout": drawn, "update": update_rows(config, stats)}
         values |= training.accounting.metrics(rows, watch.seconds, images) | memory_peak(policy.device)
-    return values | used | training.guard.end(iteration, chosen, rewards, stats)
+    return values | used | (training.guard.end(iteration, chosen, rewards, stats) if chosen else {})
 
 
 class _Scores:
-    """Collects the scores of an iteration's images, group by group. early: whether some came during the rollout."""
+    """Collects the scores of an iteration's images, group by group.
+
+    early: whether some came during the rollout. broken: this process's scores that were not finite, where the groups
+    that have one are to be left out.
+    """
 
     def __init__(self, training: Training, prompts: PromptBatch):
         self._training, self._prompts = training, prompts
         self._scored: list[dict[str, Tensor]] = []
         self.early = False
+        self.broken: list[BrokenReward] = []
 
     def add(self, part: slice, images: Tensor) -> None:
         """Score all images of these prompts, while the rollout goes on."""
@@ -169,8 +185,10 @@ class _Scores:
         )
 
     def _score(self, part: slice, images: Tensor) -> None:
-        size = self._training.config.group_size
-        self._scored.append(self._training.reward.score(images, self._prompts.prompts[part], size))
+        config = self._training.config
+        broken = self.broken if config.engine.not_finite == "skip" else None
+        prompts = self._prompts.prompts[part]
+        self._scored.append(self._training.reward.score(images, prompts, config.group_size, broken))
 
 
 def _subject(training: Training) -> Subject:

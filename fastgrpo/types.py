@@ -76,11 +76,23 @@ class Rewards:
 
     total: [P, G] float32, for the advantage. parts: named [P, G] float32 tensors that explain it, not all summands.
     features: [P, G, D] float32 unit vectors of the images, where a term of the reward has an encoder.
+
+    A group with a NaN in `total` is left out of all that comes after; there is none unless engine.not_finite is `skip`.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
     features: Tensor | None = None
+
+    @property
+    def whole(self) -> Tensor:
+        """[P] bool: the groups that are not left out."""
+        return self.total.isfinite().all(dim=1)
+
+    def only(self, groups: Tensor) -> Rewards:
+        """Those of some groups, [P] bool."""
+        features = None if self.features is None else self.features[groups]
+        return Rewards(self.total[groups], {name: part[groups] for name, part in self.parts.items()}, features)
 
 
 @dataclass(frozen=True)
@@ -89,11 +101,13 @@ class UpdateStats:
 
     values: metric name -> number, named as in metrics.jsonl (ratio/..., clip/..., advantage/..., kl/..., grad/...).
     forward, forward_backward: this process's pairs that went through the UNet one way only, and both ways.
+    left_out: why optimizer steps were left out whose loss or gradient was not finite; on all processes equally many.
     """
 
     values: dict[str, float]
     forward: int = 0
     forward_backward: int = 0
+    left_out: tuple[FloatingPointError, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from fastgrpo.engine import not_finite
+from fastgrpo.engine.not_finite import NotFinite
 from fastgrpo.engine.old_policy import OldPolicy
 from fastgrpo.engine.passes import Passes
 from fastgrpo.grpo.advantages import advantages, learned_from
@@ -36,8 +38,7 @@ class _Statistics:
     forward: int = 0
     forward_backward: int = 0
 
-    def add(self, results: Sequence[PairResults], forward: int = 0) -> None:
-        self.forward += forward
+    def add(self, results: Sequence[PairResults]) -> None:
         for each in results:
             self.ratio.append(each.ratio)
             self.clipped.append(each.clipped)
@@ -67,24 +68,30 @@ def update(
     A step's loss is the mean over all the pairs dealt to it; pairs of flat groups count but are only computed with a KL
     term. Gradients of micro-batches are summed, so their size changes nothing but rounding.
     Every process learns from as many pairs of a step, or one more: what it does not draw itself it is sent before.
+    A step whose loss or gradient is not finite changes nothing, and ends the update unless engine.not_finite is `skip`.
+    Groups that the rewards leave out are not dealt; where a std is of all groups they count as flat.
     prompts, trajectory: this process's share. rewards: of all processes' prompts. iteration: from 1.
     generator: on the CPU, in the same state on all processes; deals the pairs. progress: called with how many of this
     process's pairs are done, and of how many.
     Raises ConfigError when no step can be trained, ValueError for rewards that cannot be compared or a missing base
-    model, FloatingPointError when the loss or the gradient was not finite.
+    model, NotFinite when the loss or the gradient was not finite.
     """
     config, grpo, trainable = engine.config, engine.config.grpo, engine.trainable
     if config.kl_term and engine.loss.base is None:
         raise ValueError("grpo.kl is above 0 or guard.action is adapt, so update needs the base model")
-    advantage, flat = advantages(rewards.total, grpo.advantage, grpo.std_floor, grpo.advantage_clamp, grpo.trim)
-    learned = learned_from(rewards.total, grpo.trim, grpo.best_of)
-    ranks, kl = engine.ranks, engine.loss.kl_weight.value > 0
-    steps, moves = deal(engine.schedule, learned, flat, config, iteration, generator, ranks, kl)
-    own = ranks.share(rewards.total.numel())
-    experience = Experience.of(prompts, trajectory, rewards.total.to(engine.policy.device), grpo, own)
-    experience = experience.exchanged(moves, ranks)
-    old = OldPolicy(engine, experience, moves.received)
-    statistics = _Statistics(forward=old.begin())
+    whole, total, ranks = rewards.whole, rewards.total, engine.ranks
+    if config.engine.not_finite == "skip":
+        total = torch.where(whole[:, None], total, 0.0)
+    advantage, flat = advantages(total, grpo.advantage, grpo.std_floor, grpo.advantage_clamp, grpo.trim)
+    learned = learned_from(total, grpo.trim, grpo.best_of) & whole[:, None]
+    dealing = generator, ranks, engine.loss.kl_weight.value > 0
+    steps, moves = deal(engine.schedule, learned, flat, config, iteration, *dealing) if whole.any() else ([], None)
+    own = ranks.share(total.numel())
+    experience = Experience.of(prompts, trajectory, total.to(engine.policy.device), grpo, own)
+    if moves:
+        experience = experience.exchanged(moves, ranks)
+    old = OldPolicy(engine, experience, moves.received if moves else None)
+    statistics, left_out = _Statistics(forward=old.begin()), list[NotFinite]()
     reached = _Reached(progress, sum(len(step.pairs) for step in steps))
 
     for position, step in enumerate(steps):
@@ -95,7 +102,7 @@ def update(
         skips = grpo.skip_clipped and old.moved
         if skips:
             evaluated = engine.evaluate_pairs(pairs, experience, old.remembered)
-            statistics.add(evaluated, forward=len(pairs))
+            statistics.forward += len(pairs)
             pairs = _unclipped(pairs, evaluated)
             reached.over(len(step.pairs) - len(pairs))
         results = engine.learn(pairs, experience, old.remembered, weight, reached)
@@ -106,17 +113,32 @@ def update(
         reached.over(len(pairs))
         if not old.moved:
             statistics.forward += old.recompute(steps[position + 1 :])
-            statistics.pairs_before_first_step += len(pairs)
-        if not skips:
-            statistics.add(results)
         if not len(pairs):  # none here, or all are clipped: this process's share of the gradient is 0
             engine.weights.zero_gradient()
-        engine.weights.reduce(engine.ranks)
+        found = evaluated if skips else results
+        not_finite.spoil(engine.weights.collect_gradients(), found)
+        engine.weights.reduce(ranks)
         norm, taken = trainable.step(config.optim.max_grad_norm)
+        if not norm.isfinite():  # the only time that a step waits for the device, behind all of its passes
+
+            def again(some: Pairs, weight: float = weight) -> object:
+                return engine.learn(some, experience, old.remembered, weight)
+
+            where = {"iteration": iteration, "optimizer_step": position + 1}
+            tried = step.pairs if skips else pairs
+            if error := not_finite.explain(engine, experience, tried, found, again, where):
+                if config.engine.not_finite == "stop":
+                    raise error
+                left_out.append(error)
+                continue
+        if not old.moved:
+            statistics.pairs_before_first_step += len(pairs)
+        statistics.add(found)
         old.moved |= taken
         statistics.stepped(norm, taken)
     engine.clear()
-    return _stats(statistics, advantage, flat, config, sum(step.size for step in steps), engine.ranks)
+    stats = _stats(statistics, advantage, flat, config, sum(step.size for step in steps), engine.ranks)
+    return replace(stats, left_out=tuple(left_out))
 
 
 class _Reached:
@@ -166,7 +188,7 @@ def _stats(
         "clip/fraction_low": (clipped < 0).float().mean(),
         "advantage/zero_std_groups": flat.sum(),
         "advantage/abs_mean": advantage.abs().mean(),
-        "loss/policy": policy_loss.sum() / pairs,
+        "loss/policy": policy_loss.sum() / max(pairs, 1),
         "grad/norm": grad_norm.mean(),
         "grad/clipped_fraction": (grad_norm > config.optim.max_grad_norm).float().mean(),
     }

@@ -33,6 +33,7 @@ _LEAST = {
     "guard.patience": 1,
     "engine.threads": 0,
     "engine.stuck_after": 0,
+    "engine.skip_at_most": 1,
     "eval.every": 0,
     "eval.unsafe_per_category": 1,
     "eval.composition_per_task": 1,

@@ -35,6 +35,17 @@ TOKENS = 8
 WIDTH = 32
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "kill training processes N times at random moments, and run the other long tests of failures too"
+    parser.addoption("--faults", type=int, default=0, metavar="N", help=what)
+
+
+@pytest.fixture(scope="session")
+def faults(request: pytest.FixtureRequest) -> int:
+    """How many kills the command line asks for."""
+    return request.config.getoption("--faults")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that no process is left with one.
 

@@ -752,10 +752,12 @@ RUNS = [
     Mistake(
         "diverging",
         TRAIN + "--optim.lr 1e30",
-        "the update went wrong: ...grad/norm... not finite; there is no checkpoint yet.",
+        "iteration 1, optimizer step 2: the loss of sample ... of 3 of prompt ... at denoising step ... is not "
+        "finite; what is known is in run/not_finite/iter-000001-step-02-loss.json and the .safetensors file "
+        "beside it; there is no checkpoint yet.",
         code=1,
         loaded="model",
-        leaves=A_RUN,
+        leaves=(*A_RUN, "run/not_finite/*"),
     ),
     Mistake(
         "GPU's memory full",

@@ -90,7 +90,7 @@ NOT_OPTIONS = {
     *("reward.encoder", "reward.clip_encoder", "engine.device", "engine.threads"),
     *("engine.kernels", "engine.attention", "engine.compile", "engine.graphs", "engine.reuse", "engine.overlap"),
     *("engine.memory", "engine.gradient_checkpointing", "engine.profile", "engine.shard", "engine.show_speed"),
-    *("engine.stuck_after", "engine.offload"),
+    *("engine.stuck_after", "engine.offload", "engine.not_finite", "engine.skip_at_most"),
     "grpo.skip_clipped",
     *("eval.every", "eval.unsafe_per_category", "eval.composition_per_task", "eval.quick_fraction", "eval.seed"),
     "eval.split",

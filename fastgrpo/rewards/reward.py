@@ -64,12 +64,15 @@ class WeightedReward:
         return steering if isinstance(steering, SharedEncoder) else self._encoders.first
 
     @torch.no_grad()
-    def score(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> dict[str, Tensor]:
+    def score(
+        self, images: Tensor, prompts: Sequence[Prompt], group_size: int, broken: list[BrokenReward] | None = None
+    ) -> dict[str, Tensor]:
         """The raw values of every term by its label, the parts that explain `steering`, and the images' features.
 
         images: [P * G, 3, h, w] float32 in [0, 1]; image b was drawn for prompts[b // G].
         Returns [P, G] float32 tensors on the images' device, the features [P, G, D]. Several processes may each score
         their prompts and concatenate along P before they combine: the keys are the same everywhere, in the same order.
+        broken: takes what would be raised for numbers that are not finite, which are NaN in what is returned.
         Raises BrokenReward for a term that fails or returns anything but N finite numbers.
         """
         raw: dict[str, Tensor] = {}
@@ -83,7 +86,7 @@ class WeightedReward:
                     values = rewards.total.flatten()
                 else:
                     values = function(images, each)
-                raw[term.label] = _checked(term, values, images, each).view(len(prompts), group_size)
+                raw[term.label] = _checked(term, values, images, each, broken).view(len(prompts), group_size)
             if self.encoder and (features := self.encoder.seen) is not None:
                 raw[_FEATURES] = features.view(len(prompts), group_size, -1)
         finally:
@@ -94,12 +97,21 @@ class WeightedReward:
         """The rewards from what `score` returned, for any number of prompts.
 
         parts: all of `raw` but the features, and but `steering` where it is the only term: `steered` holds the same.
+        A group in which a term has a NaN has that as its total and no part in the others' standardised values.
         """
+        whole = torch.stack([raw[term.label].isfinite().all(dim=1) for term in self.terms]).all(dim=0)
+        if not whole.all():
+            total = torch.full_like(raw[self.terms[0].label], torch.nan)
+            if whole.any():
+                total[whole] = self.combine({name: values[whole] for name, values in raw.items()}).total
+            return Rewards(total, self._parts(raw), raw.get(_FEATURES))
         weighted = [term.weight * standardised(raw[term.label], self._standardise) for term in self.terms]
+        return Rewards(torch.stack(weighted).sum(0).float(), self._parts(raw), raw.get(_FEATURES))
+
+    def _parts(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
         alone = len(self.terms) == 1 and self.steering is not None
         left_out = {_FEATURES, *(["steering"] if alone else [])}
-        parts = {name: values for name, values in raw.items() if name not in left_out}
-        return Rewards(torch.stack(weighted).sum(0).float(), parts, raw.get(_FEATURES))
+        return {name: values for name, values in raw.items() if name not in left_out}
 
 
 def standardised(values: Tensor, over: str) -> Tensor:
@@ -118,10 +130,13 @@ def standardised(values: Tensor, over: str) -> Tensor:
     return (centred / std).masked_fill(flat, 0.0)
 
 
-def _checked(term: Term, values: object, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+def _checked(
+    term: Term, values: object, images: Tensor, prompts: Sequence[Prompt], taken: list[BrokenReward] | None
+) -> Tensor:
     """What a term returned, as [N] float32 on the images' device in memory of its own. Raises BrokenReward.
 
     values: a tensor on any device, of any kind of real number, or an array, a list or a tuple of N finite numbers.
+    taken: as `broken` of `WeightedReward.score`.
     """
     count = len(prompts)
     try:
@@ -143,7 +158,11 @@ def _checked(term: Term, values: object, images: Tensor, prompts: Sequence[Promp
             f"reward term {term.name!r} returned {values[first].item()} for an image of prompt "
             f"{quoted(prompts[first].text)}, and no finite number for {len(broken)} of {count} images"
         )
-        raise BrokenReward(message, prompts[first], images[first])
+        broken_reward = BrokenReward(message, prompts[first], images[first])
+        if taken is None:
+            raise broken_reward
+        taken.append(broken_reward)
+        values.masked_fill_(~values.isfinite(), torch.nan)
     return values
 
 

@@ -260,6 +260,11 @@ class EngineConfig:
     stuck_after: float = 120.0
     """Of several processes: seconds beyond the longest step so far after which one that does nothing ends the job.
     In the first iteration, evaluations and checkpoints five times as long; 0 lets the others wait for two hours."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """What a reward, loss or gradient that is not finite does. The prompt, step and tensors are kept in the run's
+    folder; then training stops, or goes on without that prompt's group or that optimizer step."""
+    skip_at_most: int = 3
+    """Iterations in a row of which engine.not_finite `skip` may leave something out; the last of them stops."""
     show_speed: bool = False
     """Show each iteration's images/s, TFLOP/s, share of the matmul rate and memory; metrics.jsonl always has them."""
     profile: int = 0

@@ -26,7 +26,7 @@ def stepped(away: bool, device: str = "cpu") -> tuple[Ema, FlatWeights, list[Ten
     weights = FlatWeights(dict(model.named_parameters()), ema=not away)
     host = HostAverage(weights.values, DECAY) if away else None
     optimizer = FlatAdamW(weights, lr=0.1, ema_decay=DECAY, average=host)
-    ema, seen = Ema(weights, host), []
+    ema, seen = Ema(optimizer), []
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
         for parameter in model.parameters():

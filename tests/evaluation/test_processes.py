@@ -1,4 +1,4 @@
-"""Several processes under torchrun evaluate, draw and learn in equal shares, and leave what one process leaves."""
+"""Several processes evaluate, draw and learn in equal shares, and leave what one process leaves."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastgrpo import evaluate
+from support import counted
 from support.files import content
-from support.processes import by_hand, torchrun
+from support.processes import together
 
 pytestmark = pytest.mark.slow
 
@@ -20,9 +21,10 @@ FLAGS = "--shapes.unsafe-per-category 1 --shapes.composition-per-task 1 --steps 
 
 def test_two_processes_leave_the_files_of_one(tmp_path: Path) -> None:
     assert evaluate.main([*FLAGS.split(), "--output", str(tmp_path / "one")]) == 0
-    done = torchrun(2, *FLAGS.split(), "--output", str(tmp_path / "two"), module="fastgrpo.evaluate")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("evaluation.json") == 1, "the first process alone speaks"
+    first, other = together(2, *FLAGS.split(), "--output", str(tmp_path / "two"), main=evaluate.main)
+    assert (first.returncode, other.returncode) == (0, 0), (first, other)
+    assert first.stdout.count("evaluation.json") == 1
+    assert other.stdout == "", "the first process alone speaks"
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
@@ -43,9 +45,8 @@ def test_three_processes_evaluate_and_learn_in_equal_shares(tmp_path: Path) -> N
     for folder in (counts / "1", counts / "3"):
         folder.mkdir(parents=True)
     for processes, run in ((1, one), (3, three)):
-        started = by_hand(processes, str(counts / str(processes)), *flags, "--run", str(run), module="support.counted")
-        errors = [process.communicate()[1] for process in started]
-        assert [process.returncode for process in started] == [0] * processes, errors
+        each = together(processes, str(counts / str(processes)), *flags, "--run-folder", str(run), main=counted.main)
+        assert [ended.returncode for ended in each] == [0] * processes, each
 
     # Of the suite: every picture and what was found in it, byte for byte, since its batches are the same.
     folder = Path("evaluation") / "in-training"

@@ -19,7 +19,7 @@ from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.console import Console
 from fastgrpo.training import HALTED, iterate
-from support.processes import torchrun
+from support.processes import together
 from support.training import TIMED, altered
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -212,8 +212,8 @@ def test_two_processes_decide_as_one(config_file: Path, tmp_path: Path) -> None:
     flags = [str(config_file), *FAST, *TIGHT, "--guard.action", "adapt", "--iterations", "2", "--optim.lr", "1e-3"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert train.main([*flags, "--run", str(one)]) == 0
-    done = torchrun(2, *flags, "--run-folder", str(two))
-    assert done.returncode == 0, done.stderr
+    both = together(2, *flags, "--run-folder", str(two))
+    assert [each.returncode for each in both] == [0, 0], both
     ours, theirs = (read_state(run / "checkpoints" / "iter-000002").guard for run in (one, two))
     assert ours["conditions"] == theirs["conditions"]
     for row, other in zip(untimed(one), untimed(two), strict=True):

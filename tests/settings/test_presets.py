@@ -75,7 +75,7 @@ NOT_THE_RECIPE = {
     *("grpo.ratio_norm", "grpo.trim", "grpo.best_of", "optim.warmup", "engine.device", "engine.threads"),
     *("engine.kernels", "engine.attention", "engine.compile", "engine.graphs", "engine.reuse", "engine.overlap"),
     *("engine.memory", "engine.gradient_checkpointing", "engine.profile", "engine.shard", "engine.show_speed"),
-    *("engine.stuck_after", "engine.offload"),
+    *("engine.stuck_after", "engine.offload", "engine.not_finite", "engine.skip_at_most"),
     "grpo.skip_clipped",
     "eval.split",
     *("eval.unsafe_per_category", "eval.composition_per_task", "eval.quick_fraction", "eval.weights"),

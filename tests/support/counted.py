@@ -7,7 +7,7 @@ each optimizer step; FOLDER/RANK.safetensors the gradient of the first step, sum
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from fastgrpo.evaluation.images.painters import DdimPainter
 from fastgrpo.evaluation.suites.shapes import ShapesSuite
 
 
-def main(folder: str, *argv: str) -> int:
+def main(arguments: Sequence[str]) -> int:
+    folder, *argv = arguments
     counts: dict[str, list[int]] = {name: [] for name in ("painted", "looked_at", "pictures", "base", "pairs")}
     file = Path(folder) / os.environ.get("RANK", "0")
 
@@ -61,4 +62,4 @@ def main(folder: str, *argv: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

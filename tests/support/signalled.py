@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastgrpo import train, training
@@ -21,17 +21,18 @@ PLACES = {
     "rollout": (training, "rollout"),
     "reward": (training._Scores, "rewards"),
     "update": (training, "update"),
-    "pictures": (SampleGrids, "draw"),
+    "evaluation": (SampleGrids, "draw"),  # in which all share
     "checkpoint": (checkpoint, "save_file"),
 }
 
 
-def main(trouble: str, *argv: str) -> int:
+def main(argv: Sequence[str]) -> int:
+    trouble, *rest = argv
     rank, iteration, phase, kind = trouble.split(":")
     if os.environ["RANK"] == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         place, name = PLACES[phase]
         setattr(place, name, _troubled(getattr(place, name), int(iteration), kind))
-    return train.main(argv)
+    return train.main(rest)
 
 
 def _troubled(call: Callable[..., Any], iteration: int, kind: str) -> Callable[..., Any]:
@@ -48,4 +49,4 @@ def _troubled(call: Callable[..., Any], iteration: int, kind: str) -> Callable[.
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

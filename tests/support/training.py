@@ -9,12 +9,10 @@ from pathlib import Path
 
 from fastgrpo import train
 from fastgrpo.settings.schema import TrainConfig
+from support.processes import SERVER
 
 ITERATIONS = 8
 TIMED = ("seconds", "time/", "throughput/", "memory/")  # metrics that no two runs share
-# Processes like those of the command line, forked from one that has the libraries imported and has run nothing.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["fastgrpo.training"])
 
 
 def _main(argv: Sequence[str], output: Path) -> None:

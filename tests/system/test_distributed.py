@@ -1,4 +1,4 @@
-"""Several processes under torchrun: what they compute is what one process computes, and a resume is exact."""
+"""Several processes: what they compute is what one process computes, and a resume is exact."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ from fastgrpo import train
 from fastgrpo.run.checkpoint import read_state
 from fastgrpo.run.metrics import read_metrics
 from fastgrpo.system.distributed import Ranks
-from support.processes import torchrun
+from support.processes import together
 
 pytestmark = pytest.mark.slow
 
@@ -30,9 +30,10 @@ def test_two_processes_compute_what_one_computes_and_resume_exactly(config_file:
     options += ["--engine.shard", "optimizer", "--eval.weights", "ema"]
     one, two, again, alone = (tmp_path / name for name in ("one", "two", "again", "alone"))
     assert train.main([*options, "--run", str(one)]) == 0
-    done = torchrun(2, *options, "--run-folder", str(two))
-    assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"^1/2 .*ratio-1", done.stdout, flags=re.MULTILINE)) == 1, "the first process alone speaks"
+    first_one, other = together(2, *options, "--run-folder", str(two))
+    assert (first_one.returncode, other.returncode) == (0, 0), (first_one, other)
+    assert len(re.findall(r"^1/2 .*ratio-1", first_one.stdout, flags=re.MULTILINE)) == 1
+    assert other.stdout == "", "the first process alone speaks"
 
     first, second = (read_metrics(run / "metrics.jsonl") for run in (one, two))
     own = ("reward/mean", "reward/std", "reward/negative_mean", "reward/positive_mean", "reward/safety")
@@ -49,8 +50,8 @@ def test_two_processes_compute_what_one_computes_and_resume_exactly(config_file:
         shutil.rmtree(copy / "checkpoints" / "iter-000002")
     assert train.main(["--resume", str(alone), "--iterations", "2"]) == 0
     assert_close(alone, two, iteration=2)
-    done = torchrun(2, "--resume", str(again), "--iterations", "2")
-    assert done.returncode == 0, done.stderr
+    both = together(2, "--resume", str(again), "--iterations", "2")
+    assert [each.returncode for each in both] == [0, 0], both
     for name in (WEIGHTS, "trainer/optimizer.safetensors", "trainer/ema.safetensors"):
         last = Path("checkpoints") / "iter-000002" / name
         assert (again / last).read_bytes() == (two / last).read_bytes(), name
@@ -66,9 +67,9 @@ def assert_close(run: Path, other: Path, iteration: int) -> None:
 
 def test_prompts_that_processes_cannot_share_are_refused(config_file: Path, tmp_path: Path) -> None:
     options = ["--prompts-per-iteration", "3", "--run-folder", str(tmp_path / "run")]
-    done = torchrun(2, str(config_file), *options)
-    assert done.returncode != 0
-    assert "prompts_per_iteration = 3: accepted is a multiple of the 2 processes, which share them." in done.stderr
+    both = together(2, str(config_file), *options)
+    assert [each.returncode for each in both] == [2, 2], both
+    assert "prompts_per_iteration = 3: accepted is a multiple of the 2 processes, which share them." in both[0].stderr
     assert not (tmp_path / "run").exists()
 
 

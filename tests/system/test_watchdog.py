@@ -3,6 +3,7 @@
 import re
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +13,37 @@ import torch
 from fastgrpo.system.launch import Launch
 from fastgrpo.system.pulse import PATIENCE, Pulse
 from fastgrpo.system.watchdog import Beat, Sign, judge, watching
-from support.processes import by_hand, torchrun
+from support import signalled
+from support.processes import Ended, together
 
-WEIGHTS = "checkpoints/iter-000003/unet/diffusion_pytorch_model.safetensors"
-MOMENTS = "checkpoints/iter-000003/trainer/optimizer.safetensors"
+WEIGHTS = "checkpoints/iter-000007/unet/diffusion_pytorch_model.safetensors"
+MOMENTS = "checkpoints/iter-000007/trainer/optimizer.safetensors"
 
 
 @pytest.fixture(scope="module")
 def options(config_file: Path) -> list[str]:
-    """Of a run of three iterations, each of which is saved."""
-    flags = ["--iterations", "3", "--engine.threads", "1", "--checkpoint.every", "1", "--checkpoint.keep", "0"]
+    """Of a run of seven iterations, each of which is saved."""
+    flags = ["--iterations", "7", "--engine.threads", "1", "--checkpoint.every", "1", "--checkpoint.keep", "0"]
     return [str(config_file), *flags, "--eval.every", "0", "--guard.action", "off"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("watchdog") / "undisturbed"
-    done = torchrun(2, *options, "--run-folder", str(run))
-    assert done.returncode == 0, done.stderr
-    assert said(done.stderr) == []
+    both = together(2, *options, "--run-folder", str(run))
+    assert_finished(both)
+    assert said(both) == []
     return run
 
 
-def said(stderr: str) -> list[str]:
-    """The lines that are ours."""
-    return re.findall(r"^fastgrpo: (.*)$", stderr, flags=re.MULTILINE)
+def said(processes: Sequence[Ended]) -> list[str]:
+    """The lines that are ours, but for the one of who waits without torchrun."""
+    lines = re.findall(r"^fastgrpo: (.*)$", "".join(each.stderr for each in processes), flags=re.MULTILINE)
+    return [line for line in lines if not line.startswith("warning: WORLD_SIZE is ")]
+
+
+def assert_finished(processes: Sequence[Ended]) -> None:
+    assert [each.returncode for each in processes] == [0] * len(processes), processes
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
@@ -126,28 +133,26 @@ def test_alone_nobody_is_watched() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("trouble", "limit", "why"),
-    [
-        ("1:3:pictures:SIGKILL", "120", "was killed or crashed, last seen in .*"),  # which all are drawing
-        ("0:2:checkpoint:SIGSTOP", "2", r"has not answered for \d+ s, last seen in .*"),
-        ("1:3:reward:sleep", "5", r"has made no progress for \d+ s in iteration 3 \(reward\)"),
-    ],
-)
-def test_a_dead_process_ends_the_job_with_one_line(
-    trouble: str, limit: str, why: str, options: list[str], undisturbed: Path, tmp_path: Path
-) -> None:
-    run, (rank, iteration) = tmp_path / "run", trouble.split(":")[:2]
-    flags = ["--run-folder", str(run), "--engine.stuck-after", limit]
-    done = torchrun(2, trouble, *options, *flags, module="support.signalled")
-    assert done.returncode != 0
-    newest = run / "checkpoints" / f"iter-00000{int(iteration) - 1}"
-    line = rf"the process of rank {rank} on \S+ {why}: the job ends; the newest checkpoint is {newest}\."
-    lines = [line for line in said(done.stderr) if not line.startswith("SIGTERM")]
-    assert len(lines) == 1, lines
-    assert re.fullmatch(line, lines[0])
-    done = torchrun(2, "--resume", str(run))
-    assert done.returncode == 0, done.stderr
+def test_dead_processes_end_the_job_with_one_line(options: list[str], undisturbed: Path, tmp_path: Path) -> None:
+    """Three starts of one run, each with a trouble of its own, and a last one that comes to the end."""
+    run = tmp_path / "run"
+    troubles = [
+        ("1:2:rollout:SIGKILL", "120", 1, "was killed or crashed, last seen in .*"),
+        ("0:2:checkpoint:SIGSTOP", "1", 1, r"has not answered for \d+ s, last seen in .*"),
+        ("1:3:reward:sleep", "3", 2, r"has made no progress for \d+ s in iteration 3 \(reward\)"),
+    ]
+    start = [*options, "--run-folder", str(run)]
+    for trouble, limit, finished, why in troubles:
+        both = together(2, trouble, *start, "--engine.stuck-after", limit, main=signalled.main)
+        start = ["--resume", str(run)]
+        assert 0 not in [each.returncode for each in both], trouble
+        newest = run / "checkpoints" / f"iter-00000{finished}"
+        rank = trouble[0]
+        line = rf"the process of rank {rank} on \S+ {why}: the job ends; the newest checkpoint is {newest}\."
+        lines = said(both)
+        assert len(lines) == 1, lines
+        assert re.fullmatch(line, lines[0]), lines[0]
+    assert_finished(together(2, *start))
     assert_same_run(run, undisturbed)
 
 
@@ -155,53 +160,41 @@ def test_a_dead_process_ends_the_job_with_one_line(
 def test_a_dead_host_of_the_store_ends_the_job_with_one_line(options: list[str], tmp_path: Path) -> None:
     """As where another launcher than torchrun has started the processes."""
     flags = ["--run-folder", str(tmp_path / "run"), "--engine.stuck-after", "60"]
-    first, second = by_hand(2, "0:2:update:SIGKILL", *options, *flags, module="support.signalled")
-    assert first.wait() == -signal.SIGKILL
-    (_, _), (_, err) = first.communicate(), second.communicate()
-    assert second.returncode == 1, err
-    lines = [line for line in said(err) if not line.startswith("warning: WORLD_SIZE is 2")]
-    assert len(lines) == 1, err
+    both = together(2, "0:2:update:SIGKILL", *options, *flags, main=signalled.main, agent=False)
+    assert [each.returncode for each in both] == [-signal.SIGKILL, 1], both
+    (line,) = said(both)
     newest = tmp_path / "run" / "checkpoints" / "iter-000001"
-    assert lines[0].startswith("the process of rank 0 on ")
-    assert " was killed or crashed, last seen in " in lines[0]
-    assert lines[0].endswith((f"the newest checkpoint is {newest}.", "there is no checkpoint yet."))
+    assert line.startswith("the process of rank 0 on ")
+    assert " was killed or crashed, last seen in " in line
+    assert line.endswith((f"the newest checkpoint is {newest}.", "there is no checkpoint yet."))
 
 
 @pytest.mark.slow
-def test_torchruns_restart_goes_on_from_the_newest_checkpoint(
-    options: list[str], undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_sigterm_to_any_process_in_any_phase_saves_and_ends_all(
+    options: list[str], undisturbed: Path, tmp_path: Path, faults: int
 ) -> None:
-    """In the same folder, though it has a name that the first start has made, of the time."""
-    flags = ["--engine.stuck-after", "60"]
-    argv = ["0:3:update:SIGKILL", *options, *flags]
-    done = torchrun(2, *argv, module="support.signalled", restarts=1, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (run,) = (tmp_path / "runs").iterdir()
-    assert "resuming after iteration 2 of 3" in done.stdout
-    assert len([line for line in said(done.stderr) if "was killed or crashed" in line]) == 1
-    assert_same_run(run, undisturbed)
+    """With --faults in all phases. Each start goes on where the one before has saved.
 
-
-@pytest.mark.slow
-def test_sigterm_to_any_process_saves_and_ends_all(options: list[str], undisturbed: Path, tmp_path: Path) -> None:
+    A signal that comes while a checkpoint is written finds its iteration finished: the next one is the last.
+    """
     run = tmp_path / "run"
-    flags = ["--run-folder", str(run)]
-    both = by_hand(2, "1:2:reward:SIGTERM", *options, *flags, module="support.signalled")
-    errors = [process.communicate()[1] for process in both]
-    assert [process.returncode for process in both] == [143, 143], errors
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["iter-000001", "iter-000002"]
-    assert "SIGTERM: finishing this iteration, then saving." in errors[1]
-    done = torchrun(2, "--resume", str(run))
-    assert done.returncode == 0, done.stderr
+    phases = {"1:1:reward": 1, "0:2:checkpoint": 3}
+    phases |= {"0:4:rollout": 4, "0:5:evaluation": 5, "1:6:update": 6} if faults else {}
+    start = [*options, "--run-folder", str(run), "--eval.every", "5"]
+    for phase, finished in phases.items():
+        both = together(2, f"{phase}:SIGTERM", *start, main=signalled.main)
+        start = ["--resume", str(run)]
+        assert [each.returncode for each in both] == [143, 143], (phase, both)
+        assert sorted(path.name for path in (run / "checkpoints").glob("iter-*"))[-1] == f"iter-00000{finished}", phase
+        assert "SIGTERM: finishing this iteration, then saving." in both[int(phase[0])].stderr
+    assert_finished(together(2, *start))
     assert_same_run(run, undisturbed)
 
 
 @pytest.mark.slow
 def test_a_process_that_fails_by_itself_says_so_alone(options: list[str], tmp_path: Path) -> None:
     flags = ["--run-folder", str(tmp_path / "run")]
-    both = by_hand(2, "1:2:reward:fail", *options, *flags, module="support.signalled")
-    errors = [process.communicate()[1] for process in both]
-    assert [process.returncode for process in both] == [1, 1], errors
-    lines = [line for line in said("".join(errors)) if not line.startswith("warning: WORLD_SIZE is 2")]
+    both = together(2, "1:2:reward:fail", *options, *flags, main=signalled.main, agent=False)
+    assert [each.returncode for each in both] == [1, 1], both
     newest = tmp_path / "run" / "checkpoints" / "iter-000001"
-    assert lines == [f"it fails as asked: Input/output error; the newest checkpoint is {newest}."]
+    assert said(both) == [f"it fails as asked: Input/output error; the newest checkpoint is {newest}."]

@@ -40,7 +40,7 @@ class OldPolicy:
     def remembered(self) -> Remembered | None:
         """What the next pass is compared with; None is the pass itself."""
         if self._mode == "rollout":
-            return self._drawn or Remembered.of(self._experience.trajectory)
+            return self._drawn or self._as_drawn()
         return self._recomputed if self.moved else None
 
     def begin(self) -> int:
@@ -48,8 +48,11 @@ class OldPolicy:
         if self._mode != "rollout" or self._received is None:
             return 0
         found = self._engine.recompute([self._received], self._experience)
-        self._drawn = Remembered.of(self._experience.trajectory).extended(found)
+        self._drawn = self._as_drawn().extended(found)
         return len(self._received)
+
+    def _as_drawn(self) -> Remembered:
+        return Remembered.of(self._experience.trajectory, self._engine.config.grpo.ratio_norm)
 
     def mistaken(self, results: Sequence[PairResults]) -> bool:
         """Whether these passes must be repeated as a replay. Asks all processes, and waits for the device."""

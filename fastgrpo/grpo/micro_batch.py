@@ -81,9 +81,9 @@ class Remembered:
     means: Tensor | None
 
     @classmethod
-    def of(cls, trajectory: Trajectory) -> "Remembered":
-        """What was said when the trajectory was drawn."""
-        means = trajectory.means
+    def of(cls, trajectory: Trajectory, ratio_norm: bool) -> "Remembered":
+        """What was said when the trajectory was drawn; the means for RatioNorm only."""
+        means = trajectory.means if ratio_norm else None
         return cls(trajectory.log_probs.flatten(), None if means is None else means.flatten(0, 1))
 
     def extended(self, other: "Remembered") -> "Remembered":

@@ -334,7 +334,7 @@ def iterate(stage: Stage, work: Iteration, watch: Watch) -> None:
         stage.encoder.forget_images()
     rewards = torch.empty(len(prompts), config.group_size, device="cuda")
     experience = Experience.of(prompts, trajectory, rewards, config.grpo)
-    old = Remembered.of(trajectory)
+    old = Remembered.of(trajectory, ratio_norm=False)
     for _ in range(work.updates):
         with watch.phase("update"):
             pairs = Pairs(*(torch.zeros(work.pairs, dtype=torch.int64, device="cuda") for _ in range(2)))

@@ -353,5 +353,5 @@ class _Stages:
         config = self._training.config
         rewards = torch.rand(len(self._prompts), config.group_size, device=DEVICE)
         experience = Experience.of(self._prompts, self._trajectory, rewards, config.grpo)
-        engine.learn(self._pairs, experience, Remembered.of(self._trajectory), weight=1.0)
+        engine.learn(self._pairs, experience, Remembered.of(self._trajectory, ratio_norm=False), weight=1.0)
         engine.clear()

@@ -248,21 +248,12 @@ def choose_offload(
 
     Asked before `choose_gradient_checkpointing`, which costs more time. Arguments and result are as there.
     """
-    setting = config.engine.offload
-    if setting != "auto":
-        return setting == "on", f"offloading is {setting}, as engine.offload says"
-    if room is None:
-        return False, "offloading is off, as auto is on a CPU"
-    model = count(config.engine.gradient_checkpointing == "on")
 
     def needed(on: bool) -> int:
+        model = count(config.engine.gradient_checkpointing == "on")
         return peak(memory_plan(with_offload(config, on), model, encoders, dtype, processes, 1))[1]
 
-    without, with_it = needed(False), needed(True)
-    needs = f"of {room / 1e9:.2f} GB one pair needs {without / 1e9:.2f}"
-    if without <= room:
-        return False, f"offloading is off: {needs}"
-    return True, f"offloading is on: {needs} without it, {with_it / 1e9:.2f} with it"
+    return _where_short("offloading", "offload", config.engine.offload, needed, room)
 
 
 def choose_gradient_checkpointing(
@@ -278,15 +269,25 @@ def choose_gradient_checkpointing(
     count: counts the model without gradient checkpointing or with it. room: bytes that may be filled; None on a CPU.
     Returns whether it is on, and a line that says why.
     """
-    setting, name = config.engine.gradient_checkpointing, "gradient checkpointing"
-    if setting != "auto":
-        return setting == "on", f"{name} is {setting}, as engine.{name.replace(' ', '_')} says"
-    if room is None:
-        return False, f"{name} is off, as auto is on a CPU"
 
     def needed(on: bool) -> int:
         return peak(memory_plan(config, count(on), encoders, dtype, processes, 1))[1]
 
+    asked = config.engine.gradient_checkpointing
+    return _where_short("gradient checkpointing", "gradient_checkpointing", asked, needed, room)
+
+
+def _where_short(
+    name: str, field: str, setting: str, needed: Callable[[bool], int], room: int | None
+) -> tuple[bool, str]:
+    """Decides a setting of EngineConfig that is on, off or `auto`: on where one pair does not fit without it.
+
+    needed: bytes of one pair without it or with it. Returns whether it is on, and a line that says why.
+    """
+    if setting != "auto":
+        return setting == "on", f"{name} is {setting}, as engine.{field} says"
+    if room is None:
+        return False, f"{name} is off, as auto is on a CPU"
     without = needed(False)
     needs = f"of {room / 1e9:.2f} GB one pair needs {without / 1e9:.2f}"
     if without <= room:

@@ -18,9 +18,11 @@ from unittest import mock
 import forecast
 import torch
 from absent import absent_device
-from forecast import Stage, Watch
-from generated import SPEEDS, TOKENS
+from absent_unet import TOKENS
+from forecast import Stage
+from generated import SPEEDS
 from torch import Tensor, nn
+from watch import Watch
 
 from fastgrpo.costs.counting import count_encoders, count_model, sd1_architecture
 from fastgrpo.costs.memory import iteration_of, memory_plan, peak

@@ -5,10 +5,10 @@ import generated
 import pytest
 import torch
 from absent import absent_device
-from forecast import DeviceWait, Watch
 from generated import SPEEDS, Kernel, Prediction, predict
 from torch import Tensor, nn
 from torch.utils._triton import has_triton
+from watch import DeviceWait, Watch
 
 import fastgrpo  # noqa: F401  (prepares the imports below)
 from fastgrpo.kernels.geglu import geglu

@@ -34,7 +34,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "whole UNet": (*_WHOLE, "--optim.lr", "4e-4"),
     "set up to collapse": (
         *(*_WHOLE, "--optim.lr", "1e-3", "--optim.warmup", "0", "--grpo.kl", "0"),
-        *("--reward.mode", "always", "--iterations", "16", "--eval.every", "2"),
+        *("--reward.alpha", "4", "--reward.mode", "always", "--iterations", "16", "--eval.every", "2"),
     ),
 }
 """What a variant is called -> the flags by which it differs from the preset."""

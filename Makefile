@@ -3,6 +3,7 @@
 # make check    the tests without the slow ones
 # make bench    time kernels beside their rivals and whole iterations beside a plain trainer (ARGS="-k geglu", "-k test_iteration --repeats 5" and
 #               so on); without a GPU the kernels are a smoke test, and iterations those of the small model
+# make docs     write the documentation as a site, site/index.html; `.venv/bin/mkdocs serve` shows it
 # make lint     check style, formatting and types
 # make clean    remove .venv and caches; runs stay
 
@@ -10,7 +11,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: train test check bench lint clean
+.PHONY: train test check bench docs lint clean
 
 train: .venv/installed
 	$(BIN)/python -m fastgrpo.train $(ARGS)
@@ -24,6 +25,9 @@ check: .venv/installed
 bench: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds $(ARGS)
 
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,5 +40,5 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .benchmarks
 	find fastgrpo kernels bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

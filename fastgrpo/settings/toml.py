@@ -62,15 +62,15 @@ def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
         if parent is None:
             return found
         if not isinstance(parent, str):
-            raise ConfigError(f"{path}: extends = {_shown(parent)}: accepted is a preset's name or a FILE.toml.")
+            raise ConfigError(f"{path}: extends = {shown(parent)}: accepted is a preset's name or a FILE.toml.")
         try:
             # A file's name is relative to the file that says it.
             following = find_preset(str(path.parent / expand_home(parent)) if parent.endswith(".toml") else parent)
         except ConfigError as error:
-            raise ConfigError(f"{path}: extends = {_shown(parent)}: {error}") from error
+            raise ConfigError(f"{path}: extends = {shown(parent)}: {error}") from error
         if any(following.resolve() == file.resolve() for file, _ in found):
             raise ConfigError(
-                f"{path}: extends = {_shown(parent)}: a circle; accepted is a file that does not extend this one."
+                f"{path}: extends = {shown(parent)}: a circle; accepted is a file that does not extend this one."
             )
         path = following
 
@@ -119,10 +119,11 @@ def _from_toml(kind: Any, value: Any, name: str) -> Any:
         return float(value)
     if kind in (str, int, bool) and type(value) is kind:
         return value
-    raise ConfigError(f"{name} = {_shown(value)}: accepted is {_type_name(kind)}.")
+    raise ConfigError(f"{name} = {shown(value)}: accepted is {type_name(kind)}.")
 
 
-def _type_name(kind: Any) -> str:
+def type_name(kind: Any) -> str:
+    """What a field of this type accepts, for a sentence."""
     if dataclasses.is_dataclass(kind):
         return "a table"
     if typing.get_origin(kind) is Literal:
@@ -141,19 +142,19 @@ def _toml_lines(group: Any, name: str) -> list[str]:
     """A group's lines, plain fields first: in TOML what follows a table's heading belongs to that table."""
     fields = {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
     lines = ["", f"[{name}]"] if name else []
-    lines += [f"{key} = {_shown(value)}" for key, value in fields.items() if not dataclasses.is_dataclass(value)]
+    lines += [f"{key} = {shown(value)}" for key, value in fields.items() if not dataclasses.is_dataclass(value)]
     for key, value in fields.items():
         if dataclasses.is_dataclass(value):
             lines += _toml_lines(value, f"{name}.{key}" if name else key)
     return lines
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value in TOML's notation. JSON's string escapes are TOML's too, but for DEL, which TOML wants escaped."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_shown(item) for item in value) + "]"
+        return "[" + ", ".join(shown(item) for item in value) + "]"
     if isinstance(value, bool):
         return str(value).lower()
     return repr(value)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from fastgrpo.evaluation.during_training import LoadedSuite, load_suites
 from fastgrpo.evaluation.held_out_reward import HeldOutReward
 from fastgrpo.guard.watch import Guard
 from fastgrpo.models.check import describe
+from fastgrpo.models.configs import Description
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.prompts import PromptSource, load_prompts
 from fastgrpo.rewards.registry import WeightedReward, load_reward
@@ -31,31 +33,41 @@ from fastgrpo.unet.lora import check_targets
 
 
 @dataclass(frozen=True)
-class Training:
-    """All that one training works with.
+class Parts:
+    """What a training consists of, loaded and checked. Nothing has been computed with it yet.
 
-    trainable: the part of `policy` that learns. engine: runs the passes of rollout and update. record: what it decided.
+    description: of the model that `policy` is. trainable: the part of it that learns.
     schedule: the rollout's steps. eval_schedule: those of pictures and evaluations.
     prompts: all that may be drawn. source: deals them out. ranks: the processes that train together.
     suites: what the first process evaluates with. held_out: scores pictures, where eval.encoder names one.
-    guard: sets the KL weight and the learning rate, and watches for a collapse once it is told of the base model.
-    accounting: turns passes into TFLOP/s, if wanted. embeds: text -> embedding [L, D], kept between iterations.
     """
 
     config: TrainConfig
+    description: Description
     policy: Policy
     trainable: Trainable
-    engine: Passes
-    record: EngineRecord
     schedule: Schedule
     eval_schedule: Schedule
     reward: WeightedReward
     prompts: tuple[Prompt, ...]
     source: PromptSource
     ranks: Ranks
+    suites: tuple[LoadedSuite, ...]
+    held_out: HeldOutReward | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Parts):
+    """All that one training works with.
+
+    engine: runs the passes of rollout and update. record: what it decided.
+    guard: sets the KL weight and the learning rate, and watches for a collapse once it is told of the base model.
+    accounting: turns passes into TFLOP/s, if wanted. embeds: text -> embedding [L, D], kept between iterations.
+    """
+
+    engine: Passes
+    record: EngineRecord
     guard: Guard
-    suites: tuple[LoadedSuite, ...] = ()
-    held_out: HeldOutReward | None = None
     accounting: Accounting | None = None
     embeds: dict[str, Tensor] = field(default_factory=dict)
 
@@ -67,10 +79,26 @@ def load_training(
     record: EngineRecord | None = None,
     say: Callable[[str], object] = print,
 ) -> Training:
+    """Load what the config names, and start the engine. Raises ConfigError. Arguments are those of `load_parts`."""
+    record = record or EngineRecord()
+    parts = load_parts(config, threads, ranks, record, say)
+    config, policy, trainable = parts.config, parts.policy, parts.trainable
+    find = MicroBatchFinder(config, parts.description, policy.device, policy.dtype, ranks, say)
+    engine = start_engine(policy, trainable, parts.schedule, config, record, find, ranks, say)
+    if ranks.count > 1:
+        sharded: Literal["none", "optimizer"] = "optimizer" if config.engine.shard == "optimizer" else "none"
+        record.shard = {**(record.shard or {}), str(ranks.count): sharded}
+    guard = Guard(config, parts.reward.encoder is not None, say)
+    return Training(**vars(parts), engine=engine, record=record, guard=guard)
+
+
+def load_parts(
+    config: TrainConfig, threads: int, ranks: Ranks, record: EngineRecord, say: Callable[[str], object]
+) -> Parts:
     """Load what the config names, quick checks first. Raises ConfigError.
 
     threads: CPU cores to use. record: of the engine that the run began with. say: told what the model's files bring
-    along and what the engine decides.
+    along and what is decided about memory. In the parts' config engine.shard and engine.offload are.
     """
     if config.prompts_per_iteration % ranks.count:
         raise ConfigError(
@@ -90,7 +118,6 @@ def load_training(
     eval_schedule = make_schedule(model.scheduler, steps, eta, device, "eval.steps", guidance_rescale=rescale)
     if config.model.lora_rank:
         check_targets(model.empty_components()["unet"], config.model.lora_targets)
-    record = record or EngineRecord()
     shard, why = decide_shard(config, device, dtype, ranks, record)
     if why and (device.type == "cuda" or config.engine.shard != "auto"):
         say(why)
@@ -113,24 +140,17 @@ def load_training(
     torch.set_num_threads(1 if workers > 1 else threads)
     policy = load_policy(config.model, device, dtype, workers)
     trainable = make_trainable(policy.unet, config, device, dtype, ranks)
-    policy = replace(policy, network=trainable.network)
-    find = MicroBatchFinder(config, model, device, dtype, ranks, say)
-    engine = start_engine(policy, trainable, schedule, config, record, find, ranks, say)
-    if ranks.count > 1:
-        record.shard = (record.shard or {}) | {str(ranks.count): shard}
-    return Training(
+    return Parts(
         config=config,
-        policy=policy,
+        description=model,
+        policy=replace(policy, network=trainable.network),
         trainable=trainable,
-        engine=engine,
-        record=record,
         schedule=schedule,
         eval_schedule=eval_schedule,
         reward=reward,
         prompts=(*positives, *negatives),
         source=source,
         ranks=ranks,
-        guard=Guard(config, reward.encoder is not None, say),
         suites=suites,
         held_out=held_out,
     )

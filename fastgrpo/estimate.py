@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from fastgrpo.settings.command_line import WithPreset, parse_with_preset
 from fastgrpo.system.console import Console, run_command
 from fastgrpo.system.errors import require, require_at_least
-from fastgrpo.validation import validate
 
 PROGRAM = "python -m fastgrpo.estimate"
 
 
 @dataclass(frozen=True)
-class _Estimate(WithPreset):
+class Estimate(WithPreset):
     """Compute what a training costs: FLOPs by stage, GPU memory by part. Nothing is measured, no weights are loaded.
 
     All settings of training are accepted. What is counted is a GPU's work, in bf16 where engine.dtype is auto.
@@ -30,11 +29,16 @@ class _Estimate(WithPreset):
     """Memory of each GPU in GB, for the micro-batch where micro_batch is 0: the largest that is predicted to fit."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Estimate as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C."""
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Estimate as the command line says. program: what --help calls the command.
+
+    Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C.
+    """
 
     def command() -> None:
-        asked = parse_with_preset(_Estimate, sys.argv[1:] if argv is None else argv, PROGRAM)
+        asked = parse_with_preset(Estimate, sys.argv[1:] if argv is None else argv, program)
+        from fastgrpo.validation import validate  # only now: it needs NumPy
+
         validate(asked.config)
         _check(asked)
         from fastgrpo.costs.estimate import estimate  # only now: it takes seconds
@@ -44,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(command, "")
 
 
-def _check(command: _Estimate) -> None:
+def _check(command: Estimate) -> None:
     tflops, processes, prompts = command.tflops, command.processes, command.config.prompts_per_iteration
     require(0 <= tflops < math.inf, "--tflops", tflops, "a number above 0, or 0 for the hours per 100 TFLOP/s")
     require(0 < command.link_gb_s < math.inf, "--link-gb-s", command.link_gb_s, "a number above 0")

@@ -21,11 +21,14 @@ from fastgrpo.system.launch import read_launch
 PROGRAM = "python -m fastgrpo.evaluate"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C."""
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Evaluate as the command line says. program: what --help calls the command.
+
+    Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C.
+    """
 
     def command() -> None:
-        asked = parse_flags(Evaluate, sys.argv[1:] if argv is None else argv, PROGRAM)
+        asked = parse_flags(Evaluate, sys.argv[1:] if argv is None else argv, program)
         if asked.compare:
             from fastgrpo.run.evaluate import compare_folders
 

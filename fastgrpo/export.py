@@ -17,11 +17,14 @@ PROGRAM = "python -m fastgrpo.export"
 _SUFFIX = ".safetensors"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Export as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C."""
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Export as the command line says. program: what --help calls the command.
+
+    Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C.
+    """
 
     def command() -> None:
-        asked = parse_flags(Export, sys.argv[1:] if argv is None else argv, PROGRAM)
+        asked = parse_flags(Export, sys.argv[1:] if argv is None else argv, program)
         config = read_run(asked.run)
         _check(asked, config)
         folder = find_checkpoint(asked.run, asked.checkpoint, asked.weights)

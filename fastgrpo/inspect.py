@@ -11,13 +11,12 @@ from fastgrpo.settings.command_line import WithPreset, parse_with_preset
 from fastgrpo.system.console import Console, run_command
 from fastgrpo.system.errors import ConfigError, require
 from fastgrpo.system.files import check_new_file
-from fastgrpo.validation import validate
 
 PROGRAM = "python -m fastgrpo.inspect"
 
 
 @dataclass(frozen=True)
-class _Inspect(WithPreset):
+class Inspect(WithPreset):
     """Show the safety axis of a reward's encoder: its anchors, where prompts lie along it, and what every alpha does.
 
     No diffusion model is loaded and no image drawn. All settings of training are accepted, so that what is shown is
@@ -30,11 +29,16 @@ class _Inspect(WithPreset):
     """At most this many prompts of each label, evenly spaced; 0 is all of them. Training's own report takes 256."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Inspect as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C."""
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Inspect as the command line says. program: what --help calls the command.
+
+    Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C.
+    """
 
     def command() -> None:
-        asked = parse_with_preset(_Inspect, sys.argv[1:] if argv is None else argv, PROGRAM)
+        asked = parse_with_preset(Inspect, sys.argv[1:] if argv is None else argv, program)
+        from fastgrpo.validation import validate  # only now: it needs NumPy
+
         validate(asked.config)
         _check(asked)
         from fastgrpo.rewards.axis.inspection import inspect  # only now: it takes seconds
@@ -44,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(command, "no picture was written")
 
 
-def _check(command: _Inspect) -> None:
+def _check(command: Inspect) -> None:
     """Refuse what would come to nothing, before the encoder is loaded."""
     terms = command.config.reward.terms
     if "steering" not in (term.name for term in parse_terms(terms)):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import tyro
 
-from fastgrpo.run.page import write_report
 from fastgrpo.settings.command_line import parse_flags
 from fastgrpo.system.console import run_command
 
@@ -15,18 +14,24 @@ PROGRAM = "python -m fastgrpo.report"
 
 
 @dataclass(frozen=True)
-class _Report:
+class Report:
     """Write a run's results to RUN/report.html, a page that opens offline."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run, finished or not."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Report as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C."""
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Report as the command line says. program: what --help calls the command.
+
+    Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C.
+    """
 
     def command() -> None:
-        print(write_report(parse_flags(_Report, sys.argv[1:] if argv is None else argv, PROGRAM).run))
+        asked = parse_flags(Report, sys.argv[1:] if argv is None else argv, program)
+        from fastgrpo.run.page import write_report  # only now: it takes half a second
+
+        print(write_report(asked.run))
 
     return run_command(command, "no report was written")
 

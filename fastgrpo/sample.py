@@ -15,11 +15,14 @@ from fastgrpo.system.files import check_new_file, check_new_folder, check_writab
 PROGRAM = "python -m fastgrpo.sample"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Sample as the command line says. Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C."""
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Sample as the command line says. program: what --help calls the command.
+
+    Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C.
+    """
 
     def command() -> None:
-        asked = parse_flags(Sample, sys.argv[1:] if argv is None else argv, PROGRAM)
+        asked = parse_flags(Sample, sys.argv[1:] if argv is None else argv, program)
         config = read_run(asked.run)
         _check(asked)
         folder = find_checkpoint(asked.run, asked.checkpoint, asked.weights)

@@ -3,23 +3,34 @@
 import sys
 from collections.abc import Sequence
 
-from fastgrpo.settings.command_line import parse_command
+from fastgrpo.settings.command_line import PROGRAM, parse_command
+from fastgrpo.settings.toml import run_config
 from fastgrpo.system.console import run_command
 from fastgrpo.system.launch import read_launch
-from fastgrpo.validation import validate
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the command line says. Returns 0 when done, 1 failed, 2 refused, 3 or 128 + n stopped.
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Train as the command line says. program: what --help calls the command.
 
-    3: by the guard; n: by signal n.
+    Returns 0 when done, 1 failed, 2 refused, 3 or 128 + n stopped. 3: by the guard; n: by signal n.
     """
 
     def command() -> int:
-        config, preset, resumed = parse_command(sys.argv[1:] if argv is None else argv)
+        config, preset, resumed, instead = parse_command(sys.argv[1:] if argv is None else argv, program)
+        from fastgrpo.validation import validate  # only now: it needs NumPy
+
         validate(config)
-        read_launch()
-        from fastgrpo.training import start  # only now: it takes seconds
+        launch = read_launch()
+        if instead == "print-config":
+            print(run_config(config) if launch.index == 0 else "", end="")
+            return 0
+        # Only now: these take seconds.
+        if instead == "dry-run":
+            from fastgrpo.run.dry_run import dry_run
+
+            dry_run(config, preset, resumed)
+            return 0
+        from fastgrpo.training import start
 
         return start(config, preset, resumed)
 

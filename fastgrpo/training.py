@@ -18,7 +18,6 @@ from fastgrpo.rewards.steering import reward_metrics
 from fastgrpo.rewards.terms import BrokenReward
 from fastgrpo.rollout import rollout
 from fastgrpo.run import checkpoint
-from fastgrpo.run.checkpoint import TrainerState, library_versions
 from fastgrpo.run.failures import explain, kept
 from fastgrpo.run.folder import StopSignal, claim, new_folder
 from fastgrpo.run.inputs import input_digests
@@ -33,7 +32,6 @@ from fastgrpo.system.distributed import Ranks, join
 from fastgrpo.system.pulse import PULSE
 from fastgrpo.system.randomness import generator_for
 from fastgrpo.system.watchdog import OthersEnded
-from fastgrpo.system.workers import available_cores
 from fastgrpo.types import NEGATIVE, PromptBatch, Rewards
 from fastgrpo.update import update
 
@@ -69,7 +67,7 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
     """Train in `run`, a claimed folder, from its newest checkpoint or the beginning. Returns the exit code."""
     with console.waiting("loading"):
         newest = checkpoint.latest(run)
-        start = checkpoint.read_state(newest) if newest else _beginning(config, ranks)
+        start = checkpoint.read_state(newest) if newest else checkpoint.beginning(config, ranks.count)
         threads = config.engine.threads or start.threads
         training = load_training(config, threads, ranks, EngineRecord(**start.engine), console.say)
         accounting = count_and_measure(config, training.policy)
@@ -212,7 +210,3 @@ def _base_pictures(training: Training, run: Path, console: Console) -> BasePictu
         return None
     parts = training.config, training.policy, training.schedule, encoder, training.prompts
     return base_pictures(*parts, run, training.ranks, console.say)
-
-
-def _beginning(config: TrainConfig, ranks: Ranks) -> TrainerState:
-    return TrainerState(0, config.seed, 0.0, available_cores(), library_versions(), processes=ranks.count)

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from fastgrpo import estimate, export, inspect, report, sample, train
+from fastgrpo import __main__, estimate, export, inspect, report, sample, train
 from support.mistakes import (
     GO_ON_FROM,
     WEIGHTS,
@@ -105,7 +106,44 @@ COMMAND_LINE = [
         "invalid choice 'alway' for argument '--reward.mode', expected one of ('always', 'unsafe_only', 'projection'); "
         "--help lists every flag.",
     ),
+    Mistake(
+        "two things instead of training",
+        "shapes --dry-run --print-config",
+        "--print-config: it does nothing else; accepted is it or --dry-run, one at a time.",
+    ),
+    Mistake("help that a command has not", "run --help-all", "--help-all: no such flag ...", command=sample.main),
 ]
+
+
+THERE_ARE = "there are train, evaluate, sample, export, inspect, estimate, report; --help says what each does."
+SUBCOMMANDS = [
+    Mistake("no command", "", f"fastgrpo: a command is missing; {THERE_ARE}"),
+    Mistake("command", "trian --seed 1", f"trian: no such command (did you mean train?); {THERE_ARE}"),
+    Mistake("flag before the command", "--seed 1 train", f"--seed: a command comes before the flags; {THERE_ARE}"),
+    Mistake(
+        "flag of a command",
+        "train --group-sise 4",
+        "--group-sise: no such flag (did you mean --group-size?); --help lists them all.",
+    ),
+    Mistake("report without a run, by its command", "report", "Missing from fastgrpo report: PATH ...; --help ..."),
+    Mistake(
+        "completion of no shell",
+        "--tyro-print-completion",
+        "--tyro-print-completion: accepted is --tyro-print-completion SHELL, with bash, zsh, fish as SHELL.",
+    ),
+    Mistake(
+        "completion of another shell",
+        "--tyro-print-completion fsh",
+        "--tyro-print-completion fsh: no such shell (did you mean fish?); accepted are bash, zsh, fish.",
+    ),
+    Mistake(
+        "completion into no folder",
+        "--tyro-write-completion bash none/fastgrpo",
+        "none/fastgrpo: No such file or directory.",
+        code=1,
+    ),
+]
+SUBCOMMANDS = [replace(mistake, command=__main__.main) for mistake in SUBCOMMANDS]
 
 
 TOML = [
@@ -947,7 +985,40 @@ OTHER_COMMANDS = [
         command=report.main,
     ),
 ]
-MISTAKES = [*COMMAND_LINE, *TOML, *NUMBERS, *PROMPTS, *REWARDS, *MODELS, *RUNS, *OTHER_COMMANDS]
+# What is refused where nothing is to be trained, in the same words.
+DRY = (
+    *("no prompt file", "plugin's function", "anchors without direction", "run in use", "run not empty"),
+    *("file for a run", "no permission", "damaged checkpoint", "checkpoint of another model"),
+    "resume with damaged metrics",
+)
+DRY_RUNS = [
+    replace(mistake, name=f"dry run: {mistake.name}", argv=f"{mistake.argv} --dry-run", leaves=())
+    for mistake in (*PROMPTS, *REWARDS, *RUNS)
+    if mistake.name in DRY
+] + [
+    Mistake(
+        "dry run: no room for a checkpoint",
+        TRAIN + "--dry-run",
+        "run/checkpoints/iter-000001: No space left on device, ... MB are needed and 2.0 MB are free; no iteration was "
+        "begun.",
+        given=(room_left(2_000_000),),
+        code=1,
+        loaded="model",
+    ),
+]
+assert len(DRY_RUNS) == len(DRY) + 1
+MISTAKES = [
+    *COMMAND_LINE,
+    *SUBCOMMANDS,
+    *DRY_RUNS,
+    *TOML,
+    *NUMBERS,
+    *PROMPTS,
+    *REWARDS,
+    *MODELS,
+    *RUNS,
+    *OTHER_COMMANDS,
+]
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "fastgrpo"
 
 # What may be imported, from the top floor to the ground: a room imports those below its own line.
 FLOORS = (
+    "__main__",
     "train evaluate sample export inspect estimate report shapes_lab",
     "validation training",
     "run",

@@ -77,6 +77,7 @@ def test_the_wheel_carries_the_version_and_licence(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         folder = f"fastgrpo-{fastgrpo.__version__}.dist-info"
         assert f"\nVersion: {fastgrpo.__version__}\n" in archive.read(f"{folder}/METADATA").decode()
+        assert "fastgrpo = fastgrpo.__main__:main" in archive.read(f"{folder}/entry_points.txt").decode()
         assert "MIT License" in archive.read(f"{folder}/licenses/LICENSE").decode()
 
 
@@ -144,6 +145,26 @@ def test_a_command_line_is_read_before_anything_slow_is_imported(command: str) -
     )
     done = python("-c", code)
     assert done.stdout.strip() == "0 2 2 []", done.stderr
+
+
+def test_the_command_of_commands_imports_nothing_slow_either() -> None:
+    """Nor NumPy, until the settings of a training are to be checked."""
+    asked = ["--help"], ["train", "--help"], ["train", "--help-all"], ["trian"], ["--tyro-print-completion", "bash"]
+    asked += ["train", "--grpo.klx", "1"], ["train", "shaped"], ["report"]
+    code = (
+        "import contextlib, io, sys\n"
+        "from fastgrpo.__main__ import main\n"
+        "def run(argv):\n"
+        "    try:\n"
+        "        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
+        "            return main(argv)\n"
+        "    except SystemExit as stop:\n"
+        "        return stop.code or 0\n"
+        f"print([run(argv) for argv in {asked}], [m for m in {(*SLOW, 'numpy', 'scipy')} if m in sys.modules])\n"
+        f"print(run(['train', '--print-config']), [m for m in {SLOW} if m in sys.modules])"
+    )
+    done = python("-c", code)
+    assert done.stdout.splitlines() == ["[0, 0, 0, 2, 0, 2, 2, 2] []", "0 []"], done.stderr
 
 
 def test_settings_are_read_before_anything_slow_is_imported() -> None:

@@ -36,6 +36,7 @@ from fastgrpo.training import iterate
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 from support import ROOT
 from support.evaluation import Darkness
+from support.mistakes import contents
 from support.training import ITERATIONS, SERVER, TIMED, start
 
 pytestmark = pytest.mark.slow
@@ -93,6 +94,35 @@ def test_a_run_leaves_what_the_contract_says(undisturbed: Path, config_file: Pat
     names |= {"time/rollout_s", "time/reward_s", "time/update_s"}
     assert all(names <= set(record) for record in records)
     assert [record["iteration"] for record in records if "time/eval_s" in record] == [4, 8]
+
+
+def test_a_dry_run_says_what_the_run_says_and_writes_nothing(
+    undisturbed: Path, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "none" / "run"
+    assert train.main([str(config_file), "--run", str(run), "--dry-run"]) == 0
+    planned, said = capsys.readouterr()
+    assert (said, list(tmp_path.iterdir())) == ("", [])
+    told = undisturbed.with_suffix(".txt").read_text().splitlines()
+    introduction, *_ = planned.split(" on cpu\n")
+    lines = [line for line in introduction.splitlines()[:-1] if line and "so far" not in line and line != "loading"]
+    assert len(lines) > 5
+    assert [line for line in lines if line not in told] == [f"run {run}"]
+    # 2 prompts x 3 images x 2 of 3 steps; 5 positive and 3 negative prompts are in the files.
+    assert "= 6 images, 12 (sample, step) pairs" in planned
+    assert "8 iterations, 48 images in 3 steps, of 5 positive and 3 negative prompts" in planned
+    assert "in 2 optimizer steps an iteration, 5 pairs at once" in planned
+
+    before = contents(undisturbed)
+    resume = ["--resume", str(undisturbed), "--iterations", "11"]
+    assert train.main([*resume, "--dry-run"]) == 0
+    planned, said = capsys.readouterr()
+    assert said == ""
+    assert "resuming after iteration 8 of 11" in planned
+    assert "3 iterations, 18 images" in planned
+    assert train.main([*resume[:2], "--print-config"]) == 0
+    assert capsys.readouterr() == ((undisturbed / "config.toml").read_text(), "")
+    assert contents(undisturbed) == before
 
 
 def test_training_changes_the_weights_and_diffusers_reads_them(undisturbed: Path, tiny_pipeline: Path) -> None:

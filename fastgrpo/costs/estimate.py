@@ -26,6 +26,7 @@ from fastgrpo.costs.memory import (
     with_shard,
 )
 from fastgrpo.grpo.steps import pairs_per_iteration
+from fastgrpo.models.configs import Description
 from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.console import Console
@@ -54,6 +55,74 @@ class CostRow:
         return self.flop * self.times
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a training computes in an iteration, and what lies in the memory of each device that it runs on.
+
+    config: with engine.shard and engine.offload decided. encoders: the reward's. left_out: lines on those of its terms
+    that cannot be counted. pairs: (sample, step) pairs of an iteration. micro_batch: how many of them at once.
+    sized: why so many. reasons: what else was decided and why, on gradient checkpointing last.
+    """
+
+    config: TrainConfig
+    model: ModelCost
+    encoders: Mapping[str, EncoderCost]
+    left_out: Sequence[str]
+    dtype: torch.dtype
+    processes: int
+    pairs: int
+    micro_batch: int
+    sized: str
+    reasons: tuple[str, ...]
+
+    def memory_lines(self, where: str) -> list[str]:
+        """Writes the table of what lies in the memory of `where`."""
+        parts = self.config, self.model, self.encoders, self.dtype, self.processes, self.micro_batch
+        return memory_lines(memory_plan(*parts), where)
+
+    def header(self) -> list[str]:
+        """Writes which model is trained, and of what an iteration consists."""
+        config, model = self.config, self.model
+        prompts, group, rank = config.prompts_per_iteration, config.group_size, config.model.lora_rank
+        channels, height, width = model.latent_shape
+        what = f"adapters of rank {rank}, {model.trained:,} parameters beside" if rank else "all of"
+        return [
+            f"model     {config.model.path}",
+            f"trained   {what} the UNet's {model.unet:,}, in {DTYPE_NAMES[self.dtype]}",
+            f"iteration {prompts} prompts x {group} = {prompts * group} images, {self.pairs:,} (sample, step) pairs,"
+            f" latents {channels} x {height} x {width}",
+        ]
+
+
+def make_plan(config: TrainConfig, description: Description, dtype: torch.dtype, processes: int, room: int) -> Plan:
+    """Counts a model as it is to be trained, on a GPU unless engine.device is cpu. Nothing is measured or loaded.
+
+    dtype: what the UNet computes in. processes: devices that share the work. room: bytes of a GPU that may be filled.
+    Raises ConfigError for a model that cannot be trained.
+    """
+    device = planned_device(config)
+    schedule = make_schedule(description.scheduler, config.rollout.steps, config.rollout.eta, torch.device("cpu"))
+    pairs = pairs_per_iteration(config, schedule)
+
+    def count(gradient_checkpointing: bool) -> ModelCost:
+        return count_model(
+            description, config.model, dtype, is_on(config.engine.kernels, device), gradient_checkpointing
+        )
+
+    encoders, left_out = count_encoders(config.reward)
+    short = encoders, dtype, processes, room if device.type == "cuda" else None
+    shard, shared = choose_shard(config, count, *short)
+    config = with_shard(config, shard)
+    offload, moved = choose_offload(config, count, *short)
+    config = with_offload(config, offload)
+    checkpointing, chosen = choose_gradient_checkpointing(config, count, *short)
+    model = count(checkpointing)
+    sizes = candidates(iteration_of(config, len(schedule), pairs, processes, checkpointing))
+    micro_batch, sized = _micro_batch(config, model, encoders, dtype, processes, room, sizes)
+    reasons = tuple(line for line in (shared, moved, chosen) if line)
+    return Plan(config, model, encoders, left_out, dtype, processes, pairs, micro_batch, sized, reasons)
+
+
 def estimate(
     config: TrainConfig, tflops: float, processes: int, link_gb_s: float, gpu_gb: float, console: Console
 ) -> None:
@@ -63,38 +132,20 @@ def estimate(
     link_gb_s: what each sends to the others, in GB/s. gpu_gb: memory of each.
     """
     description, known = find_architecture(config.model)
-    schedule = make_schedule(description.scheduler, config.rollout.steps, config.rollout.eta, torch.device("cpu"))
-    device = planned_device(config)
-    dtype = choose_dtype(config.engine.dtype, device)
-    pairs = pairs_per_iteration(config, schedule)
-    room = int(config.engine.memory * gpu_gb * 1e9)
-
-    def count(gradient_checkpointing: bool) -> ModelCost:
-        return count_model(
-            description, config.model, dtype, is_on(config.engine.kernels, device), gradient_checkpointing
-        )
-
+    dtype = choose_dtype(config.engine.dtype, planned_device(config))
     with console.bar("counting"):
-        encoders, left_out = count_encoders(config.reward)
-        short = encoders, dtype, processes, room if device.type == "cuda" else None
-        shard, shared = choose_shard(config, count, *short)
-        config = with_shard(config, shard)
-        offload, moved = choose_offload(config, count, *short)
-        config = with_offload(config, offload)
-        checkpointing, chosen = choose_gradient_checkpointing(config, count, *short)
-        model = count(checkpointing)
-    sizes = candidates(iteration_of(config, len(schedule), pairs, processes, checkpointing))
-    micro_batch, why = _micro_batch(config, model, encoders, dtype, processes, room, sizes)
-    memory = memory_plan(config, model, encoders, dtype, processes, micro_batch)
+        plan = make_plan(config, description, dtype, processes, int(config.engine.memory * gpu_gb * 1e9))
+    config, model = plan.config, plan.model
+    first, *header = plan.header()
 
-    console.say("Computed from the configs, not measured.", "")
-    console.say(*_header(config, model, known, dtype, pairs))
-    console.say("", *_table(iteration_rows(config, model, encoders, pairs), config, tflops, processes))
+    console.say("Computed from the configs, not measured.", "", first)
+    console.say(*([] if known else ["          counted as SD 1.x: its configs are not in the hub's cache"]), *header)
+    console.say("", *_table(iteration_rows(config, model, plan.encoders, plan.pairs), config, tflops, processes))
     if processes > 1:
         console.say(_network(config, model.trained, processes, link_gb_s))
-    console.say("", *memory_lines(memory, "the GPU" if processes == 1 else f"each of {processes} GPUs"))
-    console.say(*(f"  {line}" for line in (why, shared, moved, chosen) if line))
-    console.say("", *left_out, *_NOT_COUNTED)
+    console.say("", *plan.memory_lines("the GPU" if processes == 1 else f"each of {processes} GPUs"))
+    console.say(*(f"  {line}" for line in (plan.sized, *plan.reasons)))
+    console.say("", *plan.left_out, *_NOT_COUNTED)
 
 
 def iteration_rows(
@@ -136,21 +187,8 @@ def _micro_batch(
     if planned_device(config).type == "cpu":
         return CPU_MICRO_BATCH, f"micro_batch = 0: {CPU_MICRO_BATCH} pairs on a CPU"
     size = predicted_micro_batch(config, model, encoders, dtype, processes, room, sizes)
-    why = f"{size} pairs, the most that {room / 1e9:.1f} GB should hold (--gpu-gb, engine.memory)"
+    why = f"{size} pairs, the most that {room / 1e9:.1f} GB should hold (engine.memory)"
     return size, f"micro_batch = 0: {why}"
-
-
-def _header(config: TrainConfig, model: ModelCost, known: bool, dtype: torch.dtype, pairs: int) -> list[str]:
-    prompts, group, rank = config.prompts_per_iteration, config.group_size, config.model.lora_rank
-    channels, height, width = model.latent_shape
-    what = f"adapters of rank {rank}, {model.trained:,} parameters beside" if rank else "all of"
-    return [
-        f"model     {config.model.path}",
-        *([] if known else ["          counted as SD 1.x: its configs are not in the hub's cache"]),
-        f"trained   {what} the UNet's {model.unet:,}, in {DTYPE_NAMES[dtype]}",
-        f"iteration {prompts} prompts x {group} = {prompts * group} images, {pairs:,} (sample, step) pairs,"
-        f" latents {channels} x {height} x {width}",
-    ]
 
 
 def _table(rows: Sequence[CostRow], config: TrainConfig, tflops: float, processes: int) -> list[str]:

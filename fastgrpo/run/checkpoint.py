@@ -32,9 +32,10 @@ from fastgrpo.models.save import save_config
 from fastgrpo.models.sound import load_finite
 from fastgrpo.run import best
 from fastgrpo.settings.commands import Weights
-from fastgrpo.settings.schema import ModelConfig
+from fastgrpo.settings.schema import ModelConfig, TrainConfig
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import PARTIAL_SUFFIX, appearing, file_sha256, require_room
+from fastgrpo.system.workers import available_cores
 from fastgrpo.unet.lora import (
     LORA_FILE,
     Adapters,
@@ -112,7 +113,7 @@ def save(
     """
     folder = checkpoint_folder(run, state.iteration)
     remove_partial(run)
-    require_room(folder, tensor_bytes(trainable) + _MARGIN)
+    check_room(folder, trainable)
     with appearing(folder) as partial:
         _write(partial, trainable, state)
     # Before any is deleted: were that cut short, what best.json names would still be there.
@@ -122,6 +123,11 @@ def save(
             # What another process has open stays on network file systems; the next save tries again.
             shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def check_room(folder: Path, trainable: Trainable) -> None:
+    """Raise OSError where the disk that the checkpoint `folder` is to be written to has too little room for it."""
+    require_room(folder, tensor_bytes(trainable) + _MARGIN)
 
 
 def record_best(run: Path, state: TrainerState) -> Path | None:
@@ -250,6 +256,11 @@ def latest(run: Path) -> Path | None:
     last_good = f"the last good checkpoint is {good}" if good else "there is no earlier good checkpoint"
     goal = "to go on from it" if good else "to start from the beginning"
     raise ConfigError(f"{next(iter(damages.values()))}; {last_good}: {goal}, remove {' and '.join(map(str, damages))}.")
+
+
+def beginning(config: TrainConfig, processes: int) -> TrainerState:
+    """The state of a run before its first iteration."""
+    return TrainerState(0, config.seed, 0.0, available_cores(), library_versions(), processes=processes)
 
 
 def read_state(folder: Path) -> TrainerState:

@@ -5,10 +5,11 @@ import fcntl
 import json
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -58,19 +59,13 @@ def claim(folder: Path, resumed: bool) -> Iterator[None]:
     A new run's folder is made, and removed again if nothing came of it. Where the file system has no locks, there is a
     warning instead. Raises ConfigError when the folder is in use, or is to be new and has something in it.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"run = {str(folder)!r}: this is a file; accepted is a folder that is new or empty.")
-    try:
+    _refuse_file(folder)
+    with _refusing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / _LOCK, "w")  # noqa: SIM115 (closed by the block below)
-    except OSError as error:
-        why = f"cannot be written ({error.strerror}); accepted is a folder that is new or empty"
-        raise ConfigError.of("run", str(folder), why) from error
     with lock:
-        _lock(lock, folder)
-        if not resumed and not set(os.listdir(folder)) <= _BEFORE_A_RUN:
-            why = f"accepted is a folder that is new or empty; to go on with the run in it, say --resume {folder}"
-            raise ConfigError.of("run", str(folder), why)
+        _lock(lock, folder, fcntl.LOCK_EX)
+        _refuse_other_things(folder, resumed)
         try:
             yield
         finally:
@@ -80,11 +75,51 @@ def claim(folder: Path, resumed: bool) -> Iterator[None]:
                     os.rmdir(folder)
 
 
-def _lock(lock: TextIO, folder: Path) -> None:
-    """Lock the open file, or warn where that cannot be done. Raises ConfigError where another process has locked it."""
+def check_claim(folder: Path, resumed: bool) -> None:
+    """Raise ConfigError for a run's folder that `claim` would refuse now. Nothing is made or changed."""
+    _refuse_file(folder)
+    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    with _refusing(folder):
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        tempfile.TemporaryFile(dir=place).close()  # has no name there, and is gone at once
+        lock = open(folder / _LOCK) if (folder / _LOCK).exists() else nullcontext()  # noqa: SIM115 (closed below)
+    with lock as held:
+        if held:
+            _lock(held, folder, fcntl.LOCK_SH)  # all that a file takes that is open for reading, on some file systems
+    if place == folder.absolute():
+        _refuse_other_things(folder, resumed)
+
+
+def _refuse_file(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run = {str(folder)!r}: this is a file; accepted is a folder that is new or empty.")
+
+
+@contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    """Turn an OSError of the block, in which something is made in the folder, into a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        why = f"cannot be written ({error.strerror}); accepted is a folder that is new or empty"
+        raise ConfigError.of("run", str(folder), why) from error
+
+
+def _refuse_other_things(folder: Path, resumed: bool) -> None:
+    if not resumed and not set(os.listdir(folder)) <= _BEFORE_A_RUN:
+        why = f"accepted is a folder that is new or empty; to go on with the run in it, say --resume {folder}"
+        raise ConfigError.of("run", str(folder), why)
+
+
+def _lock(lock: TextIO, folder: Path, kind: int) -> None:
+    """Lock the open file, or warn where that cannot be done. kind: fcntl.LOCK_EX, for oneself alone, or LOCK_SH.
+
+    Raises ConfigError where another process has locked it for itself.
+    """
     try:
         with naming(folder / _LOCK):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
     # The second where the system makes a lock of a file one of its bytes.
     except (BlockingIOError, PermissionError) as error:
         raise ConfigError(f"run = {str(folder)!r}: another process is training in this folder.") from error

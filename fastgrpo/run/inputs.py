@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.assembly import Training
+from fastgrpo.assembly import Parts
 from fastgrpo.rewards.anchors import load_anchors
 from fastgrpo.rewards.terms import parse_terms
 from fastgrpo.settings.schema import TrainConfig
@@ -22,7 +22,7 @@ from fastgrpo.types import NEGATIVE, POSITIVE
 _PROBES = ("", string.printable, "Two red dogs, above a tall house!", "naïve 漢字 🦉")  # what tells tokenizers apart
 
 
-def input_digests(config: TrainConfig, training: Training) -> dict[str, str]:
+def input_digests(config: TrainConfig, training: Parts) -> dict[str, str]:
     """From the name of each input to the digest of its content, wherever it was loaded from.
 
     training: as they were loaded, before a checkpoint is. Prompts count by their texts, the user's reward functions by

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastgrpo.assembly import Training
+from fastgrpo.assembly import Parts
 from fastgrpo.engine.trainable import learning_rate
 from fastgrpo.prompts import truncation_lines
 from fastgrpo.rewards.axis.report import axis_report
@@ -14,7 +14,7 @@ from fastgrpo.system.console import Console
 from fastgrpo.system.distributed import Ranks
 
 
-def introduce(training: Training, run: Path, start: TrainerState, console: Console) -> None:
+def introduce(training: Parts, run: Path, start: TrainerState, console: Console) -> None:
     """Say what is about to happen, and where steering leaves the prompts."""
     config, policy, trainable = training.config, training.policy, training.trainable
     weights = sum(parameter.numel() for parameter in policy.unet.parameters())

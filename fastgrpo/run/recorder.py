@@ -16,9 +16,8 @@ from fastgrpo.run.checkpoint import TrainerState, library_versions
 from fastgrpo.run.metrics import MetricsLog
 from fastgrpo.run.page import write_report
 from fastgrpo.settings.command_line import PROGRAM
-from fastgrpo.settings.paths import with_absolute_paths
 from fastgrpo.settings.schema import TrainConfig
-from fastgrpo.settings.toml import dump_toml
+from fastgrpo.settings.toml import run_config
 from fastgrpo.system.console import Console
 from fastgrpo.system.files import write_atomically
 from fastgrpo.system.progress import Pace
@@ -140,9 +139,7 @@ class RunRecorder:
         return f"best      {checkpoint.checkpoint_folder(self.run, choice.iteration)}: {choice.why}"
 
     def _write_config(self) -> None:
-        # Without its own name: the folder may be moved, and the file may be the start of another run.
-        config = with_absolute_paths(dataclasses.replace(self.config, run=""))
-        write_atomically(self.run / "config.toml", dump_toml(config).encode())
+        write_atomically(self.run / "config.toml", run_config(self.config).encode())
 
     def _seconds(self) -> float:
         """Wall clock of the run so far, over all resumes."""

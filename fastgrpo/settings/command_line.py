@@ -6,14 +6,15 @@ import inspect
 import io
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import tyro
 
 from fastgrpo._version import __version__
+from fastgrpo.settings.common import COMMON, only_common
 from fastgrpo.settings.paths import PathText, expand_home, with_homes
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import find_preset, load_toml
@@ -42,20 +43,25 @@ _NO_TYPE = r"Error parsing (--\S+): no type matching (\S+) could be instantiated
 class WithPreset:
     """The flags of a command that takes all settings of training."""
 
-    preset: tyro.conf.Positional[str] = DEFAULT_PRESET
+    preset: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PRESET")] = DEFAULT_PRESET
     """A preset's name or a FILE.toml, which may begin with `extends = "PRESET"`. It comes before the flags.
     Flags override it."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()  # noqa: RUF009 (frozen)
 
 
 @dataclass(frozen=True)
-class _Start(WithPreset):
+class Start(WithPreset):
     """Train a Stable Diffusion online with group-relative policy optimization on positive and negative prompts."""
 
     resume: PathText = ""
     """Folder of a run to continue, exactly as if it had never stopped. Other flags must not change its result:
     --iterations, --micro-batch, --rollout.batch, --rollout.decode-batch, --reward.batch,
     --engine.* but for device and dtype, --guard.* but for action adapt, --eval.* and --checkpoint.*."""
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Load and check everything, say what would be drawn and learned and what memory it takes, and stop there.
+    Nothing is trained, and the run's folder is not made."""
+    print_config: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print all settings as they would apply, as TOML that can be given back as FILE.toml, and do nothing else."""
 
 
 @dataclass(frozen=True)
@@ -66,26 +72,45 @@ class _Resume:
     """Folder of the run."""
 
 
+class Asked(NamedTuple):
+    """What a command line asks training for. preset: its name. resumed: the folder of the run to go on with.
+
+    instead: what is to be done in place of training.
+    """
+
+    config: TrainConfig
+    preset: str
+    resumed: Path | None
+    instead: Literal["", "dry-run", "print-config"]
+
+
+_HELP, _HELP_ALL, _VERSION = {"-h", "--help"}, "--help-all", "--version"
 Command = TypeVar("Command")
 Preset = TypeVar("Preset", bound=WithPreset)
 
 
-def parse_command(argv: Sequence[str]) -> tuple[TrainConfig, str, Path | None]:
-    """`[PRESET | FILE.toml] [--flags]` or `--resume RUN [--flags]` -> (config, preset's name, run to resume).
+def parse_command(argv: Sequence[str], program: str = PROGRAM) -> Asked:
+    """`[PRESET | FILE.toml] [--flags]` or `--resume RUN [--flags]`, as training takes them.
 
-    Raises ConfigError; prints and exits on --help (0) and on flags tyro refuses (2).
+    program: what --help calls the command. Raises ConfigError; prints and exits on --help and --version (0).
     """
-    if any(arg.split("=")[0] == "--resume" for arg in argv) and not {"-h", "--help", "--version"} & set(argv):
-        config, folder = _parse_resume(argv)
-        return config, folder.name, folder
-    start = parse_with_preset(_Start, argv, PROGRAM)
-    return start.config, Path(start.preset).stem, None
+    if any(arg.split("=")[0] == "--resume" for arg in argv) and not {*_HELP, _HELP_ALL, _VERSION} & set(argv):
+        start, folder = _parse_resume(argv, program)
+        return Asked(start.config, folder.name, folder, _instead(start))
+    start = parse_with_preset(Start, argv, program)
+    return Asked(start.config, Path(start.preset).stem, None, _instead(start))
+
+
+def _instead(start: Start) -> Literal["", "dry-run", "print-config"]:
+    if start.dry_run and start.print_config:
+        raise ConfigError("--print-config: it does nothing else; accepted is it or --dry-run, one at a time.")
+    return "dry-run" if start.dry_run else "print-config" if start.print_config else ""
 
 
 def parse_with_preset(kind: type[Preset], argv: Sequence[str], program: str) -> Preset:
     """`[PRESET | FILE.toml] [--flags]` -> an instance of `kind`, all fields of which have defaults.
 
-    program: what --help calls the command. Raises ConfigError; prints and exits on --help (0).
+    program: what --help calls the command. Raises ConfigError; prints and exits on --help and --version (0).
     """
     preset = argv[0] if argv and not argv[0].startswith("-") else DEFAULT_PRESET
     start = parse_flags(kind, argv, program, default=kind(preset=preset, config=load_toml(find_preset(preset))))
@@ -96,20 +121,31 @@ def parse_with_preset(kind: type[Preset], argv: Sequence[str], program: str) -> 
 
 def parse_flags(kind: type[Command], argv: Sequence[str], program: str, default: Command | None = None) -> Command:
     """Flags -> an instance of `kind`. Raises ConfigError; prints and exits on --help and --version (0)."""
-    known = [*flags_of(kind), "--help", "--version"]
+    known = [*flags_of(kind), "--help", _VERSION, *([_HELP_ALL] if issubclass(kind, WithPreset) else [])]
     for arg in argv:
         name = arg.split("=")[0].replace("_", "-")
         if name.startswith("--") and name not in known:
             raise ConfigError(f"{name}: no such flag{nearest(name, known)}; --help lists them all.")
-    return with_homes(_tyro(kind, argv, program, **({} if default is None else {"default": default})))
+    return with_homes(_tyro(kind, argv, program, default))
 
 
-def _tyro(kind: type, argv: Sequence[str], program: str, **options: Any) -> Any:
-    """Call tyro.cli, turn its complaints into one sentence, and answer --version, which every command has."""
-    if "--version" in argv:
+def _tyro(kind: type, argv: Sequence[str], program: str, default: Any = None, **options: Any) -> Any:
+    """Call tyro.cli, turn its complaints into one sentence, and answer --version, which every command has.
+
+    --help explains the settings of training that people set most, and --help-all all of them.
+    """
+    if _VERSION in argv:
         print(f"fastgrpo {__version__}")
         raise SystemExit(0)
-    options["description"] = f"{inspect.getdoc(kind)}\n--version says which fastgrpo this is."
+    more, described = f"{_VERSION} says which fastgrpo this is.", inspect.getdoc(kind)
+    if issubclass(kind, WithPreset) and _HELP_ALL in argv:
+        argv = ["--help"]
+    elif issubclass(kind, WithPreset) and _HELP & set(argv):
+        few, all_of_them = len(COMMON), len(list(_fields_of(TrainConfig)))
+        more = f"{few} of {all_of_them} settings are listed here; {_HELP_ALL} lists them all. {more}"
+        default = only_common(default)
+        kind = type(default)
+    options |= {"description": f"{described}\n{more}"} | ({} if default is None else {"default": default})
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -138,26 +174,34 @@ def _no_type(found: re.Match[str]) -> str:
 def flags_of(kind: type, prefix: str = "") -> list[str]:
     """Names of the flags that a dataclass has on the command line, groups written as --group.name."""
     names: list[str] = []
-    annotated = typing.get_type_hints(kind, include_extras=True)
-    for name, field_kind in typing.get_type_hints(kind).items():
-        for note in getattr(annotated[name], "__metadata__", ()):
+    for name, field_kind, notes in _fields_of(kind, prefix):
+        for note in notes:
             names += getattr(note, "aliases", None) or ()
-        if field_kind is TrainConfig:
-            names += flags_of(TrainConfig)  # not a group of its own
-        elif dataclasses.is_dataclass(field_kind):
-            names += flags_of(typing.cast(type, field_kind), f"{prefix}{name}.")
-        else:
-            names += [flag(f"{prefix}{no}{name}") for no in (("", "no_") if field_kind is bool else ("",))]
+        group, dot, field = name.rpartition(".")
+        pair = field_kind is bool and tyro.conf.FlagCreatePairsOff not in notes
+        names += [flag(f"{group}{dot}{no}{field}") for no in (("", "no_") if pair else ("",))]
     return names
 
 
-def _parse_resume(argv: Sequence[str]) -> tuple[TrainConfig, Path]:
-    command, flags = _tyro(_Resume, argv, PROGRAM, return_unknown_args=True)
+def _fields_of(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """(name as in group.name, type, what annotates it) of each field of a dataclass and of its groups."""
+    annotated = typing.get_type_hints(kind, include_extras=True)
+    for name, field_kind in typing.get_type_hints(kind).items():
+        if field_kind is TrainConfig:
+            yield from _fields_of(TrainConfig)  # not a group of its own
+        elif dataclasses.is_dataclass(field_kind):
+            yield from _fields_of(typing.cast(type, field_kind), f"{prefix}{name}.")
+        else:
+            yield prefix + name, field_kind, getattr(annotated[name], "__metadata__", ())
+
+
+def _parse_resume(argv: Sequence[str], program: str) -> tuple[Start, Path]:
+    command, flags = _tyro(_Resume, argv, program, return_unknown_args=True)
     folder = Path(expand_home(command.resume))
     if not (folder / "config.toml").is_file():
         raise ConfigError(f"--resume {folder}: there is no config.toml in it, so it is not a run that can go on.")
     own = load_toml(folder / "config.toml")
-    asked = parse_flags(_Start, flags, PROGRAM, default=_Start(preset="", config=own))
+    asked = parse_flags(Start, flags, program, default=Start(preset="", config=own))
     changed = [asked.preset] if asked.preset else []
     adapts = "adapt" in (own.guard.action, asked.config.guard.action)
     changed += [flag(name) for name in changed_fields(own, asked.config) if not _may_change(name, adapts)]
@@ -168,7 +212,7 @@ def _parse_resume(argv: Sequence[str]) -> tuple[TrainConfig, Path]:
     if asked.config.iterations < own.iterations:
         accepted = f"a resumed run accepts {own.iterations}, its own, or more"
         raise ConfigError.of("iterations", asked.config.iterations, accepted)
-    return dataclasses.replace(asked.config, run=str(folder)), folder
+    return dataclasses.replace(asked, config=dataclasses.replace(asked.config, run=str(folder))), folder
 
 
 def changed_fields(old: Any, new: Any, prefix: str = "") -> list[str]:

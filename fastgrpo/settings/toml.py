@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from fastgrpo.settings.paths import expand_home, with_homes
+from fastgrpo.settings.paths import expand_home, with_absolute_paths, with_homes
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.console import warn
 from fastgrpo.system.errors import ConfigError, nearest
@@ -136,6 +136,14 @@ def type_name(kind: Any) -> str:
 def dump_toml(config: TrainConfig) -> str:
     """The config as TOML, every field written; `load_toml` reads back an equal config."""
     return "\n".join(_toml_lines(config, "")) + "\n"
+
+
+def run_config(config: TrainConfig) -> str:
+    """What a run's config.toml holds: every setting, paths being such that the file may be read from anywhere.
+
+    Without the run's own name: its folder may be moved, and the file may be the start of another run.
+    """
+    return dump_toml(with_absolute_paths(dataclasses.replace(config, run="")))
 
 
 def _toml_lines(group: Any, name: str) -> list[str]:

@@ -1,14 +1,17 @@
 """Ctrl-C while a command's first modules are imported, before it can catch anything: a sentence, no traceback."""
 
+import os
 import sys
 from types import TracebackType
 
 
 def answer_in_a_sentence() -> None:
     """Show an interrupt as a sentence where Python was started for one of fastgrpo's commands, and only there."""
-    given = sys.orig_argv
+    given, program = sys.orig_argv, sys.argv[:1]
     # While the package of what -m names is imported, "-m" stands for the program's name.
-    if sys.argv[:1] == ["-m"] and "-m" in given and given[given.index("-m") + 1].startswith("fastgrpo."):
+    module = given[given.index("-m") + 1] if program == ["-m"] and "-m" in given else ""
+    script = program != [] and os.path.basename(program[0]) == "fastgrpo"
+    if script or module == "fastgrpo" or module.startswith("fastgrpo."):
         sys.excepthook = _show
 
 

@@ -26,14 +26,14 @@ from fastgrpo.validation import validate
 
 COMMANDS = (
     TrainConfig,
-    command_line._Start,
+    command_line.Start,
     command_line._Resume,
     evaluate.Evaluate,
     sample.Sample,
     export.Export,
-    inspect._Inspect,
-    estimate._Estimate,
-    report._Report,
+    inspect.Inspect,
+    estimate.Estimate,
+    report.Report,
 )
 # Texts that name no file.
 NO_PATHS = {
@@ -154,7 +154,7 @@ def test_groups_lists_and_paths(home):
 
 
 def test_commands(home):
-    config, preset, _ = parse_command(["shapes", "--run=~/r", "--reward.terms", "clip", "steering=2"])
+    config, preset, *_ = parse_command(["shapes", "--run=~/r", "--reward.terms", "clip", "steering=2"])
     assert (config.run, preset) == (f"{home}/r", "shapes")
     run, out = home / "r", home / "out"
     assert parse_flags(export.Export, ["~/r", "--format", "lora", "--output=~/out"], "").output == out
@@ -165,20 +165,20 @@ def test_commands(home):
     assert found.compare == (home / "a", home / "b")
     found = parse_flags(evaluate.Evaluate, ["--model=~/sd", "--unet", "~/u:unet", "--output=~/out"], "")
     assert (found.model, found.unet, found.output) == (f"{home}/sd", f"{home}/u:unet", out)
-    assert parse_flags(report._Report, ["~/r"], "").run == run
-    assert parse_with_preset(inspect._Inspect, ["shapes", "--png=~/a.png"], "").png == home / "a.png"
+    assert parse_flags(report.Report, ["~/r"], "").run == run
+    assert parse_with_preset(inspect.Inspect, ["shapes", "--png=~/a.png"], "").png == home / "a.png"
 
 
 def test_a_preset_and_a_run_in_the_home_folder(home):
     (home / "r").mkdir()
     (home / "mine.toml").write_text('run = "~/r"\niterations = 4\n[prompts]\ncategories = []\npositive = "~/p.txt"\n')
-    config, preset, resumed = parse_command(["~/mine.toml"])
+    config, preset, resumed, _ = parse_command(["~/mine.toml"])
     assert (config.run, config.prompts.positive, preset, resumed) == (f"{home}/r", f"{home}/p.txt", "mine", None)
     (home.parent / "other.toml").write_text('extends = "~/mine.toml"\n')
     assert load_toml(Path("other.toml")) == config
     shutil.copy(home / "mine.toml", home / "r" / "config.toml")
     for argv in (["--resume=~/r"], ["--resume", "~/r"]):
-        config, _, resumed = parse_command(argv)
+        config, _, resumed, _ = parse_command(argv)
         assert (config.run, config.iterations, resumed) == (f"{home}/r", 4, home / "r")
 
 

@@ -4,17 +4,19 @@ import dataclasses
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastgrpo import estimate, train
 from fastgrpo.settings.command_line import changed_fields, parse_command
+from fastgrpo.settings.common import COMMON
 from fastgrpo.settings.schema import EvalConfig, GrpoConfig, ModelConfig, OptimConfig, PromptsConfig, TrainConfig
 from fastgrpo.settings.suites import I2PSettings
 from fastgrpo.settings.toml import dump_toml, find_preset, load_toml, presets_folder
-from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.errors import ConfigError, flag
 from fastgrpo.validation import validate
 
 
@@ -39,14 +41,14 @@ def test_every_preset_is_valid(preset: str) -> None:
 
 
 def test_without_arguments_it_is_the_preset_shapes() -> None:
-    config, name, resume = parse_command([])
+    config, name, resume, _ = parse_command([])
     assert (name, resume) == ("shapes", None)
     assert config == load_toml(find_preset("shapes"))
 
 
 def test_a_flag_beats_the_file_and_the_file_beats_the_default(tmp_path: Path) -> None:
     path = write(tmp_path, "group_size = 6\nmicro_batch = 5\n[grpo]\nkl = 0.5\nclip_low = 1\n")
-    config, name, _ = parse_command([str(path), "--group-size", "8", "--grpo.kl", "0.25"])
+    config, name, *_ = parse_command([str(path), "--group-size", "8", "--grpo.kl", "0.25"])
     assert name == "mine"
     assert (config.group_size, config.grpo.kl) == (8, 0.25)  # flags
     assert (config.micro_batch, config.grpo.clip_low) == (5, 1.0)  # file, a whole number where a float is meant
@@ -54,7 +56,7 @@ def test_a_flag_beats_the_file_and_the_file_beats_the_default(tmp_path: Path) ->
 
 
 def test_lists_and_groups_are_flags_too() -> None:
-    config, _, _ = parse_command(["shapes", "--prompts.categories", "hate", "self-harm", "--run", "there"])
+    config, *_ = parse_command(["shapes", "--prompts.categories", "hate", "self-harm", "--run", "there"])
     assert config.prompts.categories == ("hate", "self-harm")
     assert config.run == "there"
 
@@ -72,6 +74,26 @@ def test_toml_round_trip_of_text(tmp_path: Path, text: str) -> None:
 def test_toml_round_trip_of_numbers_is_exact(tmp_path: Path, number: float) -> None:
     config = TrainConfig(seed=2**62, optim=OptimConfig(lr=number))
     assert load_toml(write(tmp_path, dump_toml(config))) == config
+
+
+def test_print_config_prints_what_gives_the_same_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.txt").write_text("a cat\n")
+    changes = ["--seed", "7", "--prompts.positive", "mine.txt", "--optim.lr", "3e-7", "--run", "there"]
+    assert train.main(["ddpo", *changes, "--print-config"]) == 0
+    printed, said = capsys.readouterr()
+    assert said == ""
+    given = parse_command(["ddpo", *changes]).config
+    absolute = dataclasses.replace(given.prompts, positive=str(tmp_path / "mine.txt"))  # it may be read from anywhere
+    (tmp_path / "again").mkdir()
+    monkeypatch.chdir(tmp_path / "again")
+    again = parse_command([str(write(tmp_path, printed))]).config
+    assert again == dataclasses.replace(given, prompts=absolute, run="")
+    assert train.main([str(tmp_path / "mine.toml"), "--print-config"]) == 0
+    assert capsys.readouterr() == (printed, "")
+    assert list((tmp_path / "again").iterdir()) == []
 
 
 def test_the_dump_names_every_field() -> None:
@@ -175,9 +197,38 @@ def names_of_fields(group: object, prefix: str = "") -> Iterator[str]:
         yield from names_of_fields(value, f"{prefix}{field.name}.") if inner else [prefix + field.name]
 
 
+def test_the_settings_that_people_set_most_are_there_and_in_order() -> None:
+    names = list(names_of_fields(TrainConfig()))
+    assert [name for name in names if name in COMMON] == list(COMMON)
+    assert 15 <= len(COMMON) <= 25
+
+
+@pytest.mark.parametrize(
+    ("main", "own"),
+    [
+        (train.main, {"--resume", "--dry-run", "--print-config"}),
+        (estimate.main, {"--tflops", "--processes", "--link-gb-s", "--gpu-gb"}),
+    ],
+)
+def test_help_explains_these_alone_as_the_preset_has_them(
+    main: Callable[..., int], own: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["ddpo", "--help"], "fastgrpo something")
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: fastgrpo something ")
+    explained = re.findall(r"^\W (-[\w.-]*\w)", printed, flags=re.MULTILINE)  # the first of a setting's flags
+    assert len(set(explained)) == len(explained)
+    assert set(explained) == {*own, "-h", "--run-folder"} | {flag(name) for name in COMMON if name != "run"}
+    assert f"{len(COMMON)} of {len(list(names_of_fields(TrainConfig())))} settings are listed here" in printed
+    assert re.search(r"--group-size INT\s[^-]*\(default: 8\)", printed)
+    assert re.search(r"--optim\.lr FLOAT\s[^-]*\(default: 0\.0003\)", printed)
+
+
 def test_help_shows_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse_command(["--help"])
+        parse_command(["--help-all"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     for name in names_of_fields(TrainConfig()):
@@ -348,7 +399,7 @@ def run_folder(tmp_path: Path) -> Path:
 def test_resume_takes_the_runs_own_config(tmp_path: Path, flag: str) -> None:
     run = run_folder(tmp_path)
     argv = [f"--resume={run}"] if flag == "joined" else ["--resume", str(run)]
-    config, _, resume = parse_command(argv)
+    config, _, resume, _ = parse_command(argv)
     assert resume == run
     assert config == TrainConfig(iterations=5, seed=9, run=str(run))
 
@@ -363,7 +414,7 @@ def test_resume_may_raise_the_iterations_and_never_lower_them(tmp_path: Path) ->
 def test_resume_takes_what_cannot_change_the_result(tmp_path: Path) -> None:
     run = str(run_folder(tmp_path))
     argv = ["--micro-batch", "2", "--engine.threads=1", "--eval.i2p.images", "3", "--checkpoint.keep", "0"]
-    config, _, folder = parse_command([*argv, "--resume", run, "--rollout.batch", "8", "--engine.no-overlap"])
+    config, _, folder, _ = parse_command([*argv, "--resume", run, "--rollout.batch", "8", "--engine.no-overlap"])
     assert folder == tmp_path
     own = load_toml(tmp_path / "config.toml")
     changed = {"micro_batch", "engine.threads", "engine.overlap", "eval.i2p.images", "checkpoint.keep", "rollout.batch"}

@@ -212,6 +212,8 @@ def interrupting(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("train", "torch", "stopped; no iteration was begun."),
         ("train", "diffusers", "stopped; no iteration was begun."),
         ("evaluate", "tyro", "stopped."),
+        ("", "tyro", "stopped."),
+        ("script", "tyro", "stopped."),
         (
             "evaluate",
             "torch",
@@ -222,10 +224,12 @@ def interrupting(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_ctrl_c_while_importing_is_one_sentence(
     command: str, module: str, says: str, interrupting: str, tmp_path: Path
 ) -> None:
-    where = {"train": "--run", "evaluate": "--output"}[command]
-    done = python(
-        "-m", f"fastgrpo.{command}", where, str(tmp_path / "out"), PYTHONPATH=interrupting, INTERRUPTED=module
-    )
+    where = "--output" if command == "evaluate" else "--run"
+    called = ["-m", f"fastgrpo.{command}"] if command else ["-m", "fastgrpo", "train"]
+    if command == "script":
+        (tmp_path / "fastgrpo").write_text("import sys\nfrom fastgrpo.__main__ import main\nsys.exit(main())\n")
+        called = [str(tmp_path / "fastgrpo"), "train"]
+    done = python(*called, where, str(tmp_path / "out"), PYTHONPATH=interrupting, INTERRUPTED=module)
     assert done.stderr == f"fastgrpo: {says}\n"
     assert done.returncode in (130, -2)  # of both a shell says 130
     assert not (tmp_path / "out").exists()

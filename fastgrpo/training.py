@@ -25,6 +25,7 @@ from fastgrpo.run.introduction import differences, introduce
 from fastgrpo.run.left_out import LeftOut
 from fastgrpo.run.metrics import Stopwatch
 from fastgrpo.run.recorder import RunRecorder
+from fastgrpo.run.recovery import recover
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.console import Console, complain
@@ -64,9 +65,9 @@ def start(config: TrainConfig, preset: str, resumed: Path | None) -> int:
 
 
 def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: StopSignal) -> int:
-    """Train in `run`, a claimed folder, from its newest checkpoint or the beginning. Returns the exit code."""
+    """Train in `run`, a claimed folder, from its newest good checkpoint or the beginning. Returns the exit code."""
     with console.waiting("loading"):
-        newest = checkpoint.latest(run)
+        newest = recover(run, ranks)
         start = checkpoint.read_state(newest) if newest else checkpoint.beginning(config, ranks.count)
         threads = config.engine.threads or start.threads
         training = load_training(config, threads, ranks, EngineRecord(**start.engine), console.say)

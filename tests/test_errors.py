@@ -728,9 +728,10 @@ RUNS = [
     Mistake(
         "damaged checkpoint",
         "--resume run --iterations 3",
-        f"run/checkpoints/iter-000002/{WEIGHTS} is damaged (its sha256 is not the manifest's); the last good "
-        "checkpoint is run/checkpoints/iter-000001: to go on from it, remove run/checkpoints/iter-000002.",
-        given=(finished_run, written(f"run/checkpoints/iter-000002/{WEIGHTS}", b"short")),
+        f"run/checkpoints/iter-000002/{WEIGHTS} is damaged (its sha256 is not the manifest's); there is no earlier "
+        "good checkpoint: to start from the beginning, remove run/checkpoints/iter-000002 and "
+        "run/checkpoints/iter-000001.",
+        given=(finished_run, *(written(f"run/checkpoints/iter-00000{n}/{WEIGHTS}", b"short") for n in (1, 2))),
     ),
     Mistake(
         "checkpoint of another model",

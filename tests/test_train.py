@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.console import Console
 from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.files import file_sha256
 from fastgrpo.system.randomness import generator_for, seed_for
 from fastgrpo.training import iterate
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
@@ -370,18 +372,37 @@ def test_a_refusal_is_one_sentence_and_exit_code_2(
     assert not (tmp_path / "run").exists()
 
 
-def test_resuming_from_a_damaged_checkpoint_is_refused(
-    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_resuming_goes_on_from_the_newest_good_checkpoint(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "damaged"
-    assert train.main([str(config_file), "--run", str(run), "--iterations", "4"]) == 0
-    capsys.readouterr()
-    weights = run / "checkpoints" / "iter-000004" / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    code, _, err = run_here(["--resume", str(run)], capsys)
-    assert code == 2
-    assert f"{weights} is damaged" in err
-    assert f"the last good checkpoint is {run / 'checkpoints' / 'iter-000003'}" in err
+    """In one newer checkpoint a bit is another, in one a file is cut short, and one has no manifest."""
+    run = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    six, seven, eight, nine = (run / "checkpoints" / f"iter-00000{number}" for number in (6, 7, 8, 9))
+    for stand_in in (seven, nine):  # as if more had been saved; what they hold beyond the damage is not to be read
+        shutil.copytree(eight, stand_in)
+    weights, moments = "unet/diffusion_pytorch_model.safetensors", "trainer/optimizer.safetensors"
+    flipped = bytearray((seven / moments).read_bytes())
+    flipped[-1] ^= 1
+    (seven / moments).write_bytes(flipped)
+    (eight / weights).write_bytes((eight / weights).read_bytes()[:-1])
+    (nine / "manifest.json").unlink()
+    spoilt = {folder.name: digests(folder) for folder in (seven, eight, nine)}
+
+    code, out, err = run_here(["--resume", str(run)], capsys)
+    assert code == 0, err
+    (warning,) = (line for line in err.splitlines() if "the run goes on from" in line)
+    for words in (f"{seven / moments} is damaged", f"{eight / weights} is damaged", f"{nine / 'manifest.json'} is "):
+        assert words in warning
+    assert f"the run goes on from {six};" in warning
+    assert f"resuming after iteration 6 of {ITERATIONS}" in out.splitlines()
+    assert_same_run(run, undisturbed)
+    kept = {folder.name for folder in (run / "checkpoints").iterdir()}
+    assert kept == {six.name, eight.name, *(f"damaged-{name}" for name in spoilt)}
+    assert {name: digests(run / "checkpoints" / f"damaged-{name}") for name in spoilt} == spoilt
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_diverging_run_stops_without_saving_the_spoilt_weights(

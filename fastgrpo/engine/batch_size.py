@@ -128,12 +128,13 @@ def decide_offload(
 ) -> tuple[bool, str]:
     """Returns whether what the UNet's passes do not need is kept in the host's memory, and a line that says why.
 
-    As `decide_gradient_checkpointing`; `auto` does what the run has done before on this kind of device, on a CPU never.
+    As `decide_gradient_checkpointing`; `auto` does what the run has done before where as much of this kind of device
+    may be filled, on a CPU never.
     """
     if device.type == "cpu":
         return False, "offloading is off: a CPU's memory is the host's"
     before = (record.settings or {}).get("engine.offload")
-    if config.engine.offload == "auto" and before and record.device == device_name(device):
+    if config.engine.offload == "auto" and before and _is_as_before(config, device, record):
         return before == "on", f"offloading is {before}, as the run had it before"
     return _decide(choose_offload, "offloading", config.engine.offload == "auto", config, device, dtype, ranks)
 
@@ -176,10 +177,8 @@ def decide_shard(
         return count_model(describe(config.model), config.model, dtype, kernels, gradient_checkpointing)
 
     before = (record.shard or {}).get(str(ranks.count))
-    if config.engine.shard == "auto" and before is not None:
-        as_before = device_name(device), config.engine.memory
-        if as_before == (record.device, (record.settings or {}).get("engine.memory")):
-            return before, f"sharded: {before}, as the run had it before"
+    if config.engine.shard == "auto" and before is not None and _is_as_before(config, device, record):
+        return before, f"sharded: {before}, as the run had it before"
     measured = config.engine.shard == "auto" and device.type == "cuda" and ranks.count > 1
     room = memory_room(device, config.engine.memory) if measured else None
     encoders = count_encoders(config.reward)[0] if measured else {}
@@ -187,6 +186,11 @@ def decide_shard(
     if measured and ranks.any(shard == "optimizer") and shard == "none":
         return "optimizer", "sharded: optimizer, as another process has less memory"
     return shard, why
+
+
+def _is_as_before(config: TrainConfig, device: torch.device, record: EngineRecord) -> bool:
+    """Whether a record is of this kind of device, and of the same share of it that may be filled."""
+    return (device_name(device), config.engine.memory) == (record.device, (record.settings or {}).get("engine.memory"))
 
 
 def largest_micro_batch(fits: Callable[[int], bool], limit: int, predicted: int, sizes: Sequence[int] = ()) -> int:

@@ -9,11 +9,13 @@
     checkpoints/best.json  which of them is the best, where evaluations say so (best.py)
 
 A checkpoint is written under another name and appears by a rename, so every iter-* folder was once complete; the
-manifest tells whether it still is. Randomness has no state (see randomness.py): the iteration's number restores it.
-Nothing in it depends on how many processes wrote it, or on engine.shard: any number goes on from it.
+manifest tells whether it still is, and recovery.py from which one a run goes on. Randomness has no state (see
+randomness.py): the iteration's number restores it. Nothing in a checkpoint depends on how many processes wrote it, or
+on engine.shard: any number goes on from it.
 """
 
 import copy
+import errno
 import json
 import shutil
 from collections.abc import Container
@@ -55,6 +57,7 @@ _OPTIMIZER = "trainer/optimizer.safetensors"
 EMA_FILE = "trainer/ema.safetensors"
 _STATE = "trainer/state.json"
 _MANIFEST = "manifest.json"
+_LOST = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}  # of a file that is not there, or whose disk is broken
 _MARGIN = 2**24  # bytes: headers, JSON, and what else the run writes meanwhile
 
 
@@ -118,7 +121,7 @@ def save(
         _write(partial, trainable, state)
     # Before any is deleted: were that cut short, what best.json names would still be there.
     kept = record_best(run, state)
-    for old in _folders(run)[:-keep] if keep else []:
+    for old in folders(run)[:-keep] if keep else []:
         if old != kept and old not in protected and not (keep_evaluated and _was_evaluated(old)):
             # What another process has open stays on network file systems; the next save tries again.
             shutil.rmtree(old, ignore_errors=True)
@@ -231,31 +234,12 @@ def _adapters(folder: Path) -> dict[str, Tensor]:
 
 def newest(run: Path) -> Path | None:
     """The folder of the newest checkpoint, not verified, or None where the run has none."""
-    return next(reversed(_folders(run)), None)
+    return next(reversed(folders(run)), None)
 
 
 def newest_until(run: Path, iteration: int) -> Path | None:
     """The folder of the newest checkpoint of at most so many iterations, not verified, or None."""
-    return next((folder for folder in reversed(_folders(run)) if int(folder.name[5:]) <= iteration), None)
-
-
-def latest(run: Path) -> Path | None:
-    """The newest checkpoint, verified, or None where the run has none.
-
-    Raises ConfigError when it is damaged: which file, which checkpoint is the last good one, and what to remove.
-    """
-    good: Path | None = None
-    damages: dict[Path, str] = {}
-    for folder in reversed(_folders(run)):
-        if not (damage := find_damage(folder)):
-            good = folder
-            break
-        damages[folder] = damage
-    if not damages:
-        return good
-    last_good = f"the last good checkpoint is {good}" if good else "there is no earlier good checkpoint"
-    goal = "to go on from it" if good else "to start from the beginning"
-    raise ConfigError(f"{next(iter(damages.values()))}; {last_good}: {goal}, remove {' and '.join(map(str, damages))}.")
+    return next((folder for folder in reversed(folders(run)) if int(folder.name[5:]) <= iteration), None)
 
 
 def beginning(config: TrainConfig, processes: int) -> TrainerState:
@@ -269,15 +253,29 @@ def read_state(folder: Path) -> TrainerState:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Compare a checkpoint with its manifest: what is wrong first of all, or None."""
+    """Compare a checkpoint with its manifest: what is wrong first of all, or None.
+
+    Raises OSError where a file cannot be read now, as without permission, which says nothing of its content. A disk
+    that has lost it (EIO) says so.
+    """
     try:
         expected = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
+        return f"{folder / _MANIFEST} is missing or damaged"
+    except OSError as error:
+        if error.errno not in _LOST:
+            raise
         return f"{folder / _MANIFEST} is missing or damaged"
     for name, digest in expected.items():
         if not (folder / name).is_file():
             return f"{folder / name} is missing"
-        if file_sha256(folder / name) != digest:
+        try:
+            found = file_sha256(folder / name)
+        except OSError as error:
+            if error.errno not in _LOST:
+                raise
+            return f"{folder / name} is damaged ({error.strerror})"
+        if found != digest:
             return f"{folder / name} is damaged (its sha256 is not the manifest's)"
     return None
 
@@ -288,7 +286,7 @@ def remove_partial(run: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def _folders(run: Path) -> list[Path]:
+def folders(run: Path) -> list[Path]:
     """All checkpoints, oldest first."""
     found = (run / "checkpoints").glob("iter-*")
     return sorted((f for f in found if f.name.removeprefix("iter-").isdigit()), key=lambda f: int(f.name[5:]))

@@ -15,6 +15,7 @@ from fastgrpo.grpo.micro_batch import Experience, MicroBatch
 from fastgrpo.policy import Policy
 from fastgrpo.run import checkpoint
 from fastgrpo.run.checkpoint import TrainerState
+from fastgrpo.run.recovery import recover
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.console import Console
@@ -153,9 +154,9 @@ def test_a_run_resumed_on_either_side_of_the_switch_goes_on_bit_for_bit(
     state = TrainerState(after, config.seed, 0.0, 1, {}, processes=1, engine=cut.record.to_json())
     checkpoint.save(tmp_path, cut.trainable, state, keep=1)
     said: list[str] = []
-    kept = checkpoint.read_state(checkpoint.latest(tmp_path))
+    kept = checkpoint.read_state(recover(tmp_path))
     resumed = load(config, said, record=EngineRecord(**kept.engine))
-    checkpoint.load(checkpoint.latest(tmp_path), resumed.trainable)
+    checkpoint.load(recover(tmp_path), resumed.trainable)
     run(resumed, range(after + 1, 4))
     assert torch.equal(weights(resumed), weights(whole))
     assert torch.equal(resumed.trainable.optimizer.weights.ema, whole.trainable.optimizer.weights.ema)

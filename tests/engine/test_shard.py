@@ -23,7 +23,7 @@ from fastgrpo.settings.schema import EngineConfig, ModelConfig, OptimConfig, Tra
 from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.system.distributed import Ranks
 from support.costs import ENCODERS, MODEL
-from support.sharding import CASES, COUNTS, OPTIM, SAVED, STEPS, make, run_processes, train
+from support.sharding import AFTER_TWO, CASES, COUNTS, OPTIM, SAVED, STEPS, make, run_processes, train
 
 # A float32 gradient is within this of its float64 reference, in the 2-norm, whatever the order of its sums
 # (support/update.py derives it). Each of the steps is linear in its gradient, whose own error grows with that of the
@@ -88,15 +88,17 @@ def test_any_number_of_processes_learns_what_one_learns(folder: Path, name: str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["full", "lora"])
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("name", "count"), [("full", 1), ("lora", 1), *((name, n) for n, names in AFTER_TWO.items() for name in names)]
+)
 def test_what_two_have_saved_any_number_goes_on_from(folder: Path, name: str, count: int) -> None:
     went_on, undisturbed = folder / f"{name}-2-then-{count}", folder / f"{name}-2"
     if count == 2:
         one, other = state(went_on), state(undisturbed)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), "as many processes: the same bits"
-    assert_equal_but_for_rounding(went_on, undisturbed, undisturbed)
+    for theirs in (undisturbed, folder / f"{name}-2-then-1"):
+        assert_equal_but_for_rounding(went_on, theirs, undisturbed)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from fastgrpo.run.checkpoint import TrainerState
 from fastgrpo.run.metrics import read_metrics
 from fastgrpo.run.page import write_report
 from fastgrpo.run.recorder import RunRecorder
+from fastgrpo.run.recovery import recover
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 from support.checkpoints import Training
@@ -126,8 +127,27 @@ def test_a_save_that_is_killed_before_it_deletes_leaves_the_best_that_is_named(
     assert best.read(tmp_path).iteration == 4
     assert (tmp_path / "checkpoints" / "iter-000004" / "manifest.json").is_file()
     # As a resumed run does before anything else.
-    checkpoint.record_best(tmp_path, checkpoint.read_state(checkpoint.latest(tmp_path)))
+    checkpoint.record_best(tmp_path, checkpoint.read_state(recover(tmp_path)))
     assert best.read(tmp_path).iteration == 8
+
+
+def test_the_best_is_never_one_that_was_set_aside(
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where what sets it aside is killed meanwhile."""
+    training = Training(tiny_pipeline)
+    for given in (evaluations(0.5), evaluations(0.5, 0.2)):
+        state = TrainerState(given[-1].iteration, 1, 2.5, 1, {}, evaluations=[asdict(each) for each in given])
+        folder = checkpoint.save(tmp_path, training.trainable, state, keep=0)
+    assert best.read(tmp_path).iteration == 8
+    (folder / "manifest.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            recover(tmp_path)
+    assert best.read(tmp_path).iteration == 4
+    assert recover(tmp_path).name == "iter-000004"
+    assert best.read(tmp_path).iteration == 4
 
 
 def _killed(*_: object) -> None:

@@ -1,8 +1,10 @@
 """Checkpoints: complete or absent, verified, readable by diffusers, and continued from bit for bit."""
 
+import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +14,13 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from fastgrpo.run import checkpoint
+from fastgrpo.run import checkpoint, recovery
 from fastgrpo.run.checkpoint import TrainerState
 from fastgrpo.run.folder import claim
 from fastgrpo.run.metrics import MetricsLog, read_metrics
+from fastgrpo.run.recovery import recover
 from fastgrpo.system.console import reason
+from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.errors import ConfigError
 from support.checkpoints import Training
 
@@ -77,7 +81,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_rest(
     with pytest.raises(OSError, match="No space left on device"):
         training.save(tmp_path, 2)
     assert os.listdir(tmp_path / "checkpoints") == [first.name]
-    assert checkpoint.latest(tmp_path) == first
+    assert recover(tmp_path) == first
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
@@ -108,11 +112,11 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_is_not_begun(
     assert reason(failure.value) == expected
     assert asked == [tmp_path / "checkpoints"]
     assert os.listdir(tmp_path / "checkpoints") == [first.name]
-    assert checkpoint.latest(tmp_path) == first
+    assert recover(tmp_path) == first
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", usage)
     free = needed
-    assert checkpoint.latest(tmp_path) != training.save(tmp_path, 2)
+    assert recover(tmp_path) != training.save(tmp_path, 2)
 
 
 @pytest.mark.parametrize("says_nothing", [SimpleNamespace(total=0, used=0, free=0), OSError(38, "not implemented")])
@@ -195,26 +199,128 @@ def test_the_manifest_lists_every_file(training: Training, tmp_path: Path) -> No
     assert found == {*FILES, "manifest.json"}
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_damaged_newest_checkpoint_is_named_with_the_last_good_one(
-    training: Training, tmp_path: Path, name: str
+def flip_a_bit(file: Path) -> str:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    return "is damaged (its sha256 is not the manifest's)"
+
+
+def cut_short(file: Path) -> str:
+    file.write_bytes(file.read_bytes()[:-1])
+    return "is damaged (its sha256 is not the manifest's)"
+
+
+def remove(file: Path) -> str:
+    file.unlink()
+    return "is missing"
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_short, remove])
+def test_damage_of_any_file_is_found(training: Training, tmp_path: Path, damage: Callable[[Path], str]) -> None:
+    folder = training.save(tmp_path, 1)
+    for name in FILES:
+        whole = (folder / name).read_bytes()
+        assert checkpoint.find_damage(folder) is None
+        what = damage(folder / name)
+        assert checkpoint.find_damage(folder) == f"{folder / name} {what}"
+        (folder / name).write_bytes(whole)
+
+
+def test_of_damaged_checkpoints_none_is_gone_on_from_and_none_is_lost(
+    training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad, worse = training.save(tmp_path, 1), training.save(tmp_path, 2), training.save(tmp_path, 3)
-    data = bytearray((worse / name).read_bytes())
-    data[len(data) // 2] ^= 1  # one bit
-    (worse / name).write_bytes(data)
-    (bad / name).unlink()
-    with pytest.raises(ConfigError) as refusal:
-        checkpoint.latest(tmp_path)
-    assert str(refusal.value) == (
-        f"{worse / name} is damaged (its sha256 is not the manifest's); the last good checkpoint is {good}: "
-        f"to go on from it, remove {worse} and {bad}."
+    what = flip_a_bit(worse / FILES[1])
+    (bad / "manifest.json").unlink()
+    files = {path.relative_to(worse): path.read_bytes() for path in worse.rglob("*") if path.is_file()}
+    assert recover(tmp_path) == good
+    aside = [folder.with_name(f"damaged-{folder.name}") for folder in (worse, bad)]
+    assert capsys.readouterr().err == (
+        f"fastgrpo: warning: {worse / FILES[1]} {what} and {bad / 'manifest.json'} is missing or damaged: the run goes "
+        f"on from {good}; what is damaged was set aside and may be removed ({aside[0]}, {aside[1]}).\n"
     )
-    shutil.rmtree(worse)
-    with pytest.raises(ConfigError, match=f"{name} is missing"):
-        checkpoint.latest(tmp_path)
-    shutil.rmtree(bad)
-    assert checkpoint.latest(tmp_path) == good
+    assert sorted((tmp_path / "checkpoints").iterdir()) == sorted([good, *aside])
+    assert files == {path.relative_to(aside[0]): path.read_bytes() for path in aside[0].rglob("*") if path.is_file()}
+    assert checkpoint.newest(tmp_path) == good
+    assert recover(tmp_path) == good
+    assert capsys.readouterr().err == ""
+    # The same iteration once more, damaged again: what was set aside before stays, and counts for no `keep`.
+    cut_short(training.save(tmp_path, 3, keep=2) / FILES[1])
+    assert recover(tmp_path) == good
+    again = worse.with_name("damaged-iter-000003-2")
+    assert sorted((tmp_path / "checkpoints").iterdir()) == sorted([good, *aside, again])
+
+
+def test_without_a_good_checkpoint_it_is_said_what_to_remove(training: Training, tmp_path: Path) -> None:
+    bad, worse = training.save(tmp_path, 1), training.save(tmp_path, 2)
+    flip_a_bit(worse / FILES[1])
+    remove(bad / FILES[2])
+    with pytest.raises(ConfigError) as refusal:
+        recover(tmp_path)
+    assert str(refusal.value) == (
+        f"{worse / FILES[1]} is damaged (its sha256 is not the manifest's); there is no earlier good checkpoint: to "
+        f"start from the beginning, remove {worse} and {bad}."
+    )
+    assert sorted((tmp_path / "checkpoints").iterdir()) == [bad, worse]
+
+
+def test_the_first_process_looks_and_all_go_on_from_the_same_or_refuse(
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    class Told(Ranks):
+        def agree(self, text: str) -> str:
+            if self.first:
+                told.append(text)
+            return told[-1]
+
+    def on_both() -> list[Path | str | None]:
+        found: list[Path | str | None] = []
+        for index in (0, 1):
+            with monkeypatch.context() as patch:
+                if index:  # it may be on another machine, and see later what was renamed
+                    patch.setattr(recovery, "folders", lambda run: pytest.fail("it looked for itself"))
+                try:
+                    found.append(recover(tmp_path, Told(index, 2)))
+                except ConfigError as error:
+                    found.append(str(error))
+        return found
+
+    assert on_both() == [None, None]
+    good = training.save(tmp_path, 1)
+    remove(training.save(tmp_path, 2) / FILES[0])
+    assert on_both() == [good, good]
+    flip_a_bit(good / FILES[0])
+    first, other = on_both()
+    assert first == other
+    assert f"{good / FILES[0]} is damaged" in first
+
+
+@pytest.mark.parametrize("name", ["manifest.json", FILES[2]])
+def test_what_cannot_be_read_now_is_not_damaged_but_what_the_disk_has_lost_is(
+    training: Training, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, newest = training.save(tmp_path, 1), training.save(tmp_path, 2)
+    read, hashed = Path.read_text, checkpoint.file_sha256
+
+    def failing(call: Callable[..., str]) -> Callable[..., str]:
+        def reads(path: Path, *args: object, **kwargs: object) -> str:
+            if path == newest / name:
+                raise OSError(code, os.strerror(code), str(path))
+            return call(path, *args, **kwargs)
+
+        return reads
+
+    monkeypatch.setattr(Path, "read_text", failing(read))
+    monkeypatch.setattr(checkpoint, "file_sha256", failing(hashed))
+    for code in (errno.EACCES, errno.ESTALE):
+        with pytest.raises(OSError, match=os.strerror(code)):
+            recover(tmp_path)
+        assert checkpoint.newest(tmp_path) == newest
+    code = errno.EIO
+    assert recover(tmp_path) == good
 
 
 @pytest.mark.parametrize("manifest", [None, b"", b"{", b"[]", b"{}"])
@@ -226,11 +332,11 @@ def test_a_checkpoint_without_its_manifest_is_damaged(
     if manifest is not None:
         (folder / "manifest.json").write_bytes(manifest)
     with pytest.raises(ConfigError, match=r"manifest\.json is missing or damaged; there is no earlier good checkpoint"):
-        checkpoint.latest(tmp_path)
+        recover(tmp_path)
 
 
 def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
-    assert checkpoint.latest(tmp_path) is None
+    assert recover(tmp_path) is None
 
 
 class Killed(BaseException):
@@ -265,7 +371,7 @@ def test_a_save_killed_at_any_system_call_leaves_a_good_checkpoint(
         try:
             training.save(tmp_path, 2, keep=1)
         except Killed:
-            found = checkpoint.latest(tmp_path)
+            found = recover(tmp_path)
             outcomes.append(found.name)
             if found != first:
                 break

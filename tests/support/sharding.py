@@ -21,6 +21,7 @@ from support.training import SERVER
 
 CPU = torch.device("cpu")
 COUNTS = (2, 3, 4)
+AFTER_TWO = {2: ("full", "lora"), 3: ("full", "lora"), 8: ("full",)}  # how many go on from what 2 have saved of which
 SAMPLES, STEPS, SAVED = 12, 4, 2
 # With an eps far above any gradient a step is linear in the gradient, and does not magnify its rounding. All gradients
 # are clipped, so the norm, which needs every share, decides how far each step goes.
@@ -138,25 +139,20 @@ def half_precision(pipeline: Path, ranks: Ranks) -> dict[str, object]:
 def _process(index: int, pipeline: Path, folder: Path) -> None:
     """Process number `index` of every count that has so many."""
     torch.set_num_threads(1)
-    for count in COUNTS:
+    for count in sorted({*COUNTS, *AFTER_TWO}):
         if index >= count:
             continue
         meeting = f"file://{folder}/meeting-{count}"
         dist.init_process_group("gloo", init_method=meeting, rank=index, world_size=count)
         ranks = Ranks(index, count)
         found: dict[str, object] = {}
-        for name, config in CASES.items():
+        for name, config in CASES.items() if count in COUNTS else ():
             found[name] = train(pipeline, config, ranks, folder / f"{name}-{count}")
         if count == 2:
             found["half"] = half_precision(pipeline, ranks)
-        # On 2 what 2 have saved, on 3 too.
-        if count < 4:
-            for name in ("full", "lora"):
-                run, after = (
-                    folder / f"{name}-2-then-{count}",
-                    checkpoint.checkpoint_folder(folder / f"{name}-2", SAVED),
-                )
-                train(pipeline, CASES[name], ranks, run, after)
+        for name in AFTER_TWO.get(count, ()):
+            after = checkpoint.checkpoint_folder(folder / f"{name}-2", SAVED)
+            train(pipeline, CASES[name], ranks, folder / f"{name}-2-then-{count}", after)
         (folder / f"found-{count}-{index}.json").write_text(json.dumps(found))
         dist.barrier()
         dist.destroy_process_group()
@@ -165,7 +161,8 @@ def _process(index: int, pipeline: Path, folder: Path) -> None:
 
 def run_processes(pipeline: Path, folder: Path) -> None:
     """Starts as many processes as the largest count, and waits for them. Raises RuntimeError where one fails."""
-    processes = [SERVER.Process(target=_process, args=(index, pipeline, folder)) for index in range(max(COUNTS))]
+    most = max(*COUNTS, *AFTER_TWO)
+    processes = [SERVER.Process(target=_process, args=(index, pipeline, folder)) for index in range(most)]
     for process in processes:
         process.start()
     for process in processes:

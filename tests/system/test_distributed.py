@@ -22,7 +22,8 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 def test_two_processes_compute_what_one_computes_and_resume_exactly(config_file: Path, tmp_path: Path) -> None:
     """One negative and one positive prompt, one for each process, with a KL term, a global std and averaged weights.
 
-    Two own half of the optimizer's state each, gathered for evaluations and checkpoints; one goes on from theirs.
+    Two own half of the optimizer's state each, gathered for evaluations and checkpoints; one goes on from theirs, and
+    two from the newest good one.
     """
     options = [str(config_file), "--iterations", "2", "--grpo.advantage", "global", "--optim.ema", "0.5"]
     options += ["--reward.terms", "steering", "clip"]
@@ -45,13 +46,17 @@ def test_two_processes_compute_what_one_computes_and_resume_exactly(config_file:
     assert second[0]["ratio/max_abs_dev_first"] <= 1e-6
     assert_close(two, one, iteration=1)
 
-    for copy in (again, alone):  # as if it had been killed in its second iteration
+    for copy in (again, alone):
         shutil.copytree(two, copy)
-        shutil.rmtree(copy / "checkpoints" / "iter-000002")
+    shutil.rmtree(alone / "checkpoints" / "iter-000002")  # as if it had been killed in its second iteration
     assert train.main(["--resume", str(alone), "--iterations", "2"]) == 0
     assert_close(alone, two, iteration=2)
-    both = together(2, "--resume", str(again), "--iterations", "2")
+    damaged = again / "checkpoints" / "iter-000002" / WEIGHTS  # and torchrun starts the same command again
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    both = together(2, *options, "--run-folder", str(again), restart=1)
     assert [each.returncode for each in both] == [0, 0], both
+    warning = f"{damaged} is damaged (its sha256 is not the manifest's): the run goes on from {again / 'checkpoints'}"
+    assert [warning in each.stderr for each in both] == [True, False], "the first process alone speaks"
     for name in (WEIGHTS, "trainer/optimizer.safetensors", "trainer/ema.safetensors"):
         last = Path("checkpoints") / "iter-000002" / name
         assert (again / last).read_bytes() == (two / last).read_bytes(), name

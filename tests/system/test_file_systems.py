@@ -12,6 +12,7 @@ import pytest
 from fastgrpo.run import checkpoint
 from fastgrpo.run.folder import claim
 from fastgrpo.run.metrics import MetricsLog, read_metrics
+from fastgrpo.run.recovery import recover
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import sync_folder, sync_tree, write_atomically
 
@@ -151,7 +152,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     monkeypatch.setattr(shutil, "rmtree", failing(shutil.rmtree, errno.EBUSY))
     with pytest.raises(OSError, match="No space left on device"):
         small_checkpoints(tmp_path, 2)
-    assert checkpoint.latest(tmp_path) == first
+    assert recover(tmp_path) == first
 
 
 def test_an_old_checkpoint_that_is_in_use_does_not_end_the_training(
@@ -161,6 +162,6 @@ def test_an_old_checkpoint_that_is_in_use_does_not_end_the_training(
     with monkeypatch.context() as patch:
         patch.setattr(os, "rmdir", failing(os.rmdir, errno.ENOTEMPTY))  # as on NFS while someone reads a file in it
         second = small_checkpoints(tmp_path, 2, keep=1)
-    assert checkpoint.latest(tmp_path) == second
+    assert recover(tmp_path) == second
     third = small_checkpoints(tmp_path, 3, keep=1)
     assert os.listdir(tmp_path / "checkpoints") == [third.name]

@@ -15,6 +15,7 @@ from fastgrpo.engine.passes import Passes
 from fastgrpo.engine.record import EngineRecord
 from fastgrpo.engine.setup import start_engine, wants_fixed_shapes
 from fastgrpo.engine.trainable import Trainable, make_trainable
+from fastgrpo.evaluation.detectors.registry import load_detector
 from fastgrpo.evaluation.during_training import LoadedSuite, load_suites
 from fastgrpo.evaluation.held_out_reward import HeldOutReward
 from fastgrpo.guard.watch import Guard
@@ -127,7 +128,7 @@ def load_parts(
         say(why)
     config = with_offload(config, offload)
     disable_progress_bar()  # one per file read, gone in a blink
-    reward = load_reward(config.reward, device)
+    reward = load_reward(config.reward, device, load_detector)
     if offload:
         reward.offload()
     # Before the micro-batch is sought, since they take memory.

@@ -5,7 +5,7 @@ import math
 from operator import attrgetter
 
 from fastgrpo.rewards.anchors import load_anchors
-from fastgrpo.rewards.terms import BLIND, parse_terms
+from fastgrpo.rewards.terms import parse_terms
 from fastgrpo.settings.schema import DIFFUSION_STEPS, TrainConfig, chosen_steps
 from fastgrpo.settings.suites import SUITES
 from fastgrpo.shapes.captions import GENERAL
@@ -51,7 +51,7 @@ def validate(config: TrainConfig) -> None:
     _validate_numbers(config)
     _validate_model(config)
     _validate_prompts(config)
-    parse_terms(config.reward.terms)
+    _validate_terms(config)
     load_anchors(config.reward.anchors)
     _require(config, math.isfinite(config.reward.alpha), "reward.alpha", "a finite number")
     _validate_rollout(config)
@@ -107,6 +107,16 @@ def _validate_prompts(config: TrainConfig) -> None:
         require(known, "reward.encoder", "shapes", accepted)
 
 
+def _validate_terms(config: TrainConfig) -> None:
+    in_world = config.prompts.positive == config.prompts.negative == "shapes"
+    for term in parse_terms(config.reward.terms):
+        if "oracle" in (term.name, term.detector) and not in_world:
+            raise ConfigError(
+                f"reward.terms: {term.name!r} reads pictures of the shapes world alone; accepted is it where "
+                "prompts.positive and prompts.negative are shapes."
+            )
+
+
 def _validate_rollout(config: TrainConfig) -> None:
     rollout = config.rollout
     _require(config, 1 <= rollout.steps <= DIFFUSION_STEPS, "rollout.steps", f"1 to {DIFFUSION_STEPS}")
@@ -144,7 +154,7 @@ def _validate_guard(config: TrainConfig) -> None:
     for name in ("guard.diversity_between", "guard.diversity_within"):
         _require(config, 0 <= attrgetter(name)(config) <= 1, name, "0 (no limit) to 1")
     acts = guard.action in ("adapt", "stop")
-    seen = any(term.place == "" and term.name not in BLIND for term in parse_terms(config.reward.terms))
+    seen = any(term.has_encoder for term in parse_terms(config.reward.terms))
     accepted = "off or warn where no term of reward.terms has an encoder, which notices a collapse: steering has one"
     _require(config, seen or not acts, "guard.action", accepted)
     accepted = f"off or warn with {positives} positive prompts an iteration, since a collapse shows from two on"

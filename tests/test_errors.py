@@ -363,6 +363,47 @@ REWARDS = [
         "reward.terms: 'stering' is no term (did you mean steering?); accepted are steering, clip, ...",
     ),
     Mistake(
+        "safety by nobody",
+        TRAIN + "--reward.terms safety",
+        "reward.terms: 'safety' names no detector; accepted are safety:q16, safety:nudenet, ...",
+    ),
+    Mistake(
+        "safety by an unknown detector",
+        TRAIN + "--reward.terms safety:nudnet",
+        "reward.terms: 'safety:nudnet' names no detector 'nudnet' (did you mean nudenet?); accepted are ...",
+    ),
+    Mistake(
+        "ImageReward",
+        TRAIN + "--reward.terms imagereward",
+        "reward.terms: 'imagereward' cannot be had here: no maintained package has its code, ...; accepted are ...",
+    ),
+    Mistake(
+        "oracle of another world",
+        TRAIN + "--reward.terms oracle",
+        "reward.terms: 'oracle' reads pictures of the shapes world alone; accepted is it where ...",
+    ),
+    Mistake(
+        "PickScore that is not here",
+        TRAIN + "--reward.terms steering pickscore --reward.pickscore none",
+        "reward.pickscore: the CLIPModel is 'none', but there is no such folder or file.",
+    ),
+    Mistake(
+        "PickScore out of reach",
+        TRAIN + "--reward.terms pickscore",
+        "reward.pickscore: the CLIPModel is 'yuvalkirstain/PickScore_v1', but there is no such folder, the Hugging "
+        "Face hub cannot be reached, ...; where there is no network, give a folder with config.json and ...",
+    ),
+    Mistake(
+        "aesthetic predictor that is not here",
+        TRAIN + "--reward.terms steering aesthetic --reward.aesthetic none.pth",
+        "reward.aesthetic is 'none.pth', but there is no such folder or file.",
+    ),
+    Mistake(
+        "detector's file",
+        TRAIN + "--reward.terms safety:q16 --reward.q16.prompts none.p",
+        "reward.q16.prompts: the file 'none.p' is not there; get Q16's prompt vectors, ...",
+    ),
+    Mistake(
         "weight",
         TRAIN + "--reward.terms steering=much",
         "reward.terms: 'steering=much' has the weight 'much'; accepted is a finite number other than 0.",

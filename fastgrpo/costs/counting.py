@@ -11,14 +11,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextModel
+from transformers import CLIPConfig, CLIPTextModel
 
 from fastgrpo.costs.held_memory import (
     FusedAttention,
@@ -31,13 +33,17 @@ from fastgrpo.costs.held_memory import (
 from fastgrpo.models import check
 from fastgrpo.models.check import describe
 from fastgrpo.models.configs import Description
-from fastgrpo.rewards.encoder_files import SHIPPED_ENCODERS
-from fastgrpo.rewards.terms import parse_terms
+from fastgrpo.models.repository import Repository
+from fastgrpo.rewards.encoder_files import SHIPPED_ENCODERS, TRANSFORMERS
+from fastgrpo.rewards.terms import Term, parse_terms
+from fastgrpo.rewards.transformers_clip import ImageTower, empty_transformers_clip
 from fastgrpo.settings.schema import ModelConfig, RewardConfig
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.unet.fused import patch_unet
 from fastgrpo.unet.gradient_checkpointing import checkpoint_blocks
 from fastgrpo.unet.lora import add_lora
+
+_CHECKER = "safety-checker:"  # begins the spec of the detector of that name, before its source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,11 +226,10 @@ def _count(
 
 @cache
 def count_encoder(spec: str) -> EncoderCost:
-    """Counts the open_clip model that `reward.encoder` names, once. Raises ConfigError if it cannot be built here."""
+    """Counts the model that `reward.encoder` names, once. Raises ConfigError if it cannot be built here."""
     try:
         with torch.device("meta"), torch.no_grad(), _quiet():
-            options = {"load_weights": False, "pretrained_text": False, "device": "meta"}
-            model = open_clip.create_model(_architecture(spec), **options).eval()
+            model = _empty_encoder(spec).eval()
             size = open_clip.get_model_preprocess_cfg(model)["size"]
             images = torch.empty(1, 3, *((size, size) if isinstance(size, int) else size))
             with FlopCounterMode(display=False) as counter, LiveBytes() as encoding:
@@ -236,9 +241,17 @@ def count_encoder(spec: str) -> EncoderCost:
 
 
 def encoder_specs(config: RewardConfig) -> tuple[str, ...]:
-    """Lists the open_clip models of the reward's terms, each once, in the notation of `reward.encoder`."""
-    own, clip = config.encoder, config.clip_encoder or config.encoder
-    of_term = {"steering": own, "clip": clip, "hpsv2": "hpsv2"}
+    """Lists the encoders of the reward's terms, each once, in the notation of `reward.encoder`."""
+    of_term = {
+        "steering": config.encoder,
+        "clip": config.clip_encoder or config.encoder,
+        "hpsv2": "hpsv2",
+        "pickscore": TRANSFORMERS + config.pickscore,
+        "aesthetic": config.aesthetic_encoder,
+        "safety:q16": config.q16.encoder,
+        "safety:open-clip": config.open_clip.encoder,
+        "safety:safety-checker": _CHECKER + config.safety_checker.source,
+    }
     return tuple(dict.fromkeys(of_term[term.name] for term in parse_terms(config.terms) if term.name in of_term))
 
 
@@ -250,8 +263,13 @@ def count_encoders(config: RewardConfig) -> tuple[dict[str, EncoderCost], list[s
             encoders[spec] = count_encoder(spec)
         except ConfigError as error:
             lines.append(f"Left out: the reward's encoder {error}")
-    lines += [f"Left out: the reward's term {term.name}" for term in parse_terms(config.terms) if term.place]
+    lines += [f"Left out: the reward's term {term.name}" for term in parse_terms(config.terms) if _uncounted(term)]
     return encoders, lines
+
+
+def _uncounted(term: Term) -> bool:
+    """Whether its cost is not known; oracles read pictures on the CPU."""
+    return bool(term.place) or term.detector == "nudenet"
 
 
 def parameters(module: nn.Module) -> int:
@@ -278,6 +296,33 @@ def unet_inputs(
         torch.empty(samples, dtype=torch.int64, device="meta"),
         torch.empty(samples, tokens, features, dtype=dtype, device="meta"),
     )
+
+
+class _EmptyChecker(nn.Module):
+    """The image tower of Stable Diffusion's safety checker, which reads no texts, without weights."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        file = "safety_checker/config.json"
+        folder = Repository("safety_checker.source", source).fetch([file, "config.json"])
+        config = CLIPConfig.from_pretrained(
+            (folder / file if (folder / file).is_file() else folder / "config.json").parent
+        )
+        size = {"size": config.vision_config.image_size}
+        self.visual = ImageTower(StableDiffusionSafetyChecker(config), size)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.visual(pixels)
+        return features
+
+
+def _empty_encoder(spec: str) -> Any:
+    """An open_clip model, or its like, without weights."""
+    if spec.startswith(_CHECKER):
+        return _EmptyChecker(spec.removeprefix(_CHECKER))
+    if spec.startswith(TRANSFORMERS):
+        return empty_transformers_clip(spec.removeprefix(TRANSFORMERS))
+    return open_clip.create_model(_architecture(spec), load_weights=False, pretrained_text=False, device="meta")
 
 
 def _architecture(spec: str) -> str:

@@ -1,4 +1,4 @@
-"""The frozen image-and-text encoder of a reward: an open_clip model, and what lets several terms share one.
+"""The frozen image-and-text encoder of a reward: an open_clip model or its like, and what lets terms share one.
 
 On a GPU, float32 products take half of the reward's time several times over, so that images, unlike texts, may be
 encoded with TF32's: they round factors to 10 bits behind the point, as float16 has, and sum in float32. With any
@@ -126,9 +126,9 @@ def load_encoder(
     """The encoder that `--reward.encoder` names, frozen, on `device`.
 
     spec: `hpsv2`, which downloads HPSv2.1; `shapes` and `shapes-held-out`, which ship with fastgrpo;
-        `local-dir:FOLDER` with open_clip_config.json and weights; `hf-hub:ID`; or `ARCHITECTURE:WEIGHTS`,
-        WEIGHTS being an open_clip tag or a file. Torch files are read with weights_only, and no code of a model
-        repository is run.
+        `local-dir:FOLDER` with open_clip_config.json and weights; `hf-hub:ID`; `transformers:ID`, a folder or hub id of
+        transformers' CLIPModel; or `ARCHITECTURE:WEIGHTS`, WEIGHTS being an open_clip tag or a file. Torch files are
+        read with weights_only, and no code of a model repository is run.
     dtype: torch's float32, bfloat16 or float16, of the towers' matrix products. field: what messages call the setting.
     Raises ConfigError for a spec that names nothing loadable, and for images prepared otherwise than its tower expects.
     """
@@ -160,6 +160,11 @@ class SharedEncoder:
     def tokenizer(self) -> Any:
         """The encoder's open_clip tokenizer."""
         return self.encoder.tokenizer
+
+    @property
+    def width(self) -> int:
+        """E, how many numbers a vector has."""
+        return self.encode_text([""]).shape[1]
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """[N, E] float32 unit vectors, as `OpenClipEncoder.encode_text`."""

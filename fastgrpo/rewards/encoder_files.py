@@ -21,6 +21,7 @@ from torch import nn
 
 from fastgrpo.models.sound import check_finite
 from fastgrpo.models.tensor_file import tensor_shapes, wrong_content
+from fastgrpo.rewards.transformers_clip import load_transformers_clip
 from fastgrpo.system.errors import ConfigError, first_sentence
 
 _SHIPPED = Path(__file__).resolve().parents[1] / "shapes" / "weights"
@@ -33,6 +34,9 @@ SHIPPED_ENCODERS = {
 HPSV2_REPOSITORY, HPSV2_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 """Where the spec `hpsv2` finds the weights of HPSv2.1 on the hub, an open_clip ViT-H-14."""
 
+TRANSFORMERS = "transformers:"
+"""Begins the spec of a model in the format of transformers, before a folder or hub id."""
+
 _QUICK = "-quickgelu"  # ends the names of open_clip's architectures that compute it
 _LOCAL, _HUB = "local-dir:", "hf-hub:"
 _CONFIG = "open_clip_config.json"
@@ -44,6 +48,8 @@ _UNREADABLE = (AttributeError, KeyError, OSError, RuntimeError, TypeError, Value
 
 def load_open_clip(spec: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """The open_clip model that `spec`, in `load_encoder`'s notation, names, and its tokenizer. Raises ConfigError."""
+    if spec.startswith(TRANSFORMERS):
+        return load_transformers_clip(spec.removeprefix(TRANSFORMERS), device, dtype)
     name, weights = _resolve(SHIPPED_ENCODERS.get(spec, spec))
     packaged = name.startswith((_LOCAL, _HUB))  # with a config of its own
     try:
@@ -90,7 +96,8 @@ def _resolve(spec: str) -> tuple[str, str | None]:
         nearest = f", nearest are {', '.join(by_lower[m] for m in matches)}" if matches else ""
         raise ConfigError(
             f"{architecture!r} is not an open_clip architecture{nearest}; accepted are hpsv2, "
-            f"{', '.join(SHIPPED_ENCODERS)}, local-dir:FOLDER, hf-hub:ID and ARCHITECTURE:WEIGHTS."
+            f"{', '.join(SHIPPED_ENCODERS)}, local-dir:FOLDER, hf-hub:ID, transformers:ID "
+            "and ARCHITECTURE:WEIGHTS."
         )
     if open_clip.is_pretrained_cfg(architecture, weights):
         _fetch_tagged(architecture, weights)

@@ -9,36 +9,79 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastgrpo.rewards.aesthetic import AestheticReward, find_predictor, read_predictor
 from fastgrpo.rewards.anchors import load_anchors
 from fastgrpo.rewards.encoder import Encoders, SharedEncoder
+from fastgrpo.rewards.encoder_files import TRANSFORMERS
+from fastgrpo.rewards.oracle import verdicts
 from fastgrpo.rewards.plugins import load_plugins
 from fastgrpo.rewards.reward import Function, WeightedReward
+from fastgrpo.rewards.safety import LoadDetector, SafetyReward
 from fastgrpo.rewards.steering import SteeringReward
-from fastgrpo.rewards.terms import RewardFunction, parse_terms
+from fastgrpo.rewards.terms import RewardFunction, Term, parse_terms
+from fastgrpo.rewards.transformers_clip import find_transformers_clip
 from fastgrpo.settings.schema import RewardConfig
+from fastgrpo.system.errors import blaming
 from fastgrpo.system.workers import available_cores
 from fastgrpo.types import Prompt
 
 JPEG_QUALITY = 95
 
 
-def load_reward(config: RewardConfig, device: torch.device | str) -> WeightedReward:
+def load_reward(
+    config: RewardConfig, device: torch.device | str, load_detector: LoadDetector | None = None
+) -> WeightedReward:
     """The reward that the config describes, its encoders on `device`. The user's own functions are loaded first.
 
-    Raises ConfigError for terms, functions, anchors and encoders that cannot be used.
+    load_detector: `evaluation.detectors.registry.load_detector`, which terms `safety:DETECTOR` need.
+    Raises ConfigError for terms, functions, anchors, encoders and detectors that cannot be used; what is small or only
+    has to be there is looked at before any encoder is loaded.
     """
-    terms = parse_terms(config.terms)
+    terms, device = parse_terms(config.terms), torch.device(device)
     plugins = load_plugins([term for term in terms if term.place])
-    encoders = Encoders(torch.device(device), config.tf32)
-    functions = {
-        term.label: plugins[term.name] if term.place else BUILDERS[term.name](config, encoders) for term in terms
-    }
-    return WeightedReward(terms, functions, config.standardise, encoders)
+    for term in terms:
+        _CHECKS.get(term.name, lambda _: None)(config)
+    encoders = Encoders(device, config.tf32)
+
+    def function(term: Term) -> Function:
+        if term.place:
+            return plugins[term.name]
+        if not term.detector:
+            return BUILDERS[term.name](config, encoders)
+        assert load_detector is not None  # whoever scores with detectors hands it over
+        detector = load_detector(term.detector, config, device, "reward.{}".format, encoders)
+        return SafetyReward(term.detector, detector, config.batch)
+
+    return WeightedReward(terms, {term.label: function(term) for term in terms}, config.standardise, encoders)
 
 
 def _clip(config: RewardConfig, encoders: Encoders) -> RewardFunction:
     field = "reward.clip_encoder" if config.clip_encoder else "reward.encoder"
     return _cosine(encoders(config.clip_encoder or config.encoder, field), config.batch)
+
+
+def _pickscore(config: RewardConfig, encoders: Encoders) -> RewardFunction:
+    """PickScore (arXiv 2305.01569): the cosine times the model's logit scale, about 20, as results are published."""
+    encoder = encoders(TRANSFORMERS + config.pickscore, "reward.pickscore")
+    scale = encoder.encoder.model.logit_scale.detach().double().exp().item()
+    cosine = _cosine(encoder, config.batch)
+    return lambda images, prompts: scale * cosine(images, prompts)
+
+
+def _aesthetic(config: RewardConfig, encoders: Encoders) -> RewardFunction:
+    encoder = encoders(config.aesthetic_encoder, "reward.aesthetic_encoder")
+    return AestheticReward(encoder, config.aesthetic, config.batch)
+
+
+def _check_pickscore(config: RewardConfig) -> None:
+    with blaming("reward.pickscore"):
+        find_transformers_clip(config.pickscore)
+
+
+_CHECKS: dict[str, Callable[[RewardConfig], object]] = {
+    "pickscore": _check_pickscore,
+    "aesthetic": lambda config: read_predictor(find_predictor(config.aesthetic), "reward.aesthetic"),
+}
 
 
 BUILDERS: dict[str, Callable[[RewardConfig, Encoders], Function]] = {
@@ -48,8 +91,11 @@ BUILDERS: dict[str, Callable[[RewardConfig, Encoders], Function]] = {
     "clip": _clip,
     # The score of HPSv2 (arXiv 2306.09341) is the bare cosine, without the model's logit scale.
     "hpsv2": lambda config, encoders: _cosine(encoders("hpsv2", "reward.terms"), config.batch),
+    "pickscore": _pickscore,
+    "aesthetic": _aesthetic,
     "compressibility": lambda config, encoders: lambda images, prompts: -jpeg_kilobytes(images),
     "incompressibility": lambda config, encoders: lambda images, prompts: jpeg_kilobytes(images),
+    "oracle": lambda config, encoders: verdicts,
 }
 """Name of a built-in term (`terms.BUILT_IN`) -> what builds its function."""
 

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.rewards.aesthetic import AestheticReward
 from fastgrpo.rewards.encoder import Encoders, SharedEncoder
+from fastgrpo.rewards.safety import SafetyReward
 from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.rewards.terms import BrokenReward, RewardFunction, Term
 from fastgrpo.system.errors import quoted
@@ -54,8 +56,17 @@ class WeightedReward:
         return self._encoders.models
 
     def offload(self) -> None:
-        """Keep the encoders in the host's memory while they are not used. On a CPU nothing is moved."""
+        """Keep the encoders and detectors in the host's memory while they are not used. On a CPU nothing is moved."""
         self._encoders.offload()
+        for function in self._functions.values():
+            if isinstance(function, SafetyReward):
+                function.offload()
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Name -> sha256, in hex, of the files of weights that are no encoder's."""
+        judged = [each for each in self._functions.values() if isinstance(each, AestheticReward | SafetyReward)]
+        return {name: digest for each in judged for name, digest in each.hashes.items()}
 
     @property
     def encoder(self) -> SharedEncoder | None:

@@ -12,28 +12,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from fastgrpo.settings.suites import DETECTORS
 from fastgrpo.system.errors import ConfigError, nearest
 from fastgrpo.types import Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BUILT_IN = ("steering", "clip", "hpsv2", "compressibility", "incompressibility")
-"""The terms that need no file; registry.py says what they are."""
+BUILT_IN = (
+    "steering",
+    "clip",
+    "hpsv2",
+    "pickscore",
+    "aesthetic",
+    "compressibility",
+    "incompressibility",
+    "oracle",
+)
+"""The terms with a name of their own; registry.py says what they are."""
 
-BLIND = ("compressibility", "incompressibility")
-"""Those of them that see images without an encoder."""
+_SAFETY = "safety"
+_SAFETY_TERMS = tuple(f"{_SAFETY}:{detector}" for detector in DETECTORS)
+_BLIND = ("compressibility", "incompressibility", "oracle")
+_SEEING = ("q16", "open-clip")  # the detectors that share an encoder with other terms
 
 # What metrics.jsonl already has under reward/: the total's own entries and the parts of `steering`.
 _TAKEN = ("mean", "std", "positive_mean", "negative_mean", "alignment", "safety", "steered")
-_ACCEPTED = f"{', '.join(BUILT_IN)}, FILE.py:FUNCTION and MODULE:FUNCTION, each with or without =WEIGHT"
+_IMAGEREWARD = (
+    "'imagereward' cannot be had here: no maintained package has its code, and the last image-reward, 1.5 of 2023, "
+    "does not import beside transformers 5; accepted are pickscore, hpsv2, or FILE.py:FUNCTION with a function of "
+    "yours that asks an ImageReward elsewhere."
+)
+_ACCEPTED = (
+    f"{', '.join(BUILT_IN)}, {_SAFETY}:DETECTOR, FILE.py:FUNCTION and MODULE:FUNCTION, each with or without =WEIGHT"
+)
 
 
 @dataclass(frozen=True)
 class Term:
     """One summand of the reward.
 
-    name: a built-in's name, FILE.py:FUNCTION or MODULE:FUNCTION. weight: finite, not 0.
+    name: a built-in's name, safety:DETECTOR, FILE.py:FUNCTION or MODULE:FUNCTION. weight: finite, not 0.
     """
 
     name: str
@@ -41,13 +60,23 @@ class Term:
 
     @property
     def place(self) -> str:
-        """The file or module of a function of the user's own; empty for a built-in."""
-        return self.name.rpartition(":")[0]
+        """The file or module of a function of the user's own; empty for other terms."""
+        return "" if self.detector else self.name.rpartition(":")[0]
+
+    @property
+    def detector(self) -> str:
+        """The safety detector whose score it is; empty for other terms."""
+        return self.name.removeprefix(f"{_SAFETY}:") if self.name in _SAFETY_TERMS else ""
 
     @property
     def label(self) -> str:
-        """What its values are called in metrics and `Rewards.parts`: the built-in's or the function's name."""
-        return self.name.rpartition(":")[2]
+        """What its values are called in metrics and `Rewards.parts`: the built-in's, detector's or function's name."""
+        return self.detector.replace("-", "_") or self.name.rpartition(":")[2]
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether it sees images through an encoder that other terms and the guard share."""
+        return self.detector in _SEEING if self.detector else not self.place and self.name not in _BLIND
 
 
 class RewardFunction(Protocol):
@@ -92,7 +121,11 @@ def _parse(text: str) -> Term:
     place, colon, rest = text.rpartition(":")
     function, equals, weight = (part.strip() for part in rest.partition("="))
     term = Term(place.strip() + colon + function, _weight(text, weight) if equals else 1.0)
-    if colon:
+    if place.strip() == _SAFETY or term.name == _SAFETY:
+        _check_detector(term, function)
+    elif term.name == "imagereward":
+        raise ConfigError(f"reward.terms: {_IMAGEREWARD}")
+    elif colon:
         _check_plugin(term)
     elif term.name not in BUILT_IN:
         raise ConfigError(
@@ -111,6 +144,14 @@ def _weight(text: str, weight: str) -> float:
             f"reward.terms: {text!r} has the weight {weight!r}; accepted is a finite number other than 0."
         )
     return value
+
+
+def _check_detector(term: Term, name: str) -> None:
+    if not term.detector:
+        asked = "" if term.name == _SAFETY else f" {name!r}{nearest(name, DETECTORS)}"
+        raise ConfigError(
+            f"reward.terms: {term.name!r} names no detector{asked}; accepted are {', '.join(_SAFETY_TERMS)}."
+        )
 
 
 def _check_plugin(term: Term) -> None:

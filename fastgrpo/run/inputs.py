@@ -41,6 +41,7 @@ def input_digests(config: TrainConfig, training: Parts) -> dict[str, str]:
     if training.reward.steering:
         anchors = load_anchors(config.reward.anchors)
         digests["reward.anchors"] = _digest([anchors.safe, anchors.unsafe])
+    digests |= training.reward.hashes
     models = {f"the encoder of {field}": model for field, model in training.reward.models.items()}
     precise = f"of model.path, in {str(policy.dtype).removeprefix('torch.')}"  # they are held in it, rounded
     models |= {f"the VAE {precise}": policy.vae, f"the text encoder {precise}": policy.text_encoder}

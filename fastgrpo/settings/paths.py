@@ -17,13 +17,14 @@ Change = Callable[[str], str]
 
 _MAY_NAME_A_FILE = "may name a file"
 PathText = Annotated[str, _MAY_NAME_A_FILE]
-"""A path, or a notation with one first or after a colon: ARCHITECTURE:FILE, FILE.py:FUNCTION, local-dir:FOLDER."""
+"""A path, or a notation with one first or after a colon: ARCHITECTURE:FILE, FILE.py:FUNCTION, local-dir:FOLDER,
+transformers:FOLDER."""
 PathTexts = Annotated[tuple[str, ...], _MAY_NAME_A_FILE]
 """Several of them."""
 
 NAMES = frozenset(("shapes", "shapes-held-out", "geneval", "unsafe", "hpsv2", "compact", "scaled", "unsafe-only"))
 """Values of such a setting that name no file, whatever lies in the working directory."""
-_HUB, _FOLDER = ("hf:", "hf-hub:"), "local-dir:"
+_HUB, _FOLDER, _TRANSFORMERS = ("hf:", "hf-hub:"), "local-dir:", "transformers:"
 
 
 def expand_home(text: str) -> str:
@@ -37,6 +38,8 @@ def absolute(text: str) -> str:
         return text
     if text.startswith(_FOLDER):
         return _FOLDER + os.path.abspath(text.removeprefix(_FOLDER))
+    if text.startswith(_TRANSFORMERS):
+        return _TRANSFORMERS + absolute(text.removeprefix(_TRANSFORMERS))
     if os.path.exists(text):
         return os.path.abspath(text)
     head, colon, tail = text.partition(":")

@@ -69,23 +69,31 @@ class PromptsConfig:
 
 
 @dataclass(frozen=True)
-class RewardConfig:
+class RewardConfig(DetectorSettings):
     """What an image is worth: a weighted sum of terms.
 
     The term `steering` is the steered CLIP reward: r = z_image . normalize(z_text + alpha * v_safe).
     """
 
     terms: PathTexts = ("steering",)
-    """Terms, each NAME or NAME=WEIGHT: `steering`, `clip`, `hpsv2`, `compressibility`, `incompressibility`, or your own
-    function as FILE.py:FUNCTION or MODULE:FUNCTION."""
+    """Terms, each NAME or NAME=WEIGHT: `steering`, `clip`, `hpsv2`, `pickscore`, `aesthetic`, `compressibility`,
+    `incompressibility`, `oracle` (of pictures of the shapes world), `safety:DETECTOR` with a detector of eval.suites
+    (q16, nudenet, safety-checker, open-clip, oracle), or your own function as FILE.py:FUNCTION or MODULE:FUNCTION."""
     standardise: Literal["none", "group", "iteration"] = "none"
     """Whether each term has mean 0 and std 1 before it is weighted: over its `group`, or over the whole `iteration`."""
     encoder: PathText = "hpsv2"
     """The frozen open_clip model of `steering`: `hpsv2` (HPSv2.1 from the hub), `shapes`,
-    `local-dir:FOLDER`, `hf-hub:ID`, or `ARCHITECTURE:WEIGHTS` with an open_clip tag or a file, as
-    `ViT-H-14:HPS_v2.1_compressed.pt`."""
+    `local-dir:FOLDER`, `hf-hub:ID`, `transformers:ID` with a folder or hub id of transformers' CLIPModel, or
+    `ARCHITECTURE:WEIGHTS` with an open_clip tag or a file, as `ViT-H-14:HPS_v2.1_compressed.pt`."""
     clip_encoder: PathText = ""
     """The open_clip model of the term `clip`, in the same notation; empty: that of `steering`."""
+    pickscore: PathText = "yuvalkirstain/PickScore_v1"
+    """The model of the term `pickscore`: a folder or hub id of transformers' CLIPModel."""
+    aesthetic: PathText = "trl-lib/ddpo-aesthetic-predictor"
+    """The predictor of the term `aesthetic`, LAION's sac+logos+ava1-l14-linearMSE: a .safetensors or .pth file, or a
+    folder or hub id with one."""
+    aesthetic_encoder: PathText = "ViT-L-14-quickgelu:openai"
+    """The open_clip model whose vectors the predictor was trained on, in the notation of reward.encoder."""
     anchors: PathText = "compact"
     """Safe and unsafe phrases that span the safety axis: `compact`, the paper's 5 + 3; `scaled`, 25 + 20 over
     seven categories; `unsafe-only`, compact's 3 alone; `shapes`; or a FILE.toml with lists `safe` and `unsafe`."""

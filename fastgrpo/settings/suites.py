@@ -11,6 +11,8 @@ from fastgrpo.settings.paths import PathText
 SUITES = ("i2p", "nudity", "geneval", "clip-score", "fid", "attacks", "custom")
 """The suites that any model can be measured by."""
 NAMES = (*SUITES, "shapes")
+DETECTORS = ("q16", "nudenet", "safety-checker", "open-clip", "oracle")
+"""The safety detectors. `oracle` reads pictures of the embedded world, and has neither weights nor settings."""
 ShapesSplit = Literal["development", "test"]
 SamplerName = Literal["ddim", "pndm", "lms"]
 DDIM: SamplerName = "ddim"

@@ -10,11 +10,13 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+from transformers import CLIPConfig
 
 from fastgrpo.costs import counting
 from fastgrpo.costs.counting import ModelCost, count_encoder, count_model, sd1_architecture
 from fastgrpo.costs.held_memory import LiveBytes, held_bytes, saved_bytes
 from fastgrpo.settings.schema import ModelConfig, RewardConfig
+from fastgrpo.settings.suites import SafetyCheckerSettings
 from fastgrpo.system.errors import ConfigError
 
 SD15 = 859_520_964  # the UNet's published parameter count
@@ -57,6 +59,20 @@ def test_hpsv2_known_values():
     encoder = count_encoder("hpsv2")
     assert encoder.parameters == HPSV2
     assert encoder.image == pytest.approx(0.335e12, rel=0.01)
+
+
+def test_pickscores_model_counts_as_open_clips_of_the_same_size(tmp_path: Path) -> None:
+    """ViT-H/14 in both formats: what the memory plan and the estimate reckon with."""
+    sizes = {"num_hidden_layers": 24, "num_attention_heads": 16, "hidden_size": 1024, "intermediate_size": 4096}
+    vision = {"num_hidden_layers": 32, "num_attention_heads": 16, "hidden_size": 1280, "intermediate_size": 5120}
+    config = CLIPConfig(text_config=sizes, vision_config=vision | {"patch_size": 14}, projection_dim=1024)
+    config.architectures = ["CLIPModel"]
+    config.save_pretrained(tmp_path)
+    ours, theirs = count_encoder(f"transformers:{tmp_path}"), count_encoder("hpsv2")
+    assert ours.parameters == theirs.parameters
+    # open_clip counts the logit scale and the text's projection among either tower, and neither is large.
+    assert ours.text == pytest.approx(theirs.text, rel=0.01)
+    assert ours.image == pytest.approx(theirs.image, rel=0.01)
 
 
 def test_activations_known_value(sd15):
@@ -236,4 +252,26 @@ def test_encoders_of_terms_count_once():
         "ViT-L-14:openai",
         "hpsv2",
     )
-    assert specs("compressibility") == ()
+    assert specs("compressibility", "oracle", "safety:nudenet") == ()
+    # Q16 and the aesthetic predictor are of the same encoder.
+    assert specs("pickscore", "safety:q16", "aesthetic", "safety:open-clip", pickscore="mine") == (
+        "transformers:mine",
+        "ViT-L-14-quickgelu:openai",
+    )
+    _, lines = counting.count_encoders(RewardConfig(terms=("safety:nudenet", "safety:oracle", "compressibility")))
+    assert lines == ["Left out: the reward's term safety:nudenet"]
+
+
+def test_the_safety_checker_counts_as_clips_image_tower(tmp_path: Path) -> None:
+    """As published it is CLIP ViT-L/14's, without a text tower."""
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    (tmp_path / "safety_checker").mkdir()
+    CLIPConfig(vision_config=vision | {"patch_size": 14}, projection_dim=768).save_pretrained(
+        tmp_path / "safety_checker"
+    )
+    terms, source = ("safety:safety-checker",), SafetyCheckerSettings(str(tmp_path))
+    (ours,) = counting.count_encoders(RewardConfig(terms=terms, safety_checker=source))[0].values()
+    theirs = count_encoder("ViT-L-14-quickgelu:openai")
+    assert ours.text == 0
+    assert ours.parameters == theirs.parameters - theirs.text
+    assert ours.image == pytest.approx(theirs.image, rel=0.01)

@@ -50,7 +50,10 @@ def test_names_and_weights(tmp_path):
     odd.mkdir()
     write_plugin(odd, "")
     terms = parse_terms(
-        ("steering", "clip=0.5", "compressibility = -2e-3", f"{file}:one=3", "json:dumps", f"{odd}/mine.py:two")
+        (
+            *("steering", "clip=0.5", "compressibility = -2e-3", f"{file}:one=3", "json:dumps", f"{odd}/mine.py:two"),
+            *("safety:safety-checker = 0.5", "oracle"),
+        )
     )
     assert [(t.name, t.weight) for t in terms] == [
         ("steering", 1.0),
@@ -59,9 +62,16 @@ def test_names_and_weights(tmp_path):
         (f"{file}:one", 3.0),
         ("json:dumps", 1.0),
         (f"{odd}/mine.py:two", 1.0),
+        ("safety:safety-checker", 0.5),
+        ("oracle", 1.0),
     ]
-    assert [t.label for t in terms] == ["steering", "clip", "compressibility", "one", "dumps", "two"]
-    assert [t.place for t in terms] == ["", "", "", str(file), "json", f"{odd}/mine.py"]
+    assert [t.label for t in terms[:6]] == ["steering", "clip", "compressibility", "one", "dumps", "two"]
+    assert [t.label for t in terms[6:]] == ["safety_checker", "oracle"]
+    assert [t.place for t in terms] == ["", "", "", str(file), "json", f"{odd}/mine.py", "", ""]
+    assert [t.has_encoder for t in terms] == [True, True, *[False] * 6]
+    assert [t.has_encoder for t in parse_terms(("pickscore", "aesthetic", "safety:q16", "safety:nudenet"))] == [
+        *(True, True, True, False)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -90,6 +100,10 @@ def test_names_and_weights(tmp_path):
         (("json:clip",), "'json:clip' cannot be called 'clip'"),
         (("json:std",), "'json:std' cannot be called 'std'"),
         (("json:safety",), "'json:safety' cannot be called 'safety'"),
+        (("safety",), "'safety' names no detector; accepted are safety:q16, safety:nudenet"),
+        (("safety:q61=2",), r"'safety:q61' names no detector 'q61' \(did you mean q16\?\); accepted are safety:q16"),
+        (("safety:q16", "safety:q16=2"), "'safety:q16' and 'safety:q16' are both called q16"),
+        (("imagereward",), "'imagereward' cannot be had here: no maintained package has its code"),
     ],
 )
 def test_what_is_no_term(terms, message):

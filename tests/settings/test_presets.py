@@ -71,6 +71,8 @@ NOT_THE_RECIPE = {
     *("model.lora_rank", "model.lora_alpha", "model.lora_targets"),
     *("prompts.positive_column", "prompts.negative_column", "prompts.category_column"),
     *("reward.standardise", "reward.clip_encoder", "reward.batch", "reward.tf32"),
+    *("reward.pickscore", "reward.aesthetic", "reward.aesthetic_encoder"),
+    *("reward.q16", "reward.safety_checker", "reward.open_clip"),
     *("rollout.batch", "rollout.decode_batch", "rollout.guidance_rescale"),
     *("grpo.step_fraction", "grpo.window", "grpo.window_every", "grpo.window_stride"),
     *("grpo.ratio_norm", "grpo.trim", "grpo.best_of", "optim.warmup", "engine.device", "engine.threads"),

@@ -30,10 +30,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
-from fastgrpo.evaluation.detectors.loading import load_whole
 from fastgrpo.evaluation.metrics.geneval_rules import THRESHOLD, Detected
 from fastgrpo.models.repository import Repository
 from fastgrpo.models.tensor_file import check_content
+from fastgrpo.models.whole import load_whole
 from fastgrpo.prompts.geneval import CLASSES
 from fastgrpo.system.errors import ConfigError, first_sentence
 from fastgrpo.system.files import file_sha256

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from fastgrpo.evaluation.detectors.base import Finding
+from fastgrpo.evaluation.detectors.base import Finding, each_safety
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import file_sha256
 
@@ -61,6 +62,18 @@ class NudeNet:
                 labels = counted(scores, THRESHOLD)
                 findings.append(Finding(bool(labels), scores, labels))
         return findings
+
+    def safety(self, images: Tensor, batch: int) -> Tensor:
+        """Minus the highest score of the nine classes: 0 where none was found, else from -1 to -0.2; image by image."""
+
+        def found(pictures: list[Image.Image]) -> list[float]:
+            scores = (finding.scores for finding in self(pictures))
+            return [-max((own.get(name, 0.0) for name in CLASSES["nine"]), default=0.0) for own in scores]
+
+        return each_safety(images, found)
+
+    def offload(self) -> None:
+        """Nothing: its memory is onnxruntime's."""
 
 
 def protocol(threshold: float, classes: str) -> str:

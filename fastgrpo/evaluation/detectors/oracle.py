@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from fastgrpo.evaluation.detectors.base import Finding
+from fastgrpo.evaluation.detectors.base import Finding, each_safety
 from fastgrpo.shapes.oracle import read
 from fastgrpo.shapes.world import SIZE, Scene
 from fastgrpo.system.errors import ConfigError
@@ -28,6 +29,13 @@ class HazardDetector:
             Finding(bool(own), {c: float(own.count(c)) for c in sorted(set(own))}, tuple(sorted(set(own))))
             for own in found
         ]
+
+    def safety(self, images: Tensor, batch: int) -> Tensor:
+        """Minus the number of glyphs: 0 for a picture without hazards, -1 for one hazard, and so on."""
+        return each_safety(images, lambda pictures: [-sum(own.scores.values()) for own in self(pictures)])
+
+    def offload(self) -> None:
+        """Nothing: it has no weights."""
 
 
 def read_pictures(images: Sequence[Image.Image]) -> list[Scene]:

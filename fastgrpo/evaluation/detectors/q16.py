@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from fastgrpo.evaluation.detectors.base import Finding
-from fastgrpo.evaluation.detectors.loading import read_weights
 from fastgrpo.evaluation.detectors.pickled_array import read_pickled_array
 from fastgrpo.evaluation.metrics.clip_images import ClipImages
 from fastgrpo.models.hashes import weights_sha256
-from fastgrpo.rewards.encoder import OpenClipEncoder, load_encoder
+from fastgrpo.models.whole import read_weights
+from fastgrpo.rewards.encoder import Encoders, OpenClipEncoder, SharedEncoder
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import file_sha256
 
@@ -41,11 +41,12 @@ class Q16:
     name = "q16"
     protocol = "q16/cosine-x100-argmax"
 
-    def __init__(self, encoder: OpenClipEncoder, prompts: Tensor, hashes: dict[str, str]) -> None:
+    def __init__(self, encoder: OpenClipEncoder | SharedEncoder, prompts: Tensor, hashes: dict[str, str]) -> None:
         """prompts: [2, E], E being the encoder's width."""
         self.hashes = hashes
-        self.prompts = F.normalize(prompts.to(encoder.device, torch.float32), dim=-1)
-        self._features = ClipImages(encoder)
+        self._encoder = encoder if isinstance(encoder, SharedEncoder) else SharedEncoder(encoder)
+        self.prompts = F.normalize(prompts.to(self._encoder.encoder.device, torch.float32), dim=-1)
+        self._features = ClipImages(self._encoder.encoder)
 
     def __call__(self, images: Sequence[Image.Image]) -> list[Finding]:
         """images: RGB, of any sizes. Scores: the two similarities, `appropriate` and `inappropriate`."""
@@ -56,23 +57,38 @@ class Q16:
                 findings.append(Finding(inappropriate > appropriate, scores))
         return findings
 
+    def safety(self, images: Tensor, batch: int) -> Tensor:
+        """similarity_0 - similarity_1, from -200 to 200, not below 0 where `unsafe` is False."""
+        appropriate, inappropriate = (SCALE * self._encoder.encode_image(images, batch) @ self.prompts.T).unbind(1)
+        return appropriate - inappropriate
 
-def load_q16(prompts: str, encoder: str, device: torch.device | str = "cpu", field: str = "q16") -> Q16:
+    def offload(self) -> None:
+        """Nothing: its encoder moves with the others."""
+
+
+def load_q16(
+    prompts: str,
+    encoder: str,
+    device: torch.device | str = "cpu",
+    field: str = "q16",
+    encoders: Encoders | None = None,
+) -> Q16:
     """Load Q16 with the prompt vectors of a file and an encoder in the notation of `load_encoder`.
 
-    prompts: a file, see `read_prompts`. field: what messages call its settings. Raises ConfigError as that does, for an
-    encoder that cannot be loaded, and where the two do not have the same width.
+    prompts: a file, see `read_prompts`. field: what messages call its settings. encoders: as in `load_detector`.
+    Raises ConfigError as `read_prompts` does, for an encoder that cannot be loaded, and where the two do not have the
+    same width.
     """
     file = Path(prompts)
     vectors = read_prompts(file, f"{field}.prompts")
-    model = load_encoder(encoder, device, field=f"{field}.encoder")
-    width = model.encode_image(torch.zeros(1, 3, 8, 8)).shape[1]
+    model = (encoders or Encoders(torch.device(device)))(encoder, f"{field}.encoder")
+    width = model.encoder.encode_image(torch.zeros(1, 3, 8, 8)).shape[1]
     if width != vectors.shape[1]:
         raise ConfigError(
             f"{field}.prompts: the vectors in {prompts!r} are {vectors.shape[1]} wide, those of the encoder "
             f"{encoder!r} {width}; the two must be equal."
         )
-    return Q16(model, vectors, {"encoder": weights_sha256(model.model.visual), "prompts": file_sha256(file)})
+    return Q16(model, vectors, {"encoder": weights_sha256(model.encoder.model.visual), "prompts": file_sha256(file)})
 
 
 def read_prompts(file: Path, field: str = "q16.prompts") -> Tensor:

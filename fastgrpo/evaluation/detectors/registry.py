@@ -3,31 +3,39 @@
 Importing this is quick: a detector's own module, and the libraries that it needs, come in when it is loaded.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from fastgrpo.evaluation.detectors.base import SafetyDetector
-from fastgrpo.settings.suites import DetectorSettings
+from fastgrpo.settings.suites import DETECTORS, DetectorSettings
 from fastgrpo.system.errors import ConfigError, flag, nearest
 
-NAMES = ("q16", "nudenet", "safety-checker", "open-clip")
-ORACLE = "oracle"  # reads pictures of the embedded world, and has neither weights nor settings
+if TYPE_CHECKING:
+    from fastgrpo.rewards.encoder import Encoders
 
 
 def load_detector(
-    name: str, settings: DetectorSettings, device: torch.device | str, named: Callable[[str], str] = flag
+    name: str,
+    settings: DetectorSettings,
+    device: torch.device | str,
+    named: Callable[[str], str] = flag,
+    encoders: Encoders | None = None,
 ) -> SafetyDetector:
-    """Load the detector of that name, one of NAMES or ORACLE, with its weights on `device`.
+    """Load the detector of that name, one of DETECTORS, with its weights on `device`.
 
     named: from a setting, such as "q16.encoder", to what messages call it.
+    encoders: those of a reward on the same device, which it shares; None loads its own.
     Raises ConfigError for another name, and in one sentence where something that the detector needs is missing.
     """
     match name:
         case "q16":
             from fastgrpo.evaluation.detectors.q16 import load_q16
 
-            return load_q16(settings.q16.prompts, settings.q16.encoder, device, field=named("q16"))
+            return load_q16(settings.q16.prompts, settings.q16.encoder, device, named("q16"), encoders)
         case "nudenet":
             from fastgrpo.evaluation.detectors.nudenet import load_nudenet
 
@@ -40,9 +48,11 @@ def load_detector(
             from fastgrpo.evaluation.detectors.zero_shot import ZeroShot
 
             own = settings.open_clip
-            return ZeroShot(own.encoder, own.safe, own.unsafe, own.threshold, device, field=named("open_clip"))
+            return ZeroShot(own.encoder, own.safe, own.unsafe, own.threshold, device, named("open_clip"), encoders)
         case "oracle":
             from fastgrpo.evaluation.detectors.oracle import HazardDetector
 
             return HazardDetector()
-    raise ConfigError(f"detectors: {name!r} is no detector{nearest(name, NAMES)}; there are {', '.join(NAMES)}.")
+    raise ConfigError(
+        f"detectors: {name!r} is no detector{nearest(name, DETECTORS)}; there are {', '.join(DETECTORS)}."
+    )

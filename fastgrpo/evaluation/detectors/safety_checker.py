@@ -24,12 +24,16 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
 from fastgrpo.evaluation.detectors.base import Finding
-from fastgrpo.evaluation.detectors.loading import load_whole
 from fastgrpo.evaluation.images.files import chunks
 from fastgrpo.models.repository import Repository
 from fastgrpo.models.tensor_file import check_content
+from fastgrpo.models.whole import load_whole
+from fastgrpo.rewards.encoder import ImageTransform
 from fastgrpo.system.errors import ConfigError, first_sentence
 from fastgrpo.system.files import file_sha256, reading
+from fastgrpo.system.memory import halve_until_it_fits
+from fastgrpo.system.offload import offload, resident
+from fastgrpo.system.pulse import PULSE
 
 ADJUSTMENT = np.float32(0.01)
 _CLASS = StableDiffusionSafetyChecker
@@ -66,6 +70,7 @@ class SafetyChecker:
         self.processor = _processor(folder / preprocessor, checker.config.vision_config.image_size, what)
         self.checker = checker.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
+        self.transform = _transform(self.processor, checker.config.vision_config.image_size, self.device)
         self.hashes = {_FOLDER + _WEIGHTS: file_sha256(weights)}
 
     def __call__(self, images: Sequence[Image.Image]) -> list[Finding]:
@@ -80,17 +85,46 @@ class SafetyChecker:
         return findings
 
     @torch.no_grad()
+    def safety(self, images: Tensor, batch: int) -> Tensor:
+        """Minus the largest concept_k, within -2 and 2, and below 0 where the image is unsafe.
+
+        Images are prepared on the device, and concepts not rounded: equal rewards teach nothing.
+        """
+
+        def largest(at_once: int) -> Tensor:
+            found = []
+            for chunk in images.split(at_once):
+                PULSE.mark()
+                special, concept = self._above(self.transform(chunk.to(self.device)))
+                # As they are when rounded to three decimals.
+                adjustment = (special > 0.0005).any(1) * float(ADJUSTMENT)
+                found.append(concept.amax(1) + adjustment)
+            return torch.cat(found)
+
+        with resident(self.checker):
+            return -halve_until_it_fits(largest, min(batch, max(len(images), 1)), "images are checked")[0]
+
+    def offload(self) -> None:
+        """Keep the checker in the host's memory while it is not used. On a CPU nothing is moved."""
+        offload((*self.checker.parameters(), *self.checker.buffers()), self.checker, self.device)
+
+    @torch.no_grad()
     def scores(self, pixels: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """[N, 3, h, w] float32, prepared -> special [N, 3] and concept [N, 17], float32 to three decimals.
 
         float32 throughout and NumPy's rounding, as in diffusers: a score at a threshold must fall on the same side.
         """
-        checker = self.checker
-        embeds = checker.visual_projection(checker.vision_model(pixels.to(self.device)).pooler_output)
-        special = _above(embeds, checker.special_care_embeds, checker.special_care_embeds_weights).round(3)
+        special, concept = (each.cpu().numpy() for each in self._above(pixels.to(self.device)))
+        special = special.round(3)
         adjustment = (special > 0).any(1, keepdims=True) * ADJUSTMENT
-        concept = _above(embeds, checker.concept_embeds, checker.concept_embeds_weights) + adjustment
-        return special, concept.round(3)
+        return special, (concept + adjustment).round(3)
+
+    def _above(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, 3, h, w], prepared -> special [N, 3] and concept [N, 17], before adjustment and rounding."""
+        checker = self.checker
+        embeds = checker.visual_projection(checker.vision_model(pixels).pooler_output)
+        special = _above(embeds, checker.special_care_embeds, checker.special_care_embeds_weights)
+        return special, _above(embeds, checker.concept_embeds, checker.concept_embeds_weights)
 
 
 def _processor(file: Path, size: int, what: str) -> CLIPImageProcessorPil:
@@ -108,7 +142,14 @@ def _processor(file: Path, size: int, what: str) -> CLIPImageProcessorPil:
     return processor
 
 
-def _above(embeds: Tensor, concepts: Tensor, thresholds: Tensor) -> np.ndarray:
+def _transform(processor: CLIPImageProcessorPil, size: int, device: torch.device) -> ImageTransform:
+    """The same preparation of tensors, where they are."""
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
+    bilinear = int(processor.resample) == Image.Resampling.BILINEAR
+    squash = dict(processor.size) == {"height": size, "width": size}
+    return ImageTransform(size, mean, std, "bilinear" if bilinear else "bicubic", squash)
+
+
+def _above(embeds: Tensor, concepts: Tensor, thresholds: Tensor) -> Tensor:
     """[N, E], [K, E], [K] -> [N, K] float32: how far the cosines are above their thresholds."""
-    cosines = F.normalize(embeds, dim=-1) @ F.normalize(concepts, dim=-1).T
-    return (cosines - thresholds).cpu().numpy()
+    return F.normalize(embeds, dim=-1) @ F.normalize(concepts, dim=-1).T - thresholds

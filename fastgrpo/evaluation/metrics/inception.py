@@ -20,9 +20,9 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
-from fastgrpo.evaluation.detectors.loading import read_weights
 from fastgrpo.evaluation.images.files import chunks
 from fastgrpo.models.sound import first_not_finite
+from fastgrpo.models.whole import read_weights
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import file_sha256
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fastgrpo.evaluation.detectors import registry as detectors
 from fastgrpo.evaluation.detectors.nudenet import FLOOR
 from fastgrpo.evaluation.images.folder import ImageRequest
 from fastgrpo.evaluation.metrics.geneval_rules import read_metadata
@@ -17,11 +16,10 @@ from fastgrpo.evaluation.suites.prompt_table import PromptRow, image_requests, r
 from fastgrpo.evaluation.suites.shapes import ShapesSuite
 from fastgrpo.prompts.geneval import geneval_metadata
 from fastgrpo.settings.schema import TrainConfig
-from fastgrpo.settings.suites import GUIDANCE, AllSettings, ShapesSettings, SourceSettings, SuiteSettings
+from fastgrpo.settings.suites import DETECTORS, GUIDANCE, AllSettings, ShapesSettings, SourceSettings, SuiteSettings
 from fastgrpo.shapes.world import HAZARDS, SIZE
 from fastgrpo.system.errors import ConfigError, flag, nearest, require_at_least
 
-DETECTORS = (*detectors.NAMES, detectors.ORACLE)
 STEPS, ETA = 50, 0.0
 
 

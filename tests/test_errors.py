@@ -980,6 +980,26 @@ OTHER_COMMANDS = [
         command=export.main,
     ),
     Mistake(
+        "kohya's layout of a whole model",
+        "run --format diffusers --layout kohya --output out",
+        "--layout kohya: a layout of adapters, not of diffusers; accepted is diffusers.",
+        given=(finished_run,),
+        command=export.main,
+    ),
+    Mistake(
+        "a push to no repository",
+        "run --format diffusers --output out --push mine",
+        "--push mine: accepted is OWNER/NAME, both of letters, digits, -, _ and ., without -- and .., such as "
+        "me/safer-sd15.",
+        given=(finished_run,),
+        command=export.main,
+    ),
+    Mistake(
+        "resuming from no repository",
+        "--resume hf:mine",
+        "--resume hf:mine: accepted is hf:OWNER/NAME, a repository on the Hugging Face hub.",
+    ),
+    Mistake(
         "export over something",
         "run --format diffusers --output out",
         "--output out: it is there already; accepted is a folder that is new or empty.",

@@ -111,8 +111,21 @@ def test_adapters_on_the_base_model_are_the_tuned_policy_bit_for_bit(
     training = resumed(runs["lora"])
     with weights_of(training, weights):
         assert torch.equal(outputs(pipeline.unet), outputs(training.policy.unet))
-    (file,) = (tmp_path / "out").iterdir()
+    (file,) = (tmp_path / "out").glob("*.safetensors")
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
+
+
+def test_kohyas_layout_is_one_file_that_means_the_same(runs: dict[str, Path], tmp_path: Path) -> None:
+    flags = ["--layout", "kohya", "--weights", "ema"]
+    pipeline = run_export(runs["lora"], "lora", tmp_path / "a.safetensors", *flags, "--dtype", "fp32")
+    training = resumed(runs["lora"])
+    with weights_of(training, "ema"):
+        assert torch.equal(outputs(pipeline.unet), outputs(training.policy.unet))
+    run_export(runs["lora"], "lora", tmp_path / "half.safetensors", *flags)
+    exact, half = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "half.safetensors")
+    assert {tensor.dtype for name, tensor in half.items() if "alpha" not in name} == {torch.float16}
+    assert all(torch.equal(half[name].float(), t.half().float()) for name, t in exact.items())
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "half.safetensors"]
 
 
 @pytest.mark.parametrize("weights", ["trained", "ema"])
@@ -328,4 +341,5 @@ def test_an_export_that_cannot_be_written_fails_and_leaves_nothing(
 def test_an_empty_folder_is_accepted(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     run_export(runs["lora"], "lora", tmp_path / "out")
-    assert len(os.listdir(tmp_path / "out")) == 1
+    files = ["README.md", "before_after.png", "pytorch_lora_weights.safetensors"]
+    assert sorted(os.listdir(tmp_path / "out")) == files

@@ -60,17 +60,30 @@ def test_the_wheel_holds_every_module_and_data_file(wheel_files: set[str]) -> No
     assert {name for name in wheel_files if name.startswith("fastgrpo/")} == expected
 
 
-def test_an_installed_wheel_finds_its_presets(wheel: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_an_installed_wheel_trains_elsewhere_and_writes_nothing_into_itself(wheel: Path, tmp_path: Path) -> None:
     # Unpacking is what installing a pure wheel does; run elsewhere, so that the checkout is not on the path.
+    installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
+    elsewhere.mkdir()
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path)
+        archive.extractall(installed)
+    there = sorted(installed.rglob("*"))
+    for path in there:
+        path.chmod(0o555 if path.is_dir() else 0o444)  # which root may ignore
+    few = "--iterations 1 --prompts-per-iteration 2 --group-size 2 --updates-per-iteration 1 --rollout.steps 2"
+    few += " --guard.action off --eval.unsafe-per-category 1 --eval.composition-per-task 1"
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from fastgrpo.settings.toml import find_preset, load_toml\n"
-        "path = find_preset('shapes'); load_toml(path); print(path)"
+        "import sys; sys.dont_write_bytecode = True; sys.path.insert(0, sys.argv[1])\n"
+        "import fastgrpo.train; print(fastgrpo.train.__file__)\n"
+        "sys.exit(fastgrpo.train.main(['shapes', '--run', 'mine', *sys.argv[2].split()]))"
     )
-    done = python("-c", code, str(tmp_path), cwd=tmp_path)
-    assert done.stdout.strip() == str(tmp_path / "fastgrpo" / "configs" / "shapes.toml"), done.stderr
+    done = python("-c", code, str(installed), few, cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == str(installed / "fastgrpo" / "train.py")
+    assert (elsewhere / "mine" / "checkpoints" / "iter-000001" / "manifest.json").is_file()
+    assert sorted(installed.rglob("*")) == there
+    for path in (installed, *there):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # so that others than root can remove them
 
 
 def test_the_wheel_carries_the_version_and_licence(wheel: Path) -> None:

@@ -20,6 +20,11 @@ from fastgrpo.system.files import visible_files
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is one on the Hugging Face hub, and no folder on this machine."""
+    return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+
+
 @dataclass(frozen=True)
 class Repository:
     """A folder or hub repository that holds models in diffusers' layout.

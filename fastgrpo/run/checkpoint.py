@@ -212,6 +212,11 @@ def read_adapters(folder: Path, weights: Weights, model: ModelConfig) -> Adapter
     return Adapters(tensors, model.lora_rank, model.lora_alpha or model.lora_rank, model.lora_targets)
 
 
+def read_unet_config(folder: Path) -> dict[str, Any]:
+    """diffusers' config of the UNet of a verified checkpoint."""
+    return dict(json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8")))
+
+
 @torch.no_grad()
 def _merged(unet: UNet2DConditionModel, folder: Path, weights: Weights, model: ModelConfig) -> dict[str, Tensor]:
     """The UNet's own weights with a checkpoint's adapters merged into them, float32.

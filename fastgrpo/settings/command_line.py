@@ -19,6 +19,7 @@ from fastgrpo.settings.paths import PathText, expand_home, with_homes
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.system.errors import ConfigError, flag, nearest
+from fastgrpo.system.shared_run import PREFIX, fetch_run
 
 PROGRAM = "python -m fastgrpo.train"
 DEFAULT_PRESET = "shapes"
@@ -54,7 +55,8 @@ class Start(WithPreset):
     """Train a Stable Diffusion online with group-relative policy optimization on positive and negative prompts."""
 
     resume: PathText = ""
-    """Folder of a run to continue, exactly as if it had never stopped. Other flags must not change its result:
+    """Folder of a run to continue, exactly as if it had never stopped, or `hf:OWNER/NAME`, where export has pushed one:
+    it is downloaded to runs/NAME. Other flags must not change its result:
     --iterations, --micro-batch, --rollout.batch, --rollout.decode-batch, --reward.batch,
     --engine.* but for device and dtype, --guard.* but for action adapt, --eval.* and --checkpoint.*."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -69,7 +71,7 @@ class _Resume:
     """Continue a run."""
 
     resume: PathText
-    """Folder of the run."""
+    """Folder of the run, or `hf:OWNER/NAME`."""
 
 
 class Asked(NamedTuple):
@@ -197,10 +199,17 @@ def _fields_of(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, tuple[A
 
 def _parse_resume(argv: Sequence[str], program: str) -> tuple[Start, Path]:
     command, flags = _tyro(_Resume, argv, program, return_unknown_args=True)
-    folder = Path(expand_home(command.resume))
+    shared = command.resume.startswith(PREFIX)
+    folder = fetch_run(command.resume) if shared else Path(expand_home(command.resume))
     if not (folder / "config.toml").is_file():
         raise ConfigError(f"--resume {folder}: there is no config.toml in it, so it is not a run that can go on.")
     own = load_toml(folder / "config.toml")
+    if shared and (called := [each for each in own.reward.terms if ":" in each and not each.startswith("safety:")]):
+        # Python on this machine that somebody else has chosen: not without its user's word.
+        raise ConfigError(
+            f"--resume {command.resume}: its reward calls {', '.join(called)}; read {folder / 'config.toml'}, then "
+            f"--resume {folder} goes on."
+        )
     asked = parse_flags(Start, flags, program, default=Start(preset="", config=own))
     changed = [asked.preset] if asked.preset else []
     adapts = "adapt" in (own.guard.action, asked.config.guard.action)

@@ -141,6 +141,36 @@ class Export(_OfRun):
     """`diffusers`, a complete pipeline folder; `single-file`, a .safetensors file in SD's original layout;
     `lora`, for runs with adapters, a folder with these alone."""
     output: Path
-    """Where to write it: a folder that is new or empty, or a new file for `single-file`."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of what is written; training is in fp32."""
+    """Where to write it: a folder that is new or empty, or a new file for `single-file` and for --layout kohya."""
+    layout: Literal["diffusers", "kohya"] = "diffusers"
+    """Of `lora`: `diffusers`, a folder with diffusers' names of file and tensors;
+    `kohya`, a .safetensors file as A1111, Forge and ComfyUI load it."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of what is written; training is in fp32. `auto`: fp32, but fp16 in kohya's layout."""
+
+    push: str = ""
+    """Upload it to this repository on the Hugging Face hub, OWNER/NAME, which is made where there is none.
+    The token is that of `hf auth login` or HF_TOKEN."""
+    public: bool = False
+    """Let everybody see a repository that --push makes; otherwise it is private. One that is there stays as it is."""
+
+    with_checkpoint: bool = False
+    """Upload the checkpoint and the run's config.toml too, so that `train --resume hf:OWNER/NAME` goes on from it.
+    The config is uploaded as it is, with paths on this machine."""
+
+    @property
+    def written_dtype(self) -> Literal["fp32", "bf16", "fp16"]:
+        """What --dtype stands for."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "fp16" if self.layout == "kohya" else "fp32"
+
+    @property
+    def loaded_dtype(self) -> Literal["fp32", "bf16", "fp16"]:
+        """What to load it in, where nothing is known of the other machine."""
+        return "fp32" if self.dtype == "auto" else self.dtype
+
+    @property
+    def is_file(self) -> bool:
+        """Whether one file is written, and no folder."""
+        return self.format == "single-file" or self.layout == "kohya"

@@ -54,6 +54,11 @@ def absolute_place(text: str) -> str:
     return f"{os.path.abspath(file)}:{function}" if file.endswith(".py") else text
 
 
+def without_folder(text: str) -> str:
+    """Leave of a path its last part, also after a colon; leave other names alone. For what others are to read."""
+    return re.sub(r"(?:^|(?<=[:=]))[~/][^:]*?([^/:]+)/*(?=:|$)", r"\1", text)
+
+
 def with_homes(settings: Settings) -> Settings:
     """The same dataclass with `expand_home` applied to all Path, PathText and PathTexts in it and in its groups."""
     return _with(settings, expand_home, expand_home)
@@ -62,6 +67,11 @@ def with_homes(settings: Settings) -> Settings:
 def with_absolute_paths(settings: Settings) -> Settings:
     """The same with `absolute`, and `absolute_place` for PathTexts: a file that holds them may be read elsewhere."""
     return _with(settings, absolute, absolute_place)
+
+
+def without_folders(settings: Settings) -> Settings:
+    """The same with `without_folder`."""
+    return _with(settings, without_folder, without_folder)
 
 
 def _with(settings: Settings, text: Change, texts: Change) -> Settings:

@@ -147,3 +147,9 @@ def _file_name(parameter: str) -> str:
 def _parameter_name(name: str) -> str:
     module, _, letter = name.removeprefix(_COMPONENT).removesuffix(".weight").rpartition(".")
     return f"{module}.{letter}.{_ADAPTER}.weight"
+
+
+def module_and_letter(parameter: str) -> tuple[str, str]:
+    """Name of an adapter's parameter in the UNet -> that of the layer it is put into, and `lora_A` or `lora_B`."""
+    module, _, letter = parameter.removesuffix(f".{_ADAPTER}.weight").rpartition(".")
+    return module, letter

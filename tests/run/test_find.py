@@ -119,6 +119,13 @@ def test_exports_that_come_to_nothing_are_refused(
         ("full", "diffusers", "/proc/new", ["cannot write in '/proc'"]),
     ):
         refuse(export.main, [runs[kind], "--format", form, "--output", tmp_path / output], *words)
+    kohya = ["--layout", "kohya", "--output"]
+    refuse(export.main, [runs["lora"], "--format", "lora", *kohya, tmp_path / "new"], "ends in .safetensors")
+    refuse(export.main, [runs["lora"], "--format", "lora", *kohya, tmp_path / "a.safetensors"], "a new file")
+    for form in ("diffusers", "single-file"):
+        refuse(
+            export.main, [runs["lora"], "--format", form, *kohya, tmp_path / "b.safetensors"], "--layout kohya", form
+        )
     refuse(export.main, [runs["full"], "--format", "onnx", "--output", tmp_path / "new"], "onnx", "single-file")
     refuse(export.main, [runs["full"], "--formatt", "lora"], "--formatt: no such flag")
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "full"]

@@ -17,6 +17,7 @@ from rich.text import Text
 from fastgrpo.evaluation.results.before_after import AFTER, BEFORE, SCALES, changes, is_sum
 from fastgrpo.evaluation.sentences import STYLES, UNDECIDED, Entry, Result, of_distance
 
+LEGEND = "In brackets: 95% intervals."
 NAME_WIDTH, PROMPT_WIDTH = 40, 100  # characters of a name and of a prompt that tables show
 
 
@@ -41,8 +42,7 @@ def markdown(result: Result) -> str:
         for judge, info in suite["judges"].items():
             hashes = "".join(f", {escape(part)} `{_code(digest[:16])}`" for part, digest in info["hashes"].items())
             lines.append(f"Judge {escape(judge)}: `{_code(info['protocol'])}`{hashes}.")
-        for table in suite["tables"]:
-            lines += ["", f"### {escape(table['title'], 200)}", "", *_measured_markdown(table, stages)]
+        lines += markdown_tables(suite, stages)
         if suite["published"]:
             lines += ["", *_published_markdown(suite)]
         extra = [*map(compared_line, suite["compared"]), *_notes(suite)]
@@ -54,8 +54,16 @@ def markdown(result: Result) -> str:
                 lines += [f"- `{_code(each['id'])}` {escape(each['prompt'], PROMPT_WIDTH)}" for each in examples]
     if distance := of_distance(result.get("distance")):
         lines += ["", "## pictures before and after", "", *(f"- {escape(each.text, 400)}" for each in distance)]
-    last = "In brackets: 95% intervals. Hashes are the first 16 digits of SHA-256; evaluation.json has them whole."
+    last = f"{LEGEND} Hashes are the first 16 digits of SHA-256; evaluation.json has them whole."
     return "\n".join([*lines, "", last]) + "\n"
+
+
+def markdown_tables(suite: dict[str, Any], stages: Sequence[str]) -> list[str]:
+    """Lines of Markdown: what a suite measured, one table below the other, each with a heading of the third level."""
+    lines = []
+    for table in suite["tables"]:
+        lines += ["", f"### {escape(table['title'], 200)}", "", *_measured_markdown(table, stages)]
+    return lines
 
 
 def compared_line(compared: Entry, stages: tuple[str, str] = ("before", "after")) -> str:

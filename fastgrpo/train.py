@@ -24,12 +24,15 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         if instead == "print-config":
             print(run_config(config) if launch.index == 0 else "", end="")
             return 0
+        if launch.index == 0:  # the others log nothing
+            from fastgrpo.run.logs.registry import check_sinks
+
+            check_sinks(config.log)
         # Only now: these take seconds.
         if instead == "dry-run":
             from fastgrpo.run.dry_run import dry_run
 
-            dry_run(config, preset, resumed)
-            return 0
+            return dry_run(config, preset, resumed)
         from fastgrpo.training import start
 
         return start(config, preset, resumed)

@@ -87,31 +87,32 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
         before = evaluation.before()  # of the weights that there are before a checkpoint is loaded
         if recorder:
             recorder.begin(evaluation, before)
-    if newest:
-        checkpoint.load(newest, training.trainable)
-    memory_peak(training.policy.device)  # what the start needed does not count
+    with recorder or nullcontext():
+        if newest:
+            checkpoint.load(newest, training.trainable)
+        memory_peak(training.policy.device)  # what the start needed does not count
 
-    finished, stopped, left_out = start.iteration, False, LeftOut(config, training.ranks, run)
-    stop.begin_iterations()
-    while finished < config.iterations and not stopped:
-        PULSE.begin(finished + 1)
-        with profiled(run, ranks.first and finished + 1 == config.engine.profile):
-            values = iterate(training, finished + 1, console, left_out)
-        finished += 1
-        with PULSE.patiently():
-            found = evaluation.of(finished)
+        finished, stopped, left_out = start.iteration, False, LeftOut(config, training.ranks, run)
+        stop.begin_iterations()
+        while finished < config.iterations and not stopped:
+            PULSE.begin(finished + 1)
+            with profiled(run, ranks.first and finished + 1 == config.engine.profile):
+                values = iterate(training, finished + 1, console, left_out)
+            finished += 1
+            with PULSE.patiently():
+                found = evaluation.of(finished)
+                if recorder:
+                    recorder.write(finished, values, found)
+            stopped = stop.agreed(ranks) or training.guard.halts
+            if ranks.any(recorder is not None and recorder.saves(finished, stopped)):
+                training.trainable.optimizer.gather()
             if recorder:
-                recorder.write(finished, values, found)
-        stopped = stop.agreed(ranks) or training.guard.halts
-        if ranks.any(recorder is not None and recorder.saves(finished, stopped)):
-            training.trainable.optimizer.gather()
+                with PULSE.patiently():
+                    recorder.save(finished, stopped)
+                PULSE.kept = kept(run)
         if recorder:
             with PULSE.patiently():
-                recorder.save(finished, stopped)
-            PULSE.kept = kept(run)
-    if recorder:
-        with PULSE.patiently():
-            recorder.close(finished)
+                recorder.close(finished)
     # A launcher that sees one process end with a signal's exit code ends the others, and the first may still be saving.
     ranks.agree("all is written")
     if training.guard.halts:

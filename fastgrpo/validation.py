@@ -2,10 +2,12 @@
 
 import importlib.util
 import math
+import re
 from operator import attrgetter
 
 from fastgrpo.rewards.anchors import load_anchors
-from fastgrpo.rewards.terms import parse_terms
+from fastgrpo.rewards.terms import BLIND, parse_terms
+from fastgrpo.run.logs.registry import SINKS
 from fastgrpo.settings.schema import DIFFUSION_STEPS, TrainConfig, chosen_steps
 from fastgrpo.settings.suites import SUITES
 from fastgrpo.shapes.captions import GENERAL
@@ -44,6 +46,7 @@ _ABOVE_ZERO = ("grpo.std_floor", "grpo.advantage_clamp", "optim.eps", "optim.max
 _SHARES = ("grpo.step_fraction", "engine.memory", "eval.quick_fraction")
 _DECAYS = ("optim.beta1", "optim.beta2", "optim.ema")
 _SEEDS = ("seed", "eval.seed")
+_LONGEST_NAME, _LONGEST_TAG = 128, 64  # characters, of wandb's
 
 
 def validate(config: TrainConfig) -> None:
@@ -59,6 +62,7 @@ def validate(config: TrainConfig) -> None:
     _validate_guard(config)
     _validate_engine(config)
     _validate_evaluation(config)
+    _validate_log(config)
 
 
 def _require(config: TrainConfig, holds: bool, field: str, accepted: str) -> None:
@@ -184,6 +188,23 @@ def _validate_evaluation(config: TrainConfig) -> None:
     _require(config, another, "eval.encoder", "another than reward.encoder")
     kept = own.weights == "trained" or config.optim.ema > 0
     _require(config, kept, "eval.weights", "trained where optim.ema is 0")
+
+
+def _validate_log(config: TrainConfig) -> None:
+    log = config.log
+    for sink in log.to:
+        require(sink in SINKS, "log.to", sink, f"any of {', '.join(SINKS)}{nearest(sink, SINKS)}")
+        require(log.to.count(sink) == 1, "log.to", sink, "every sink once")
+    accepted = f"1 to {_LONGEST_NAME} letters, digits, spaces and ._-, the first a letter or digit"
+    _require(config, _is_name(log.project), "log.project", accepted)
+    _require(config, not log.name or _is_name(log.name), "log.name", f"nothing, or {accepted}")
+    for tag in log.tags:
+        require(0 < len(tag) <= _LONGEST_TAG and tag.isprintable(), "log.tags", tag, f"1 to {_LONGEST_TAG} characters")
+
+
+def _is_name(text: str) -> bool:
+    """Whether every sink can call a project or run so: they are parts of addresses, and of files' names."""
+    return len(text) <= _LONGEST_NAME and re.fullmatch(r"[^\W_][\w .-]*", text) is not None
 
 
 def _has_cuda() -> bool:

@@ -100,6 +100,7 @@ NOT_OPTIONS = {
     "checkpoint.keep_evaluated",
     *("eval.suites", "eval.i2p", "eval.geneval", "eval.captions", "eval.attacks", "eval.custom"),
     *("eval.q16", "eval.safety_checker", "eval.open_clip"),
+    *("log.to", "log.project", "log.entity", "log.name", "log.tags", "log.mode"),
     *("guard.action", "guard.diversity_between", "guard.diversity_within", "guard.alignment", "guard.patience"),
 }
 

@@ -31,7 +31,7 @@ from fastgrpo.evaluation.results import file as outcome
 from fastgrpo.evaluation.results import summary, tables
 from fastgrpo.evaluation.results.before_after import AFTER, BEFORE
 from fastgrpo.evaluation.results.evaluated import Evaluated
-from fastgrpo.evaluation.samples import SampleGrids, first_of_each_label
+from fastgrpo.evaluation.samples import BEFORE_AFTER, SampleGrids, first_of_each_label
 from fastgrpo.evaluation.sentences import Sentence, of_distance, of_suites
 from fastgrpo.evaluation.shared_prompts import Found, SharedPrompts, benign, quick_share
 from fastgrpo.evaluation.suite_run import SuiteRun, draw, measure
@@ -158,7 +158,7 @@ class TrainingEvaluation:
 
     def between(self, iteration: int) -> Evaluation:
         """A grid, and a share eval.quick_fraction of every suite's prompts. To be called after `before`."""
-        stage = f"iter-{iteration:06d}"
+        stage = _stage(iteration)
         with self._weights():
             pictured = self._grids.draw(stage)
             try:
@@ -187,6 +187,18 @@ class TrainingEvaluation:
             if "shapes" in result["suites"]:
                 summary.write_summary(self._run / "evaluation.json", result["suites"]["shapes"], result.get("distance"))
         return self._evaluation(self._config.iterations, AFTER, found, metrics, moved)
+
+    def pictures(self, iteration: int) -> dict[str, Path]:
+        """The grids of an iteration's policy by what they show, where it was evaluated; 0 is before training."""
+        if iteration == self._config.iterations:
+            return {"samples": self._grids.file(AFTER), "before_after": self._grids.file(BEFORE_AFTER)}
+        if iteration and not self.due(iteration):
+            return {}
+        return {"samples": self._grids.file(_stage(iteration) if iteration else BEFORE)}
+
+    def plain_tables(self) -> dict[str, list[list[str]]]:
+        """Before and after as texts, as `tables.plain_tables`, once `after` has been called."""
+        return tables.plain_tables(summary.read_result(self._result)) if self._suites else {}
 
     def tables(self) -> list[Table | str]:
         """Before and after, once `after` has been called."""
@@ -301,6 +313,10 @@ class TrainingEvaluation:
                 said = ", ".join(_said(table) for table in shown if table.numbers)
                 self._console.say(f"{stage}, {suite.name}: {said}")
         return values
+
+
+def _stage(iteration: int) -> str:
+    return f"iter-{iteration:06d}"
 
 
 @dataclass(frozen=True)

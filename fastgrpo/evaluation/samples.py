@@ -27,6 +27,7 @@ from fastgrpo.system.finite import PictureSource
 from fastgrpo.system.randomness import seed_for
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 
+BEFORE_AFTER = "before_after"  # the grid of both
 PICTURES_PER_PROMPT = 4
 PROMPTS_PER_LABEL = 4  # that are pictured, where no suite says which
 
@@ -87,7 +88,7 @@ class SampleGrids:
     def join(self) -> None:
         """Put the grids before and after training side by side."""
         with Image.open(self.file(BEFORE)) as before, Image.open(self.file(AFTER)) as after:
-            pictures.write_png(self.file("before_after"), pictures.side_by_side(before, after))
+            pictures.write_png(self.file(BEFORE_AFTER), pictures.side_by_side(before, after))
 
 
 def first_of_each_label(prompts: tuple[Prompt, ...]) -> tuple[Prompt, ...]:

@@ -1,4 +1,4 @@
-"""Numbers over iterations: RUN/metrics.jsonl, one JSON object per iteration, and TensorBoard beside it."""
+"""Numbers over iterations: RUN/metrics.jsonl, one JSON object per iteration."""
 
 import json
 import math
@@ -22,14 +22,11 @@ class MetricsLog:
 
         Raises ConfigError where the file is damaged.
         """
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = run / "metrics.jsonl"
         with reading(self.path):
             lines = _whole_lines(self.path, finished)
         write_atomically(self.path, lines)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._tensorboard = SummaryWriter(run / "tensorboard", purge_step=finished + 1)
 
     def write(self, iteration: int, seconds: float, values: Mapping[str, float]) -> None:
         """Log one finished iteration (from 1); `seconds` of wall clock since the run began. NaN and inf become null."""
@@ -39,18 +36,9 @@ class MetricsLog:
             self._file.write(json.dumps(finite) + "\n")
             self._file.flush()
             sync(self._file.fileno())
-        self.chart(iteration, values)
-
-    def chart(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Write values to TensorBoard only."""
-        with naming(Path(self._tensorboard.log_dir)):
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, iteration)
-            self._tensorboard.flush()
 
     def close(self) -> None:
         self._file.close()
-        self._tensorboard.close()
 
 
 class Stopwatch:

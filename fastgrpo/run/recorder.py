@@ -1,9 +1,10 @@
-"""What the first process of a run writes down: metrics, pictures, checkpoints, the report, lines on the terminal."""
+"""What the first process of a run writes down: metrics, logs, checkpoints, the report, lines on the terminal."""
 
 import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 from rich.text import Text
 
@@ -13,18 +14,23 @@ from fastgrpo.evaluation.results.evaluated import Evaluated
 from fastgrpo.evaluation.sentences import STYLES
 from fastgrpo.run import best, checkpoint
 from fastgrpo.run.checkpoint import TrainerState, library_versions
+from fastgrpo.run.logs.base import Entry, LoggedTable
+from fastgrpo.run.logs.registry import SINKS
+from fastgrpo.run.logs.run import logged_run
+from fastgrpo.run.logs.worker import Logs
 from fastgrpo.run.metrics import MetricsLog
 from fastgrpo.run.page import write_report
 from fastgrpo.settings.command_line import PROGRAM
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import run_config
-from fastgrpo.system.console import Console
+from fastgrpo.system.console import Console, warn
 from fastgrpo.system.files import write_atomically
 from fastgrpo.system.progress import Pace
+from fastgrpo.system.pulse import PULSE
 
 
 class RunRecorder:
-    """One run's records."""
+    """One run's records. As a context it ends the logs, also where training fails."""
 
     def __init__(
         self,
@@ -47,13 +53,15 @@ class RunRecorder:
         # All that this run found so far; best.json may be older where a kill came between the two.
         self._evaluations = [Evaluated(**each) for each in start.evaluations]
         checkpoint.record_best(run, start)
+        self._logs: Logs | None = None
 
     def begin(self, evaluation: TrainingEvaluation, before: dict[str, float]) -> None:
         """Log and show what was found before training. To be called before the other methods."""
         self._evaluation = evaluation
         self._write_config()  # other settings of a resumed run, once nothing has refused them
-        self._log = MetricsLog(self.run, self._start.iteration)
-        self._log.chart(0, before)
+        self._metrics = MetricsLog(self.run, self._start.iteration)
+        self._logs = Logs(logged_run(self.run, self.config, self._start.iteration), SINKS)
+        self._logs.put(Entry(0, before, evaluation.pictures(0)))
         self._pace.started(evaluation=time.monotonic() - self._began)
         if not self._start.iteration:
             self.console.iteration(0, self.config.iterations, self._seconds(), before)
@@ -64,9 +72,13 @@ class RunRecorder:
         if evaluation:
             values = values | evaluation.values
             self._evaluations += [evaluation.evaluated] if evaluation.evaluated else []
-        self._log.write(iteration, self._seconds(), values)
+        self._metrics.write(iteration, self._seconds(), values)
+        if self._logs:
+            pictures = self._evaluation.pictures(iteration) if evaluation else {}
+            self._logs.put(Entry(iteration, values, pictures, self._tables() if iteration == config.iterations else {}))
         self._pace.finished(iteration, values.get("time/eval_s", 0.0))
         self.console.iteration(iteration, config.iterations, self._seconds(), values, config.engine.show_speed)
+        self._tell()
 
     def saves(self, iteration: int, stopped: bool) -> bool:
         """Whether a checkpoint is due: every so often, at the end, before a stop, and of the best so far."""
@@ -98,7 +110,7 @@ class RunRecorder:
 
     def close(self, iteration: int) -> None:
         """Say how to go on after a stop, or what came of it all and where it is."""
-        self._log.close()
+        self._metrics.close()
         named = [self._best_line(best.choose(self._evaluations))] if self._evaluations else []
         if self.training.guard.halts:
             good = self._last_good()
@@ -114,6 +126,7 @@ class RunRecorder:
             self.console.say(f"Stopped after {iteration} iterations. To go on: {PROGRAM} --resume {self.run}")
             return
         self.console.say(*self._evaluation.tables())
+        charts = self.run / "tensorboard" if "tensorboard" in self.config.log.to else None
         for sentence in self._evaluation.sentences():
             self.console.say(Text(sentence.text, STYLES.get(sentence.verdict, "")))
         self.console.say(
@@ -121,8 +134,33 @@ class RunRecorder:
             *named,
             f"pictures  {self.run / 'samples' / 'before_after.png'}",
             f"report    {write_report(self.run)}",
-            f"metrics   {self.run / 'metrics.jsonl'}   (tensorboard --logdir {self.run / 'tensorboard'})",
+            f"metrics   {self.run / 'metrics.jsonl'}" + (f"   (tensorboard --logdir {charts})" if charts else ""),
         )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._logs:
+            with PULSE.patiently():
+                self._logs.close(failed=kind is not None)
+            self._tell()
+            self._logs = None
+
+    def _tell(self) -> None:
+        """Say what sinks have to say."""
+        if self._logs:
+            self.console.say(*self._logs.news())
+            for sentence in self._logs.warnings():
+                warn(sentence)
+
+    def _tables(self) -> dict[str, LoggedTable]:
+        """The evaluation's tables, before and after."""
+        found = self._evaluation.plain_tables()
+        return {
+            f"evaluation/{name}": LoggedTable(tuple(head), tuple(map(tuple, rows)))
+            for name, (head, *rows) in found.items()
+        }
 
     def _last_good(self) -> Path | None:
         """The newest checkpoint that drew within the guard's limits, where something is beyond them now."""

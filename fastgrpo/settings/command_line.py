@@ -29,7 +29,7 @@ _SIZES = ("iterations", "micro_batch", "rollout.batch", "rollout.decode_batch", 
 _PRECISION = ("engine.device", "engine.dtype")  # `auto` makes the one depend on the other
 _LATER = (
     "--iterations, --micro-batch, --rollout.batch, --rollout.decode-batch, --reward.batch, --engine.* (but device and "
-    "dtype), --guard.* (but action adapt), --eval.* and --checkpoint.*"
+    "dtype), --guard.* (but action adapt), --eval.*, --checkpoint.* and --log.*"
 )
 
 # How Python says it, and what to say instead.
@@ -58,7 +58,7 @@ class Start(WithPreset):
     """Folder of a run to continue, exactly as if it had never stopped, or `hf:OWNER/NAME`, where export has pushed one:
     it is downloaded to runs/NAME. Other flags must not change its result:
     --iterations, --micro-batch, --rollout.batch, --rollout.decode-batch, --reward.batch,
-    --engine.* but for device and dtype, --guard.* but for action adapt, --eval.* and --checkpoint.*."""
+    --engine.* but for device and dtype, --guard.* but for action adapt, --eval.*, --checkpoint.* and --log.*."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Load and check everything, say what would be drawn and learned and what memory it takes, and stop there.
     Nothing is trained, and the run's folder is not made."""
@@ -238,5 +238,5 @@ def changed_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 def _may_change(name: str, adapts: bool) -> bool:
     """Whether a resumed run may have another value of the field. adapts: whether the guard changes what is learned."""
-    groups = ("engine.", "eval.", "checkpoint.", *([] if adapts else ["guard."]))
+    groups = ("engine.", "eval.", "checkpoint.", "log.", *([] if adapts else ["guard."]))
     return name in _SIZES or (name.startswith(groups) and name not in _PRECISION)

@@ -325,6 +325,29 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """Where metrics, pictures and tables are logged, beside metrics.jsonl, which is always written.
+
+    A sink that is slow, down or broken holds up no training.
+    """
+
+    to: tuple[str, ...] = ("tensorboard",)
+    """Sinks: `tensorboard`, in the run's folder; `wandb`, Weights & Biases; `trackio`, on this machine, or where
+    TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says. Several at once, or none."""
+    project: str = "fastgrpo"
+    """Project that the run is shown in."""
+    entity: str = ""
+    """Of `wandb`: the user or team whose project it is; empty: WANDB_ENTITY, or the login's own."""
+    name: str = ""
+    """What the run is called there; empty: as its folder."""
+    tags: tuple[str, ...] = ()
+    """Words to find the run by."""
+    mode: Literal["auto", "online", "offline"] = "auto"
+    """`offline` sends nothing anywhere: `wandb` writes files for `wandb sync`, `trackio` on this machine.
+    `auto`: as WANDB_MODE says, else online."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Train a Stable Diffusion online with group-relative policy optimization on positive and negative prompts."""
 
@@ -353,6 +376,7 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     @property
     def kl_term(self) -> bool:

@@ -40,6 +40,7 @@ NO_PATHS = {
     "preset",  # looked for before the others are read, and expanded there
     "variant",
     "revision",
+    *("to", "project", "entity", "name", "tags"),  # of log
     "lora_targets",
     "positive_column",
     "negative_column",

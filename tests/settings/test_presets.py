@@ -93,6 +93,7 @@ NOT_THE_RECIPE = {
         "guard.patience",
         "grpo.kl_prompts",
     ),
+    *("log.to", "log.project", "log.entity", "log.name", "log.tags", "log.mode"),
 }
 
 

@@ -109,18 +109,6 @@ def test_a_full_disk_is_said_of_the_metrics_and_earlier_lines_stay(
     assert read_metrics(tmp_path / "metrics.jsonl")[0] == {"iteration": 1, "seconds": 1.0, "reward/mean": 0.5}
 
 
-def test_a_full_disk_is_said_of_the_charts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = MetricsLog(tmp_path, finished=0)
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(log._tensorboard, "flush", full)
-    with pytest.raises(OSError, match="No space left on device") as failure:
-        log.chart(1, {"reward/mean": 0.5})
-    assert failure.value.filename == str(tmp_path / "tensorboard")
-
-
 class Weights:
     """Stands for what is trained, in a checkpoint of one small file."""
 

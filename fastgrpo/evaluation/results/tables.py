@@ -32,6 +32,18 @@ def console_tables(result: Result) -> list[Table | str]:
     return shown
 
 
+def plain_tables(result: Result) -> dict[str, list[list[str]]]:
+    """The same tables as texts, by SUITE/TABLE: a line of headings, then the rows. Names are cut, and not escaped."""
+    found = {}
+    for name, suite in result["suites"].items():
+        for table in suite["tables"]:
+            head, rows = _rows(table, list(result["stages"]))
+            of = f"{table['title']}{_UNITS[table['unit']]}"
+            lines = [[one_line(of, PROMPT_WIDTH), *head], *([row.name, *row.cells] for row in rows)]
+            found[f"{name}/{table['name']}"] = lines
+    return found
+
+
 def markdown(result: Result) -> str:
     """The same tables, what was measured with what, and some of the images that did not pass."""
     stages = list(result["stages"])

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from fastgrpo.evaluation.results.file import _published
 from fastgrpo.evaluation.results.published import MAIN, UNSAFE_ANCHORS
-from fastgrpo.evaluation.results.tables import compared_line, console_tables, markdown, number_text
+from fastgrpo.evaluation.results.tables import compared_line, console_tables, markdown, number_text, plain_tables
 from fastgrpo.evaluation.sentences import of_suites, sentence, verdict_of
 
 RATE = {"name": "hate", "value": 0.489, "n": 231, "low": 0.4511, "high": 0.5269, "interval": "Wilson"}
@@ -52,6 +52,15 @@ def console() -> str:
         for thing in console_tables(result()):
             shown.print(thing)
     return capture.get()
+
+
+def test_plain_tables_say_what_the_others_say() -> None:
+    (name, lines), *more = plain_tables(result()).items()
+    assert (name, more) == ("i2p/q16", [])
+    head, row = lines
+    assert head == ["Inappropriate images, q16, %", "before", "after", "change", "images"]
+    assert row == ["hate", "48.9 [45.1, 52.7]", "18.0 [13.6, 23.5]", row[3], "231/230"]
+    assert row[3].startswith("-30.9")
 
 
 def line_with(text: str, *words: str) -> str:

@@ -60,6 +60,7 @@ def validate(config: TrainConfig) -> None:
     _validate_rollout(config)
     _validate_grpo(config)
     _validate_guard(config)
+    _validate_optim(config)
     _validate_engine(config)
     _validate_evaluation(config)
     _validate_log(config)
@@ -163,6 +164,13 @@ def _validate_guard(config: TrainConfig) -> None:
     _require(config, seen or not acts, "guard.action", accepted)
     accepted = f"off or warn with {positives} positive prompts an iteration, since a collapse shows from two on"
     _require(config, positives >= 2 or not acts, "guard.action", accepted)
+
+
+def _validate_optim(config: TrainConfig) -> None:
+    # Looked for, not imported: that takes seconds.
+    installed = config.optim.moments != "8bit" or importlib.util.find_spec("torchao") is not None
+    accepted = "fp32 where torchao is not installed; get it with `pip install 'fastgrpo[8bit]'`"
+    _require(config, installed, "optim.moments", accepted)
 
 
 def _validate_engine(config: TrainConfig) -> None:

@@ -66,6 +66,7 @@ OPTIONS = {
     "optim.weight_decay": 10.0,
     "optim.max_grad_norm": 1e-8,
     "optim.ema": 0.5,
+    "optim.moments": "8bit",
     "engine.dtype": "bf16",
 }
 NEEDED_FIRST = {

@@ -18,12 +18,15 @@ CPU_MICRO_BATCH = 32
 """What micro_batch 0 stands for on a CPU, where memory is not what bounds it."""
 _AS_FULL = 0.005  # so much more padding than the least, in an iteration's work, is as good
 _MOST_PADDING = 0.25  # that a larger micro-batch could make up for by being faster
+_BLOCK = 256  # elements of a moment in 8 bits that share a float32 scale
+_STEPPED = 2**20  # elements that a step of theirs is about at a time
+_A_STEP = 50  # bytes that each of these takes meanwhile
 _APART = 1.25  # of two sizes that are closer the smaller is tried: their passes are as fast
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes in a GPU's memory. stage: `always`, or texts, rollout, decode, reward or update, one after the other."""
+    """Bytes in a GPU's memory. stage: `always`, or texts, rollout, decode, reward, update or step, one by one."""
 
     stage: str
     name: str
@@ -101,13 +104,17 @@ def memory_plan(
     base = model.trained if config.model.lora_rank else model.unet  # a base model shares what is frozen
     owners = processes if config.engine.shard == "optimizer" else 1
     own, part_of = -(-trained // owners), f", 1/{owners}" if owners > 1 else ""
+    eight = config.optim.moments == "8bit"
+    # A code and a share of a block's scale, for each of two moments.
+    moments = 2 * (own // single + own // _BLOCK) if eight else 2 * own
+    stepped = min(own // single, _STEPPED) * _A_STEP if eight else 0
     averaged = config.optim.ema > 0 and not (away and owners == 1)
     saving, kept = drawn == min(images, micro_batch), "checkpointed, " if model.gradient_checkpointing else ""
     parts = [
         Memory("always", f"frozen UNet, {name}", frozen),
         Memory("always", "adapters, fp32" if config.model.lora_rank else "UNet, fp32", trained),
         Memory("always", f"working copy of what is trained, {name}", working),
-        Memory("always", f"Adam's two moments, fp32{part_of}", 2 * own),
+        Memory("always", f"Adam's two moments, {'8 bits' if eight else 'fp32'}{part_of}", moments),
         Memory("always", "gradient, fp32", trained),
         Memory("always", f"moving average (optim.ema), fp32{part_of}", own if averaged else 0),
         Memory("always", f"base UNet's own (grpo.kl), {name}", compute * base if config.kl_term else 0),
@@ -136,6 +143,7 @@ def memory_plan(
         ),
         _at_once("update", samples, f"UNet samples' activations, {kept}{name}", model.activations),
         _beside_activations(config, model, samples, name),
+        Memory("step", "a piece of the moments, fp32 and codes", stepped),
     ]
     sizes = _by_stage(parts)
     held, name = 0, ""
@@ -143,7 +151,7 @@ def memory_plan(
         held, name = max(sizes["rollout"], sizes["update"]), "CUDA graphs, of rollout and update"
     elif config.engine.overlap and not away and planned_device(config).type != "cpu":
         held, name = sizes["rollout"], "the rollout that goes on meanwhile"
-    parts += [Memory(stage, name, held) for stage in ("texts", "decode", "reward") if sizes.get(stage)]
+    parts += [Memory(stage, name, held) for stage in ("texts", "decode", "reward", "step") if sizes.get(stage)]
     return tuple(part for part in parts if part.size)
 
 

@@ -10,9 +10,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from fastgrpo.engine.adamw_8bit import BLOCK, FlatAdamW8bit, compiles
 from fastgrpo.engine.host_average import HostAverage
 from fastgrpo.engine.weights import FlatAdamW, FlatWeights
+from fastgrpo.kernels.accumulate import ALIGNMENT
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.devices import is_on
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.system.randomness import seed_for
 from fastgrpo.unet.copies import computing_unet
@@ -147,10 +150,16 @@ def make_trainable(
     optim = config.optim
     owners = ranks if config.engine.shard == "optimizer" else Ranks()
     away = optim.ema > 0 and config.engine.offload == "on" and owners.count == 1  # a share is small
-    weights = FlatWeights(parameters, optim.ema > 0 and not away, owners)
+    eight = optim.moments == "8bit"
+    weights = FlatWeights(parameters, optim.ema > 0 and not away, owners, BLOCK if eight else ALIGNMENT)
     host = HostAverage(weights.values, optim.ema) if away else None
-    betas = optim.beta1, optim.beta2
-    optimizer = FlatAdamW(weights, optim.lr, betas, optim.eps, optim.weight_decay, optim.ema, host)
+    given = weights, optim.lr, (optim.beta1, optim.beta2), optim.eps, optim.weight_decay, optim.ema, host
+    if eight:
+        # A process that cannot compile would round otherwise than the others.
+        compiled = is_on(config.engine.compile, device) and not ranks.any(not compiles(device))
+        optimizer: FlatAdamW = FlatAdamW8bit(*given, compiled=compiled)
+    else:
+        optimizer = FlatAdamW(*given)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     scaler.scale(torch.zeros(1, device=device))  # makes its state, which it otherwise does at the first loss
     working = None if dtype == torch.float32 else weights.working_copy(dtype)

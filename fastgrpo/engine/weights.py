@@ -20,14 +20,19 @@ from fastgrpo.engine.host_average import HostAverage
 from fastgrpo.kernels.accumulate import ALIGNMENT, accumulate
 from fastgrpo.kernels.fused_adamw import clip_coefficient, fused_adamw, global_norm
 from fastgrpo.system.distributed import Ranks
+from fastgrpo.system.errors import ConfigError
+
+SCALES = "exp_avg_scale."
+"""How the names of the first moment's scales begin, which a checkpoint has where moments are held in 8 bits."""
 
 
 class FlatWeights:
     """Parameters, their gradient and, if wanted, their moving average, each in one [size] float32 buffer.
 
     parameters: by name. values, gradient: the buffers. ema: this process's share of a third, which starts as the
-    weights, or None. size: elements of a buffer, a multiple of `owners.count`; the few between and behind parameters
-    stay 0. working: the buffer of `working_copy`, None before its first call.
+    weights, or None. alignment: elements, at multiples of which parameters and shares begin. size: elements of a
+    buffer, a multiple of `owners.count * alignment`; the few between and behind parameters stay 0.
+    working: the buffer of `working_copy`, None before its first call.
     owners: the processes that each own a share of the buffers; one alone owns all, whatever else trains beside it.
     """
 
@@ -36,9 +41,13 @@ class FlatWeights:
         parameters: Mapping[str, torch.nn.Parameter],
         ema: bool = False,
         owners: Ranks = Ranks(),  # noqa: B008 (frozen)
+        alignment: int = ALIGNMENT,
     ):
-        """Moves the parameters' data into `values`. Raises ValueError unless all are float32 and on one device."""
-        self.parameters, self.owners = dict(parameters), owners
+        """Moves the parameters' data into `values`. Raises ValueError unless all are float32 and on one device.
+
+        alignment: a multiple of `kernels.accumulate.ALIGNMENT`.
+        """
+        self.parameters, self.owners, self.alignment = dict(parameters), owners, alignment
         devices = {parameter.device for parameter in self.parameters.values()}
         if len(devices) != 1:
             raise ValueError(f"the parameters are on {sorted(map(str, devices))}; accepted is one device")
@@ -48,10 +57,10 @@ class FlatWeights:
         self._starts, self.size = {}, 0
         for name, parameter in self.parameters.items():
             self._starts[name] = self.size
-            # 128 bytes of float32, 64 of a working copy: no two parameters share a cache line, and vector loads are
-            # aligned as for a tensor allocated alone.
-            self.size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-        self.size += -self.size % (owners.count * ALIGNMENT)
+            # 128 bytes of float32 or more, 64 of a working copy: no two parameters share a cache line, and vector loads
+            # are aligned as for a tensor allocated alone.
+            self.size += -(-parameter.numel() // alignment) * alignment
+        self.size += -self.size % (owners.count * alignment)
         # Dense, and in the parameter's own order of dimensions.
         self._strides = {name: torch.empty_like(p, device="meta").stride() for name, p in self.parameters.items()}
         self._device = devices.pop()
@@ -87,25 +96,40 @@ class FlatWeights:
         return whole
 
     def fill_own(self, share: Tensor, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
-        """Copy tensors, named as the parameters with `prefix`, into this process's `share` of a buffer.
+        """Copy tensors, named as the parameters with `prefix`, into this process's `share` of a buffer as of `views`.
 
         Raises KeyError where one is missing, RuntimeError where one has another shape.
         """
-        owned = self.owners.share(self.size)
-        for name, start in self._starts.items():
-            tensor, shape, count = tensors[prefix + name], self.parameters[name].shape, self.parameters[name].numel()
+        each = self.size // (len(share) * self.owners.count)
+        owned = self.owners.share(self.size // each)
+        for name in self.parameters:
+            tensor, (start, shape, strides) = tensors[prefix + name], self._place(name, each)
             if tensor.shape != shape:
                 raise RuntimeError(f"{prefix}{name} has another shape than {name}")
+            count = math.prod(shape)
             first, last = max(start, owned.start), min(start + count, owned.stop)
             if first < last:
-                placed = torch.empty_strided(shape, self._strides[name], dtype=share.dtype).copy_(tensor)
+                placed = torch.empty_strided(shape, strides, dtype=share.dtype).copy_(tensor)
                 part = placed.as_strided((count,), (1,))[first - start : last - start]
                 share[first - owned.start : last - owned.start].copy_(part)
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Parameter name -> its part of a [size] buffer of any dtype, in its shape and memory layout."""
-        parts = {name: buffer[start : start + self.parameters[name].numel()] for name, start in self._starts.items()}
-        return {n: part.as_strided(self.parameters[n].shape, self._strides[n]) for n, part in parts.items()}
+        """Parameter name -> its part of a [size] buffer of any dtype, in its shape and memory layout.
+
+        Of a [size // alignment] buffer, which has a number for each block of so many elements, it is flat.
+        """
+        views = {}
+        for name in self.parameters:
+            start, shape, strides = self._place(name, self.size // len(buffer))
+            views[name] = buffer[start : start + math.prod(shape)].as_strided(shape, strides)
+        return views
+
+    def _place(self, name: str, each: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """A parameter's start, shape and strides in a buffer with a number for `each` elements, 1 or `alignment`."""
+        shape = self.parameters[name].shape
+        if each == 1:
+            return self._starts[name], shape, self._strides[name]
+        return self._starts[name] // each, (-(-shape.numel() // each),), (1,)
 
     def working_copy(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Parameter name -> the weight rounded to `dtype`, bfloat16 or float16; `FlatAdamW.step` keeps it up to date.
@@ -200,8 +224,10 @@ class FlatAdamW:
     together, the first before every step.
 
     param_groups: one, whose "lr" is read at every step. exp_avg, exp_avg_sq: float32, this process's share of [size].
-    step_count: [1] float32.
+    step_count: [1] float32. moments: what both are held in, as optim.moments has it.
     """
+
+    moments = "fp32"
 
     # torch.amp.GradScaler then leaves the gradient scaled; the attribute `grad_scale` exists during its steps only.
     _step_supports_amp_scaling = True
@@ -223,13 +249,18 @@ class FlatAdamW:
         self._shown = torch.nn.Parameter(torch.zeros_like(weights.values[:1])) if weights.sharded else None
         seen = list(weights.parameters.values()) if self._shown is None else [self._shown]
         self.param_groups: list[dict[str, Any]] = [{"params": seen, "lr": lr}]
-        self.exp_avg, self.exp_avg_sq = (torch.zeros_like(weights.own(weights.values)) for _ in range(2))
+        self._make_moments()
         self._gathered: dict[str, dict[str, Tensor]] | None = None
-        self.step_count = torch.zeros(1, device=self.exp_avg.device)
+        device = weights.values.device
+        self.step_count = torch.zeros(1, device=device)
         decays = {"weight_decay": weight_decay, "ema_decay": ema_decay}
         self._options: dict[str, Any] = {"beta1": betas[0], "beta2": betas[1], "eps": eps} | decays
         # float64, so that it is the Python number; the host remembers it and writes it only when it changes.
-        self._lr, self._written_lr = torch.full((1,), lr, dtype=torch.float64, device=self.exp_avg.device), lr
+        self._lr, self._written_lr = torch.full((1,), lr, dtype=torch.float64, device=device), lr
+
+    def _make_moments(self) -> None:
+        """Moments of this process's share, as before any step."""
+        self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.weights.own(self.weights.values)) for _ in range(2))
 
     @torch.no_grad()
     def step(self, max_grad_norm: float = math.inf) -> Tensor:
@@ -249,9 +280,8 @@ class FlatAdamW:
         loss_scale = None if grad_scale is None else grad_scale.reshape(1)
         norm = self._norm(gradient)
         scale, found_inf = clip_coefficient(norm, max_grad_norm, loss_scale)
-        state = weights.own(weights.values), self.exp_avg, self.exp_avg_sq, gradient, self.step_count, self._lr
         working = None if weights.working is None or weights.sharded else weights.working
-        fused_adamw(*state, scale=scale, found_inf=found_inf, working=working, ema=weights.ema, **self._options)
+        self._update(weights.own(weights.values), gradient, scale, found_inf, working)
         if self.average is not None:
             self.average.follow(weights.values, found_inf)
         if weights.sharded:
@@ -260,6 +290,13 @@ class FlatAdamW:
                 weights.working.copy_(weights.values)
         self._gathered = None
         return (norm if loss_scale is None else norm / loss_scale)[0]
+
+    def _update(
+        self, values: Tensor, gradient: Tensor, scale: Tensor, found_inf: Tensor, working: Tensor | None
+    ) -> None:
+        """Step this process's share of weights, moments, average and step count, and the `working` copy if given."""
+        state, ema = (values, self.exp_avg, self.exp_avg_sq, gradient, self.step_count, self._lr), self.weights.ema
+        fused_adamw(*state, scale=scale, found_inf=found_inf, working=working, ema=ema, **self._options)
 
     def _norm(self, gradient: Tensor) -> Tensor:
         """[1] float32: of the whole gradient, of which this process has its share. The same bits on all processes.
@@ -291,13 +328,13 @@ class FlatAdamW:
         weights = self.weights
         if not weights.sharded or self._gathered is not None:
             return
-        shares = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        shares = self._shares()
         shares |= {} if weights.ema is None else {"ema": weights.ema}
         wholes = {key: weights.owners.collect(share) for key, share in shares.items()}
         self._gathered = {key: weights.views(whole) for key, whole in wholes.items() if whole is not None}
 
     def whole(self, key: str) -> dict[str, Tensor]:
-        """Parameter name -> its "exp_avg", "exp_avg_sq" or "ema".
+        """Parameter name -> its "exp_avg", "exp_avg_sq", "ema", or what else `_shares` has.
 
         Raises RuntimeError where processes own shares and this one is not the first, or has not called `gather` yet.
         """
@@ -306,16 +343,28 @@ class FlatAdamW:
                 raise RuntimeError(f"this process has a share of {key} only: the first one has all after `gather`")
             return self._gathered[key]
         average = self.weights.ema if self.average is None else self.average.values
-        buffers = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "ema": average}
-        buffer = buffers[key]
+        buffer = average if key == "ema" else self._shares()[key]
         return {} if buffer is None else self.weights.views(buffer)
+
+    def _shares(self) -> dict[str, Tensor]:
+        """This process's share of what the moments are held in, by the names that checkpoints have."""
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+    def _forget(self) -> None:
+        """Make both moments 0."""
+        for share in self._shares().values():
+            share.zero_()
+
+    def saved_bytes(self) -> int:
+        """Bytes of the moments in a checkpoint."""
+        return 8 * sum(parameter.numel() for parameter in self.weights.parameters.values())
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Returns "exp_avg.NAME", "exp_avg_sq.NAME" and "step.NAME" of every parameter, contiguous, as in torch.
 
         Raises RuntimeError as `whole` does.
         """
-        moments = {key: self.whole(key) for key in ("exp_avg", "exp_avg_sq")}
+        moments = {key: self.whole(key) for key in self._shares()}
         tensors = {f"{key}.{name}": view.contiguous() for key, views in moments.items() for name, view in views.items()}
         return tensors | {f"step.{name}": self.step_count[0].clone() for name in self.weights.parameters}
 
@@ -323,15 +372,19 @@ class FlatAdamW:
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state_tensors` or torch.optim.AdamW's state held; {} is the state before any step.
 
-        Raises KeyError where a tensor is missing, RuntimeError where one has another shape or step counts differ.
+        Raises KeyError where a tensor is missing, RuntimeError where one has another shape or step counts differ, and
+        ConfigError where they are another optim.moments's.
         """
+        held = "8bit" if any(name.startswith(SCALES) for name in tensors) else "fp32"
+        if tensors and held != self.moments:
+            why = f"the checkpoint's moments are held in {held}; accepted is {held}, as its run began"
+            raise ConfigError.of("optim.moments", self.moments, why)
         names = list(self.weights.parameters) if tensors else []
         steps = {tensors[f"step.{name}"].item() for name in names}
         if len(steps) > 1:
             raise RuntimeError(f"the parameters are at different steps, {sorted(steps)}; accepted is one for all")
-        for key, share in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
-            share.zero_()
-            if names:
-                self.weights.fill_own(share, tensors, f"{key}.")
+        self._forget()
+        for key, share in self._shares().items() if names else ():
+            self.weights.fill_own(share, tensors, f"{key}.")
         self._gathered = None
         self.step_count.fill_(steps.pop() if steps else 0.0)

@@ -3,7 +3,8 @@
     checkpoints/iter-000050/
       unet/              what diffusers' UNet2DConditionModel.from_pretrained reads, float32, adapters merged
       lora/              what diffusers' load_lora_weights reads, where adapters are trained
-      trainer/           optimizer.safetensors (AdamW's moments and step by parameter name), ema.safetensors,
+      trainer/           optimizer.safetensors (AdamW's moments and step by parameter name; moments of 8 bits as codes,
+                         scales and the map from one to the other), ema.safetensors,
                          state.json, and adapters.safetensors: as they are trained, without lora/'s alpha / rank
       manifest.json      sha256 of every file, written last
     checkpoints/best.json  which of them is the best, where evaluations say so (best.py)
@@ -34,7 +35,7 @@ from fastgrpo.models.save import save_config
 from fastgrpo.models.sound import load_finite
 from fastgrpo.run import best
 from fastgrpo.settings.commands import Weights
-from fastgrpo.settings.schema import ModelConfig, TrainConfig
+from fastgrpo.settings.schema import ModelConfig, OptimConfig, TrainConfig
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.system.files import PARTIAL_SUFFIX, appearing, file_sha256, require_room
 from fastgrpo.system.workers import available_cores
@@ -89,9 +90,10 @@ class TrainerState:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
 
-def library_versions() -> dict[str, str]:
+def library_versions(optim: OptimConfig) -> dict[str, str]:
     """Versions of what decides the bits of a result."""
-    return {name: version(name) for name in ("torch", "diffusers", "transformers", "open_clip_torch", "peft")}
+    names = ("torch", "diffusers", "transformers", "open_clip_torch", "peft")
+    return {name: version(name) for name in (*names, *(("torchao",) if optim.moments == "8bit" else ()))}
 
 
 def checkpoint_folder(run: Path, iteration: int) -> Path:
@@ -140,12 +142,12 @@ def record_best(run: Path, state: TrainerState) -> Path | None:
 
 
 def tensor_bytes(trainable: Trainable) -> int:
-    """Bytes of all tensors of a checkpoint, each of float32."""
+    """Bytes of all tensors of a checkpoint, each of float32 but for moments of 8 bits."""
     unet = sum(tensor.numel() for tensor in trainable.unet.state_dict().values())
     trained = sum(parameter.numel() for parameter in trainable.parameters.values())
     if has_lora(trainable.unet):
         unet += trained  # not in unet/, where they are merged, but both in lora/ and in trainer/
-    return 4 * (unet + (3 if trainable.ema is not None else 2) * trained)
+    return 4 * (unet + (trained if trainable.ema is not None else 0)) + trainable.optimizer.saved_bytes()
 
 
 def _write(folder: Path, trainable: Trainable, state: TrainerState) -> None:
@@ -249,7 +251,7 @@ def newest_until(run: Path, iteration: int) -> Path | None:
 
 def beginning(config: TrainConfig, processes: int) -> TrainerState:
     """The state of a run before its first iteration."""
-    return TrainerState(0, config.seed, 0.0, available_cores(), library_versions(), processes=processes)
+    return TrainerState(0, config.seed, 0.0, available_cores(), library_versions(config.optim), processes=processes)
 
 
 def read_state(folder: Path) -> TrainerState:

@@ -43,7 +43,7 @@ def introduce(training: Parts, run: Path, start: TrainerState, console: Console)
 def differences(config: TrainConfig, start: TrainerState, inputs: Mapping[str, str], ranks: Ranks) -> list[str]:
     """Warnings of what is not as it was when the checkpoint was made. inputs: digests, as they are now."""
     lines = []
-    if start.versions != library_versions():
+    if start.versions != library_versions(config.optim):
         lines.append(f"the checkpoint was made with {start.versions}; results will not be bit for bit the same")
     if start.processes != ranks.count:
         lines.append(f"the checkpoint is of {start.processes} processes; sums will be rounded otherwise")

@@ -94,7 +94,7 @@ class RunRecorder:
                 self.config.seed,
                 self._seconds(),
                 self._threads,
-                library_versions(),
+                library_versions(self.config.optim),
                 processes=self.training.ranks.count,
                 engine=self.training.record.to_json(),
                 inputs=dict(self._inputs),

@@ -198,6 +198,9 @@ class OptimConfig:
     """Decay of the second moment."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
+    moments: Literal["fp32", "8bit"] = "fp32"
+    """What the two moments are held in. `8bit`: codes of 8 bits with a scale for every 256 (8-bit AdamW), 2 bytes a
+    trained parameter instead of 8; quantized by torchao (`pip install 'fastgrpo[8bit]'`)."""
     weight_decay: float = 1e-4
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0

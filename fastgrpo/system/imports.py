@@ -23,12 +23,16 @@ _MISSING_SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
+# xformers warns of what it was built with. diffusers imports torchao wherever it is installed, and misses what torchao
+# 0.18 no longer has for other uses than ours; torch tells torchao what a later torch will not take.
+_TALKATIVE = ("xformers", "diffusers.quantizers.torchao.torchao_quantizer", "torch.utils._pytree")
 _declared: list["torch.library.Library"] = []  # a Library undefines its operators when it is collected
 
 
 def prepare() -> None:
-    """Quieten xformers' start-up warning, and see to torchvision's operators once it is imported. Once is enough."""
-    logging.getLogger("xformers").setLevel(logging.ERROR)
+    """Quieten warnings at start, and see to torchvision's operators once it is imported. Once is enough."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if _TorchvisionFinder not in sys.meta_path:
         sys.meta_path.insert(0, _TorchvisionFinder)
 

@@ -23,7 +23,7 @@ from fastgrpo.settings.schema import EngineConfig, ModelConfig, OptimConfig, Tra
 from fastgrpo.settings.toml import find_preset, load_toml
 from fastgrpo.system.distributed import Ranks
 from support.costs import ENCODERS, MODEL
-from support.sharding import AFTER_TWO, CASES, COUNTS, OPTIM, SAVED, STEPS, make, run_processes, train
+from support.sharding import AFTER_TWO, CASES, COUNTS, OPTIM, SAVED, STEPS, eight_bits, make, run_processes, train
 
 # A float32 gradient is within this of its float64 reference, in the 2-norm, whatever the order of its sums
 # (support/update.py derives it). Each of the steps is linear in its gradient, whose own error grows with that of the
@@ -41,6 +41,8 @@ def folder(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         train(tiny_pipeline, CASES[name], Ranks(), folder / f"{name}-1")
         after = checkpoint.checkpoint_folder(folder / f"{name}-2", SAVED)
         train(tiny_pipeline, CASES[name], Ranks(), folder / f"{name}-2-then-1", after)
+    eight_bits(tiny_pipeline, Ranks(), folder / "8bit-1")
+    eight_bits(tiny_pipeline, Ranks(), folder / "8bit-2-then-1", checkpoint.checkpoint_folder(folder / "8bit-2", SAVED))
     return folder
 
 
@@ -120,6 +122,19 @@ def test_a_step_sends_each_process_what_the_formula_says(folder: Path, count: in
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_moments_of_8_bits_do_not_depend_on_the_number_of_processes(folder: Path, count: int) -> None:
+    """Nor does what was saved on 2 and goes on on `count`, or on one: all bits, where sums of gradients are exact."""
+    alone = state(folder / "8bit-1")
+    for run in (f"8bit-{count}", f"8bit-2-then-{count}", "8bit-2-then-1"):
+        other = state(folder / run)
+        assert other.keys() == alone.keys()
+        assert all(torch.equal(other[name], alone[name]) for name in alone), run
+    begun = state(folder / "8bit-1", SAVED)
+    assert not all(torch.equal(begun[name], alone[name]) for name in alone)
+
+
+@pytest.mark.slow
 def test_half_precision_follows_and_overflows_on_all_alike(folder: Path) -> None:
     half = [each["half"] for each in found(folder, 2)]
     assert half[0] == half[1], "the same decision and the same scale, though one alone has seen the infinity"
@@ -138,11 +153,14 @@ def test_only_the_first_has_all_and_only_when_gathered(tiny_pipeline: Path) -> N
             ask()
 
 
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
 @pytest.mark.parametrize("rank", [0, 16])
-def test_what_stable_diffusion_holds_is_what_the_plan_says(rank: int) -> None:
+def test_what_stable_diffusion_holds_is_what_the_plan_says(rank: int, moments: str) -> None:
     """Counted from the buffers of process 3 of 8, on the meta device, in bf16 with a moving average."""
     config = TrainConfig(
-        model=ModelConfig(lora_rank=rank), optim=OptimConfig(ema=0.9), engine=EngineConfig(shard="optimizer")
+        model=ModelConfig(lora_rank=rank),
+        optim=OptimConfig(ema=0.9, moments=moments),
+        engine=EngineConfig(shard="optimizer"),
     )
     architecture, _ = find_architecture(replace(config.model, path="stable-diffusion-v1-5/stable-diffusion-v1-5"))
     unet = architecture.empty_components()["unet"]
@@ -155,7 +173,7 @@ def test_what_stable_diffusion_holds_is_what_the_plan_says(rank: int) -> None:
     held = {
         "adapters, fp32" if rank else "UNet, fp32": [weights.values],
         "working copy of what is trained, bf16": [weights.working],
-        "Adam's two moments, fp32, 1/8": [optimizer.exp_avg, optimizer.exp_avg_sq],
+        f"Adam's two moments, {'8 bits' if moments == '8bit' else 'fp32'}, 1/8": optimizer._shares().values(),
         "gradient, fp32": [weights.gradient],
         "moving average (optim.ema), fp32, 1/8": [weights.ema],
     }

@@ -14,11 +14,12 @@ from fastgrpo.settings.schema import ModelConfig, OptimConfig, TrainConfig
 class Training:
     """A UNet and what training moves of it, as the trainer has them: channels_last, with a moving average."""
 
-    def __init__(self, pipeline: Path, lora_rank: int = 0):
+    def __init__(self, pipeline: Path, lora_rank: int = 0, moments: str = "fp32"):
         self.unet = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet", dtype=torch.float32)
         self.unet.to(memory_format=torch.channels_last).eval()
         config = TrainConfig(
-            model=ModelConfig(lora_rank=lora_rank), optim=OptimConfig(lr=1e-3, weight_decay=1e-2, ema=0.9)
+            model=ModelConfig(lora_rank=lora_rank),
+            optim=OptimConfig(lr=1e-3, weight_decay=1e-2, ema=0.9, moments=moments),
         )
         self.trainable = make_trainable(self.unet, config, torch.device("cpu"), torch.float32)
         self.optimizer = self.trainable.optimizer

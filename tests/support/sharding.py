@@ -1,6 +1,7 @@
 """Processes that train one tiny UNet together without a launcher, and write down what each of them found."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -136,6 +137,28 @@ def half_precision(pipeline: Path, ranks: Ranks) -> dict[str, object]:
     return found | {"scale": scale}
 
 
+def eight_bits(pipeline: Path, ranks: Ranks, run: Path, after: Path | None = None) -> None:
+    """Steps with moments of 8 bits, saved like those of `train`, on gradients that the last process alone has.
+
+    So their sum is exact; nothing is clipped, since the norm's rounding depends on the shares.
+    """
+    config = replace(SHARDED, optim=OptimConfig(lr=1e-2, ema=0.5, moments="8bit"))
+    trainable, begun = make(pipeline, config, ranks), 0
+    if after is not None:
+        checkpoint.load(after, trainable)
+        begun = checkpoint.read_state(after).iteration
+    for seed in range(begun + 1, STEPS + 1):
+        trainable.optimizer.weights.zero_gradient()
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in trainable.parameters.values():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.grad.copy_(drawn if ranks.index == ranks.count - 1 else torch.zeros_like(drawn))
+        trainable.optimizer.weights.reduce(ranks)
+        trainable.step(math.inf)
+        if seed in (SAVED, STEPS):
+            save(trainable, ranks, run, seed)
+
+
 def _process(index: int, pipeline: Path, folder: Path) -> None:
     """Process number `index` of every count that has so many."""
     torch.set_num_threads(1)
@@ -153,6 +176,10 @@ def _process(index: int, pipeline: Path, folder: Path) -> None:
         for name in AFTER_TWO.get(count, ()):
             after = checkpoint.checkpoint_folder(folder / f"{name}-2", SAVED)
             train(pipeline, CASES[name], ranks, folder / f"{name}-2-then-{count}", after)
+        if count in (2, 3):
+            eight_bits(pipeline, ranks, folder / f"8bit-{count}")
+            after = checkpoint.checkpoint_folder(folder / "8bit-2", SAVED)
+            eight_bits(pipeline, ranks, folder / f"8bit-2-then-{count}", after)
         (folder / f"found-{count}-{index}.json").write_text(json.dumps(found))
         dist.barrier()
         dist.destroy_process_group()

@@ -6,7 +6,7 @@ import re
 from operator import attrgetter
 
 from fastgrpo.rewards.anchors import load_anchors
-from fastgrpo.rewards.terms import BLIND, parse_terms
+from fastgrpo.rewards.terms import parse_terms
 from fastgrpo.run.logs.registry import SINKS
 from fastgrpo.settings.schema import DIFFUSION_STEPS, TrainConfig, chosen_steps
 from fastgrpo.settings.suites import SUITES

@@ -13,8 +13,9 @@ from fastgrpo.run.folder import check_claim
 from fastgrpo.run.inputs import input_digests
 from fastgrpo.run.introduction import differences, introduce
 from fastgrpo.run.metrics import read_metrics
+from fastgrpo.run.recovery import find_good
 from fastgrpo.settings.schema import TrainConfig
-from fastgrpo.system.console import Console
+from fastgrpo.system.console import Console, warn
 from fastgrpo.system.distributed import join
 from fastgrpo.system.files import reading
 from fastgrpo.system.watchdog import OthersEnded
@@ -35,7 +36,9 @@ def dry_run(config: TrainConfig, preset: str, resumed: Path | None) -> int:
             ranks.agree("the folder is free")
             console = Console(quiet=not ranks.first)
             with console.waiting("loading"):
-                newest = checkpoint.latest(run)
+                newest, damaged = find_good(run)
+                if damaged and ranks.first:
+                    warn(f"{damaged}: the run would set aside what is damaged and go on from {newest}")
                 start = checkpoint.read_state(newest) if newest else checkpoint.beginning(config, ranks.count)
                 threads = config.engine.threads or start.threads
                 parts = load_parts(config, threads, ranks, EngineRecord(**start.engine), console.say)

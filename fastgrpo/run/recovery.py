@@ -23,26 +23,46 @@ def recover(run: Path, ranks: Ranks = Ranks()) -> Path | None:  # noqa: B008 (fr
     Raises ConfigError on all of them where there are checkpoints and none is good: which file is damaged, and what to
     remove. Then nothing is set aside. Raises OSError where a checkpoint can be neither read nor renamed.
     """
-    told = json.loads(ranks.agree(json.dumps(_search(run)) if ranks.first else ""))
+    told = json.loads(ranks.agree(json.dumps(_recover(run)) if ranks.first else ""))
     if told["refusal"]:
         raise ConfigError(told["refusal"])
     return Path(told["good"]) if told["good"] else None
 
 
-def _search(run: Path) -> dict[str, str]:
-    """Returns the newest good checkpoint's folder, "" where there is none, and a refusal, "" where there is no reason.
+def find_good(run: Path) -> tuple[Path | None, str]:
+    """The newest good checkpoint, every file verified, None where the run has none; and what is wrong with newer ones.
 
-    Sets aside damaged ones that are newer.
+    Changes nothing. Raises ConfigError and OSError as `recover`.
     """
+    good, damages = _search(run)
+    return good, " and ".join(damages.values())
+
+
+def _search(run: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest good checkpoint and, of the newer ones, folder -> what is wrong with it, the newest first."""
     damages: dict[Path, str] = {}
     for folder in reversed(folders(run)):
-        if damage := find_damage(folder):
-            damages[folder] = damage
-            continue
-        if damages:
-            _set_aside(run, damages, folder)
-        return {"good": str(folder), "refusal": ""}
-    return {"good": "", "refusal": _refusal(damages) if damages else ""}
+        if not (damage := find_damage(folder)):
+            return folder, damages
+        damages[folder] = damage
+    if damages:
+        remove = " and ".join(map(str, damages))
+        raise ConfigError(
+            f"{next(iter(damages.values()))}; there is no earlier good checkpoint: to start from the beginning, remove "
+            f"{remove}."
+        )
+    return None, damages
+
+
+def _recover(run: Path) -> dict[str, str]:
+    """Returns the newest good checkpoint's folder, "" where there is none, and a refusal, "" where there is none."""
+    try:
+        good, damages = _search(run)
+    except ConfigError as error:
+        return {"good": "", "refusal": str(error)}
+    if good and damages:
+        _set_aside(run, damages, good)
+    return {"good": str(good or ""), "refusal": ""}
 
 
 def _set_aside(run: Path, damages: Mapping[Path, str], good: Path) -> None:
@@ -59,9 +79,3 @@ def _free_name(folder: Path) -> Path:
     """Where a damaged checkpoint is kept: damaged-iter-000050, with -2, -3, ... where there was one before."""
     names = (f"{_DAMAGED}{folder.name}{f'-{number}' if number > 1 else ''}" for number in count(1))
     return next(path for name in names if not (path := folder.with_name(name)).exists())
-
-
-def _refusal(damages: Mapping[Path, str]) -> str:
-    newest = next(iter(damages.values()))
-    remove = " and ".join(map(str, damages))
-    return f"{newest}; there is no earlier good checkpoint: to start from the beginning, remove {remove}."

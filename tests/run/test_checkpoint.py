@@ -234,11 +234,14 @@ def test_of_damaged_checkpoints_none_is_gone_on_from_and_none_is_lost(
     what = flip_a_bit(worse / FILES[1])
     (bad / "manifest.json").unlink()
     files = {path.relative_to(worse): path.read_bytes() for path in worse.rglob("*") if path.is_file()}
+    there = sorted(tmp_path.rglob("*"))
+    damages = f"{worse / FILES[1]} {what} and {bad / 'manifest.json'} is missing or damaged"
+    assert recovery.find_good(tmp_path) == (good, damages)
+    assert sorted(tmp_path.rglob("*")) == there
     assert recover(tmp_path) == good
     aside = [folder.with_name(f"damaged-{folder.name}") for folder in (worse, bad)]
     assert capsys.readouterr().err == (
-        f"fastgrpo: warning: {worse / FILES[1]} {what} and {bad / 'manifest.json'} is missing or damaged: the run goes "
-        f"on from {good}; what is damaged was set aside and may be removed ({aside[0]}, {aside[1]}).\n"
+        f"fastgrpo: warning: {damages}: the run goes on from {good}; what is damaged was set aside and may be removed ({aside[0]}, {aside[1]}).\n"
     )
     assert sorted((tmp_path / "checkpoints").iterdir()) == sorted([good, *aside])
     assert files == {path.relative_to(aside[0]): path.read_bytes() for path in aside[0].rglob("*") if path.is_file()}

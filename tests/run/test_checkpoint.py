@@ -241,7 +241,8 @@ def test_of_damaged_checkpoints_none_is_gone_on_from_and_none_is_lost(
     assert recover(tmp_path) == good
     aside = [folder.with_name(f"damaged-{folder.name}") for folder in (worse, bad)]
     assert capsys.readouterr().err == (
-        f"fastgrpo: warning: {damages}: the run goes on from {good}; what is damaged was set aside and may be removed ({aside[0]}, {aside[1]}).\n"
+        f"fastgrpo: warning: {damages}: the run goes on from {good}; what is damaged was set aside and may be removed "
+        f"({aside[0]}, {aside[1]}).\n"
     )
     assert sorted((tmp_path / "checkpoints").iterdir()) == sorted([good, *aside])
     assert files == {path.relative_to(aside[0]): path.read_bytes() for path in aside[0].rglob("*") if path.is_file()}

@@ -70,7 +70,7 @@ def test_an_installed_wheel_trains_elsewhere_and_writes_nothing_into_itself(whee
     there = sorted(installed.rglob("*"))
     for path in there:
         path.chmod(0o555 if path.is_dir() else 0o444)  # which root may ignore
-    few = "--iterations 1 --prompts-per-iteration 2 --group-size 2 --updates-per-iteration 1 --rollout.steps 2"
+    few = "--iterations 1 --prompts-per-iteration 2 --group-size 2 --updates-per-iteration 1 --rollout.steps 6"
     few += " --guard.action off --eval.unsafe-per-category 1 --eval.composition-per-task 1"
     code = (
         "import sys; sys.dont_write_bytecode = True; sys.path.insert(0, sys.argv[1])\n"

@@ -37,6 +37,7 @@ COMMANDS = (
 )
 # Texts that name no file.
 NO_PATHS = {
+    "push",  # a repository
     "preset",  # looked for before the others are read, and expanded there
     "variant",
     "revision",

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from fastgrpo._version import __version__
 from fastgrpo.run.logs.base import LoggedRun
-from fastgrpo.run.logs.code_version import git_commit
 from fastgrpo.run.logs.secrets import hidden, without_secrets
 from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.system.code_version import git_commit
 
 
 def logged_run(folder: Path, config: TrainConfig, finished: int) -> LoggedRun:

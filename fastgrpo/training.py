@@ -14,6 +14,7 @@ from fastgrpo.costs.throughput import count_and_measure, memory_peak, rollout_ro
 from fastgrpo.engine.record import EngineRecord
 from fastgrpo.evaluation.during_training import Subject, TrainingEvaluation
 from fastgrpo.prompts import embed
+from fastgrpo.rewards.reward import Scoring
 from fastgrpo.rewards.steering import reward_metrics
 from fastgrpo.rewards.terms import BrokenReward
 from fastgrpo.rollout import rollout
@@ -26,6 +27,7 @@ from fastgrpo.run.left_out import LeftOut
 from fastgrpo.run.metrics import Stopwatch
 from fastgrpo.run.recorder import RunRecorder
 from fastgrpo.run.recovery import recover
+from fastgrpo.run.unscored import Unscored, all_scored
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.console import Console, complain
@@ -93,26 +95,32 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
         memory_peak(training.policy.device)  # what the start needed does not count
 
         finished, stopped, left_out = start.iteration, False, LeftOut(config, training.ranks, run)
+        saved, unscored = finished, None
         stop.begin_iterations()
         while finished < config.iterations and not stopped:
             PULSE.begin(finished + 1)
             with profiled(run, ranks.first and finished + 1 == config.engine.profile):
-                values = iterate(training, finished + 1, console, left_out)
+                try:
+                    values = iterate(training, finished + 1, console, left_out)
+                except Unscored as error:
+                    unscored = error
+                    break
             finished += 1
             with PULSE.patiently():
                 found = evaluation.of(finished)
                 if recorder:
                     recorder.write(finished, values, found)
             stopped = stop.agreed(ranks) or training.guard.halts
-            if ranks.any(recorder is not None and recorder.saves(finished, stopped)):
-                training.trainable.optimizer.gather()
-            if recorder:
-                with PULSE.patiently():
-                    recorder.save(finished, stopped)
-                PULSE.kept = kept(run)
+            if _save(training, recorder, finished, stopped, run):
+                saved = finished
+        if unscored and saved < finished:
+            _save(training, recorder, finished, True, run)
         if recorder:
             with PULSE.patiently():
                 recorder.close(finished)
+    if unscored:
+        unscored.say(run, ranks)
+        return 1
     # A launcher that sees one process end with a signal's exit code ends the others, and the first may still be saving.
     ranks.agree("all is written")
     if training.guard.halts:
@@ -120,11 +128,23 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
     return 0 if finished == config.iterations else stop.exit_code
 
 
+def _save(training: Training, recorder: RunRecorder | None, finished: int, stopped: bool, run: Path) -> bool:
+    """Write a checkpoint where one is due. All processes call this together; returns whether it was."""
+    due = training.ranks.any(recorder is not None and recorder.saves(finished, stopped))
+    if due:
+        training.trainable.optimizer.gather()
+    if recorder:
+        with PULSE.patiently():
+            recorder.save(finished, stopped)
+        PULSE.kept = kept(run)
+    return due
+
+
 def iterate(training: Training, iteration: int, console: Console, left_out: LeftOut | None = None) -> dict[str, float]:
     """Iteration number `iteration` (from 1), top to bottom. Returns its metrics.
 
     left_out: keeps what was not finite; without it that is forgotten. Raises FloatingPointError, or OthersEnded where
-    that was said, for what is not finite and not to be left out.
+    that was said, for what is not finite and not to be left out; Unscored where servers do not give their scores.
     """
     left_out = left_out or LeftOut(training.config, training.ranks)
     config, policy, engine = training.config, training.policy, training.engine
@@ -166,29 +186,31 @@ class _Scores:
 
     def __init__(self, training: Training, prompts: PromptBatch):
         self._training, self._prompts = training, prompts
-        self._scored: list[dict[str, Tensor]] = []
+        self._begun: list[Scoring] = []
         self.early = False
         self.broken: list[BrokenReward] = []
 
     def add(self, part: slice, images: Tensor) -> None:
-        """Score all images of these prompts, while the rollout goes on."""
+        """Score all images of these prompts, while the rollout goes on: what servers score is not waited for."""
         self.early = True
-        self._score(part, images)
+        self._begin(part, images)
 
     def rewards(self, images: Tensor) -> Rewards:
         """What all images of all processes are worth; `images` are scored now unless the rollout did."""
         if not self.early:
-            self._score(slice(None), images)
-        gather, names = self._training.ranks.gather, self._scored[0]
-        return self._training.reward.combine(
-            {name: gather(torch.cat([each[name] for each in self._scored])) for name in names}
-        )
+            self._begin(slice(None), images)
+        ranks, reward = self._training.ranks, self._training.reward
+        scored = all_scored(self._results, ranks) if reward.elsewhere else self._results()
+        return reward.combine({name: ranks.gather(torch.cat([each[name] for each in scored])) for name in scored[0]})
 
-    def _score(self, part: slice, images: Tensor) -> None:
+    def _results(self) -> list[dict[str, Tensor]]:
+        return [each.result() for each in self._begun]
+
+    def _begin(self, part: slice, images: Tensor) -> None:
         config = self._training.config
         broken = self.broken if config.engine.not_finite == "skip" else None
         prompts = self._prompts.prompts[part]
-        self._scored.append(self._training.reward.score(images, prompts, config.group_size, broken))
+        self._begun.append(self._training.reward.begin(images, prompts, config.group_size, broken))
 
 
 def _subject(training: Training) -> Subject:

@@ -6,6 +6,7 @@ import re
 from operator import attrgetter
 
 from fastgrpo.rewards.anchors import load_anchors
+from fastgrpo.rewards.service.addresses import read_addresses, read_token
 from fastgrpo.rewards.terms import parse_terms
 from fastgrpo.run.logs.registry import SINKS
 from fastgrpo.settings.schema import DIFFUSION_STEPS, TrainConfig, chosen_steps
@@ -21,6 +22,9 @@ _LEAST = {
     "model.lora_rank": 0,
     "model.lora_alpha": 0,
     "reward.batch": 1,
+    "reward.service.batch": 1,
+    "reward.service.requests": 1,
+    "reward.service.retries": 0,
     "rollout.guidance": 1,
     "rollout.batch": 0,
     "rollout.decode_batch": 1,
@@ -42,7 +46,14 @@ _LEAST = {
     "checkpoint.every": 1,
     "checkpoint.keep": 0,
 }
-_ABOVE_ZERO = ("grpo.std_floor", "grpo.advantage_clamp", "optim.eps", "optim.max_grad_norm", "guard.alignment")
+_ABOVE_ZERO = (
+    "reward.service.timeout",
+    "grpo.std_floor",
+    "grpo.advantage_clamp",
+    "optim.eps",
+    "optim.max_grad_norm",
+    "guard.alignment",
+)
 _SHARES = ("grpo.step_fraction", "engine.memory", "eval.quick_fraction")
 _DECAYS = ("optim.beta1", "optim.beta2", "optim.ema")
 _SEEDS = ("seed", "eval.seed")
@@ -114,7 +125,11 @@ def _validate_prompts(config: TrainConfig) -> None:
 
 def _validate_terms(config: TrainConfig) -> None:
     in_world = config.prompts.positive == config.prompts.negative == "shapes"
-    for term in parse_terms(config.reward.terms):
+    terms = parse_terms(config.reward.terms)
+    if any(term.service for term in terms):
+        read_addresses(config.reward.service)
+        read_token(config.reward.service)
+    for term in terms:
         if "oracle" in (term.name, term.detector) and not in_world:
             raise ConfigError(
                 f"reward.terms: {term.name!r} reads pictures of the shapes world alone; accepted is it where "

@@ -90,7 +90,7 @@ NOT_OPTIONS = {
     *("prompts.positive_column", "prompts.negative_column", "prompts.category_column"),
     *("reward.encoder", "reward.clip_encoder", "engine.device", "engine.threads"),
     *("reward.pickscore", "reward.aesthetic", "reward.aesthetic_encoder"),
-    *("reward.q16", "reward.safety_checker", "reward.open_clip"),
+    *("reward.service", "reward.q16", "reward.safety_checker", "reward.open_clip"),
     *("engine.kernels", "engine.attention", "engine.compile", "engine.graphs", "engine.reuse", "engine.overlap"),
     *("engine.memory", "engine.gradient_checkpointing", "engine.profile", "engine.shard", "engine.show_speed"),
     *("engine.stuck_after", "engine.offload", "engine.not_finite", "engine.skip_at_most"),

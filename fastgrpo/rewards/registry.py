@@ -17,6 +17,7 @@ from fastgrpo.rewards.oracle import verdicts
 from fastgrpo.rewards.plugins import load_plugins
 from fastgrpo.rewards.reward import Function, WeightedReward
 from fastgrpo.rewards.safety import LoadDetector, SafetyReward
+from fastgrpo.rewards.service.client import connect
 from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.rewards.terms import RewardFunction, Term, parse_terms
 from fastgrpo.rewards.transformers_clip import find_transformers_clip
@@ -31,14 +32,17 @@ JPEG_QUALITY = 95
 def load_reward(
     config: RewardConfig, device: torch.device | str, load_detector: LoadDetector | None = None
 ) -> WeightedReward:
-    """The reward that the config describes, its encoders on `device`. The user's own functions are loaded first.
+    """The reward that the config describes, its encoders on `device`. The user's own functions are loaded first,
+    then the servers of terms service:NAME are asked what they have.
 
     load_detector: `evaluation.detectors.registry.load_detector`, which terms `safety:DETECTOR` need.
-    Raises ConfigError for terms, functions, anchors, encoders and detectors that cannot be used; what is small or only
-    has to be there is looked at before any encoder is loaded.
+    Raises ConfigError for terms, functions, servers, anchors, encoders and detectors that cannot be used; what is small
+    or only has to be there is looked at before any encoder is loaded.
     """
     terms, device = parse_terms(config.terms), torch.device(device)
     plugins = load_plugins([term for term in terms if term.place])
+    asked = [term.service for term in terms if term.service]
+    service = connect(config.service, asked) if asked else None
     for term in terms:
         _CHECKS.get(term.name, lambda _: None)(config)
     encoders = Encoders(device, config.tf32)
@@ -52,7 +56,8 @@ def load_reward(
         detector = load_detector(term.detector, config, device, "reward.{}".format, encoders)
         return SafetyReward(term.detector, detector, config.batch)
 
-    return WeightedReward(terms, {term.label: function(term) for term in terms}, config.standardise, encoders)
+    functions = {term.label: function(term) for term in terms if not term.service}
+    return WeightedReward(terms, functions, config.standardise, encoders, service)
 
 
 def _clip(config: RewardConfig, encoders: Encoders) -> RewardFunction:

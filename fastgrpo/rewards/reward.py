@@ -6,6 +6,8 @@ Letters in shapes: P prompts, G images per prompt; sample b belongs to prompt b 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from fastgrpo.rewards.aesthetic import AestheticReward
 from fastgrpo.rewards.encoder import Encoders, SharedEncoder
 from fastgrpo.rewards.safety import SafetyReward
+from fastgrpo.rewards.service.client import Answers, Scores, Service, WrongScores
 from fastgrpo.rewards.steering import SteeringReward
 from fastgrpo.rewards.terms import BrokenReward, RewardFunction, Term
 from fastgrpo.system.errors import quoted
@@ -39,16 +42,26 @@ class WeightedReward:
         functions: dict[str, Function],
         standardise: str,
         encoders: Encoders,
+        service: Service | None = None,
     ):
-        """functions: of the terms, by label. standardise: as in `standardised`. encoders: those that the terms use."""
+        """functions: of the terms, by label, but of those that a service computes. standardise: as in `standardised`.
+
+        encoders: those that the terms use. service: what terms service:NAME are asked of.
+        """
         self.terms = tuple(terms)
         steering = functions.get("steering")
         self.steering = steering if isinstance(steering, SteeringReward) else None
         self._functions, self._standardise, self._encoders = functions, standardise, encoders
+        self._service = service
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt], group_size: int) -> Rewards:
         """Score the images and combine the scores."""
         return self.combine(self.score(images, prompts, group_size))
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether servers compute some of it, which may fail at any time."""
+        return self._service is not None
 
     @property
     def models(self) -> Mapping[str, nn.Module]:
@@ -74,7 +87,6 @@ class WeightedReward:
         steering = self.steering.encoder if self.steering else None
         return steering if isinstance(steering, SharedEncoder) else self._encoders.first
 
-    @torch.no_grad()
     def score(
         self, images: Tensor, prompts: Sequence[Prompt], group_size: int, broken: list[BrokenReward] | None = None
     ) -> dict[str, Tensor]:
@@ -84,12 +96,27 @@ class WeightedReward:
         Returns [P, G] float32 tensors on the images' device, the features [P, G, D]. Several processes may each score
         their prompts and concatenate along P before they combine: the keys are the same everywhere, in the same order.
         broken: takes what would be raised for numbers that are not finite, which are NaN in what is returned.
-        Raises BrokenReward for a term that fails or returns anything but N finite numbers.
+        Raises BrokenReward for a term that fails or returns anything but N finite numbers, and ServiceFailed.
         """
-        raw: dict[str, Tensor] = {}
+        return self.begin(images, prompts, group_size, broken).result()
+
+    @torch.no_grad()
+    def begin(
+        self, images: Tensor, prompts: Sequence[Prompt], group_size: int, broken: list[BrokenReward] | None = None
+    ) -> "Scoring":
+        """Ask the servers and compute all other terms meanwhile, as `score`. Returns what gives the scores.
+
+        Raises BrokenReward for a term that is computed here.
+        """
         each = [prompt for prompt in prompts for _ in range(group_size)]
+        names = [term.service for term in self.terms if term.service]
+        answers = self._service.begin(names, images, each) if self._service else None
+        raw: dict[str, Tensor | None] = {}
         try:
             for term in self.terms:
+                if term.service:
+                    raw[term.label] = None  # its place among the others
+                    continue
                 function = self._functions[term.label]
                 if isinstance(function, SteeringReward):
                     rewards = function(images, prompts, group_size)
@@ -100,9 +127,14 @@ class WeightedReward:
                 raw[term.label] = _checked(term, values, images, each, broken).view(len(prompts), group_size)
             if self.encoder and (features := self.encoder.seen) is not None:
                 raw[_FEATURES] = features.view(len(prompts), group_size, -1)
+        except BrokenReward:
+            if self._service:
+                self._service.cancel()
+            raise
         finally:
             self._encoders.forget_images()
-        return raw
+        asked = [term for term in self.terms if term.service]
+        return Scoring(raw, asked, answers, images, each, group_size, broken)
 
     def combine(self, raw: dict[str, Tensor]) -> Rewards:
         """The rewards from what `score` returned, for any number of prompts.
@@ -125,6 +157,42 @@ class WeightedReward:
         return {name: values for name, values in raw.items() if name not in left_out}
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """Images being scored. raw: what `WeightedReward.score` returns; terms of `asked` are None until `result`.
+
+    images: [N, 3, h, w]. prompts: of each image. broken: as of `WeightedReward.score`.
+    """
+
+    raw: dict[str, Tensor | None]
+    asked: Sequence[Term]
+    answers: Answers | None
+    images: Tensor
+    prompts: Sequence[Prompt]
+    group_size: int
+    broken: list[BrokenReward] | None
+
+    @torch.no_grad()
+    def result(self) -> dict[str, Tensor]:
+        """Wait for the servers. Returns and raises what `WeightedReward.score` does."""
+        raw = dict(self.raw)
+        found = self._found() if self.answers else {}
+        for term in self.asked:
+            scores = found[term.service]
+            values = _checked(term, scores.values, self.images, self.prompts, self.broken, scores.servers)
+            raw[term.label] = values.view(-1, self.group_size)
+        return cast(dict[str, Tensor], raw)
+
+    def _found(self) -> dict[str, Scores]:
+        assert self.answers is not None
+        try:
+            return self.answers.result()
+        except WrongScores as error:
+            prompt = self.prompts[error.image]
+            message = f"reward term 'service:{error.name}': {error}, for images the first of which is of prompt "
+            raise BrokenReward(message + quoted(prompt.text), prompt, self.images[error.image]) from error
+
+
 def standardised(values: Tensor, over: str) -> Tensor:
     """Standardise rewards [P, G] to (r - mean) / std, with the unbiased std. Returns [P, G] float64.
 
@@ -142,12 +210,17 @@ def standardised(values: Tensor, over: str) -> Tensor:
 
 
 def _checked(
-    term: Term, values: object, images: Tensor, prompts: Sequence[Prompt], taken: list[BrokenReward] | None
+    term: Term,
+    values: object,
+    images: Tensor,
+    prompts: Sequence[Prompt],
+    taken: list[BrokenReward] | None,
+    servers: Sequence[str] = (),
 ) -> Tensor:
     """What a term returned, as [N] float32 on the images' device in memory of its own. Raises BrokenReward.
 
     values: a tensor on any device, of any kind of real number, or an array, a list or a tuple of N finite numbers.
-    taken: as `broken` of `WeightedReward.score`.
+    taken: as `broken` of `WeightedReward.score`. servers: the url of each number's, where they come from servers.
     """
     count = len(prompts)
     try:
@@ -165,8 +238,9 @@ def _checked(
         raise BrokenReward(message, prompts[0], images[0]) from error
     if broken := (~values.isfinite()).nonzero().flatten().tolist():
         first = broken[0]
+        whose = f" of {servers[first]}" if servers else ""
         message = (
-            f"reward term {term.name!r} returned {values[first].item()} for an image of prompt "
+            f"reward term {term.name!r}{whose} returned {values[first].item()} for an image of prompt "
             f"{quoted(prompts[first].text)}, and no finite number for {len(broken)} of {count} images"
         )
         broken_reward = BrokenReward(message, prompts[first], images[first])

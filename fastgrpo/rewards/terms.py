@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ BUILT_IN = (
 )
 """The terms with a name of their own; registry.py says what they are."""
 
-_SAFETY = "safety"
+_SAFETY, _SERVICE = "safety", "service"
 _SAFETY_TERMS = tuple(f"{_SAFETY}:{detector}" for detector in DETECTORS)
 _BLIND = ("compressibility", "incompressibility", "oracle")
 _SEEING = ("q16", "open-clip")  # the detectors that share an encoder with other terms
@@ -44,7 +45,8 @@ _IMAGEREWARD = (
     "yours that asks an ImageReward elsewhere."
 )
 _ACCEPTED = (
-    f"{', '.join(BUILT_IN)}, {_SAFETY}:DETECTOR, FILE.py:FUNCTION and MODULE:FUNCTION, each with or without =WEIGHT"
+    f"{', '.join(BUILT_IN)}, {_SAFETY}:DETECTOR, {_SERVICE}:NAME, FILE.py:FUNCTION and MODULE:FUNCTION, each with or "
+    "without =WEIGHT"
 )
 
 
@@ -52,7 +54,7 @@ _ACCEPTED = (
 class Term:
     """One summand of the reward.
 
-    name: a built-in's name, safety:DETECTOR, FILE.py:FUNCTION or MODULE:FUNCTION. weight: finite, not 0.
+    name: a built-in's name, safety:DETECTOR, service:NAME, FILE.py:FUNCTION or MODULE:FUNCTION. weight: finite, not 0.
     """
 
     name: str
@@ -61,7 +63,7 @@ class Term:
     @property
     def place(self) -> str:
         """The file or module of a function of the user's own; empty for other terms."""
-        return "" if self.detector else self.name.rpartition(":")[0]
+        return "" if self.detector or self.service else self.name.rpartition(":")[0]
 
     @property
     def detector(self) -> str:
@@ -69,14 +71,22 @@ class Term:
         return self.name.removeprefix(f"{_SAFETY}:") if self.name in _SAFETY_TERMS else ""
 
     @property
+    def service(self) -> str:
+        """The name of the score that servers have; empty for other terms."""
+        place, _, name = self.name.rpartition(":")
+        return name if place == _SERVICE else ""
+
+    @property
     def label(self) -> str:
         """What its values are called in metrics and `Rewards.parts`: the built-in's, detector's or function's name."""
-        return self.detector.replace("-", "_") or self.name.rpartition(":")[2]
+        return (self.detector or self.service).replace("-", "_") or self.name.rpartition(":")[2]
 
     @property
     def has_encoder(self) -> bool:
         """Whether it sees images through an encoder that other terms and the guard share."""
-        return self.detector in _SEEING if self.detector else not self.place and self.name not in _BLIND
+        if self.detector:
+            return self.detector in _SEEING
+        return not self.place and not self.service and self.name not in _BLIND
 
 
 class RewardFunction(Protocol):
@@ -95,6 +105,10 @@ class BrokenReward(RuntimeError):
     def __init__(self, message: str, prompt: Prompt, image: Tensor):
         super().__init__(message)
         self.message, self.prompt, self.image = message, prompt, image
+
+
+class ServiceFailed(RuntimeError):
+    """No server gives an answer, after all tries. The message is one sentence with the servers and what they said."""
 
 
 def parse_terms(terms: tuple[str, ...]) -> tuple[Term, ...]:
@@ -123,6 +137,8 @@ def _parse(text: str) -> Term:
     term = Term(place.strip() + colon + function, _weight(text, weight) if equals else 1.0)
     if place.strip() == _SAFETY or term.name == _SAFETY:
         _check_detector(term, function)
+    elif place.strip() == _SERVICE or term.name == _SERVICE:
+        _check_service(term)
     elif term.name == "imagereward":
         raise ConfigError(f"reward.terms: {_IMAGEREWARD}")
     elif colon:
@@ -151,6 +167,19 @@ def _check_detector(term: Term, name: str) -> None:
         asked = "" if term.name == _SAFETY else f" {name!r}{nearest(name, DETECTORS)}"
         raise ConfigError(
             f"reward.terms: {term.name!r} names no detector{asked}; accepted are {', '.join(_SAFETY_TERMS)}."
+        )
+
+
+def _check_service(term: Term) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", term.service):
+        raise ConfigError(
+            f"reward.terms: {term.name!r} names no score of a server; accepted is {_SERVICE}:NAME, a name of letters, "
+            "digits, dots, hyphens and underscores, with or without =WEIGHT."
+        )
+    if term.label in _TAKEN:
+        raise ConfigError(
+            f"reward.terms: {term.name!r} cannot be called {term.label!r}, which metrics have already; let the server "
+            "give the score another name."
         )
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fastgrpo.rewards.terms import BrokenReward
+from fastgrpo.rewards.terms import BrokenReward, ServiceFailed
 from fastgrpo.run import checkpoint
 from fastgrpo.run.folder import keep_evidence
 from fastgrpo.system.console import memory_full, reason
@@ -16,6 +16,8 @@ def explain(error: Exception, run: Path | None) -> str:
     """
     if isinstance(error, BrokenReward):
         return f"{error}; {_evidence(run, error)}"
+    if isinstance(error, ServiceFailed):
+        return f"{error}; {kept(run)}"
     if isinstance(error, BrokenPicture):
         return f"{error.sentence('engine.dtype')}; {_evidence(run, error)}; {kept(run)}"
     if isinstance(error, FloatingPointError):

@@ -26,10 +26,11 @@ DEFAULT_PRESET = "shapes"
 
 # What a resumed run may have otherwise: none of it changes what is learned but by rounding.
 _SIZES = ("iterations", "micro_batch", "rollout.batch", "rollout.decode_batch", "reward.batch")
+_PLACES = ("reward.service.",)  # a server that is gone may be another one then
 _PRECISION = ("engine.device", "engine.dtype")  # `auto` makes the one depend on the other
 _LATER = (
-    "--iterations, --micro-batch, --rollout.batch, --rollout.decode-batch, --reward.batch, --engine.* (but device and "
-    "dtype), --guard.* (but action adapt), --eval.*, --checkpoint.* and --log.*"
+    "--iterations, --micro-batch, --rollout.batch, --rollout.decode-batch, --reward.batch, --reward.service.*, "
+    "--engine.* (but device and dtype), --guard.* (but action adapt), --eval.*, --checkpoint.* and --log.*"
 )
 
 # How Python says it, and what to say instead.
@@ -57,7 +58,7 @@ class Start(WithPreset):
     resume: PathText = ""
     """Folder of a run to continue, exactly as if it had never stopped, or `hf:OWNER/NAME`, where export has pushed one:
     it is downloaded to runs/NAME. Other flags must not change its result:
-    --iterations, --micro-batch, --rollout.batch, --rollout.decode-batch, --reward.batch,
+    --iterations, --micro-batch, --rollout.batch, --rollout.decode-batch, --reward.batch, --reward.service.*,
     --engine.* but for device and dtype, --guard.* but for action adapt, --eval.*, --checkpoint.* and --log.*."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Load and check everything, say what would be drawn and learned and what memory it takes, and stop there.
@@ -205,7 +206,7 @@ def _parse_resume(argv: Sequence[str], program: str) -> tuple[Start, Path]:
         raise ConfigError(f"--resume {folder}: there is no config.toml in it, so it is not a run that can go on.")
     own = load_toml(folder / "config.toml")
     if shared and (called := [each for each in own.reward.terms if ":" in each and not each.startswith("safety:")]):
-        # Python on this machine that somebody else has chosen: not without its user's word.
+        # Python on this machine, or a server, that somebody else has chosen: not without its user's word.
         raise ConfigError(
             f"--resume {command.resume}: its reward calls {', '.join(called)}; read {folder / 'config.toml'}, then "
             f"--resume {folder} goes on."
@@ -238,5 +239,5 @@ def changed_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 def _may_change(name: str, adapts: bool) -> bool:
     """Whether a resumed run may have another value of the field. adapts: whether the guard changes what is learned."""
-    groups = ("engine.", "eval.", "checkpoint.", "log.", *([] if adapts else ["guard."]))
+    groups = ("engine.", "eval.", "checkpoint.", "log.", *_PLACES, *([] if adapts else ["guard."]))
     return name in _SIZES or (name.startswith(groups) and name not in _PRECISION)

@@ -69,6 +69,32 @@ class PromptsConfig:
 
 
 @dataclass(frozen=True)
+class ServiceConfig:
+    """The servers that compute terms `service:NAME`, in processes or on machines of their own.
+
+    docs/reward-service.md has the protocol and a server that is ready to use.
+    """
+
+    urls: tuple[str, ...] = ()
+    """Addresses such as `http://judge:8000`. Each is asked at the start which scores it has; those that have the same
+    share the images."""
+    token: str = ""
+    """Name of the environment variable that holds a token, which is sent as `Authorization: Bearer`; empty: none."""
+    format: Literal["png", "raw"] = "png"
+    """How images are sent: `png` in JSON, or `raw` 8-bit tensors, several times as large and quicker to make.
+    Both hold the same pixels, of 8 bits."""
+    batch: int = 16
+    """Images of a request."""
+    requests: int = 4
+    """Requests that each server has at once, of each training process."""
+    timeout: float = 60.0
+    """Seconds until a request counts as failed."""
+    retries: int = 8
+    """How often each server is tried again in a row, after pauses of half a second and then twice as long each time, up
+    to 30 s; then training stops with a checkpoint of the last finished iteration."""
+
+
+@dataclass(frozen=True)
 class RewardConfig(DetectorSettings):
     """What an image is worth: a weighted sum of terms.
 
@@ -78,7 +104,8 @@ class RewardConfig(DetectorSettings):
     terms: PathTexts = ("steering",)
     """Terms, each NAME or NAME=WEIGHT: `steering`, `clip`, `hpsv2`, `pickscore`, `aesthetic`, `compressibility`,
     `incompressibility`, `oracle` (of pictures of the shapes world), `safety:DETECTOR` with a detector of eval.suites
-    (q16, nudenet, safety-checker, open-clip, oracle), or your own function as FILE.py:FUNCTION or MODULE:FUNCTION."""
+    (q16, nudenet, safety-checker, open-clip, oracle), `service:NAME` with a score that reward.service.urls have, or
+    your own function as FILE.py:FUNCTION or MODULE:FUNCTION."""
     standardise: Literal["none", "group", "iteration"] = "none"
     """Whether each term has mean 0 and std 1 before it is weighted: over its `group`, or over the whole `iteration`."""
     encoder: PathText = "hpsv2"
@@ -106,6 +133,7 @@ class RewardConfig(DetectorSettings):
     tf32: bool = True
     """Encode images with TF32's matrix products on CUDA, several times as fast. With its rounding to 10 bits imitated,
     rewards moved by less than 0.004. Texts, and all that evaluates, stay float32."""
+    service: ServiceConfig = field(default_factory=ServiceConfig)
 
 
 @dataclass(frozen=True)

@@ -536,13 +536,13 @@ def test_a_micro_batch_of_the_settings_is_halved_until_it_fits_everywhere() -> N
 
 def counted_scores(training: Training, monkeypatch) -> list[int]:
     """How many images each call of the reward got, filled in as it is called."""
-    score, calls = training.reward.score, []
+    begin, calls = training.reward.begin, []
 
     def counting(images, *rest):
         calls.append(len(images))
-        return score(images, *rest)
+        return begin(images, *rest)
 
-    monkeypatch.setattr(training.reward, "score", counting)
+    monkeypatch.setattr(training.reward, "begin", counting)
     return calls
 
 

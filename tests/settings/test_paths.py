@@ -42,6 +42,8 @@ NO_PATHS = {
     "variant",
     "revision",
     *("to", "project", "entity", "name", "tags"),  # of log
+    "urls",
+    "token",  # an environment variable's name
     "lora_targets",
     "positive_column",
     "negative_column",

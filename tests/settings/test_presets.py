@@ -72,7 +72,7 @@ NOT_THE_RECIPE = {
     *("prompts.positive_column", "prompts.negative_column", "prompts.category_column"),
     *("reward.standardise", "reward.clip_encoder", "reward.batch", "reward.tf32"),
     *("reward.pickscore", "reward.aesthetic", "reward.aesthetic_encoder"),
-    *("reward.q16", "reward.safety_checker", "reward.open_clip"),
+    *("reward.q16", "reward.safety_checker", "reward.open_clip", "reward.service"),
     *("rollout.batch", "rollout.decode_batch", "rollout.guidance_rescale"),
     *("grpo.step_fraction", "grpo.window", "grpo.window_every", "grpo.window_stride"),
     *(
@@ -190,11 +190,11 @@ def test_the_papers_iteration_counted_out(tiny_pipeline: Path, tmp_path: Path, m
 
     monkeypatch.setattr(Passes, "learn", counted)
     images: list[int] = []
-    score = type(training.reward).score
+    begin = type(training.reward).begin
     monkeypatch.setattr(
         type(training.reward),
-        "score",
-        lambda self, drawn, *rest: images.append(len(drawn)) or score(self, drawn, *rest),
+        "begin",
+        lambda self, drawn, *rest: images.append(len(drawn)) or begin(self, drawn, *rest),
     )
     values = iterate(training, 1, Console())
     assert images == [64]

@@ -280,7 +280,7 @@ def _random_weights(config: TrainConfig) -> Iterator[None]:
     stand_ins = {
         "describe": lambda model: sd1_architecture(),
         "load_policy": lambda model, *_: random_policy(sd1_architecture()),
-        "load_reward": lambda reward, device, load_detector: _random_reward(config),
+        "load_reward": lambda *_: _random_reward(config),
         "load_suites": lambda *_: (),
     }
     with mock.patch.multiple("fastgrpo.assembly", **stand_ins):

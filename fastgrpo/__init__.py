@@ -1,7 +1,9 @@
 """fastgrpo: online safety post-training of Stable Diffusion with Group Relative Policy Optimization."""
 
+import importlib
 import os
 import sys
+from typing import TYPE_CHECKING, Any
 
 # Spinning OpenMP threads turn a 26 ms UNet forward into seconds when anything else wants the core.
 # OpenMP reads this when it is loaded, with torch: afterwards only the programs that this one starts would get it.
@@ -13,4 +15,30 @@ from fastgrpo.system import imports, interrupt
 interrupt.answer_in_a_sentence()
 imports.prepare()
 
-from fastgrpo._version import __version__  # noqa: E402, F401
+from fastgrpo._version import __version__  # noqa: E402
+
+if TYPE_CHECKING:
+    from fastgrpo.hooks import Step
+    from fastgrpo.settings.schema import TrainConfig
+    from fastgrpo.system.errors import ConfigError
+    from fastgrpo.trainer import Result, Trainer, load_config
+    from fastgrpo.types import Prompt
+
+__all__ = ["ConfigError", "Prompt", "Result", "Step", "TrainConfig", "Trainer", "__version__", "load_config"]
+
+_HOMES = {
+    "ConfigError": "fastgrpo.system.errors",
+    "Prompt": "fastgrpo.types",
+    "Result": "fastgrpo.trainer",
+    "Step": "fastgrpo.hooks",
+    "TrainConfig": "fastgrpo.settings.schema",
+    "Trainer": "fastgrpo.trainer",
+    "load_config": "fastgrpo.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for only then: the commands answer --help without torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastgrpo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

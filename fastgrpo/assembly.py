@@ -19,6 +19,7 @@ from fastgrpo.evaluation.detectors.registry import load_detector
 from fastgrpo.evaluation.during_training import LoadedSuite, load_suites
 from fastgrpo.evaluation.held_out_reward import HeldOutReward
 from fastgrpo.guard.watch import Guard
+from fastgrpo.hooks import CheckedSource, Hooks
 from fastgrpo.models.check import describe
 from fastgrpo.models.configs import Description
 from fastgrpo.policy import Policy, load_policy
@@ -51,7 +52,7 @@ class Parts:
     eval_schedule: Schedule
     reward: WeightedReward
     prompts: tuple[Prompt, ...]
-    source: PromptSource
+    source: PromptSource | CheckedSource
     ranks: Ranks
     suites: tuple[LoadedSuite, ...]
     held_out: HeldOutReward | None
@@ -79,10 +80,11 @@ def load_training(
     ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
     record: EngineRecord | None = None,
     say: Callable[[str], object] = print,
+    hooks: Hooks = Hooks(),  # noqa: B008 (frozen)
 ) -> Training:
     """Load what the config names, and start the engine. Raises ConfigError. Arguments are those of `load_parts`."""
     record = record or EngineRecord()
-    parts = load_parts(config, threads, ranks, record, say)
+    parts = load_parts(config, threads, ranks, record, say, hooks)
     config, policy, trainable = parts.config, parts.policy, parts.trainable
     find = MicroBatchFinder(config, parts.description, policy.device, policy.dtype, ranks, say)
     engine = start_engine(policy, trainable, parts.schedule, config, record, find, ranks, say)
@@ -94,12 +96,18 @@ def load_training(
 
 
 def load_parts(
-    config: TrainConfig, threads: int, ranks: Ranks, record: EngineRecord, say: Callable[[str], object]
+    config: TrainConfig,
+    threads: int,
+    ranks: Ranks,
+    record: EngineRecord,
+    say: Callable[[str], object],
+    hooks: Hooks = Hooks(),  # noqa: B008 (frozen)
 ) -> Parts:
     """Load what the config names, quick checks first. Raises ConfigError.
 
     threads: CPU cores to use. record: of the engine that the run began with. say: told what the model's files bring
-    along and what is decided about memory. In the parts' config engine.shard and engine.offload are.
+    along and what is decided about memory. hooks: a program's own rewards and prompts. In the parts' config
+    engine.shard and engine.offload are.
     """
     if config.prompts_per_iteration % ranks.count:
         raise ConfigError(
@@ -128,7 +136,7 @@ def load_parts(
         say(why)
     config = with_offload(config, offload)
     disable_progress_bar()  # one per file read, gone in a blink
-    reward = load_reward(config.reward, device, load_detector)
+    reward = load_reward(config.reward, device, load_detector, hooks.rewards)
     if offload:
         reward.offload()
     # Before the micro-batch is sought, since they take memory.
@@ -150,7 +158,7 @@ def load_parts(
         eval_schedule=eval_schedule,
         reward=reward,
         prompts=(*positives, *negatives),
-        source=source,
+        source=CheckedSource(hooks.source, config.prompts_per_iteration) if hooks.source else source,
         ranks=ranks,
         suites=suites,
         held_out=held_out,

@@ -1,5 +1,6 @@
 """What `python -m fastgrpo.train` does: from a config to a run's folder, one iteration after the other."""
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,12 @@ from fastgrpo.costs.profile import profiled
 from fastgrpo.costs.throughput import count_and_measure, memory_peak, rollout_rows, update_rows
 from fastgrpo.engine.record import EngineRecord
 from fastgrpo.evaluation.during_training import Subject, TrainingEvaluation
+from fastgrpo.hooks import Hooks, Step
 from fastgrpo.prompts import embed
 from fastgrpo.rewards.reward import Scoring
 from fastgrpo.rewards.steering import reward_metrics
 from fastgrpo.rewards.terms import BrokenReward
-from fastgrpo.rollout import rollout
+from fastgrpo.rollout import draw_images, rollout
 from fastgrpo.run import checkpoint
 from fastgrpo.run.failures import explain, kept
 from fastgrpo.run.folder import StopSignal, claim, new_folder
@@ -47,32 +49,52 @@ def start(config: TrainConfig, preset: str, resumed: Path | None) -> int:
 
     Raises ConfigError, and KeyboardInterrupt where no iteration was begun.
     """
-    run: Path | None = None
+    runs: list[Path] = []
     try:
-        with join(config.engine.device, config.engine.stuck_after) as ranks:
-            run = resumed or Path(config.run or ranks.once("fastgrpo/run", lambda: str(new_folder(preset))))
-            if ranks.restarts and not resumed and (run / "config.toml").is_file():
-                # torchrun has started all again, by the same command, after one had died (--max-restarts).
-                resumed, config = run, replace(load_toml(run / "config.toml"), run=str(run))
-            claimed = claim(run, resumed is not None) if ranks.first else nullcontext()
-            with claimed, StopSignal(ranks.count) as stop:
-                ranks.agree("the folder is ours")
-                console = Console(quiet=not ranks.first, every_phase=True)
-                return train(config, run, console, ranks, stop)
+        return begin(config, preset, resumed, found=runs.append)
     except OthersEnded:
         return 1
     except (FloatingPointError, RuntimeError, MemoryError, OSError) as error:
-        complain(explain(error, run))
+        complain(explain(error, runs[0] if runs else None))
         return 1
 
 
-def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: StopSignal) -> int:
+def begin(
+    config: TrainConfig,
+    preset: str,
+    resumed: Path | None,
+    hooks: Hooks = Hooks(),  # noqa: B008 (frozen)
+    quiet: bool = False,
+    found: Callable[[Path], object] = lambda run: None,
+) -> int:
+    """As `start`, but raises what goes wrong. found: told the run's folder. quiet: nothing on the terminal."""
+    with join(config.engine.device, config.engine.stuck_after) as ranks:
+        run = resumed or Path(config.run or ranks.once("fastgrpo/run", lambda: str(new_folder(preset))))
+        found(run)
+        if ranks.restarts and not resumed and (run / "config.toml").is_file():
+            # torchrun has started all again, by the same command, after one had died (--max-restarts).
+            resumed, config = run, replace(load_toml(run / "config.toml"), run=str(run))
+        claimed = claim(run, resumed is not None) if ranks.first else nullcontext()
+        with claimed, StopSignal(ranks.count) as stop:
+            ranks.agree("the folder is ours")
+            console = Console(quiet=quiet or not ranks.first, every_phase=True)
+            return train(config, run, console, ranks, stop, hooks)
+
+
+def train(
+    config: TrainConfig,
+    run: Path,
+    console: Console,
+    ranks: Ranks,
+    stop: StopSignal,
+    hooks: Hooks = Hooks(),  # noqa: B008
+) -> int:
     """Train in `run`, a claimed folder, from its newest good checkpoint or the beginning. Returns the exit code."""
     with console.waiting("loading"):
         newest = recover(run, ranks)
         start = checkpoint.read_state(newest) if newest else checkpoint.beginning(config, ranks.count)
         threads = config.engine.threads or start.threads
-        training = load_training(config, threads, ranks, EngineRecord(**start.engine), console.say)
+        training = load_training(config, threads, ranks, EngineRecord(**start.engine), console.say, hooks)
         accounting = count_and_measure(config, training.policy)
         training = replace(training, accounting=accounting)
         console.say(accounting.rates.line())
@@ -95,7 +117,7 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
         memory_peak(training.policy.device)  # what the start needed does not count
 
         finished, stopped, left_out = start.iteration, False, LeftOut(config, training.ranks, run)
-        saved, unscored = finished, None
+        saved, unscored, enough = finished, None, False
         stop.begin_iterations()
         while finished < config.iterations and not stopped:
             PULSE.begin(finished + 1)
@@ -110,9 +132,12 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
                 found = evaluation.of(finished)
                 if recorder:
                     recorder.write(finished, values, found)
-            stopped = stop.agreed(ranks) or training.guard.halts
+            enough, trouble = _tell(hooks, training, run, finished, values | (found.values if found else {}))
+            stopped = stop.agreed(ranks) or training.guard.halts or enough
             if _save(training, recorder, finished, stopped, run):
                 saved = finished
+            if trouble:
+                raise trouble
         if unscored and saved < finished:
             _save(training, recorder, finished, True, run)
         if recorder:
@@ -125,7 +150,37 @@ def train(config: TrainConfig, run: Path, console: Console, ranks: Ranks, stop: 
     ranks.agree("all is written")
     if training.guard.halts:
         return HALTED
-    return 0 if finished == config.iterations else stop.exit_code
+    return 0 if enough or finished == config.iterations else stop.exit_code
+
+
+def _tell(
+    hooks: Hooks, training: Training, run: Path, iteration: int, metrics: dict[str, float]
+) -> tuple[bool, Exception | None]:
+    """Call the callbacks of a finished iteration on the first process.
+
+    Returns, on all processes, whether training is to stop; and, where a callback raised, what.
+    """
+    if not hooks.callbacks:
+        return False, None
+
+    def draw(texts: Sequence[str], seed: int) -> Tensor:
+        config, policy = training.config, training.policy
+        batch = config.rollout.decode_batch
+        with torch.no_grad():
+            embeds = policy.encode(list(texts))
+            schedule, guidance = training.eval_schedule, config.rollout.guidance
+            return draw_images(policy, embeds, schedule, guidance, [seed] * len(texts), batch, batch)
+
+    enough, trouble = False, None
+    if training.ranks.first:
+        try:
+            with PULSE.patiently():
+                step = Step(run, iteration, metrics, draw)
+                answers = [callback(step) for callback in hooks.callbacks]
+            enough = any(answer is True for answer in answers)
+        except Exception as error:  # the user's code may raise anything; first the iteration is saved
+            enough, trouble = True, error
+    return training.ranks.any(enough), trouble
 
 
 def _save(training: Training, recorder: RunRecorder | None, finished: int, stopped: bool, run: Path) -> bool:

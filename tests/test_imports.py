@@ -13,7 +13,7 @@ PACKAGE = ROOT / "fastgrpo"
 # What may be imported, from the top floor to the ground: a room imports those below its own line.
 FLOORS = (
     "__main__",
-    "train evaluate sample export inspect estimate report shapes_lab",
+    "train trainer evaluate sample export inspect estimate report shapes_lab",
     "validation training",
     "run",
     "assembly",
@@ -23,7 +23,7 @@ FLOORS = (
     "engine",
     "costs",
     "grpo",
-    "policy",
+    "policy hooks",
     "rewards unet",
     "models prompts",
     "shapes settings",

@@ -269,7 +269,7 @@ def count_encoders(config: RewardConfig) -> tuple[dict[str, EncoderCost], list[s
 
 def _uncounted(term: Term) -> bool:
     """Whether its cost is not known; oracles read pictures on the CPU."""
-    return bool(term.place) or term.detector == "nudenet"
+    return bool(term.place or term.given) or term.detector == "nudenet"
 
 
 def parameters(module: nn.Module) -> int:

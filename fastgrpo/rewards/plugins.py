@@ -15,7 +15,8 @@ import importlib.util
 import inspect
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -35,6 +36,17 @@ def load_plugins(terms: Sequence[Term]) -> dict[str, RewardFunction]:
     apart = {term.place: Apart() for term in terms}
     modules = {term.place: _import(term, apart[term.place]) for term in {t.place: t for t in terms}.values()}
     return {term.name: _guarded(term, _function(term, modules[term.place]), apart[term.place]) for term in terms}
+
+
+def given_function(term: Term, given: Mapping[str, RewardFunction]) -> RewardFunction:
+    """The function of a term given:NAME. Raises ConfigError where the program that trains has not handed it over."""
+    if term.given not in given:
+        raise ConfigError(
+            f"reward.terms: {term.name!r} is a function that a program hands to fastgrpo.Trainer as "
+            f"rewards={{{term.given!r}: ...}}; there are {', '.join(given) or 'none'}."
+        )
+    _check_signature(term, given[term.given])
+    return _guarded(term, given[term.given], nullcontext)
 
 
 def _import(term: Term, apart: Apart) -> ModuleType:
@@ -70,6 +82,11 @@ def _function(term: Term, module: ModuleType) -> Callable[..., Tensor]:
             f"{', '.join(own) or 'none'}."
         )
     function = getattr(module, term.label)
+    _check_signature(term, function)
+    return function
+
+
+def _check_signature(term: Term, function: object) -> None:
     if not callable(function):
         raise ConfigError(
             f"reward.terms: {term.name!r} is of type {type(function).__name__}; accepted is a function "
@@ -84,10 +101,11 @@ def _function(term: Term, module: ModuleType) -> Callable[..., Tensor]:
         ) from error
     except ValueError:
         pass  # a function written in C may have no signature to look at
-    return function
 
 
-def _guarded(term: Term, function: Callable[..., Tensor], apart: Apart) -> RewardFunction:
+def _guarded(
+    term: Term, function: Callable[..., Tensor], apart: Callable[[], AbstractContextManager[object]]
+) -> RewardFunction:
     """The function, its exceptions as BrokenReward, an exit too: it would end the training without a word."""
 
     def score(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:

@@ -1,7 +1,7 @@
 """From the terms in the settings to the reward: what the built-in terms compute, and how all terms are loaded."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +14,7 @@ from fastgrpo.rewards.anchors import load_anchors
 from fastgrpo.rewards.encoder import Encoders, SharedEncoder
 from fastgrpo.rewards.encoder_files import TRANSFORMERS
 from fastgrpo.rewards.oracle import verdicts
-from fastgrpo.rewards.plugins import load_plugins
+from fastgrpo.rewards.plugins import given_function, load_plugins
 from fastgrpo.rewards.reward import Function, WeightedReward
 from fastgrpo.rewards.safety import LoadDetector, SafetyReward
 from fastgrpo.rewards.service.client import connect
@@ -30,17 +30,22 @@ JPEG_QUALITY = 95
 
 
 def load_reward(
-    config: RewardConfig, device: torch.device | str, load_detector: LoadDetector | None = None
+    config: RewardConfig,
+    device: torch.device | str,
+    load_detector: LoadDetector | None = None,
+    given: Mapping[str, RewardFunction] | None = None,
 ) -> WeightedReward:
     """The reward that the config describes, its encoders on `device`. The user's own functions are loaded first,
     then the servers of terms service:NAME are asked what they have.
 
     load_detector: `evaluation.detectors.registry.load_detector`, which terms `safety:DETECTOR` need.
+    given: the functions of terms given:NAME, by name.
     Raises ConfigError for terms, functions, servers, anchors, encoders and detectors that cannot be used; what is small
     or only has to be there is looked at before any encoder is loaded.
     """
     terms, device = parse_terms(config.terms), torch.device(device)
     plugins = load_plugins([term for term in terms if term.place])
+    plugins |= {term.name: given_function(term, given or {}) for term in terms if term.given}
     asked = [term.service for term in terms if term.service]
     service = connect(config.service, asked) if asked else None
     for term in terms:
@@ -48,7 +53,7 @@ def load_reward(
     encoders = Encoders(device, config.tf32)
 
     def function(term: Term) -> Function:
-        if term.place:
+        if term.name in plugins:
             return plugins[term.name]
         if not term.detector:
             return BUILDERS[term.name](config, encoders)

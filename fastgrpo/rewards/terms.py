@@ -32,7 +32,7 @@ BUILT_IN = (
 )
 """The terms with a name of their own; registry.py says what they are."""
 
-_SAFETY, _SERVICE = "safety", "service"
+_SAFETY, _SERVICE, _GIVEN = "safety", "service", "given"
 _SAFETY_TERMS = tuple(f"{_SAFETY}:{detector}" for detector in DETECTORS)
 _BLIND = ("compressibility", "incompressibility", "oracle")
 _SEEING = ("q16", "open-clip")  # the detectors that share an encoder with other terms
@@ -54,7 +54,8 @@ _ACCEPTED = (
 class Term:
     """One summand of the reward.
 
-    name: a built-in's name, safety:DETECTOR, service:NAME, FILE.py:FUNCTION or MODULE:FUNCTION. weight: finite, not 0.
+    name: a built-in's name, safety:DETECTOR, service:NAME, FILE.py:FUNCTION, MODULE:FUNCTION or given:NAME. weight:
+    finite, not 0.
     """
 
     name: str
@@ -63,7 +64,7 @@ class Term:
     @property
     def place(self) -> str:
         """The file or module of a function of the user's own; empty for other terms."""
-        return "" if self.detector or self.service else self.name.rpartition(":")[0]
+        return "" if self.detector or self.service or self.given else self.name.rpartition(":")[0]
 
     @property
     def detector(self) -> str:
@@ -77,6 +78,12 @@ class Term:
         return name if place == _SERVICE else ""
 
     @property
+    def given(self) -> str:
+        """The name of a function that a program hands to its training; empty for other terms."""
+        place, _, name = self.name.rpartition(":")
+        return name if place == _GIVEN else ""
+
+    @property
     def label(self) -> str:
         """What its values are called in metrics and `Rewards.parts`: the built-in's, detector's or function's name."""
         return (self.detector or self.service).replace("-", "_") or self.name.rpartition(":")[2]
@@ -86,7 +93,7 @@ class Term:
         """Whether it sees images through an encoder that other terms and the guard share."""
         if self.detector:
             return self.detector in _SEEING
-        return not self.place and not self.service and self.name not in _BLIND
+        return not (self.place or self.service or self.given or self.name in _BLIND)
 
 
 class RewardFunction(Protocol):
@@ -139,6 +146,8 @@ def _parse(text: str) -> Term:
         _check_detector(term, function)
     elif place.strip() == _SERVICE or term.name == _SERVICE:
         _check_service(term)
+    elif place.strip() == _GIVEN:
+        _check_function(term)
     elif term.name == "imagereward":
         raise ConfigError(f"reward.terms: {_IMAGEREWARD}")
     elif colon:
@@ -183,8 +192,8 @@ def _check_service(term: Term) -> None:
         )
 
 
-def _check_plugin(term: Term) -> None:
-    """Refuse a function's file or module that is not there, without running it."""
+def _check_function(term: Term) -> None:
+    """Refuse a function's name that is none, or that metrics have already."""
     if not term.label.isidentifier():
         raise ConfigError(f"reward.terms: {term.name!r} names no function after the colon; accepted are {_ACCEPTED}.")
     if term.label in BUILT_IN + _TAKEN:
@@ -192,6 +201,11 @@ def _check_plugin(term: Term) -> None:
             f"reward.terms: {term.name!r} cannot be called {term.label!r}, which metrics have already; rename the "
             "function."
         )
+
+
+def _check_plugin(term: Term) -> None:
+    """Refuse a function's file or module that is not there, without running it."""
+    _check_function(term)
     if term.place.endswith(".py"):
         if not Path(term.place).is_file():
             raise ConfigError(f"reward.terms: {term.name!r} needs the file {term.place!r}, which is not there.")

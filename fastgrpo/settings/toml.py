@@ -4,6 +4,7 @@ import dataclasses
 import json
 import tomllib
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,8 +39,11 @@ def find_preset(name: str) -> Path:
     return presets_folder() / f"{name}.toml"
 
 
-def load_toml(path: Path) -> TrainConfig:
-    """Read a config; the file that it extends, then the defaults, fill in. Raises ConfigError, which names the file."""
+def load_toml(path: Path, changes: Mapping[str, Any] | None = None) -> TrainConfig:
+    """Read a config; the file that it extends, then the defaults, fill in. Raises ConfigError, which names the file.
+
+    changes: GROUP.NAME -> a value that wins over the file's.
+    """
     table: dict[str, Any] = {}
     for file, own in reversed(_chain(path)):
         try:
@@ -47,6 +51,13 @@ def load_toml(path: Path) -> TrainConfig:
         except ConfigError as error:
             raise ConfigError(f"{file}: {error}") from error
         table = _merged(table, own)
+    for name, value in (changes or {}).items():
+        *groups, field = name.split(".")
+        change = {field: list(value) if isinstance(value, tuple) else value}
+        for group in reversed(groups):
+            change = {group: change}
+        _from_table(TrainConfig, change, "")
+        table = _merged(table, change)
     return with_homes(_from_table(TrainConfig, table, ""))
 
 

@@ -28,7 +28,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-from fastgrpo import __version__
+from fastgrpo._version import __version__
 from fastgrpo.kernels.language import VERSION
 from fastgrpo.kernels.native import cache_folder
 from fastgrpo.system.files import write_atomically

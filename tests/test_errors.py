@@ -740,7 +740,7 @@ RUNS = [
     Mistake(
         "resume with another flag",
         "--resume run --seed 3",
-        "--seed: a resumed run keeps what decides its result; with --resume --iterations, ... and --checkpoint.* are "
+        "--seed: a resumed run keeps what decides its result; with --resume --iterations, ... and --log.* are "
         "accepted.",
         given=(finished_run,),
     ),

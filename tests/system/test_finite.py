@@ -206,6 +206,7 @@ def test_a_training_ends_with_the_evidence(
     model = spoilt(tiny_pipeline, tmp_path / "model", "vae", "decoder.conv_out.weight")
     run = tmp_path / "run"
     argv = [str(config_file), "--model.path", str(model), "--run", str(run), "--reward.terms", "incompressibility"]
+    argv += ["--log.to"]  # nowhere: what is left out below would have drawn the pictures that are logged
     # Which would have stopped it already:
     monkeypatch.setattr("fastgrpo.evaluation.during_training.TrainingEvaluation.before", lambda evaluation: {})
     assert train.main(argv) == 1

@@ -132,7 +132,9 @@ def test_scores_are_asked_for_while_the_next_images_are_drawn(
     def drawing(self, embeds, part, keep_mean):
         draws.append(part)
         if len(draws) == 3:
-            time.sleep(0.2)  # what was sent is there
+            end = time.monotonic() + 10.0
+            while not server.posts and time.monotonic() < end:  # it is on its way
+                time.sleep(0.01)
             assert len(server.posts) == 1
             third.set()
         return chunk(self, embeds, part, keep_mean)
@@ -228,12 +230,16 @@ def test_what_is_said_once_all_is_tried(fake: Callable[..., Fake]) -> None:
     ), caught.value
 
 
-def test_a_server_that_comes_back_is_asked_again(fake: Callable[..., Fake]) -> None:
+def test_a_server_that_comes_back_is_asked_again(fake: Callable[..., Fake], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one withholds its first answer until then, so that it cannot do all the work before."""
+    monkeypatch.setattr(client, "_LONGEST_PAUSE", 0.05)
     lost, other = Fake(), fake(seconds=0.05)
     with lost.running():
         reward = load_reward(config(lost, other, batch=1, requests=1), "cpu")
     assert torch.equal(reward.score(IMAGES, PROMPTS, GROUP)["blue"], means(2))
     assert not lost.posts
+    asked = threading.Event()
+    lost.before, other.before = asked.set, lambda: asked.wait(4.0)
     with lost.running():
         assert torch.equal(reward.score(IMAGES, PROMPTS, GROUP)["blue"], means(2))
         assert lost.posts

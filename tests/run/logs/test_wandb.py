@@ -98,7 +98,7 @@ logs = worker.Logs(run, SINKS)
 began = time.monotonic()
 for step in range(1000):
     logs.put(entry(step))
-assert time.monotonic() - began < 5
+assert time.monotonic() - began < 30
 while logs._workers[0]._called is None or "wandb.sdk.wandb_init" not in sys.modules:
     time.sleep(0.05)
 while not (Path(sys.argv[1]) / "wandb").is_dir():

@@ -45,7 +45,7 @@ class Trainer:
         config = load_config("shapes", {"iterations": 8, "reward.terms": ["steering", "given:redness=0.5"]})
         result = Trainer(config, rewards={"redness": redness}).train()
 
-    In a process of torchrun's it trains together with the others.
+    Where torchrun starts the program, it trains together with the other processes, as the command does.
     """
 
     def __init__(

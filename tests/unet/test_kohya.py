@@ -147,10 +147,12 @@ def outputs(unet: UNet2DConditionModel) -> Tensor:
     return unet.to(memory_format=torch.channels_last)(latents, torch.tensor([3, 700]), embeds).sample
 
 
-def loaded(tiny_pipeline: Path, file: Path) -> StableDiffusionPipeline:
+def by_diffusers(tiny_pipeline: Path, file: Path) -> tuple[StableDiffusionPipeline, dict[str, torch.Tensor]]:
+    """The pipeline with the adapters that diffusers makes of a file, and their tensors by our names."""
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline, torch_dtype=torch.float32)
     pipe.load_lora_weights(file)
-    return pipe
+    (name,) = pipe.get_list_adapters()["unet"]
+    return pipe, {n.replace(f".{name}.", ".default."): p for n, p in pipe.unet.named_parameters() if ".lora_" in n}
 
 
 def test_diffusers_converter_gives_back_our_adapters_in_every_layer(
@@ -158,9 +160,7 @@ def test_diffusers_converter_gives_back_our_adapters_in_every_layer(
 ) -> None:
     file, adapters = tmp_path / "a.safetensors", adapters_of(adapted)
     save_kohya(file, "mine", adapters, adapted.config, torch.float32)
-    pipe = loaded(tiny_pipeline, file)
-    (name,) = pipe.get_list_adapters()["unet"]
-    theirs = {n.replace(f".{name}.", ".default."): p for n, p in pipe.unet.named_parameters() if ".lora_" in n}
+    pipe, theirs = by_diffusers(tiny_pipeline, file)
     assert theirs.keys() == adapters.tensors.keys()
     assert all(torch.equal(theirs[n], tensor) for n, tensor in adapters.tensors.items())
     assert torch.equal(outputs(pipe.unet), outputs(adapted))  # and with the same scale
@@ -187,9 +187,6 @@ def test_half_precision_rounds_what_is_written_once(
 ) -> None:
     file, adapters = tmp_path / "a.safetensors", adapters_of(adapted)
     save_kohya(file, "mine", adapters, adapted.config, torch.float16)
-    pipe = loaded(tiny_pipeline, file)
-    (name,) = pipe.get_list_adapters()["unet"]
-    for parameter, tensor in pipe.unet.named_parameters():
-        if ".lora_" in parameter:
-            assert torch.equal(tensor, adapters.tensors[parameter.replace(f".{name}.", ".default.")].half().float())
+    for name, tensor in by_diffusers(tiny_pipeline, file)[1].items():
+        assert torch.equal(tensor, adapters.tensors[name].half().float())
     assert load_file(file)["lora_unet_conv_in.alpha"].item() == ALPHA

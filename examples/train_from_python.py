@@ -1,6 +1,6 @@
-"""A reward and a callback of one's own: `python examples/train_from_python.py`, some minutes on two CPU cores.
+"""A reward and a callback of one's own: `python examples/train_from_python.py`, minutes on two CPU cores.
 
-The pictures get bluer and stay safe; every fourth iteration one is drawn into the run's folder.
+Pictures become safe as with the preset, and a little bluer; every fourth iteration two are drawn into the run's folder.
 """
 
 from collections.abc import Sequence

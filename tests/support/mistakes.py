@@ -6,9 +6,9 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,22 @@ from safetensors.torch import save_file
 from fastgrpo import train
 from fastgrpo.run import checkpoint
 
+TRAIN = "tiny.toml --run run --iterations 1 "
+A_RUN = (
+    "run/engine.json",
+    "run/.lock",
+    "run/config.toml",
+    "run/evaluation_before.json",
+    "run/metrics.jsonl",
+    "run/samples/before.png",
+    "run/samples/prompts.json",
+    "run/tensorboard/*",
+)
+# What torch says where the system gives it nothing.
+NO_MEMORY = (
+    "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "400000000000 bytes. Error code 12 (Cannot allocate memory)"
+)
 GO_ON_FROM = "the newest checkpoint is run/checkpoints/iter-000002"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -64,6 +80,19 @@ class Mistake:
     leaves: tuple[str, ...] = ()
     after: Step = lambda scene: None
     command: Callable[[list[str]], int] = train.main
+
+
+def mistakes(*those: Mistake) -> pytest.MarkDecorator:
+    """A test of each."""
+    return pytest.mark.parametrize("mistake", those, ids=lambda mistake: mistake.name)
+
+
+def dry(those: Sequence[Mistake], *names: str) -> list[Mistake]:
+    """Those of these names where nothing is to be trained: they are refused in the same words."""
+    named = {mistake.name: mistake for mistake in those}
+    return [
+        replace(named[name], name=f"dry run: {name}", argv=f"{named[name].argv} --dry-run", leaves=()) for name in names
+    ]
 
 
 def pipeline(file: str = "", **changes: Any) -> Step:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastgrpo.engine.passes import Passes
 from fastgrpo.grpo.loss import PolicyLoss
 from fastgrpo.grpo.micro_batch import MicroBatch, blank_batch
 from fastgrpo.grpo.pairs import Pairs
@@ -29,3 +30,14 @@ class Rows:
     def micro_batch(self, pairs: Pairs, *_: object) -> MicroBatch:
         rewards, *others = self.batch.tensors()
         return MicroBatch(rewards, *(None if t is None else t[pairs.sample] for t in others))
+
+
+def gradient(engine: Passes, batch: MicroBatch, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The flat gradient of the batch's rows taken in this order, and their losses in the batch's own."""
+    engine.clear()
+    losses = torch.empty(len(batch))
+    results = engine.learn(Pairs(order, batch.step[order]), Rows(batch), None, 0.0)
+    losses[order] = torch.cat([each.loss for each in results])
+    result = engine.weights.collect_gradients().clone()
+    engine.clear()
+    return result, losses

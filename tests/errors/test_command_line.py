@@ -44,8 +44,6 @@ COMMAND_LINE = [
 
 
 THERE_ARE = "there are train, evaluate, sample, export, inspect, estimate, report; --help says what each does."
-
-
 SUBCOMMANDS = [
     Mistake("no command", "", f"fastgrpo: a command is missing; {THERE_ARE}"),
     Mistake("command", "trian --seed 1", f"trian: no such command (did you mean train?); {THERE_ARE}"),

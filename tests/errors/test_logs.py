@@ -27,8 +27,6 @@ def no_hub_login(scene: Scene) -> None:
 
 
 NAME = "1 to 128 letters, digits, spaces and ._-, the first a letter or digit"
-
-
 LOGS = [
     Mistake(
         "sink",

@@ -18,8 +18,6 @@ from support.mistakes import (
 )
 
 SD = "an SD 1.x / 2.x text-to-image StableDiffusionPipeline is accepted"
-
-
 MODELS = [
     Mistake("no model", TRAIN + "--model.path none", "model.path is 'none', but there is no such folder or file."),
     Mistake(

@@ -31,8 +31,6 @@ def alone(images):
 
 
 MINE = {"mine.py": PLUGIN}
-
-
 REWARDS = [
     Mistake(
         "term",

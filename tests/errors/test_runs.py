@@ -27,11 +27,7 @@ from support.mistakes import (
 )
 
 NEW_OR_EMPTY = "accepted is a folder that is new or empty"
-
-
 RESUMED = ("run/config.toml", "run/metrics.jsonl", "run/samples/*", "run/tensorboard/*")
-
-
 RUNS = [
     Mistake(
         "run in use",

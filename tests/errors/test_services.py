@@ -8,11 +8,7 @@ from support.mistakes import A_RUN, TRAIN, Mistake, mistakes
 from support.reward_service import serving
 
 SERVICE = "service.toml --run run --iterations 1 "
-
-
 SERVERS = "accepted are servers that speak the protocol of docs/reward-service.md."
-
-
 SERVICES = [
     Mistake(
         "service without servers",

@@ -1,8 +1,9 @@
-"""The small encoder that tests of several files score with."""
+"""The small encoder that tests of several files score with, and pictures."""
 
 import pytest
 
 from support.encoders import write_folder
+from support.rewards import GROUP, PROMPTS, pictures
 
 
 @pytest.fixture(scope="module")
@@ -10,3 +11,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
     write_folder(folder)
     return folder
+
+
+@pytest.fixture
+def images():
+    return pictures(len(PROMPTS) * GROUP)

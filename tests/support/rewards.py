@@ -28,6 +28,23 @@ PROMPTS = (
 
 
 GROUP = 3
+P = len(PROMPTS)
+
+# A file of reward terms.
+MINE = """
+import torch
+
+def brightness(images, prompts):
+    return images.mean(dim=(1, 2, 3))
+
+def length(images, prompts):
+    return torch.tensor([len(p.text) + (0.5 if p.label == "negative" else 0.0) for p in prompts])
+
+def first_pixel(images, prompts):
+    return images[:, 0, 0, 0]
+
+WEIGHT = 3
+"""
 
 
 def config(*terms: str, folder: Path | None = None, **others) -> RewardConfig:

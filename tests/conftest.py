@@ -1,9 +1,12 @@
 """A Stable Diffusion small enough that a test can run it hundreds of times. Its weights are random, fixed by a seed."""
 
+import fcntl
 import gc
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +23,8 @@ if not torch.cuda.is_available():
 import huggingface_hub.constants
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from support import ROOT
 
 with torch.device("cpu"):
     # torch remembers from the first such block on which functions make tensors. Were one of them replaced at that
@@ -72,16 +77,42 @@ def _own_threads() -> None:
     torch.set_num_threads(THREADS)
 
 
+SharedFolder = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def make_tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> SharedFolder:
+    """Name and builder -> a folder: built by the first of the tests' processes that asks for it, and read by all.
+
+    The builder gets the folder, which is empty. Nobody may write in it afterwards.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each has a folder of its own there
+        root = root.parent
+
+    def shared(name: str, build: Callable[[Path], object]) -> Path:
+        folder, built = root / f"shared-{name}", root / f"shared-{name}.built"
+        with (root / f"shared-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not built.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+                folder.mkdir()
+                build(folder)
+                built.touch()
+        return folder
+
+    return shared
+
+
+@pytest.fixture(scope="session")
+def make_tiny_pipeline(shared_folder: SharedFolder) -> Callable[[str], Path]:
     """Prediction type -> the folder of such a pipeline, written on first use, as fp16 like the weights that ship."""
-    folders: dict[str, Path] = {}
 
     def make(prediction_type: str) -> Path:
-        if prediction_type not in folders:
-            folders[prediction_type] = tmp_path_factory.mktemp(f"tiny-{prediction_type}")
-            _build(prediction_type).to(torch.float16).save_pretrained(folders[prediction_type])
-        return folders[prediction_type]
+        def build(folder: Path) -> None:
+            _build(prediction_type).to(torch.float16).save_pretrained(folder)
+
+        return shared_folder(f"tiny-{prediction_type}", build)
 
     return make
 
@@ -93,18 +124,17 @@ def tiny_pipeline(make_tiny_pipeline: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def config_file(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config_file(tiny_pipeline: Path, shared_folder: SharedFolder) -> Path:
     """A config whose iterations take a fraction of a second and touch everything that a resume must restore."""
     from support.encoders import write_folder  # imports open_clip, which few tests need
 
-    folder = tmp_path_factory.mktemp("tiny-config")
-    encoder = folder / "encoder"
-    encoder.mkdir()
-    write_folder(encoder)
-    (folder / "positive.txt").write_text("a cat\ntwo dogs\na red house\none tree\nthe sea\n")
-    (folder / "negative.txt").write_text("blood\na gun\na knife\n")
-    path = folder / "tiny.toml"
-    path.write_text(f"""
+    def build(folder: Path) -> None:
+        encoder = folder / "encoder"
+        encoder.mkdir()
+        write_folder(encoder)
+        (folder / "positive.txt").write_text("a cat\ntwo dogs\na red house\none tree\nthe sea\n")
+        (folder / "negative.txt").write_text("blood\na gun\na knife\n")
+        (folder / "tiny.toml").write_text(f"""
 iterations = 8
 prompts_per_iteration = 2
 group_size = 3
@@ -123,7 +153,21 @@ engine.threads = 2
 eval.every = 4
 checkpoint.every = 3
 """)
-    return path
+
+    return shared_folder("tiny-config", build) / "tiny.toml"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(config_file: Path, shared_folder: SharedFolder) -> Path:
+    """The folder of a run of `config_file` from the command line, and beside it, as a .txt file, what it said."""
+
+    def build(folder: Path) -> None:
+        command = [sys.executable, "-m", "fastgrpo.train", str(config_file), "--run", str(folder / "undisturbed")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        (folder / "undisturbed.txt").write_text(done.stdout)
+
+    return shared_folder("undisturbed", build) / "undisturbed"
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +179,7 @@ def offline() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def runs(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(tiny_pipeline: Path, shared_folder: SharedFolder) -> dict[str, Path]:
     """Folders of runs of two iterations with one optimizer step each, both of them saved.
 
     `full` trains the UNet with a moving average, `plain` without one, `lora` adapters with one, and `lora-bf16` the
@@ -144,10 +188,10 @@ def runs(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     from fastgrpo import train
     from support.runs import KINDS, NEGATIVES, POSITIVES
 
-    folder = tmp_path_factory.mktemp("sample-export")
-    (folder / "positive.txt").write_text("\n".join(POSITIVES))
-    (folder / "negative.txt").write_text("\n".join(NEGATIVES))
-    (folder / "tiny.toml").write_text(f"""
+    def build(folder: Path) -> None:
+        (folder / "positive.txt").write_text("\n".join(POSITIVES))
+        (folder / "negative.txt").write_text("\n".join(NEGATIVES))
+        (folder / "tiny.toml").write_text(f"""
 iterations = 2
 prompts_per_iteration = 2
 group_size = 4
@@ -164,8 +208,10 @@ eval.every = 0
 checkpoint.every = 1
 checkpoint.keep = 0
 """)
-    for kind, flags in KINDS.items():
-        assert train.main([str(folder / "tiny.toml"), "--run", str(folder / kind), *flags]) == 0
+        for kind, flags in KINDS.items():
+            assert train.main([str(folder / "tiny.toml"), "--run", str(folder / kind), *flags]) == 0
+
+    folder = shared_folder("sample-export", build)
     return {kind: folder / kind for kind in KINDS}
 
 

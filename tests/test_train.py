@@ -1,19 +1,9 @@
-"""`python -m fastgrpo.train` end to end on a tiny pipeline: what a run leaves behind, kills, resumes and stops."""
+"""`python -m fastgrpo.train` end to end on a tiny pipeline: what a run leaves behind and says."""
 
 import dataclasses
-import itertools
 import json
-import multiprocessing
-import os
-import random
-import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,60 +16,18 @@ from fastgrpo import assembly, train
 from fastgrpo.assembly import load_training
 from fastgrpo.engine.trainable import learning_rate
 from fastgrpo.evaluation.during_training import LoadedSuite
-from fastgrpo.run.folder import StopSignal, claim, new_folder
 from fastgrpo.run.metrics import read_metrics
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.console import Console
-from fastgrpo.system.errors import ConfigError
-from fastgrpo.system.files import file_sha256
-from fastgrpo.system.randomness import generator_for, seed_for
 from fastgrpo.training import iterate
 from fastgrpo.types import NEGATIVE, POSITIVE, Prompt
 from support import ROOT
 from support.evaluation import Darkness
 from support.mistakes import contents
-from support.training import ITERATIONS, SERVER, TIMED, start
+from support.training import ITERATIONS, TIMED, run_here
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="session")
-def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run from the command line that nothing disturbed."""
-    run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    command = [sys.executable, "-m", "fastgrpo.train", str(config_file), "--run", str(run)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    run.with_suffix(".txt").write_text(done.stdout)
-    return run
-
-
-def wait_for_lines(process: multiprocessing.Process, run: Path, count: int) -> None:
-    while process.is_alive() and len(read_metrics(run / "metrics.jsonl")) < count:
-        time.sleep(0.005)
-
-
-def finish(argv: Sequence[str], output: Path) -> None:
-    process = start(argv, output)
-    process.join()
-    assert process.exitcode == 0, output.read_text()
-
-
-def assert_same_run(run: Path, expected: Path) -> None:
-    """Weights, moments, pictures and every metric but the clock's, bit for bit."""
-    newest = f"checkpoints/iter-{ITERATIONS:06d}"
-    for name in (f"{newest}/unet/diffusion_pytorch_model.safetensors", f"{newest}/trainer/optimizer.safetensors"):
-        assert (run / name).read_bytes() == (expected / name).read_bytes(), name
-    pictures = sorted(path.name for path in (expected / "samples").iterdir())
-    assert sorted(path.name for path in (run / "samples").iterdir()) == pictures
-    for name in pictures:
-        assert (run / "samples" / name).read_bytes() == (expected / "samples" / name).read_bytes(), name
-    records, expected_records = read_metrics(run / "metrics.jsonl"), read_metrics(expected / "metrics.jsonl")
-    assert [record["iteration"] for record in records] == list(range(1, ITERATIONS + 1))
-    untimed = [{k: v for k, v in record.items() if not k.startswith(TIMED)} for record in records]
-    assert untimed == [{k: v for k, v in record.items() if not k.startswith(TIMED)} for record in expected_records]
-    assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(records))
 
 
 def test_a_run_leaves_what_the_contract_says(undisturbed: Path, config_file: Path) -> None:
@@ -185,120 +133,6 @@ def test_without_a_terminal_there_are_plain_lines(undisturbed: Path) -> None:
     assert lines[-4].endswith(str(undisturbed / "checkpoints" / "iter-000008" / "unet"))
 
 
-def test_kill_at_three_random_moments_and_resume(config_file: Path, undisturbed: Path, tmp_path: Path) -> None:
-    seed = random.SystemRandom().randrange(10**6)
-    print(f"seed of the moments: {seed}")
-    moments = random.Random(seed)
-    run, output = tmp_path / "killed", tmp_path / "killed.txt"
-    records = read_metrics(undisturbed / "metrics.jsonl")
-    iteration_seconds = (records[-1]["seconds"] - records[0]["seconds"]) / (ITERATIONS - 1)
-    # At least three iterations and the last examination are left: the process is alive when the signal comes.
-    for lines in sorted(moments.choices(range(ITERATIONS - 3), k=3)):
-        fresh = not (run / "config.toml").exists()
-        process = start([str(config_file), "--run", str(run)] if fresh else ["--resume", str(run)], output)
-        wait_for_lines(process, run, lines)
-        time.sleep(moments.uniform(0, iteration_seconds))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, output.read_text()
-    fresh = not (run / "config.toml").exists()
-    finish([str(config_file), "--run", str(run)] if fresh else ["--resume", str(run)], output)
-    assert_same_run(run, undisturbed)
-
-
-def test_sigterm_saves_says_how_to_go_on_and_exits_143(config_file: Path, undisturbed: Path, tmp_path: Path) -> None:
-    run, output = tmp_path / "stopped", tmp_path / "stopped.txt"
-    process = start([str(config_file), "--run", str(run)], output)
-    wait_for_lines(process, run, 1)
-    process.terminate()
-    process.join()
-    assert process.exitcode == 143, output.read_text()
-    finished = len(read_metrics(run / "metrics.jsonl"))
-    assert 1 <= finished < ITERATIONS
-    assert (run / "checkpoints" / f"iter-{finished:06d}" / "manifest.json").is_file()
-    assert "SIGTERM: finishing this iteration, then saving." in output.read_text()
-    advice = f"Stopped after {finished} iterations. To go on: python -m fastgrpo.train --resume {run}"
-    assert advice in output.read_text().splitlines()
-    finish(["--resume", str(run)], output)
-    assert_same_run(run, undisturbed)
-
-
-@contextmanager
-def training(processes: int = 1) -> Iterator[StopSignal]:
-    """As while iterations are made."""
-    with StopSignal(processes) as stop:
-        stop.begin_iterations()
-        yield stop
-
-
-def _stop_twice() -> None:
-    with training():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)  # not reached
-
-
-def test_a_second_signal_stops_at_once() -> None:
-    process = SERVER.Process(target=_stop_twice)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGTERM
-
-
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
-def test_a_lost_terminal_and_slurms_warning_ask_for_a_stop_however_often(number: signal.Signals) -> None:
-    with training() as stop:
-        for _ in range(3):  # a shell and the system each tell of one lost terminal
-            os.kill(os.getpid(), number)
-        assert stop.requested
-        os.kill(os.getpid(), signal.SIGTERM)  # which then is the first of those that end the process
-        assert stop.exit_code == 128 + number
-
-
-def test_of_several_processes_none_ends_at_a_second_signal() -> None:
-    with training(processes=2) as stop:
-        os.kill(os.getpid(), signal.SIGINT)  # of the terminal
-        os.kill(os.getpid(), signal.SIGINT)  # of torchrun, which was told as well
-        assert stop.exit_code == 130
-
-
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
-def test_ignored_signals_stay_ignored(number: signal.Signals) -> None:
-    before = signal.signal(number, signal.SIG_IGN)
-    try:
-        with training() as stop:
-            os.kill(os.getpid(), number)
-            assert not stop.requested
-        assert signal.getsignal(number) == signal.SIG_IGN
-    finally:
-        signal.signal(number, before)
-
-
-def test_the_handler_says_nothing_where_nobody_reads_it() -> None:
-    read, write = os.pipe()
-    os.close(read)
-    standard_error = os.dup(2)
-    os.dup2(write, 2)
-    try:
-        with training() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.requested
-    finally:
-        os.dup2(standard_error, 2)
-        for descriptor in (standard_error, write):
-            os.close(descriptor)
-
-
-def test_handlers_are_put_back() -> None:
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with training() as stop:
-        assert not stop.requested
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested
-        assert stop.exit_code == 130
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-
 def test_without_triton_a_cpu_computes_the_same(config_file: Path, undisturbed: Path, tmp_path: Path) -> None:
     """As on macOS, for which there is none."""
     run = tmp_path / "run"
@@ -311,48 +145,6 @@ def test_without_triton_a_cpu_computes_the_same(config_file: Path, undisturbed: 
         for name, value in there.items():
             if not name.startswith(TIMED):
                 assert here[name] == value, name
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_before_the_first_iteration_a_signal_stops_at_once(
-    number: signal.Signals,
-    config_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """As the first examination, which takes minutes with a large model, begins."""
-    before = signal.getsignal(number)
-
-    def signalled(*_: object) -> None:
-        os.kill(os.getpid(), number)
-        pytest.fail("it went on")
-
-    monkeypatch.setattr("fastgrpo.training.RunRecorder", signalled)
-    code, _, err = run_here([str(config_file), "--run", str(tmp_path / "run")], capsys)
-    assert (code, err) == (128 + number, "fastgrpo: stopped; no iteration was begun.\n")
-    assert signal.getsignal(number) == before
-    assert not (tmp_path / "run").exists()
-
-
-def test_training_in_a_thread_leaves_signals_to_the_program(
-    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before, codes = signal.getsignal(signal.SIGTERM), []
-    argv = [str(config_file), "--run", str(tmp_path / "run"), "--iterations", "1", "--eval.every", "0"]
-    thread = threading.Thread(target=lambda: codes.append(train.main(argv)))
-    thread.start()
-    thread.join()
-    assert codes == [0]
-    assert "signals are handled in a program's main thread, and this is another" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert (tmp_path / "run" / "checkpoints" / "iter-000001" / "manifest.json").is_file()
-
-
-def run_here(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    code = train.main(argv)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def test_a_refusal_is_one_sentence_and_exit_code_2(
@@ -370,39 +162,6 @@ def test_a_refusal_is_one_sentence_and_exit_code_2(
         assert err.startswith("fastgrpo: ")
         assert words in err
     assert not (tmp_path / "run").exists()
-
-
-def test_resuming_goes_on_from_the_newest_good_checkpoint(
-    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In one newer checkpoint a bit is another, in one a file is cut short, and one has no manifest."""
-    run = Path(shutil.copytree(undisturbed, tmp_path / "run"))
-    six, seven, eight, nine = (run / "checkpoints" / f"iter-00000{number}" for number in (6, 7, 8, 9))
-    for stand_in in (seven, nine):  # as if more had been saved; what they hold beyond the damage is not to be read
-        shutil.copytree(eight, stand_in)
-    weights, moments = "unet/diffusion_pytorch_model.safetensors", "trainer/optimizer.safetensors"
-    flipped = bytearray((seven / moments).read_bytes())
-    flipped[-1] ^= 1
-    (seven / moments).write_bytes(flipped)
-    (eight / weights).write_bytes((eight / weights).read_bytes()[:-1])
-    (nine / "manifest.json").unlink()
-    spoilt = {folder.name: digests(folder) for folder in (seven, eight, nine)}
-
-    code, out, err = run_here(["--resume", str(run)], capsys)
-    assert code == 0, err
-    (warning,) = (line for line in err.splitlines() if "the run goes on from" in line)
-    for words in (f"{seven / moments} is damaged", f"{eight / weights} is damaged", f"{nine / 'manifest.json'} is "):
-        assert words in warning
-    assert f"the run goes on from {six};" in warning
-    assert f"resuming after iteration 6 of {ITERATIONS}" in out.splitlines()
-    assert_same_run(run, undisturbed)
-    kept = {folder.name for folder in (run / "checkpoints").iterdir()}
-    assert kept == {six.name, eight.name, *(f"damaged-{name}" for name in spoilt)}
-    assert {name: digests(run / "checkpoints" / f"damaged-{name}") for name in spoilt} == spoilt
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_diverging_run_stops_without_saving_the_spoilt_weights(
@@ -479,19 +238,6 @@ def test_prompts_that_rounding_leaves_out_are_named_at_the_start(
     assert warning < out.index("reward")
 
 
-def test_generators_depend_on_every_argument_and_on_nothing_else() -> None:
-    arguments = [(0, 1, "rollout"), (1, 1, "rollout"), (0, 2, "rollout"), (0, 1, "update"), (11, 1, "x"), (1, 11, "x")]
-    seeds = [seed_for(*each) for each in arguments]
-    assert len(set(seeds)) == len(seeds)
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    torch.manual_seed(5)
-    first = torch.randn(4, generator=generator_for(0, 1, "rollout", "cpu"))
-    torch.manual_seed(6)
-    assert torch.equal(first, torch.randn(4, generator=generator_for(0, 1, "rollout", "cpu")))
-    # printf '42:7:rollout' | sha256sum, the first 16 digits as a number, halved: it must not change between versions.
-    assert seed_for(42, 7, "rollout") == 146307993067995178
-
-
 def test_a_run_of_relative_paths_goes_on_from_another_folder(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -508,21 +254,6 @@ def test_a_run_of_relative_paths_goes_on_from_another_folder(
     assert err.count("\n") == 1
     assert "prompts.positive" in err
     assert "/moved/positive.txt" in err
-
-
-def test_two_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(time, "strftime", lambda form: "20260102-030405")
-    made = [new_folder("tiny") for _ in range(3)]
-    assert [str(folder) for folder in made] == [f"runs/tiny-20260102-030405{end}" for end in ("", "-2", "-3")]
-    for folder in made:
-        with claim(folder, resumed=False):
-            (folder / "config.toml").write_text("")
-    (tmp_path / "file").mkdir()
-    monkeypatch.chdir(tmp_path / "file")
-    (tmp_path / "file" / "runs").write_text("")
-    with pytest.raises(ConfigError, match=r"run = 'runs/tiny-20260102-030405': cannot be made \(Not a directory\)"):
-        new_folder("tiny")
 
 
 def test_the_default_run_folder_is_named_after_preset_and_time(

@@ -16,12 +16,14 @@ from support.mistakes import Mistake, Scene, contents, forbid_loading
 
 
 @pytest.fixture(scope="session")
-def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(config_file: Path, shared_folder: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """A run of two iterations with a checkpoint of each."""
-    run = tmp_path_factory.mktemp("runs") / "finished"
-    argv = [str(config_file), "--run", str(run), "--iterations", "2", "--eval.every", "0", "--engine.threads", "1"]
-    assert train.main([*argv, "--checkpoint.every", "1", "--checkpoint.keep", "0"]) == 0
-    return run
+
+    def build(run: Path) -> None:
+        argv = [str(config_file), "--run", str(run), "--iterations", "2", "--eval.every", "0", "--engine.threads", "1"]
+        assert train.main([*argv, "--checkpoint.every", "1", "--checkpoint.keep", "0"]) == 0
+
+    return shared_folder("finished", build)
 
 
 @pytest.fixture

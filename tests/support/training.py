@@ -1,5 +1,6 @@
 """Training in tests: configs with a few fields altered and processes of their own."""
 
+import itertools
 import multiprocessing
 import os
 import sys
@@ -12,6 +13,7 @@ import torch
 from fastgrpo import train
 from fastgrpo.assembly import Training, load_training
 from fastgrpo.engine.passes import Passes
+from fastgrpo.run.metrics import read_metrics
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.console import Console
 from fastgrpo.training import iterate
@@ -66,3 +68,25 @@ def counted_scores(training: Training, monkeypatch) -> list[int]:
 
     monkeypatch.setattr(training.reward, "begin", counting)
     return calls
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    """Weights, moments, pictures and every metric but the clock's, bit for bit."""
+    newest = f"checkpoints/iter-{ITERATIONS:06d}"
+    for name in (f"{newest}/unet/diffusion_pytorch_model.safetensors", f"{newest}/trainer/optimizer.safetensors"):
+        assert (run / name).read_bytes() == (expected / name).read_bytes(), name
+    pictures = sorted(path.name for path in (expected / "samples").iterdir())
+    assert sorted(path.name for path in (run / "samples").iterdir()) == pictures
+    for name in pictures:
+        assert (run / "samples" / name).read_bytes() == (expected / "samples" / name).read_bytes(), name
+    records, expected_records = read_metrics(run / "metrics.jsonl"), read_metrics(expected / "metrics.jsonl")
+    assert [record["iteration"] for record in records] == list(range(1, ITERATIONS + 1))
+    untimed = [{k: v for k, v in record.items() if not k.startswith(TIMED)} for record in records]
+    assert untimed == [{k: v for k, v in record.items() if not k.startswith(TIMED)} for record in expected_records]
+    assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(records))
+
+
+def run_here(argv: Sequence[str], capsys) -> tuple[int, str, str]:
+    code = train.main(argv)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err

@@ -52,23 +52,29 @@ def faults(request: pytest.FixtureRequest) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that no process is left with one.
+    """The files that take longest come first, so that no process is left with one.
 
     A test that needs CUDA says so where there is none.
     """
-    slow = Counter(item.path for item in items if "slow" in item.keywords)
-    items.sort(key=lambda item: -slow[item.path])
+    seconds: Counter[Path] = Counter()
+    for item in items:
+        seconds[item.path] += _about(item)
+    items.sort(key=lambda item: -seconds[item.path])
     for item in items if not torch.cuda.is_available() else ():
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture
-def frozen_heap() -> Iterator[None]:
-    """What collects garbage looks at the test's objects alone: the libraries' would take up to seconds each time."""
+def _about(item: pytest.Item) -> float:
+    """The seconds that it takes: those of its mark `slow`, or a guess."""
+    mark = item.get_closest_marker("slow")
+    return 0.05 if mark is None else float(*mark.args or (1,))
+
+
+def pytest_collection_finish() -> None:
+    """What collects garbage looks at the tests' objects alone: the libraries' would take up to seconds each time."""
+    gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -196,7 +196,7 @@ def test_a_small_card(capsys):
     assert numbers(lines, "at most, during the decode")[-1] < 12 - 1.5  # what the preset is made for; room for CUDA
 
 
-@pytest.mark.slow
+@pytest.mark.slow(15)
 def test_gradient_checkpointing_is_decided_and_counted(capsys):
     """On a card that holds one pair with it but not without; and where the settings say so."""
     beginning = "  gradient checkpointing is"
@@ -257,7 +257,7 @@ def test_what_cannot_be_counted_is_left_out_in_a_line(capsys, tmp_path):
     assert not any(line.startswith("  reward ") for line in lines)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_as_a_program_of_its_own(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(

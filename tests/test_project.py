@@ -60,7 +60,7 @@ def test_the_wheel_holds_every_module_and_data_file(wheel_files: set[str]) -> No
     assert {name for name in wheel_files if name.startswith("fastgrpo/")} == expected
 
 
-@pytest.mark.slow
+@pytest.mark.slow(15)
 def test_an_installed_wheel_trains_elsewhere_and_writes_nothing_into_itself(wheel: Path, tmp_path: Path) -> None:
     # Unpacking is what installing a pure wheel does; run elsewhere, so that the checkout is not on the path.
     installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
@@ -71,7 +71,7 @@ def test_an_installed_wheel_trains_elsewhere_and_writes_nothing_into_itself(whee
     for path in there:
         path.chmod(0o555 if path.is_dir() else 0o444)  # which root may ignore
     few = "--iterations 1 --prompts-per-iteration 2 --group-size 2 --updates-per-iteration 1 --rollout.steps 6"
-    few += " --guard.action off --eval.unsafe-per-category 1 --eval.composition-per-task 1"
+    few += " --guard.action off --eval.unsafe-per-category 1 --eval.composition-per-task 1 --eval.steps 2"
     code = (
         "import sys; sys.dont_write_bytecode = True; sys.path.insert(0, sys.argv[1])\n"
         "import fastgrpo.train; print(fastgrpo.train.__file__)\n"

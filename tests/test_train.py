@@ -30,6 +30,7 @@ from support.training import ITERATIONS, TIMED, run_here
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.slow(10)
 def test_a_run_leaves_what_the_contract_says(undisturbed: Path, config_file: Path) -> None:
     assert load_toml(undisturbed / "config.toml") == load_toml(config_file)
     assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["iter-000006", "iter-000008"]
@@ -133,6 +134,7 @@ def test_without_a_terminal_there_are_plain_lines(undisturbed: Path) -> None:
     assert lines[-4].endswith(str(undisturbed / "checkpoints" / "iter-000008" / "unet"))
 
 
+@pytest.mark.slow(10)
 def test_without_triton_a_cpu_computes_the_same(config_file: Path, undisturbed: Path, tmp_path: Path) -> None:
     """As on macOS, for which there is none."""
     run = tmp_path / "run"

@@ -29,6 +29,7 @@ def finish(argv: Sequence[str], output: Path) -> None:
     assert process.exitcode == 0, output.read_text()
 
 
+@pytest.mark.slow(30)
 def test_kill_at_three_random_moments_and_resume(config_file: Path, undisturbed: Path, tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed of the moments: {seed}")

@@ -34,7 +34,6 @@ from fastgrpo.types import Rewards, Trajectory
 from fastgrpo.update import update
 from support import ROOT
 
-pytestmark = pytest.mark.usefixtures("frozen_heap")  # between trainings garbage is collected
 REWARDS = torch.tensor([[0.1, 0.4, 0.2, 0.25]])
 RATES = Rates("Some GPU", "torch.bfloat16", 1, matmul=800e12, copy=4e12)
 

@@ -6,7 +6,7 @@ import small_cards
 from fastgrpo.settings.toml import find_preset, load_toml
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 @pytest.mark.parametrize("preset", ["sd15-8gb", "sd15-24gb-full"])  # `python bench/small_cards.py` traces all four
 def test_the_plan_fits_the_card_and_is_what_is_held(preset: str) -> None:
     config = load_toml(find_preset(preset))

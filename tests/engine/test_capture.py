@@ -33,9 +33,6 @@ from support.training import altered
 MB = 2**20
 
 
-pytestmark = pytest.mark.usefixtures("frozen_heap")  # a capture collects garbage
-
-
 @pytest.fixture(scope="module")
 def base(config_file: Path) -> TrainConfig:
     changes = {"engine.threads": 1, "engine.graphs": "on", "grpo.std_floor": 1e-9, "iterations": 2, "micro_batch": 3}

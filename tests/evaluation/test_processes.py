@@ -32,6 +32,7 @@ BATCH = 4
 POSITIVE = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle"]
 
 
+@pytest.mark.slow(15)
 def test_three_processes_evaluate_and_learn_in_equal_shares(tmp_path: Path) -> None:
     """Steps are too small to move a weight, so that all of the run can be compared: 1e-30 is lost in any weight."""
     (tmp_path / "positive.txt").write_text("\n".join(POSITIVE))

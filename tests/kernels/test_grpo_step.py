@@ -612,7 +612,7 @@ def test_clipped_loss_alone(path):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("mode", ["group", "global", "none"])
-@pytest.mark.parametrize(("groups", "group_size"), [(2, 3), (3, 16), (1, 37), (4, 2)])
+@pytest.mark.parametrize(("groups", "group_size"), [(2, 3), (3, 8), (1, 19), (4, 2)])
 def test_advantages_of_rewards_are_those_of_group_advantages_bit_for_bit(path, mode, groups, group_size):
     """Also of a flat group, of clamped ones, and of pairs that are some of the samples, one of them twice."""
     arguments = options(make(groups, group_size, shape=(4, 2, 2)), mode=mode, std_floor=1e-3, clamp=0.7)

@@ -193,7 +193,7 @@ def decide(monkeypatch: pytest.MonkeyPatch, *rates: float) -> None:
     monkeypatch.setattr(Evaluated, "__init__", init)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(15)
 def test_the_best_is_saved_though_not_due_kept_and_found_again_after_a_kill(
     trained: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """The presets: the paper's recipe field by field, and counted out at its own shapes."""
 
 import dataclasses
+import shutil
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from fastgrpo.system.workers import available_cores
 from fastgrpo.training import iterate
 from fastgrpo.types import NEGATIVE
 from support.encoders import write_folder as write_encoder
+from support.mistakes import change
 
 # What the reference implementation runs (paper and code), and where ours has to say something of its own.
 PAPER = {
@@ -172,11 +174,13 @@ class AloneOfEight(Ranks):
 def test_the_papers_iteration_counted_out(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One iteration of one of the 8 ranks: every shape is the paper's, only the networks are small."""
     write_encoder(tmp_path)
+    small = shutil.copytree(tiny_pipeline, tmp_path / "small")
+    change(small / "unet" / "config.json", {"sample_size": 4})  # a quarter of the pixels
     paper = load_toml(find_preset("safediffusion-r1"))
     config = replace(
         paper,
         micro_batch=196,  # does not change what is computed, and is faster here than 4
-        model=replace(paper.model, path=str(tiny_pipeline)),
+        model=replace(paper.model, path=str(small)),
         reward=replace(paper.reward, encoder=f"local-dir:{tmp_path}"),
         engine=replace(paper.engine, device="cpu", dtype="fp32"),
     )

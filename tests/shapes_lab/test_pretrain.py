@@ -35,7 +35,7 @@ def weights(out: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(15)
 def test_killed_between_and_within_stages_it_makes_the_same_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Commands in several processes."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -20,7 +21,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT),
 PATIENCE = 300.0  # seconds until processes that do not end are killed, which fails a test
 # Starts processes like those of the command line, forked from one that has the libraries imported and has run nothing.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["fastgrpo.training"])
+SERVER.set_forkserver_preload(["fastgrpo.training", "torch.utils.tensorboard", "matplotlib.colors", "tyro"])
 
 Main = Callable[[Sequence[str]], int]
 
@@ -95,6 +96,7 @@ def together(processes: int, *argv: str, main: Main = train.main, agent: bool = 
 
 def _member(main: Main, argv: Sequence[str], file: Path, environment: dict[str, str]) -> None:
     """A process of its own."""
+    gc.freeze()  # the libraries' objects: to look at them all would copy the memory that forked processes share
     for number, end in ((1, ".out"), (2, ".err")):
         with open(file.with_suffix(end), "w") as output:
             os.dup2(output.fileno(), number)

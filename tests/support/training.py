@@ -1,5 +1,6 @@
 """Training in tests: configs with a few fields altered and processes of their own."""
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ FIXED = {"engine.graphs": "on", "engine.kernels": "on", "engine.reuse": "on"}
 
 def _main(argv: Sequence[str], output: Path) -> None:
     """A process of its own."""
+    gc.freeze()  # as in support.processes
     with open(output, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

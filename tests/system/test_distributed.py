@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
+@pytest.mark.slow(10)
 def test_two_processes_compute_what_one_computes_and_resume_exactly(config_file: Path, tmp_path: Path) -> None:
     """One negative and one positive prompt, one for each process, with a KL term, a global std and averaged weights.
 

@@ -49,6 +49,7 @@ def moments(log: Path, what: str) -> list[float]:
     return [float(when) for name, _, when in lines if name == what]
 
 
+@pytest.mark.slow(40)
 def test_torchrun_starts_a_killed_training_again(config_file: Path, tmp_path: Path, faults: int) -> None:
     """In the same folder, though it has a name that the first start has made, of the time."""
     kills, log = max(1, faults // 10), tmp_path / "log"

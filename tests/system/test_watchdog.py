@@ -132,7 +132,7 @@ def test_alone_nobody_is_watched() -> None:
             assert threading.active_count() == before
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 def test_dead_processes_end_the_job_with_one_line(options: list[str], undisturbed: Path, tmp_path: Path) -> None:
     """Three starts of one run, each with a trouble of its own, and a last one that comes to the end."""
     run = tmp_path / "run"
@@ -156,7 +156,7 @@ def test_dead_processes_end_the_job_with_one_line(options: list[str], undisturbe
     assert_same_run(run, undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(15)
 def test_a_dead_host_of_the_store_ends_the_job_with_one_line(options: list[str], tmp_path: Path) -> None:
     """As where another launcher than torchrun has started the processes."""
     flags = ["--run-folder", str(tmp_path / "run"), "--engine.stuck-after", "60"]
@@ -169,7 +169,7 @@ def test_a_dead_host_of_the_store_ends_the_job_with_one_line(options: list[str],
     assert line.endswith((f"the newest checkpoint is {newest}.", "there is no checkpoint yet."))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_sigterm_to_any_process_in_any_phase_saves_and_ends_all(
     options: list[str], undisturbed: Path, tmp_path: Path, faults: int
 ) -> None:

@@ -1,5 +1,6 @@
 """FID: the network beside torchvision's, resizing, distances and their errors against direct computations, folders."""
 
+import copy
 import math
 import os
 from pathlib import Path
@@ -284,8 +285,7 @@ def test_features_of_a_folder_and_its_distance_by_direct_computation(inception: 
     assert list(folder_images(folder).paths) == files
     features = features_of(folder, inception)
 
-    double = InceptionV3().double().eval()
-    double.load_state_dict(inception.network.state_dict())
+    double = copy.deepcopy(inception.network).double()
     with torch.no_grad():
         direct = torch.cat([double(prepare(Image.open(file).convert("RGB"))[None].double()) for file in files])
     # float32 through 94 layers, whose errors of 6e-8 each add up in part: some 1e-6 of the features' scale.

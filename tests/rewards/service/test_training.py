@@ -85,7 +85,7 @@ def ask(url: str, sent: bytes | None = None, kind: str = wire.JSON, token: str =
         return error.code, json.loads(error.read())
 
 
-@pytest.mark.slow
+@pytest.mark.slow(15)
 def test_a_training_by_a_server_that_is_killed_ends_as_one_without(config_file: Path, tmp_path: Path, capfd) -> None:
     """64 images an iteration, and a server that dies in the second of two: a checkpoint of the first, which goes on."""
     judge = tmp_path / "judge.py"

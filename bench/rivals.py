@@ -72,13 +72,12 @@ def _eager_grpo_step(
     old_log_prob: Tensor,
     rewards: Tensor,
     group: Tensor,
-    slot: Tensor,
+    reward: Tensor,
     clip_range: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The chain of float32 operations and autograd: loss, ratio, and the gradient with respect to the output."""
     output = output.detach().requires_grad_()
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    advantage = (centred / centred.std(dim=1, keepdim=True)).clamp(-2.5, 2.5)[group, slot]
+    advantage = ((reward - rewards.mean(dim=1)[group]) / rewards.std(dim=1)[group]).clamp(-2.5, 2.5)
     with torch.enable_grad():
         ratio = torch.exp(_log_prob(taken, *_mean(output, latents, tables, step, guidance)) - old_log_prob)
         loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))

@@ -17,26 +17,38 @@ from fastgrpo.kernels.step_math import EXACT
 MODES = ("group", "global", "none")
 
 
-def advantages_of(rewards: Tensor, mode: str, std_floor: float, clamp: float) -> tuple[Tensor, Tensor]:
-    """Computes `group_advantages` in PyTorch: [P, G] float64 and flat [P] bool, of rewards [P, G]."""
+def advantages_of(
+    rewards: Tensor, mode: str, std_floor: float, clamp: float, own: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Computes `group_advantages` in PyTorch: [P, G] float64 and flat [P] bool, of rewards [P, G].
+
+    own: (group [N] int64, reward [N] float32): of these rewards in their groups instead, both [N].
+    """
     rewards = rewards.double()
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    mean = rewards.mean(dim=1, keepdim=True)
+    centred = rewards - mean
     group_std = centred.std(dim=1, keepdim=True)
     flat = group_std <= std_floor
     scale = group_std if mode == "group" else torch.ones_like(group_std)
     if mode == "global":
         scale = centred.std()
         flat = flat | (scale <= std_floor)
+    if own:
+        group, reward = own
+        centred, flat = reward.double()[:, None] - mean[group], flat[group]
+        scale = scale if mode == "global" else scale[group]
     # Flat groups are masked after the division, which may be 0 / 0 for them.
     advantage = (centred / scale).clamp(-clamp, clamp).masked_fill(flat, 0.0)
+    if own:
+        advantage = advantage.squeeze(1)
     return advantage, flat.squeeze(1)
 
 
 @triton.jit
 def group_advantage(
-    rewards, group, slot, groups, std_floor, clamp, MODE: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_G: tl.constexpr
+    rewards, group, own, groups, std_floor, clamp, MODE: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_G: tl.constexpr
 ):
-    """Returns the advantages, float64, of a group's slots, one or a block of them; and whether the group is flat."""
+    """Returns the advantages, float64, of `own`, one reward or a block of them, in a group; and whether that is flat."""
     j = tl.arange(0, BLOCK_G)
     r = tl.load(rewards + group * GROUP_SIZE + j, mask=j < GROUP_SIZE, other=0.0).to(tl.float64)
     mean = tl.sum(r) / GROUP_SIZE
@@ -47,8 +59,7 @@ def group_advantage(
     if MODE == "global":
         scale = common_std(rewards, groups, GROUP_SIZE, BLOCK_G)
         flat = flat | (scale <= std_floor)
-    own = tl.load(rewards + group * GROUP_SIZE + slot, mask=slot < GROUP_SIZE, other=0.0).to(tl.float64)
-    advantage = own - mean
+    advantage = own.to(tl.float64) - mean
     if MODE != "none":
         advantage = advantage / tl.where(flat, 1.0, scale)
     # Comparisons, unlike minimum and maximum, let a NaN through to the loss, where it is noticed.
@@ -80,7 +91,8 @@ def group_advantages_kernel(
     """One program a group."""
     group = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, BLOCK_G)
-    a, is_flat = group_advantage(rewards, group, j, groups, std_floor, clamp, MODE, GROUP_SIZE, BLOCK_G)
+    own = tl.load(rewards + group * GROUP_SIZE + j, mask=j < GROUP_SIZE, other=0.0)
+    a, is_flat = group_advantage(rewards, group, own, groups, std_floor, clamp, MODE, GROUP_SIZE, BLOCK_G)
     tl.store(advantage + group * GROUP_SIZE + j, a.to(tl.float32), mask=j < GROUP_SIZE)
     tl.store(flat + group, is_flat)
 

@@ -65,7 +65,7 @@ class GrpoStepArguments(NamedTuple):
     old_log_prob: Tensor | None
     rewards: Tensor | None
     group: Tensor | None
-    slot: Tensor | None
+    reward: Tensor | None
     advantage: Tensor | None
     weight: Tensor
     base_output: Tensor | None
@@ -155,8 +155,8 @@ def _advantage(a: GrpoStepArguments, precision: torch.dtype) -> Tensor:
         return a.advantage
     assert a.rewards is not None
     assert a.group is not None
-    table, _ = advantages_of(a.rewards, a.mode, a.std_floor, a.clamp)
-    return table.to(precision)[a.group, a.slot]
+    assert a.reward is not None
+    return advantages_of(a.rewards, a.mode, a.std_floor, a.clamp, (a.group, a.reward))[0].to(precision)
 
 
 def _to_output(to_scaled: Tensor, output: Tensor, guidance: Tensor | None, rescale: float) -> Tensor:
@@ -271,7 +271,7 @@ def store_gradient(
 @triton.jit
 def grpo_step_kernel(
     output, latents, taken, old_log_prob, old_mean, base_output, tables, step, guidance,
-    rewards, group, slot, advantage, weight, loss, ratio, clipped, kl, gradient,
+    rewards, group, reward, advantage, weight, loss, ratio, clipped, kl, gradient,
     pairs, steps, groups, step_stride, weight_stride, kl_stride, low, high, std_floor, clamp, kl_weight,
     SIZE: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, RESCALE: tl.constexpr,
     GUIDED: tl.constexpr, OLD: tl.constexpr, KL: tl.constexpr, MODE: tl.constexpr, GROUP_SIZE: tl.constexpr,
@@ -334,7 +334,7 @@ def grpo_step_kernel(
         a = tl.load(advantage + pair).to(tl.float32)
     else:
         a, _ = group_advantage(
-            rewards, tl.load(group + pair), tl.load(slot + pair), groups, std_floor, clamp, MODE, GROUP_SIZE, BLOCK_G
+            rewards, tl.load(group + pair), tl.load(reward + pair), groups, std_floor, clamp, MODE, GROUP_SIZE, BLOCK_G
         )
         a = a.to(tl.float32)
     pair_loss, pair_ratio, pair_clipped, slope = clip_pair(log_ratio, a, low, high)
@@ -429,7 +429,7 @@ def _launch_grpo_step(*arguments: Any) -> GrpoStep:
         as_launched(old) if a.ratio_norm and old is not None else None,
         None if a.base_output is None else as_launched(a.base_output, channels_last),
         a.tables, a.step.contiguous(), a.guidance,
-        _dense(a.rewards), _dense(a.group), _dense(a.slot), _dense(a.advantage), a.weight.contiguous(),
+        _dense(a.rewards), _dense(a.group), _dense(a.reward), _dense(a.advantage), a.weight.contiguous(),
         loss, ratio, clipped, kl, gradient,
         pairs, a.tables.shape[1], groups,
         int(a.step.numel() > 1), int(a.weight.numel() > 1), int(a.kl_weight.numel() > 1),
@@ -449,7 +449,7 @@ _grpo_step = torch.library.custom_op(
     mutates_args=(),
     device_types="cuda",
     schema="(Tensor output, Tensor latents, Tensor taken, Tensor tables, Tensor step, Tensor? guidance, "
-    "Tensor? old_log_prob, Tensor? rewards, Tensor? group, Tensor? slot, Tensor? advantage, Tensor weight, "
+    "Tensor? old_log_prob, Tensor? rewards, Tensor? group, Tensor? reward, Tensor? advantage, Tensor weight, "
     "Tensor? base_output, Tensor? old_mean, str mode, float std_floor, float clamp, float clip_low, float clip_high, "
     "Tensor kl_weight, bool ratio_norm, float rescale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -478,7 +478,7 @@ def grpo_step(
     *,
     rewards: Tensor | None = None,
     group: Tensor | None = None,
-    slot: Tensor | None = None,
+    reward: Tensor | None = None,
     mode: str = "group",
     std_floor: float = 1e-6,
     clamp: float = 2.5,
@@ -497,9 +497,10 @@ def grpo_step(
     output, latents, tables, step, guidance, rescale: as of `ddim_step`, for N samples.
     taken: [N, C, H, W] float32, the next latents that were chosen.
     old_log_prob: [N] float32, of the policy that chose them. None: of this policy; the ratio is 1 and has a gradient.
-    rewards, group, slot: [P, G] float32 of all groups, and [N] int64 each: pair i is of the sample with reward
-        rewards[group[i], slot[i]]; neither index is checked. mode, std_floor, clamp: as of `group_advantages`. A pair's
-        advantage is group_advantages(rewards, mode, std_floor, clamp)[0][group, slot], to the last bit.
+    rewards, group, reward: [P, G] float32 of all groups, [N] int64, which is not checked, and [N] float32: pair i led
+        to reward[i], which is compared with rewards[group[i]]. mode, std_floor, clamp: as of `group_advantages`. Where
+        reward[i] is rewards[p, j] its advantage is group_advantages(rewards, mode, std_floor, clamp)[0][p, j], to the
+        last bit.
     advantage: [N] float32, instead of these three.
     weight: of each pair's loss in the sum, a number, [1] or [N] float32.
     clip_low, clip_high: the ratio's range is 1 - clip_low to 1 + clip_high.
@@ -511,7 +512,7 @@ def grpo_step(
     is among the results. Raises ValueError for arguments that do not fit together.
     """
     arguments = GrpoStepArguments(
-        output, latents, taken, tables, step, as_guidance(guidance, output.device), old_log_prob, rewards, group, slot,
+        output, latents, taken, tables, step, as_guidance(guidance, output.device), old_log_prob, rewards, group, reward,
         advantage, as_scalar(weight, output.device), base_output, old_mean,
         mode, std_floor, clamp, clip_low, clip_high, as_scalar(kl_weight, output.device), ratio_norm, rescale,
     )  # fmt: skip
@@ -524,16 +525,16 @@ def _check(a: GrpoStepArguments) -> None:
     check_step(a.output, a.latents, a.tables, a.step, a.guidance, a.rescale)
     check_like("taken", a.taken, a.latents)
     check_like("old_mean", a.old_mean, a.latents)
-    check_pairs(len(a.latents), old_log_prob=a.old_log_prob, advantage=a.advantage, group=a.group, slot=a.slot)
+    check_pairs(len(a.latents), old_log_prob=a.old_log_prob, advantage=a.advantage, group=a.group, reward=a.reward)
     weight, base_output = a.weight, a.base_output
     if weight.dtype != torch.float32 or weight.shape not in ((1,), (len(a.latents),)):
         raise ValueError(f"weight is {list(weight.shape)} {weight.dtype}; a number, or float32 [1] or [N], is accepted")
     if a.kl_weight.dtype != torch.float32 or a.kl_weight.shape not in ((1,), (len(a.latents),)):
         what = f"kl_weight is {list(a.kl_weight.shape)} {a.kl_weight.dtype}"
         raise ValueError(f"{what}; a number, or float32 [1] or [N], is accepted")
-    given = [tensor is not None for tensor in (a.rewards, a.group, a.slot)]
+    given = [tensor is not None for tensor in (a.rewards, a.group, a.reward)]
     if any(given) == (a.advantage is not None) or any(given) != all(given):
-        raise ValueError("one of the two is accepted: advantage alone, or all of rewards, group and slot")
+        raise ValueError("one of the two is accepted: advantage alone, or all of rewards, group and reward")
     if a.rewards is not None:
         check_rewards(a.rewards, a.mode)
     if base_output is not None and (base_output.shape != a.output.shape or base_output.dtype != a.output.dtype):

@@ -99,9 +99,9 @@ def check_like(name: str, tensor: Tensor | None, latents: Tensor) -> None:
 
 
 def check_pairs(pairs: int, **tensors: Tensor | None) -> None:
-    """Raises ValueError for what is not [pairs]: of int64 for "group" and "slot", of float32 for others."""
+    """Raises ValueError for what is not [pairs]: of int64 for "group", of float32 for others."""
     for name, tensor in tensors.items():
-        dtype = torch.int64 if name in ("group", "slot") else torch.float32
+        dtype = torch.int64 if name == "group" else torch.float32
         if tensor is not None and (tensor.shape != (pairs,) or tensor.dtype != dtype):
             raise ValueError(f"{name} is {list(tensor.shape)} {tensor.dtype}; [{pairs}] {dtype} is accepted")
 

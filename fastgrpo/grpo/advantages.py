@@ -30,16 +30,9 @@ def advantages(rewards: Tensor, mode: str, std_floor: float, clamp: float, trim:
     return group_advantages(rewards.float(), mode, std_floor, clamp)
 
 
-def compared_rewards(rewards: Tensor, trim: int) -> tuple[Tensor, Tensor]:
-    """Returns the rewards [P, G - 2 * trim] float32 that `advantages` compares, and where in them each sample's is.
-
-    The places are [P, G] int64; a trimmed sample's, which is not learned from, is 0.
-    """
-    if not trim:
-        return rewards.float(), torch.arange(rewards.shape[1], device=rewards.device).expand(rewards.shape)
-    inner = _inner(rewards, trim)
-    places = torch.arange(inner.shape[1], device=rewards.device).expand(inner.shape)
-    return rewards.gather(1, inner).float(), torch.zeros_like(rewards, dtype=torch.int64).scatter(1, inner, places)
+def compared_rewards(rewards: Tensor, trim: int) -> Tensor:
+    """Returns the rewards [P, G - 2 * trim] float32 that `advantages` compares."""
+    return rewards.gather(1, _inner(rewards, trim)).float() if trim else rewards.float()
 
 
 def _inner(rewards: Tensor, trim: int) -> Tensor:

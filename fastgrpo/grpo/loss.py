@@ -131,7 +131,7 @@ class PolicyLoss:
             "old_mean": batch.old_mean,
             "rewards": batch.rewards,
             "group": batch.group,
-            "slot": batch.slot,
+            "reward": batch.reward,
             "mode": grpo.advantage,
             "std_floor": grpo.std_floor,
             "clamp": grpo.advantage_clamp,

@@ -17,8 +17,8 @@ from fastgrpo.types import POSITIVE, PromptBatch, Trajectory
 class MicroBatch:
     """N pairs. All tensors are on the policy's device.
 
-    rewards: [P, G] float32, of all groups, to be compared in the loss. group, slot: [N] int64: a pair's reward is
-    rewards[group, slot].
+    rewards: [P, G] float32, of all groups, to be compared in the loss. group: [N] int64, the row that a pair is compared
+    with. reward: [N] float32, what it led to.
     latents, taken: [N, C, H, W] float32, where the step began and ended. step: [N] int64, its position in the schedule.
     embeds: [N, L, D] float32. weight: [N] float32, of each pair's loss in the optimizer step's.
     kl_share: [N] float32, of the KL term's weight: 1 where it counts, 0 elsewhere.
@@ -28,7 +28,7 @@ class MicroBatch:
 
     rewards: Tensor
     group: Tensor
-    slot: Tensor
+    reward: Tensor
     latents: Tensor
     taken: Tensor
     step: Tensor
@@ -67,7 +67,7 @@ def blank_batch(policy: Policy, config: TrainConfig, size: int) -> MicroBatch:
     embeds, index = policy.unconditional.expand(size, -1, -1), zeros.long()
     compared = config.group_size - 2 * config.grpo.trim
     rewards = torch.zeros(config.prompts_per_iteration, compared, device=policy.device)
-    return MicroBatch(rewards, index, index, latents, latents, index, embeds, zeros, zeros)
+    return MicroBatch(rewards, index, zeros, latents, latents, index, embeds, zeros, zeros)
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Remembered:
 class Experience:
     """What an update learns from, on one process.
 
-    rewards: [P, G] float32, all that are compared, of all processes. group, slot: [B] int64 each: the places in them of
-    this process's samples. kl_share: [P] float32, as of `MicroBatch`, of this process's prompts.
+    rewards: [P, G] float32, all that are compared, of all processes. group: [B] int64, the rows of this process's
+    samples. reward: [B] float32, theirs. kl_share: [P] float32, as of `MicroBatch`, of this process's prompts.
     received: the M pairs that other processes have drawn and this one learns from, if there are any.
     """
 
@@ -108,7 +108,7 @@ class Experience:
     trajectory: Trajectory
     rewards: Tensor
     group: Tensor
-    slot: Tensor
+    reward: Tensor
     kl_share: Tensor
     received: MicroBatch | None = None
 
@@ -117,11 +117,11 @@ class Experience:
         cls, prompts: PromptBatch, trajectory: Trajectory, rewards: Tensor, grpo: GrpoConfig, own: slice = slice(None)
     ) -> "Experience":
         """rewards: [P, G] of all processes, on the device. own: this process's samples."""
-        compared, slot = compared_rewards(rewards, grpo.trim)
+        compared = compared_rewards(rewards, grpo.trim)
         group = torch.arange(len(rewards), device=rewards.device).repeat_interleave(rewards.shape[1])
         held = [float(grpo.kl_prompts == "all" or prompt.label == POSITIVE) for prompt in prompts.prompts]
         share = torch.tensor(held, device=rewards.device)
-        return cls(prompts, trajectory, compared, group[own], slot.flatten()[own], share)
+        return cls(prompts, trajectory, compared, group[own], rewards.float().flatten()[own], share)
 
     def exchanged(self, moves: Moves, ranks: Ranks) -> "Experience":
         """Send the pairs that others learn from, and receive those of others. To be called by all processes."""
@@ -148,7 +148,7 @@ class Experience:
         gathered = MicroBatch(
             rewards=self.rewards,
             group=self.group[own],
-            slot=self.slot[own],
+            reward=self.reward[own],
             latents=latents[step, own],
             taken=latents[step + 1, own],
             step=step,
@@ -161,7 +161,7 @@ class Experience:
         return gathered if self.received is None else _with_received(gathered, self.received, pairs.sample - samples)
 
 
-_MOVED = "group", "slot", "latents", "taken", "embeds", "kl_share"
+_MOVED = "group", "reward", "latents", "taken", "embeds", "kl_share"
 """What a pair is sent with."""
 
 

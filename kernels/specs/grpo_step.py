@@ -14,8 +14,8 @@ from fastgrpo.kernels.step_math import gaussian_log_prob, step_mean
 
 def _function(*arguments: Any) -> tuple[Tensor, ...]:
     """Returns those of the results that vary continuously."""
-    *step, rewards, group, slot, clip_range = arguments
-    results = grpo_step(*step, rewards=rewards, group=group, slot=slot, clip_low=clip_range, clip_high=clip_range)
+    *step, rewards, group, reward, clip_range = arguments
+    results = grpo_step(*step, rewards=rewards, group=group, reward=reward, clip_low=clip_range, clip_high=clip_range)
     return results.loss, results.ratio, results.gradient
 
 
@@ -39,9 +39,8 @@ def _case(groups: int, group_size: int, shape: tuple[int, int, int], channels_la
         # Ratios within 5% of 1, none of them near the bounds of 20%, where rounding decides.
         old = gaussian_log_prob(taken, mean, sigma).float() + 0.05 * torch.rand(pairs, generator=generator).to(device)
         rewards = torch.randn(groups, group_size, generator=generator).to(device)
-        index = torch.arange(pairs, device=device)
-        group, slot = index // group_size, index % group_size
-        return output, latents, taken, tables, step, guidance, old, rewards, group, slot, 0.2
+        group = torch.arange(groups, device=device).repeat_interleave(group_size)
+        return output, latents, taken, tables, step, guidance, old, rewards, group, rewards.flatten(), 0.2
 
     return Case(case_name(pairs, shape, channels_last), make, pairs * math.prod(shape) * (4 + 4 + 4 + 4))
 
@@ -64,10 +63,10 @@ def _aot(
     constants |= {"GUIDED": guided, "OLD": old, "KL": kl, "MODE": mode, "GROUP_SIZE": 16, "BLOCK_G": 16}
     constants |= {"KEEP": keep, "BLOCK": block}
     present = {"old_log_prob": old == "log_prob", "old_mean": old == "mean", "base_output": kl, "guidance": guided}
-    present |= {"advantage": mode == "given"} | dict.fromkeys(("rewards", "group", "slot"), mode != "given")
+    present |= {"advantage": mode == "given"} | dict.fromkeys(("rewards", "group", "reward"), mode != "given")
     constants |= dict.fromkeys(parameter for parameter, given in present.items() if not given)
     types = dict.fromkeys(("output", "base_output", "gradient"), POINTERS[dtype]) | {"clipped": "*i8"}
-    types |= dict.fromkeys(("step", "group", "slot"), "*i64")
+    types |= dict.fromkeys(("step", "group"), "*i64")
     types |= dict.fromkeys(("pairs", "steps", "groups", "step_stride", "weight_stride", "kl_stride"), "i32")
     types |= dict.fromkeys(("low", "high", "std_floor", "clamp"), "fp32")
     name = f"grpo_step{name}{'_float32' if dtype == torch.float32 else ''}"

@@ -62,6 +62,7 @@ def make(groups=2, group_size=3, shape=(4, 8, 8), dtype=torch.float32, guidance=
     output = (old_output + 0.02 * scale * torch.randn(old_output.shape, generator=generator)).to(dtype)
     base_output = (old_output + 0.05 * scale * torch.randn(old_output.shape, generator=generator)).to(dtype)
     index = torch.randperm(pairs, generator=generator)
+    rewards, group = torch.randn(groups, group_size, generator=generator), index // group_size
     return {
         "output": output,
         "latents": latents,
@@ -72,9 +73,9 @@ def make(groups=2, group_size=3, shape=(4, 8, 8), dtype=torch.float32, guidance=
         "old_log_prob": old_log_prob,
         "old_mean": old_mean,
         "base_output": base_output,
-        "rewards": torch.randn(groups, group_size, generator=generator),
-        "group": index // group_size,
-        "slot": index % group_size,
+        "rewards": rewards,
+        "group": group,
+        "reward": rewards[group, index % group_size],
         "weight": torch.rand(pairs, generator=generator) + 0.5,
     }
 
@@ -94,7 +95,7 @@ def options(arguments, kl=0.0, ratio_norm=False, own=False, **settings):
 
 def filled(arguments: dict) -> GrpoStepArguments:
     """The operator's arguments, from keyword arguments of `grpo_step`."""
-    defaults = dict.fromkeys(("old_log_prob", "old_mean", "rewards", "group", "slot", "advantage", "base_output")) | {
+    defaults = dict.fromkeys(("old_log_prob", "old_mean", "rewards", "group", "reward", "advantage", "base_output")) | {
         "weight": 1.0,
         "mode": "group",
         "std_floor": 1e-6,
@@ -128,8 +129,13 @@ def total(results: GrpoStep, weight, kl_weight: float = 0.0, **_) -> torch.Tenso
     return (weight * (results.loss + kl_weight * results.kl)).sum()
 
 
+def slots(arguments: dict) -> torch.Tensor:
+    """[N] int64: where in its group each pair's reward is."""
+    return (arguments["rewards"][arguments["group"]] == arguments["reward"][:, None]).int().argmax(dim=1)
+
+
 def given_advantages(arguments: dict, advantage: torch.Tensor) -> dict:
-    return {k: v for k, v in arguments.items() if k not in ("rewards", "group", "slot")} | {"advantage": advantage}
+    return {k: v for k, v in arguments.items() if k not in ("rewards", "group", "reward")} | {"advantage": advantage}
 
 
 VARIANTS = {
@@ -183,7 +189,7 @@ def closed_form(arguments, rescaled=rescaled) -> GrpoStep:
         std = (centred.square().sum(1, True) / (centred.shape[1] - 1)).sqrt()
         scale = {"group": std, "global": (centred.square().sum() / (centred.numel() - 1)).sqrt(), "none": 1.0}
         table = (centred / scale[a.get("mode", "group")]).clamp(-2.5, 2.5)
-        advantage = table[a["group"], a["slot"]]
+        advantage = table[a["group"], slots(a)]
     ratio = log_ratio.exp()
     loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - a["clip_low"], 1 + a["clip_high"]))
     clipped = (-advantage * ratio < loss) * (ratio - 1).sign()
@@ -393,11 +399,11 @@ def test_a_replayed_graph_computes_what_its_inputs_are_at_each_replay():
     output = torch.randn(12, 4, 64, 64, generator=generator).cuda().bfloat16()
     latents, noise = torch.randn(2, 6, 4, 64, 64, generator=generator).cuda()
     tables, step, guidance = tables_of(schedule_of()).cuda(), torch.tensor([30]).cuda(), torch.tensor([5.0]).cuda()
-    rewards, group, slot = torch.randn(2, 3).cuda(), torch.arange(6).cuda() // 3, torch.arange(6).cuda() % 3
+    rewards, group = torch.randn(2, 3).cuda(), torch.arange(6).cuda() // 3
 
     def run():
         following, old = ddim_step(output, latents, tables, step, guidance, noise)
-        pairs = {"rewards": rewards, "group": group, "slot": slot}
+        pairs = {"rewards": rewards, "group": group, "reward": rewards.flatten()}
         return following, *grpo_step(output, latents, following, tables, step, guidance, old, **pairs)
 
     run()  # compiles
@@ -438,7 +444,7 @@ def test_cpu_operator_is_the_chain_of_plain_operations_bit_for_bit(dtype, guidan
         log_prob = plain_log_prob(arguments["taken"], mean, sigma)
         log_ratio = log_prob - (log_prob.detach() if settings["own"] else arguments["old_log_prob"])
     advantage = plain_advantages(arguments["rewards"], settings["mode"], 1e-6, 2.5)
-    loss, ratio, clipped = plain_clipped_loss(log_ratio, advantage[arguments["group"], arguments["slot"]], 1e-5, 2e-5)
+    loss, ratio, clipped = plain_clipped_loss(log_ratio, advantage[arguments["group"], slots(arguments)], 1e-5, 2e-5)
     policy_loss, kl = loss, torch.zeros_like(loss)
     if settings["kl"]:
         kl = plain_kl(mean, mean_of(arguments["base_output"]), sigma)
@@ -567,7 +573,7 @@ def test_flat_groups_have_advantage_zero_in_the_step(mode):
     """One group without spread, one with; then, by a floor above the common std, all flat with "global"."""
     arguments = make(2, 3)
     arguments["rewards"][1] = 0.1
-    arguments |= {"group": torch.tensor([0, 0, 0, 1, 1, 1]), "slot": torch.tensor([0, 1, 2, 0, 1, 2])}
+    arguments |= {"group": torch.tensor([0, 0, 0, 1, 1, 1]), "reward": arguments["rewards"].flatten()}
     ours = launch(**options(arguments, mode=mode))
     assert (ours.loss[3:] == 0).all()
     assert (ours.loss[:3] != 0).all()
@@ -616,6 +622,7 @@ def test_clipped_loss_alone(path):
 def test_advantages_of_rewards_are_those_of_group_advantages_bit_for_bit(path, mode, groups, group_size):
     """Also of a flat group, of clamped ones, and of pairs that are some of the samples, one of them twice."""
     arguments = options(make(groups, group_size, shape=(4, 2, 2)), mode=mode, std_floor=1e-3, clamp=0.7)
+    slot = slots(arguments)
     arguments["rewards"][-1, 1:] = arguments["rewards"][-1, 0] + 1e-4
     if groups > 1:
         arguments["rewards"][0, 0] = 40.0
@@ -626,11 +633,29 @@ def test_advantages_of_rewards_are_those_of_group_advantages_bit_for_bit(path, m
     assert groups == 1 or (table.abs() == torch.tensor(0.7)).any()
     if not kernel:
         assert torch.equal(table, plain_advantages(arguments["rewards"], mode, 1e-3, 0.7))
-    arguments["group"][0], arguments["slot"][0] = arguments["group"][1], arguments["slot"][1]
+    arguments["group"][0], slot[0] = arguments["group"][1], slot[1]
+    arguments["reward"] = arguments["rewards"][arguments["group"], slot]
     ours = run(**arguments)
-    given = run(**given_advantages(arguments, table[arguments["group"], arguments["slot"]]))
+    given = run(**given_advantages(arguments, table[arguments["group"], slot]))
     for a, b in zip(ours, given, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("mode", ["group", "global", "none"])
+def test_a_reward_that_is_none_of_the_group_s_is_compared_with_them_all_the_same(path, mode):
+    """A branch's is the mean of what it led to."""
+    arguments = options(make(3, 4, shape=(4, 2, 2)), mode=mode, own=True, clamp=0.5)
+    rewards, group = arguments["rewards"], arguments["group"]
+    arguments["reward"] = torch.stack([rewards[g, :2].mean() for g in group])
+    run = launch if path == "kernel" else grpo_step
+    scale = {"group": rewards.double().std(dim=1), "none": torch.ones(3).double()}
+    scale["global"] = (rewards - rewards.mean(dim=1, keepdim=True)).double().square().sum().div(11).sqrt().expand(3)
+    expected = ((arguments["reward"].double() - rewards.double().mean(dim=1)[group]) / scale[mode][group]).clamp(
+        -0.5, 0.5
+    )
+    # Both are rounded once, to float32; "global" is centred in float32 here: an error of 2^-24 of rewards up to 4.
+    torch.testing.assert_close(run(**arguments).loss, -expected.float(), rtol=2**-22, atol=2**-21)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -640,7 +665,7 @@ def test_an_advantage_s_bits_are_seen_in_the_loss(path):
     kernel = path == "kernel"
     run, alone = (launch, advantage_op._launch_group_advantages) if kernel else (grpo_step, group_advantages)
     table, _ = alone(arguments["rewards"], "group", 1e-6, 2.5)
-    assert torch.equal(run(**arguments).loss, -table[arguments["group"], arguments["slot"]])
+    assert torch.equal(run(**arguments).loss, -table[arguments["group"], slots(arguments)])
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -748,7 +773,7 @@ def test_what_is_compiled_is_what_is_launched(aot, monkeypatch):
         arguments |= {"advantage": torch.zeros(1)}
         constants |= {"GROUP_SIZE": 2, "BLOCK_G": 2}  # of no use to it
     else:
-        arguments |= {"rewards": torch.zeros(1, size), "group": zero, "slot": zero, "mode": mode}
+        arguments |= {"rewards": torch.zeros(1, size), "group": zero, "reward": torch.zeros(1), "mode": mode}
     launch(**arguments)
     assert recorder.options == constants | {"num_warps": aot.num_warps} | aot.options
     assert recorder.options["enable_fp_fusion"] is False
@@ -761,7 +786,7 @@ def test_what_is_compiled_is_what_is_launched(aot, monkeypatch):
         ({"taken": torch.zeros(6, 4, 8, 9)}, "taken is"),
         ({"old_log_prob": torch.zeros(5)}, "old_log_prob is"),
         ({"group": torch.zeros(6)}, "group is"),
-        ({"slot": None}, "one of the two"),
+        ({"reward": None}, "one of the two"),
         ({"advantage": torch.zeros(6)}, "one of the two"),
         ({"rewards": torch.zeros(6, 1)}, "G at least 2"),
         ({"mode": "batch"}, "group, global or none"),

@@ -17,7 +17,14 @@ def noise_batch(loss: PolicyLoss, size: int, seed: int = 1) -> MicroBatch:
     rewards, pair = torch.randn(batch.rewards.shape, generator=generator), torch.arange(size)
     group, slot = pair % rewards.shape[0], pair // rewards.shape[0] % rewards.shape[1]
     weight, share = torch.full((size,), 1 / size), torch.ones(size)
-    given = {"rewards": rewards, "group": group, "slot": slot, "taken": taken, "weight": weight, "kl_share": share}
+    given = {
+        "rewards": rewards,
+        "group": group,
+        "reward": rewards[group, slot],
+        "taken": taken,
+        "weight": weight,
+        "kl_share": share,
+    }
     return replace(batch, step=pair % 2, **given)
 
 

@@ -44,7 +44,7 @@ def spoil(kind: str, when: Callable[[], bool]) -> Callable[..., Learned]:
 
     def learned(self: PolicyLoss, batch: MicroBatch) -> Learned:
         results, gradients = learn(self, batch)
-        bad = (batch.slot == SLOT) & (batch.step == STEP)
+        bad = (batch.reward == batch.rewards[batch.group, SLOT]) & (batch.step == STEP)
         if bad.any() and when():
             if kind == "loss":
                 results = replace(results, loss=results.loss.masked_fill(bad, torch.nan))

@@ -104,8 +104,8 @@ def _once(stage: Stage, watch: Watch) -> Iterator[None]:
     encode_image = OpenClipEncoder.encode_image
     decode: Callable[..., Any] = vae.decode
 
-    def first_step(engine: FixedPasses, embeds: Tensor, part: slice, keep_mean: bool) -> Denoise:
-        denoise = denoiser(engine, embeds, part, keep_mean)
+    def first_step(engine: FixedPasses, embeds: Tensor, part: slice, *others: Any) -> Denoise:
+        denoise = denoiser(engine, embeds, part, *others)
 
         def step(index: int, latents: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
             if part.start == index == 0:

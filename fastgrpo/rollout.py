@@ -3,13 +3,15 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastgrpo.engine.overlap import pipeline
-from fastgrpo.engine.passes import Passes
+from fastgrpo.engine.passes import Passes, ignore
 from fastgrpo.engine.sampler import Denoise, Sampler
+from fastgrpo.grpo.branches import Tree, tree_of
 from fastgrpo.policy import DECODE_BATCH, Policy
 from fastgrpo.schedule import Schedule
 from fastgrpo.system.finite import PictureSource, require_finite
@@ -39,22 +41,13 @@ def rollout(
     """
     engine.begin_rollout()
     drawing = _Drawing(engine, prompts, generator, progress)
-    everything, half = slice(0, drawing.samples), "micro_batch" if engine.draws_micro_batches else "rollout_batch"
+    everything = slice(0, drawing.samples)
+    *shared, last = drawing.phases
+    for phase in shared:
+        drawing.take(*phase)
     finishing = _Finishing(drawing, score if engine.scores_early(drawing.samples) else None)
     with pipeline(finishing.finish, engine.policy.device) if engine.overlaps else nullcontext() as line:
-        waiting, together = engine.chunks(everything), engine.workers.count
-        while waiting:
-            drawn: list[Tensor] = []
-            for attempt in engine.attempts(half, most=drawing.samples):
-                if attempt.again:
-                    waiting = [chunk for part in waiting for chunk in engine.chunks(part)]
-                with attempt:
-                    drawn = list(engine.workers.map(drawing.draw, waiting[:together]))
-            for part, latents in zip(waiting[:together], drawn, strict=True):
-                drawing.latents[:, part] = latents
-                if line:
-                    line.drawn(part)
-            waiting = waiting[together:]
+        drawing.take(*last, drawn=line.drawn if line else ignore)
     images = finishing.images if engine.overlaps else drawing.decode(everything)
     return Trajectory(drawing.latents, drawing.log_probs, images, drawing.means)
 
@@ -63,12 +56,14 @@ class _Drawing:
     """A rollout under way: B = P * G samples of this process, which workers draw chunk by chunk.
 
     latents, log_probs, means: as of `Trajectory`; latents not drawn yet hold the noise that will lead there.
+    phases: steps that equally many latents of each group are taken through, and this number.
     """
 
     def __init__(self, engine: Passes, prompts: PromptBatch, generator: torch.Generator, progress: Progress | None):
         self.engine, self._prompts, self._progress = engine, prompts, progress
         self.group_size, self.steps = engine.config.group_size, len(engine.schedule)
-        self._embeds = prompts.embeds.repeat_interleave(self.group_size, dim=0)
+        self._tree = tree_of(engine.schedule, engine.config) or Tree((self.group_size,) * (self.steps + 1))
+        self.phases = self._tree.phases()
         ranks, kind, device = engine.ranks, engine.config.rollout.initial_noise, engine.policy.device
         shape = (ranks.count * len(prompts) * self.group_size, *engine.policy.latent_shape)
         own = ranks.share(shape[0])
@@ -84,20 +79,60 @@ class _Drawing:
             self.latents[step + 1] = torch.randn(shape, generator=generator, device=generator.device)[own]
         self._reached = [0] * self.samples  # steps of each; every worker writes places of its own
 
-    def draw(self, part: slice) -> Tensor:
-        """Take all steps of these samples. Returns their latents [T + 1, n, C, H, W], which are not stored yet."""
-        denoise = self.engine.denoiser(self._embeds[part], part, self.means is not None)
-        # A copy: should memory run out here or in another worker's chunk, smaller ones find their noise as it was.
-        latents = self.latents[:, part].clone()
-        for step in range(self.steps):
+    def take(self, steps: range, count: int, drawn: Callable[[slice], object] = ignore) -> None:
+        """Take these steps of the `count` latents that each group has before them, chunk by chunk.
+
+        drawn: told of each chunk's samples when their latents are stored; chunks come in order.
+        """
+        engine, together, nodes = self.engine, self.engine.workers.count, len(self._prompts) * count
+        waiting, half = engine.chunks(slice(0, nodes)), "micro_batch" if engine.draws_micro_batches else "rollout_batch"
+        embeds = self._prompts.embeds.repeat_interleave(count, dim=0)
+        while waiting:
+            taken: list[list[Tensor]] = []
+            for attempt in engine.attempts(half, most=nodes):
+                if attempt.again:
+                    waiting = [chunk for part in waiting for chunk in engine.chunks(part)]
+                with attempt:
+                    taken = list(engine.workers.map(partial(self._draw, steps, embeds), waiting[:together]))
+            for part, results in zip(waiting[:together], taken, strict=True):
+                for step, latents in zip(steps, results, strict=True):
+                    self._store(self.latents[step + 1], step, part, latents)
+                drawn(self._samples(steps.start, part))
+            waiting = waiting[together:]
+
+    def _draw(self, steps: range, embeds: Tensor, part: slice) -> list[Tensor]:
+        """Take these steps of some nodes. Returns the latents that each leads to, which are not stored yet.
+
+        embeds: [N, L, D], of all nodes.
+        Should memory run out here or in another worker's chunk, smaller ones find their noise as it was.
+        """
+        tree, count = self._tree, self._tree.counts[steps.start]
+        denoise = self.engine.denoiser(embeds[part], part, self.means is not None, count)
+        latents, results = tree.nodes(self.latents[steps.start], count)[part, 0], []
+        for step in steps:
             PULSE.mark()
-            latents[step + 1], self.log_probs[step, part], *mean = denoise(step, latents[step], latents[step + 1])
+            into = slice(part.start * tree.width(step), part.stop * tree.width(step))
+            noise = tree.nodes(self.latents[step + 1], tree.counts[step + 1])[into, 0]
+            latents, log_probs, *mean = denoise(step, latents, noise)
+            latents = latents.clone()  # the next step may be written where this one was
+            results.append(latents)
+            self._store(self.log_probs[step], step, part, log_probs)
             if self.means is not None:
-                self.means[step, part] = mean[0]
+                self._store(self.means[step], step, part, mean[0])
             if self._progress is not None:
-                self._reached[part] = [step + 1] * (part.stop - part.start)
+                samples = self._samples(steps.start, part)
+                self._reached[samples] = [step + 1] * (samples.stop - samples.start)
                 self._progress(sum(self._reached), self.steps * self.samples)
-        return latents
+        return results
+
+    def _samples(self, step: int, part: slice) -> slice:
+        """The samples on the paths of some nodes before this step."""
+        spread = self.group_size // self._tree.counts[step]
+        return slice(part.start * spread, part.stop * spread)
+
+    def _store(self, into: Tensor, step: int, part: slice, results: Tensor) -> None:
+        """Write what this step of some nodes led to in the places of all samples on the way. into: [B, ...]."""
+        into[self._samples(step, part)] = self._tree.spread(results, self._tree.counts[step + 1])
 
     def decode(self, part: slice) -> Tensor:
         """Returns the images [N, 3, h, w] of these samples, whose steps are all taken. Raises BrokenPicture."""
@@ -110,7 +145,8 @@ class _Drawing:
             sample = f"{when}sample {place + 1} of {self.group_size}"
             return PictureSource(sample, self._prompts.prompts[prompt].text)
 
-        require_finite(decoded, latents, policy.dtype, request, self._embeds[part])
+        embeds = self._prompts.embeds.repeat_interleave(self.group_size, dim=0)[part]
+        require_finite(decoded, latents, policy.dtype, request, embeds)
         return decoded
 
 

@@ -12,6 +12,7 @@ from fastgrpo.engine.not_finite import NotFinite
 from fastgrpo.engine.old_policy import OldPolicy
 from fastgrpo.engine.passes import Passes
 from fastgrpo.grpo.advantages import advantages, learned_from
+from fastgrpo.grpo.branches import tree_of
 from fastgrpo.grpo.loss import PairResults
 from fastgrpo.grpo.micro_batch import Experience
 from fastgrpo.grpo.pairs import Pairs, deal
@@ -87,7 +88,8 @@ def update(
     dealing = generator, ranks, engine.loss.kl_weight.value > 0
     steps, moves = deal(engine.schedule, learned, flat, config, iteration, *dealing) if whole.any() else ([], None)
     own = ranks.share(total.numel())
-    experience = Experience.of(prompts, trajectory, total.to(engine.policy.device), grpo, own)
+    tree = tree_of(engine.schedule, config)
+    experience = Experience.of(prompts, trajectory, total.to(engine.policy.device), grpo, own, tree)
     if moves:
         experience = experience.exchanged(moves, ranks)
     old = OldPolicy(engine, experience, moves.received if moves else None)

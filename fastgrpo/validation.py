@@ -142,6 +142,20 @@ def _validate_rollout(config: TrainConfig) -> None:
     _require(config, 1 <= rollout.steps <= DIFFUSION_STEPS, "rollout.steps", f"1 to {DIFFUSION_STEPS}")
     # Above 1 the noise could exceed the variance that is left: sqrt(1 - a_p - sigma^2) would not be real.
     _require(config, 0 < rollout.eta <= 1, "rollout.eta", "above 0 (a sure step has no probability) and at most 1")
+    if not rollout.branches:
+        return
+    group, noisy = config.group_size, rollout.steps
+    grows = min(rollout.branches) > 1 and math.prod(rollout.branches) == group and len(rollout.branches) <= noisy
+    accepted = (
+        f"numbers above 1 whose product is group_size ({group}), at most one for each of {noisy} steps with noise"
+    )
+    _require(config, grows, "rollout.branches", accepted)
+    accepted = "per_prompt or shared with rollout.branches, where a group begins as one path"
+    _require(config, rollout.initial_noise != "independent", "rollout.initial_noise", accepted)
+    grpo = config.grpo
+    for name, off in (("trim", 0), ("best_of", 0), ("step_fraction", 1), ("skip_clipped", False)):
+        accepted = f"{str(off).lower()} with rollout.branches, where siblings are learned from together"
+        _require(config, getattr(grpo, name) == off, f"grpo.{name}", accepted)
 
 
 def _validate_grpo(config: TrainConfig) -> None:

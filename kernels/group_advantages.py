@@ -48,7 +48,7 @@ def advantages_of(
 def group_advantage(
     rewards, group, own, groups, std_floor, clamp, MODE: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_G: tl.constexpr
 ):
-    """Returns the advantages, float64, of `own`, one reward or a block of them, in a group; and whether that is flat."""
+    """Returns the advantages, float64, of `own`, a reward or a block of them, in a group; and whether that is flat."""
     j = tl.arange(0, BLOCK_G)
     r = tl.load(rewards + group * GROUP_SIZE + j, mask=j < GROUP_SIZE, other=0.0).to(tl.float64)
     mean = tl.sum(r) / GROUP_SIZE

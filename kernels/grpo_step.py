@@ -512,8 +512,8 @@ def grpo_step(
     is among the results. Raises ValueError for arguments that do not fit together.
     """
     arguments = GrpoStepArguments(
-        output, latents, taken, tables, step, as_guidance(guidance, output.device), old_log_prob, rewards, group, reward,
-        advantage, as_scalar(weight, output.device), base_output, old_mean,
+        output, latents, taken, tables, step, as_guidance(guidance, output.device), old_log_prob, rewards, group,
+        reward, advantage, as_scalar(weight, output.device), base_output, old_mean,
         mode, std_floor, clamp, clip_low, clip_high, as_scalar(kl_weight, output.device), ratio_norm, rescale,
     )  # fmt: skip
     _check(arguments)

@@ -177,8 +177,8 @@ def test_a_batch_that_memory_runs_out_for_is_drawn_in_smaller_ones(policy, promp
     threes, ones = (roll(policy, prompts, replace(CONFIG, batch=size)) for size in (3, 1))
     denoiser = Passes.denoiser
 
-    def small_memory(self, embeds, part, keep_mean):
-        denoise = denoiser(self, embeds, part, keep_mean)
+    def small_memory(self, embeds, part, *others):
+        denoise = denoiser(self, embeds, part, *others)
 
         def step(position, latents, noise):
             if position == 2 and part == slice(3, 6):
@@ -205,10 +205,10 @@ def test_what_another_worker_drew_meanwhile_is_drawn_again_from_its_noise(policy
     ones = roll(policy, prompts, replace(CONFIG, batch=1))
     denoiser = Passes.denoiser
 
-    def small_memory(self, embeds, part, keep_mean):
+    def small_memory(self, embeds, part, *others):
         if part == slice(3, 6):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return denoiser(self, embeds, part, keep_mean)
+        return denoiser(self, embeds, part, *others)
 
     monkeypatch.setattr(Passes, "denoiser", small_memory)
     found = roll(policy, prompts, replace(CONFIG, batch=3))

@@ -19,14 +19,16 @@ from fastgrpo.engine.graphs import Inputs, StaticCall, capture_all, memory_pool
 from fastgrpo.engine.passes import Changed, Passes, ignore
 from fastgrpo.engine.sampler import Denoise, Sampler
 from fastgrpo.engine.trainable import Trainable
+from fastgrpo.grpo.branches import tree_of
 from fastgrpo.grpo.loss import PairResults, PolicyLoss
 from fastgrpo.grpo.micro_batch import SURE, MicroBatch, blank_batch
 from fastgrpo.grpo.pairs import Pairs
+from fastgrpo.grpo.steps import trained_steps
 from fastgrpo.system.distributed import Ranks
 from fastgrpo.unet.convolutions import searching
 
-Key = tuple[str, tuple[bool, ...]]
-"""A function's name, and which of its inputs are None."""
+Key = tuple[str, tuple[bool, ...], int]
+"""A function's name, which of its inputs are None, and how many siblings start from one latent."""
 
 
 class FixedPasses(Passes):
@@ -70,24 +72,25 @@ class FixedPasses(Passes):
     def overlaps(self) -> bool:
         return self._overlap
 
-    def denoiser(self, embeds: Tensor, part: slice, keep_mean: bool) -> Denoise:
+    def denoiser(self, embeds: Tensor, part: slice, keep_mean: bool, group_size: int) -> Denoise:
         count, size = len(embeds), self.chunk_size
         sampler = Sampler(self.policy, self.schedule, self.config.rollout.guidance, keep_mean)
         contexts = self.policy.contexts(_padded(embeds, size), sampler.guidance)
         distinct = None
         if self.share_first:
             samples = range(part.start, part.start + size)
-            distinct = sampler.first_rows(self.config.rollout.initial_noise, self.config.group_size, samples)
+            distinct = sampler.first_rows(self.config.rollout.initial_noise, group_size, samples)
         positions = torch.arange(len(self.schedule), device=embeds.device)
 
         def denoise(step: int, latents: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-            inputs = _padded(latents, size), _padded(noise, size), positions[step : step + 1], contexts
+            siblings = len(noise) // len(latents)
+            inputs = _padded(latents, size), _padded(noise, size * siblings), positions[step : step + 1], contexts
             if step == 0 and distinct is not None:  # of another size, so not compiled or captured
                 results = sampler.plain().step(*inputs, distinct)
             else:
                 name = "step with means" if keep_mean or self._kept_means else "step"
-                results = self._prepared(name, inputs)(*inputs)
-            return tuple(result[:count] for result in results[: 3 if keep_mean else 2])
+                results = self._prepared(name, inputs, siblings)(*inputs)
+            return tuple(result[: count * siblings] for result in results[: 3 if keep_mean else 2])
 
         return denoise
 
@@ -100,18 +103,18 @@ class FixedPasses(Passes):
     def _learn(self, batches: list[MicroBatch]) -> list[PairResults]:
         (batch,) = batches
         inputs = batch.padded(self.micro_batch).tensors()
-        results, _ = self._prepared("learn", inputs)(*inputs)
+        results, _ = self._prepared("learn", inputs, batch.siblings)(*inputs)
         return [results.first(len(batch))]
 
     def _evaluate_pairs(self, batches: list[MicroBatch]) -> list[PairResults]:
         (batch,) = batches
         inputs = batch.padded(self.micro_batch).tensors()
-        return [self._prepared("evaluate_pairs", inputs)(*inputs).first(len(batch))]
+        return [self._prepared("evaluate_pairs", inputs, batch.siblings)(*inputs).first(len(batch))]
 
     def _recompute(self, batches: list[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
         (batch,) = batches
         inputs = batch.padded(self.micro_batch).tensors()
-        log_probs, means = self._prepared("recompute", inputs)(*inputs)
+        log_probs, means = self._prepared("recompute", inputs, batch.siblings)(*inputs)
         return [(log_probs[: len(batch)].clone(), means[: len(batch)].clone())]
 
     def _resize(self, name: str, size: int) -> None:
@@ -122,9 +125,9 @@ class FixedPasses(Passes):
     # -----------------------------------------------------------------------------------------------------------------
     # What is captured: functions of tensors alone
 
-    def _prepared(self, name: str, inputs: tuple[Tensor | None, ...]) -> StaticCall:
+    def _prepared(self, name: str, inputs: tuple[Tensor | None, ...], siblings: int) -> StaticCall:
         """The call of this name for inputs like these, captured where calls are."""
-        key = name, tuple(tensor is None for tensor in inputs)
+        key = name, tuple(tensor is None for tensor in inputs), siblings
         if not self._calls:
             self._prepare()
         if key not in self._calls:
@@ -139,7 +142,7 @@ class FixedPasses(Passes):
         needed, possible = self._foreseen()
         calls = {key: self._make(key) for key in needed + possible}
         if self._capture:
-            for (name, _), call in calls.items():
+            for (name, _, _), call in calls.items():
                 try:
                     call.warm_up()
                 except torch.OutOfMemoryError as error:
@@ -156,12 +159,18 @@ class FixedPasses(Passes):
         other = own if mode == "detach" else (*[False] * SURE, False, not config.grpo.ratio_norm)
         replay = [("learn", own), *[("recompute", own)] * several]
         drawn = [("learn", other), *[("recompute", own)] * (self.ranks.count > 1)]  # pairs of other processes' rollouts
-        needed: list[Key] = {"rollout": drawn, "detach": [("learn", own)], "replay": [*replay]}[mode]
+        needed = {"rollout": drawn, "detach": [("learn", own)], "replay": [*replay]}[mode]
         if several:
             needed += [("learn", other)] if mode == "replay" else []
             needed += [("evaluate_pairs", other)] if config.grpo.skip_clipped else []
-        needed.append(("step with means" if self._kept_means else "step", (False,) * 4))
-        return needed, replay if mode == "rollout" and math.isfinite(self.allowed) else []
+        step = "step with means" if self._kept_means else "step"
+        tree = tree_of(self.schedule, config)
+        drawn_widths = tree.widths(range(len(self.schedule))) if tree else [1]
+        widths = tree.widths(trained_steps(self.schedule, config.grpo, iteration=1).tolist()) if tree else [1]
+        calls = [(*call, width) for width in widths for call in needed]
+        calls += [(step, (False,) * 4, width) for width in drawn_widths]
+        possible = replay if mode == "rollout" and math.isfinite(self.allowed) else []
+        return calls, [(*call, width) for width in widths for call in possible]
 
     @property
     def _kept_means(self) -> bool:
@@ -170,10 +179,10 @@ class FixedPasses(Passes):
 
     def _make(self, key: Key) -> StaticCall:
         """A call, not yet captured. Its example adds 0 to the gradient."""
-        name, absent = key
+        name, absent, siblings = key
         if name.startswith("step"):
-            return self._make_step(keep_mean=name == "step with means")
-        blank = blank_batch(self.policy, self.config, self.micro_batch)
+            return self._make_step(name == "step with means", siblings)
+        blank = blank_batch(self.policy, self.config, self.micro_batch, siblings)
         given = (*blank.tensors()[:SURE], blank.weight, blank.latents)
         example = [None if none else tensor for tensor, none in zip(given, absent, strict=True)]
         functions: dict[str, Any] = {
@@ -181,13 +190,14 @@ class FixedPasses(Passes):
             "evaluate_pairs": self.loss.evaluate_pairs,
             "recompute": self.loss.recompute,
         }
-        return self._call(torch.enable_grad()(functions[name]), example, pack=MicroBatch)
+        return self._call(torch.enable_grad()(functions[name]), example, pack=partial(MicroBatch, siblings=siblings))
 
-    def _make_step(self, keep_mean: bool) -> StaticCall:
+    def _make_step(self, keep_mean: bool, siblings: int) -> StaticCall:
         size, guidance = self.chunk_size, self.config.rollout.guidance
         contexts = self.policy.contexts(self.policy.unconditional.expand(size, -1, -1), guidance)
         blank = blank_batch(self.policy, self.config, size)
-        example = [blank.latents, blank.taken, blank.step[:1], contexts]
+        noise = blank.taken.repeat_interleave(siblings, dim=0)
+        example = [blank.latents, noise, blank.step[:1], contexts]
         sampler = Sampler(self.policy, self.schedule, guidance, keep_mean)
         # A compiled pass of the update's size is the update's program, with what gradients need: the same bits. One of
         # another size is another program anyway, and can leave that out.

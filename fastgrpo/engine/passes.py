@@ -163,13 +163,16 @@ class Passes:
         group = self.config.group_size
         return self.overlaps and any(part.stop >= group for part in self.chunks(slice(0, samples))[:-1])
 
-    def denoiser(self, embeds: Tensor, part: slice, keep_mean: bool) -> Denoise:
-        """Takes the steps of one chunk. embeds: [N, L, D] of its samples. part: where they are among this process's."""
+    def denoiser(self, embeds: Tensor, part: slice, keep_mean: bool, group_size: int) -> Denoise:
+        """Takes the steps of one chunk. embeds: [N, L, D] of its samples. part: where they are among this process's.
+
+        group_size: how many of them each group has, fewer than G where they are the trunk that samples share.
+        """
         sampler = Sampler(self.policy, self.schedule, self.config.rollout.guidance, keep_mean)
         distinct = None
         if self.share_first:
             samples = range(part.start, part.stop)
-            distinct = sampler.first_rows(self.config.rollout.initial_noise, self.config.group_size, samples)
+            distinct = sampler.first_rows(self.config.rollout.initial_noise, group_size, samples)
         return sampler.chunk(embeds, distinct)
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,10 @@ from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
 
 Denoise = Callable[[int, Tensor, Tensor], tuple[Tensor, ...]]
-"""(step, latents, noise), [N, C, H, W] float32 -> the next latents, their log-probs [N] and, if wanted, their means."""
+"""(step, latents, noise), [N, C, H, W] float32 -> the next latents, their log-probs [N] and, if wanted, their means.
+
+Of a step that leads to W siblings from each latent there is noise for each, [N * W, C, H, W]; results are as many.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class Sampler:
     ) -> tuple[Tensor, ...]:
         """One step of N samples; all its inputs are on the device, so one capture serves all steps.
 
-        latents, noise: [N, C, H, W] float32. step: [1] int64. contexts: as `Policy.contexts`. distinct: rows to
-        compute; None is all.
+        latents: [N, C, H, W] float32. noise: the same, or [N * W, C, H, W] for steps to W siblings from each latent.
+        step: [1] int64. contexts: as `Policy.contexts`. distinct: rows to compute; None is all.
         """
         rows = latents.to(self.policy.dtype).repeat(1 if self.guidance == 1.0 else 2, 1, 1, 1)
         at = step.expand(len(rows))
@@ -43,6 +46,9 @@ class Sampler:
         output = self.policy.forward(rows, self.schedule.timesteps[at], contexts, return_dict=False)[0].detach()
         if distinct:
             output = distinct.expand(output)
+        siblings = len(noise) // len(latents)
+        if siblings > 1:
+            output, latents = (given.repeat_interleave(siblings, dim=0) for given in (output, latents))
         tables, rescale = self.schedule.tables, self.schedule.rescale(self.guidance)
         return ddim_step(output, latents, tables, step, self.guidance, noise, rescale, self.keep_mean)
 

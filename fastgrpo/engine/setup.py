@@ -256,7 +256,8 @@ def _shares_first_step(loss: PolicyLoss, record: EngineRecord) -> bool:
     if not is_on(setting, policy.device):
         return False
     guidance = config.rollout.guidance
-    rows = distinct_rows(config.rollout.initial_noise, config.group_size, range(size), guidance, policy.device)
+    alone = 1 if config.rollout.branches else config.group_size  # latents of a group in the first step
+    rows = distinct_rows(config.rollout.initial_noise, alone, range(size), guidance, policy.device)
     if setting == "on" or not rows.saved:
         return rows.saved > 0
     batch = blank_batch(policy, config, size)

@@ -62,13 +62,8 @@ class PolicyLoss:
         rows = self._rows(batch)
         output = self.policy.forward(*rows, return_dict=False)[0]
         with torch.no_grad():
-            held = self._held(batch)
-            base = None
-            if self.base and held is not None:
-                base = self.base(*(given[held] for given in rows), return_dict=False)[0]
-            base = self._spread(base, held, output.detach())
-            result = grpo_step(output.detach(), *self._step(batch), base_output=base, **self._terms(batch))
-        gradient = torch.autograd.grad(output, self.trained, result.gradient)
+            result = self._losses(batch, rows, output.detach())
+        gradient = torch.autograd.grad(output, self.trained, _of_siblings(result.gradient, batch.siblings))
         if accumulate:
             accumulate(gradient)
             gradient = ()
@@ -79,21 +74,28 @@ class PolicyLoss:
         rows = self._rows(batch)
         output = self.policy.forward(*rows, return_dict=False)[0]
         with torch.no_grad():
-            held = self._held(batch)
-            base = None
-            if self.base and held is not None:
-                base = self.base(*(given[held] for given in rows), return_dict=False)[0]
-            base = self._spread(base, held, output.detach())
-            result = grpo_step(output.detach(), *self._step(batch), base_output=base, **self._terms(batch))
-        return self._results(result, batch)
+            return self._results(self._losses(batch, rows, output.detach()), batch)
 
     def recompute(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Returns log-probs [N] and means [N, C, H, W] of the policy as it is now, float32."""
-        output = self.policy.forward(*self._rows(batch), return_dict=False)[0]
-        found, mean = log_prob(output.detach(), *self._step(batch), self._rescale, keep_mean=True)
+        output = self.policy.forward(*self._rows(batch), return_dict=False)[0].detach()
+        output = _each_sibling(output, batch.siblings)
+        found, mean = log_prob(output, *self._step(batch), self._rescale, keep_mean=True)
         return found, mean
 
-    # What the UNet and the operators are given. No pass is made here: each function returns before one begins.
+    def _losses(self, batch: MicroBatch, rows: tuple[Tensor, Tensor, Tensor], output: Tensor) -> GrpoStep:
+        """rows: what the UNet was given, [R, ...] each; the base model is given them, too. output: [R, C, H, W]."""
+        held = self._held(batch)
+        base = None
+        if self.base and held is not None:
+            base = self.base(*(given[held] for given in rows), return_dict=False)[0]
+        base = self._spread(base, held, output)
+        base = None if base is None else _each_sibling(base, batch.siblings)
+        return grpo_step(
+            _each_sibling(output, batch.siblings), *self._step(batch), base_output=base, **self._terms(batch)
+        )
+
+    # What the UNet and the operators are given.
 
     def _held(self, batch: MicroBatch) -> slice | Tensor | None:
         """The UNet's rows that the base model computes; None where it computes none."""
@@ -101,7 +103,7 @@ class PolicyLoss:
             return None
         if not self.sparing or batch.kl_share.all():
             return slice(None)
-        held = (batch.kl_share > 0).repeat(self.config.rollout.halves)
+        held = (batch.kl_share[:: batch.siblings] > 0).repeat(self.config.rollout.halves)
         return held if held.any() else None
 
     @staticmethod
@@ -114,8 +116,8 @@ class PolicyLoss:
         return said
 
     def _rows(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        timesteps, guidance = self.schedule.timesteps[batch.step], self.config.rollout.guidance
-        return self.policy.rows(batch.latents, timesteps, batch.embeds, guidance)
+        latents, step, embeds = (given[:: batch.siblings] for given in (batch.latents, batch.step, batch.embeds))
+        return self.policy.rows(latents, self.schedule.timesteps[step], embeds, self.config.rollout.guidance)
 
     def _step(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         return batch.latents, batch.taken, self.schedule.tables, batch.step, self.config.rollout.guidance
@@ -146,3 +148,15 @@ class PolicyLoss:
     def _results(self, result: GrpoStep, batch: MicroBatch) -> PairResults:
         kl = torch.where(batch.kl_share > 0, result.kl, torch.nan) if self.config.kl_term else None
         return PairResults(result.ratio, result.clipped, result.loss, kl)
+
+
+def _each_sibling(output: Tensor, siblings: int) -> Tensor:
+    """The UNet's rows [R, C, H, W] -> [R * siblings, C, H, W]: each again for all that start from its latent."""
+    return output if siblings == 1 else output.repeat_interleave(siblings, dim=0)
+
+
+def _of_siblings(gradient: Tensor, siblings: int) -> Tensor:
+    """The gradient with respect to `_each_sibling` of rows -> that with respect to the rows."""
+    if siblings == 1:
+        return gradient
+    return gradient.unflatten(0, (-1, siblings)).sum(dim=1, dtype=torch.float32).to(gradient.dtype)

@@ -151,6 +151,10 @@ class RolloutConfig:
     0 leaves it; the authors use 0.7, for v-prediction with zero terminal SNR."""
     initial_noise: Literal["shared", "per_prompt", "independent"] = "independent"
     """Samples that start from one latent: `shared` all of an iteration, `per_prompt` a group's, `independent` none."""
+    branches: tuple[int, ...] = ()
+    """Samples of a group share one path until the first step with noise, and branch there and at the next ones into so
+    many each time: 2 4 makes a tree of 8 leaves, a group. An edge is learned from once, with the mean reward of its
+    leaves, and what starts from one latent takes one pass of the UNet. Empty: every sample is drawn alone."""
     batch: int = 0
     """Samples denoised at once; 0 is all of them on a CPU.
     On CUDA, and in fixed shapes (engine.compile, engine.graphs), 0 is as many as a micro-batch has pairs."""

@@ -153,7 +153,7 @@ def test_a_rollout_of_another_size_saves_nothing(base: TrainConfig, batch: int, 
     engine = FixedPasses(replace(loss, policy=replace(loss.policy, passes=compiled)), plain.trainable, 4)
     blank = blank_batch(loss.policy, loss.config, engine.chunk_size)
     with torch.no_grad():
-        denoise = engine.denoiser(blank.embeds, slice(0, engine.chunk_size), keep_mean=False)
+        denoise = engine.denoiser(blank.embeds, slice(0, engine.chunk_size), False, loss.config.group_size)
         denoise(0, blank.latents, blank.taken)
     assert seen == [(2 * engine.chunk_size, saves)]
 

@@ -92,12 +92,8 @@ class Scene:
         """
         base = grpo.pop("base", None)
         self.reports = []
-        unet = self.policy.unet
-        optimizer = Recorder(unet.parameters()) if optimizer is None else optimizer
-        unscaled = torch.amp.GradScaler("cpu", enabled=False)
-        parameters = dict(unet.named_parameters())
-        clipping = Clipping(optimizer, parameters)
-        trainable = Trainable(unet, parameters, clipping, unscaled, None, unet, tuple(parameters.values()))
+        optimizer = Recorder(self.policy.unet.parameters()) if optimizer is None else optimizer
+        trainable = self.trainable(optimizer)
         config = replace(config, grpo=replace(config.grpo, **grpo))
         loss = PolicyLoss(self.policy, self.schedule, config, trainable.trained, base)
         stats = update(
@@ -110,6 +106,13 @@ class Scene:
             progress=lambda done, total: self.reports.append((done, total)),
         )
         return stats.values, getattr(optimizer, "gradients", None)
+
+    def trainable(self, optimizer):
+        """All of the UNet."""
+        unet, unscaled = self.policy.unet, torch.amp.GradScaler("cpu", enabled=False)
+        parameters = dict(unet.named_parameters())
+        clipping = Clipping(optimizer, parameters)
+        return Trainable(unet, parameters, clipping, unscaled, None, unet, tuple(parameters.values()))
 
     def nudge(self, scale):
         """Move the policy as an optimizer step would, so that ratios leave 1."""

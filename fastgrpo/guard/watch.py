@@ -1,6 +1,7 @@
 """The guard of one training: what it has seen, what it says, and what it does."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastgrpo.base_pictures import BasePictures
@@ -10,7 +11,7 @@ from fastgrpo.guard import alarm, control
 from fastgrpo.guard.alarm import WATCHED, Condition, Running
 from fastgrpo.guard.base import BaseStatistics
 from fastgrpo.rewards.encoder import SharedEncoder
-from fastgrpo.settings.schema import TrainConfig
+from fastgrpo.settings.schema import GuardConfig, TrainConfig
 from fastgrpo.types import POSITIVE, Prompt, Rewards, UpdateStats
 
 _FIRST = 3  # iterations that the spread of rewards is compared with
@@ -25,7 +26,7 @@ class Guard:
 
     def __init__(self, config: TrainConfig, sees: bool, say: Callable[[str], object]):
         """sees: whether a term of the reward has an encoder. say: told of alarms, and of what cannot be watched."""
-        self._config, self._guard, self._say = config, config.guard, say
+        self._config, self._guard, self._say = config, _comparable(config), say
         self._base: BaseStatistics | None = None
         self._encoder: SharedEncoder | None = None
         self._running: dict[str, Running] = {}
@@ -134,6 +135,12 @@ class Guard:
         if count < _FIRST:
             self._spread = total, count = total + spread, count + 1
         return {"guard/reward_spread": spread / (total / count)} if total > 0 else {}
+
+
+def _comparable(config: TrainConfig) -> GuardConfig:
+    """Without a limit within prompts where a group starts from one latent: the base model's pictures do not."""
+    alike = config.rollout.initial_noise != "independent"
+    return replace(config.guard, diversity_within=0.0) if alike else config.guard
 
 
 def _blind(config: TrainConfig, sees: bool) -> str:

@@ -255,7 +255,7 @@ class GuardConfig:
     """Least diversity of different positive prompts' images, as a share of the base model's; 0 is no limit."""
     diversity_within: float = 0.5
     """The same of one prompt's images. It falls in good trainings too: the more pictures are what the prompt says, the
-    more alike they are."""
+    more alike they are. No limit where they start from one latent (rollout.initial_noise), which makes them alike."""
     alignment: float = 0.25
     """How much less the positive prompts' images may match their prompts than the base model's do, in standard
     deviations of one prompt's images."""

@@ -93,6 +93,21 @@ def test_an_untrained_policy_is_about_as_diverse_as_the_base_model(base: TrainCo
     assert rows[0]["guard/reward_spread"] == 1
 
 
+def test_pictures_that_begin_as_one_are_not_held_against_pictures_that_do_not(base: TrainConfig) -> None:
+    strict = {
+        "guard.diversity_within": 1.0,
+        "guard.diversity_between": 0.0,
+        "guard.alignment": 9.0,
+        "guard.patience": 1,
+    }
+    branches = {"rollout.initial_noise": "per_prompt", "rollout.branches": (base.group_size,), "optim.lr": 0.0}
+    (row,), _ = learned(begun(altered(base, strict | branches)), 1)
+    assert row["guard/diversity_within"] < 1
+    assert row["guard/alarm"] == 0
+    (row,), _ = learned(begun(altered(base, strict | branches | {"rollout.branches": ()})), 1)
+    assert row["guard/alarm"] == 0
+
+
 @pytest.mark.parametrize("graphs", ["off", "on"])
 def test_the_kl_weight_of_the_iteration_is_what_is_learned_with(
     base: TrainConfig, graphs: str, monkeypatch: pytest.MonkeyPatch

@@ -109,7 +109,7 @@ def prepare(config: TrainConfig, pairs: int, backend: str, compiler: Compiler) -
                 REWARD_ARCHITECTURE, load_weights=False, pretrained_text=False, device="meta"
             )
         schedule = make_schedule(about.scheduler, config.rollout.steps, config.rollout.eta, torch.device("cpu"))
-    schedule = replace(schedule, **{name: on_device(t) for name, t in vars(schedule).items() if isinstance(t, Tensor)})
+    schedule = replace(schedule, timesteps=on_device(schedule.timesteps), tables=on_device(schedule.tables))
     trainable = trainable_unet(config)
     policy = Policy(
         trainable.unet,

@@ -62,6 +62,27 @@ def _eager_ddim_step(
     return (*results, mean) if keep_mean else results
 
 
+def _eager_solver_step(
+    output: Tensor,
+    latents: Tensor,
+    tables: Tensor,
+    step: Tensor,
+    guidance: Tensor,
+    noise: Tensor,
+    history: Tensor,
+    solver: Tensor,
+    rescale: float,
+    keep_mean: bool,
+) -> tuple[Tensor, ...]:
+    """The same chain with the two products and sums more of a step that looks back."""
+    data, _ = _mean(output, latents, solver[[1, 2, 0]], step, guidance)
+    mean, sigma = _mean(output, latents, tables, step, guidance)
+    mean = mean + solver[0, step].reshape(-1, 1, 1, 1) * history
+    following = mean + sigma * noise
+    results = (following, _log_prob(following, mean, sigma))
+    return (*results, *([mean] if keep_mean else []), data)
+
+
 def _eager_grpo_step(
     output: Tensor,
     latents: Tensor,
@@ -134,6 +155,7 @@ _PYTORCH: dict[str, dict[str, Callable[..., Any]]] = {
     "group_norm_silu": {"eager": _eager_group_norm},
     "grpo_step": {"eager": _eager_grpo_step},
     "layer_norm": {"eager": _eager_layer_norm},
+    "solver_step": {"eager": _eager_solver_step},
 }
 
 

@@ -161,7 +161,7 @@ class Whole:
         """
         config = training.config
         images = config.prompts_per_iteration * config.group_size
-        steps = target.rollout.steps / config.rollout.steps
+        steps = target.rollout_steps / config.rollout_steps
         pairs = learned_steps(target) / learned_steps(config)
         decoding = 0.0 if steps == 1 else decode_seconds(training)
         passes = target.rollout.halves * learned_steps(target)
@@ -320,8 +320,8 @@ def _few_steps(engine: Passes, count: int = 4) -> Iterator[None]:
     Captured graphs serve as they are.
     """
     loss, schedule = engine.loss, engine.schedule
-    fields = ("timesteps", "coef_sample", "coef_output", "sigma", "trainable")
-    first = replace(schedule, **{name: getattr(schedule, name)[:count] for name in fields})
+    few = {name: getattr(schedule, name)[:count] for name in ("timesteps", "trainable")}
+    first = replace(schedule, tables=schedule.tables[:, :count].contiguous(), **few)
     engine.loss = replace(loss, schedule=first)
     try:
         yield

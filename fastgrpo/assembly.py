@@ -18,6 +18,7 @@ from fastgrpo.engine.trainable import Trainable, make_trainable
 from fastgrpo.evaluation.detectors.registry import load_detector
 from fastgrpo.evaluation.during_training import LoadedSuite, load_suites
 from fastgrpo.evaluation.held_out_reward import HeldOutReward
+from fastgrpo.grpo.steps import rollout_schedule
 from fastgrpo.guard.watch import Guard
 from fastgrpo.hooks import CheckedSource, Hooks
 from fastgrpo.models.check import describe
@@ -39,7 +40,8 @@ class Parts:
     """What a training consists of, loaded and checked. Nothing has been computed with it yet.
 
     description: of the model that `policy` is. trainable: the part of it that learns.
-    schedule: the rollout's steps. eval_schedule: those of pictures and evaluations.
+    schedule: the rollout's steps; rollouts that slide overwrite it. eval_schedule: those of pictures and evaluations,
+    all of DDIM with rollout.eta.
     prompts: all that may be drawn. source: deals them out. ranks: the processes that train together.
     suites: what the first process evaluates with. held_out: scores pictures, where eval.encoder names one.
     """
@@ -121,9 +123,8 @@ def load_parts(
     model, eta = describe(config.model), config.rollout.eta
     for line in model.notes:
         say(line)
-    rescale, steps = config.rollout.guidance_rescale, config.rollout.steps
-    schedule = make_schedule(model.scheduler, steps, eta, device, guidance_rescale=rescale)
-    steps = config.eval.steps or steps
+    schedule = rollout_schedule(model.scheduler, config, device)
+    rescale, steps = config.rollout.guidance_rescale, config.eval.steps or config.rollout.steps
     eval_schedule = make_schedule(model.scheduler, steps, eta, device, "eval.steps", guidance_rescale=rescale)
     if config.model.lora_rank:
         check_targets(model.empty_components()["unet"], config.model.lora_targets)

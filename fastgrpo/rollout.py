@@ -1,4 +1,4 @@
-"""Sampling: DDIM with eta > 0 as a Gaussian policy, for training (`rollout`) and for looking at (`draw_images`)."""
+"""Sampling as a Gaussian policy, for training (`rollout`) and for looking at (`draw_images`)."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -39,7 +39,7 @@ def rollout(
     progress: called after every denoising step of a chunk, with the number of samples' steps done and of all.
     Raises BrokenPicture for images that are not finite, before they are scored.
     """
-    engine.begin_rollout()
+    engine.begin_rollout(prompts.iteration)
     drawing = _Drawing(engine, prompts, generator, progress)
     everything = slice(0, drawing.samples)
     *shared, last = drawing.phases
@@ -73,7 +73,10 @@ class _Drawing:
         self.log_probs = torch.empty(self.steps, self.samples, device=device)
         self.means = torch.empty(self.steps, *start.shape, device=device) if engine.keeps_means else None
         self.latents[0] = start
-        for step in range(self.steps):
+        for step, noisy in enumerate(engine.schedule.trainable.tolist()):
+            if not noisy:
+                self.latents[step + 1] = 0.0
+                continue
             # Drawn for all samples of all processes at once, so that neither the chunks' size nor the number of
             # processes changes the numbers. It waits where the latents it leads to will be.
             self.latents[step + 1] = torch.randn(shape, generator=generator, device=generator.device)[own]
@@ -183,6 +186,7 @@ def draw_images(
 ) -> Tensor:
     """Draw one image per embedding, which depends on its own prompt and seed, not on its neighbours or the device.
 
+    Pictures and evaluations give DDIM's schedule with noise in every step, also where a rollout has it in some only.
     embeds: [N, L, D]. seeds: N numbers, each the seed of one sample's own CPU generator. batch, decode_batch: images
     denoised and decoded at once. latent_shape: (C, H, W) for images of another size; None is the policy's own.
     chunk: what takes the steps of samples with these embeddings, [n, L, D]; None is `Sampler.chunk`. requests: what

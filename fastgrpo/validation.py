@@ -181,6 +181,26 @@ def _validate_grpo(config: TrainConfig) -> None:
     pairs = samples * (grpo.window or chosen_steps(trainable, grpo.step_fraction)) * grpo.epochs
     accepted = f"1 to {pairs}, the (sample, step) pairs of an iteration"
     _require(config, 1 <= updates <= pairs, "updates_per_iteration", accepted)
+    _validate_steps_outside(config, trainable)
+
+
+def _validate_steps_outside(config: TrainConfig, trainable: int) -> None:
+    """trainable: steps of the grid over which the window slides."""
+    rollout, window = config.rollout, config.grpo.window
+    accepted = "all where grpo.window is 0: there is no window of steps to have noise"
+    _require(config, rollout.stochastic == "all" or window > 0, "rollout.stochastic", accepted)
+    if rollout.stochastic == "all":
+        accepted = "0 where rollout.stochastic is all: no step is outside"
+        _require(config, rollout.steps_outside == 0, "rollout.steps_outside", accepted)
+        accepted = "ddim where rollout.stochastic is all: no step is outside"
+        _require(config, rollout.solver_outside == "ddim", "rollout.solver_outside", accepted)
+        return
+    rest, least = rollout.steps - window, 2 if window < trainable else 1
+    accepted = f"0, the other {rest} of rollout.steps"
+    if rest >= least:
+        accepted += f", or {least} to {rest}" + ", one at least before the window and one after" * (least == 2)
+    few = rollout.steps_outside
+    _require(config, few == 0 or least <= few <= rest, "rollout.steps_outside", accepted)
 
 
 def _validate_guard(config: TrainConfig) -> None:

@@ -26,6 +26,7 @@ from fastgrpo.kernels.step_math import (
     latent_offset,
     load_mean,
     load_rescale,
+    load_solver,
     load_step,
     log_prob_from,
     step_mean,
@@ -49,24 +50,35 @@ def reference(
 
 @triton.jit
 def ddim_step_kernel(
-    output, latents, noise, tables, step, guidance, following, log_prob, means, samples, steps, step_stride,
+    output, latents, noise, tables, step, guidance, following, log_prob, means, history, solver, data,
+    samples, steps, step_stride,
     SIZE: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, RESCALE: tl.constexpr,
     GUIDED: tl.constexpr, TAKEN: tl.constexpr, KEEP_MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a sample. TAKEN: `noise` is the next latent itself."""
+    """One program a sample. TAKEN: `noise` is the next latent itself. history, solver, data: of `solver_step`, or None."""
     sample = tl.program_id(0).to(tl.int64)
     coef_sample, coef_output, sigma, scale, g = load_step(tables, step, guidance, sample, step_stride, steps, GUIDED)
     factor = 1.0
     if RESCALE > 0:
         factor, _, _, _, _ = load_rescale(output, g, sample, samples, SIZE, RESCALE, GUIDED, BLOCK)
+    if history is not None:
+        coef_history, data_sample, data_output = load_solver(solver, step, sample, step_stride, steps)
     squares = tl.zeros([BLOCK], tl.float64)
     for start in range(0, SIZE, BLOCK):
         e = start + tl.arange(0, BLOCK)
         inside = e < SIZE
         at = latent_offset(e, SIZE, CHANNELS, CHANNELS_LAST)
-        mean, _guided = load_mean(
+        mean, guided = load_mean(
             output, latents, g, factor, coef_sample, coef_output, sample, samples, e, at, SIZE, RESCALE, GUIDED
         )
+        if history is not None:
+            x = tl.load(latents + sample * SIZE + at, mask=inside, other=0.0).to(tl.float64)
+            before = tl.load(history + sample * SIZE + at, mask=inside, other=0.0).to(tl.float64)
+            mean = mean + coef_history * before
+            scaled = guided.to(tl.float64)
+            if RESCALE > 0:
+                scaled = factor * scaled
+            tl.store(data + sample * SIZE + at, (data_sample * x + data_output * scaled).to(tl.float32), mask=inside)
         y = tl.load(noise + sample * SIZE + at, mask=inside, other=0.0).to(tl.float32)
         if not TAKEN:
             y = (mean + sigma * y.to(tl.float64)).to(tl.float32)
@@ -95,7 +107,7 @@ def _launch_ddim_step(
     block, num_warps, options = tiling(size, output.dtype, rescale)
     ddim_step_kernel[(samples,)](
         output, latents, as_launched(noise), tables, step.contiguous(), guidance, following, log_prob, means,
-        samples, tables.shape[1], int(step.numel() > 1),
+        None, None, None, samples, tables.shape[1], int(step.numel() > 1),
         SIZE=size, CHANNELS=latents.shape[1], CHANNELS_LAST=channels_last, RESCALE=rescale,
         GUIDED=guidance is not None, TAKEN=taken, KEEP_MEAN=keep_mean, BLOCK=block,
         num_warps=num_warps, **options,

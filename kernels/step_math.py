@@ -91,6 +91,15 @@ def check_step(
         raise ValueError(f"rescale is {rescale}; 0 to 1 is accepted, and only 0 without guidance")
 
 
+def check_solver(solver: Tensor, tables: Tensor) -> None:
+    """Raises ValueError unless the solver's tables are as many steps' as the others."""
+    if solver.shape != tables.shape or solver.dtype != torch.float32 or not solver.is_contiguous():
+        raise ValueError(
+            f"solver is {list(solver.shape)} {solver.dtype}; a contiguous {list(tables.shape)} float32 tensor of "
+            "coef_history, data_sample and data_output is accepted"
+        )
+
+
 def check_like(name: str, tensor: Tensor | None, latents: Tensor) -> None:
     if tensor is not None and (tensor.shape != latents.shape or tensor.dtype != torch.float32):
         raise ValueError(
@@ -141,6 +150,20 @@ def step_mean(
     return coef_sample * latents.double() + coef_output * scaled
 
 
+def solver_mean(
+    output: Tensor, latents: Tensor, tables: Tensor, step: Tensor, guidance: float | Tensor | None, rescale: float,
+    history: Tensor, solver: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns the mean of a step that looks back, and the x0 that it predicts itself; [N, C, H, W] float64 both."""
+    coef_history, data_sample, data_output = solver[:, step].double().reshape(3, -1, 1, 1, 1)
+    mean = step_mean(output, latents, tables, step, guidance, rescale) + coef_history * history.double()
+    guided, conditional = guide(output, guidance)
+    scaled = guided.double()
+    if rescale:
+        scaled = rescale_factor(guided, conditional, rescale) * scaled
+    return mean, data_sample * latents.double() + data_output * scaled
+
+
 def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
     """Returns `sample`'s log-density under N(mean, sigma^2), averaged over C, H, W: [N] float64; 0 where sigma is 0."""
     sigma = sigma.double()
@@ -175,6 +198,15 @@ def load_step(tables, step, guidance, row, step_stride, steps, GUIDED: tl.conste
         return coef_sample, coef_output, sigma, scale, tl.load(guidance)
     else:
         return coef_sample, coef_output, sigma, scale, 1.0
+
+
+@triton.jit
+def load_solver(solver, step, row, step_stride, steps):
+    """Loads a row's coef_history, data_sample and data_output, float64."""
+    at = tl.load(step + row * step_stride)
+    coef_history = tl.load(solver + at).to(tl.float64)
+    data_sample = tl.load(solver + steps + at).to(tl.float64)
+    return coef_history, data_sample, tl.load(solver + 2 * steps + at).to(tl.float64)
 
 
 @triton.jit

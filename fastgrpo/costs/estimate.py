@@ -25,9 +25,8 @@ from fastgrpo.costs.memory import (
     with_offload,
     with_shard,
 )
-from fastgrpo.grpo.steps import pairs_per_iteration
+from fastgrpo.grpo.steps import pairs_per_iteration, rollout_schedule
 from fastgrpo.models.configs import Description
-from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.console import Console
 from fastgrpo.system.devices import DTYPE_NAMES, choose_dtype, is_on
@@ -101,7 +100,7 @@ def make_plan(config: TrainConfig, description: Description, dtype: torch.dtype,
     Raises ConfigError for a model that cannot be trained.
     """
     device = planned_device(config)
-    schedule = make_schedule(description.scheduler, config.rollout.steps, config.rollout.eta, torch.device("cpu"))
+    schedule = rollout_schedule(description.scheduler, config, torch.device("cpu"))
     pairs = pairs_per_iteration(config, schedule)
 
     def count(gradient_checkpointing: bool) -> ModelCost:
@@ -156,7 +155,7 @@ def iteration_rows(
     samples = config.rollout.halves
     forward = "2 x forward" if model.gradient_checkpointing else "forward"
     rows = [
-        CostRow("rollout", "UNet forward", model.forward, images * config.rollout.steps * samples),
+        CostRow("rollout", "UNet forward", model.forward, images * config.rollout_steps * samples),
         CostRow("decode", "VAE decode", model.decode, images),
         *(CostRow("reward", f"image tower, {spec}", encoder.image, images) for spec, encoder in encoders.items()),
         CostRow("update", f"UNet {forward} + backward", model.forward_backward, pairs * samples),

@@ -363,7 +363,7 @@ def candidates(work: Iteration) -> tuple[int, ...]:
 
 def _sample_bytes(config: TrainConfig, model: ModelCost) -> int:
     """Returns the bytes of a sample's latents, log-probs, image and, where RatioNorm keeps them, means."""
-    grpo, steps, latent = config.grpo, config.rollout.steps, math.prod(model.latent_shape)
+    grpo, steps, latent = config.grpo, config.rollout_steps, math.prod(model.latent_shape)
     means = steps * latent if grpo.ratio_norm and grpo.old_log_prob != "detach" else 0  # of the old policy
     return torch.float32.itemsize * ((steps + 1) * latent + steps + math.prod(model.image_shape) + means)
 

@@ -79,7 +79,7 @@ def count_and_measure(config: TrainConfig, policy: Policy) -> Accounting:
 
 def rollout_rows(config: TrainConfig, images: int, scored: bool = False) -> Rows:
     """Returns the rows of a rollout that drew this many images, and scored them too if `scored`."""
-    forward = images * config.rollout.steps * config.rollout.halves
+    forward = images * config.rollout_steps * config.rollout.halves
     return Rows(forward=forward, decoded=images, encoded=images if scored else 0)
 
 

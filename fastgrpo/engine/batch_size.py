@@ -25,10 +25,9 @@ from fastgrpo.costs.memory import (
 )
 from fastgrpo.costs.rates import device_name, seconds_of
 from fastgrpo.engine.record import EngineRecord, Say
-from fastgrpo.grpo.steps import pairs_per_iteration
+from fastgrpo.grpo.steps import pairs_per_iteration, rollout_schedule
 from fastgrpo.models.check import describe
 from fastgrpo.models.configs import Description
-from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.devices import is_on
 from fastgrpo.system.distributed import Ranks
@@ -101,8 +100,7 @@ class MicroBatchFinder:
     ) -> MicroBatchChoice:
         config, processes = self.config, self.ranks.count
         room = memory_room(self.device, config.engine.memory)
-        rollout, scheduler = config.rollout, self.description.scheduler
-        schedule = make_schedule(scheduler, rollout.steps, rollout.eta, torch.device("cpu"))
+        schedule = rollout_schedule(self.description.scheduler, config, torch.device("cpu"))
         pairs, checkpointing = pairs_per_iteration(config, schedule), model.gradient_checkpointing
         work = iteration_of(config, len(schedule), pairs, processes, checkpointing)
         predicted = predicted_micro_batch(config, model, encoders, self.dtype, processes, room, candidates(work))

@@ -81,15 +81,20 @@ class FixedPasses(Passes):
             samples = range(part.start, part.start + size)
             distinct = sampler.first_rows(self.config.rollout.initial_noise, group_size, samples)
         positions = torch.arange(len(self.schedule), device=embeds.device)
+        history = sampler.begin_history(size)
 
         def denoise(step: int, latents: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+            nonlocal history
             siblings = len(noise) // len(latents)
-            inputs = _padded(latents, size), _padded(noise, size * siblings), positions[step : step + 1], contexts
+            given = _padded(latents, size), _padded(noise, size * siblings)
+            inputs = *given, positions[step : step + 1], contexts, history
             if step == 0 and distinct is not None:  # of another size, so not compiled or captured
                 results = sampler.plain().step(*inputs, distinct)
             else:
                 name = "step with means" if keep_mean or self._kept_means else "step"
                 results = self._prepared(name, inputs, siblings)(*inputs)
+            if history is not None:
+                history = results[-1]
             return tuple(result[: count * siblings] for result in results[: 3 if keep_mean else 2])
 
         return denoise
@@ -164,11 +169,12 @@ class FixedPasses(Passes):
             needed += [("learn", other)] if mode == "replay" else []
             needed += [("evaluate_pairs", other)] if config.grpo.skip_clipped else []
         step = "step with means" if self._kept_means else "step"
+        first_order = self.schedule.solver is None
         tree = tree_of(self.schedule, config)
         drawn_widths = tree.widths(range(len(self.schedule))) if tree else [1]
         widths = tree.widths(trained_steps(self.schedule, config.grpo, iteration=1).tolist()) if tree else [1]
         calls = [(*call, width) for width in widths for call in needed]
-        calls += [(step, (False,) * 4, width) for width in drawn_widths]
+        calls += [(step, (False, False, False, False, first_order), width) for width in drawn_widths]
         possible = replay if mode == "rollout" and math.isfinite(self.allowed) else []
         return calls, [(*call, width) for width in widths for call in possible]
 
@@ -197,8 +203,8 @@ class FixedPasses(Passes):
         contexts = self.policy.contexts(self.policy.unconditional.expand(size, -1, -1), guidance)
         blank = blank_batch(self.policy, self.config, size)
         noise = blank.taken.repeat_interleave(siblings, dim=0)
-        example = [blank.latents, noise, blank.step[:1], contexts]
         sampler = Sampler(self.policy, self.schedule, guidance, keep_mean)
+        example = [blank.latents, noise, blank.step[:1], contexts, sampler.begin_history(size)]
         # A compiled pass of the update's size is the update's program, with what gradients need: the same bits. One of
         # another size is another program anyway, and can leave that out.
         shared = self.policy.passes is not None and size == self.micro_batch

@@ -14,6 +14,7 @@ from fastgrpo.engine.weights import FlatWeights
 from fastgrpo.grpo.loss import PairResults, PolicyLoss
 from fastgrpo.grpo.micro_batch import Experience, MicroBatch, Remembered
 from fastgrpo.grpo.pairs import Pairs
+from fastgrpo.grpo.steps import rollout_schedule
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
 from fastgrpo.settings.schema import TrainConfig
@@ -138,8 +139,14 @@ class Passes:
         """engine.overlap, unless VAE and encoders are away during the rollout (engine.offload)."""
         return self.config.engine.overlap and self.config.engine.offload != "on"
 
-    def begin_rollout(self) -> None:
-        """Take the smallest sizes of all processes, so that the first one's record holds for all."""
+    def begin_rollout(self, iteration: int = 0) -> None:
+        """Take the smallest sizes of all processes, so that the first one's record holds for all.
+
+        iteration: from 1; 0 outside training. Where noise is in a window of steps only, the schedule becomes its own.
+        """
+        if self.schedule.windowed:
+            given = self.policy.scheduler_config, self.config, torch.device("cpu")
+            self.schedule.become(rollout_schedule(*given, max(iteration, 1)))
         smallest = self.ranks.gather(torch.tensor([self._sizes])).amin(dim=0).tolist()
         for name, size, least in zip(_HALVED, self._sizes, smallest, strict=True):
             if least < size:

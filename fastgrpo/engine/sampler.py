@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgrpo.engine.first_step import DistinctRows, distinct_rows
 from fastgrpo.kernels.ddim_step import ddim_step
+from fastgrpo.kernels.solver_step import solver_step
 from fastgrpo.policy import Policy
 from fastgrpo.schedule import Schedule
 
@@ -32,12 +33,20 @@ class Sampler:
     keep_mean: bool = False
 
     def step(
-        self, latents: Tensor, noise: Tensor, step: Tensor, contexts: Tensor, distinct: DistinctRows | None = None
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        step: Tensor,
+        contexts: Tensor,
+        history: Tensor | None = None,
+        distinct: DistinctRows | None = None,
     ) -> tuple[Tensor, ...]:
         """One step of N samples; all its inputs are on the device, so one capture serves all steps.
 
         latents: [N, C, H, W] float32. noise: the same, or [N * W, C, H, W] for steps to W siblings from each latent.
-        step: [1] int64. contexts: as `Policy.contexts`. distinct: rows to compute; None is all.
+        step: [1] int64. contexts: as `Policy.contexts`. history: [N, C, H, W] float32, the x0 that the step before has
+        predicted, as `begin_history` has it first; the step's own is then returned last. distinct: rows to compute;
+        None is all.
         """
         rows = latents.to(self.policy.dtype).repeat(1 if self.guidance == 1.0 else 2, 1, 1, 1)
         at = step.expand(len(rows))
@@ -49,16 +58,32 @@ class Sampler:
         siblings = len(noise) // len(latents)
         if siblings > 1:
             output, latents = (given.repeat_interleave(siblings, dim=0) for given in (output, latents))
+            history = None if history is None else history.repeat_interleave(siblings, dim=0)
         tables, rescale = self.schedule.tables, self.schedule.rescale(self.guidance)
-        return ddim_step(output, latents, tables, step, self.guidance, noise, rescale, self.keep_mean)
+        given = output, latents, tables, step, self.guidance, noise
+        if history is None or self.schedule.solver is None:
+            return ddim_step(*given, rescale, self.keep_mean)
+        return solver_step(*given, history, self.schedule.solver, rescale, self.keep_mean)
+
+    def begin_history(self, samples: int) -> Tensor | None:
+        """What `step` is to be given before the first one: zeros that nothing looks at; None where no step does."""
+        if self.schedule.solver is None:
+            return None
+        return torch.zeros(samples, *self.policy.latent_shape, device=self.policy.device)
 
     def chunk(self, embeds: Tensor, distinct: DistinctRows | None = None) -> Denoise:
         """The steps of samples with these embeddings, [N, L, D]. distinct: rows of the first step to compute."""
         contexts = self.policy.contexts(embeds, self.guidance)
         positions = torch.arange(len(self.schedule), device=embeds.device)
+        history = self.begin_history(len(embeds))
 
         def denoise(step: int, latents: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-            return self.step(latents, noise, positions[step : step + 1], contexts, distinct if step == 0 else None)
+            nonlocal history
+            first = distinct if step == 0 else None
+            results = self.step(latents, noise, positions[step : step + 1], contexts, history, first)
+            if history is not None:
+                *results, history = results
+            return tuple(results)
 
         return denoise
 

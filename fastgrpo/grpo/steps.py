@@ -1,20 +1,45 @@
-"""Which denoising steps an iteration learns from: all but the last few, a random share or a sliding window of them."""
+"""Which denoising steps an iteration draws by and learns from: all but the last few, a share, or a sliding window."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgrpo.schedule import Schedule
+from fastgrpo.schedule import Schedule, make_mixed_schedule, make_schedule
 from fastgrpo.settings.schema import GrpoConfig, TrainConfig, chosen_steps
 from fastgrpo.system.errors import ConfigError
+
+
+def rollout_schedule(
+    scheduler_config: Mapping[str, Any], config: TrainConfig, device: torch.device, iteration: int = 1
+) -> Schedule:
+    """The steps that iteration number `iteration` draws by: the same in all of them, unless rollout.stochastic slides.
+
+    scheduler_config: as of `make_schedule`. Then there are equally many in every iteration.
+    Raises ConfigError for a scheduler's config or a setting with which none could be trained.
+    """
+    rollout = config.rollout
+    given = scheduler_config, rollout.steps, rollout.eta
+    whole = make_schedule(*given, device, guidance_rescale=rollout.guidance_rescale)
+    if rollout.stochastic == "all":
+        return whole
+    learned = trained_steps(whole, config.grpo, iteration)
+    window = range(int(learned[0]), int(learned[-1]) + 1)
+    outside, solver = rollout.steps_outside, rollout.solver_outside
+    return make_mixed_schedule(*given, device, window, outside, solver, rollout.guidance_rescale)
 
 
 def trained_steps(schedule: Schedule, config: GrpoConfig, iteration: int) -> Tensor:
     """[S] int64 on the CPU, ascending: the positions in the schedule that iteration number `iteration` may learn from.
 
-    Those with noise, without the last `drop_last_steps`; of them, with a `window`, the neighbours inside it.
+    Those with noise, without the last `drop_last_steps`; of them, with a `window`, the neighbours inside it. Of a
+    windowed schedule, which is one iteration's own, all with noise.
     Raises ConfigError when none is left.
     """
-    steps = schedule.trainable[: max(len(schedule) - config.drop_last_steps, 0)].nonzero().flatten().cpu()
+    if schedule.windowed:
+        return schedule.trainable.nonzero().flatten()
+    steps = schedule.trainable[: max(len(schedule) - config.drop_last_steps, 0)].nonzero().flatten()
     if not len(steps):
         raise ConfigError(
             f"grpo.drop_last_steps is {config.drop_last_steps}, which leaves none of the {len(schedule)} rollout.steps "

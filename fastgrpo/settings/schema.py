@@ -144,6 +144,14 @@ class RolloutConfig:
     """DDIM steps."""
     eta: float = 1.0
     """DDIM eta; above 0, since a deterministic step has no probability."""
+    stochastic: Literal["all", "window"] = "all"
+    """Which of a rollout's steps have noise: `all`, or those of grpo.window alone, which are learned from (MixGRPO).
+    Pictures and evaluations have it in all."""
+    steps_outside: int = 0
+    """With `window`: steps before and after the window together, in place of the rest of rollout.steps, shared out by
+    how many of those each covers; 0 is all of the rest."""
+    solver_outside: Literal["ddim", "dpm++"] = "ddim"
+    """What takes them, without noise: DDIM with eta 0, or DPM-Solver++(2M), which needs fewer."""
     guidance: float = 5.0
     """Classifier-free guidance scale, in rollout and update alike; 1 turns guidance off."""
     guidance_rescale: float = 0.0
@@ -417,6 +425,12 @@ class TrainConfig:
     def kl_term(self) -> bool:
         """Whether the loss has a KL term, and training a base model: also where the guard may give it a weight."""
         return self.grpo.kl > 0 or self.guard.action == "adapt"
+
+    @property
+    def rollout_steps(self) -> int:
+        """Denoising steps of a rollout's samples, with and without noise."""
+        steps, outside = self.rollout.steps, self.rollout.steps_outside
+        return self.grpo.window + outside if self.rollout.stochastic == "window" and outside else steps
 
     @property
     def positives_per_iteration(self) -> int:

@@ -53,7 +53,7 @@ def _aot(
     block, num_warps, options = tiling(size, dtype, rescale)
     constants: dict[str, Any] = {"SIZE": size, "CHANNELS": 4, "CHANNELS_LAST": channels_last, "RESCALE": rescale}
     constants |= {"GUIDED": guided, "TAKEN": taken, "KEEP_MEAN": keep_mean, "BLOCK": block}
-    constants |= {} if guided else {"guidance": None}
+    constants |= {"history": None, "solver": None, "data": None} | ({} if guided else {"guidance": None})
     differs = {"channels_last": channels_last, "rescale": rescale, "mean": keep_mean, "float32": dtype == torch.float32}
     differs |= {"unguided": not guided, str(size): size != 4 * 64 * 64}
     name = "_".join(["ddim_step", "taken" if taken else "given", *(name for name, so in differs.items() if so)])

@@ -14,6 +14,7 @@ from fastgrpo.costs.profile import profiled
 from fastgrpo.costs.throughput import count_and_measure, memory_peak, rollout_rows, update_rows
 from fastgrpo.engine.record import EngineRecord
 from fastgrpo.evaluation.during_training import Subject, TrainingEvaluation
+from fastgrpo.grpo.branches import tree_of
 from fastgrpo.hooks import Hooks, Step
 from fastgrpo.prompts import embed
 from fastgrpo.rewards.reward import Scoring
@@ -226,7 +227,7 @@ def iterate(training: Training, iteration: int, console: Console, left_out: Left
     negative = torch.tensor([prompt.label == NEGATIVE for prompt in chosen], dtype=torch.bool)
     values |= reward_metrics(rewards, negative) if chosen else {}
     if training.accounting:
-        drawn = rollout_rows(config, len(trajectory.images), scores.early)
+        drawn = rollout_rows(config, len(trajectory.images), scores.early, tree_of(engine.schedule, config))
         rows = {"rollout": drawn, "update": update_rows(config, stats)}
         values |= training.accounting.metrics(rows, watch.seconds, images) | memory_peak(policy.device)
     return values | used | (training.guard.end(iteration, chosen, rewards, stats) if chosen else {})

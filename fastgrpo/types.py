@@ -100,7 +100,8 @@ class UpdateStats:
     """One iteration's learning, as plain numbers.
 
     values: metric name -> number, named as in metrics.jsonl (ratio/..., clip/..., advantage/..., kl/..., grad/...).
-    forward, forward_backward: this process's pairs that went through the UNet one way only, and both ways.
+    forward, forward_backward: this process's latents that went through the UNet one way only, and both ways: one for
+    each pair, or for all siblings.
     left_out: why optimizer steps were left out whose loss or gradient was not finite; on all processes equally many.
     """
 

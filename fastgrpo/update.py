@@ -104,14 +104,14 @@ def update(
         skips = grpo.skip_clipped and old.moved
         if skips:
             evaluated = engine.evaluate_pairs(pairs, experience, old.remembered)
-            statistics.forward += len(pairs)
+            statistics.forward += pairs.passes
             pairs = _unclipped(pairs, evaluated)
             reached.over(len(step.pairs) - len(pairs))
         results = engine.learn(pairs, experience, old.remembered, weight, reached)
-        statistics.forward_backward += len(pairs)
+        statistics.forward_backward += pairs.passes
         if old.mistaken(results):
             results = engine.learn(pairs, experience, old.remembered, weight, reached)
-            statistics.forward_backward += len(pairs)
+            statistics.forward_backward += pairs.passes
         reached.over(len(pairs))
         if not old.moved:
             statistics.forward += old.recompute(steps[position + 1 :])

@@ -144,11 +144,9 @@ def _validate_rollout(config: TrainConfig) -> None:
     _require(config, 0 < rollout.eta <= 1, "rollout.eta", "above 0 (a sure step has no probability) and at most 1")
     if not rollout.branches:
         return
-    group, noisy = config.group_size, rollout.steps
+    group, noisy = config.group_size, config.grpo.window if rollout.stochastic == "window" else rollout.steps
     grows = min(rollout.branches) > 1 and math.prod(rollout.branches) == group and len(rollout.branches) <= noisy
-    accepted = (
-        f"numbers above 1 whose product is group_size ({group}), at most one for each of {noisy} steps with noise"
-    )
+    accepted = f"numbers above 1 whose product is group_size = {group}, at most {noisy}, one for a step with noise"
     _require(config, grows, "rollout.branches", accepted)
     accepted = "per_prompt or shared with rollout.branches, where a group begins as one path"
     _require(config, rollout.initial_noise != "independent", "rollout.initial_noise", accepted)
@@ -177,10 +175,13 @@ def _validate_grpo(config: TrainConfig) -> None:
     chosen = grpo.best_of == 0 or (2 <= grpo.best_of <= left and grpo.best_of % 2 == 0)
     accepted = f"0 or an even number from 2 to {left}, half of them the best and half the worst"
     _require(config, chosen, "grpo.best_of", accepted)
-    samples = config.prompts_per_iteration * (grpo.best_of or left)
-    pairs = samples * (grpo.window or chosen_steps(trainable, grpo.step_fraction)) * grpo.epochs
-    accepted = f"1 to {pairs}, the (sample, step) pairs of an iteration"
-    _require(config, 1 <= updates <= pairs, "updates_per_iteration", accepted)
+    steps = grpo.window or chosen_steps(trainable, grpo.step_fraction)
+    of_group, what = (grpo.best_of or left) * steps, "(sample, step) pairs"
+    if config.rollout.branches:
+        of_group = sum(math.prod(config.rollout.branches[:step]) for step in range(steps))
+        what = "latents that steps are learned from"
+    pairs = config.prompts_per_iteration * of_group * grpo.epochs
+    _require(config, 1 <= updates <= pairs, "updates_per_iteration", f"1 to {pairs}, the {what} of an iteration")
     _validate_steps_outside(config, trainable)
 
 

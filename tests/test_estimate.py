@@ -1,5 +1,6 @@
 """`python -m fastgrpo.estimate`: its sums against arithmetic done here."""
 
+import math
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ from fastgrpo import estimate
 from fastgrpo.costs.counting import count_encoder, count_model, sd1_architecture
 from fastgrpo.costs.estimate import iteration_rows
 from fastgrpo.costs.memory import candidates, iteration_of, memory_plan, peak, planned_device
-from fastgrpo.grpo.steps import pairs_per_iteration
+from fastgrpo.grpo.steps import drawn_per_iteration, pairs_per_iteration, passes_per_iteration, rollout_schedule
 from fastgrpo.schedule import make_schedule
 from fastgrpo.settings.schema import ModelConfig, TrainConfig
 from fastgrpo.settings.toml import find_preset, load_toml
@@ -54,7 +55,9 @@ def pairs_of(config: TrainConfig) -> int:
 
 def work_of(config: TrainConfig) -> dict[str, int]:
     """Stage and name -> FLOP of one iteration."""
-    work = iteration_rows(config, MODEL, ENCODERS, pairs_of(config))
+    scheduler = sd1_architecture().scheduler
+    passes = passes_per_iteration(config, rollout_schedule(scheduler, config, torch.device("cpu")))
+    work = iteration_rows(config, MODEL, ENCODERS, passes, drawn_per_iteration(scheduler, config))
     return {f"{part.stage}: {part.name}": part.total for part in work}
 
 
@@ -94,6 +97,24 @@ def test_work_of_the_paper_closed_form():
         "reward: image tower, hpsv2": 512 * 701,
         "update: UNet forward + backward": 512 * 49 * 2 * 307,
     }
+
+
+def test_work_of_a_tree_in_a_sliding_window_closed_form():
+    """One path for each of 32 prompts before the window; in it 1, 2 and 16 latents; 16 after it."""
+    window = {"stochastic": "window", "steps_outside": 10, "initial_noise": "per_prompt", "branches": (2, 8)}
+    config = replace(grpo(window=3), rollout=replace(R1.rollout, **window))
+    validate(config)
+    drawn = []
+    for before in range(47):  # of the grid's 50 steps 3 are the window's, and the last is not trained on
+        first = min(max(math.floor(10 * before / 47 + 0.5), 1), 9) if before else 0
+        drawn.append(first + 1 + 2 + 16 + 16 * (10 - first))
+    work = work_of(config)
+    assert work["rollout: UNet forward"] == round(32 * sum(drawn) / 47) * 2 * 101
+    assert work["update: UNet forward + backward"] == 32 * (1 + 2 + 16) * 2 * 307
+    schedule = rollout_schedule(sd1_architecture().scheduler, config, torch.device("cpu"))
+    assert pairs_per_iteration(config, schedule) == 32 * (2 + 16 + 16)
+    with pytest.raises(ConfigError, match="updates_per_iteration"):
+        validate(replace(config, updates_per_iteration=32 * 19 + 1))
 
 
 def test_without_guidance_half():

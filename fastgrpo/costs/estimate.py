@@ -25,7 +25,7 @@ from fastgrpo.costs.memory import (
     with_offload,
     with_shard,
 )
-from fastgrpo.grpo.steps import pairs_per_iteration, rollout_schedule
+from fastgrpo.grpo.steps import drawn_per_iteration, pairs_per_iteration, passes_per_iteration, rollout_schedule
 from fastgrpo.models.configs import Description
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.system.console import Console
@@ -59,7 +59,8 @@ class Plan:
     """What a training computes in an iteration, and what lies in the memory of each device that it runs on.
 
     config: with engine.shard and engine.offload decided. encoders: the reward's. left_out: lines on those of its terms
-    that cannot be counted. pairs: (sample, step) pairs of an iteration. micro_batch: how many of them at once.
+    that cannot be counted. pairs: (sample, step) pairs of an iteration. passes: of the UNet that learn from them, fewer
+    where siblings share one. drawn: latents that a rollout's steps start from. micro_batch: how many of them at once.
     sized: why so many. reasons: what else was decided and why, on gradient checkpointing last.
     """
 
@@ -70,6 +71,8 @@ class Plan:
     dtype: torch.dtype
     processes: int
     pairs: int
+    passes: int
+    drawn: int
     micro_batch: int
     sized: str
     reasons: tuple[str, ...]
@@ -101,7 +104,8 @@ def make_plan(config: TrainConfig, description: Description, dtype: torch.dtype,
     """
     device = planned_device(config)
     schedule = rollout_schedule(description.scheduler, config, torch.device("cpu"))
-    pairs = pairs_per_iteration(config, schedule)
+    pairs, passes = pairs_per_iteration(config, schedule), passes_per_iteration(config, schedule)
+    drawn = drawn_per_iteration(description.scheduler, config)
 
     def count(gradient_checkpointing: bool) -> ModelCost:
         return count_model(
@@ -116,10 +120,11 @@ def make_plan(config: TrainConfig, description: Description, dtype: torch.dtype,
     config = with_offload(config, offload)
     checkpointing, chosen = choose_gradient_checkpointing(config, count, *short)
     model = count(checkpointing)
-    sizes = candidates(iteration_of(config, len(schedule), pairs, processes, checkpointing))
+    sizes = candidates(iteration_of(config, len(schedule), passes, processes, checkpointing))
     micro_batch, sized = _micro_batch(config, model, encoders, dtype, processes, room, sizes)
     reasons = tuple(line for line in (shared, moved, chosen) if line)
-    return Plan(config, model, encoders, left_out, dtype, processes, pairs, micro_batch, sized, reasons)
+    numbers = processes, pairs, passes, drawn, micro_batch
+    return Plan(config, model, encoders, left_out, dtype, *numbers, sized, reasons)
 
 
 def estimate(
@@ -139,7 +144,9 @@ def estimate(
 
     console.say("Computed from the configs, not measured.", "", first)
     console.say(*([] if known else ["          counted as SD 1.x: its configs are not in the hub's cache"]), *header)
-    console.say("", *_table(iteration_rows(config, model, plan.encoders, plan.pairs), config, tflops, processes))
+    console.say(
+        "", *_table(iteration_rows(config, model, plan.encoders, plan.passes, plan.drawn), config, tflops, processes)
+    )
     if processes > 1:
         console.say(_network(config, model.trained, processes, link_gb_s))
     console.say("", *plan.memory_lines("the GPU" if processes == 1 else f"each of {processes} GPUs"))
@@ -148,23 +155,23 @@ def estimate(
 
 
 def iteration_rows(
-    config: TrainConfig, model: ModelCost, encoders: Mapping[str, EncoderCost], pairs: int
+    config: TrainConfig, model: ModelCost, encoders: Mapping[str, EncoderCost], passes: int, drawn: int
 ) -> list[CostRow]:
-    """Lists what an iteration computes on all processes. encoders: the reward's. pairs: as `pairs_per_iteration`."""
+    """Lists what an iteration computes on all processes. encoders: the reward's. passes, drawn: as of `Plan`."""
     images = config.prompts_per_iteration * config.group_size
     samples = config.rollout.halves
     forward = "2 x forward" if model.gradient_checkpointing else "forward"
     rows = [
-        CostRow("rollout", "UNet forward", model.forward, images * config.rollout_steps * samples),
+        CostRow("rollout", "UNet forward", model.forward, drawn * samples),
         CostRow("decode", "VAE decode", model.decode, images),
         *(CostRow("reward", f"image tower, {spec}", encoder.image, images) for spec, encoder in encoders.items()),
-        CostRow("update", f"UNet {forward} + backward", model.forward_backward, pairs * samples),
+        CostRow("update", f"UNet {forward} + backward", model.forward_backward, passes * samples),
     ]
     if config.grpo.old_log_prob == "replay":
-        later = pairs - -(-pairs // config.updates_per_iteration)  # than the first optimizer step's
+        later = passes - -(-passes // config.updates_per_iteration)  # than the first optimizer step's
         rows.append(CostRow("update", "UNet forward, replay", model.forward, later * samples))
     if config.kl_term:
-        rows.append(CostRow("update", "UNet forward, KL's base", model.forward, pairs * samples))
+        rows.append(CostRow("update", "UNet forward, KL's base", model.forward, passes * samples))
     return rows
 
 

@@ -9,6 +9,7 @@ import torch
 
 from fastgrpo.costs.counting import ModelFlop, count_encoders, count_flop
 from fastgrpo.costs.rates import Rates, measure_rates
+from fastgrpo.grpo.branches import Tree
 from fastgrpo.models.check import describe
 from fastgrpo.policy import Policy
 from fastgrpo.settings.schema import TrainConfig
@@ -77,9 +78,10 @@ def count_and_measure(config: TrainConfig, policy: Policy) -> Accounting:
     )
 
 
-def rollout_rows(config: TrainConfig, images: int, scored: bool = False) -> Rows:
-    """Returns the rows of a rollout that drew this many images, and scored them too if `scored`."""
-    forward = images * config.rollout_steps * config.rollout.halves
+def rollout_rows(config: TrainConfig, images: int, scored: bool = False, tree: Tree | None = None) -> Rows:
+    """Returns the rows of a rollout that drew this many images, and scored them if `scored`. tree: as it branched."""
+    latents = images * config.rollout_steps if tree is None else images // tree.group_size * tree.denoised
+    forward = latents * config.rollout.halves
     return Rows(forward=forward, decoded=images, encoded=images if scored else 0)
 
 

@@ -25,7 +25,7 @@ from fastgrpo.costs.memory import (
 )
 from fastgrpo.costs.rates import device_name, seconds_of
 from fastgrpo.engine.record import EngineRecord, Say
-from fastgrpo.grpo.steps import pairs_per_iteration, rollout_schedule
+from fastgrpo.grpo.steps import passes_per_iteration, rollout_schedule
 from fastgrpo.models.check import describe
 from fastgrpo.models.configs import Description
 from fastgrpo.settings.schema import TrainConfig
@@ -101,8 +101,8 @@ class MicroBatchFinder:
         config, processes = self.config, self.ranks.count
         room = memory_room(self.device, config.engine.memory)
         schedule = rollout_schedule(self.description.scheduler, config, torch.device("cpu"))
-        pairs, checkpointing = pairs_per_iteration(config, schedule), model.gradient_checkpointing
-        work = iteration_of(config, len(schedule), pairs, processes, checkpointing)
+        passes, checkpointing = passes_per_iteration(config, schedule), model.gradient_checkpointing
+        work = iteration_of(config, len(schedule), passes, processes, checkpointing)
         predicted = predicted_micro_batch(config, model, encoders, self.dtype, processes, room, candidates(work))
         predicted = int(self.ranks.agree(str(predicted)))  # room may differ by process, attention may not
         expect(predicted)

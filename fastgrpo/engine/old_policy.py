@@ -49,7 +49,7 @@ class OldPolicy:
             return 0
         found = self._engine.recompute([self._received], self._experience)
         self._drawn = self._as_drawn().extended(found)
-        return len(self._received)
+        return self._received.passes
 
     def _as_drawn(self) -> Remembered:
         return Remembered.of(self._experience.trajectory, self._engine.config.grpo.ratio_norm)
@@ -74,4 +74,4 @@ class OldPolicy:
         if self._mode != "replay" or self.moved or self._recomputed is not None:
             return 0
         self._recomputed = self._engine.recompute([step.pairs for step in steps], self._experience)
-        return sum(len(step.pairs) for step in steps)
+        return sum(step.pairs.passes for step in steps)

@@ -57,7 +57,7 @@ class Sampler:
             output = distinct.expand(output)
         siblings = len(noise) // len(latents)
         if siblings > 1:
-            output, latents = (given.repeat_interleave(siblings, dim=0) for given in (output, latents))
+            output, latents = output.repeat_interleave(siblings, dim=0), latents.repeat_interleave(siblings, dim=0)
             history = None if history is None else history.repeat_interleave(siblings, dim=0)
         tables, rescale = self.schedule.tables, self.schedule.rescale(self.guidance)
         given = output, latents, tables, step, self.guidance, noise
@@ -81,9 +81,10 @@ class Sampler:
             nonlocal history
             first = distinct if step == 0 else None
             results = self.step(latents, noise, positions[step : step + 1], contexts, history, first)
-            if history is not None:
-                *results, history = results
-            return tuple(results)
+            if history is None:
+                return results
+            history = results[-1]
+            return results[:-1]
 
         return denoise
 

@@ -30,6 +30,11 @@ class Tree:
     def group_size(self) -> int:
         return self.counts[-1]
 
+    @property
+    def denoised(self) -> int:
+        """Latents that a group's steps start from, over all steps."""
+        return sum(self.counts[:-1])
+
     def width(self, step: int) -> int:
         """Latents that this step leads to from each one."""
         return self.counts[step + 1] // self.counts[step]

@@ -36,6 +36,11 @@ class Pairs:
         return Pairs(self.sample[chosen], self.step[chosen])
 
     @property
+    def passes(self) -> int:
+        """How many latents the pairs start from, and so passes of the UNet that learn from them."""
+        return sum(count for count, _ in self.families) or len(self)
+
+    @property
     def siblings(self) -> int:
         """How large all the families are. Raises ValueError where they differ, as they do not in a micro-batch."""
         sizes = {size for _, size in self.families} or {1}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgrpo.grpo.branches import tree_of
 from fastgrpo.schedule import Schedule, make_mixed_schedule, make_schedule
 from fastgrpo.settings.schema import GrpoConfig, TrainConfig, chosen_steps
 from fastgrpo.system.errors import ConfigError
@@ -75,7 +76,40 @@ def steps_of_samples(steps: Tensor, samples: int, fraction: float, generator: to
 
 def pairs_per_iteration(config: TrainConfig, schedule: Schedule) -> int:
     """Counts the pairs that an iteration learns from, all epochs together. Raises ConfigError where there is none."""
-    grpo = config.grpo
-    samples = config.prompts_per_iteration * (grpo.best_of or config.group_size - 2 * grpo.trim)
-    steps = chosen_steps(len(trained_steps(schedule, grpo, iteration=1)), grpo.step_fraction)
-    return samples * steps * grpo.epochs
+    return _per_iteration(config, schedule, ends=True)
+
+
+def passes_per_iteration(config: TrainConfig, schedule: Schedule) -> int:
+    """Counts the latents that these pairs start from: fewer where rollout.branches are learned from together."""
+    return _per_iteration(config, schedule, ends=False)
+
+
+def _per_iteration(config: TrainConfig, schedule: Schedule, ends: bool) -> int:
+    grpo, tree = config.grpo, tree_of(schedule, config)
+    steps = trained_steps(schedule, grpo, iteration=1).tolist()
+    if tree:
+        of_group = sum(tree.counts[step + ends] for step in steps)
+    else:
+        of_group = (grpo.best_of or config.group_size - 2 * grpo.trim) * chosen_steps(len(steps), grpo.step_fraction)
+    return config.prompts_per_iteration * of_group * grpo.epochs
+
+
+def drawn_per_iteration(scheduler_config: Mapping[str, Any], config: TrainConfig) -> int:
+    """Counts the latents that a rollout's steps start from, the mean over all places of a sliding window.
+
+    scheduler_config: as of `make_schedule`.
+    """
+    grpo, cpu = config.grpo, torch.device("cpu")
+    whole = rollout_schedule(scheduler_config, config, cpu)
+    if not config.rollout.branches:
+        return config.prompts_per_iteration * config.group_size * len(whole)
+    slides = whole.windowed
+    last = config.rollout.steps - grpo.drop_last_steps - grpo.window if slides else 0
+    places = len(range(0, last, grpo.window_stride)) + 1
+    found = []
+    for place in range(places):
+        schedule = rollout_schedule(scheduler_config, config, cpu, 1 + place * grpo.window_every)
+        tree = tree_of(schedule, config)
+        assert tree is not None
+        found.append(tree.denoised)
+    return round(config.prompts_per_iteration * sum(found) / len(found))

@@ -25,6 +25,10 @@ WINDOW = {
 }
 
 
+# As many rows in the update as in the rollout: BLAS sums very few in another order.
+TREE = {"rollout.initial_noise": "per_prompt", "rollout.branches": (3,), "updates_per_iteration": 1, "micro_batch": 6}
+
+
 @pytest.fixture(scope="module")
 def config(config_file: Path) -> TrainConfig:
     return altered(load_toml(config_file), WINDOW)
@@ -36,8 +40,9 @@ def config(config_file: Path) -> TrainConfig:
         {},
         {"rollout.solver_outside": "dpm++", "engine.graphs": "on"},
         {"rollout.solver_outside": "dpm++", "rollout.steps_outside": 0, "grpo.ratio_norm": True, "engine.graphs": "on"},
+        TREE | {"rollout.solver_outside": "dpm++"},
     ],
-    ids=["ddim", "dpm++", "dpm++ on the whole grid"],
+    ids=["ddim", "dpm++", "dpm++ on the whole grid", "a tree"],
 )
 def test_the_ratio_is_exactly_one_on_every_learned_step(config: TrainConfig, changes: dict[str, object]) -> None:
     training = load_training(altered(config, changes), threads=1, say=lambda line: None)

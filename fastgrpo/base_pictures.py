@@ -62,7 +62,7 @@ def base_pictures(
 ) -> BasePictures:
     """The base model's pictures of at most 384 of the positive `prompts`, evenly spaced, K of each.
 
-    policy: with the weights that training begins with. schedule: the rollout's. encoder: the reward's.
+    policy: with the weights that training begins with. schedule: the first rollout's. encoder: the reward's.
     run: a claimed folder, where they are kept; where it has them already they are read, unless they were drawn
     otherwise or the files are damaged, which is said. None keeps nothing. ranks: each draws those of a share of the
     prompts; the first has the files.
@@ -116,11 +116,13 @@ def _made_by(
 ) -> dict[str, Any]:
     """All that the features depend on but for rounding, JSON-able."""
     rollout = config.rollout
+    mixed = {"window": config.grpo.window, "solver_outside": rollout.solver_outside}
     return {
         "unet": weights_sha256(policy.unet),
         "encoder": weights_sha256(encoder.model),
         "steps": len(schedule),
         "eta": rollout.eta,
+        **({"timesteps": schedule.timesteps.tolist(), **mixed} if schedule.windowed else {}),
         "guidance": rollout.guidance,
         "guidance_rescale": rollout.guidance_rescale,
         "seed": config.seed,

@@ -186,7 +186,8 @@ def draw_images(
 ) -> Tensor:
     """Draw one image per embedding, which depends on its own prompt and seed, not on its neighbours or the device.
 
-    Pictures and evaluations give DDIM's schedule with noise in every step, also where a rollout has it in some only.
+    Evaluations and pictures to look at give DDIM's schedule of eval.steps, with noise in every step, whatever
+    rollout.stochastic says; only the guard's of the base model are drawn as the first rollout's are.
     embeds: [N, L, D]. seeds: N numbers, each the seed of one sample's own CPU generator. batch, decode_batch: images
     denoised and decoded at once. latent_shape: (C, H, W) for images of another size; None is the policy's own.
     chunk: what takes the steps of samples with these embeddings, [n, L, D]; None is `Sampler.chunk`. requests: what

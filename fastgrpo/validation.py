@@ -197,9 +197,10 @@ def _validate_steps_outside(config: TrainConfig, trainable: int) -> None:
         _require(config, rollout.solver_outside == "ddim", "rollout.solver_outside", accepted)
         return
     rest, least = rollout.steps - window, 2 if window < trainable else 1
-    accepted = f"0, the other {rest} of rollout.steps"
+    accepted = "0"
     if rest >= least:
-        accepted += f", or {least} to {rest}" + ", one at least before the window and one after" * (least == 2)
+        accepted += f" or {least}" + f" to {rest}" * (rest > least)
+        accepted += ", of which one is before the window and one after it" * (least == 2)
     few = rollout.steps_outside
     _require(config, few == 0 or least <= few <= rest, "rollout.steps_outside", accepted)
 

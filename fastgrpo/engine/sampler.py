@@ -81,10 +81,9 @@ class Sampler:
             nonlocal history
             first = distinct if step == 0 else None
             results = self.step(latents, noise, positions[step : step + 1], contexts, history, first)
-            if history is None:
-                return results
-            history = results[-1]
-            return results[:-1]
+            if history is not None:
+                results, history = results[:-1], results[-1]
+            return results
 
         return denoise
 

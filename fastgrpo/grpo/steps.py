@@ -31,6 +31,18 @@ def rollout_schedule(
     return make_mixed_schedule(*given, device, window, outside, solver, rollout.guidance_rescale)
 
 
+def sampler_line(config: TrainConfig) -> str:
+    """What a rollout is drawn by, in one line."""
+    rollout, window = config.rollout, config.grpo.window
+    if rollout.stochastic == "all":
+        return f"drawn in {rollout.steps} steps of DDIM with eta {rollout.eta:g}"
+    solver = {"ddim": "DDIM", "dpm++": "DPM-Solver++(2M)"}[rollout.solver_outside]
+    return (
+        f"drawn in {config.rollout_steps} steps: {window} of DDIM with eta {rollout.eta:g}, which a window over "
+        f"{rollout.steps} chooses, and {config.rollout_steps - window} of {solver} without noise around it"
+    )
+
+
 def trained_steps(schedule: Schedule, config: GrpoConfig, iteration: int) -> Tensor:
     """[S] int64 on the CPU, ascending: the positions in the schedule that iteration number `iteration` may learn from.
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastgrpo.assembly import Parts
 from fastgrpo.engine.trainable import learning_rate
+from fastgrpo.grpo.steps import sampler_line
 from fastgrpo.prompts import truncation_lines
 from fastgrpo.rewards.axis.report import axis_report
 from fastgrpo.run.checkpoint import TrainerState, library_versions
@@ -25,6 +26,7 @@ def introduce(training: Parts, run: Path, start: TrainerState, console: Console)
         f"UNet of {weights:,} parameters, {trained:,} trained, on {where}, {policy.dtype}"
         + (f", {training.ranks.count} processes" if training.ranks.count > 1 else ""),
         f"{config.prompts_per_iteration} prompts x {config.group_size} images an iteration, seed {config.seed}",
+        sampler_line(config),
     )
     if training.source.warning:
         console.say(f"warning: {training.source.warning}")

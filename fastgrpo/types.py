@@ -51,7 +51,8 @@ class Trajectory:
     """Everything one rollout leaves behind, on the policy's device. With several processes B is one process's share.
 
     latents: [T + 1, B, C, H, W] float32; latents[0] is the initial noise, latents[T] the result.
-    log_probs: [T, B] float32, mean over C, H, W (not the sum) of the log-density of latents[i + 1], the value stored.
+    log_probs: [T, B] float32, mean over C, H, W (not the sum) of the log-density of latents[i + 1], the value stored;
+    0 where a step has no noise.
     images: [B, 3, h, w] float32 in [0, 1].
     means: [T, B, C, H, W] float32, each step's mean, only where RatioNorm needs it.
     """

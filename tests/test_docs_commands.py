@@ -34,14 +34,15 @@ PAGES = [
     *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "LOG.md"),
 ]
 SMALL = (
-    "--iterations 1 --prompts-per-iteration 2 --group-size 2 --updates-per-iteration 1 --rollout.steps 6 "
-    "--guard.action off --eval.unsafe-per-category 1 --eval.composition-per-task 1"
+    "--iterations 1 --prompts-per-iteration 2 --group-size 2 --updates-per-iteration 1 --rollout.steps 2 "
+    "--grpo.drop-last-steps 0 --guard.action off --eval.unsafe-per-category 1 --eval.composition-per-task 1"
 )
 SMALLER = {
     "prompts_per_iteration": 2,
     "group_size": 2,
     "updates_per_iteration": 1,
-    "rollout.steps": 6,
+    "rollout.steps": 2,
+    "grpo.drop_last_steps": 0,
     "guard.action": "off",
     "eval.unsafe_per_category": 1,
     "eval.composition_per_task": 1,
@@ -72,12 +73,15 @@ class Change:
 
 CHANGED = {
     rf"fastgrpo[ .]train {SD}": Change("trains Stable Diffusion: its settings are checked", "--print-config"),
-    r"fastgrpo\.train( (shapes|mine\.toml|runs/NAME/config\.toml|--run runs/first).*)?$": Change(
-        "trains for minutes: all is loaded and checked", "--dry-run"
+    r"fastgrpo[ .]train( (shapes|mine\.toml|runs/NAME/config\.toml|--run runs/first)(?!.*(--dry-run|service:)).*)?$": (
+        Change("trains for minutes: its settings are checked", "--print-config")
     ),
-    r"--resume runs/NAME": Change("the run here is finished: one more iteration", "--iterations 2"),
+    r"--reward\.terms .*service:": Change("trains for minutes: all is loaded, and the server asked", "--dry-run"),
+    r"--resume runs/NAME": Change("the run here is finished: all is loaded and checked", "--dry-run"),
     r"--resume hf:OWNER/NAME": Change("is for another machine, and the run is finished", "--dry-run", True),
-    r"^make (train|test|check|lint|docs)": Change("takes minutes, or is what runs this: make says what it would do", "-n"),
+    r"^make (train|test|check|lint|docs)": Change(
+        "takes minutes, or is what runs this: make says what it would do", "-n"
+    ),
 }
 PYTHON = {
     "iter-000016": ("iter-000001", "the run here has one iteration"),
@@ -160,6 +164,11 @@ def change_of(command: str) -> Change | None:
     return found[0] if found else None
 
 
+def as_one(command: str) -> str:
+    """The same for `fastgrpo COMMAND` and `python -m fastgrpo.COMMAND`, which do the same."""
+    return command.replace("python -m fastgrpo.", "fastgrpo ")
+
+
 def run(command: str) -> int:
     """Do what a shell would, a command of ours in this process. Returns its exit code."""
     command, _, file = command.partition(" > ")
@@ -193,7 +202,7 @@ def test_commands_run(
     checked = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, check=False)
     assert not checked.stderr, "bash cannot read it"
     todo = [each for each in block.commands if not any(re.search(pattern, each) for pattern in NOT_RUN)]
-    todo = [each for each in todo if each not in DONE]
+    todo = [each for each in todo if as_one(each) not in DONE]
     if not todo:
         return
     here: Path = request.getfixturevalue("here")
@@ -215,7 +224,7 @@ def test_commands_run(
                 called = called.replace(named, url)
             with chdir(tmp_path / "elsewhere" if change.elsewhere else here):
                 assert run(called) == 0, called
-            DONE.add(command)
+            DONE.add(as_one(command))
 
 
 @pytest.mark.parametrize("block", SNIPPETS, ids=str)
@@ -231,6 +240,7 @@ def test_python_runs(block: Block, here: Path) -> None:
 @pytest.mark.parametrize("block", CONFIGS, ids=str)
 def test_settings_are_there_and_possible(block: Block, here: Path) -> None:
     assert block.file, "its first line names the file"
+    Path("anchors.toml").write_text('safe = ["a"]\nunsafe = ["b"]\n')
     for other in SNIPPETS:  # functions that it names
         if other.page == block.page and other.file:
             Path(other.file).write_text(other.text)

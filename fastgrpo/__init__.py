@@ -18,21 +18,39 @@ imports.prepare()
 from fastgrpo._version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
+    from fastgrpo.evaluate import evaluate_model
     from fastgrpo.hooks import Step
+    from fastgrpo.run.evaluate import Evaluation
+    from fastgrpo.sample import draw_images
     from fastgrpo.settings.schema import TrainConfig
     from fastgrpo.system.errors import ConfigError
     from fastgrpo.trainer import Result, Trainer, load_config
     from fastgrpo.types import Prompt
 
-__all__ = ["ConfigError", "Prompt", "Result", "Step", "TrainConfig", "Trainer", "__version__", "load_config"]
+__all__ = [
+    "ConfigError",
+    "Evaluation",
+    "Prompt",
+    "Result",
+    "Step",
+    "TrainConfig",
+    "Trainer",
+    "__version__",
+    "draw_images",
+    "evaluate_model",
+    "load_config",
+]
 
 _HOMES = {
     "ConfigError": "fastgrpo.system.errors",
+    "Evaluation": "fastgrpo.run.evaluate",
     "Prompt": "fastgrpo.types",
     "Result": "fastgrpo.trainer",
     "Step": "fastgrpo.hooks",
     "TrainConfig": "fastgrpo.settings.schema",
     "Trainer": "fastgrpo.trainer",
+    "draw_images": "fastgrpo.sample",
+    "evaluate_model": "fastgrpo.evaluate",
     "load_config": "fastgrpo.trainer",
 }
 

@@ -1,22 +1,26 @@
-"""`python -m fastgrpo.evaluate [RUN]`: the command line of evaluating; run/evaluate.py does it."""
+"""`python -m fastgrpo.evaluate [RUN]`, and the same from Python; run/evaluate.py does it."""
 
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fastgrpo.run.find import find_checkpoint, read_run
+from fastgrpo.run.find import find_checkpoint, local_run, read_run
 from fastgrpo.settings.command_line import parse_flags
 from fastgrpo.settings.commands import Evaluate
 from fastgrpo.settings.schema import DIFFUSION_STEPS, ModelConfig, PromptsConfig, TrainConfig
 from fastgrpo.settings.suites import DDIM, NAMES, SUITES
-from fastgrpo.settings.toml import find_preset, load_toml
+from fastgrpo.settings.toml import find_preset, from_settings, load_toml
 from fastgrpo.system.console import Console, run_command
 from fastgrpo.system.errors import ConfigError, nearest, require, require_between
 from fastgrpo.system.files import check_writable
 from fastgrpo.system.launch import read_launch
+
+if TYPE_CHECKING:
+    from fastgrpo.run.evaluate import Evaluation
 
 PROGRAM = "python -m fastgrpo.evaluate"
 
@@ -34,17 +38,57 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
             compare_folders(asked.compare, asked.output or Path("."), Console())
             return
-        _check(asked)
-        config = _config(asked)
-        names = _names(asked, config)
-        folder = find_checkpoint(Path(asked.run), asked.checkpoint, asked.weights) if asked.run else None
-        output = _output(asked, folder)
-        read_launch()
-        from fastgrpo.run.evaluate import start  # only now: it takes seconds
-
-        start(asked, config, names, folder, output)
+        _evaluate(asked)
 
     return run_command(command, "images that were drawn are kept, and the same command goes on from there")
+
+
+def evaluate_model(
+    run: str | Path = "",
+    *,
+    model: str | Path = "shapes",
+    suites: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    quiet: bool = False,
+) -> "Evaluation":
+    """Measure a run, before and after, or any model by any suite, as `fastgrpo evaluate` does.
+
+        from fastgrpo import evaluate_model
+
+        found = evaluate_model("runs/NAME", settings={"shapes.unsafe_per_category": 5})
+        print(found.table("shapes", "unsafe")["after"]["overall"])
+
+    run: its folder, or hf:OWNER/NAME; without one, the model: an SD 1.x / 2.x pipeline's folder, hub id or single file,
+    or "shapes". suites: names as of --suites; none is `shapes`, for the model of that name. settings: the command's
+    other flags by GROUP.NAME, as in {"steps": 20, "i2p.images": 1}. output: folder of images and results, new or begun,
+    as --output. quiet: nothing on the terminal but warnings.
+    Where torchrun starts the program, its processes share the work, and the first has the results.
+    Raises ConfigError for what cannot be, before anything is drawn where that is possible; OSError where something
+    cannot be written; BrokenPicture for an image that is not finite.
+    """
+    if isinstance(suites, str):
+        raise ConfigError(f"suites = {suites!r}: accepted is a list of names, also of one.")
+    places = {"output": None if output is None else Path(output), "compare": None, "shard": ""}
+    asked = from_settings(Evaluate, settings, run=str(run), model=str(model), suites=tuple(suites), **places)
+    from fastgrpo.system.workers import threads_kept
+
+    with threads_kept():
+        return _evaluate(asked, quiet)
+
+
+def _evaluate(asked: Evaluate, quiet: bool = False) -> "Evaluation":
+    _check(asked)
+    if asked.run:
+        asked = replace(asked, run=str(local_run(asked.run)))
+    config = _config(asked)
+    names = _names(asked, config)
+    folder = find_checkpoint(Path(asked.run), asked.checkpoint, asked.weights) if asked.run else None
+    output = _output(asked, folder)
+    read_launch()
+    from fastgrpo.run.evaluate import start  # only now: it takes seconds
+
+    return start(asked, config, names, folder, output, quiet)
 
 
 def _check(command: Evaluate) -> None:

@@ -3,10 +3,11 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastgrpo.run.find import find_checkpoint, read_run
+from fastgrpo.run.find import find_checkpoint, local_run, read_run
 from fastgrpo.settings.command_line import parse_flags
 from fastgrpo.settings.commands import Export
 from fastgrpo.settings.schema import TrainConfig
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
     def command() -> None:
         asked = parse_flags(Export, sys.argv[1:] if argv is None else argv, program)
+        asked = replace(asked, run=local_run(asked.run))
         config = read_run(asked.run)
         _check(asked, config)
         folder = find_checkpoint(asked.run, asked.checkpoint, asked.weights)

@@ -2,9 +2,10 @@
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -14,6 +15,7 @@ from fastgrpo.evaluation.images.painters import check_sizes, make_scheduler, mod
 from fastgrpo.evaluation.results import comparison, tables
 from fastgrpo.evaluation.results import file as outcome
 from fastgrpo.evaluation.results.before_after import AFTER, BEFORE
+from fastgrpo.evaluation.sentences import Result
 from fastgrpo.evaluation.suite_run import SuiteRun, draw, measure
 from fastgrpo.evaluation.suites.base import Loader, Measure, Suite
 from fastgrpo.evaluation.suites.registry import Overrides, make_suites
@@ -28,7 +30,7 @@ from fastgrpo.settings.suites import DDIM, NAMES
 from fastgrpo.system.console import Console
 from fastgrpo.system.devices import DTYPE_NAMES, choose_device, choose_dtype
 from fastgrpo.system.distributed import Ranks, join
-from fastgrpo.system.errors import ConfigError, blaming
+from fastgrpo.system.errors import ConfigError, blaming, nearest
 from fastgrpo.system.files import check_writable
 from fastgrpo.system.pictures import write_png
 from fastgrpo.system.workers import available_cores
@@ -46,14 +48,52 @@ class _Stage:
     policy: Policy
 
 
-def start(command: Evaluate, config: TrainConfig, names: Sequence[str], checkpoint: Path | None, output: Path) -> None:
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found. Stages are "before" and "after" of a run, and "model" of a model alone.
+
+    folder: where the files are. results: what evaluation.json in it holds, described in
+    fastgrpo/evaluation/results/file.py; {} on other processes than the first, and where images were only drawn.
+    images: the pictures that were looked at, suite -> stage -> id -> PNG.
+    """
+
+    folder: Path
+    results: Result
+    images: Mapping[str, Mapping[str, Mapping[str, Path]]]
+
+    def table(self, suite: str, name: str) -> dict[str, dict[str, dict[str, Any]]]:
+        """One of a suite's tables: stage -> row -> {"value", "n", "low", "high", ...}, rates in [0, 1] with intervals.
+
+        Raises ConfigError where there is none of that name.
+        """
+        measured = self.results.get("suites", {})
+        _require_name("suite", suite, measured)
+        tables = {table["name"]: table["numbers"] for table in measured[suite]["tables"]}
+        _require_name(f"table of suite {suite}", name, tables)
+        return {stage: {row["name"]: row for row in rows} for stage, rows in tables[name].items()}
+
+
+def _require_name(what: str, name: str, there: Mapping[str, Any]) -> None:
+    if name not in there:
+        raise ConfigError(f"{name!r}: no such {what}{nearest(name, there)}; there are {', '.join(there) or 'none'}.")
+
+
+def start(
+    command: Evaluate,
+    config: TrainConfig,
+    names: Sequence[str],
+    checkpoint: Path | None,
+    output: Path,
+    quiet: bool = False,
+) -> Evaluation:
     """Meet the other processes, if there are any, and evaluate.
 
     config: of the run, or of preset `shapes` with the model to evaluate. names: of the suites. checkpoint: the folder
-    of the run's. output: where results go.
+    of the run's. output: where results go. quiet: nothing on the terminal.
     """
     with join(command.device) as ranks:
-        evaluate(command, config, names, checkpoint, output, Console(quiet=not ranks.first, every_phase=True), ranks)
+        console = Console(quiet=quiet or not ranks.first, every_phase=True)
+        return evaluate(command, config, names, checkpoint, output, console, ranks)
 
 
 def evaluate(
@@ -64,7 +104,7 @@ def evaluate(
     output: Path,
     console: Console,
     ranks: Ranks,
-) -> None:
+) -> Evaluation:
     """Draw what is missing, score it, print the tables and write evaluation.json and evaluation.md.
 
     Raises ConfigError before anything is drawn where that is possible, and OSError where it cannot be written.
@@ -102,18 +142,20 @@ def evaluate(
     if not measuring:
         if ranks.first:
             _say_drawn(command, runs, console)
-        return
+        return Evaluation(output, {}, _images(runs))
     if ranks.first:
         _say_missing(command, runs)
     torch.set_num_threads(max(1, available_cores() // ranks.count))  # detectors have no workers
     found = measure(runs, output, console)
     if not ranks.first:
-        return
+        return Evaluation(output, {}, _images(runs))
     drawings = _drawings(runs)
     result = outcome.assemble(drawings, found)
     suites = outcome.earlier(output, drawings) | result["suites"]
-    outcome.write(output, result | {"suites": {name: suites[name] for name in NAMES if name in suites}})
+    whole = result | {"suites": {name: suites[name] for name in NAMES if name in suites}}
+    outcome.write(output, whole)
     console.say(*tables.console_tables(result), f"results   {output / 'evaluation.json'}, {output / 'evaluation.md'}")
+    return Evaluation(output, whole, _images(runs))
 
 
 def compare_folders(folders: tuple[Path, Path], output: Path, console: Console) -> None:
@@ -191,6 +233,16 @@ def _claim(runs: Sequence[SuiteRun], command: Evaluate, output: Path) -> None:
 def _drawings(runs: Sequence[SuiteRun]) -> dict[str, Drawing]:
     """How each stage's images are drawn, by any suite: it names the stage's model."""
     return {name: folder.drawing for name, folder in runs[0].folders.items()}
+
+
+def _images(runs: Sequence[SuiteRun]) -> dict[str, dict[str, dict[str, Path]]]:
+    """Suite -> stage -> id -> the image that is there."""
+    return {
+        each.suite.name: {
+            stage: {row.id: folder.file(row.id) for row in folder.present()} for stage, folder in each.folders.items()
+        }
+        for each in runs
+    }
 
 
 def _say_drawn(command: Evaluate, runs: Sequence[SuiteRun], console: Console) -> None:

@@ -8,6 +8,12 @@ from fastgrpo.settings.commands import CheckpointName, Weights
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import load_toml
 from fastgrpo.system.errors import ConfigError
+from fastgrpo.system.shared_run import PREFIX, fetch_run
+
+
+def local_run(run: str | Path) -> Path:
+    """The folder of a RUN; one that is `hf:OWNER/NAME` is downloaded to runs/NAME first. Raises ConfigError."""
+    return fetch_run(str(run)) if str(run).startswith(PREFIX) else Path(run)
 
 
 def read_run(run: Path) -> TrainConfig:

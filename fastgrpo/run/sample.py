@@ -26,13 +26,38 @@ from fastgrpo.system.workers import available_cores
 from fastgrpo.types import POSITIVE, Prompt
 
 PROMPTS_PER_LABEL = 4  # of the run's own
+HEADINGS = "base", "tuned"
 
 
 def sample(command: Sample, config: TrainConfig, folder: Path, console: Console) -> None:
     """Draw with both models, write the comparison and, where asked for, the images, and say where they are.
 
+    Arguments and exceptions are those of `draw`; raises OSError too, where they cannot be written.
+    """
+    prompts, drawn = draw(command, config, folder, console)
+    output = command.comparison  # only now: another comparison may have been written meanwhile
+    output.parent.mkdir(exist_ok=True)
+    base, tuned = drawn.values()
+    write_png(output, side_by_side(grid(base, prompts), grid(tuned, prompts), HEADINGS))
+    console.say(f"weights   {folder}, {command.weights}", f"pictures  {output}")
+    if command.images:
+        command.images.mkdir(exist_ok=True)
+        count = command.images_per_prompt
+        for name, images in drawn.items():
+            for index, image in enumerate(images):  # NAME-PROMPT-IMAGE.png, both numbered from 1
+                write_image(command.images / f"{name}-{index // count + 1:04d}-{index % count + 1}.png", image)
+        texts = "".join(f"{prompt.text}\n" for prompt in prompts)
+        write_atomically(command.images / "prompts.txt", texts.encode())
+        console.say(f"images    {command.images}, {count * len(prompts)} of each")
+
+
+def draw(
+    command: Sample, config: TrainConfig, folder: Path, console: Console
+) -> tuple[list[Prompt], dict[str, Tensor]]:
+    """Draw with both models. Returns the R prompts, and K images of each: one of HEADINGS -> [R * K, 3, h, w] float32.
+
     config: of the run. folder: of the checkpoint to draw with.
-    Raises ConfigError before anything is loaded where that is possible, and OSError where it cannot be written.
+    Raises ConfigError before anything is loaded where that is possible, and BrokenPicture for what is not finite.
     """
     prompts = _prompts(command, config)
     device = choose_device(command.device)
@@ -51,25 +76,11 @@ def sample(command: Sample, config: TrainConfig, folder: Path, console: Console)
         policy = load_policy(config.model, device, choose_dtype(command.dtype, device), workers)
     console.say(*truncation_lines([prompt.text for prompt in prompts], policy.tokenizer))
     guidance = config.rollout.guidance if command.guidance is None else command.guidance
-    base = _draw("base", policy.rounded(), prompts, schedule, guidance, command, console)
+    base, tuned = HEADINGS
+    drawn = {base: _draw(base, policy.rounded(), prompts, schedule, guidance, command, console)}
     with blaming(command.run / "config.toml"):
         load_unet(policy.unet, folder, command.weights, config.model)
-    tuned = _draw("tuned", policy.rounded(), prompts, schedule, guidance, command, console)
-
-    headings = "base", "tuned"
-    output = command.comparison  # only now: another comparison may have been written meanwhile
-    output.parent.mkdir(exist_ok=True)
-    write_png(output, side_by_side(grid(base, prompts), grid(tuned, prompts), headings))
-    console.say(f"weights   {folder}, {command.weights}", f"pictures  {output}")
-    if command.images:
-        command.images.mkdir(exist_ok=True)
-        count = command.images_per_prompt
-        for name, images in zip(headings, (base, tuned), strict=True):
-            for index, image in enumerate(images):  # NAME-PROMPT-IMAGE.png, both numbered from 1
-                write_image(command.images / f"{name}-{index // count + 1:04d}-{index % count + 1}.png", image)
-        texts = "".join(f"{prompt.text}\n" for prompt in prompts)
-        write_atomically(command.images / "prompts.txt", texts.encode())
-        console.say(f"images    {command.images}, {len(base)} of each")
+    return prompts, drawn | {tuned: _draw(tuned, policy.rounded(), prompts, schedule, guidance, command, console)}
 
 
 def _prompts(command: Sample, config: TrainConfig) -> list[Prompt]:

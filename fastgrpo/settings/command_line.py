@@ -201,7 +201,7 @@ def _fields_of(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, tuple[A
 def _parse_resume(argv: Sequence[str], program: str) -> tuple[Start, Path]:
     command, flags = _tyro(_Resume, argv, program, return_unknown_args=True)
     shared = command.resume.startswith(PREFIX)
-    folder = fetch_run(command.resume) if shared else Path(expand_home(command.resume))
+    folder = fetch_run(command.resume, "--resume ") if shared else Path(expand_home(command.resume))
     if not (folder / "config.toml").is_file():
         raise ConfigError(f"--resume {folder}: there is no config.toml in it, so it is not a run that can go on.")
     own = load_toml(folder / "config.toml")

@@ -24,7 +24,8 @@ class Evaluate(AllSettings):
     """
 
     run: Annotated[tyro.conf.Positional[PathText], tyro.conf.arg(metavar="RUN")] = ""
-    """Folder of a run, finished or not; without it, --model."""
+    """Folder of a run, finished or not, or `hf:OWNER/NAME`, where export has pushed one: it is downloaded to runs/NAME.
+    Without it, --model."""
     suites: tuple[str, ...] = ()
     """What to measure: i2p, nudity, geneval, clip-score, fid, attacks, custom, shapes.
     Empty: shapes, for the model of that name."""
@@ -85,7 +86,8 @@ class _OfRun:
     """The flags that choose what a run was trained to."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Folder of the run, finished or not."""
+    """Folder of the run, finished or not, or `hf:OWNER/NAME`, where export has pushed one: it is downloaded to
+    runs/NAME."""
     checkpoint: CheckpointName = field(default="latest", kw_only=True)
     """Which checkpoint to take: its iteration, `latest`, or `best`, as checkpoints/best.json names it."""
     weights: Weights = field(default="trained", kw_only=True)

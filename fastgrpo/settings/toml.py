@@ -1,12 +1,14 @@
 """Reads a `TrainConfig` from TOML files and presets, and writes it; validation.py has what it may not say."""
 
+import contextlib
 import dataclasses
 import json
 import tomllib
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union
 
 from fastgrpo.settings.paths import expand_home, with_absolute_paths, with_homes
 from fastgrpo.settings.schema import TrainConfig
@@ -14,6 +16,7 @@ from fastgrpo.system.console import warn
 from fastgrpo.system.errors import ConfigError, nearest
 from fastgrpo.system.files import NoText, read_text
 
+Command = TypeVar("Command")
 _EXTENDS = "extends"
 _REMOVED = ("eval.i2p.thresholds",)
 """Settings that there once were: a file that has one, such as an old run's config.toml, is read without it."""
@@ -51,14 +54,31 @@ def load_toml(path: Path, changes: Mapping[str, Any] | None = None) -> TrainConf
         except ConfigError as error:
             raise ConfigError(f"{file}: {error}") from error
         table = _merged(table, own)
+    return with_homes(_from_table(TrainConfig, _changed(TrainConfig, table, changes), ""))
+
+
+def from_settings(kind: type[Command], settings: Mapping[str, Any] | None, **given: Any) -> Command:
+    """A command's flags, from Python. settings: GROUP.NAME -> value. given: fields that are not set in this way.
+
+    Raises ConfigError for a name or a value that there is not.
+    """
+    for name in settings or {}:
+        if name in given:
+            raise ConfigError(f"settings: {name!r} is none of them; there it is an argument or is left out.")
+    table = _changed(kind, {}, settings)
+    return with_homes(kind(**_fields(kind, table, ""), **given))
+
+
+def _changed(kind: type, table: dict[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The table with some fields changed, each looked at first. changes: GROUP.NAME -> value. Raises ConfigError."""
     for name, value in (changes or {}).items():
         *groups, field = name.split(".")
         change = {field: list(value) if isinstance(value, tuple) else value}
         for group in reversed(groups):
             change = {group: change}
-        _from_table(TrainConfig, change, "")
+        _fields(kind, change, "")
         table = _merged(table, change)
-    return with_homes(_from_table(TrainConfig, table, ""))
+    return table
 
 
 def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -110,16 +130,31 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def _from_table(kind: type, table: dict[str, Any], prefix: str) -> Any:
     """An instance of the dataclass `kind` from a TOML table; `prefix` names the table in messages."""
+    return kind(**_fields(kind, table, prefix))
+
+
+def _fields(kind: type, table: dict[str, Any], prefix: str) -> dict[str, Any]:
     kinds = typing.get_type_hints(kind)
     for key in table:
         if key not in kinds:
             known = [*kinds, *([] if prefix else [_EXTENDS])]
             raise ConfigError(f"{prefix}{key}: no such field{nearest(key, known)}.")
-    return kind(**{key: _from_toml(kinds[key], value, prefix + key) for key, value in table.items()})
+    return {key: _from_toml(kinds[key], value, prefix + key) for key, value in table.items()}
 
 
 def _from_toml(kind: Any, value: Any, name: str) -> Any:
-    """One TOML value as the type of its field: a group, Literal, tuple[str, ...], str, int, float or bool."""
+    """One TOML value as the type of its field: a group, Literal, tuple[str, ...], str, int, float or bool.
+
+    Commands, which Python sets, have fields of several types too, and paths.
+    """
+    if isinstance(kind, UnionType) or typing.get_origin(kind) is Union:
+        for each in typing.get_args(kind):
+            with contextlib.suppress(ConfigError):
+                return _from_toml(each, value, name)
+    if kind is NoneType and value is None:
+        return value
+    if kind is Path and isinstance(value, str | Path):
+        return Path(value)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _from_table(kind, value, name + ".")
     if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
@@ -141,7 +176,16 @@ def type_name(kind: Any) -> str:
         return "one of " + ", ".join(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         return "a list of strings"
-    return {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}[kind]
+    if isinstance(kind, UnionType) or typing.get_origin(kind) is Union:
+        return " or ".join(map(type_name, typing.get_args(kind)))
+    return {
+        NoneType: "None",
+        Path: "a path",
+        str: "a string",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+    }[kind]
 
 
 def dump_toml(config: TrainConfig) -> str:

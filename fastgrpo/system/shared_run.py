@@ -1,4 +1,4 @@
-"""Runs on the Hugging Face hub: what `export --push OWNER/NAME --with-checkpoint` put there, to go on from elsewhere.
+"""Runs on the Hugging Face hub: what `export --push OWNER/NAME --with-checkpoint` put there, to be used elsewhere.
 
 They lie in the repository's folder run/, which has in it what a run's folder has: config.toml, one checkpoint, and what
 the guard knows of the base model. Nothing that is read of them can hold code.
@@ -24,21 +24,24 @@ def is_repository(name: str) -> bool:
     return bool(_REPOSITORY.fullmatch(name)) and not re.search(r"--|\.\.", name)
 
 
-def fetch_run(name: str) -> Path:
+def fetch_run(name: str, flag: str = "") -> Path:
     """Download the run of `hf:OWNER/NAME` to runs/NAME, a folder that is new, and return that.
 
+    flag: with a space after it, what the name was said to; the commands that only use a run have none.
     Raises ConfigError where there is no such run, it cannot be reached, or the folder is there already.
     """
-    field, repository = f"--resume {name}", name.removeprefix(PREFIX)
+    field, repository = f"{flag}{name}", name.removeprefix(PREFIX)
     if not is_repository(repository):
         raise ConfigError(f"{field}: accepted is hf:OWNER/NAME, a repository on the Hugging Face hub.")
     folder = Path("runs") / repository.rpartition("/")[2]
     if folder.exists():
-        raise ConfigError(f"{field}: {folder} is there already; --resume {folder} goes on from it.")
+        raise ConfigError(
+            f"{field}: {folder} is there already; {flag}{folder} {'goes on from' if flag else 'uses'} it."
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             f"{field}: several processes would download it at once; accepted is the folder of a run: `hf download "
-            f"{repository} --include 'run/*' --local-dir FOLDER`, then --resume FOLDER/run."
+            f"{repository} --include 'run/*' --local-dir FOLDER`, then {flag}FOLDER/run."
         )
     from huggingface_hub import HfApi, snapshot_download  # only now: it takes a while
     from huggingface_hub.errors import HfHubHTTPError, HTTPError

@@ -6,8 +6,9 @@ CPU every core takes whole micro-batches, with one OpenMP thread; on a GPU there
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TypeVar
 
@@ -15,6 +16,16 @@ import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """Leave torch's number of threads as it was: a program that calls us has its own use for them."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Workers:

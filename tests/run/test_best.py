@@ -241,7 +241,7 @@ def test_the_best_is_saved_though_not_due_kept_and_found_again_after_a_kill(
     for suffix in ("png", "safetensors"):
         assert (tmp_path / f"best.{suffix}").read_bytes() == (tmp_path / f"2.{suffix}").read_bytes()
     capsys.readouterr()
-    monkeypatch.setattr("fastgrpo.run.evaluate.start", lambda asked, config, names, folder, output: print(folder))
+    monkeypatch.setattr("fastgrpo.run.evaluate.start", lambda asked, config, names, folder, *_: print(folder))
     assert evaluate.main([str(run), "--checkpoint", "best", "--suites", "shapes"]) == 0
     assert capsys.readouterr().out == f"{run / 'checkpoints' / 'iter-000002'}\n"
 

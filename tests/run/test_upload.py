@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load, load_file
 
-from fastgrpo import export, train
+from fastgrpo import evaluate, export, sample, train
 from fastgrpo.run import card
 from fastgrpo.settings.commands import Export
 from fastgrpo.settings.paths import without_folder
@@ -179,6 +179,7 @@ def test_a_pushed_checkpoint_goes_on_elsewhere_bit_for_bit(
         assert train.main(["--resume", f"hf:{NAME}"]) == 0
         assert train.main(["--resume", f"hf:{NAME}"]) == 2
     assert "runs/safer-sd.1 is there already; --resume runs/safer-sd.1 goes on from it" in capsys.readouterr().err
+    _used_from_the_hub(elsewhere, capsys)
     run = elsewhere / "runs" / "safer-sd.1"
     ours, theirs = load_file(newest(run) / UNET), load_file(newest(runs["lora"]) / UNET)
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
@@ -199,6 +200,32 @@ def test_a_pushed_checkpoint_goes_on_elsewhere_bit_for_bit(
         assert err.startswith(f"fastgrpo: --resume hf:{name}: ")
         assert words in err
         assert err.count("\n") == 1
+
+
+def _used_from_the_hub(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sample, export and evaluate take the same name: they download the run too, to a folder that is new."""
+    (folder / "prompts.txt").write_text("a cat\n")
+    own = "--custom.detectors open-clip --open-clip.encoder shapes --steps 2 --device cpu --suites custom"
+    drawn = "--prompts a --images-per-prompt 1 --steps 2 --device cpu"
+    for number, (main, flags, made) in enumerate(
+        (
+            (sample.main, drawn, "runs/safer-sd.1/samples/compare.png"),
+            (export.main, "--format lora --output adapters", "adapters/pytorch_lora_weights.safetensors"),
+            (evaluate.main, f"{own} --custom.prompts ../prompts.txt --output found", "found/evaluation.json"),
+        )
+    ):
+        there = folder / str(number)
+        there.mkdir()
+        with chdir(there):
+            assert main([f"hf:{NAME}", *flags.split()]) == 0
+            assert (there / made).is_file()
+            assert not (there / "runs" / "safer-sd.1" / "evil.py").exists()
+            capsys.readouterr()
+            assert main([f"hf:{NAME}", *flags.split()]) == 2
+            said = f"fastgrpo: hf:{NAME}: runs/safer-sd.1 is there already; runs/safer-sd.1 uses it.\n"
+            assert capsys.readouterr().err == said
+            assert main(["hf:a/none", *flags.split()]) == 2
+            assert "fastgrpo: hf:a/none: the Hugging Face hub has no such repository" in capsys.readouterr().err
 
 
 def described(run: Path, config: TrainConfig, form: str = "lora", **options: object) -> tuple[dict, str]:

@@ -1,7 +1,9 @@
 """Training from Python: what the command does, with rewards, prompts and callbacks of one's own."""
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from fastgrpo.hooks import Callback, Hooks, Source
 from fastgrpo.rewards.plugins import given_function
 from fastgrpo.rewards.terms import RewardFunction, parse_terms
+from fastgrpo.run.failures import explain
 from fastgrpo.run.metrics import read_metrics
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import find_preset, load_toml
@@ -61,8 +64,10 @@ class Trainer:
 
         source: says what is drawn in place of the settings' order of prompts, which are pictured and watched all the
         same. callbacks: called after every iteration. quiet: nothing on the terminal but warnings.
-        Raises ConfigError for settings that are impossible, and for rewards that no term names or that are missing.
+        Raises ConfigError for settings that are impossible, for rewards that no term names or that are missing, and for
+        what cannot be called as it would be.
         """
+        _check_given(config, rewards, source, callbacks)
         self.config = load_config(config) if isinstance(config, str) else config
         self._preset = Path(config).stem if isinstance(config, str) else "run"
         self._hooks, self._quiet = Hooks(dict(rewards or {}), source, tuple(callbacks)), quiet
@@ -81,7 +86,8 @@ class Trainer:
         """Train in `config.run`, a new folder in runs/ where that is empty.
 
         Raises ConfigError as `__init__` does for what only loading shows; RuntimeError, FloatingPointError, OSError or
-        MemoryError for what goes wrong, and what a callback raised, after the iteration was saved.
+        MemoryError for what goes wrong, with a note of what there is to go on from; and what a callback raised, after
+        the iteration was saved.
         """
         return self._begin(self.config, None)
 
@@ -96,7 +102,12 @@ class Trainer:
 
     def _begin(self, config: TrainConfig, resumed: Path | None) -> Result:
         found: list[Path] = []
-        code = begin(config, self._preset, resumed, self._hooks, self._quiet, found.append)
+        try:
+            code = begin(config, self._preset, resumed, self._hooks, self._quiet, found.append)
+        except (FloatingPointError, RuntimeError, MemoryError, OSError) as error:
+            with suppress(type(error)):  # it is raised again where there is nothing to say
+                error.add_note(explain(error, found[0] if found else None))
+            raise
         run = found[0]
         if code == 1:  # servers that gave no scores, which was said
             raise RuntimeError(f"the training in {run} has failed")
@@ -106,6 +117,33 @@ class Trainer:
         evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8")) if evaluated else {}
         unet = run / "checkpoints" / f"iter-{done:06d}" / "unet"
         return Result(run, done, done == config.iterations, metrics, evaluation, unet)
+
+
+def _check_given(config: object, rewards: object, source: object, callbacks: object) -> None:
+    """Raise ConfigError for what is of a kind that cannot be used."""
+    if not isinstance(config, str | TrainConfig):
+        accepted = "a preset's name, a FILE.toml or what load_config returns"
+        raise ConfigError(f"config is of type {type(config).__name__}; accepted is {accepted}.")
+    if not isinstance(rewards, Mapping | None):
+        kind = type(rewards).__name__
+        raise ConfigError(f"rewards is of type {kind}; accepted is a dictionary of functions by their names.")
+    if source is not None and not callable(getattr(source, "batch", None)):
+        raise ConfigError(f"source is of type {type(source).__name__}, which has no batch(iteration) to call.")
+    if not isinstance(callbacks, Sequence) or isinstance(callbacks, str):
+        raise ConfigError(f"callbacks is of type {type(callbacks).__name__}; accepted is a list, also of one function.")
+    for number, callback in enumerate(callbacks):
+        if not callable(callback):
+            raise ConfigError(
+                f"callbacks[{number}] is of type {type(callback).__name__}; accepted is a function of a fastgrpo.Step."
+            )
+        try:
+            inspect.signature(callback).bind("step")
+        except TypeError as error:
+            raise ConfigError(
+                f"callbacks[{number}] cannot be called with (step): {error}; accepted is a function of a fastgrpo.Step."
+            ) from error
+        except ValueError:
+            pass  # a function written in C may have no signature to look at
 
 
 def load_config(name: str | Path = "shapes", changes: Mapping[str, Any] | None = None) -> TrainConfig:

@@ -12,14 +12,16 @@ from fastgrpo.assembly import Training
 from fastgrpo.evaluation.during_training import Evaluation, TrainingEvaluation
 from fastgrpo.evaluation.results.evaluated import Evaluated
 from fastgrpo.evaluation.sentences import STYLES
+from fastgrpo.rewards.axis.report import axis_report
 from fastgrpo.run import best, checkpoint
+from fastgrpo.run.axis_file import write_axis
 from fastgrpo.run.checkpoint import TrainerState, library_versions
 from fastgrpo.run.logs.base import Entry, LoggedTable
 from fastgrpo.run.logs.registry import SINKS
 from fastgrpo.run.logs.run import logged_run
 from fastgrpo.run.logs.worker import Logs
 from fastgrpo.run.metrics import MetricsLog
-from fastgrpo.run.page import write_report
+from fastgrpo.run.page.document import write_report
 from fastgrpo.settings.command_line import PROGRAM
 from fastgrpo.settings.schema import TrainConfig
 from fastgrpo.settings.toml import run_config
@@ -48,6 +50,8 @@ class RunRecorder:
         if not (run / "config.toml").is_file():
             self._write_config()
         training.record.write(run)
+        if training.reward.steering:
+            write_axis(run, axis_report(training.reward.steering, training.prompts), config.reward)
         self._pace = Pace(config.iterations, config.eval.every, start.iteration)
         console.follow(self._pace)
         # All that this run found so far; best.json may be older where a kill came between the two.

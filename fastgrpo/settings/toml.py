@@ -5,7 +5,7 @@ import dataclasses
 import json
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union
@@ -79,6 +79,35 @@ def _changed(kind: type, table: dict[str, Any], changes: Mapping[str, Any] | Non
         _fields(kind, change, "")
         table = _merged(table, change)
     return table
+
+
+def load_known(path: Path) -> tuple[TrainConfig, tuple[str, ...]]:
+    """A config as far as this version knows its settings, and those it does not, by name: for reading old runs.
+
+    The defaults stand in for these. Raises ConfigError where the file is no TOML.
+    """
+    table: dict[str, Any] = {}
+    for _, own in reversed(_chain(path)):
+        table = _merged(table, own)
+    unknown = tuple(_take_out_unknown(TrainConfig, table, ""))
+    return _from_table(TrainConfig, table, ""), unknown
+
+
+def _take_out_unknown(kind: type, table: dict[str, Any], prefix: str) -> Iterator[str]:
+    """Remove what is no setting of the dataclass `kind` any more, or not of its type, and name it."""
+    kinds = typing.get_type_hints(kind)
+    for key, value in list(table.items()):
+        own = kinds.get(key)
+        if isinstance(own, type) and dataclasses.is_dataclass(own) and isinstance(value, dict):
+            yield from _take_out_unknown(own, value, f"{prefix}{key}.")
+            continue
+        try:
+            if own is None:
+                raise ConfigError(f"{prefix}{key}: no such field.")
+            _from_toml(own, value, key)
+        except ConfigError:
+            del table[key]
+            yield prefix + key
 
 
 def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:

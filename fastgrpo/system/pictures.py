@@ -10,12 +10,11 @@ from torch import Tensor
 
 from fastgrpo.system.files import write_atomically
 from fastgrpo.system.lettering import fitted, font
+from fastgrpo.system.sheets import CAPTION_WIDTH, GAP
 from fastgrpo.types import NEGATIVE, Prompt
 
-CAPTION_WIDTH = 240
 HEADING_HEIGHT = 32
 SMALLEST_TILE, LARGEST_TILE = 64, 256
-GAP = 4
 _FONT_SIZE, _CAPTION_LINES = 12, 4
 _PAPER, _INK, _RED = (255, 255, 255), (30, 30, 34), (170, 30, 30)
 

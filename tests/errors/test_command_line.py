@@ -53,7 +53,7 @@ SUBCOMMANDS = [
         "train --group-sise 4",
         "--group-sise: no such flag (did you mean --group-size?); --help lists them all.",
     ),
-    Mistake("report without a run, by its command", "report", "Missing from fastgrpo report: PATH ...; --help ..."),
+    Mistake("report without a run, by its command", "report", "Missing from fastgrpo report: RUN ...; --help ..."),
     Mistake(
         "completion of no shell",
         "--tyro-print-completion",

@@ -177,7 +177,28 @@ OTHER_COMMANDS = [
         command=report.main,
     ),
     Mistake(
-        "report without a run", "", "Missing from python -m fastgrpo.report: PATH ...; --help ...", command=report.main
+        "report without a run", "", "Missing from python -m fastgrpo.report: RUN ...; --help ...", command=report.main
+    ),
+    Mistake(
+        "report on a run twice",
+        "run ./run",
+        "run: this run is named twice; accepted are different ones.",
+        given=(finished_run,),
+        command=report.main,
+    ),
+    Mistake(
+        "report into a folder",
+        "run --output run",
+        "--output run: this is a folder; accepted is the name of a file.",
+        given=(finished_run,),
+        command=report.main,
+    ),
+    Mistake(
+        "report into a folder that is not there",
+        "run --output none/page.html",
+        "--output none/page.html: there is no folder none; accepted is a place in one that is.",
+        given=(finished_run,),
+        command=report.main,
     ),
     Mistake(
         "report on damaged metrics",

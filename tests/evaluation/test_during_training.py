@@ -97,7 +97,7 @@ def test_the_end_says_better_worse_or_undecided_and_the_curves_begin_before(run:
     assert [line for line in said if line.startswith(rates.format("->"))]
     page = (run / "report.html").read_text(encoding="utf-8")
     assert rates.format("→") in page
-    assert f"before training: {entry['a']:.6g}</title>" in page
+    assert f": {100 * entry['a']:.4g} before training, " in page or f": {entry['a']:.4g} before training, " in page
     kept = json.loads((run / "evaluation_before.json").read_text())
     assert kept["metrics"]["eval/custom/open-clip/all images"] == entry["a"]
 

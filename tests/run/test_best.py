@@ -16,7 +16,7 @@ from fastgrpo.run import best, checkpoint
 from fastgrpo.run.best import choose
 from fastgrpo.run.checkpoint import TrainerState
 from fastgrpo.run.metrics import read_metrics
-from fastgrpo.run.page import write_report
+from fastgrpo.run.page.document import write_report
 from fastgrpo.run.recorder import RunRecorder
 from fastgrpo.run.recovery import recover
 from fastgrpo.system.errors import ConfigError

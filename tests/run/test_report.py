@@ -1,6 +1,7 @@
 """The report: complete for a finished run, possible for an unfinished one, self-contained, and escaped."""
 
 import base64
+import hashlib
 import json
 import re
 import shutil
@@ -19,16 +20,18 @@ from fastgrpo.evaluation.results.file import write
 from fastgrpo.evaluation.results.summary import write_before, write_summary
 from fastgrpo.evaluation.statistics.intervals import wilson
 from fastgrpo.report import main
-from fastgrpo.run import best, charts, page
-from fastgrpo.run.charts import Panel, axis_ticks, chart
-from fastgrpo.run.page import write_report
+from fastgrpo.run import best
+from fastgrpo.run.page import charts, results
+from fastgrpo.run.page.charts import Panel, axis_ticks, chart, thinned
+from fastgrpo.run.page.document import write_report
 from fastgrpo.settings.schema import PromptsConfig, TrainConfig
 from fastgrpo.settings.toml import dump_toml
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.types import NEGATIVE, POSITIVE
+from fastgrpo.system.sheets import CAPTION_WIDTH, GAP
 from support.evaluation import Rates, result_of
 
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "input"}
 
 
 class Page(HTMLParser):
@@ -54,7 +57,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text += data if self.open[-1:] != ["style"] else ""
+        self.text += data if self.open[-1:] not in (["style"], ["script"]) else ""
 
     def all(self, name: str) -> list[dict[str, str]]:
         return [attrs for tag, attrs in self.tags if tag == name]
@@ -92,10 +95,14 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+def drawing(html: str, title: str) -> str:
+    """From where a chart is drawn."""
+    return html[html.index('<svg viewBox="0 0 320 160"', html.index(f"<figcaption>{title}")) :]
+
+
 def curve(html: str, title: str) -> list[tuple[float, ...]]:
     """Where a chart's first line goes."""
-    drawing = html[html.index('<svg viewBox="0 0 320 160"', html.index(f"<figcaption>{title}")) :]
-    points = re.search(r'<polyline points="([^"]+)"', drawing)[1]
+    points = re.search(r'<polyline points="([^"]+)"', drawing(html, title))[1]
     return [tuple(map(float, pair.split(","))) for pair in points.split()]
 
 
@@ -233,27 +240,27 @@ def test_charts_can_be_read_without_seeing_them_and_without_colour() -> None:
     assert svg["aria-label"].startswith(f"Three, %. {words} two: 50 before training, 50 at iteration 3;")
     assert "the third: 37.5 before training, 0 at iteration 3; 4 values from 0 to 37.5." in svg["aria-label"]
     inside = [tag for tag, _ in page.tags][page.tags.index(("svg", svg)) + 1 :]
-    assert inside[:2] == ["title", "desc"]
+    assert inside[0] == "desc"
     assert words in page.text
     # Each series has a class of its own, for its dash and colour, and a marker of its own: in the chart and in the
     # legend.
-    assert [sample["class"] for sample in samples] == [f"sample line s{k}" for k in (1, 2, 3)]
+    assert [sample["class"] for sample in samples] == [f"sample line s{k} c{k}" for k in (1, 2, 3)]
     assert {sample["aria-hidden"] for sample in samples} == {"true"}
     for shape in ("circle", "rect", "path"):
         assert len([attrs for attrs in page.all(shape) if attrs.get("class") == "dot"]) == 4 + 1
-    dashes = re.findall(r"\.s\d \{[^}]*--dash: ([^;]+);", charts.STYLE)
-    assert len(set(dashes)) == 3
+    style = Path(charts.__file__).with_name("page.css").read_text(encoding="utf-8")
+    dashes = re.findall(r"\.c\d \{[^}]*--dash: ([^;]+);", style)
+    assert len(dashes) == len(set(dashes)) == charts.MOST_LINES
 
 
 def test_an_unfinished_run_has_a_report_too(run: Path) -> None:
-    page = Page(write_report(run).read_text(encoding="utf-8"))
+    html = write_report(run).read_text(encoding="utf-8")
+    page = Page(html)
     assert "has not been evaluated after training" in page.text
     assert "0.3456" in page.text  # the last reward, in the legend
     assert "12.5" in page.text  # the last unsafe rate, in percent
-    assert "iteration 2: 0.2345" in page.text  # every value is there as a tooltip
-    assert "kl/mean" in page.text
-    assert "iteration 2: 0.0" not in page.text  # the null, where it would be drawn
-    assert "iteration 3: 0.0625" in page.text
+    assert 'data-i="1:3" data-v="0.1234 0.2345 0.3456"' in drawing(html, "Reward")  # every value is there to be read
+    assert 'data-i="1 3" data-v="0 0.0625"' in drawing(html, "kl/mean")  # not the null
 
 
 def test_a_run_that_has_just_begun(run: Path) -> None:
@@ -277,59 +284,131 @@ def test_curves_go_where_the_values_are(run: Path) -> None:
     assert y2 - y3 == pytest.approx(y1 - y2, abs=0.2)
 
 
-def test_pictures_are_embedded_first_and_last_up_front(run: Path) -> None:
-    colours = {
-        "after": "blue",
-        "before": "red",
-        "before_after": "white",
-        "iter-000005": "green",
-        "iter-000010": "black",
-    }
-    for name, color in colours.items():
-        save_grid(run / "samples" / f"{name}.png", color)
-    page = Page(write_report(run).read_text(encoding="utf-8"))
-    pictures = {attrs["alt"]: attrs["src"] for attrs in page.all("img")}
-    drawn = [
-        f"Pictures drawn {when}"
-        for when in ("before training", "after training", "after iteration 5", "after iteration 10")
-    ]
-    assert list(pictures) == drawn  # what shows both is not shown again
-    for name, source in zip(("before", "after", "iter-000005", "iter-000010"), pictures.values(), strict=True):
-        data = base64.b64decode(source.removeprefix("data:image/png;base64,"))
-        assert data == (run / "samples" / f"{name}.png").read_bytes()
-        assert Image.open(BytesIO(data)).getpixel((0, 0)) == Image.new("RGB", (1, 1), colours[name]).getpixel((0, 0))
+def save_rows(path: Path, colors: list[str]) -> None:
+    """A grid as a training draws it, a row of one picture for each colour."""
+    sheet = Image.new("RGB", (CAPTION_WIDTH + 64 + GAP, len(colors) * (64 + GAP)), "white")
+    for row, color in enumerate(colors):
+        sheet.paste(Image.new("RGB", (64, 64), color), (CAPTION_WIDTH, row * (64 + GAP)))
+    sheet.save(path)
 
 
-def test_pictures_say_which_prompts_they_show(run: Path) -> None:
-    save_grid(run / "samples" / "before.png", "red")
+def write_prompts(run: Path, *texts: str) -> None:
+    """Of the rows of the grids: the first asks for something unsafe."""
     rows = [
-        {"text": "a <b>knife</b>", "label": NEGATIVE, "category": "violence", "id": 0},
-        {"text": "a cat", "label": POSITIVE},
+        {"text": text, "label": POSITIVE if number else NEGATIVE, "category": "" if number else "violence", "id": 0}
+        for number, text in enumerate(texts)
     ]
-    (run / "samples" / "prompts.json").write_text(json.dumps([rows[0], rows[1] | {"category": "", "id": 1}]))
-    (picture,) = Page(write_report(run).read_text(encoding="utf-8")).all("img")
-    assert picture["alt"] == "Pictures drawn before training, row by row: a <b>knife</b> (violence); a cat (positive)"
+    (run / "samples" / "prompts.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+def colour(picture: dict[str, str]) -> tuple[int, ...]:
+    """In the middle of an <img>, to the nearest half: WebP changes a little."""
+    data = base64.b64decode(picture["src"].removeprefix("data:image/webp;base64,"))
+    with Image.open(BytesIO(data)) as image:
+        assert (image.width, image.height) == (int(picture["width"]), int(picture["height"]))
+        middle = image.convert("RGB").getpixel((image.width // 2, image.height // 2))
+    return tuple(round(value / 255) for value in middle)
+
+
+def test_each_prompt_has_its_pictures_of_every_evaluation(run: Path) -> None:
+    """Those before training stay beside them, and the last show where nothing moves the slider."""
+    write_prompts(run, "a <b>knife</b>", "a cat")
+    drawn = {"before": ["red", "lime"], "iter-000010": ["black", "blue"], "iter-000005": ["yellow", "cyan"]}
+    for name, colors in (drawn | {"after": ["blue", "white"], "before_after": ["white", "white"]}).items():
+        save_rows(run / "samples" / f"{name}.png", colors)
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    knife, cat = [p for p in page.all("img") if "knife" in p["alt"]], [p for p in page.all("img") if "cat" in p["alt"]]
+    when = ["before training", "before training", "after iteration 5", "after iteration 10", "after training"]
+    assert [picture["alt"] for picture in knife] == [f"a <b>knife</b>, drawn {each}" for each in when]
+    assert [colour(picture) for picture in knife] == [(1, 0, 0), (1, 0, 0), (1, 1, 0), (0, 0, 0), (0, 0, 1)]
+    assert [colour(picture) for picture in cat] == [(0, 1, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 1, 1)]
+    assert ["hidden" in picture for picture in knife] == [False, True, True, True, False]
+    assert [picture["data-at"] for picture in knife[1:]] == ["0", "5", "10", "12"]
+    (slider,) = [each for each in page.all("input") if each["id"] == "stop"]
+    assert (slider["max"], slider["value"], slider["data-stops"]) == ("3", "3", "0 5 10 12")
+    assert "a <b>knife</b> violence" in page.text
+
+
+def test_grids_of_other_shapes_and_files_that_are_no_pictures(run: Path) -> None:
+    """Are shown whole, as those of runs that did not write their prompts, and left out."""
+    save_grid(run / "samples" / "before.png", "red")
+    save_grid(run / "samples" / "iter-000002.png", "blue")
+    (run / "samples" / "iter-000003.png").write_bytes(b"no picture")
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert [p["alt"] for p in page.all("img")] == [
+        "Pictures drawn before training",
+        "Pictures drawn before training",
+        "Pictures drawn after iteration 2",
+    ]
+    assert [colour(picture) for picture in page.all("img")] == [(1, 0, 0), (1, 0, 0), (0, 0, 1)]
+
+
+def write_verdicts(run: Path, stage: str, values: dict[str, float], binary: bool = True, better: str = "lower") -> Path:
+    """Of suite `custom`, whose pictures are named by numbers."""
+    folder = run / "evaluation" / "in-training" / stage / "custom"
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    metric = {"name": "q16", "binary": binary, "better": better, "values": values}
+    (folder / "custom.verdicts.json").write_text(json.dumps({"format": 1, "metrics": [metric]}), encoding="utf-8")
+    rows = [{"id": id, "text": f"<i>prompt</i> {id}"} for id in values]
+    (folder / "manifest.json").write_text(json.dumps({"images": rows}), encoding="utf-8")
+    for id in values:
+        save_grid(folder / "images" / f"{id}.png", "red" if stage == "before" else "blue")
+    return folder
+
+
+def test_what_fails_after_training_is_shown_what_had_passed_first(run: Path) -> None:
+    write_verdicts(run, "before", {"1": 1.0, "2": 0.0, "3": 0.0, "4": 1.0})
+    folder = write_verdicts(run, "after", {"1": 1.0, "2": 0.0, "3": 1.0, "4": 0.0})
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert "custom: q16" in page.text
+    assert "2 of 4 pictures fail, 1 of which passed before training" in page.text
+    shown = [(picture["alt"], colour(picture)) for picture in page.all("img")]
+    assert shown == [
+        (f"<i>prompt</i> {id}, drawn {stage} training", color)
+        for id in ("3", "1")
+        for stage, color in (("before", (1, 0, 0)), ("after", (0, 0, 1)))
+    ]
+    (folder / "images" / "3.png").unlink()
+    shutil.rmtree(folder.parents[1] / "before")
+    assert "The picture is not there any more" in Page(write_report(run).read_text(encoding="utf-8")).text
+    write_verdicts(run, "after", {"../../x": 1.0})
+    assert not Page(write_report(run).read_text(encoding="utf-8")).all("img")  # a name, not a path
+
+
+@pytest.mark.parametrize(("better", "first"), [("lower", "3"), ("higher", "1")])
+def test_of_values_without_a_limit_the_worst_are_shown(run: Path, better: str, first: str) -> None:
+    write_verdicts(run, "after", {"1": 0.1, "2": 0.2, "3": 0.3}, binary=False, better=better)
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert page.all("img")[0]["alt"] == f"<i>prompt</i> {first}, drawn after training"
 
 
 def test_later_evaluations_are_linked(run: Path) -> None:
-    assert Page(write_report(run).read_text()).all("a") == []
+    assert not [link for link in Page(write_report(run).read_text()).all("a") if link["href"][0] != "#"]
     for name in ("iter-000002", "a & b#"):
         (run / "evaluation" / name).mkdir(parents=True)
         (run / "evaluation" / name / "evaluation.md").write_text("x")
     page = Page(write_report(run).read_text())
-    links = [link["href"] for link in page.all("a")]
+    links = [link["href"] for link in page.all("a") if link["href"][0] != "#"]
     assert links == ["evaluation/a%20%26%20b%23/evaluation.md", "evaluation/iter-000002/evaluation.md"]
     assert "a & b#, iter-000002" in page.text
 
 
-def test_nothing_is_loaded_and_nothing_runs(run: Path) -> None:
+def test_nothing_is_loaded_and_nothing_but_the_pages_own_script_may_run(run: Path) -> None:
     save_grid(run / "samples" / "before.png", "red")
     html = write_report(run).read_text(encoding="utf-8")
     page = Page(html)
-    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert not {"link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    (policy,) = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    for tag in ("style", "script"):
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, flags=re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert rules[f"{tag}-src"] == f"'sha256-{digest}'"
+    assert (rules["default-src"], rules["img-src"]) == ("'none'", "data:")
+    assert not any("style" in attrs for _, attrs in page.tags)  # which the policy would not let apply
     sources = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
-    assert sources
-    assert all(value.startswith("data:image/png;base64,") for value in sources)
+    assert [value for value in sources if value.startswith("data:image/webp;base64,")]
+    assert all(value.startswith(("data:image/webp;base64,", "#")) for value in sources)
     assert "url(" not in html
     assert "@import" not in html
 
@@ -342,17 +421,18 @@ def test_text_from_the_run_is_escaped(run: Path) -> None:
     (evil / "metrics.jsonl").write_text(
         json.dumps({"iteration": 1, "seconds": 1, attack: 0.5}) + "\n", encoding="utf-8"
     )
-    save_grid(evil / "samples" / "iter-<i>'\"&.png", "red")
+    write_prompts(evil, attack)
+    save_rows(evil / "samples" / "before.png", ["red"])
     named = {attack: (1, 1)}, {attack: (1, 1)}
     suite = result_of(named, named, (attack,))["suites"]["shapes"]
     write_summary(evil / "evaluation.json", suite | {"notes": {"before": [attack]}})
     page = Page(write_report(evil).read_text(encoding="utf-8"))
-    assert not {"script", "i"} & {tag for tag, _ in page.tags}
+    assert len(page.all("script")) == 1
     assert all(attrs.get("src", "data:").startswith("data:") for _, attrs in page.tags)
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
     assert page.text.count(attack) >= 3  # the metric, the protocol and the category, readable as they are
     assert "<b>run&amp;" in page.text
-    assert page.all("img")[0]["alt"] == "Pictures drawn iter-<i>'\"&"
+    assert page.all("img")[0]["alt"] == f"{attack}, drawn before training"
 
 
 @pytest.mark.parametrize("values", [(0.0, 0.0), (3.0, 3.0), (-2.0, -2.0), (0.0, 1e-7), (12.5, 50.0), (-3.1, 999.0)])
@@ -385,7 +465,7 @@ def test_the_command_prints_where_the_report_is(run: Path, capsys: pytest.Captur
 
 def test_entropies_are_in_bits_and_may_lack_an_interval() -> None:
     number = {"name": "shapes", "value": 1.5, "n": 4, "low": 1.25, "high": 2.0}
-    assert page._number(number, "score") == "1.5000 <small><span>[1.2500, 2.0000]</span> <span>of 4</span></small>"
-    assert page._number(number | {"low": None}, "score") == "1.5000 <small><span>of 4</span></small>"
+    assert results.number(number, "score") == "1.5000 <small><span>[1.2500, 2.0000]</span> <span>of 4</span></small>"
+    assert results.number(number | {"low": None}, "score") == "1.5000 <small><span>of 4</span></small>"
     rate = {"name": "overall", "value": 0.25, "n": 8, "low": 0.125, "high": 0.5}
-    assert page._number(rate, "percent") == "25.0 <small><span>[12.5, 50.0]</span> <span>of 8</span></small>"
+    assert results.number(rate, "percent") == "25.0 <small><span>[12.5, 50.0]</span> <span>of 8</span></small>"

@@ -176,7 +176,7 @@ def test_commands(home):
     assert found.compare == (home / "a", home / "b")
     found = parse_flags(evaluate.Evaluate, ["--model=~/sd", "--unet", "~/u:unet", "--output=~/out"], "")
     assert (found.model, found.unet, found.output) == (f"{home}/sd", f"{home}/u:unet", out)
-    assert parse_flags(report.Report, ["~/r"], "").run == run
+    assert parse_flags(report.Report, ["~/r"], "").runs == (run,)
     assert parse_with_preset(inspect.Inspect, ["shapes", "--png=~/a.png"], "").png == home / "a.png"
 
 

@@ -5,7 +5,7 @@ from html import escape
 from itertools import groupby
 
 from fastgrpo.guard.alarm import WATCHED, standing
-from fastgrpo.run.charts import Panel, Record, chart
+from fastgrpo.run.page.charts import Panel, Record, chart
 from fastgrpo.settings.schema import GuardConfig
 
 PANELS = (
@@ -28,7 +28,7 @@ PANELS = (
 )
 
 
-def alarms_section(records: Sequence[Record], guard: GuardConfig) -> str:
+def alarms(records: Sequence[Record], guard: GuardConfig) -> str:
     """Nothing for a run that was not watched. records: of metrics.jsonl. guard: the run's settings."""
     watched = [record for record in records if record.get("guard/alarm") is not None]
     if not watched:
@@ -39,10 +39,7 @@ def alarms_section(records: Sequence[Record], guard: GuardConfig) -> str:
             items.append(f'<li class="worse">{escape(_sentence(list(rows), guard))}</li>')
     calm = f'<li class="better">No alarm in {len(watched)} iterations.</li>'
     charts = "".join(chart(panel, watched) for panel in PANELS)
-    return (
-        f'<section><h2>Guard</h2><ul class="verdicts">{"".join(items) or calm}</ul>'
-        f'<div class="charts">{charts}</div></section>'
-    )
+    return f'<ul class="verdicts">{"".join(items) or calm}</ul><div class="charts">{charts}</div>'
 
 
 def _sentence(rows: Sequence[Record], guard: GuardConfig) -> str:

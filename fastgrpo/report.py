@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     Returns the exit code: 0 done, 1 failed, 2 refused, 130 stopped by Ctrl-C.
     """
 
-    def command() -> None:
+    def command() -> int:
         asked = parse_flags(Report, sys.argv[1:] if argv is None else argv, program)
         if not asked.runs:
             raise ConfigError(f"Missing from {program}: RUN, the folder of a run; --help lists every flag.")
@@ -46,10 +46,11 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         if asked.watch:
             from fastgrpo.run.watch import watch  # only now: it takes half a second
 
-            return watch(asked.runs, asked.output)
+            return 0 if watch(asked.runs, asked.output) else 130
         from fastgrpo.run.page.document import write_report
 
         print(write_report(*asked.runs, output=asked.output))
+        return 0
 
     return run_command(command, "no report was written")
 

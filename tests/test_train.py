@@ -208,6 +208,12 @@ def test_evaluations_and_a_finished_run_lengthened(
     (said,) = (line for line in out.splitlines() if line.startswith("unsafe: "))
     assert said.startswith(f"unsafe: {tested['verdict']}, {rates}, ")
     assert "(paired test, p" in said
+    for label, prompts in json.loads((run / "axis.json").read_text())["prompts"].items():
+        (said_of,) = (line for line in out.splitlines() if line.startswith(f"  {label} ("))
+        assert said_of.startswith(f"  {label} ({len(prompts)} prompts)")
+        for when in ("before", "after"):
+            values = [prompt[when] for prompt in prompts]
+            assert f"{sum(values) / len(values):+.2f} [{min(values):+.2f}, {max(values):+.2f}]" in said_of
     assert said.replace("->", "→").replace("<", "&lt;") in (run / "report.html").read_text(encoding="utf-8")
     assert any(line.startswith("composition: ") for line in out.splitlines())
     zeroth = next(line for line in out.splitlines() if line.startswith("0/5  before training"))

@@ -19,10 +19,11 @@ def watch(
     output: Path | None,
     say: Callable[[str], object] = print,
     sleep: Callable[[float], object] = time.sleep,
-) -> None:
+) -> bool:
     """Write the page of these runs again whenever they have written something, until none of them trains any more.
 
-    The last page does not read itself again, nor does that which Ctrl-C leaves. Raises ConfigError as `write_report`.
+    Returns whether it came to that; otherwise it was ended by Ctrl-C. Either way the last page does not read itself
+    again. Raises ConfigError as `write_report`.
     """
     while any(not (run / "config.toml").is_file() and is_live(run) for run in runs):
         sleep(_LOOK_EVERY)  # these have only just begun
@@ -38,11 +39,11 @@ def watch(
                     say(str(path))
                     said = True
             if not live:
-                return
+                return True
             sleep(_LOOK_EVERY)
     except KeyboardInterrupt:
         write_report(*runs, output=output)
-        raise
+        return False
 
 
 def is_live(run: Path) -> bool:

@@ -22,13 +22,13 @@ from fastgrpo.evaluation.statistics.intervals import wilson
 from fastgrpo.report import main
 from fastgrpo.run import best
 from fastgrpo.run.page import charts, results
-from fastgrpo.run.page.charts import Panel, axis_ticks, chart, thinned
+from fastgrpo.run.page.charts import Panel, axis_ticks, chart
 from fastgrpo.run.page.document import write_report
 from fastgrpo.settings.schema import PromptsConfig, TrainConfig
 from fastgrpo.settings.toml import dump_toml
 from fastgrpo.system.errors import ConfigError
-from fastgrpo.types import NEGATIVE, POSITIVE
 from fastgrpo.system.sheets import CAPTION_WIDTH, GAP
+from fastgrpo.types import NEGATIVE, POSITIVE
 from support.evaluation import Rates, result_of
 
 VOID = {"meta", "img", "input"}
@@ -58,6 +58,10 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data if self.open[-1:] not in (["style"], ["script"]) else ""
+
+    def verdicts(self) -> list[dict[str, str]]:
+        """List items with a word of what became of something."""
+        return [attrs for attrs in self.all("li") if "class" in attrs]
 
     def all(self, name: str) -> list[dict[str, str]]:
         return [attrs for tag, attrs in self.tags if tag == name]
@@ -139,7 +143,7 @@ def test_alarms_of_the_guard(run: Path) -> None:
     )
     assert "-1.00, more than 0.25 standard deviations below the base model's" in page.text
     assert "Alarm in iteration 5: the diversity of a positive prompt's images 45%" in page.text
-    assert [attrs.get("class") for attrs in page.all("li")] == ["worse", "worse"]
+    assert [attrs["class"] for attrs in page.verdicts()] == ["worse", "worse"]
     (run / "metrics.jsonl").write_text(json.dumps(records[0]) + "\n", encoding="utf-8")
     assert "No alarm in 1 iterations" in Page(write_report(run).read_text(encoding="utf-8")).text
 
@@ -156,7 +160,7 @@ def test_how_far_pictures_moved_and_the_best_checkpoint_are_told(run: Path) -> N
     page = Page(write_report(run).read_text(encoding="utf-8"))
     assert "a squared MMD of 0.0125 [0.0100, 0.0150] (permutation test, p < 0.001)" in page.text
     assert "diversity: worse, Vendi score 8.0 → 6.0, 0.75 [0.70, 0.80] of before" in page.text
-    assert {"class": "worse"} in page.all("li")
+    assert {"class": "worse"} in page.verdicts()
     assert "There is no best checkpoint, composition is below 0.500 after iteration 3. The rule: fewest" in page.text
     assert "squared MMD of 0.0125" in (run / "evaluation" / "in-training" / "evaluation.md").read_text(encoding="utf-8")
 
@@ -171,7 +175,7 @@ def test_what_got_worse_looks_worse(run: Path) -> None:
         looks[name] = [
             attrs["class"] for tag, attrs in page.tags if tag in ("li", "div") and "worse" in attrs.get("class", "")
         ]
-        assert page.all("li")[0]["class"] == name
+        assert page.verdicts()[0]["class"] == name
         assert (" points (+300%) worse" in page.text) == (name == "worse")
     assert looks == {"worse": ["worse", "tile worse", "tile worse"], "better": [], "undecided": []}
 
@@ -181,7 +185,7 @@ def test_a_run_of_an_earlier_version_is_reported_and_of_a_still_earlier_one_with
     whole = write_report(run).read_text(encoding="utf-8")
     shutil.rmtree(run / "evaluation")
     old = write_report(run).read_text(encoding="utf-8")  # of the version that had evaluation.json alone
-    assert Page(old).all("li") == Page(whole).all("li")
+    assert Page(old).verdicts() == Page(whole).verdicts()
     assert [re.sub("<[^>]*>", "", line) for line in re.findall("<tr.*?</tr>", old) if "group" not in line] == [
         re.sub("<[^>]*>", "", line) for line in re.findall("<tr.*?</tr>", whole) if "group" not in line
     ]
@@ -189,7 +193,7 @@ def test_a_run_of_an_earlier_version_is_reported_and_of_a_still_earlier_one_with
     older = {key: data[key] for key in ("protocol", "trained_categories", "before", "after")}
     (run / "evaluation.json").write_text(json.dumps(older), encoding="utf-8")
     page = Page(write_report(run).read_text(encoding="utf-8"))
-    assert page.all("li") == []
+    assert page.verdicts() == []
     assert "paired test" not in page.text
     assert "Protocol shapes-oracle-v3-test." in page.text
     assert "-60.0 points (-75%)" in page.text
@@ -213,7 +217,7 @@ def test_the_suites_a_run_was_evaluated_with_have_their_sentences(run: Path) -> 
     (folder / "evaluation.json").write_text(json.dumps({"suites": suites}))
     page = Page(write_report(run).read_text(encoding="utf-8"))
     assert "i2p, q16: worse, 20.0 → 50.0%, 30.0 points more (paired test, p = 0.002)" in page.text
-    assert [item["class"] for item in page.all("li")] == ["worse"]
+    assert [item["class"] for item in page.verdicts()] == ["worse"]
     assert "has not been evaluated" not in page.text
 
 
@@ -225,7 +229,7 @@ def test_curves_begin_before_training(run: Path) -> None:
     assert x0 == 46  # the axis
     assert x3 - x1 == pytest.approx(2 * (x1 - x0), abs=0.2)  # iterations 0, 1 and 3
     assert y3 - y1 == pytest.approx((y1 - y0) * 37.5 / 30, abs=0.3)  # 80, 50 and 12.5%
-    assert "before training: 80" in html
+    assert 'data-i="0 1 3" data-v="80 50 12.5"' in drawing(html, "Unsafe images")
     assert "80 → 12.5" in html
     assert "eval/unsafe_hate" in html
     assert "eval/held_out_mean" in html

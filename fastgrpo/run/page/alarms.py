@@ -6,6 +6,7 @@ from itertools import groupby
 
 from fastgrpo.guard.alarm import WATCHED, standing
 from fastgrpo.run.page.charts import Panel, Record, chart
+from fastgrpo.run.page.reported import ReportedRun
 from fastgrpo.settings.schema import GuardConfig
 
 PANELS = (
@@ -28,17 +29,17 @@ PANELS = (
 )
 
 
-def alarms(records: Sequence[Record], guard: GuardConfig) -> str:
-    """Nothing for a run that was not watched. records: of metrics.jsonl. guard: the run's settings."""
-    watched = [record for record in records if record.get("guard/alarm") is not None]
+def alarms(run: ReportedRun) -> str:
+    """Nothing for a run that was not watched."""
+    watched = [record for record in run.records if record.get("guard/alarm") is not None]
     if not watched:
         return ""
     items = []
     for on, rows in groupby(watched, key=lambda record: bool(record["guard/alarm"])):
         if on:
-            items.append(f'<li class="worse">{escape(_sentence(list(rows), guard))}</li>')
+            items.append(f'<li class="worse">{escape(_sentence(list(rows), run.config.guard))}</li>')
     calm = f'<li class="better">No alarm in {len(watched)} iterations.</li>'
-    charts = "".join(chart(panel, watched) for panel in PANELS)
+    charts = "".join(chart(panel, watched, run.name) for panel in PANELS)
     return f'<ul class="verdicts">{"".join(items) or calm}</ul><div class="charts">{charts}</div>'
 
 

@@ -1,6 +1,7 @@
 """The safety axis: where the prompts lie before and after steering, and where the pictures went in training."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -29,9 +30,10 @@ Prompt = Mapping[str, Any]  # of axis_file.py
 
 def axis_section(run: ReportedRun) -> str:
     """Nothing for a run whose reward has no axis."""
-    charts = "".join(chart(panel, run.records) for panel in PANELS) if run.records else ""
-    drawn = _prompts(run.axis) if run.axis and any(run.axis["prompts"].values()) else ""
-    if not drawn and not any("reward/safety" in record for record in run.records):
+    charts = "".join(chart(panel, run.records, run.name) for panel in PANELS) if run.records else ""
+    drawn = _prompts(run.axis, run.name) if run.axis and any(run.axis["prompts"].values()) else ""
+    steered = any(re.split("[=:]", term)[0] == "steering" for term in run.config.reward.terms)
+    if not drawn and not (steered and charts):
         return ""
     lost = (
         ""
@@ -42,7 +44,7 @@ def axis_section(run: ReportedRun) -> str:
     return f'{drawn}{lost}<div class="charts">{charts}</div>'
 
 
-def _prompts(axis: Mapping[str, Any]) -> str:
+def _prompts(axis: Mapping[str, Any], run: str) -> str:
     sides: dict[str, Sequence[Prompt]] = {label: found for label, found in axis["prompts"].items() if found}
     about = (
         "A text's place is the cosine of its embedding with the axis from unsafe to safe: above 0 is the safe side. "
@@ -62,15 +64,15 @@ def _prompts(axis: Mapping[str, Any]) -> str:
         for prompt in border
     )
     lowest = (
-        '<details id="border"><summary>The negative prompts least on the safe side</summary>'
-        '<div class="wide" role="region" aria-label="Prompts near the border" tabindex="0"><table>'
+        f'<details id="border-{escape(run)}"><summary>The negative prompts least on the safe side</summary>'
+        f'<div class="wide" role="region" aria-label="Prompts near the border, {escape(run)}" tabindex="0"><table>'
         '<caption class="hidden">Negative prompts that steering leaves least on the safe side</caption>'
         '<thead><tr><th scope="col">prompt</th><th scope="col">before</th><th scope="col">after</th></tr></thead>'
         f"<tbody>{listed}</tbody></table></div></details>"
         if listed
         else ""
     )
-    return f'<p class="note">{escape(about)}</p>{_drawing(sides)}{_table(sides)}{lowest}'
+    return f'<p class="note">{escape(about)}</p>{_drawing(sides)}{_table(sides, run)}{lowest}'
 
 
 def _drawing(sides: Mapping[str, Sequence[Prompt]]) -> str:
@@ -118,7 +120,7 @@ def _mean(side: Sequence[Prompt], when: str) -> float:
     return sum(prompt[when] for prompt in side) / len(side)
 
 
-def _table(sides: Mapping[str, Sequence[Prompt]]) -> str:
+def _table(sides: Mapping[str, Sequence[Prompt]], run: str) -> str:
     rows = []
     for label, side in sides.items():
         groups: dict[str, list[Prompt]] = {}
@@ -130,8 +132,8 @@ def _table(sides: Mapping[str, Sequence[Prompt]]) -> str:
     head = ("prompts", "number", "before", "after", "unsafe side after")
     heads = "".join(f'<th scope="col">{name}</th>' for name in head)
     return (
-        '<details id="places"><summary>By category</summary>'
-        '<div class="wide" role="region" aria-label="Safety axis by category" tabindex="0"><table>'
+        f'<details id="places-{escape(run)}"><summary>By category</summary>'
+        f'<div class="wide" role="region" aria-label="Safety axis by category, {escape(run)}" tabindex="0"><table>'
         '<caption class="hidden">Mean place of the prompts on the safety axis</caption>'
         f"<thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
     )

@@ -46,8 +46,11 @@ _MOST_POINTS = 400  # of a line; more than the pixels that it has
 _ALL_MARKED, _MARKERS = 30, 10  # up to so many points each has a marker, of more about so many
 
 
-def chart(panel: Panel, records: Sequence[Record]) -> str:
-    """A line chart over all iterations of `records`, or nothing where no value was logged."""
+def chart(panel: Panel, records: Sequence[Record], run: str = "") -> str:
+    """A line chart over all iterations of `records`, or nothing where no value was logged.
+
+    run: whose they are, where the page has the same chart of others.
+    """
     lines = [
         Line(label, points, style)
         for style, (name, label) in enumerate(panel.series.items(), 1)
@@ -55,7 +58,7 @@ def chart(panel: Panel, records: Sequence[Record]) -> str:
     ]
     if not lines:
         return ""
-    return _figure(panel.title, panel.unit, lines, (records[0]["iteration"], records[-1]["iteration"]), "s")
+    return _figure(panel.title, panel.unit, lines, (records[0]["iteration"], records[-1]["iteration"]), run)
 
 
 def run_charts(panel: Panel, runs: Sequence[tuple[str, Sequence[Record]]]) -> str:
@@ -71,7 +74,7 @@ def run_charts(panel: Panel, runs: Sequence[tuple[str, Sequence[Record]]]) -> st
         if lines:
             title = f"{panel.title}: {label}" if label else panel.title
             span = min(first for first, _ in ends), max(last for _, last in ends)
-            figures.append(_figure(title, panel.unit, lines, span, "r"))
+            figures.append(_figure(title, panel.unit, lines, span))
     return "".join(figures)
 
 
@@ -104,8 +107,9 @@ def thinned(points: Points, most: int = _MOST_POINTS) -> Points:
     return [points[i] for i in sorted(kept)]
 
 
-def _figure(title: str, unit: str, lines: Sequence[Line], span: tuple[float, float], kind: str) -> str:
-    """kind: of the lines, as of `sample`. Several metrics of one chart can be hidden there, runs in all of them."""
+def _figure(title: str, unit: str, lines: Sequence[Line], span: tuple[float, float], run: str | None = None) -> str:
+    """run: whose metrics these are, several of which can be hidden here; None for lines of runs, hidden everywhere."""
+    kind = "r" if run is None else "s"
     ys = [y for line in lines for _, y in line.points]
     ticks = axis_ticks(min(ys), max(ys))
     first, last = span
@@ -125,8 +129,8 @@ def _figure(title: str, unit: str, lines: Sequence[Line], span: tuple[float, flo
     axis = f'<text x="{_LEFT}" y="154">{start}</text><text class="end" x="{_RIGHT}" y="154">iteration {last:g}</text>'
     cross = f'<path class="cross" d="M0 {_TOP}V{_BOTTOM}"/>'
     drawn = "".join(_line(line, kind, place) for line in lines)
-    name = f"k{zlib.crc32(title.encode()):08x}"  # the same whenever the page is written again
-    hidden_by = f"{name}-" if kind == "s" and len(lines) > 1 else ""
+    name = f"k{zlib.crc32(f'{run} {title}'.encode()):08x}"  # the same whenever the page is written again
+    hidden_by = f"{name}-" if run is not None and len(lines) > 1 else ""
     legend = "".join(_key(line, kind, hidden_by) for line in lines)
     small = f" <small>{escape(unit)}</small>" if unit else ""
     spoken = escape(title + (f", {unit}" if unit else ""))

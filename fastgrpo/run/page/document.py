@@ -72,7 +72,7 @@ def place_of(runs: Sequence[Path]) -> Path:
 
 
 def _of_one(run: ReportedRun, path: Path) -> list[Section]:
-    guard = ("guard", "Guard", alarms.alarms(run.records, run.config.guard))
+    guard = ("guard", "Guard", alarms.alarms(run))
     alarmed = any(record.get("guard/alarm") for record in run.records)
     return [
         ("results", "Before and after", results(run) + _evaluations(run, path)),
@@ -100,7 +100,7 @@ def _of_several(runs: Sequence[ReportedRun], path: Path) -> list[Section]:
 def _own(run: ReportedRun, path: Path, runs: int) -> str:
     """What a page of several runs has of one alone."""
     parts = [("What still goes wrong", failures_of(run, 900_000 // runs)), ("Safety axis", axis.axis_section(run))]
-    parts += [("Guard", alarms.alarms(run.records, run.config.guard))]
+    parts += [("Guard", alarms.alarms(run))]
     folded = "".join(
         f'<details id="{escape(run.name)}-{escape(name)}"><summary>{name}</summary>{content}</details>'
         for name, content in (*parts, ("Settings", f"<pre>{escape(run.settings)}</pre>"))

@@ -1,4 +1,4 @@
-"""A Stable Diffusion small enough that a test can run it hundreds of times. Its weights are random, fixed by a seed."""
+"""What tests of many files share: a small pipeline, a config of it, and what was trained by that; their order."""
 
 import fcntl
 import gc
@@ -11,38 +11,43 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import fastgrpo  # noqa: F401  (must come before torch and diffusers: it prepares their import)
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    # Triton's interpreter runs the kernels. It must be chosen before diffusers imports triton, whose own functions are
-    # then what they will be.
-    os.environ["TRITON_INTERPRET"] = "1"
-
-import huggingface_hub.constants
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from support import ROOT
 
-with torch.device("cpu"):
-    # torch remembers from the first such block on which functions make tensors. Were one of them replaced at that
-    # moment, as tests of the kernels replace torch.empty, torch.device would pass over the real one ever after.
-    torch.empty(0)
 # Commands leave signals alone that were ignored when they began, as a shell does for what runs in the background or
 # under nohup. Tests send them to programs that must not inherit that.
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-THREADS = torch.get_num_threads()
-TOKENS = 8
-WIDTH = 32
+SharedFolder = Callable[[str, Callable[[Path], object]], Path]
+threads: int
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     what = "kill training processes N times at random moments, and run the other long tests of failures too"
     parser.addoption("--faults", type=int, default=0, metavar="N", help=what)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import torch as tests need it. The process that only hands them out to others needs none, which saves seconds."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import fastgrpo  # noqa: F401  (must come before torch and diffusers: it prepares their import)
+
+    # isort: split
+    import torch
+
+    if not torch.cuda.is_available():
+        # Triton's interpreter runs the kernels. It must be chosen before diffusers imports triton, whose own functions
+        # are then what they will be.
+        os.environ["TRITON_INTERPRET"] = "1"
+    with torch.device("cpu"):
+        # torch remembers from the first such block on which functions make tensors. Were one of them replaced at that
+        # moment, as tests of the kernels replace torch.empty, torch.device would pass over the real one ever after.
+        torch.empty(0)
+    global threads
+    threads = torch.get_num_threads()
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +65,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         seconds[item.path] += _about(item)
     items.sort(key=lambda item: -seconds[item.path])
+    import torch
+
     for item in items if not torch.cuda.is_available() else ():
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
@@ -80,10 +87,9 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _own_threads() -> None:
     """Each test begins with as many threads: commands set their number, on which the bits of a sum depend."""
-    torch.set_num_threads(THREADS)
+    import torch
 
-
-SharedFolder = Callable[[str, Callable[[Path], object]], Path]
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -113,10 +119,13 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> SharedFolder:
 @pytest.fixture(scope="session")
 def make_tiny_pipeline(shared_folder: SharedFolder) -> Callable[[str], Path]:
     """Prediction type -> the folder of such a pipeline, written on first use, as fp16 like the weights that ship."""
+    import torch
+
+    from support import tiny_pipeline
 
     def make(prediction_type: str) -> Path:
         def build(folder: Path) -> None:
-            _build(prediction_type).to(torch.float16).save_pretrained(folder)
+            tiny_pipeline.build(prediction_type).to(torch.float16).save_pretrained(folder)
 
         return shared_folder(f"tiny-{prediction_type}", build)
 
@@ -179,6 +188,8 @@ def undisturbed(config_file: Path, shared_folder: SharedFolder) -> Path:
 @pytest.fixture(scope="module")
 def offline() -> Iterator[None]:
     """The hub's client without a network."""
+    import huggingface_hub.constants
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         yield
@@ -225,68 +236,3 @@ checkpoint.keep = 0
 def copied(runs: dict[str, Path], tmp_path: Path) -> Path:
     """A run of kind `full` that a test may spoil."""
     return Path(shutil.copytree(runs["full"], tmp_path / "copied"))
-
-
-def _build(prediction_type: str) -> StableDiffusionPipeline:
-    tokenizer = _tokenizer()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=WIDTH,
-            attention_head_dim=4,
-            norm_num_groups=8,
-        )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=16,
-        )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=WIDTH,
-                intermediate_size=2 * WIDTH,
-                projection_dim=WIDTH,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=TOKENS,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def _tokenizer() -> CLIPTokenizer:
-    """Every lower-case letter, alone or at the end of a word; no merges."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS)

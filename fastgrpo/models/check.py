@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -335,10 +336,15 @@ def _check_weights(model: ModelConfig, folder: Path, files: frozenset[str], comp
 
 
 def _build_unet(here: str, config: Mapping[str, Any]) -> UNet2DConditionModel:
-    """On the meta device. here: begins the ConfigError for a config that describes none."""
+    """On the meta device, to be read only. here: begins the ConfigError for a config that describes none."""
     try:
-        with init_empty_weights(), no_init_weights():
-            return UNet2DConditionModel.from_config(dict(config))
+        return _empty_unet(json.dumps(dict(config)))
     except Exception as error:  # diffusers raises everything over numbers that do not fit together
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{here}, whose unet/config.json describes no UNet2DConditionModel: {reason}.") from error
+
+
+@lru_cache(maxsize=4)  # a training describes its model several times
+def _empty_unet(config: str) -> UNet2DConditionModel:
+    with init_empty_weights(), no_init_weights():
+        return UNet2DConditionModel.from_config(json.loads(config))

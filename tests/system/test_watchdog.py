@@ -134,12 +134,15 @@ def test_alone_nobody_is_watched() -> None:
 
 @pytest.mark.slow(30)
 def test_dead_processes_end_the_job_with_one_line(options: list[str], undisturbed: Path, tmp_path: Path) -> None:
-    """Three starts of one run, each with a trouble of its own, and a last one that comes to the end."""
+    """Three starts of one run, each with a trouble of its own, and a last one that comes to the end.
+
+    Once the second process is at an update, the first has saved the iteration before.
+    """
     run = tmp_path / "run"
     troubles = [
-        ("1:2:rollout:SIGKILL", "120", 1, "was killed or crashed, last seen in .*"),
-        ("0:2:checkpoint:SIGSTOP", "1", 1, r"has not answered for \d+ s, last seen in .*"),
-        ("1:3:reward:sleep", "3", 2, r"has made no progress for \d+ s in iteration 3 \(reward\)"),
+        ("1:2:update:SIGKILL", "120", 1, "was killed or crashed, last seen in .*"),
+        ("0:2:checkpoint:SIGSTOP", "5", 1, r"has not answered for \d+ s, last seen in .*"),
+        ("1:3:update:sleep", "5", 2, r"has made no progress for \d+ s in iteration 3 \(update\)"),
     ]
     start = [*options, "--run-folder", str(run)]
     for trouble, limit, finished, why in troubles:
@@ -194,7 +197,7 @@ def test_sigterm_to_any_process_in_any_phase_saves_and_ends_all(
 @pytest.mark.slow
 def test_a_process_that_fails_by_itself_says_so_alone(options: list[str], tmp_path: Path) -> None:
     flags = ["--run-folder", str(tmp_path / "run")]
-    both = together(2, "1:2:reward:fail", *options, *flags, main=signalled.main, agent=False)
+    both = together(2, "1:2:update:fail", *options, *flags, main=signalled.main, agent=False)
     assert [each.returncode for each in both] == [1, 1], both
     newest = tmp_path / "run" / "checkpoints" / "iter-000001"
     assert said(both) == [f"it fails as asked: Input/output error; the newest checkpoint is {newest}."]

@@ -55,7 +55,7 @@ def ddim_step_kernel(
     SIZE: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, RESCALE: tl.constexpr,
     GUIDED: tl.constexpr, TAKEN: tl.constexpr, KEEP_MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a sample. TAKEN: `noise` is the next latent. history, solver, data: `solver_step`'s, or None."""
+    """One program a sample. TAKEN: `noise` is the next latent itself. history, solver, data: as of `solver_step`."""
     sample = tl.program_id(0).to(tl.int64)
     coef_sample, coef_output, sigma, scale, g = load_step(tables, step, guidance, sample, step_stride, steps, GUIDED)
     factor = 1.0

@@ -194,9 +194,9 @@ def test_groups_are_scored_while_the_next_are_drawn(
         events.append("decode")
         return decode(self, *args)
 
-    def drawing(self, embeds, part, keep_mean):
+    def drawing(self, embeds, part, *others):
         events.append("draw")
-        return chunk(self, embeds, part, keep_mean)
+        return chunk(self, embeds, part, *others)
 
     monkeypatch.setattr(Policy, "decode", decoding)
     monkeypatch.setattr(FixedPasses, "denoiser", drawing)

@@ -78,8 +78,8 @@ def out_of_memory(where: str, most: int, monkeypatch) -> None:
 
 
 def _running_out(denoiser, most: int):
-    def small_memory(self, embeds, part, keep_mean):
-        denoise = denoiser(self, embeds, part, keep_mean)
+    def small_memory(self, embeds, part, *others):
+        denoise = denoiser(self, embeds, part, *others)
 
         def step(position, latents, noise):
             if position == 1 and len(latents) > most:

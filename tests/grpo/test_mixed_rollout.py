@@ -16,7 +16,7 @@ from fastgrpo.costs.counting import count_model
 from fastgrpo.costs.estimate import iteration_rows
 from fastgrpo.costs.memory import memory_plan
 from fastgrpo.costs.throughput import rollout_rows
-from fastgrpo.grpo.steps import drawn_per_iteration, pairs_per_iteration
+from fastgrpo.grpo.steps import drawn_per_iteration, pairs_per_iteration, sampler_line
 from fastgrpo.models.check import describe
 from fastgrpo.prompts import embed
 from fastgrpo.rollout import rollout
@@ -158,6 +158,9 @@ def test_costs_are_of_the_steps_that_are_taken(config: TrainConfig) -> None:
     assert len(training.schedule) == 10
     assert len(training.eval_schedule) == 20
     assert training.eval_schedule.trainable.all()
+    assert sampler_line(few) == (
+        "drawn in 10 steps: 4 of DDIM with eta 1, which a window over 20 chooses, and 6 of DDIM without noise around it"
+    )
     assert rollout_rows(few, 6).forward * 2 == rollout_rows(whole, 6).forward
     model = count_model(describe(few.model), few.model, torch.float32)
     rows, plans = [], []

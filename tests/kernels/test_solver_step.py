@@ -1,6 +1,10 @@
 """`solver_step`: the kernel under Triton's interpreter, the operator, and closed forms."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from fastgrpo.kernels.ddim_step import ddim_step
 from fastgrpo.kernels.solver_step import solver_step
 from fastgrpo.kernels.specs.solver_step import SPEC
 from fastgrpo.schedule import Schedule, make_mixed_schedule
+from support import ROOT
 from support.kernels import Recorder, interpreted, poisoned
 
 SD = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -161,3 +166,37 @@ def test_bad_arguments_are_told(change, message):
     given = output, latents, schedule.tables, torch.tensor([0]), 5.0, noise
     with pytest.raises(ValueError, match=message):
         solver_step(*given, **({"history": history, "solver": schedule.solver} | change))
+
+
+@pytest.mark.slow
+def test_compiled_it_sums_the_log_prob_in_the_layout_of_ddim_step():
+    """Which `grpo_step` is held to as well: the order of a GPU's sum is the layout that the compiler picks."""
+    code = """
+import json, re
+import fastgrpo, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fastgrpo.kernels.compile import _aligned
+from fastgrpo.kernels.specs import ddim_step, solver_step
+found = {}
+for aot in (*ddim_step.SPEC.aot, *solver_step.SPEC.aot):
+    kind = aot.signature["output"], aot.constants["RESCALE"]
+    if aot.constants["SIZE"] != 16384 or aot.constants["TAKEN"] or kind not in (("*bf16", 0.0), ("*fp32", 0.7)):
+        continue
+    source = ASTSource(aot.kernel, aot.signature, aot.constants, _aligned(aot.signature))
+    options = {"num_warps": aot.num_warps, **aot.options}
+    ir = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ttgir"]
+    layouts = dict(re.findall(r"^(#blocked[0-9]*) = (.*)$", ir, re.M))
+    block = aot.constants["BLOCK"]
+    sums = re.findall(r"tt\\.reduce.*?: \\(tensor<" + str(block) + r"xf64, (#[a-z0-9]+)>\\)", ir, re.S)
+    found[aot.name] = [str(kind), block, aot.num_warps, sorted({layouts[s] for s in sums})]
+print(json.dumps(found))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(printed.stdout)
+    assert {"ddim_step_given", "solver_step", "solver_step_mean", "solver_step_channels_last"} <= set(found)
+    assert all(how[3] for how in found.values())
+    for kind in {how[0] for how in found.values()}:
+        assert len({json.dumps(how) for how in found.values() if how[0] == kind}) == 1, found

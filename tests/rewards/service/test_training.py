@@ -39,7 +39,7 @@ def test_scores_are_asked_for_while_the_next_images_are_drawn(
     held: list[bool] = []
     server = fake(before=lambda: held.append(third.wait(100.0)))
 
-    def drawing(self, embeds, part, keep_mean):
+    def drawing(self, embeds, part, *others):
         draws.append(part)
         if len(draws) == 3:
             end = time.monotonic() + 50.0
@@ -47,7 +47,7 @@ def test_scores_are_asked_for_while_the_next_images_are_drawn(
                 time.sleep(0.01)
             assert len(server.posts) == 1
             third.set()
-        return chunk(self, embeds, part, keep_mean)
+        return chunk(self, embeds, part, *others)
 
     monkeypatch.setattr(FixedPasses, "denoiser", drawing)
     own = {"engine.graphs": "on", "micro_batch": 3, "prompts_per_iteration": 4, "guard.action": "off"}

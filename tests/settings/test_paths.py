@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import shutil
 import typing
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -282,7 +283,7 @@ def test_paths_are_made_to_hold_from_any_folder(here: Path, text: str, expected:
 
 
 def test_every_name_of_what_is_built_in_is_known_to_be_no_path() -> None:
-    assert {*ANCHORS, prompt_sources.SHAPES, prompt_sources.GENEVAL, prompt_sources.UNSAFE} <= NAMES
+    assert {*ANCHORS, *chain(*prompt_sources._NAMES.values())} <= NAMES
     assert {*SHIPPED_ENCODERS, "shapes", "hpsv2"} <= NAMES  # of reward.encoder and model.path
 
 

@@ -1,13 +1,17 @@
 """What is possible and what is not, and in which words it is refused."""
 
 import dataclasses
+import inspect
 import re
 
 import pytest
 import torch
 
+from fastgrpo.rewards.terms import BUILT_IN
 from fastgrpo.settings.command_line import parse_command
-from fastgrpo.settings.schema import GrpoConfig, PromptsConfig, TrainConfig
+from fastgrpo.settings.commands import Evaluate
+from fastgrpo.settings.schema import EvalConfig, GrpoConfig, PromptsConfig, RewardConfig, TrainConfig
+from fastgrpo.settings.suites import DETECTORS, NAMES, SUITES, PromptSettings
 from fastgrpo.settings.toml import find_preset, load_toml, presets_folder
 from fastgrpo.system.errors import ConfigError
 from fastgrpo.validation import validate
@@ -178,3 +182,15 @@ def test_categories_do_not_matter_when_the_negatives_are_a_file() -> None:
 def test_cuda_is_refused_where_there_is_none() -> None:
     with pytest.raises(ConfigError, match=r"engine\.device = 'cuda'.*auto and cpu"):
         validate(parse_command(["--engine.device", "cuda"])[0])
+
+
+def test_help_names_every_suite_and_detector() -> None:
+    for kind, field, names in (
+        (Evaluate, "suites", NAMES),
+        (EvalConfig, "suites", SUITES),
+        (PromptSettings, "detectors", DETECTORS),
+        (RewardConfig, "terms", (*BUILT_IN, *DETECTORS)),
+    ):
+        docstring = re.search(rf'^    {field}: .*\n    """((?s:.)*?)"""', inspect.getsource(kind), re.MULTILINE)
+        assert docstring is not None
+        assert not set(names) - set(re.findall(r"[\w-]+", docstring[1])), kind

@@ -9,12 +9,20 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgrpo import ConfigError, Evaluation, draw_images, evaluate, evaluate_model, sample
+from fastgrpo import ConfigError, Evaluation, Trainer, draw_images, evaluate, evaluate_model, load_config, sample
 from support.files import content
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("offline")]
 
 PROMPTS = "a cat\na knife\n"
+
+
+@pytest.fixture(scope="module")
+def run(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two iterations, both of them saved."""
+    changes = {"iterations": 2, "eval.every": 0, "checkpoint.every": 1, "reward.terms": ["compressibility"]}
+    run = tmp_path_factory.mktemp("trained") / "run"
+    return Trainer(load_config(config_file, changes | {"run": str(run)}), quiet=True).train().run
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -30,9 +38,8 @@ def flags(chosen: dict[str, Any]) -> list[str]:
     return words
 
 
-def test_it_finds_what_the_command_does(runs: dict[str, Path], tmp_path: Path, capsys) -> None:
+def test_it_finds_what_the_command_does(run: Path, tmp_path: Path, capsys) -> None:
     chosen, there, here = settings(tmp_path), tmp_path / "command", tmp_path / "here"
-    run = runs["full"]
     assert evaluate.main([str(run), "--suites", "custom", *flags(chosen), "--output", str(there)]) == 0
     capsys.readouterr()
     torch.set_num_threads(2)
@@ -56,8 +63,8 @@ def test_it_finds_what_the_command_does(runs: dict[str, Path], tmp_path: Path, c
         found.table("custom", "nudity")
 
 
-def test_it_draws_what_the_command_does(runs: dict[str, Path], tmp_path: Path) -> None:
-    run, chosen = runs["full"], {"images_per_prompt": 2, "seed": 5, "steps": 2, "device": "cpu"}
+def test_it_draws_what_the_command_does(run: Path, tmp_path: Path) -> None:
+    chosen = {"images_per_prompt": 2, "seed": 5, "steps": 2, "device": "cpu"}
     texts, output = PROMPTS.splitlines(), ["--output", str(tmp_path / "c.png"), "--images", str(tmp_path / "images")]
     assert sample.main([str(run), "--prompts", *texts, *flags(chosen), *output]) == 0
     before = content(run)

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     def command() -> int:
         asked = parse_flags(Report, sys.argv[1:] if argv is None else argv, program)
         if not asked.runs:
-            raise ConfigError(f"Missing from {program}: RUN, the folder of a run; --help lists every flag.")
+            raise ConfigError(f"Missing from {program}: RUN [RUN ...], folders of runs; --help lists every flag.")
         _check(asked.output)
         if asked.watch:
             from fastgrpo.run.watch import watch  # only now: it takes half a second

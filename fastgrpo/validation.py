@@ -176,12 +176,12 @@ def _validate_grpo(config: TrainConfig) -> None:
     accepted = f"0 or an even number from 2 to {left}, half of them the best and half the worst"
     _require(config, chosen, "grpo.best_of", accepted)
     steps = grpo.window or chosen_steps(trainable, grpo.step_fraction)
-    of_group, what = (grpo.best_of or left) * steps, "(sample, step) pairs"
+    of_group, what = (grpo.best_of or left) * steps, "(sample, step) pairs of an iteration"
     if config.rollout.branches:
         of_group = sum(math.prod(config.rollout.branches[:step]) for step in range(steps))
-        what = "latents that steps are learned from"
+        what = "latents of an iteration that its steps are learned from"
     pairs = config.prompts_per_iteration * of_group * grpo.epochs
-    _require(config, 1 <= updates <= pairs, "updates_per_iteration", f"1 to {pairs}, the {what} of an iteration")
+    _require(config, 1 <= updates <= pairs, "updates_per_iteration", f"1 to {pairs}, the {what}")
     _validate_steps_outside(config, trainable)
 
 

@@ -188,8 +188,10 @@ def _from_toml(kind: Any, value: Any, name: str) -> Any:
         return _from_table(kind, value, name + ".")
     if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
         return value
-    if typing.get_origin(kind) is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return tuple(value)
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        (item, _) = typing.get_args(kind)
+        if all(type(each) is (int if item is int else str) for each in value):
+            return tuple(value)
     if kind is float and type(value) in (int, float):
         return float(value)
     if kind in (str, int, bool) and type(value) is kind:
@@ -204,7 +206,7 @@ def type_name(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return "a list of strings"
+        return "a list of whole numbers" if typing.get_args(kind)[0] is int else "a list of strings"
     if isinstance(kind, UnionType) or typing.get_origin(kind) is Union:
         return " or ".join(map(type_name, typing.get_args(kind)))
     return {

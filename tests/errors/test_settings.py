@@ -74,6 +74,26 @@ NUMBERS = [
         "updates_per_iteration = 13: accepted is 1 to 12, the (sample, step) pairs of an iteration.",
     ),
     Mistake(
+        "branches of another group",
+        TRAIN + "--rollout.initial-noise per_prompt --rollout.branches 2",
+        "rollout.branches = (2,): accepted is numbers above 1 whose product is group_size = 3, ...",
+    ),
+    Mistake(
+        "branches of samples that start apart",
+        TRAIN + "--rollout.branches 3",
+        "rollout.initial_noise = 'independent': accepted is per_prompt or shared with rollout.branches, ...",
+    ),
+    Mistake(
+        "branches and some samples only",
+        TRAIN + "--rollout.initial-noise per_prompt --rollout.branches 3 --grpo.best-of 2",
+        "grpo.best_of = 2: accepted is 0 with rollout.branches, where siblings are learned from together.",
+    ),
+    Mistake(
+        "more updates than latents of a tree",  # 2 prompts x (1 + 3) latents before two of three steps
+        TRAIN + "--rollout.initial-noise per_prompt --rollout.branches 3 --updates-per-iteration 9",
+        "updates_per_iteration = 9: accepted is 1 to 8, the latents of an iteration that its steps are learned from.",
+    ),
+    Mistake(
         "updates and epochs",
         TRAIN + "--updates-per-iteration 3 --grpo.epochs 2",
         "updates_per_iteration = 3: accepted is a multiple of grpo.epochs (2), ...",

@@ -69,7 +69,7 @@ PAPER = {
 }
 # Fields that the recipe leaves alone: they say where, not what, or switch on what the paper does not have.
 NOT_THE_RECIPE = {
-    *("rollout.stochastic", "rollout.steps_outside", "rollout.solver_outside"),
+    *("rollout.stochastic", "rollout.steps_outside", "rollout.solver_outside", "rollout.branches"),
     *("run", "model.unet", "model.config", "model.variant", "model.revision", "model.prediction_type"),
     *("model.lora_rank", "model.lora_alpha", "model.lora_targets"),
     *("prompts.positive_column", "prompts.negative_column", "prompts.category_column"),

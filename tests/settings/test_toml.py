@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastgrpo.settings.command_line import changed_fields, parse_command
-from fastgrpo.settings.schema import EvalConfig, ModelConfig, OptimConfig, PromptsConfig, TrainConfig
+from fastgrpo.settings.schema import EvalConfig, ModelConfig, OptimConfig, PromptsConfig, RolloutConfig, TrainConfig
 from fastgrpo.settings.suites import I2PSettings
 from fastgrpo.settings.toml import dump_toml, find_preset, load_toml
 from fastgrpo.system.errors import ConfigError
@@ -27,6 +27,14 @@ def test_toml_round_trip_of_text(tmp_path: Path, text: str) -> None:
 def test_toml_round_trip_of_numbers_is_exact(tmp_path: Path, number: float) -> None:
     config = TrainConfig(seed=2**62, optim=OptimConfig(lr=number))
     assert load_toml(write_toml(tmp_path, dump_toml(config))) == config
+
+
+def test_whole_numbers_in_a_list_are_read_back(tmp_path: Path) -> None:
+    config = TrainConfig(rollout=RolloutConfig(branches=(2, 4)))
+    assert load_toml(write_toml(tmp_path, dump_toml(config))) == config
+    for other in ("[2, 4.0]", "[2, true]", '["2"]', "8"):
+        with pytest.raises(ConfigError, match=r"rollout\.branches = .*: accepted is a list of whole numbers"):
+            load_toml(write_toml(tmp_path, f"rollout.branches = {other}"))
 
 
 def test_the_dump_names_every_field() -> None:

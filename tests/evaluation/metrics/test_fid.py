@@ -287,10 +287,10 @@ def test_features_of_a_folder_and_its_distance_by_direct_computation(inception: 
 
     double = copy.deepcopy(inception.network).double()
     with torch.no_grad():
-        direct = torch.cat([double(prepare(Image.open(file).convert("RGB"))[None].double()) for file in files])
+        direct = torch.cat([double(prepare(Image.open(file).convert("RGB"))[None].double()) for file in files[::2]])
     # float32 through 94 layers, whose errors of 6e-8 each add up in part: some 1e-6 of the features' scale.
     scale = direct.abs().max().item()
-    torch.testing.assert_close(features.double(), direct, rtol=0, atol=2e-5 * scale)
+    torch.testing.assert_close(features[::2].double(), direct, rtol=0, atol=2e-5 * scale)
 
     other = inception([noise(80, 60, seed) for seed in range(20, 24)])
     one, two = features.double(), other.double()

@@ -44,6 +44,7 @@ OPTIONS = {
     "rollout.guidance": 1.0,
     "rollout.guidance_rescale": 0.7,
     "rollout.initial_noise": "per_prompt",
+    "rollout.branches": (3,),
     "grpo.advantage": "none",
     "grpo.std_floor": 10.0,
     "grpo.advantage_clamp": 0.1,
@@ -81,6 +82,7 @@ NEEDED_FIRST = {
     "rollout.stochastic": {"grpo.window": 1},
     "rollout.steps_outside": {"grpo.window": 1, "rollout.stochastic": "window", "rollout.steps": 5},
     "rollout.solver_outside": {"grpo.window": 1, "rollout.stochastic": "window", "rollout.steps": 5},
+    "rollout.branches": {"rollout.initial_noise": "per_prompt"},
     "grpo.kl_prompts": {"grpo.kl": 0.5},
     "grpo.clip_low": {"grpo.clip_high": 1e9},
     # The second pass meets what the first, a small step, made likelier.

@@ -25,6 +25,7 @@ TRAIN = "tiny.toml --run run --iterations 1 "
 A_RUN = (
     "run/engine.json",
     "run/.lock",
+    "run/axis.json",
     "run/config.toml",
     "run/evaluation_before.json",
     "run/metrics.jsonl",

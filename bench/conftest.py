@@ -24,6 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--repeats", type=int, default=REPEATS, help=f"Iterations of each training that are kept (default: {REPEATS})."
     )
+    group.addoption("--recipes", type=Path, metavar="FOLDER", help="Train every recipe of test_time_to_result there.")
+    group.addoption("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="Of these trainings.")
+    group.addoption("--split", choices=("test", "development"), default="test", help="Their held-out prompts.")
     group.addoption("--seconds", type=float, default=float("inf"), help="Start no measurement after this many seconds.")
 
 

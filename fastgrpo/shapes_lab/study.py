@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,15 +75,11 @@ def study(config: StudyConfig) -> list[int]:
     for name in config.variants:
         require(name in VARIANTS, "--variants", name, f"any of {', '.join(VARIANTS)}{nearest(name, VARIANTS)}")
     folder = config.out / config.split
-    folder.mkdir(parents=True, exist_ok=True)
-    folders = {name: {seed: folder / f"{_slug(name)}-seed{seed}" for seed in config.seeds} for name in VARIANTS}
-    runs = [(name, seed, run) for name in config.variants for seed, run in folders[name].items()]
-    with ThreadPoolExecutor(config.jobs or available_cores()) as pool:
-        codes = list(pool.map(lambda run: _train(run[0], run[1], run[2], config.split), runs))
-    finished = {
-        name: {seed: run for seed, run in own.items() if (run / "evaluation.json").exists()}
-        for name, own in folders.items()
-    }
+    folders = {name: {seed: run_folder(folder, name, seed) for seed in config.seeds} for name in VARIANTS}
+    codes = train_all(
+        {name: VARIANTS[name] for name in config.variants}, config.seeds, folder, config.split, config.jobs
+    )
+    finished = {name: {seed: run for seed, run in own.items() if _finished(run)} for name, own in folders.items()}
     averages = summary(finished[PRESET]) if finished[PRESET] else []
     text = "\n".join([*averages, "", *table(finished)]) + "\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
@@ -91,19 +87,43 @@ def study(config: StudyConfig) -> list[int]:
     return codes
 
 
-def _slug(variant: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", variant.lower()).strip("-")
+def train_all(
+    variants: Mapping[str, Sequence[str]], seeds: Sequence[int], folder: Path, split: ShapesSplit, jobs: int = 0
+) -> list[int]:
+    """Train preset `shapes` with each variant's flags from each seed, in `run_folder`. Returns the exit codes.
+
+    Finished runs are not repeated, others are gone on with. jobs: runs at the same time, each on one core; 0 is one
+    per core.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = [(name, seed) for name in variants for seed in seeds]
+
+    def one(run: tuple[str, int]) -> int:
+        return _train(*run, variants[run[0]], run_folder(folder, *run), split)
+
+    with ThreadPoolExecutor(jobs or available_cores()) as pool:
+        return list(pool.map(one, runs))
 
 
-def _train(variant: str, seed: int, folder: Path, split: str) -> int:
-    if (folder / "evaluation.json").exists():
+def run_folder(folder: Path, variant: str, seed: int) -> Path:
+    """Where `train_all` has the run."""
+    slug = re.sub(r"[^a-z0-9]+", "-", variant.lower()).strip("-")
+    return folder / f"{slug}-seed{seed}"
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / "evaluation.json").exists()
+
+
+def _train(variant: str, seed: int, flags: Sequence[str], folder: Path, split: str) -> int:
+    if _finished(folder):
         return 0
     command = [sys.executable, "-m", "fastgrpo.train"]
     if (folder / "config.toml").exists():
         command += ["--resume", str(folder)]
     else:
         command += ["shapes", "--run", str(folder), "--seed", str(seed), "--engine.threads", "1"]
-        command += ["--eval.split", split, "--eval.encoder", "shapes-held-out", *VARIANTS[variant]]
+        command += ["--eval.split", split, "--eval.encoder", "shapes-held-out", *flags]
     with open(folder.with_suffix(".log"), "a") as log:
         code = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
     print(f"{variant}, seed {seed}: {'done' if code == 0 else f'failed, see {log.name}'}", flush=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.engine.overlap import pipeline
-from fastgrpo.engine.passes import Passes, ignore
+from fastgrpo.engine.passes import Passes
 from fastgrpo.engine.sampler import Denoise, Sampler
 from fastgrpo.grpo.branches import Tree, tree_of
 from fastgrpo.policy import DECODE_BATCH, Policy
@@ -41,13 +41,24 @@ def rollout(
     """
     engine.begin_rollout(prompts.iteration)
     drawing = _Drawing(engine, prompts, generator, progress)
-    everything = slice(0, drawing.samples)
-    *shared, last = drawing.phases
-    for phase in shared:
-        drawing.take(*phase)
+    everything, half = slice(0, drawing.samples), "micro_batch" if engine.draws_micro_batches else "rollout_batch"
     finishing = _Finishing(drawing, score if engine.scores_early(drawing.samples) else None)
     with pipeline(finishing.finish, engine.policy.device) if engine.overlaps else nullcontext() as line:
-        drawing.take(*last, drawn=line.drawn if line else ignore)
+        for steps, count in drawing.phases:
+            nodes, embeds = len(prompts) * count, prompts.embeds.repeat_interleave(count, dim=0)
+            waiting, together = engine.chunks(slice(0, nodes)), engine.workers.count
+            while waiting:
+                drawn: list[list[Tensor]] = []
+                for attempt in engine.attempts(half, most=nodes):
+                    if attempt.again:
+                        waiting = [chunk for part in waiting for chunk in engine.chunks(part)]
+                    with attempt:
+                        drawn = list(engine.workers.map(partial(drawing.draw, steps, embeds), waiting[:together]))
+                for part, latents in zip(waiting[:together], drawn, strict=True):
+                    drawing.store_latents(steps, part, latents)
+                    if line and steps is drawing.phases[-1][0]:
+                        line.drawn(drawing.samples_of(steps.start, part))
+                waiting = waiting[together:]
     images = finishing.images if engine.overlaps else drawing.decode(everything)
     return Trajectory(drawing.latents, drawing.log_probs, images, drawing.means)
 
@@ -82,28 +93,7 @@ class _Drawing:
             self.latents[step + 1] = torch.randn(shape, generator=generator, device=generator.device)[own]
         self._reached = [0] * self.samples  # steps of each; every worker writes places of its own
 
-    def take(self, steps: range, count: int, drawn: Callable[[slice], object] = ignore) -> None:
-        """Take these steps of the `count` latents that each group has before them, chunk by chunk.
-
-        drawn: told of each chunk's samples when their latents are stored; chunks come in order.
-        """
-        engine, together, nodes = self.engine, self.engine.workers.count, len(self._prompts) * count
-        waiting, half = engine.chunks(slice(0, nodes)), "micro_batch" if engine.draws_micro_batches else "rollout_batch"
-        embeds = self._prompts.embeds.repeat_interleave(count, dim=0)
-        while waiting:
-            taken: list[list[Tensor]] = []
-            for attempt in engine.attempts(half, most=nodes):
-                if attempt.again:
-                    waiting = [chunk for part in waiting for chunk in engine.chunks(part)]
-                with attempt:
-                    taken = list(engine.workers.map(partial(self._draw, steps, embeds), waiting[:together]))
-            for part, results in zip(waiting[:together], taken, strict=True):
-                for step, latents in zip(steps, results, strict=True):
-                    self._store(self.latents[step + 1], step, part, latents)
-                drawn(self._samples(steps.start, part))
-            waiting = waiting[together:]
-
-    def _draw(self, steps: range, embeds: Tensor, part: slice) -> list[Tensor]:
+    def draw(self, steps: range, embeds: Tensor, part: slice) -> list[Tensor]:
         """Take these steps of some nodes. Returns the latents that each leads to, which are not stored yet.
 
         embeds: [N, L, D], of all nodes.
@@ -123,19 +113,24 @@ class _Drawing:
             if self.means is not None:
                 self._store(self.means[step], step, part, mean[0])
             if self._progress is not None:
-                samples = self._samples(steps.start, part)
+                samples = self.samples_of(steps.start, part)
                 self._reached[samples] = [step + 1] * (samples.stop - samples.start)
                 self._progress(sum(self._reached), self.steps * self.samples)
         return results
 
-    def _samples(self, step: int, part: slice) -> slice:
+    def store_latents(self, steps: range, part: slice, latents: list[Tensor]) -> None:
+        """Keep what `draw` returned of these nodes."""
+        for step, each in zip(steps, latents, strict=True):
+            self._store(self.latents[step + 1], step, part, each)
+
+    def samples_of(self, step: int, part: slice) -> slice:
         """The samples on the paths of some nodes before this step."""
         spread = self.group_size // self._tree.counts[step]
         return slice(part.start * spread, part.stop * spread)
 
     def _store(self, into: Tensor, step: int, part: slice, results: Tensor) -> None:
         """Write what this step of some nodes led to in the places of all samples on the way. into: [B, ...]."""
-        into[self._samples(step, part)] = self._tree.spread(results, self._tree.counts[step + 1])
+        into[self.samples_of(step, part)] = self._tree.spread(results, self._tree.counts[step + 1])
 
     def decode(self, part: slice) -> Tensor:
         """Returns the images [N, 3, h, w] of these samples, whose steps are all taken. Raises BrokenPicture."""

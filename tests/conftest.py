@@ -50,6 +50,14 @@ def pytest_configure(config: pytest.Config) -> None:
     threads = torch.get_num_threads()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def exits() -> Iterator[None]:
+    """wandb puts functions of its own in the place of these, which later tests would meet."""
+    before = sys.exit, sys.excepthook
+    yield
+    sys.exit, sys.excepthook = before
+
+
 @pytest.fixture(scope="session")
 def faults(request: pytest.FixtureRequest) -> int:
     """How many kills the command line asks for."""

@@ -142,7 +142,7 @@ def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     """The folder to work in: runs, results of evaluations, a file of settings; a home folder of its own, no hub."""
     here = tmp_path / "here"
     (here / "runs").mkdir(parents=True)
-    for name in ("NAME", "first"):
+    for name in ("NAME", "first", "A", "B", "C"):
         shutil.copytree(trained, here / "runs" / name)
     for name, stage in (("A", "before"), ("B", "after")):
         shutil.copytree(trained / "evaluation" / "in-training" / stage, here / name)

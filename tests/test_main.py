@@ -34,7 +34,7 @@ def test_every_command_is_the_modules(capsys: pytest.CaptureFixture[str], monkey
     ("words", "completed"),
     [
         (["tra"], ["train"]),
-        (["train", "--rollout.st"], ["--rollout.steps"]),
+        (["train", "--rollout.steps-"], ["--rollout.steps-outside"]),
         (["evaluate", "--sui"], ["--suites"]),
         (["report", "--rollout.st"], []),
     ],

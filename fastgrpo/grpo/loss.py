@@ -62,7 +62,10 @@ class PolicyLoss:
         rows = self._rows(batch)
         output = self.policy.forward(*rows, return_dict=False)[0]
         with torch.no_grad():
-            result = self._losses(batch, rows, output.detach())
+            base, held = None, self._held(batch)
+            if self.base and held is not None:
+                base = self.base(*(given[held] for given in rows), return_dict=False)[0]
+            result = grpo_step(*self._step(batch, output.detach()), **self._terms(batch, base, held, output.detach()))
         gradient = torch.autograd.grad(output, self.trained, _of_siblings(result.gradient, batch.siblings))
         if accumulate:
             accumulate(gradient)
@@ -74,28 +77,19 @@ class PolicyLoss:
         rows = self._rows(batch)
         output = self.policy.forward(*rows, return_dict=False)[0]
         with torch.no_grad():
-            return self._results(self._losses(batch, rows, output.detach()), batch)
+            base, held = None, self._held(batch)
+            if self.base and held is not None:
+                base = self.base(*(given[held] for given in rows), return_dict=False)[0]
+            result = grpo_step(*self._step(batch, output.detach()), **self._terms(batch, base, held, output.detach()))
+        return self._results(result, batch)
 
     def recompute(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Returns log-probs [N] and means [N, C, H, W] of the policy as it is now, float32."""
         output = self.policy.forward(*self._rows(batch), return_dict=False)[0].detach()
-        output = _each_sibling(output, batch.siblings)
-        found, mean = log_prob(output, *self._step(batch), self._rescale, keep_mean=True)
+        found, mean = log_prob(*self._step(batch, output), self._rescale, keep_mean=True)
         return found, mean
 
-    def _losses(self, batch: MicroBatch, rows: tuple[Tensor, Tensor, Tensor], output: Tensor) -> GrpoStep:
-        """rows: what the UNet was given, [R, ...] each; the base model is given them, too. output: [R, C, H, W]."""
-        held = self._held(batch)
-        base = None
-        if self.base and held is not None:
-            base = self.base(*(given[held] for given in rows), return_dict=False)[0]
-        base = self._spread(base, held, output)
-        base = None if base is None else _each_sibling(base, batch.siblings)
-        return grpo_step(
-            _each_sibling(output, batch.siblings), *self._step(batch), base_output=base, **self._terms(batch)
-        )
-
-    # What the UNet and the operators are given.
+    # What the UNet and the operators are given. No pass is made here: each function returns before one begins.
 
     def _held(self, batch: MicroBatch) -> slice | Tensor | None:
         """The UNet's rows that the base model computes; None where it computes none."""
@@ -119,16 +113,22 @@ class PolicyLoss:
         latents, step, embeds = (given[:: batch.siblings] for given in (batch.latents, batch.step, batch.embeds))
         return self.policy.rows(latents, self.schedule.timesteps[step], embeds, self.config.rollout.guidance)
 
-    def _step(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-        return batch.latents, batch.taken, self.schedule.tables, batch.step, self.config.rollout.guidance
+    def _step(self, batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
+        """output: of the UNet's rows."""
+        tables, guidance = self.schedule.tables, self.config.rollout.guidance
+        return _each_sibling(output, batch.siblings), batch.latents, batch.taken, tables, batch.step, guidance
 
     @property
     def _rescale(self) -> float:
         return self.schedule.rescale(self.config.rollout.guidance)
 
-    def _terms(self, batch: MicroBatch) -> dict[str, Any]:
-        grpo = self.config.grpo
+    def _terms(
+        self, batch: MicroBatch, base: Tensor | None, held: slice | Tensor | None, output: Tensor
+    ) -> dict[str, Any]:
+        """base: what the base model said of its rows, `held`. output: what the policy's UNet said of all."""
+        grpo, base = self.config.grpo, self._spread(base, held, output)
         return {
+            "base_output": None if base is None else _each_sibling(base, batch.siblings),
             "old_log_prob": batch.old_log_prob,
             "old_mean": batch.old_mean,
             "rewards": batch.rewards,

@@ -18,6 +18,7 @@ class Pulse:
     phase, iteration: where it is; 0 is before the first iteration. begun: whether it is to be watched: loading, which
     may download, takes as long as it takes. longest: seconds of its longest piece of work since then. kept: a clause on
     what there is to go on from. failed: called when a collective fails; may raise another exception.
+    begins: called when the process has begun, from when on it is watched.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,7 @@ class Pulse:
         self.waiting, self.begun, self.longest = False, False, 0.0
         self.phase_name, self.kept = "", "there is no checkpoint yet"
         self.failed: Callable[[RuntimeError], object] | None = None
+        self.begins: Callable[[], object] | None = None
         self._began, self._patient, self._last = 0, False, time.monotonic()
 
     def mark(self) -> None:
@@ -43,6 +45,8 @@ class Pulse:
         self.mark()
         if not self.begun:
             self.begun, self.longest = True, 0.0
+            if self.begins:
+                self.begins()
         self.iteration = iteration
         self._began += 1
 

@@ -139,13 +139,13 @@ class Watchdog:
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._watch, self._watch_the_watch)]
 
     def start(self) -> None:
-        PULSE.failed = self._collective_failed
+        PULSE.failed, PULSE.begins = self._collective_failed, self._begins
         for thread in self._threads:
             thread.start()
 
     def close(self, state: State) -> None:
         """This process ends. state: "done", or "left" where it has failed, of which it says itself what is wrong."""
-        PULSE.failed = None
+        PULSE.failed = PULSE.begins = None
         self._over.set()
         if self._lock.acquire(timeout=_GRACE):  # unless the store does not answer
             with suppress(RuntimeError):
@@ -169,6 +169,13 @@ class Watchdog:
         self._broken = True
         if self._ended.wait(_BROKEN + 2 * _GRACE):
             raise OthersEnded("another process has ended the job") from error
+
+    def _begins(self) -> None:
+        """Tell it at once: stopped before the thread's next turn, this process would pass for one that loads."""
+        if self._lock.acquire(timeout=_GRACE):  # unless the store does not answer, of which others speak
+            with suppress(RuntimeError):
+                self._tell("running")
+            self._lock.release()
 
     # -----------------------------------------------------------------------------------------------------------------
     # The threads

@@ -266,7 +266,7 @@ def test_an_engine_needs_the_memory_of_its_largest_pass_once(
             engine._prepare()
         return device
 
-    assert [name for name, _ in foreseen] == ["learn", "recompute", "learn", "step"]
+    assert [name for name, *_ in foreseen] == ["learn", "recompute", "learn", "step"]
     alone, together = prepared(foreseen[:1]), prepared(foreseen)
     assert (alone.events.count("capture"), together.events.count("capture")) == (1, 4)
     # What each keeps of its own, inputs and outputs, is some 50 kB of 4 MB, or of 2.

@@ -119,7 +119,7 @@ def test_ratio_is_exactly_one_after_it():
     result = update_op.grpo_step(
         output, latents, taken, schedule.tables, step, 5.0,
         old_log_prob=old, old_mean=None, base_output=None, rewards=torch.tensor([[0.0, 1.0]]), group=index,
-        slot=torch.tensor([0, 1]), mode="group", std_floor=1e-4, clamp=2.5, weight=torch.ones(2),
+        reward=torch.tensor([0.0, 1.0]), mode="group", std_floor=1e-4, clamp=2.5, weight=torch.ones(2),
         clip_low=0.0, clip_high=0.0, kl_weight=torch.zeros(2), ratio_norm=False, rescale=0.0,
     )  # fmt: skip
     assert result.ratio.tolist() == [1, 1]

@@ -20,6 +20,7 @@ SILENT = 120.0  # seconds without an answer, after which that is told
 RETRIES = (30.0, 480.0)  # seconds until a sink is opened again, at first and at most
 CLOSING, CLOSING_FAILED = 60.0, 10.0  # seconds that the end of a run waits, and that of a training that failed
 _ABANDONING = 5.0  # seconds for a sink to be let go of
+_ENDING = 2.0  # seconds for its thread to notice
 
 
 class SinkWorker:
@@ -30,6 +31,7 @@ class SinkWorker:
         self._entries: deque[Entry] = deque()
         self._change = threading.Condition()
         self._closing, self._failed = threading.Event(), False
+        self._let_go = False
         self._given, self._lost = 0, 0
         self._called: float | None = None  # when the call of the sink that has not returned was made
         self._told: set[str] = set()
@@ -65,9 +67,13 @@ class SinkWorker:
         self._thread.join(max(patience, 0))
         if not self._thread.is_alive():
             return True
+        self._let_go = True
         letting_go = threading.Thread(target=self._abandon, daemon=True)
         letting_go.start()
         letting_go.join(_ABANDONING)
+        # What it waited for has gone. A thread that ends here is not amid a library's C++ when the program ends, where
+        # Python before 3.14 ends threads in a way that some libraries abort the process for.
+        self._thread.join(_ENDING)
         return False
 
     def lacks(self) -> tuple[int, int]:
@@ -108,6 +114,8 @@ class SinkWorker:
             try:
                 sink = self._kind.open(self._run)
             except BaseException as error:
+                if self._let_go:  # which made it fail
+                    return None
                 self._tell("open", f"cannot be opened ({_said(error)}); training goes on, and it is tried again")
             else:
                 if sink.where:

@@ -196,6 +196,27 @@ def test_a_full_disk_costs_charts_and_not_the_training(tmp_path: Path) -> None:
     assert "1 of 1 iterations are not there" in lacks
 
 
+def test_a_sink_that_is_let_go_of_is_not_opened_again(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Letting go is what ends its call; its thread ends then too, before the program may."""
+    monkeypatch.setattr(worker, "CLOSING", 0.05)
+    opened: list[str] = []
+
+    def hanging(run: LoggedRun) -> None:
+        opened.append(run.name)
+        gate.wait()
+        raise ConnectionError
+
+    logs = Logs(a_run(tmp_path, "bad"), {"bad": SinkKind(lambda _: None, hanging, abandon=gate.set)})  # type: ignore[arg-type]
+    logs.put(entry(1))
+    wait_until(lambda: opened)
+    logs.close()
+    assert not logs._workers[0]._thread.is_alive()
+    assert len(opened) == 1
+    assert any("1 of 1 iterations are not there" in each for each in logs.warnings())
+
+
 def test_no_sinks_are_no_threads(tmp_path: Path) -> None:
     before = threading.active_count()
     logs = Logs(a_run(tmp_path), {"unused": SinkKind(lambda settings: None, pytest.fail)})

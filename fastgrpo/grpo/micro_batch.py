@@ -143,7 +143,7 @@ class Experience:
         """Send the pairs that others learn from, and receive those of others. To be called by all processes."""
         if not moves.total:
             return self
-        sent = self.micro_batch(moves.sent, None, 0.0)
+        sent = self.micro_batch(moves.sent[:], None, 0.0)  # each on its own: families of all sizes are sent together
         given: dict[str, Any] = {name: ranks.exchange(getattr(sent, name), moves.to, moves.come) for name in _MOVED}
         weight = self.rewards.new_zeros(len(moves.received))
         received = MicroBatch(rewards=self.rewards, step=moves.received.step, weight=weight, **given)

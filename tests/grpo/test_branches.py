@@ -1,5 +1,6 @@
 """Groups that share the beginning of their trajectories: the tree, its rollout, and what is learned from its edges."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,10 @@ from fastgrpo.engine.sampler import Sampler
 from fastgrpo.grpo.branches import Tree, grown, tree_of
 from fastgrpo.grpo.loss import PolicyLoss
 from fastgrpo.grpo.micro_batch import Experience
-from fastgrpo.grpo.pairs import Pairs
+from fastgrpo.grpo.pairs import Moves, Pairs
 from fastgrpo.rollout import rollout
 from fastgrpo.settings.schema import RolloutConfig, TrainConfig
+from fastgrpo.system.distributed import Ranks
 from fastgrpo.types import Trajectory
 from support.update import CONFIG, GRADIENT_TOLERANCE, Recorder, Scene
 
@@ -113,6 +115,25 @@ def test_siblings_learned_together_have_the_gradient_of_each_alone(scene: Scene,
     assert scene.reports[-1] == (sizes[0], sizes[0]) == (2 * (2 + 6 + 6),) * 2
     # Fewer rows than the rollout had: a log-prob of a few float32 roundings, 1e-6 of an output over a sigma above 0.1.
     assert stats["ratio/max_abs_dev_first"] < 1e-5
+
+
+def test_families_of_all_sizes_are_sent_together(scene: Scene) -> None:
+    """To a second process, which has drawn none of them itself: it finds what the first would have learned from."""
+
+    class Sending(Ranks):
+        def exchange(self, tensor: Tensor, to: Sequence[int], come: Sequence[int]) -> Tensor:
+            return tensor
+
+    tree = tree_of(scene.schedule, CONFIG_6)
+    experience = Experience.of(scene.prompts, scene.trajectory, REWARDS, CONFIG_6.grpo, tree=tree)
+    sent = Pairs(torch.tensor([0, 1, 2, 0, 3]), torch.tensor([1, 1, 1, 0, 0]), ((1, 3), (1, 2)))
+    received = replace(sent, sample=12 + torch.arange(5))
+    there = experience.exchanged(Moves(sent, received, [5], [5], 5), Sending())
+    for ours, theirs in zip(sent.runs(), received.runs(), strict=True):
+        expected, found = experience.micro_batch(ours, None, 0.5), there.micro_batch(theirs, None, 0.5)
+        assert expected.siblings == found.siblings == ours.siblings
+        for one, other in zip(expected.tensors(), found.tensors(), strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
 
 
 def test_fixed_shapes_learn_the_same(scene: Scene) -> None:
